@@ -1,0 +1,1 @@
+"""Mechanistic interpretability of LLaVA models: every activation named, cached, patched and explained."""

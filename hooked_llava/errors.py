@@ -1,0 +1,54 @@
+"""Every error that hooked_llava raises on purpose.
+
+A message says three things: what was given, what was expected, what to do. Each class also derives from the
+built-in exception that a user would catch without knowing this library, so `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HookedLLaVAError(Exception):
+    """Base of every error raised on purpose by this library."""
+
+
+class ConfigError(HookedLLaVAError, ValueError):
+    """A model configuration that this library cannot build."""
+
+
+class CheckpointError(HookedLLaVAError, ValueError):
+    """A checkpoint on disk that is missing, truncated, mismatching or not finite."""
+
+
+class HookNameError(HookedLLaVAError, KeyError):
+    """A hook name or filter that matches nothing, or a hook that does not fire on these inputs."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class HookValueError(HookedLLaVAError, ValueError):
+    """A hook function that returned a tensor of another shape than it was given."""
+
+
+class InputError(HookedLLaVAError, ValueError):
+    """Prompts, images or tensors that do not fit the model or each other."""
+
+
+class SpanError(HookedLLaVAError, KeyError):
+    """A span, patch, box or position that the token map does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+def did_you_mean(given: str, known: Iterable[str], *, n: int = 3) -> str:
+    """A clause naming the closest known words, or an empty string if none is close.
+
+    >>> did_you_mean("questoin", ["question", "image"])
+    ' Did you mean: question?'
+    """
+    close = difflib.get_close_matches(given, list(known), n=n, cutoff=0.5)
+    return f" Did you mean: {', '.join(close)}?" if close else ""
