@@ -1,0 +1,77 @@
+"""TransformerLens's HookPoint, with hook functions kept from harming what they do not own.
+
+Neighbouring hooks share storage (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`), so a function that
+writes in place would change another hook's cached tensor. Each function therefore works on a private copy, and
+what it wrote takes effect from here on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import transformer_lens.hook_points as tl_hook_points
+from torch import Tensor
+
+from hooked_llava.errors import HookValueError
+
+
+def reads_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook function that never writes to its tensor, so that it is given the tensor itself, not a copy."""
+    function.reads_only = True  # type: ignore[attr-defined]
+    return function
+
+
+def start_graph(x: Tensor) -> Tensor:
+    """Let gradients reach this activation: weights are frozen, so without it the graph would have no beginning."""
+    return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+
+class HookPoint(tl_hook_points.HookPoint):
+    """An identity through which one activation passes, and where functions may read or replace it."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether any function, forward or backward, is attached."""
+        return bool(self._forward_hooks or self._backward_hooks)
+
+    def add_hook(
+        self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
+    ) -> tl_hook_points.LensHandle:
+        """Attach `hook(tensor, hook=hook_point)`; it may return a tensor of the same shape, or None to keep it."""
+        guarded = _guard(hook) if dir == "fwd" and not getattr(hook, "reads_only", False) else hook
+        handle = super().add_hook(guarded, dir, *args, **kwargs)
+        handle.user_hook = hook
+        return handle
+
+
+def _guard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the function a private copy of the tensor and check what it returns."""
+
+    @functools.wraps(function)
+    def guarded(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        private = tensor.clone()
+        tracks_writes = not private.is_inference()
+        version = private._version if tracks_writes else 0
+        returned = function(private, hook=hook)
+        if returned is None:
+            return private if not tracks_writes or private._version != version else None
+        _check_returned(returned, tensor, hook.name)
+        return returned
+
+    return guarded
+
+
+def _check_returned(returned: Any, given: Tensor, name: str | None) -> None:
+    if not isinstance(returned, torch.Tensor):
+        raise HookValueError(
+            f"A function on {name} returned {type(returned).__name__}; expected a tensor of shape "
+            f"{tuple(given.shape)}, or None to leave the activation as it is."
+        )
+    if returned.shape != given.shape or returned.dtype != given.dtype:
+        raise HookValueError(
+            f"A function on {name} returned a tensor of shape {tuple(returned.shape)} and {returned.dtype}; expected "
+            f"{tuple(given.shape)} and {given.dtype}, as it was given. Return the whole activation, changed where wanted."
+        )

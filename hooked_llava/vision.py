@@ -1,0 +1,52 @@
+"""The CLIP vision tower: pixels -> patch features (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_llava.components import AttentionContext, Block, HookPoint, make_norm, start_graph
+from hooked_llava.config import VisionConfig
+
+
+class VisionTower(nn.Module):
+    """Patches and a class token through pre-norm blocks, up to the highest layer that the projector reads.
+
+    Blocks above that layer and the post norm are part of the checkpoint, so they are kept and saved; they are not run.
+    """
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.class_embed = nn.Parameter(torch.empty(cfg.d_model))
+        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.pos_embed = nn.Embedding(cfg.n_positions, cfg.d_model)
+        self.ln_pre = make_norm(cfg)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_post = make_norm(cfg)
+        self.hook_patch_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
+        self.hook_embed = HookPoint()
+        self.hook_out = HookPoint()
+
+    def forward(
+        self, pixels: Float[Tensor, "image channel height width"]
+    ) -> Float[Tensor, "image feature d_features"]:
+        """Features as the projector reads them: chosen layers side by side, class token dropped or kept."""
+        states = [self.embed(pixels)]  # each (image, pos, d_model)
+        context = AttentionContext()
+        for block in self.blocks[: self.cfg.n_layers_run]:
+            states.append(block(states[-1], context))
+        features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
+        return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
+
+    def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
+        """What enters block 0: patches behind the class token, plus learned positions, normalized."""
+        patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
+        n_images = patches.shape[0]
+        positions = self.pos_embed.weight.expand(n_images, -1, -1)
+        positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
+        tokens = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)
+        return self.hook_embed(self.ln_pre(tokens + positions))
