@@ -1,0 +1,30 @@
+"""Files <-> tensors under our names; knows no model class."""
+
+from hooked_llava.loading.checkpoint import (
+    load_into,
+    load_processor,
+    read_config,
+    read_generation_config,
+    stored_dtype,
+    stream_tensors,
+)
+from hooked_llava.loading.convert import expected_tensors, hf_name, our_name
+from hooked_llava.loading.embedded import EMBEDDED, resolve
+from hooked_llava.loading.saving import save
+from hooked_llava.loading.sharing import share_weights
+
+__all__ = [
+    "EMBEDDED",
+    "expected_tensors",
+    "hf_name",
+    "load_into",
+    "load_processor",
+    "our_name",
+    "read_config",
+    "read_generation_config",
+    "resolve",
+    "save",
+    "share_weights",
+    "stored_dtype",
+    "stream_tensors",
+]

@@ -1,0 +1,337 @@
+"""Reading a checkpoint folder: config, tensors under our names one at a time, processor.
+
+Only safetensors are read, so nothing is ever unpickled. Every tensor is compared with the config (missing, surplus,
+misshapen) before the first one is read, and each is checked for NaN and infinity as it passes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoProcessor, GenerationConfig, LlavaConfig, ProcessorMixin
+
+from hooked_llava.config import LLaVAConfig
+from hooked_llava.errors import CheckpointError
+from hooked_llava.loading.convert import TIED, TIED_TO, expected_tensors, our_name
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_SHOWN = 4  # names listed in a message before "and n more"
+_CHUNK = 2**20  # elements checked at once: the check must not need memory of the tensor's own size
+
+
+def read_config(folder: str | Path) -> LlavaConfig:
+    """The Hugging Face config of a checkpoint folder.
+
+    Raises `CheckpointError` if config.json is missing or unreadable, describes another architecture, or says that the
+    weights are quantised.
+
+    >>> from hooked_llava.loading import resolve
+    >>> read_config(resolve("tiny-shapes")).model_type
+    'llava'
+    """
+    path = Path(folder) / "config.json"
+    fields = _read_json(path)
+    model_type = fields.get("model_type")
+    if model_type != "llava":
+        raise CheckpointError(
+            f"{path} describes a model of type {model_type!r}; expected 'llava' (LlavaForConditionalGeneration). "
+            "Load a LLaVA-1.5 checkpoint in Hugging Face format, such as those of llava-hf on the hub."
+        )
+    text_fields = fields.get("text_config") or {}
+    if "quantization_config" in fields or "quantization_config" in text_fields:
+        raise CheckpointError(
+            f"{path} says that the weights are quantised (quantization_config); only floating-point weights load. "
+            "Load the checkpoint it was made from, with dtype=torch.bfloat16 if memory is short."
+        )
+    try:
+        return LlavaConfig.from_dict(fields)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path} is not a LLaVA config that transformers can read: {error}") from error
+
+
+def stored_dtype(hf_config: LlavaConfig) -> torch.dtype:
+    """The dtype that a config says its weights have, float32 if it says nothing.
+
+    >>> stored_dtype(LlavaConfig(dtype="bfloat16"))
+    torch.bfloat16
+    """
+    dtype = hf_config.dtype or getattr(hf_config.text_config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once the config has been saved
+
+
+def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
+    """The processor of a checkpoint folder, or None and the reason why there is none.
+
+    Pictures are prepared by Pillow even where torchvision is installed, so that pixels do not depend on what is.
+
+    >>> from hooked_llava.loading import resolve
+    >>> processor, reason = load_processor(resolve("tiny-shapes"))
+    >>> type(processor).__name__, reason
+    ('LlavaProcessor', '')
+    """
+    folder = Path(folder)
+    alternatives = {
+        "a tokenizer (tokenizer.json or tokenizer.model)": ("tokenizer.json", "tokenizer.model"),
+        "an image processor (processor_config.json or preprocessor_config.json)": (
+            "processor_config.json",
+            "preprocessor_config.json",
+        ),
+    }
+    for what, names in alternatives.items():
+        if not any((folder / name).is_file() for name in names):
+            return None, f"{folder} holds no {what.split(' ', 1)[1]}"
+    try:
+        return AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True), ""
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        return None, f"the processor files in {folder} do not load: {error}"
+
+
+def read_generation_config(folder: str | Path) -> GenerationConfig | None:
+    """The folder's generation_config.json, or None if it has none."""
+    path = Path(folder) / "generation_config.json"
+    return GenerationConfig.from_dict(_read_json(path)) if path.is_file() else None
+
+
+def stream_tensors(
+    folder: str | Path, config: LLaVAConfig, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+    """Every tensor under our name, one at a time, converted to dtype (None: as stored) and moved to device.
+
+    Holds no tensor after it has been handed out, and no file's pages: memory is what the receiver keeps plus one
+    tensor. With tied embeddings the unembedding does not come. Raises `CheckpointError`, naming tensor and file, for
+    missing, surplus or misshapen tensors, damaged files, and numbers that are not finite.
+
+    >>> from hooked_llava.loading import resolve
+    >>> folder = resolve("tiny-shapes")
+    >>> names = [name for name, tensor in stream_tensors(folder, LLaVAConfig.from_hf(read_config(folder)))]
+    >>> names[0]
+    'vision.class_embed'
+    """
+    entries = _matched_entries(Path(folder), config)
+    if config.language.tied_embeddings and TIED in entries:
+        _check_tied(entries[TIED], entries[TIED_TO])
+    for name in expected_tensors(config):
+        entry = entries[name]
+        stored = _read(entry)
+        # always a copy of our own: what safe_open returns is a view of the file's pages
+        tensor = stored.to(device=device, dtype=dtype or stored.dtype, copy=True)
+        _check_finite(tensor, stored, entry)
+        del stored
+        yield name, tensor
+
+
+def load_into(
+    module: nn.Module,
+    folder: str | Path,
+    config: LLaVAConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Replace every parameter of a module (built on the meta device) by the checkpoint's, at one times their memory.
+
+    dtype None means the one in config.json. Parameters do not ask for gradients. Raises `CheckpointError` as
+    `stream_tensors` does; the module is then half filled and should be thrown away.
+    """
+    dtype = dtype or stored_dtype(read_config(folder))
+    for name, tensor in stream_tensors(folder, config, dtype=dtype, device=device):
+        set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+    if config.language.tied_embeddings:
+        set_parameter(module, TIED, module.get_parameter(TIED_TO))
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"The module has parameters that the checkpoint's config does not call for: {_some(empty)}. "
+            "Build it from the same config."
+        )
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the module's parameter of that dotted name.
+
+    >>> block = nn.Sequential(nn.Linear(2, 2))
+    >>> set_parameter(block, "0.bias", nn.Parameter(torch.ones(2)))
+    >>> block[0].bias.tolist()
+    [1.0, 1.0]
+    """
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies and what the file's header says about it."""
+
+    path: Path
+    hf_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _matched_entries(folder: Path, config: LLaVAConfig) -> dict[str, _Entry]:
+    """The checkpoint's tensors by our names, after comparison with what the config asks for."""
+    entries: dict[str, _Entry] = {}
+    surplus: list[str] = []
+    for entry in _entries(folder):
+        try:
+            name = our_name(entry.hf_name)
+        except CheckpointError:
+            surplus.append(f"{entry.hf_name} in {entry.path.name}")
+            continue
+        if name is None:
+            continue
+        if name in entries:
+            raise CheckpointError(
+                f"{folder} holds the same tensor twice: {entries[name].hf_name} in {entries[name].path.name} and "
+                f"{entry.hf_name} in {entry.path.name}. Remove one, or convert the checkpoint again."
+            )
+        entries[name] = entry
+    _compare(folder, entries, surplus, config)
+    return entries
+
+
+def _compare(folder: Path, entries: dict[str, _Entry], surplus: list[str], config: LLaVAConfig) -> None:
+    expected = expected_tensors(config)
+    if config.language.tied_embeddings and TIED in entries:
+        expected = {**expected, TIED: expected[TIED_TO]}
+    missing = [name for name in expected if name not in entries]
+    surplus += [f"{e.hf_name} in {e.path.name}" for name, e in entries.items() if name not in expected]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(expected)} tensors that its config.json calls for: "
+            f"{_some(missing)}. The checkpoint is incomplete or its config.json belongs to another model."
+        )
+    if surplus:
+        raise CheckpointError(
+            f"{folder} holds {len(surplus)} tensors that its config.json does not call for: {_some(surplus)}. "
+            "The config.json belongs to another model, or the checkpoint is of another architecture."
+        )
+    for name, shape in expected.items():
+        entry = entries[name]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"Tensor {entry.hf_name} in {entry.path} has shape {entry.shape}; expected {shape} from config.json "
+                f"(it becomes {name}). The config.json belongs to another model."
+            )
+        if entry.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"Tensor {entry.hf_name} in {entry.path} is stored as {entry.dtype}; expected floating point "
+                f"({', '.join(_FLOATS)}). Quantised checkpoints do not load: use the one it was made from."
+            )
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    """Every tensor that the folder's files say they hold; headers only."""
+    if (folder / WEIGHTS).is_file():
+        yield from _header(folder / WEIGHTS).values()
+        return
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file. Save the checkpoint again.")
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{folder / INDEX} names the file {shard!r}, which is not there. Complete the download or copy."
+            )
+        held, named = _header(folder / shard), {name for name, file in weight_map.items() if file == shard}
+        if absent := sorted(named - set(held)):
+            raise CheckpointError(
+                f"{folder / INDEX} says that {shard} holds {_some(absent)}, which it does not. "
+                "Index and files are of different checkpoints: download or save both again."
+            )
+        yield from held.values()
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickle files only ({_some(pickles)}), which can run any code when opened "
+            "and are never read. Convert them once, in a place you trust, with transformers: "
+            "LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    return f"{folder} holds no weights; expected {WEIGHTS}, or {INDEX} with the files it names."
+
+
+def _header(path: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            slices = [file.get_slice(name) for name in names]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or is no safetensors file ({error}). Download or copy it again."
+        ) from error
+    return {
+        name: _Entry(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+        for name, part in zip(names, slices, strict=True)
+    }
+
+
+def _read(entry: _Entry) -> Tensor:
+    # Opened anew for each tensor: an open file would keep the pages of all tensors read from it so far.
+    try:
+        with safe_open(entry.path, framework="pt") as file:
+            return file.get_tensor(entry.hf_name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"Tensor {entry.hf_name} in {entry.path} cannot be read ({error}).") from error
+
+
+def _check_finite(tensor: Tensor, stored: Tensor, entry: _Entry) -> None:
+    if _is_finite(tensor):
+        return
+    if _is_finite(stored):
+        raise CheckpointError(
+            f"Tensor {entry.hf_name} in {entry.path} has numbers too large for {tensor.dtype} (it is stored as "
+            f"{stored.dtype}). Load it with dtype={stored.dtype}."
+        )
+    nan, infinite = int(stored.isnan().sum()), int(stored.isinf().sum())
+    raise CheckpointError(
+        f"Tensor {entry.hf_name} in {entry.path} has {nan} NaN and {infinite} infinite numbers among "
+        f"{stored.numel()}; expected finite weights. The checkpoint is damaged: download or save it again."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(chunk.isfinite().all()) for chunk in tensor.reshape(-1).split(_CHUNK))
+
+
+def _check_tied(unembed: _Entry, embed: _Entry) -> None:
+    if not torch.equal(_read(unembed), _read(embed)):
+        raise CheckpointError(
+            f"config.json says that the unembedding is the embedding (tie_word_embeddings), but {unembed.hf_name} in "
+            f"{unembed.path} differs from {embed.hf_name}. Set tie_word_embeddings to false in config.json, in the "
+            "outer part and in text_config, to keep both."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is not there; expected a checkpoint folder in Hugging Face format. Check the path."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}). Download or copy it again.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(fields).__name__}; expected an object of named fields.")
+    return fields
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
