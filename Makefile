@@ -1,0 +1,47 @@
+# Every target sets up .venv when it is missing or older than what it was made from.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+LINT_STAMP := .venv/.installed-lint
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PICTURE ?= hooked_llava/toy/pictures/demo.png
+QUESTION ?= What color is the star?
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint notebooks clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# torch goes first and by its exact version, so that no other package's wish for torch is heard before the constraint.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@echo "Setting up .venv (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -e '.[dev,viz]'
+	@touch $@
+
+demo: $(STAMP)  ## ask the embedded model about a picture and write report.html
+	@$(BIN)/hooked-llava explain $(PICTURE) "$(QUESTION)" -o report.html
+
+test: $(STAMP)  ## run the tests, the doctests and the notebooks
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## run every benchmark; prints ratios, writes JSON beside each script
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# pyright brings Node.js, which is larger than all the rest of the tools: only who lints waits for it.
+$(LINT_STAMP): $(STAMP)
+	@$(PIP) -e '.[lint]'
+	@touch $@
+
+lint: $(LINT_STAMP)  ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+notebooks: $(STAMP)  ## execute the notebooks in place, outputs included
+	@set -e; for notebook in notebooks/*.ipynb; do $(BIN)/jupyter-execute --inplace $$notebook; done
+
+clean:  ## remove the virtual environment and caches
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis report.html

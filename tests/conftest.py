@@ -1,0 +1,38 @@
+"""What every test and doctest starts from: few threads, no network, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: a test never asks the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tests.builders import make_hf_model
+from tests.builders import tiny_hf_config as build_tiny_hf_config
+
+# Tensors here are so small that threads cost more than they bring; on a busy machine they wait for each other, and
+# the same test takes sixty times as long.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Randomness that a test forgot to seed is at least the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_config() -> Callable[..., LlavaConfig]:
+    return build_tiny_hf_config
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_model() -> LlavaForConditionalGeneration:
+    """One tiny LLaVA shared by all tests: read it, do not change it."""
+    return make_hf_model()
