@@ -1,0 +1,178 @@
+"""The text of one tokenized prompt, and which characters each token spells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from hooked_llava.errors import SpanError
+
+_CONTEXT = 20  # characters shown on each side of an occurrence in an error
+_T = TypeVar("_T")
+_Offsets = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenText:
+    """What the tokens of one prompt spell; decoded only when asked, so that a forward pass costs nothing."""
+
+    token_ids: tuple[int, ...]
+    """Token id at every position, padding included."""
+    tokenizer: Any
+    """A Hugging Face tokenizer."""
+    image_token_id: int
+    """Token id of the image positions; all positions of one picture count as one image token in the text."""
+    image_starts: tuple[int, ...]
+    """First position of each picture."""
+    n_features: int
+    """Positions per picture."""
+    real: range
+    """The positions that are not padding."""
+    prompt: str | None = None
+    """The text that was tokenized, one image token per picture; None if only ids are known."""
+    prompt_offsets: _Offsets | None = None
+    """For every position the first character in `prompt` and the one after the last, (0, 0) for added tokens."""
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Characters of the template's parts (system, question, tail, answer_prefix)."""
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Each position's token as text."""
+        names = {token_id: self.tokenizer.decode([token_id]) for token_id in set(self.token_ids)}
+        return tuple(names[token_id] for token_id in self.token_ids)
+
+    @property
+    def text(self) -> str:
+        """The prompt, or what the token ids decode to where they are all that was given."""
+        return self.prompt if self.prompt_offsets is not None and self.prompt is not None else self._decoded[0]
+
+    @property
+    def offsets(self) -> _Offsets:
+        """For every position its characters (first, one after the last) in `text`."""
+        return self.prompt_offsets if self.prompt_offsets is not None else self._decoded[1]
+
+    def find(
+        self, words: str, *, occurrence: int | None = None, within: str | None = None, whole_words: bool = True
+    ) -> tuple[int, int]:
+        """Characters of some words in `text`: the first one and the one after the last; as `TokenMap.find`."""
+        first, stop = self._part(within)
+        matches = _pattern(words, whole_words).finditer(self.text)
+        places = [match.span() for match in matches if first <= match.start() and match.end() <= stop]
+        if not places:
+            raise SpanError(self._missing(words, first, stop, within))
+        if occurrence is None and len(places) > 1:
+            listed = "\n".join(f"  occurrence={i}: {self._context(*place)}" for i, place in enumerate(places))
+            raise SpanError(
+                f"{words!r} occurs {len(places)} times in the prompt; choose one with occurrence=, or look only "
+                f"within='question':\n{listed}"
+            )
+        if not 0 <= (occurrence or 0) < len(places):
+            raise SpanError(
+                f"occurrence={occurrence}, but {words!r} occurs {len(places)} time{'' if len(places) == 1 else 's'} "
+                f"in the prompt; expected 0 to {len(places) - 1}."
+            )
+        return places[occurrence or 0]
+
+    def shifted(self, by: int) -> TokenText:
+        """The same text with every token `by` positions further right; as `TokenMap.shifted`."""
+        return replace(
+            self,
+            token_ids=roll(self.token_ids, by),
+            image_starts=tuple(start + by for start in self.image_starts),
+            real=range(self.real.start + by, self.real.stop + by),
+            prompt_offsets=None if self.prompt_offsets is None else roll(self.prompt_offsets, by),
+        )
+
+    def _part(self, within: str | None) -> tuple[int, int]:
+        if within is None:
+            return 0, len(self.text)
+        if within not in self.parts:
+            raise SpanError(
+                f"within={within!r} is not a part of this prompt; known: {', '.join(self.parts) or 'none'}."
+            )
+        return self.parts[within]
+
+    def _missing(self, words: str, first: int, stop: int, within: str | None) -> str:
+        text = self.text[first:stop]
+        where = f"the {within}" if within else "the prompt"
+        inside = re.search(rf"\w*{re.escape(words)}\w*", text) if words.strip() else None
+        if inside:
+            return (
+                f"{words!r} occurs in {where} only inside {inside.group()!r}; give the whole word, or set "
+                "whole_words=False."
+            )
+        return f"{words!r} does not occur in {where} {text!r}; give words as they stand there, capitals included."
+
+    def _context(self, start: int, stop: int) -> str:
+        before, after = self.text[max(0, start - _CONTEXT) : start], self.text[stop : stop + _CONTEXT]
+        line = f"...{before}[{self.text[start:stop]}]{after}..."
+        return line.replace("\n", "\\n")
+
+    @cached_property
+    def _decoded(self) -> tuple[str, _Offsets]:
+        """Text and offsets rebuilt from the ids, token by token, each decoded after its neighbour for the spaces."""
+        text, offsets, previous = "", [(0, 0)] * len(self.token_ids), None
+        pictures = {start + i for start in self.image_starts for i in range(self.n_features)}
+        for position in self.real:
+            if position in pictures and position not in self.image_starts:
+                offsets[position] = offsets[position - 1]
+                continue
+            token_id = self.token_ids[position]
+            piece = _piece(self.tokenizer, previous, token_id)
+            spaces = len(piece) - len(piece.lstrip()) if piece.strip() else 0
+            offsets[position] = (len(text) + spaces, len(text) + len(piece))
+            text, previous = text + piece, token_id
+        return text, tuple(offsets)
+
+
+def prompt_offsets(offsets: Sequence[tuple[int, int]], prompt: str, image_token: str, n_features: int) -> _Offsets:
+    """Character offsets in the text with every image token written n_features times -> offsets in the prompt.
+
+    >>> prompt_offsets([(0, 1), (1, 4), (4, 7), (7, 9)], "a<i>bc", "<i>", 2)
+    ((0, 1), (1, 4), (1, 4), (4, 6))
+    """
+    length = len(image_token)
+    grown = length * (n_features - 1)
+    pictures = [match.start() for match in re.finditer(re.escape(image_token), prompt)]
+    mapped, image = [], 0
+    for start, stop in offsets:
+        while image < len(pictures) and start >= pictures[image] + (image + 1) * grown + length:
+            image += 1  # this token lies behind picture number `image` in the long text
+        inside = image < len(pictures) and stop > start >= pictures[image] + image * grown
+        if stop <= start:  # a token that the tokenizer added, or padding
+            mapped.append((0, 0))
+        elif inside:
+            mapped.append((pictures[image], pictures[image] + length))
+        else:
+            mapped.append((start - image * grown, stop - image * grown))
+    return tuple(mapped)
+
+
+def roll(row: tuple[_T, ...], by: int) -> tuple[_T, ...]:
+    """A row with everything `by` places further right, and what falls off at one end put on at the other.
+
+    >>> roll((1, 2, 3), 1)
+    (3, 1, 2)
+    """
+    return row[-by:] + row[:-by] if by else row
+
+
+def _piece(tokenizer: Any, previous: int | None, token_id: int) -> str:
+    """What a token adds to the text; only in context does a tokenizer say whether a space comes before a word."""
+    alone = tokenizer.decode([token_id])
+    if previous is None:
+        return alone
+    before = tokenizer.decode([previous])
+    both = tokenizer.decode([previous, token_id])
+    return both[len(before) :] if both.startswith(before) else alone
+
+
+def _pattern(words: str, whole_words: bool) -> re.Pattern[str]:
+    if not words.strip():
+        raise SpanError("An empty string was given to find; expected words of the prompt.")
+    left = r"(?<!\w)" if whole_words and re.match(r"\w", words) else ""
+    right = r"(?!\w)" if whole_words and re.search(r"\w$", words) else ""
+    return re.compile(left + re.escape(words) + right)
