@@ -1,1 +1,73 @@
-"""Mechanistic interpretability of LLaVA models: every activation named, cached, patched and explained."""
+"""Mechanistic interpretability of LLaVA models: every activation named, cached, patched and explained.
+
+Names are imported when they are first used, so that `hooked-llava --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hooked_llava.cache import LLaVACache
+    from hooked_llava.config import LLaVAConfig
+    from hooked_llava.errors import (
+        CheckpointError,
+        ConfigError,
+        HookedLLaVAError,
+        HookNameError,
+        HookValueError,
+        InputError,
+        SpanError,
+        StaleReplayError,
+    )
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.interventions import Intervention, Replay
+    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
+
+_HOMES = {
+    "HookedLLaVA": "model",
+    "Inputs": "inputs",
+    "TokenMap": "token_map",
+    "LLaVACache": "cache",
+    "Intervention": "interventions",
+    "Replay": "interventions",
+    "LLaVAConfig": "config",
+    "HookedLLaVAError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "HookNameError": "errors",
+    "HookValueError": "errors",
+    "InputError": "errors",
+    "SpanError": "errors",
+    "StaleReplayError": "errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "HookNameError",
+    "HookValueError",
+    "HookedLLaVA",
+    "HookedLLaVAError",
+    "InputError",
+    "Inputs",
+    "Intervention",
+    "LLaVACache",
+    "LLaVAConfig",
+    "Replay",
+    "SpanError",
+    "StaleReplayError",
+    "TokenMap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"hooked_llava.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hooked_llava' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -188,7 +188,7 @@ class LLaVAConfig:
                 f"The config describes a model of type {hf_config.model_type!r}; expected 'llava' "
                 "(LlavaForConditionalGeneration). Load a LLaVA checkpoint in Hugging Face format."
             )
-        language = _language_config(hf_config.text_config)
+        language = _language_config(hf_config.text_config, tied=bool(hf_config.tie_word_embeddings))
         vision = _vision_config(hf_config)
         projector = ProjectorConfig(
             d_in=vision.d_features,
@@ -219,7 +219,7 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _language_config(text: Any) -> LanguageConfig:
+def _language_config(text: Any, *, tied: bool) -> LanguageConfig:
     if text.model_type not in _LANGUAGE_TYPES:
         raise ConfigError(
             f"The language model is of type {text.model_type!r}; this version builds {', '.join(_LANGUAGE_TYPES)}. "
@@ -244,7 +244,7 @@ def _language_config(text: Any) -> LanguageConfig:
         rotary=_rotary_config(text),
         d_vocab=text.vocab_size,
         n_ctx=text.max_position_embeddings,
-        tied_embeddings=bool(text.tie_word_embeddings),
+        tied_embeddings=tied,  # the outer config decides: transformers ties by it
     )
 
 

@@ -37,6 +37,10 @@ class InputError(HookedLLaVAError, ValueError):
     """Prompts, images or tensors that do not fit the model or each other."""
 
 
+class StaleReplayError(InputError):
+    """A kept run that is no longer what the model would compute."""
+
+
 class SpanError(HookedLLaVAError, KeyError):
     """A span, patch, box or position that the token map does not have."""
 

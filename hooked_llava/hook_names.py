@@ -65,25 +65,25 @@ def _norm_hooks(name: str, what: str) -> list[HookSpec]:
 
 def _attention_hooks(*, rotary: bool) -> list[HookSpec]:
     attn = "blocks.{i}.attn."
-    inputs = [
-        HookSpec(
-            f"{attn}hook_{x}_input",
-            ("batch", "pos", "head" if x == "q" else "kv_head", "d_model"),
-            f"residual stream, before the norm, as each head's {word} read it",
-            large=True,
-            aliases=(f"blocks.{{i}}.hook_{x}_input",),
-        )
-        for x, word in (("q", "queries"), ("k", "keys"), ("v", "values"))
-    ]
+    projections: list[HookSpec] = []
+    for x, word in (("q", "queries"), ("k", "keys"), ("v", "values")):
+        heads = _HEADS if x == "q" else _KEY_VALUE_HEADS
+        projections += [
+            HookSpec(
+                f"{attn}hook_{x}_input",
+                (*heads[:-1], "d_model"),
+                f"residual stream, before the norm, as each head's {word} read it",
+                large=True,
+                aliases=(f"blocks.{{i}}.hook_{x}_input",),
+            ),
+            HookSpec(f"{attn}hook_{x}", heads, word),
+        ]
     rotated = [
         HookSpec(f"{attn}hook_rot_q", _HEADS, "queries after the rotary embedding"),
         HookSpec(f"{attn}hook_rot_k", _KEY_VALUE_HEADS, "keys after the rotary embedding"),
     ]
     return [
-        *inputs,
-        HookSpec(f"{attn}hook_q", _HEADS, "queries"),
-        HookSpec(f"{attn}hook_k", _KEY_VALUE_HEADS, "keys"),
-        HookSpec(f"{attn}hook_v", _KEY_VALUE_HEADS, "values"),
+        *projections,
         *(rotated if rotary else []),
         HookSpec(f"{attn}hook_attn_scores", _EDGES, "attention scores before the softmax; blocked edges are -inf"),
         HookSpec(f"{attn}hook_pattern", _EDGES, "attention pattern: softmax of the scores over the keys"),
@@ -186,23 +186,37 @@ class HookTable:
     def __getitem__(self, name: str) -> HookSpec:
         return self.specs[self.aliases.get(name, name)]
 
-    def resolve(self, names_filter: NamesFilter, *, with_image: bool = True) -> list[str]:
+    def stage(self, name: str) -> int:
+        """When a hook fires: -1 before the language tower's blocks, i in block i, n_layers after them."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1])
+        if name == "hook_embed":
+            return 0
+        return -1 if _is_image_side(name) or name == "hook_text_embed" else self.config.language.n_layers
+
+    def resolve(
+        self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None
+    ) -> list[str]:
         """Full names, in firing order, of the hooks that a filter asks for.
 
         Without a filter: all that fire, but for the large ones. Raises `HookNameError` for a name or pattern that
-        matches nothing (with a suggestion), for an empty filter, for a vision block that is not run, and for image
-        hooks when the prompt has no image (`with_image=False`).
+        matches nothing (with a suggestion), for an empty filter, for a vision block that is not run, and for what does
+        not fire: image hooks when the prompt has no image (`with_image=False`), and hooks outside the `stages` of a run
+        that is entered or left at some layer.
         """
+        fires = dict.fromkeys(  # ordered as they fire, and quick to look up
+            name
+            for name in self.specs
+            if (with_image or not _is_image_side(name)) and (stages is None or self.stage(name) in stages)
+        )
         if names_filter is None:
-            found = {name for name, spec in self.specs.items() if not spec.large}
-            return [name for name in self.specs if name in found and (with_image or not _is_image_side(name))]
+            return [name for name in fires if not self.specs[name].large]
         if isinstance(names_filter, (str, tuple)):
-            found = set(self._match(names_filter, with_image))
+            found = set(self._match(names_filter, fires, with_image))
         elif callable(names_filter):
-            fires = [name for name in self.specs if with_image or not _is_image_side(name)]
             found = {name for name in fires if names_filter(name)}
         else:
-            found = {name for item in names_filter for name in self._match(item, with_image)}
+            found = {name for item in names_filter for name in self._match(item, fires, with_image)}
         if not found:
             raise HookNameError(
                 "The filter matches no hook, so nothing would be seen. Give a name, a glob such as "
@@ -210,23 +224,33 @@ class HookTable:
             )
         return [name for name in self.specs if name in found]
 
-    def _match(self, item: str | tuple, with_image: bool) -> list[str]:
+    def _match(self, item: str | tuple, fires: dict[str, None], with_image: bool) -> list[str]:
         if not isinstance(item, (str, tuple)):
             raise HookNameError(
                 f"A hook filter holds {item!r} of type {type(item).__name__}; expected names, globs, short names, "
                 "pairs (short name, layer), or one function from name to bool."
             )
         matches = self._from_pair(item) if isinstance(item, tuple) else self._from_string(item)
-        firing = [name for name in matches if with_image or not _is_image_side(name)]
-        if not firing:
+        firing = [name for name in matches if name in fires]
+        if not firing and not with_image and _is_image_side(matches[0]):
             raise HookNameError(
                 f"Hook {matches[0]!r} does not fire: the prompt has no image, so the vision tower and the projector "
                 "are not run. Give an image, or ask for hooks of the language tower."
             )
+        if not firing:
+            raise HookNameError(
+                f"Hook {matches[0]!r} does not fire: it lies outside the part of the model between start_at_layer and "
+                "stop_at_layer. Run more layers, or ask for hooks of those that are run."
+            )
         return firing
 
     def _from_pair(self, pair: tuple) -> list[str]:
-        short, layer = pair[0], pair[1] if len(pair) > 1 else None
+        short, layer, *_ = (*pair, None, None)
+        if not 1 <= len(pair) <= 3 or not isinstance(short, str) or not isinstance(layer, (int, type(None))):
+            raise HookNameError(
+                f"{pair!r} is no hook: a tuple is (short name, layer), for example ('pattern', 3). Give several names as "
+                "a list."
+            )
         names = self._from_string(short if len(pair) < 3 else f"{pair[2]}.hook_{short}")
         if layer is None:
             return names
@@ -269,6 +293,8 @@ class HookTable:
         parts = name.split(".")
         if parts[:2] == ["vision", "blocks"] and len(parts) > 2 and parts[2].isdigit():
             run, total = self.config.vision.n_layers_run, self.config.vision.n_layers
+            if run == 0:
+                return f"Hook {name!r} does not exist: the projector reads the embedding, so no block of the vision tower is run."
             if run <= int(parts[2]) < total:
                 return (
                     f"Hook {name!r} does not exist: the projector reads the vision features after block {run - 1}, so "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from transformers import LlavaForConditionalGeneration
 from hooked_llava.config import LLaVAConfig
 from hooked_llava.errors import ConfigError
 from hooked_llava.inputs import Inputs, InputsLike
-from hooked_llava.model import HookedLLaVA
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
 
 TOLERANCE = 1e-4
 """Largest difference in float32, as a part of the activation's largest number, that counts as the same."""

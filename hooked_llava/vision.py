@@ -38,6 +38,12 @@ class VisionTower(nn.Module):
         context = AttentionContext()
         for block in self.blocks[: self.cfg.n_layers_run]:
             states.append(block(states[-1], context))
+        return self.features(states)
+
+    def features(
+        self, states: list[Float[Tensor, "image pos d_model"]]
+    ) -> Float[Tensor, "image feature d_features"]:
+        """The feature layers side by side, given the stream entering every block and leaving the last."""
         features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
 
@@ -47,6 +53,8 @@ class VisionTower(nn.Module):
         patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
         n_images = patches.shape[0]
         positions = self.pos_embed.weight.expand(n_images, -1, -1)
+        if self.hook_pos_embed.listening:
+            positions = positions.clone()  # what somebody keeps must not be the weights themselves
         positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
         tokens = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)
         return self.hook_embed(self.ln_pre(tokens + positions))

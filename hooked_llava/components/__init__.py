@@ -6,6 +6,7 @@ from hooked_llava.components.hook_point import HookPoint, reads_only, start_grap
 from hooked_llava.components.kv_cache import KVCache
 from hooked_llava.components.mlp import MLP
 from hooked_llava.components.norm import LayerNorm, RMSNorm, make_norm
+from hooked_llava.components.prefix_attention import Prefix
 from hooked_llava.components.rotary import RotaryEmbedding
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HookPoint",
     "KVCache",
     "LayerNorm",
+    "Prefix",
     "RMSNorm",
     "RotaryEmbedding",
     "make_norm",

@@ -7,17 +7,18 @@ is computed explicitly. The softmax runs in float32 either way.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from fancy_einsum import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_llava.components.hook_point import HookPoint
 from hooked_llava.components.kv_cache import KVCache
 from hooked_llava.components.norm import LayerNorm, RMSNorm
+from hooked_llava.components.prefix_attention import Prefix, attend_with_prefix
 from hooked_llava.components.rotary import Rotation, rotate
 from hooked_llava.config import TowerConfig
 
@@ -37,6 +38,14 @@ class AttentionContext:
     """Rotary cosine and sine of the positions, or None."""
     kv_cache: KVCache | None = None
     """Earlier keys and values, when decoding."""
+    prefix: Prefix | None = None
+    """Keys and values of earlier positions, shared by many rows of the batch."""
+    queries: Int[Tensor, " query"] | None = None
+    """Indices of the positions whose output is wanted; the others give keys and values only. None: all."""
+
+    def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
+        """x at the positions whose output is wanted."""
+        return x if self.queries is None else x.index_select(1, self.queries)
 
     @functools.cached_property
     def blind(self) -> Bool[Tensor, "batch 1 query 1"] | None:
@@ -89,13 +98,14 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, fork: Fork
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch query d_model"]:
         """What attention adds to the residual stream, given the normalized stream x."""
-        q = self.hook_q(self.project(self.query, self.hook_q_input, x, fork))  # (batch, pos, head, d_head)
+        asking = context.read(x), (context.read(fork[0]), fork[1])
+        q = self.hook_q(self.project(self.query, self.hook_q_input, *asking))  # (batch, query, head, d_head)
         k = self.hook_k(self.project(self.key, self.hook_k_input, x, fork))  # (batch, pos, kv_head, d_head)
         v = self.hook_v(self.project(self.value, self.hook_v_input, x, fork))  # (batch, pos, kv_head, d_head)
         if context.rotation is not None:
-            q = self.hook_rot_q(rotate(q, context.rotation))
+            q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
             k = self.hook_rot_k(rotate(k, context.rotation))
         z = self.hook_z(self.attend(q, k, v, context))  # (batch, pos, head, d_head)
         if self.hook_result.listening:
@@ -119,17 +129,19 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        q: Float[Tensor, "batch pos head d_head"],
+        q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "batch pos kv_head d_head"],
         v: Float[Tensor, "batch pos kv_head d_head"],
         context: AttentionContext,
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    ) -> Float[Tensor, "batch query head d_head"]:
         """Values averaged by the pattern, in one fused call unless somebody listens to scores or pattern."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.kv_cache is not None:
             k, v = context.kv_cache.append(self.layer, k, v)
         if self.hook_attn_scores.listening or self.hook_pattern.listening:
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
+        if context.prefix is not None:
+            return attend_with_prefix(q, k, v, context.prefix, context.allowed, self.scale).transpose(1, 2)
         z = F.scaled_dot_product_attention(
             q,
             k,
@@ -143,12 +155,14 @@ class Attention(nn.Module):
 
     def attend_explicitly(
         self,
-        q: Float[Tensor, "batch head pos d_head"],
+        q: Float[Tensor, "batch head query d_head"],
         k: Float[Tensor, "batch kv_head key d_head"],
         v: Float[Tensor, "batch kv_head key d_head"],
         context: AttentionContext,
-    ) -> Float[Tensor, "batch head pos d_head"]:
+    ) -> Float[Tensor, "batch head query d_head"]:
         """The same through scores and pattern, so that both can be read and changed."""
+        if context.prefix is not None:
+            k, v, context = _with_prefix(k, v, q.shape[2], context)
         groups = self.cfg.n_heads // self.cfg.n_key_value_heads
         k, v = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (k, v))
         scores = self.hook_attn_scores(context.mask_scores(q @ k.transpose(-1, -2) * self.scale))
@@ -199,3 +213,23 @@ class Attention(nn.Module):
     def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "any_head d_head"]:
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         return bias.unflatten(0, (-1, self.cfg.d_head))
+
+
+def _with_prefix(
+    k: Float[Tensor, "batch kv_head pos d_head"],
+    v: Float[Tensor, "batch kv_head pos d_head"],
+    n_queries: int,
+    context: AttentionContext,
+) -> tuple[Tensor, Tensor, AttentionContext]:
+    """Keys and values joined to those of the shared prefix, with a mask over both."""
+    assert context.prefix is not None
+    before_k, before_v, before = context.prefix.for_each_row(len(k))
+    k, v = torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
+    if before is None and context.allowed is None:
+        return k, v, context
+    shape = (len(k), 1, n_queries, -1)
+    n_before, n_own = before_k.shape[2], k.shape[2] - before_k.shape[2]
+    before = before_k.new_ones((1, 1, 1, n_before), dtype=torch.bool) if before is None else before
+    own = before_k.new_ones((1, 1, 1, n_own), dtype=torch.bool) if context.allowed is None else context.allowed
+    allowed = torch.cat([before.expand(shape), own.expand(shape)], dim=-1)
+    return k, v, replace(context, allowed=allowed)

@@ -32,10 +32,10 @@ class Block(nn.Module):
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after the block."""
+    ) -> Float[Tensor, "batch query d_model"]:
+        """The residual stream after the block, at the positions that `context` wants."""
         resid_pre = self.hook_resid_pre(resid)
         attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), context, fork=(resid_pre, self.ln1)))
-        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
+        resid_mid = self.hook_resid_mid(context.read(resid_pre) + attn_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
         return self.hook_resid_post(resid_mid + mlp_out)

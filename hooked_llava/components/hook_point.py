@@ -32,6 +32,13 @@ def start_graph(x: Tensor) -> Tensor:
 class HookPoint(tl_hook_points.HookPoint):
     """An identity through which one activation passes, and where functions may read or replace it."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """The activation, through the attached functions; as it is where there are none."""
+        # nn.Module's own call costs several times as much, and a forward pass makes one for every name
+        if self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks:
+            return super().__call__(x)
+        return x
+
     @property
     def listening(self) -> bool:
         """Whether any function, forward or backward, is attached."""
@@ -57,7 +64,9 @@ def _guard(function: Callable[..., Any]) -> Callable[..., Any]:
         version = private._version if tracks_writes else 0
         returned = function(private, hook=hook)
         if returned is None:
-            return private if not tracks_writes or private._version != version else None
+            # With gradients the copy itself goes on, so that those of a tensor that the function kept can be had.
+            on_path = private.requires_grad or not tracks_writes or private._version != version
+            return private if on_path else None
         _check_returned(returned, tensor, hook.name)
         return returned
 
@@ -74,4 +83,8 @@ def _check_returned(returned: Any, given: Tensor, name: str | None) -> None:
         raise HookValueError(
             f"A function on {name} returned a tensor of shape {tuple(returned.shape)} and {returned.dtype}; expected "
             f"{tuple(given.shape)} and {given.dtype}, as it was given. Return the whole activation, changed where wanted."
+        )
+    if returned.device != given.device:
+        raise HookValueError(
+            f"A function on {name} returned a tensor on {returned.device}; expected one on {given.device}, as it was given."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,6 +36,23 @@ class KVCache:
         self._store[layer, 0, :, :, self.length : end] = k
         self._store[layer, 1, :, :, self.length : end] = v
         return self._store[layer, 0, :, :, :end], self._store[layer, 1, :, :, :end]
+
+    def layer(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "batch kv_head key d_head"], Float[Tensor, "batch kv_head key d_head"]]:
+        """One layer's keys and values of all positions seen, as views."""
+        return self._store[layer, 0, :, :, : self.length], self._store[layer, 1, :, :, : self.length]
+
+    def to(self, *, device: torch.device | str, dtype: torch.dtype) -> KVCache:
+        """Itself, or a copy elsewhere or in another dtype."""
+        moved = copy.copy(self)
+        moved._store = self._store.to(device, dtype)
+        return moved
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what is allocated."""
+        return self._store.numel() * self._store.element_size()
 
     def advance(self, n: int) -> None:
         """Count n further positions as seen."""

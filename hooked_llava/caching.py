@@ -1,0 +1,118 @@
+"""What to keep of a forward pass: which positions, how many bytes, and the hook functions that keep it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_llava.components import HookPoint, reads_only
+from hooked_llava.config import TowerConfig
+from hooked_llava.errors import InputError
+from hooked_llava.hook_names import IMAGE_SIDE, HookTable
+from hooked_llava.inputs import Inputs
+
+Positions = str | int | slice | Sequence[int]
+"""Sequence positions: the name of a span ("image", "last"), a number, a slice, or a list of numbers."""
+
+
+def resolve_positions(positions: Positions, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:
+    """The same number of positions in every row, as indices; raises `InputError` or `SpanError` for what is not there."""
+    n_positions = inputs.shape[1]
+    if isinstance(positions, str) and isinstance(inputs, Tensor):
+        raise InputError(f"A residual stream has no spans, so positions={positions!r} means nothing; give numbers.")
+    if isinstance(positions, str):
+        rows = [[int(p) for p in token_map[positions]] for token_map in inputs.token_maps]
+        if len({len(row) for row in rows}) != 1:
+            raise InputError(
+                f"Span {positions!r} has {[len(row) for row in rows]} positions in the rows of the batch; activations of "
+                "different lengths do not stack. Run the prompts one at a time."
+            )
+        return torch.tensor(rows, dtype=torch.long)
+    if isinstance(positions, slice):
+        row = list(range(n_positions))[positions]
+    else:
+        row = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    outside = [p for p in row if not -n_positions <= p < n_positions]
+    if outside or not row:
+        raise InputError(
+            f"positions={outside or row} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, "
+            "a slice, or the name of a span such as 'last'."
+        )
+    return torch.tensor([p % n_positions for p in row]).expand(len(inputs), -1)
+
+
+def take_positions(tensor: Tensor, index: Int[Tensor, "batch n_positions"], axis: int) -> Tensor:
+    """Copy of a tensor at some positions; each row of the batch (axis 0) has its own."""
+    index = index.to(tensor.device)
+    if bool((index == index[:1]).all()):
+        return tensor.index_select(axis, index[0])
+    return torch.stack([row.index_select(axis - 1, where) for row, where in zip(tensor, index, strict=True)])
+
+
+def shared_spans(inputs: Inputs) -> dict[str, Int[Tensor, " n_positions"]]:
+    """Image and text positions, where the rows of the batch have them and all have the same."""
+    spans = {}
+    for name in ("image", "text"):
+        rows = {token_map.spans.get(name) for token_map in inputs.token_maps}
+        if len(rows) == 1 and (row := rows.pop()) is not None:
+            spans[name] = row.tensor()
+    return spans
+
+
+def saver(
+    store: dict[str, Tensor],
+    table: HookTable,
+    index: Int[Tensor, "batch n_positions"] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    suffix: str = "",
+) -> Callable[..., None]:
+    """A hook function that puts what it sees into `store` under the hook's name."""
+
+    @reads_only
+    def save(tensor: Tensor, hook: HookPoint) -> None:
+        assert hook.name is not None
+        kept = tensor.detach()
+        axis = table[hook.name].position_axis
+        if index is not None and axis is not None and not hook.name.startswith(IMAGE_SIDE):
+            kept = take_positions(kept, index, axis)
+        store[hook.name + suffix] = kept if device is None else kept.to(device)
+
+    return save
+
+
+def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None = None) -> dict[str, int]:
+    """Length of every axis that a hook's tensor may have, with `n_kept` sequence positions kept in the language tower."""
+    config = table.config
+    on_image_side = name.startswith(IMAGE_SIDE)
+    tower: TowerConfig = config.vision if name.startswith("vision.") else config.language
+    n_positions = config.vision.n_positions if on_image_side else n_kept or inputs.shape[1]
+    return {
+        "batch": len(inputs),
+        "image": inputs.n_images,
+        "pos": n_positions,
+        "query": n_positions,
+        "key": config.vision.n_positions if on_image_side else inputs.shape[1],
+        "patch": config.vision.n_patches,
+        "feature": config.vision.n_features,
+        "head": tower.n_heads,
+        "kv_head": tower.n_key_value_heads,
+        "d_head": tower.d_head,
+        "d_model": tower.d_model,
+        "d_mlp": tower.d_mlp,
+        "d_features": config.vision.d_features,
+        "d_vocab": config.language.d_vocab,
+        "1": 1,
+    }
+
+
+def tensor_bytes(table: HookTable, name: str, inputs: Inputs, n_kept: int, dtype: torch.dtype) -> int:
+    """Bytes of one activation, with `n_kept` sequence positions kept in the language tower."""
+    sizes = axis_sizes(table, name, inputs, n_kept)
+    wide = name.endswith("hook_scale")  # statistics are taken in float32 at least
+    itemsize = (torch.promote_types(dtype, torch.float32) if wide else dtype).itemsize
+    return math.prod(sizes[axis] for axis in table[name].axes) * itemsize
