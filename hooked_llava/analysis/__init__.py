@@ -1,0 +1,8 @@
+"""One file for each question a researcher asks of a model; none imports another."""
+
+from hooked_llava.analysis.image_attention import image_attention
+from hooked_llava.analysis.logit_attribution import logit_attribution
+from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.next_tokens import next_tokens
+
+__all__ = ["image_attention", "logit_attribution", "logit_lens", "next_tokens"]

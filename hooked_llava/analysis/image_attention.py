@@ -1,0 +1,55 @@
+"""Where in the picture does a position look?
+
+Attention says what a head reads from, not what it makes of it, and not that the answer depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xarray as xr
+
+from hooked_llava.caching import resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.results import analysis
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+
+def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "last") -> xr.DataArray:
+    """Attention of every head from one position to every patch, [image, layer, head, patch_row, patch_col].
+
+    The numbers are `hook_pattern` itself: a head's row sums to 1 over all keys, so what is missing went to text.
+    Raises `InputError` for several prompts or positions, or a prompt without an image.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> picture = torch.zeros(3, model.config.vision.image_size, model.config.vision.image_size)
+    >>> maps = image_attention(model, model.prepare("What color is the star?", images=picture))
+    >>> maps.sizes["patch_row"] == model.config.vision.grid
+    True
+    """
+    prompt = model.as_inputs(inputs)
+    if len(prompt) != 1 or prompt.n_images == 0:
+        raise InputError(
+            f"image_attention takes one prompt with an image; got {len(prompt)} prompts with {prompt.n_images} images."
+        )
+    token_map, grid = prompt.token_map, model.config.vision.grid
+    where = resolve_positions(position, prompt)[0].tolist()
+    if len(where) != 1:
+        raise InputError(f"position={position!r} means {len(where)} positions; attention is read from one.")
+    with analysis(model, prompt, n_forward=1, position=where[0]) as made:
+        _, cache = model.run_with_cache(
+            prompt, names_filter="pattern", positions=where, stop_at_layer=model.cfg.n_layers, remove_batch_dim=True
+        )
+        pattern = torch.stack([cache["pattern", i][:, 0] for i in range(model.cfg.n_layers)])  # (layer, head, key)
+        maps = [pattern[..., token_map.patches(i).tensor(pattern.device)] for i in range(prompt.n_images)]
+        return xr.DataArray(
+            torch.stack(maps).unflatten(-1, (grid, grid)).float().cpu().numpy(),
+            dims=("image", "layer", "head", "patch_row", "patch_col"),
+            coords={"layer": range(model.cfg.n_layers), "head": range(model.cfg.n_heads)},
+            name="attention",
+            attrs=made.attrs(),
+        )

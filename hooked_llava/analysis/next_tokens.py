@@ -1,0 +1,38 @@
+"""What does the model say next, and how sure is it?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from hooked_llava.readout import words
+from hooked_llava.results import analysis
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+
+def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:
+    """The k most probable next tokens after each prompt: `token`, `token_id` and `probability`, each [prompt, rank].
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> next_tokens(model, model.prepare("Who made the star?"), k=3).sizes["rank"]
+    3
+    """
+    prompt = model.as_inputs(inputs)
+    with analysis(model, prompt, n_forward=1) as made:
+        stream = model(prompt, stop_at_layer=model.cfg.n_layers)  # (batch, pos, d_model)
+        final = stream[range(len(prompt)), prompt.last]  # (batch, d_model)
+        probability, ids = model.language.to_logits(final[:, None])[:, 0].float().softmax(-1).topk(k, dim=-1)
+        dims = ("prompt", "rank")
+        return xr.Dataset(
+            {
+                "token": (dims, words(model, ids)),
+                "token_id": (dims, ids.cpu().numpy()),
+                "probability": (dims, probability.cpu().numpy()),
+            },
+            coords={"rank": range(k)},
+            attrs=made.attrs(),
+        )

@@ -1,0 +1,26 @@
+"""Figures of results, and the report. Needs matplotlib: `pip install 'hooked_llava[viz]'`."""
+
+try:
+    import matplotlib as mpl  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
+
+from hooked_llava.viz.bars import contribution_bars
+from hooked_llava.viz.lens import answer_curve, lens_table
+from hooked_llava.viz.maps import layer_head_map, layer_position_map
+from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from hooked_llava.viz.report import Report, explain
+
+__all__ = [
+    "answer_curve",
+    "as_the_model_sees_it",
+    "contribution_bars",
+    "explain",
+    "layer_head_map",
+    "layer_position_map",
+    "lens_table",
+    "model_view",
+    "patch_overlay",
+    "patch_overlays",
+    "Report",
+]

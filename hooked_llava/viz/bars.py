@@ -1,0 +1,61 @@
+"""How the residual stream adds up to a logit."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, subject_of, tick_every, unit_of
+
+_OF_LAYER = re.compile(r"(\d+)_(attn|mlp)")
+_COLORS = {"attn": BLUE, "mlp": ORANGE}
+_NAMES = {"attn": "attention", "mlp": "MLP"}
+
+
+def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figure:
+    """Direct contributions, [component], a bar each: attention and MLP of a layer side by side, the rest to the left.
+
+    The thin line is the sum of everything up to and including a layer; it ends at the total. Raises `InputError` for
+    a result without the axis `component`.
+
+    >>> parts = xr.DataArray([1.0, 2.0, -0.5], dims="component", coords={"component": ["embed", "0_attn", "0_mlp"]})
+    >>> figure = contribution_bars(parts)
+    >>> [float(bar.get_height()) for bars in figure.axes[0].containers for bar in bars]
+    [1.0, 2.0, -0.5]
+    """
+    result = only(result, "component")
+    values = dict(zip((str(name) for name in result["component"].values), result.values.tolist(), strict=True))
+    others = [name for name in values if not _OF_LAYER.fullmatch(name)]
+    n_layers = 1 + max((int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))), default=-1)
+    with plot(min(11.0, 3.4 + 0.42 * (n_layers + len(others))), 3.1) as figure:
+        axes = figure.add_subplot()
+        if others:
+            axes.bar(range(-len(others), 0), [values[name] for name in others], 0.5, color=MUTED)
+        for side, kind in ((-1, "attn"), (1, "mlp")):
+            heights = [values.get(f"{layer}_{kind}", 0.0) for layer in range(n_layers)]
+            at = np.arange(n_layers) + side * 0.2
+            axes.bar(at, heights, 0.36, color=_COLORS[kind], label=_NAMES[kind])
+        ends, sums = _running_sum(values, others, n_layers)
+        axes.plot(ends, sums, color=INK, linewidth=1.0, marker=".", markersize=4, label="sum so far")
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        step = tick_every(n_layers) if n_layers else 1
+        layers = list(range(0, n_layers, step))
+        axes.set_xticks([*range(-len(others), 0), *layers], [*others, *map(str, layers)])
+        axes.set_xlabel("layer")
+        axes.set_ylabel(unit_of(result))
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_title(subject_of(result) if title is None else title)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
+    return figure
+
+
+def _running_sum(values: dict[str, float], others: list[str], n_layers: int) -> tuple[list[int], list[float]]:
+    """Where the sum so far is marked, and how large it is there."""
+    rests = np.cumsum([values[name] for name in others]).tolist()
+    start = rests[-1] if rests else 0.0
+    layers = [values.get(f"{layer}_attn", 0.0) + values.get(f"{layer}_mlp", 0.0) for layer in range(n_layers)]
+    return list(range(-len(others), n_layers)), rests + (start + np.cumsum(layers)).tolist()

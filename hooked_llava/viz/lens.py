@@ -1,0 +1,128 @@
+"""What the logit lens reads: words by layer, and an answer's probability by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.maps import draw_cells
+from hooked_llava.viz.style import (
+    INK,
+    RULE,
+    SEQUENTIAL,
+    SERIES,
+    ColorScale,
+    add_color_bar,
+    plot,
+    tick_every,
+)
+
+_PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
+_LONGEST_WORD = 12
+
+
+def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
+    """The words that `logit_lens` reads, a row for each layer, shaded by probability.
+
+    For one position the columns are its most probable words by rank, for several positions the best word of each.
+    Raises `InputError` for a dataset without `token` and `probability` by layer, position and rank.
+
+    >>> dims = ("layer", "position", "rank")
+    >>> read = xr.Dataset({"token": (dims, [[["Red"]]]), "probability": (dims, [[[0.9]]])})
+    >>> [text.get_text() for text in lens_table(read).axes[0].texts]
+    ['Red']
+    """
+    words, probability, columns, label = _cells(result)
+    n_layers, n_columns = words.shape
+    with plot(max(4.2, 1.7 + 0.86 * n_columns), max(2.4, 0.9 + 0.27 * n_layers)) as figure:
+        axes = figure.add_subplot()
+        draw_cells(axes, probability, _PROBABILITY)
+        for (row, column), word in np.ndenumerate(words):
+            color = _PROBABILITY.ink(float(probability[row, column]))
+            axes.text(column + 0.5, row + 0.5, _shown(word), ha="center", va="center", fontsize=7.5, color=color)
+        axes.set_xticks(np.arange(n_columns) + 0.5, columns, rotation=90 if label == "position" else 0)
+        axes.set_yticks(np.arange(n_layers) + 0.5, layer_names(n_layers))
+        axes.tick_params(length=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel("stream entering layer")
+        axes.set_title(f"Logit lens: most probable words by {label}" if title is None else title)
+        add_color_bar(figure, axes, _PROBABILITY, "probability")
+    return figure
+
+
+def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
+    """The probability that the logit lens gives each answer, by layer; a line for each answer, at one position.
+
+    Raises `InputError` for a dataset without `answer_probability` (`logit_lens(..., answers=[...])` makes one), or with
+    several positions.
+
+    >>> dims = ("layer", "position", "answer")
+    >>> read = xr.Dataset({"answer_probability": (dims, [[[0.1]], [[0.9]]])}, coords={"answer": ["Red"]})
+    >>> answer_curve(read).axes[0].lines[0].get_ydata().tolist()
+    [0.1, 0.9]
+    """
+    if "answer_probability" not in result or result.sizes.get("position", 1) != 1:
+        raise InputError(
+            "answer_curve draws answer_probability at one position; make it with "
+            "logit_lens(model, inputs, positions='last', answers=[...]), or choose one with result.isel(position=[-1])."
+        )
+    curves = result["answer_probability"].isel(position=0)
+    n_layers = curves.sizes["layer"]
+    with plot(6.4, 2.6) as figure:
+        axes = figure.add_subplot()
+        for index, name in enumerate(curves["answer"].values):
+            color, width = SERIES[min(index, len(SERIES) - 1)], 2.2 if index == 0 else 1.3
+            values = curves.isel(answer=index).values
+            axes.plot(values, color=color, linewidth=width, marker="o", markersize=3.2, label=_shown(name))
+        step = tick_every(n_layers)
+        names = layer_names(n_layers)
+        kept = sorted({*range(0, n_layers - 1, step), n_layers - 1})
+        if len(kept) > 1 and kept[-1] - kept[-2] < step:
+            del kept[-2]
+        axes.set_xticks(kept, [names[i] for i in kept])
+        axes.set_xlim(-0.2, n_layers - 0.8)
+        axes.set_ylim(-0.02, 1.04)
+        axes.set_xlabel("stream entering layer")
+        axes.set_ylabel("probability")
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_title("Logit lens: probability of answers by layer" if title is None else title)
+        _legend(axes)
+    return figure
+
+
+def layer_names(n_streams: int) -> list[str]:
+    """Names of the streams of `logit_lens`: the layer each enters, and "final" for the last.
+
+    >>> layer_names(3)
+    ['0', '1', 'final']
+    """
+    return [*map(str, range(n_streams - 1)), "final"]
+
+
+def _cells(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray, list[str], str]:
+    """Words and probabilities [layer, column], the columns' names, and what they are."""
+    for name in ("token", "probability"):
+        if name not in result or set(result[name].dims) != {"layer", "position", "rank"}:
+            raise InputError(
+                f"lens_table needs {name!r} by layer, position and rank, as logit_lens makes it; this dataset has "
+                f"{', '.join(f'{k} {v.dims}' for k, v in result.data_vars.items())}."
+            )
+    ordered = result[["token", "probability"]].transpose("layer", "position", "rank")
+    if result.sizes["position"] == 1:
+        one = ordered.isel(position=0)
+        return one["token"].values, one["probability"].values, [str(r + 1) for r in range(result.sizes["rank"])], "rank"
+    best = ordered.isel(rank=0)
+    names = best["label"].values if "label" in best.coords else best["position"].values
+    return best["token"].values, best["probability"].values, [_shown(str(name)) for name in names], "position"
+
+
+def _shown(word: object) -> str:
+    text = (str(word).strip(" ") or repr(str(word))).replace("\n", "\\n").replace("$", r"\$")
+    return text if len(text) <= _LONGEST_WORD else text[: _LONGEST_WORD - 1] + "…"
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK, handlelength=1.4)

@@ -1,0 +1,304 @@
+"""Numbers by patch, drawn on the original picture where the patches lie; and the picture as the model sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.geometry import ImageGeometry
+from hooked_llava.input_batch import Inputs
+from hooked_llava.pictures import Picture, load_picture
+from hooked_llava.viz.style import (
+    INK,
+    MUTED,
+    PAPER,
+    ColorScale,
+    add_color_bar,
+    bare,
+    color_scale,
+    plot,
+    scale_of,
+    subject_of,
+    unit_of,
+)
+
+Grid = xr.DataArray | np.ndarray | Tensor
+"""Values by patch: [patch_row, patch_col]."""
+_SMALL = 160
+_FADE = 0.75
+_MOST_OPAQUE = 0.92
+_GROUND = 0.8  # the grey that stands for the picture in the color bar
+
+
+def patch_overlay(
+    picture: Inputs | Picture,
+    grid: Grid,
+    *,
+    image: int = 0,
+    geometry: ImageGeometry | None = None,
+    title: str | None = None,
+) -> Figure:
+    """One number for each patch, [patch_row, patch_col], laid over the original picture.
+
+    With `Inputs` every patch is drawn where the processor's resizing and cropping took it from
+    (`token_map.patch_box`), and what was cut away is dimmed. With a picture alone the patches divide all of it, unless
+    `geometry` says otherwise. The picture is faded, and the more opaque a patch the larger its value.
+
+    Raises `InputError` if the grid is not two-dimensional or not the picture's grid.
+
+    >>> figure = patch_overlay(np.zeros((30, 60, 3), dtype=np.uint8), np.eye(3))
+    >>> figure.axes[0].collections[0].get_coordinates()[-1, -1].tolist()
+    [60.0, 30.0]
+    """
+    values = _grid_values(grid)
+    original, geometry = _original(picture, image, geometry, values.shape)
+    scale = scale_of(grid, values) if isinstance(grid, xr.DataArray) else color_scale(values)
+    width, height = _panel_size(original, 3.6)
+    with plot(width + 0.9, height + 0.4) as figure:
+        axes = figure.add_subplot()
+        draw_overlay(axes, original, values, scale, geometry)
+        subject, unit = (subject_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
+        axes.set_title(subject if title is None else title)
+        add_color_bar(figure, axes, scale, unit, colors=_as_overlaid(scale))
+    return figure
+
+
+def patch_overlays(
+    picture: Inputs | Picture,
+    result: xr.DataArray,
+    *,
+    image: int = 0,
+    geometry: ImageGeometry | None = None,
+    columns: int = 4,
+    title: str | None = None,
+) -> Figure:
+    """Small multiples of `patch_overlay` on one colour scale: result has one axis besides patch_row and patch_col.
+
+    Raises `InputError` as `patch_overlay`, and for a result with other axes.
+
+    >>> maps = xr.DataArray(np.ones((3, 2, 2)), dims=("layer", "patch_row", "patch_col"))
+    >>> figure = patch_overlays(np.zeros((8, 8, 3), dtype=np.uint8), maps)
+    >>> [axes.get_title() for axes in figure.axes[:3]]
+    ['layer 0', 'layer 1', 'layer 2']
+    """
+    over = [str(dim) for dim in result.dims if dim not in ("patch_row", "patch_col")]
+    if len(over) != 1 or result.ndim != 3:
+        raise InputError(
+            f"patch_overlays draws one picture along one axis; the result has {', '.join(map(str, result.dims))}. "
+            "Expected patch_row, patch_col and one more; choose or average the others first."
+        )
+    result = result.transpose(over[0], "patch_row", "patch_col")
+    original, geometry = _original(picture, image, geometry, result.shape[1:])
+    scale, n = scale_of(result), result.shape[0]
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    width, height = _panel_size(original, 7.6 / max(columns, 3))
+    with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if title else 0.1)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
+            draw_overlay(axes, original, values, scale, geometry)
+            label = str(name) if isinstance(name, str) else f"{over[0]} {name}"
+            axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
+        for axes in panels.flat[n:]:
+            axes.set_visible(False)
+        if title:
+            figure.suptitle(title, fontsize=10, fontweight="semibold", x=0.01, ha="left")
+        add_color_bar(figure, panels, scale, unit_of(result), colors=_as_overlaid(scale))
+    return figure
+
+
+def draw_overlay(
+    axes: Axes, original: Image.Image, values: np.ndarray, scale: ColorScale, geometry: ImageGeometry | None
+) -> QuadMesh:
+    """A picture in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
+    draw_picture(axes, np.asarray(original), fade=_FADE)
+    x_edges, y_edges = patch_edges(original, values.shape, geometry)
+    mesh = axes.pcolormesh(
+        x_edges,
+        y_edges,
+        values,
+        cmap=_vivid(scale),
+        norm=scale.norm(),
+        alpha=_opacity(values, scale),
+        linewidth=0,
+        rasterized=True,  # as vectors, neighbouring patches would show seams
+    )
+    if geometry is not None:
+        _mark_crop(axes, geometry)
+    axes.set_xlim(0, original.width)
+    axes.set_ylim(original.height, 0)
+    return mesh
+
+
+def draw_picture(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
+    """A picture [height, width, 3] such that pixel column i covers i to i + 1; `fade` mixes it with its light grey."""
+    height, width = pixels.shape[:2]
+    if fade:
+        grey = pixels.astype(np.float64).mean(axis=-1, keepdims=True)
+        pixels = ((1 - fade) * pixels + fade * (120 + grey * 135 / 255)).astype(np.uint8)
+    how = "nearest" if max(height, width) <= _SMALL else "antialiased"
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation=how)
+    bare(axes)
+
+
+def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:
+    """One of the prompts' pictures as the model receives it, 0 to 1: `pixel_values` with the normalisation undone.
+
+    Without an image processor (or one that does not normalise) the values are stretched to 0 to 1 instead. Raises
+    `InputError` for a picture that is not there.
+    """
+    if inputs.pixel_values is None or not 0 <= image < len(inputs.pixel_values):
+        held = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
+        raise InputError(f"There is no picture {image}: the inputs hold {held}, counted from 0.")
+    pixels = np.moveaxis(inputs.pixel_values[image].detach().float().cpu().numpy(), 0, -1)
+    if getattr(image_processor, "do_normalize", False):
+        shown = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+        if not image_processor.do_rescale:
+            shown = shown / 255
+    else:
+        shown = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-12)
+    return np.clip(shown, 0, 1).astype(np.float32)
+
+
+def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Figure:
+    """The picture that the model receives, divided into its patches; beside it the original, where the two differ.
+
+    `image_processor` (such as `model.processor.image_processor`) undoes the normalisation. Raises `InputError` for a
+    picture that is not there.
+    """
+    seen = model_view(inputs, image_processor, image=image)
+    rows, columns = inputs.token_maps[0].grid
+    geometry = _geometry(inputs, image)
+    original = inputs.images[image] if inputs.images is not None else None
+    both = original is not None and geometry is not None and not _unchanged(geometry)
+    with plot(7.2 if both else 3.6, 3.5) as figure:
+        panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+        if both and original is not None and geometry is not None:
+            draw_picture(panels[0], np.asarray(original))
+            _mark_crop(panels[0], geometry)
+            panels[0].set_anchor("N")
+            panels[0].set_title(f"original, {original.width} x {original.height} pixels", fontweight="normal")
+        axes = panels[-1]
+        height, width = seen.shape[:2]
+        draw_picture(axes, (seen * 255).round().astype(np.uint8))
+        _draw_grid(axes, np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1))
+        axes.set_title(f"{width} x {height} pixels, {rows} x {columns} patches", fontweight="normal")
+    return figure
+
+
+def patch_edges(
+    original: Image.Image, shape: tuple[int, ...], geometry: ImageGeometry | None
+) -> tuple[Float[np.ndarray, " column_edge"], Float[np.ndarray, " row_edge"]]:
+    """The borders of patch columns and rows in the original's pixels; without a geometry they divide it evenly."""
+    if geometry is None:
+        return np.linspace(0.0, original.width, shape[1] + 1), np.linspace(0.0, original.height, shape[0] + 1)
+    return np.array(geometry.horizontal.edges), np.array(geometry.vertical.edges)
+
+
+def _original(
+    picture: Inputs | Picture, image: int, geometry: ImageGeometry | None, shape: tuple[int, ...]
+) -> tuple[Image.Image, ImageGeometry | None]:
+    """The picture to draw on and the way from it to the patches."""
+    if isinstance(picture, Inputs):
+        if picture.images is None or not 0 <= image < len(picture.images):
+            held = "none are known" if picture.images is None else f"there are {len(picture.images)}"
+            raise InputError(
+                f"Cannot draw on original picture {image}: {held}. Use prepare(question, images=...), which keeps "
+                "them, or give a picture in place of the inputs."
+            )
+        geometry = _geometry(picture, image)
+        picture = picture.images[image]
+    original = load_picture(picture)
+    if geometry is not None and geometry.grid != tuple(shape):
+        raise InputError(
+            f"The values are {shape[0]} x {shape[1]} (patch_row x patch_col) and the picture has "
+            f"{geometry.grid[0]} x {geometry.grid[1]} patches; give one value per patch."
+        )
+    return original, geometry
+
+
+def _geometry(inputs: Inputs, image: int) -> ImageGeometry | None:
+    """How picture `image` of all prompts came to its patches, if that is known."""
+    for n_images, token_map in zip(inputs.images_per_prompt, inputs.token_maps, strict=True):
+        if image < n_images:
+            return None if token_map.geometries is None else token_map.geometries[image]
+        image -= n_images
+    return None
+
+
+def _grid_values(grid: Grid) -> Float[np.ndarray, "patch_row patch_col"]:
+    if isinstance(grid, xr.DataArray):
+        kept = [dim for dim in grid.dims if dim in ("patch_row", "patch_col") or grid.sizes[dim] > 1]
+        values = grid.squeeze([dim for dim in grid.dims if dim not in kept], drop=True)
+        if set(kept) == {"patch_row", "patch_col"}:
+            values = values.transpose("patch_row", "patch_col")
+        values = values.values
+    else:
+        values = grid.detach().float().cpu().numpy() if isinstance(grid, Tensor) else grid
+    if values.ndim != 2:
+        raise InputError(
+            f"The values have the shape {values.shape}; expected one number per patch, [patch_row, patch_col]. "
+            "Choose or average the other axes first, or draw one axis with patch_overlays."
+        )
+    return values.astype(np.float64)
+
+
+def _panel_size(picture: Image.Image, longest: float) -> tuple[float, float]:
+    """Width and height in inches, the longer of them as given."""
+    scale = longest / max(picture.size)
+    return max(0.8, picture.width * scale), max(0.8, picture.height * scale)
+
+
+def _unchanged(geometry: ImageGeometry) -> bool:
+    height, width = geometry.original_size
+    return geometry.original_size == geometry.canvas_size and geometry.visible_box == (0, 0, width, height)
+
+
+def _mark_crop(axes: Axes, geometry: ImageGeometry) -> None:
+    """Dim what no patch sees, and draw a line around what patches see, if that is not the whole picture."""
+    height, width = geometry.original_size
+    left, top, right, bottom = geometry.visible_box
+    if (left, top, right, bottom) == (0, 0, width, height):
+        return
+    margins = [(0, 0, width, top), (0, bottom, width, height), (0, top, left, bottom), (right, top, width, bottom)]
+    for x0, y0, x1, y1 in margins:
+        if x1 > x0 and y1 > y0:
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=PAPER, alpha=0.7, linewidth=0))
+    frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.0, label="seen")
+    frame.set_clip_on(False)
+    axes.add_patch(frame)
+
+
+def _draw_grid(axes: Axes, x_edges: np.ndarray, y_edges: np.ndarray) -> None:
+    style = {"colors": MUTED, "linewidth": 0.5 if len(x_edges) < 20 else 0.25, "clip_on": False}
+    axes.vlines(x_edges, y_edges[0], y_edges[-1], **style)
+    axes.hlines(y_edges, x_edges[0], x_edges[-1], **style)
+
+
+def _vivid(scale: ColorScale) -> Colormap:
+    """The scale's map without its palest part where values only grow: faint patches are transparent already."""
+    return scale.map if scale.low < 0 else ListedColormap(scale.map(np.linspace(0.25, 1.0, 256)))
+
+
+def _opacity(values: np.ndarray, scale: ColorScale) -> np.ndarray:
+    """0 at 0, and rising fastest there, so that half the largest value is still seen well."""
+    part = np.clip(np.abs(np.nan_to_num(values)) / max(abs(scale.low), abs(scale.high)), 0, 1)
+    return _MOST_OPAQUE * np.sqrt(part)
+
+
+def _as_overlaid(scale: ColorScale) -> Colormap:
+    """The colours as they look on a light grey picture, for the color bar."""
+    values = np.linspace(scale.low, scale.high, 256)
+    opaque = _opacity(values, scale)[:, None]
+    return ListedColormap(opaque * _vivid(scale)(scale.norm()(values))[:, :3] + (1 - opaque) * _GROUND)

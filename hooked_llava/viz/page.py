@@ -1,0 +1,216 @@
+"""What the report's template is filled with: figures as embedded SVG, tables as plain values."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hooked_llava.input_batch import Inputs
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.token_map import TokenMap
+from hooked_llava.viz.bars import contribution_bars
+from hooked_llava.viz.lens import answer_curve, layer_names
+from hooked_llava.viz.maps import layer_head_map
+from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlays
+from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot
+
+_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
+_THUMBNAIL = 480  # pixels
+_PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that a page is made from."""
+
+    model: HookedLLaVA
+    inputs: Inputs
+    answer: str
+    """What the model said."""
+    results: dict[str, Any]
+    """Labelled arrays by name, as in `Report.results`."""
+    n_heads: int
+    """How many heads' attention is drawn."""
+    provenance: dict[str, str]
+    """What the footer says."""
+
+
+def build_page(page: Page) -> dict[str, Any]:
+    """The template's variables."""
+    token_map = page.inputs.token_map
+    results = page.results
+    components = results["components"]
+    return {
+        "question": _question(page.inputs),
+        "answer": page.answer,
+        "model_name": page.model.cfg.model_name or "the model",
+        "n_layers": page.model.cfg.n_layers,
+        "n_heads": page.model.cfg.n_heads,
+        "prompt": prompt_tokens(token_map),
+        "next_tokens": _ranked(results["next_tokens"]),
+        "lens_rows": _lens_rows(results["lens"]),
+        "scored": components.attrs["answer"],
+        "baseline": components.attrs["baseline"],
+        "sums": _sums(components, results["heads"]),
+        "curve": figure_uri(answer_curve(results["lens"], title="")),
+        "bars": figure_uri(contribution_bars(components, title="")),
+        "head_map": figure_uri(layer_head_map(results["heads"], title="")),
+        "pictures": [_picture(page, image) for image in range(page.inputs.n_images)],
+        "provenance": page.provenance,
+    }
+
+
+def figure_uri(figure: Figure) -> str:
+    """A figure as a data URI, for the `src` of an image."""
+    assert isinstance(figure, Plot)
+    svg = _PNG.sub(_smaller, figure.to_svg())
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
+
+
+def picture_uri(pixels: Image.Image) -> str:
+    """A picture as a data URI, made smaller where it is large."""
+    shown = pixels.copy()
+    shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    shown.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _smaller(png: re.Match[str]) -> str:
+    """An embedded PNG, or the same as JPEG where that is much smaller: photographs, many times on one page."""
+    data = base64.b64decode(png[1])
+    with Image.open(io.BytesIO(data)) as picture:
+        if "A" in picture.mode and picture.getchannel("A").getextrema() != (255, 255):
+            return png[0]
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, format="JPEG", quality=88)
+    if 2 * len(buffer.getvalue()) > len(data):
+        return png[0]
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
+    """The prompt's tokens with the span of each; a picture's positions are one entry, padding is left out."""
+    spans = token_map.spans
+    entries, position = [], token_map.real.start
+    while position < token_map.real.stop:
+        span = next(
+            (n for n in ("last", "question", "image", "system", "rest") if position in spans.get(n, ())), "rest"
+        )
+        if span == "image":
+            image = token_map.image_starts.index(position)
+            name = f"picture {image}" if token_map.n_images > 1 else "picture"
+            entries.append({"text": f"{name}, {token_map.n_features} positions", "span": span})
+            position += token_map.n_features
+            continue
+        entries.append({"text": _visible(token_map.labels[position]), "span": span})
+        position += 1
+    return entries
+
+
+def top_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
+    """The maps [panel, patch_row, patch_col] of the n heads that attend most to the picture, in that order."""
+    flat = attention.stack(panel=("layer", "head")).transpose("panel", "patch_row", "patch_col")
+    shares = flat.sum(("patch_row", "patch_col")).values
+    order = np.argsort(-shares, kind="stable")[:n]
+    pairs = [flat["panel"].values[i] for i in order]
+    names = [f"layer {layer}, head {head}: {shares[i]:.0%}" for i, (layer, head) in zip(order, pairs, strict=True)]
+    kept = flat.isel(panel=order).drop_vars(["panel", "layer", "head"])
+    return kept.assign_coords(panel=names)
+
+
+def _picture(page: Page, image: int) -> dict[str, Any]:
+    """One picture's figures."""
+    inputs = page.inputs
+    image_processor = getattr(page.model.processor, "image_processor", None)
+    attention = page.results["attention"].isel(image=image)
+    mean = attention.mean("head").assign_attrs(attention.attrs)
+    share = attention.sum(("patch_row", "patch_col"))
+    # Without the originals the patches are drawn on what the model sees.
+    view = Image.fromarray((255 * model_view(inputs, image_processor, image=image)).round().astype(np.uint8))
+    canvas: Any = view if inputs.images is None else inputs
+    columns = 4 if page.model.cfg.n_layers <= 16 else 8
+    return {
+        "number": image + 1,
+        "thumbnail": picture_uri(view if inputs.images is None else inputs.images[image]),
+        "small": max(view.size) <= _THUMBNAIL // 3,
+        "seen": figure_uri(as_the_model_sees_it(inputs, image_processor, image=image)),
+        "normalised": bool(getattr(image_processor, "do_normalize", False)),
+        "original_known": inputs.images is not None,
+        "by_layer": figure_uri(patch_overlays(canvas, mean, image=image, columns=columns)),
+        "by_head": figure_uri(patch_overlays(canvas, top_heads(attention, page.n_heads), image=image)),
+        "share_map": figure_uri(layer_head_map(share.rename("attention"), title="")),
+        "mean_share": f"{float(share.mean()):.0%}",
+    }
+
+
+def _question(inputs: Inputs) -> str:
+    """The question's words if the prompt says where they are, else the prompt."""
+    words = inputs.token_map.words
+    if words is not None and words.prompt is not None and "question" in words.parts:
+        start, stop = words.parts["question"]
+        return words.prompt[start:stop]
+    return inputs.prompts[0] if inputs.prompts else f"a prompt of {inputs.shape[1]} token ids"
+
+
+def _ranked(result: xr.Dataset) -> list[dict[str, Any]]:
+    """The next tokens with their probability, as text and as the width of a bar in percent."""
+    one = result.isel(prompt=0)
+    pairs = zip(one["token"].values, one["probability"].values.tolist(), strict=True)
+    return [{"token": _visible(str(t)), "probability": f"{p:.3f}", "width": f"{100 * p:.1f}"} for t, p in pairs]
+
+
+def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """Every layer's most probable words, each with the colours of its cell."""
+    one = result.isel(position=0).transpose("layer", "rank", ...)
+    names = layer_names(one.sizes["layer"])
+    rows = []
+    for name, words, probabilities in zip(names, one["token"].values, one["probability"].values, strict=True):
+        cells = [
+            {
+                "token": _visible(str(word)),
+                "probability": f"{p:.2f}",
+                "background": _hex(_PROBABILITY.rgba(p)),
+                "color": _PROBABILITY.ink(p),
+            }
+            for word, p in zip(words, probabilities.tolist(), strict=True)
+        ]
+        rows.append({"layer": name, "cells": cells})
+    return rows
+
+
+def _sums(components: xr.DataArray, heads: xr.DataArray) -> dict[str, str]:
+    """What the bars add up to, and what the logit is."""
+    values = {
+        str(name): float(value) for name, value in zip(components["component"].values, components.values, strict=True)
+    }
+    total, logit = sum(values.values()), float(components.attrs["logit"])
+    attention = sum(value for name, value in values.items() if name.endswith("_attn"))
+    mlp = sum(value for name, value in values.items() if name.endswith("_mlp"))
+    return {
+        "attention": f"{attention:+.2f}",
+        "mlp": f"{mlp:+.2f}",
+        "other": f"{total - attention - mlp:+.2f}",
+        "total": f"{total:.4f}",
+        "logit": f"{logit:.4f}",
+        "remainder": f"{abs(logit - total):.1e}",
+        "heads": f"{float(heads.sum()):+.2f}",
+    }
+
+
+def _visible(token: str) -> str:
+    """A token as it can stand on a page: something to see for blanks and line breaks."""
+    shown = token.strip(" ") or "␣" * max(1, len(token))
+    return shown.replace("\n", "↵").replace("\t", "⇥")
+
+
+def _hex(rgba: tuple[float, float, float, float]) -> str:
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgba[:3])

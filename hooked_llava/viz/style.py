@@ -1,0 +1,220 @@
+"""One look for every figure: signed values diverge from white at zero, others grow from light at zero to dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+
+from hooked_llava.errors import InputError
+
+INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
+"""Text, secondary text, thin lines, background."""
+BLUE, ORANGE, GREEN, PURPLE = "#2b6cb0", "#c8622d", "#3f8f5f", "#7d5ba6"
+SERIES = (ORANGE, BLUE, GREEN, PURPLE, MUTED)
+"""Colours of lines and bars, in the order in which they are used."""
+DIVERGING, SEQUENTIAL = "RdBu_r", "heat"
+"""Names of the colour maps: matplotlib's own, and one of ours from paper to dark wine."""
+UNITS = {"logit": "logits", "attention": "share of attention", "probability": "probability"}
+"""What the values of a result are counted in, by the result's name."""
+
+# Where, and Oklab lightness, green-red, blue-yellow there.
+_HEAT = (
+    (0.0, 0.98, 0.002, 0.008),
+    (0.25, 0.815, 0.055, 0.09),
+    (0.5, 0.65, 0.15, 0.095),
+    (0.75, 0.485, 0.16, 0.035),
+    (1.0, 0.32, 0.11, 0.0),
+)
+_SIGNED = ("logit",)  # the names of results whose values may be negative, even if these are not
+_RC = {
+    "font.size": 9.0,
+    "font.family": "sans-serif",
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # the same letters wherever the page is opened
+    "svg.hashsalt": "hooked_llava",
+}
+_DPI = 160
+
+
+class Plot(Figure):
+    """A matplotlib figure that a notebook shows once, whatever its backend, and that pyplot does not keep alive."""
+
+    def _repr_png_(self) -> bytes:
+        return self._rendered("png")
+
+    def to_svg(self) -> str:
+        """The figure as SVG text; pictures in it are embedded, letters are outlines."""
+        return self._rendered("svg").decode("utf-8")
+
+    def _rendered(self, file_format: str) -> bytes:
+        buffer = io.BytesIO()
+        about: dict[str, Any] = {"Date": None} if file_format == "svg" else {}  # the same figure, the same bytes
+        with mpl.rc_context(_RC):
+            self.savefig(buffer, format=file_format, dpi=_DPI, metadata=about)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """Which colour map, from which value to which."""
+
+    name: str
+    """Name of the map, `DIVERGING` or `SEQUENTIAL`."""
+    low: float
+    high: float
+
+    @property
+    def map(self) -> Colormap:
+        """0 to 1 -> colours."""
+        return _heat() if self.name == SEQUENTIAL else mpl.colormaps[self.name]
+
+    def norm(self) -> Normalize:
+        """Values -> 0 to 1."""
+        return Normalize(self.low, self.high)
+
+    def rgba(self, value: float) -> tuple[float, float, float, float]:
+        """The colour of one value."""
+        return self.map(float(self.norm()(value)))
+
+    def ink(self, value: float) -> str:
+        """The colour of text that is written on that value's colour."""
+        red, green, blue, _ = self.rgba(value)
+        return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
+
+
+def color_scale(values: np.ndarray, *, signed: bool = False) -> ColorScale:
+    """Symmetric about 0 if any value is negative or could be (`signed`), else from 0 to the largest.
+
+    >>> color_scale(np.array([-1.0, 3.0]))
+    ColorScale(name='RdBu_r', low=-3.0, high=3.0)
+    >>> color_scale(np.array([0.25, 0.5]))
+    ColorScale(name='heat', low=0.0, high=0.5)
+    """
+    finite = values[np.isfinite(values)]
+    largest = float(np.abs(finite).max(initial=0.0)) or 1.0
+    signed = signed or bool((finite < 0).any())
+    return ColorScale(DIVERGING, -largest, largest) if signed else ColorScale(SEQUENTIAL, 0.0, largest)
+
+
+def scale_of(result: xr.DataArray, values: np.ndarray | None = None) -> ColorScale:
+    """The scale for a result's values, or for `values` made from them; contributions always diverge."""
+    return color_scale(result.values if values is None else values, signed=result.name in _SIGNED)
+
+
+@lru_cache(maxsize=1)
+def _heat() -> Colormap:
+    """Paper, apricot, dark wine: equal steps look equally large, since lightness in Oklab falls evenly."""
+    at, lightness, green_red, blue_yellow = np.array(_HEAT).T
+    steps = np.linspace(0, 1, 256)
+    l, a, b = (np.interp(steps, at, channel) for channel in (lightness, green_red, blue_yellow))
+    # Oklab -> linear RGB, Björn Ottosson 2020, https://bottosson.github.io/posts/oklab
+    cones = np.stack(
+        [
+            l + 0.3963377774 * a + 0.2158037573 * b,
+            l - 0.1055613458 * a - 0.0638541728 * b,
+            l - 0.0894841775 * a - 1.291485548 * b,
+        ]
+    )
+    mix = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.707614701],
+        ]
+    )
+    linear = np.clip(mix @ cones**3, 0, 1)
+    return ListedColormap(
+        np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).T, SEQUENTIAL
+    )
+
+
+@contextmanager
+def plot(width: float, height: float) -> Iterator[Plot]:
+    """A new figure of so many inches; what is drawn inside the block has the common look."""
+    with mpl.rc_context(_RC):
+        yield Plot(figsize=(width, height), layout="constrained")
+
+
+def add_color_bar(figure: Plot, axes: Any, scale: ColorScale, label: str, *, colors: Colormap | None = None) -> None:
+    """A thin color bar to the right of one or several axes, its unit written along it; `colors` replace the scale's."""
+    mappable = ScalarMappable(scale.norm(), colors or scale.map)
+    bar = figure.colorbar(mappable, ax=axes, shrink=0.8, aspect=24, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def unit_of(result: xr.DataArray) -> str:
+    """What a result's values are counted in: its `units` attribute, or what its name implies."""
+    return str(result.attrs.get("units") or UNITS.get(str(result.name), result.name or "value"))
+
+
+def subject_of(result: xr.DataArray) -> str:
+    """What a result is about, for titles: "direct contribution to the logit of 'red'", "attention", its name."""
+    answer, baseline = result.attrs.get("answer"), result.attrs.get("baseline")
+    if result.name == "logit" and answer:
+        return f"Direct contribution to the logit of {answer!r}" + (f" minus that of {baseline!r}" if baseline else "")
+    return str(result.name or "value").replace("_", " ").capitalize()
+
+
+def only(result: xr.DataArray, *dims: str) -> xr.DataArray:
+    """The result with exactly these axes, in this order; axes of length one are dropped.
+
+    Raises `InputError` if one is missing, or another longer than one is left.
+
+    >>> only(xr.DataArray(np.zeros((1, 2, 3)), dims=("image", "head", "layer")), "layer", "head").shape
+    (3, 2)
+    """
+    missing = [dim for dim in dims if dim not in result.dims]
+    surplus = [str(dim) for dim in result.dims if dim not in dims and result.sizes[dim] != 1]
+    if missing or surplus:
+        raise InputError(
+            f"The result has the axes {', '.join(map(str, result.dims)) or 'none'}; expected {', '.join(dims)}. "
+            "Choose or average the others first, for example result.sel(image=0) or result.mean('head')."
+        )
+    return result.squeeze([dim for dim in result.dims if dim not in dims], drop=True).transpose(*dims)
+
+
+def tick_every(n: int, most: int = 16) -> int:
+    """A step such that ticks at its multiples are at most `most`.
+
+    >>> tick_every(8), tick_every(32), tick_every(80)
+    (1, 2, 5)
+    """
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, n) if n / step <= most)
+
+
+def bare(axes: Axes) -> None:
+    """No ticks and no frame: for pictures and tables."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hooked_llava.analysis import logit_attribution
+from hooked_llava.errors import InputError
+from hooked_llava.viz import contribution_bars
+
+
+def test_bars_are_the_contributions_and_the_line_ends_at_the_logit(model, inputs):
+    parts = logit_attribution(model, inputs, "red")
+    axes = contribution_bars(parts).axes[0]
+    heights = {}
+    for bars, kind in zip(axes.containers, ("embed", "attn", "mlp"), strict=True):
+        heights[kind] = [bar.get_height() for bar in bars]
+    assert heights["embed"] == pytest.approx([float(parts.sel(component="embed"))])
+    for kind in ("attn", "mlp"):
+        expected = [float(parts.sel(component=f"{i}_{kind}")) for i in range(model.cfg.n_layers)]
+        assert heights[kind] == pytest.approx(expected)
+    line = axes.lines[0].get_ydata()
+    assert line[0] == pytest.approx(heights["embed"][0])
+    assert line[-1] == pytest.approx(parts.attrs["logit"], abs=1e-4)
+    assert axes.get_title(loc="left") == "Direct contribution to the logit of 'red'"
+    assert axes.get_ylabel() == "logits"
+
+
+def test_many_layers_fit():
+    names = ["embed", *(f"{i}_{kind}" for i in range(32) for kind in ("attn", "mlp"))]
+    parts = xr.DataArray(np.ones(65), dims="component", coords={"component": names})
+    figure = contribution_bars(parts)
+    assert figure.get_size_inches()[0] <= 11
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()][:3] == ["embed", "0", "2"]
+
+
+def test_another_axis_is_refused():
+    with pytest.raises(InputError, match=r"has the axes layer; expected component"):
+        contribution_bars(xr.DataArray([1.0, 2.0], dims="layer"))

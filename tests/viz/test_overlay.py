@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from matplotlib.patches import Rectangle
+
+from hooked_llava.errors import InputError
+from hooked_llava.geometry import ImageGeometry
+from hooked_llava.viz import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from tests.fixtures_processor import make_processor
+
+
+def extents(mesh) -> np.ndarray:
+    """(x0, y0, x1, y1) of every drawn cell, [row, col, 4]."""
+    corners = mesh.get_coordinates()
+    return np.concatenate([corners[:-1, :-1], corners[1:, 1:]], axis=-1)
+
+
+def test_each_patch_is_drawn_where_the_token_map_says(inputs):
+    values = np.arange(16.0).reshape(4, 4)
+    axes = patch_overlay(inputs, values).axes[0]
+    drawn = extents(axes.collections[0])
+    for row in range(4):
+        for col in range(4):
+            assert tuple(drawn[row, col]) == pytest.approx(inputs.token_map.patch_box(row, col))
+    assert np.array_equal(axes.collections[0].get_array(), values)
+    assert tuple(drawn[0, 0][:2]) == (50.0, 0.0)  # a picture of 200 x 100: the crop begins a quarter from the left
+
+
+def test_the_picture_keeps_its_own_coordinates_and_the_rest_is_dimmed(inputs):
+    axes = patch_overlay(inputs, np.ones((4, 4))).axes[0]
+    assert axes.images[0].get_extent() == [0, 200, 100, 0]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 200), (100, 0))
+    boxes = [patch.get_bbox().extents.tolist() for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert sorted(boxes) == sorted([[0, 0, 50, 100], [150, 0, 200, 100], [50, 0, 150, 100]])
+    assert [patch.get_label() for patch in axes.patches][-1] == "seen"
+
+
+def test_nothing_is_marked_where_nothing_is_cut_away(model):
+    square = model.prepare("What is it?", np.zeros((60, 60, 3), np.uint8))
+    assert not patch_overlay(square, np.ones((4, 4))).axes[0].patches
+
+
+def test_large_grids_and_real_processors_fit():
+    processor = make_processor(image_size=336, patch_size=14).image_processor
+    geometry = ImageGeometry.from_processor(processor, height=480, width=640, patch_size=14)
+    picture = np.zeros((480, 640, 3), np.uint8)
+    axes = patch_overlay(picture, np.random.default_rng(0).random((24, 24)), geometry=geometry).axes[0]
+    assert np.allclose(extents(axes.collections[0])[5, 7], geometry.patch_box(5, 7))
+
+
+def test_patches_without_geometry_divide_the_picture_evenly(wide_picture):
+    drawn = extents(patch_overlay(wide_picture, np.ones((2, 4))).axes[0].collections[0])
+    assert drawn[1, 3].tolist() == [150, 50, 200, 100]
+
+
+def test_opacity_grows_with_the_value_and_is_0_at_0(inputs):
+    values = np.zeros((4, 4))
+    values[1, 2], values[3, 3] = 1.0, 0.25
+    alpha = patch_overlay(inputs, values).axes[0].collections[0].get_alpha()
+    assert alpha[0, 0] == 0
+    assert alpha[1, 2] > alpha[3, 3] > 0
+
+
+def test_signed_values_diverge(inputs):
+    values = np.linspace(-1, 2, 16).reshape(4, 4)
+    assert patch_overlay(inputs, values).axes[0].collections[0].get_clim() == (-2, 2)
+
+
+def test_small_multiples_share_one_scale(inputs):
+    maps = xr.DataArray(
+        np.random.default_rng(0).random((5, 4, 4)), dims=("layer", "patch_row", "patch_col"), name="attention"
+    )
+    figure = patch_overlays(inputs, maps)
+    panels = [axes for axes in figure.axes if axes.collections and axes.images]
+    assert [axes.get_title() for axes in panels] == [f"layer {i}" for i in range(5)]
+    assert {axes.collections[0].get_clim() for axes in panels} == {(0.0, float(maps.max()))}
+    for axes, values in zip(panels, maps.values, strict=True):
+        assert np.array_equal(axes.collections[0].get_array(), values)
+    assert figure.axes[-1].get_ylabel() == "share of attention"
+
+
+def test_tensors_and_labelled_arrays_are_grids_too(inputs):
+    assert patch_overlay(inputs, torch.ones(4, 4)).axes[0].get_title() == ""
+    grid = xr.DataArray(np.ones((1, 4, 4)), dims=("image", "patch_col", "patch_row"), name="attention")
+    assert patch_overlay(inputs, grid).axes[0].get_title(loc="left") == "Attention"
+
+
+def test_errors_say_what_does_not_fit(inputs, tensor_inputs):
+    with pytest.raises(InputError, match=r"The values are 3 x 3 .* and the picture has 4 x 4 patches"):
+        patch_overlay(inputs, np.ones((3, 3)))
+    with pytest.raises(InputError, match=r"The values have the shape \(2, 4, 4\); expected one number per patch"):
+        patch_overlay(inputs, np.ones((2, 4, 4)))
+    with pytest.raises(InputError, match=r"Cannot draw on original picture 0: none are known"):
+        patch_overlay(tensor_inputs, np.ones((4, 4)))
+    with pytest.raises(InputError, match=r"Cannot draw on original picture 3: there are 1"):
+        patch_overlay(inputs, np.ones((4, 4)), image=3)
+    with pytest.raises(InputError, match=r"the result has layer, head, patch_row, patch_col"):
+        patch_overlays(inputs, xr.DataArray(np.ones((2, 2, 4, 4)), dims=("layer", "head", "patch_row", "patch_col")))
+
+
+def test_the_models_view_undoes_the_normalisation(model):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    inputs = model.prepare("What is it?", picture)
+    seen = model_view(inputs, model.processor.image_processor)
+    assert np.abs(seen * 255 - picture).max() < 0.6
+
+
+def test_without_an_image_processor_the_view_is_stretched_to_its_range(inputs):
+    seen = model_view(inputs)
+    assert (seen.min(), seen.max()) == (0.0, 1.0)
+
+
+def test_the_original_stands_beside_the_view_where_they_differ(model, inputs):
+    figure = as_the_model_sees_it(inputs, model.processor.image_processor)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "original, 200 x 100 pixels",
+        "32 x 32 pixels, 4 x 4 patches",
+    ]
+    same = model.prepare("What is it?", np.zeros((32, 32, 3), np.uint8))
+    assert len(as_the_model_sees_it(same).axes) == 1
+
+
+def test_a_picture_that_is_not_there_has_no_view(inputs, text_inputs):
+    with pytest.raises(InputError, match=r"There is no picture 1: the inputs hold 1, counted from 0"):
+        model_view(inputs, image=1)
+    with pytest.raises(InputError, match=r"There is no picture 0: the inputs hold 0"):
+        as_the_model_sees_it(text_inputs)

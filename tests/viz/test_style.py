@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot, color_scale, only, plot, scale_of, subject_of, unit_of
+
+
+def test_signed_values_diverge_symmetrically_and_others_grow_from_zero():
+    signed = color_scale(np.array([0.1, -2.0, 1.0]))
+    growing = color_scale(np.array([0.1, 2.0]))
+    assert (signed.low, signed.high, growing.low, growing.high) == (-2.0, 2.0, 0.0, 2.0)
+    assert signed.rgba(0.0)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
+
+
+def test_contributions_diverge_even_if_none_is_negative():
+    assert scale_of(xr.DataArray([1.0, 2.0], dims="x", name="logit")).low == -2.0
+    assert scale_of(xr.DataArray([1.0, 2.0], dims="x", name="attention")).low == 0.0
+
+
+def test_scale_of_nothing_but_zeros_or_nan_is_still_a_scale():
+    assert color_scale(np.zeros(3)).high == 1.0
+    assert color_scale(np.array([np.nan, 0.5])).high == 0.5
+
+
+def test_sequential_map_darkens_evenly():
+    # Oklab's lightness, from which the map was made, computed back from its colours.
+    colors = np.array([ColorScale(SEQUENTIAL, 0.0, 1.0).rgba(x)[:3] for x in np.linspace(0, 1, 21)])
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    to_cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    lightness = np.cbrt(linear @ to_cones.T) @ [0.2104542553, 0.7936177850, -0.0040720468]
+    assert np.diff(lightness) == pytest.approx(np.full(20, (lightness[-1] - lightness[0]) / 20), abs=0.006)
+
+
+def test_text_on_a_cell_is_dark_on_light_and_light_on_dark():
+    scale = ColorScale(SEQUENTIAL, 0.0, 1.0)
+    assert scale.ink(0.0) != scale.ink(1.0)
+    assert scale.ink(1.0) == "#ffffff"
+
+
+def test_a_plot_shows_itself_as_png_and_svg():
+    with plot(2.0, 1.0) as figure:
+        figure.add_subplot().plot([0, 1])
+    assert isinstance(figure, Plot)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert "<svg" in figure.to_svg()
+
+
+def test_subjects_and_units_follow_from_name_and_attributes():
+    result = xr.DataArray([1.0], dims="x", name="logit", attrs={"answer": "Red", "baseline": "Blue"})
+    assert subject_of(result) == "Direct contribution to the logit of 'Red' minus that of 'Blue'"
+    assert unit_of(result) == "logits"
+    assert unit_of(result.assign_attrs(units="nats")) == "nats"
+    assert subject_of(xr.DataArray([1.0], dims="x", name="answer_probability")) == "Answer probability"
+
+
+def test_only_refuses_missing_and_surplus_axes():
+    result = xr.DataArray(np.zeros((2, 3)), dims=("image", "layer"))
+    with pytest.raises(
+        InputError, match=r"The result has the axes image, layer; expected layer, head\. Choose or average"
+    ):
+        only(result, "layer", "head")
+    with pytest.raises(InputError, match="Choose or average"):
+        only(result, "layer")
+    assert only(result[:1], "layer").dims == ("layer",)
