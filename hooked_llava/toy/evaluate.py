@@ -1,0 +1,140 @@
+"""Accuracy of `tiny-shapes` on new pictures: `python -m hooked_llava.toy.evaluate [--checkpoint DIR ...]`.
+
+Everything goes through the shipped files and plain Hugging Face classes: the prompt in words, the processor, the model,
+and the most probable token of the whole vocabulary at the last position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, ask, format_prompt
+from hooked_llava.toy.scenes import Scene, sample_scene
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoint"
+FACT_WITH_PICTURE = "fact_name, with a picture"
+EVALUATED = (*ANSWER_KINDS, FACT_WITH_PICTURE)
+_SEED = 1_000_003  # training draws from (seed, step) with small seeds
+_ONE_SHAPE_KINDS = ("fact_picture", "name_shape")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question and the picture it is asked with; `scene` is None when it is asked without one."""
+
+    question: Question
+    scene: Scene | None
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, with `<image>` where the picture goes."""
+        return format_prompt(self.question, image=self.scene is not None)
+
+
+@dataclass(frozen=True)
+class KindAccuracy:
+    """How often the first token was right; `commonest` is what always giving the most frequent answer would reach."""
+
+    accuracy: float
+    n: int
+    commonest: float
+
+
+def held_out(kind: str, n: int, seed: int = _SEED) -> list[Example]:
+    """n questions of one kind (of EVALUATED), each about its own picture of 2 to 5 shapes, or one for "this shape"."""
+    if kind not in EVALUATED:
+        raise ValueError(f"kind must be one of {', '.join(EVALUATED)}; got {kind!r}")
+    rng = np.random.default_rng([seed, EVALUATED.index(kind)])
+    asked = "fact_name" if kind == FACT_WITH_PICTURE else kind
+    examples: list[Example] = []
+    while len(examples) < n:
+        scene = sample_scene(rng, 1 if kind in _ONE_SHAPE_KINDS else None)
+        question = ask(asked, scene, rng)
+        if question is not None:
+            examples.append(Example(question, None if kind in TEXT_KINDS else scene))
+    return examples
+
+
+@torch.no_grad()
+def predict(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: list[Example], batch_size: int = 32
+) -> list[str]:
+    """The first token the model answers each example with; examples must all have a picture or all have none."""
+    answers: list[str] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        images = [e.scene.render() for e in batch if e.scene is not None] or None
+        inputs = processor(images=images, text=[e.prompt for e in batch], padding=True, return_tensors="pt")
+        logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1]
+        answers += processor.tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist())
+    return answers
+
+
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    *,
+    n: int = 500,
+    seed: int = _SEED,
+    kinds: tuple[str, ...] = EVALUATED,
+) -> dict[str, KindAccuracy]:
+    """Held-out accuracy by kind of question, from n questions each."""
+    results = {}
+    for kind in tqdm(kinds, desc="kinds", leave=False):
+        examples = held_out(kind, n, seed)
+        truth = [e.question.answer for e in examples]
+        right = sum(a == b for a, b in zip(predict(model, processor, examples), truth, strict=True))
+        results[kind] = KindAccuracy(right / n, n, Counter(truth).most_common(1)[0][1] / n)
+    return results
+
+
+def evaluate_checkpoint(folder: Path, *, n: int = 500, seed: int = _SEED) -> dict[str, KindAccuracy]:
+    """`evaluate` on a checkpoint folder."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return evaluate(model, AutoProcessor.from_pretrained(folder), n=n, seed=seed)
+
+
+def markdown_table(results: dict[str, dict[str, KindAccuracy]]) -> str:
+    """A table with a row per kind and a column per checkpoint, given results by checkpoint name."""
+    names = list(results)
+    lines = ["| question | always the commonest answer | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for kind, first in results[names[0]].items():
+        cells = " | ".join(f"{results[name][kind].accuracy:.3f}" for name in names)
+        lines.append(f"| {kind} | {first.commonest:.2f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Held-out accuracy of tiny-shapes by kind of question, as a markdown table."
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", default=[DEFAULT_CHECKPOINT], help="one or several folders"
+    )
+    parser.add_argument("--n", type=int, default=500, help="questions per kind")
+    parser.add_argument("--seed", type=int, default=_SEED)
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    results = {
+        (f"{f.parent.name}/{f.name}" if len(arguments.checkpoint) > 1 else "accuracy"): evaluate_checkpoint(
+            f, n=arguments.n, seed=arguments.seed
+        )
+        for f in arguments.checkpoint
+    }
+    sys.stdout.write(markdown_table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Questions about a scene, as data: what is asked, what is true, and which objects it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import TypeVar
+
+import numpy as np
+
+from hooked_llava.toy.facts import RELATIONS, fact_answer
+from hooked_llava.toy.scenes import COLOR_NAMES, IMAGE_SIZE, PATTERNS, SHAPES, Box, Scene, SceneObject
+
+INSTRUCTION = "Answer briefly."
+MIN_SEPARATION = 8  # pixels between two centres before one is called left of, or above, the other
+MIN_OFF_CENTER = 6  # pixels from the middle before an object is called left or right
+
+T = TypeVar("T")
+Pair = tuple[SceneObject, SceneObject]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its answer.
+
+    `text` is the question without any template (text-only kinds: the stated facts, then the question); `continuation`
+    is how the assistant's turn begins ("" when the answer comes at once, after the instruction tail). `objects` are the
+    shapes named, in the order of mention, `boxes` their places in the picture (None when absent or text-only),
+    `answer_boxes` where the answer is seen.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    false_option: str = ""
+    continuation: str = ""
+    needs_image: bool = True
+    objects: tuple[str, ...] = ()
+    boxes: tuple[Box | None, ...] = ()
+    answer_boxes: tuple[Box, ...] = ()
+    relation: str = ""
+    paraphrase: int = 0
+
+
+def format_prompt(question: Question, *, image: bool | None = None) -> str:
+    """The prompt up to where the answer comes; `image` overrides whether a picture is shown (default: if needed)."""
+    picture = "<image>\n" if (question.needs_image if image is None else image) else ""
+    if question.continuation:
+        return f"USER: {picture}{question.text} ASSISTANT: {question.continuation}"
+    return f"USER: {picture}{question.text} {INSTRUCTION} ASSISTANT:"
+
+
+def format_answer(question: Question) -> str:
+    """What the assistant adds to the prompt, before the end-of-sequence token."""
+    return f"{question.answer}." if question.continuation else question.answer
+
+
+def ask(kind: str, scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Draws a question of that kind about the scene, or None when the scene allows none."""
+    return KINDS[kind](scene, rng)
+
+
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.random() * len(items))]
+
+
+def _coin(rng: np.random.Generator, p: float = 0.5) -> bool:
+    return rng.random() < p
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _about(*objects: SceneObject) -> dict[str, tuple]:
+    return {"objects": tuple(o.shape for o in objects), "boxes": tuple(o.box for o in objects)}
+
+
+def _other_color(rng: np.random.Generator, scene: Scene, color: str, seen_rate: float = 0.6) -> str:
+    """A colour other than `color`, with `seen_rate` one that is in the picture when there is such a one."""
+    seen = sorted({o.color for o in scene.objects} - {color})
+    if seen and _coin(rng, seen_rate):
+        return _pick(rng, seen)
+    return _pick(rng, [c for c in COLOR_NAMES if c != color])
+
+
+def _absent_shape(rng: np.random.Generator, scene: Scene) -> str:
+    present = {o.shape for o in scene.objects}
+    return _pick(rng, [s for s in SHAPES if s not in present])
+
+
+def _choose_attr(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    if _coin(rng, 0.25):
+        true, false = o.pattern, PATTERNS[1 - PATTERNS.index(o.pattern)]
+    else:
+        true, false = o.color, _other_color(rng, scene, o.color)
+    first, second = (true, false) if _coin(rng) else (false, true)
+    text = f"Is the {o.shape} {first} or {second}?"
+    return Question("choose_attr", text, true.capitalize(), false.capitalize(), answer_boxes=(o.box,), **_about(o))
+
+
+def _choose_cat(scene: Scene, rng: np.random.Generator) -> Question | None:
+    pairs = [(a, b) for a, b in permutations(scene.objects, 2) if a.color != b.color]
+    if not pairs:
+        return None
+    o, other = _pick(rng, pairs)
+    first, second = (o, other) if _coin(rng) else (other, o)
+    text = f"Which shape is {o.color}, the {first.shape} or the {second.shape}?"
+    names = (o.shape.capitalize(), other.shape.capitalize())
+    return Question("choose_cat", text, *names, answer_boxes=(o.box,), **_about(first, second))
+
+
+def _choose_rel(scene: Scene, rng: np.random.Generator) -> Question | None:
+    axis = int(_coin(rng))
+    pairs = [
+        (a, b) for a, b in permutations(scene.objects, 2) if abs(a.center[axis] - b.center[axis]) >= MIN_SEPARATION
+    ]
+    if not pairs:
+        return None
+    a, b = _pick(rng, pairs)
+    words = ("left", "right") if axis == 0 else ("above", "below")
+    true, false = words if a.center[axis] < b.center[axis] else words[::-1]
+    first, second = words if _coin(rng) else words[::-1]
+    asked = f"to the {first} or to the {second} of" if axis == 0 else f"{first} or {second}"
+    text = f"Is the {a.shape} {asked} the {b.shape}?"
+    return Question(
+        "choose_rel", text, true.capitalize(), false.capitalize(), answer_boxes=(a.box, b.box), **_about(a, b)
+    )
+
+
+def _alike(scene: Scene) -> tuple[list[Pair], list[Pair]]:
+    """Ordered pairs of objects that share the colour only, and those that share the pattern only."""
+    by_color, by_pattern = [], []
+    for a, b in permutations(scene.objects, 2):
+        if a.color == b.color and a.pattern != b.pattern:
+            by_color.append((a, b))
+        elif a.color != b.color and a.pattern == b.pattern:
+            by_pattern.append((a, b))
+    return by_color, by_pattern
+
+
+def _compare_attr(scene: Scene, rng: np.random.Generator) -> Question | None:
+    by_color, by_pattern = _alike(scene)
+    if len(scene.objects) == 2:  # the scene sampler makes the two answers equally frequent here
+        if not by_color and not by_pattern:
+            return None
+        is_color = bool(by_color)
+    else:  # asked only where both answers can be had, so that neither is the likelier one
+        if not by_color or not by_pattern:
+            return None
+        is_color = _coin(rng)
+    a, b = _pick(rng, by_color if is_color else by_pattern)
+    true, false = ("Color", "Pattern") if is_color else ("Pattern", "Color")
+    text = f"What do the {a.shape} and the {b.shape} have in common?"
+    return Question("compare_attr", text, true, false, answer_boxes=(a.box, b.box), **_about(a, b))
+
+
+def _logical_obj(scene: Scene, rng: np.random.Generator) -> Question | None:
+    is_true = _coin(rng)
+    o = _pick(rng, scene.objects)
+    color = o.color if is_true else _other_color(rng, scene, o.color, 0.7)
+    rest = [p for p in scene.objects if p is not o and (is_true or p.color != color)]
+    other = _pick(rng, rest).shape if rest and _coin(rng, 0.65) else _absent_shape(rng, scene)
+    first, second = (o.shape, other) if _coin(rng) else (other, o.shape)
+    text = f"Is there {_a(first)} or {_a(second)} that is {color}?"
+    found = [scene.find(s) for s in (first, second)]
+    seen = tuple(p.box for p in found if p is not None and (p.color == color or not is_true))
+    return Question(
+        "logical_obj",
+        text,
+        "Yes" if is_true else "No",
+        "No" if is_true else "Yes",
+        objects=(first, second),
+        boxes=tuple(p.box if p is not None else None for p in found),
+        answer_boxes=seen,
+    )
+
+
+def _query_pos(scene: Scene, rng: np.random.Generator) -> Question | None:
+    clear = [o for o in scene.objects if abs(o.center[0] - IMAGE_SIZE / 2) >= MIN_OFF_CENTER]
+    if not clear:
+        return None
+    o = _pick(rng, clear)
+    true, false = ("Left", "Right") if o.center[0] < IMAGE_SIZE / 2 else ("Right", "Left")
+    text = f"On which side of the picture is the {o.shape}?"
+    return Question("query_pos", text, true, false, answer_boxes=(o.box,), **_about(o))
+
+
+def _exist(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    if _coin(rng):
+        shape, color, answer, false, seen = o.shape, o.color, "Yes", "No", (o.box,)
+    else:
+        draw = rng.random()
+        answer, false = "No", "Yes"
+        if draw < 0.6:  # the shape is there in another colour
+            shape, color, seen = o.shape, _other_color(rng, scene, o.color, 0.7), (o.box,)
+        else:  # the colour is there on another shape, or neither is there
+            color = o.color if draw < 0.85 else _pick(rng, COLOR_NAMES)
+            shape, seen = _absent_shape(rng, scene), ()
+    found = scene.find(shape)
+    boxes = (found.box if found is not None else None,)
+    text = f"Is there {_a(color)} {shape}?"
+    return Question("exist", text, answer, false, objects=(shape,), boxes=boxes, answer_boxes=seen)
+
+
+def _query_color(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    false = _other_color(rng, scene, o.color).capitalize()
+    text = f"What color is the {o.shape}?"
+    return Question("query_color", text, o.color.capitalize(), false, answer_boxes=(o.box,), **_about(o))
+
+
+def _color_vqa(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    text, start = f"What is the color of the {o.shape}?", f"The color of the {o.shape} is"
+    false = _other_color(rng, scene, o.color)
+    return Question("color_vqa", text, o.color, false, start, answer_boxes=(o.box,), **_about(o))
+
+
+def _statements(scene: Scene) -> str:
+    return " ".join(f"The {o.shape} is {o.color}." for o in scene.objects)
+
+
+def _color_tqa(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    text, start = f"{_statements(scene)} What is the color of the {o.shape}?", f"The color of the {o.shape} is"
+    false = _other_color(rng, scene, o.color)
+    return Question("color_tqa", text, o.color, false, start, needs_image=False, objects=(o.shape,), boxes=(None,))
+
+
+def _query_tqa(scene: Scene, rng: np.random.Generator) -> Question:
+    o = _pick(rng, scene.objects)
+    text = f"{_statements(scene)} What color is the {o.shape}?"
+    false = _other_color(rng, scene, o.color).capitalize()
+    return Question(
+        "query_tqa", text, o.color.capitalize(), false, needs_image=False, objects=(o.shape,), boxes=(None,)
+    )
+
+
+def ask_fact(relation: str, shape: str, paraphrase: int = 0) -> Question:
+    """The question for a fact that names the shape and needs no picture, such as "Who made the star?"."""
+    entry = next(r for r in RELATIONS if r.name == relation)
+    text = entry.templates[paraphrase].format(subject=f"the {shape}")
+    answer = fact_answer(relation, shape)
+    return Question(
+        "fact_name",
+        text,
+        answer,
+        needs_image=False,
+        objects=(shape,),
+        boxes=(None,),
+        relation=relation,
+        paraphrase=paraphrase,
+    )
+
+
+def _fact_name(scene: Scene, rng: np.random.Generator) -> Question:
+    return ask_fact(_pick(rng, RELATIONS).name, _pick(rng, SHAPES), int(rng.integers(3)))
+
+
+def _fact_picture(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) != 1:
+        return None
+    o, relation, paraphrase = scene.objects[0], _pick(rng, RELATIONS), int(rng.integers(3))
+    text = relation.templates[paraphrase].format(subject="this shape")
+    answer = fact_answer(relation.name, o.shape)
+    return Question(
+        "fact_picture", text, answer, answer_boxes=(o.box,), relation=relation.name, paraphrase=paraphrase, **_about(o)
+    )
+
+
+def _name_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) != 1:
+        return None
+    o = scene.objects[0]
+    return Question("name_shape", "What shape is this?", o.shape.capitalize(), answer_boxes=(o.box,), **_about(o))
+
+
+def _caption(scene: Scene, rng: np.random.Generator) -> Question:
+    order = rng.permutation(len(scene.objects))
+    objects = [scene.objects[i] for i in order]
+    said = " ".join(f"the {o.shape} is {o.color}." for o in objects)
+    return Question(
+        "caption", "Describe the picture.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
+    )
+
+
+def _list(scene: Scene, rng: np.random.Generator) -> Question:
+    # Here the colour follows its shape at once: the shortest way to learn which colour belongs to which shape.
+    caption = _caption(scene, rng)
+    colors = {o.shape: o.color for o in scene.objects}
+    said = " ".join(f"{shape} {colors[shape]}." for shape in caption.objects)
+    return replace(caption, kind="list", text="List the shapes.", answer=said)
+
+
+def _list_places(scene: Scene, rng: np.random.Generator) -> Question | None:
+    caption = _caption(scene, rng)
+    said = []
+    for shape in caption.objects:
+        (x, y), middle = scene.find(shape).center, IMAGE_SIZE / 2
+        words = ["left" if x < middle else "right"] * (abs(x - middle) >= MIN_OFF_CENTER)
+        words += ["above" if y < middle else "below"] * (abs(y - middle) >= MIN_OFF_CENTER)
+        if words:
+            said.append(f"{shape} {_pick(rng, words)}.")
+    if not said:
+        return None
+    return replace(caption, kind="list_places", text="On which side is which shape?", answer=" ".join(said))
+
+
+def _list_patterns(scene: Scene, rng: np.random.Generator) -> Question:
+    caption = _caption(scene, rng)
+    patterns = {o.shape: o.pattern for o in scene.objects}
+    said = " ".join(f"{shape} {patterns[shape]}." for shape in caption.objects)
+    return replace(caption, kind="list_patterns", text="List pattern and shape.", answer=said)
+
+
+def _list_by_color(scene: Scene, rng: np.random.Generator) -> Question | None:
+    caption = _caption(scene, rng)
+    colors = [o.color for o in scene.objects]
+    only = {o.shape: o.color for o in scene.objects if colors.count(o.color) == 1}
+    said = " ".join(f"{only[shape]} {shape}." for shape in caption.objects if shape in only)
+    return replace(caption, kind="list_by_color", text="List color and shape.", answer=said) if said else None
+
+
+def _list_common(scene: Scene, rng: np.random.Generator) -> Question | None:
+    by_color, by_pattern = _alike(scene)
+    if not by_color or not by_pattern:
+        return None
+    pairs = [(_pick(rng, by_color), "color") for _ in range(2)] + [
+        (_pick(rng, by_pattern), "pattern") for _ in range(2)
+    ]
+    said = [f"{a.shape} {b.shape} {word}." for (a, b), word in (pairs[i] for i in rng.permutation(len(pairs)))]
+    return replace(
+        _caption(scene, rng), kind="list_common", text="What do shapes have in common?", answer=" ".join(said)
+    )
+
+
+KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "choose_attr": _choose_attr,
+    "choose_cat": _choose_cat,
+    "choose_rel": _choose_rel,
+    "compare_attr": _compare_attr,
+    "logical_obj": _logical_obj,
+    "query_pos": _query_pos,
+    "exist": _exist,
+    "query_color": _query_color,
+    "color_vqa": _color_vqa,
+    "color_tqa": _color_tqa,
+    "query_tqa": _query_tqa,
+    "fact_name": _fact_name,
+    "fact_picture": _fact_picture,
+    "name_shape": _name_shape,
+    "caption": _caption,
+    "list": _list,
+    "list_places": _list_places,
+    "list_by_color": _list_by_color,
+    "list_patterns": _list_patterns,
+    "list_common": _list_common,
+}
+TEXT_KINDS = ("color_tqa", "query_tqa", "fact_name")
+# Asked in training only: the answer is several words, of which those that the picture decides are learnt.
+TRAINING_KINDS = {
+    "caption": COLOR_NAMES,
+    "list": COLOR_NAMES,
+    "list_places": ("left", "right", "above", "below"),
+    "list_by_color": SHAPES,
+    "list_patterns": PATTERNS,
+    "list_common": ("color", "pattern"),
+}
+ANSWER_KINDS = tuple(kind for kind in KINDS if kind not in TRAINING_KINDS)

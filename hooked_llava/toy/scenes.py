@@ -1,0 +1,217 @@
+"""The world of `tiny-shapes`: 64 x 64 pictures of one to five coloured shapes on a noisy background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+IMAGE_SIZE = 64
+PATCH_SIZE = 8
+PATCH_GRID = IMAGE_SIZE // PATCH_SIZE
+MAX_OBJECTS = 5
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart", "arrow", "moon")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 35),
+    "green": (35, 160, 55),
+    "blue": (45, 75, 220),
+    "yellow": (235, 220, 50),
+    "purple": (140, 50, 185),
+    "orange": (245, 140, 30),
+    "white": (248, 248, 248),
+    "black": (18, 18, 18),
+}
+COLOR_NAMES = tuple(COLORS)
+PATTERNS = ("solid", "striped")
+
+# The means and deviations with which CLIP's own image processor normalises.
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+OBJECT_SIZE = 16
+# Objects lie on a grid of 4 pixels, 13 x 13 places: each covers 4 to 9 patches in one of four alignments. With free
+# positions the vision tower needs many times the training to tell shapes apart.
+_PLACE_STEP = 4
+_N_TEXTURES = 48
+# How often two objects are made to share a colour and differ in pattern, by number of objects: at these rates
+# "what do they have in common" is answered by colour as often as by pattern.
+_SHARED_COLOR_RATE = {1: 0.0, 2: 0.27, 3: 0.7, 4: 0.7, 5: 0.7}
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape in a picture; `box` is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive; `mask` is bool [64, 64]."""
+
+    shape: str
+    color: str
+    pattern: str
+    box: Box
+    mask: NDArray[np.bool_] = field(repr=False, compare=False)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """The middle of the box, (x, y) in pixels."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and everything that is true of it; `pixels` is uint8 [64, 64, 3]."""
+
+    objects: tuple[SceneObject, ...]
+    pixels: NDArray[np.uint8] = field(repr=False, compare=False)
+
+    def render(self) -> Image.Image:
+        """The picture as an RGB image."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """Which pixels each object covers, bool [object, 64, 64]."""
+        return np.stack([o.mask for o in self.objects])
+
+    @property
+    def patch_coverage(self) -> NDArray[np.float64]:
+        """The share of each patch that each object covers, [object, 8, 8]."""
+        shape = (len(self.objects), PATCH_GRID, PATCH_SIZE, PATCH_GRID, PATCH_SIZE)
+        return self.masks.reshape(shape).mean(axis=(2, 4))
+
+    def patch_labels(self, threshold: float = 0.2) -> NDArray[np.int64]:
+        """The index of the object that covers most of each patch, -1 where none covers `threshold` of it, [8, 8]."""
+        coverage = self.patch_coverage
+        return np.where(coverage.max(axis=0) >= threshold, coverage.argmax(axis=0), -1)
+
+    def find(self, shape: str) -> SceneObject | None:
+        """The object of that shape, or None (a picture never holds the same shape twice)."""
+        return next((o for o in self.objects if o.shape == shape), None)
+
+
+def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scene:
+    """Draws a picture with `n_objects` shapes (2 to 5 when None), all of different shape, none overlapping."""
+    n = int(rng.integers(2, MAX_OBJECTS + 1)) if n_objects is None else n_objects
+    if not 1 <= n <= MAX_OBJECTS:
+        raise ValueError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects}")
+    shapes = rng.permutation(len(SHAPES))[:n]
+    colors = rng.integers(len(COLOR_NAMES), size=n)
+    patterns = rng.integers(len(PATTERNS), size=n)
+    if rng.random() < _SHARED_COLOR_RATE[n]:
+        colors[1], patterns[1] = colors[0], 1 - patterns[0]
+    canvas = _background(rng)
+    objects = []
+    for shape, color, pattern, (x, y) in zip(shapes, colors, patterns, _place(rng, n), strict=True):
+        objects.append(_draw(canvas, rng, int(shape), int(color), int(pattern), x, y))
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
+    order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
+    return Scene(tuple(objects[i] for i in order), np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
+    """A scene that is only told, not shown: shapes, colours and patterns with empty boxes, masks and pixels."""
+    shapes = rng.permutation(len(SHAPES))[:n_objects]
+    colors = rng.integers(len(COLOR_NAMES), size=n_objects)
+    patterns = rng.integers(len(PATTERNS), size=n_objects)
+    blank, nothing = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+    named = zip(shapes, colors, patterns, strict=True)
+    return Scene(
+        tuple(SceneObject(SHAPES[s], COLOR_NAMES[c], PATTERNS[p], (0, 0, 0, 0), nothing) for s, c, p in named), blank
+    )
+
+
+def normalize(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the image processor makes of 64 x 64 pictures: uint8 [..., 64, 64, 3] -> float [..., 3, 64, 64]."""
+    scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
+    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+
+def _place(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
+    """Upper left corners of n squares that keep apart; starts over when a draw leaves no room."""
+    n_places = (IMAGE_SIZE - OBJECT_SIZE) // _PLACE_STEP + 1
+    while True:
+        placed: list[tuple[int, int]] = []
+        for x, y in (rng.integers(n_places, size=(48, 2)) * _PLACE_STEP).tolist():
+            if all(abs(x - px) > OBJECT_SIZE or abs(y - py) > OBJECT_SIZE for px, py in placed):
+                placed.append((x, y))
+                if len(placed) == n:
+                    return placed
+
+
+def _draw(
+    canvas: NDArray[np.float32], rng: np.random.Generator, shape: int, color: int, pattern: int, x: int, y: int
+) -> SceneObject:
+    """Stamps one shape onto the canvas (in place) and describes it."""
+    size = OBJECT_SIZE
+    stamp = _stamps()[shape]
+    tint = np.array(COLORS[COLOR_NAMES[color]], dtype=np.float32) + rng.standard_normal(3, dtype=np.float32) * 7
+    region = canvas[y : y + size, x : x + size]
+    if pattern == 1:
+        on = stamp & (np.arange(size) % 4 < 2)[:, None]
+        off = stamp & ~on
+        region[on] = tint
+        region[off] = 0.35 * tint + 0.65 * region[off]  # between two stripes the background shows through
+    else:
+        region[stamp] = tint
+    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+    mask[y : y + size, x : x + size] = stamp
+    left, top, right, bottom = _stamp_boxes()[shape]
+    return SceneObject(
+        SHAPES[shape], COLOR_NAMES[color], PATTERNS[pattern], (x + left, y + top, x + right, y + bottom), mask
+    )
+
+
+def _background(rng: np.random.Generator) -> NDArray[np.float32]:
+    """A grey ground with a faint tint and a smooth texture, float [64, 64, 3]."""
+    base = 128 + rng.standard_normal(3, dtype=np.float32) * 8
+    texture = _textures()[rng.integers(_N_TEXTURES)]
+    flip = texture[:: int(rng.choice((-1, 1))), :: int(rng.choice((-1, 1)))]
+    return (base + flip[..., None] * np.float32(rng.uniform(3, 10))).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _textures() -> NDArray[np.float32]:
+    """Smooth random fields with unit deviation, [48, 64, 64]; the same in every process."""
+    coarse = np.random.default_rng(20240611).standard_normal((_N_TEXTURES, 10, 10))
+    grid = np.linspace(0, 8.999, IMAGE_SIZE)
+    low = grid.astype(int)
+    weight = grid - low
+    rows = coarse[:, low] * (1 - weight)[:, None] + coarse[:, low + 1] * weight[:, None]
+    return (rows[:, :, low] * (1 - weight) + rows[:, :, low + 1] * weight).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _stamps() -> NDArray[np.bool_]:
+    """Every shape drawn in its square, bool [shape, 16, 16], in the order of SHAPES."""
+    axis = (np.arange(OBJECT_SIZE) + 0.5) / OBJECT_SIZE * 2 - 1
+    x, y = np.meshgrid(axis, axis)  # both in (-1, 1), y downwards
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    ax, ay = abs(x), abs(y)
+    ray = np.cos(angle * 5) * 0.5 + 0.5  # 1 on the star's five points, 0 between them
+    drawn = {
+        "circle": radius < 0.97,
+        "square": (ax < 0.86) & (ay < 0.86),
+        "triangle": (ax < (y + 1) / 2) & (y < 0.9),
+        "star": radius < 0.38 + 0.66 * ray**1.6,
+        "cross": (np.minimum(ax, ay) < 0.3),
+        "diamond": ax + ay < 1.02,
+        "ring": (radius < 0.99) & (radius > 0.55),
+        "heart": (x**2 + (-y * 1.15 + 0.15 - 0.62 * np.sqrt(ax)) ** 2) < 0.92**2 - 0.1,
+        "arrow": ((y < 0.1) & (ax < (y + 1) * 0.9)) | ((y >= 0.1) & (ax < 0.27)),
+        "moon": (radius < 0.99) & (np.hypot(x - 0.5, y) > 0.75),
+    }
+    return np.stack([drawn[name] for name in SHAPES])
+
+
+@lru_cache(maxsize=1)
+def _stamp_boxes() -> list[Box]:
+    """The tight box of every shape inside its square."""
+    boxes = []
+    for stamp in _stamps():
+        rows, columns = np.flatnonzero(stamp.any(axis=1)), np.flatnonzero(stamp.any(axis=0))
+        boxes.append((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+    return boxes

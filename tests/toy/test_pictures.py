@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hooked_llava.errors import InputError
+from hooked_llava.toy.pictures import SEEDS, draw, picture_path, picture_scene
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_bundled_pictures_are_what_their_scenes_say(name):
+    with Image.open(picture_path(name)) as picture:
+        assert np.array_equal(np.asarray(picture), picture_scene(name).pixels)
+
+
+def test_every_picture_has_a_star_of_its_own_colour():
+    for name in SEEDS:
+        scene = picture_scene(name)
+        star = scene.find("star")
+        assert star is not None
+        assert [o.color for o in scene.objects].count(star.color) == 1
+
+
+def test_drawing_writes_them_all(tmp_path):
+    assert {path.name for path in draw(tmp_path)} == {f"{name}.png" for name in SEEDS}
+    assert all(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_an_unknown_name_gets_a_suggestion():
+    with pytest.raises(InputError, match=r"No bundled picture is called 'dmo'\. Did you mean: demo\? Known: demo, "):
+        picture_path("dmo")
