@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, ask, format_prompt
 from hooked_llava.toy.scenes import Scene, sample_scene
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINTS = Path(__file__).parent / "checkpoint"
 FACT_WITH_PICTURE = "fact_name, with a picture"
 EVALUATED = (*ANSWER_KINDS, FACT_WITH_PICTURE)
 _SEED = 1_000_003  # training draws from (seed, step) with small seeds
@@ -113,13 +113,18 @@ def markdown_table(results: dict[str, dict[str, KindAccuracy]]) -> str:
     return "\n".join(lines)
 
 
+def embedded() -> list[Path]:
+    """The checkpoint folders that come with the package, one for each training seed."""
+    return sorted(folder for folder in CHECKPOINTS.glob("seed*") if folder.is_dir())
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Held-out accuracy of tiny-shapes by kind of question, as a markdown table."
     )
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", default=[DEFAULT_CHECKPOINT], help="one or several folders"
+        "--checkpoint", type=Path, nargs="+", default=embedded(), help="one or several folders; all that are shipped by default"
     )
     parser.add_argument("--n", type=int, default=500, help="questions per kind")
     parser.add_argument("--seed", type=int, default=_SEED)
@@ -127,12 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = {
-        (f"{f.parent.name}/{f.name}" if len(arguments.checkpoint) > 1 else "accuracy"): evaluate_checkpoint(
-            f, n=arguments.n, seed=arguments.seed
-        )
-        for f in arguments.checkpoint
-    }
+    folders = {folder.name if folder.parent == CHECKPOINTS else str(folder): folder for folder in arguments.checkpoint}
+    results = {name: evaluate_checkpoint(f, n=arguments.n, seed=arguments.seed) for name, f in folders.items()}
     sys.stdout.write(markdown_table(results) + "\n")
 
 
