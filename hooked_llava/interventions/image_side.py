@@ -1,0 +1,105 @@
+"""Re-entering the vision tower and the projector.
+
+Attention among patches runs in both directions, so a change at layer l reaches all patches of its picture from there
+on; what lies below l is taken from one kept pass through the tower.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.components import AttentionContext
+from hooked_llava.interventions.edits import Edit, edited
+from hooked_llava.interventions.intervention import Resolved
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+Run = Sequence[Resolved]
+
+
+class ImageSide:
+    """The pictures' way to their image embeddings, kept layer by layer once somebody changes something there."""
+
+    def __init__(self, model: HookedLLaVA, inputs: Inputs) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.layer_rows = 0  # blocks run, counted over rows: the work done here
+
+    @cached_property
+    def streams(self) -> list[Float[Tensor, "image pos d_model"]]:
+        """Stream entering every block that is run, and leaving the last."""
+        vision = self.model.vision
+        assert self.inputs.pixel_values is not None
+        states = [vision.embed(self.inputs.pixel_values)]
+        for block in vision.blocks[: vision.cfg.n_layers_run]:
+            states.append(block(states[-1], AttentionContext()))
+        return states
+
+    @torch.no_grad()
+    def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
+        """Image embeddings of every picture under each run's changes; runs that enter at the same place go together."""
+        _ = self.streams  # kept before anything is attached
+        by_entry: dict[int, list[int]] = defaultdict(list)
+        for i, run in enumerate(runs):
+            by_entry[min(_entry(r, self.model.config.vision.n_layers_run) for r in run)].append(i)
+        rows: list[Tensor | None] = [None] * len(runs)
+        for entry, members in by_entry.items():
+            for i, embedding in zip(members, self._from(entry, [runs[i] for i in members]), strict=True):
+                rows[i] = embedding
+        return torch.stack([row for row in rows if row is not None])
+
+    def _from(self, entry: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
+        vision, n_runs = self.model.vision, len(runs)
+        cfg, n_images = vision.cfg, self.inputs.n_images
+        with edited(self.model, self._edits(runs)):
+            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(entry, 0) + 1]]  # (run * image, ...)
+            if entry < 0:
+                assert self.inputs.pixel_values is not None
+                kept = [vision.embed(self.inputs.pixel_values.repeat(n_runs, 1, 1, 1))]
+            for block in vision.blocks[len(kept) - 1 : cfg.n_layers_run]:
+                kept.append(block(kept[-1], AttentionContext()))
+                self.layer_rows += n_runs * n_images
+            features = vision.features(kept)
+            embedding = self.model.hook_image_embed(self.model.projector(features))
+        return embedding.unflatten(0, (n_runs, n_images))
+
+    def _edits(self, runs: list[Run]) -> list[Edit]:
+        edits = []
+        for row, run in enumerate(runs):
+            for resolved in run:
+                for prompt, image in self._pictures(resolved.intervention.image):
+                    edits.append(Edit(row * self.inputs.n_images + image, prompt, resolved, 0))
+        return edits
+
+    def _pictures(self, which: int | None) -> list[tuple[int, int]]:
+        """(prompt, index of the picture in the batch) of the pictures that an intervention is about."""
+        found, first = [], 0
+        for prompt, n in enumerate(self.inputs.images_per_prompt):
+            found += [(prompt, first + i) for i in range(n) if which is None or i == which]
+            first += n
+        return found
+
+    def first_positions(self, which: int | None) -> list[int]:
+        """First sequence position of each of those pictures."""
+        firsts = []
+        for token_map in self.inputs.token_maps:
+            images = range(token_map.n_images) if which is None else [which] if which < token_map.n_images else []
+            firsts += [int(token_map.image(i)[0]) for i in images]
+        return firsts
+
+
+def _entry(resolved: Resolved, n_layers_run: int) -> int:
+    """Block of the vision tower at which a change enters: -1 for the embedding, n_layers_run for what comes after."""
+    name = resolved.name
+    if not name.startswith("vision."):
+        return n_layers_run
+    return resolved.layer if name.startswith("vision.blocks.") or name == "vision.hook_out" else -1

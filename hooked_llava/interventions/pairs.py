@@ -1,0 +1,260 @@
+"""Pairs of prompts that differ in one thing, and ready-made ways to corrupt one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hooked_llava.caching import resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.geometry import ImageGeometry
+from hooked_llava.inputs import Inputs
+from hooked_llava.interventions.intervention import Intervention, Where
+from hooked_llava.pictures import load_picture
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Direction = Literal["denoise", "noise"]
+"""Clean activations into the corrupted run, or corrupted ones into the clean run."""
+Metric = Callable[[Tensor], Tensor]
+"""From logits [..., d_vocab] at the answer's position to one number each."""
+
+_NOISE = 3.0  # Meng et al. 2022 (arXiv 2202.05262) corrupt with three times the spread of the token embeddings
+
+
+def check_pair(clean: Inputs, corrupted: Inputs) -> None:
+    """Raise `InputError` unless both are one prompt, of equal length, with pictures and text in the same places."""
+    if len(clean) != 1 or len(corrupted) != 1:
+        raise InputError(f"Patching takes one clean and one corrupted prompt, got {len(clean)} and {len(corrupted)}.")
+    spans = [dict(inputs.token_map.spans) for inputs in (clean, corrupted)]
+    if clean.shape != corrupted.shape or spans[0] != spans[1]:
+        raise InputError(
+            "The clean and the corrupted prompt do not match position by position, so an activation of one has no "
+            f"place in the other. Word them alike.\n\nclean:\n{clean}\n\ncorrupted:\n{corrupted}"
+        )
+
+
+def check_direction(direction: str) -> None:
+    """Raise `InputError` for anything but "denoise" and "noise"."""
+    if direction not in ("denoise", "noise"):
+        raise InputError(
+            f"direction={direction!r}; expected 'denoise' (clean activations into the corrupted run) or 'noise' (the "
+            "reverse)."
+        )
+
+
+def prompt_pairs(
+    model: HookedLLaVA, clean: Any, corrupted: Any, metric: Metric | Sequence[Metric] | None = None
+) -> tuple[list[tuple[Inputs, Inputs, Metric | None]], bool]:
+    """The pairs with each one's metric, all checked, and whether several were asked for.
+
+    Each side is one prompt, a batch, or a list of either; `metric` is one for all pairs, or a list with one for each.
+    Raises `InputError` for sides of different lengths and for prompts that do not match.
+    """
+    sides = [_prompts(model, side) for side in (clean, corrupted)]
+    if len(sides[0]) != len(sides[1]):
+        raise InputError(
+            f"There are {len(sides[0])} clean and {len(sides[1])} corrupted prompts; expected equally many."
+        )
+    metrics = [metric] * len(sides[0]) if metric is None or callable(metric) else list(metric)
+    if len(metrics) != len(sides[0]):
+        raise InputError(
+            f"There are {len(metrics)} metrics for {len(sides[0])} pairs; give one for all, or one for each."
+        )
+    for pair in zip(*sides, strict=True):
+        check_pair(*pair)
+    several = len(sides[0]) > 1 or isinstance(clean, (list, tuple))
+    return list(zip(*sides, metrics, strict=True)), several
+
+
+def _prompts(model: HookedLLaVA, side: Any) -> list[Inputs]:
+    listed = isinstance(side, (list, tuple)) and not all(isinstance(entry, str) for entry in side)
+    return [prompt for entry in (side if listed else [side]) for prompt in model.as_inputs(entry)]
+
+
+def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any], *, seed: int = 0) -> Inputs:
+    """The same prompts about other pictures, drawn from a pool.
+
+    Args:
+        model: the model, whose processor prepares the pictures.
+        inputs: the clean prompts.
+        pool: pictures (anything `prepare` takes as one), or inputs whose pictures are taken.
+        seed: of the draw.
+
+    Raises `InputError` if the inputs have no picture, or the pool none that differs from the one it would replace.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> black, white = (np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255))
+    >>> inputs = model.prepare("What color is the star?", images=black)
+    >>> bool((other_image(model, inputs, [black, white]).pixel_values > inputs.pixel_values).all())
+    True
+    """
+    pixels = _pixels(inputs)
+    if isinstance(pool, Inputs):
+        candidates, originals = _pixels(pool).to(pixels), pool.images
+    else:
+        originals = tuple(load_picture(picture, f"Picture {i} of the pool") for i, picture in enumerate(pool))
+        processor = model.processor
+        if processor is None:
+            raise InputError(
+                "Pictures need a processor, and this model has none; give inputs with pixel_values as the pool."
+            )
+        candidates = processor.image_processor(images=list(originals), return_tensors="pt")["pixel_values"].to(pixels)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for i, own in enumerate(pixels):
+        order = torch.randperm(len(candidates), generator=generator).tolist()
+        others = [j for j in order if not torch.equal(candidates[j], own)]
+        if not others:
+            raise InputError(
+                f"The pool of {len(candidates)} pictures holds none that differs from picture {i}; add another."
+            )
+        chosen.append(others[0])
+    pictures = None if originals is None else tuple(originals[j] for j in chosen)
+    return _with_pictures(model, inputs, candidates[chosen], pictures)
+
+
+def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
+    """The same prompts, each picture in one colour: its own mean pixel; raises `InputError` without a picture.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> blank = blank_image(model, model.prepare("What color is the star?", images=noise))
+    >>> float(blank.pixel_values.std((2, 3)).max()) < 1e-5
+    True
+    """
+    pixels = _pixels(inputs)
+    means = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels).contiguous()
+    return _with_pictures(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
+
+
+def other_question(
+    model: HookedLLaVA, inputs: Inputs, questions: Sequence[str], *, seed: int = 0, **options: Any
+) -> Inputs:
+    """The same pictures under another question, drawn from those that fit position by position.
+
+    Args:
+        model: the model.
+        inputs: the clean prompt, made by `model.prepare`.
+        questions: the pool.
+        seed: of the draw.
+        options: for `model.prepare`, as the clean prompt was made.
+
+    Raises `InputError` for several prompts, pictures known only as pixels, or if no question of the pool fits.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> clean = model.prepare("Who made the star?")
+    >>> other_question(model, clean, ["Who made the star?", "Who made the ring?"]).prompts[0].count("ring")
+    1
+    """
+    if len(inputs) != 1:
+        raise InputError(f"other_question takes one prompt, got {len(inputs)}; call it once for each.")
+    if inputs.n_images and inputs.images is None:
+        raise InputError(
+            "other_question needs the original pictures; make the prompt with prepare(question, images=...)."
+        )
+    images = None if inputs.images is None else list(inputs.images)
+    for i in torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist():
+        other = model.prepare(questions[i], images=images, **options)
+        same_places = other.shape == inputs.shape and other.token_map.spans == inputs.token_map.spans
+        if same_places and not torch.equal(other.input_ids, inputs.input_ids):
+            return other
+    raise InputError(
+        f"None of the {len(questions)} questions has another wording with its words in the same places as the clean "
+        f"prompt. Give questions of as many tokens.\n\nclean:\n{inputs}"
+    )
+
+
+def gaussian_noise(
+    model: HookedLLaVA, inputs: Any, positions: Where, *, std: float | None = None, seed: int = 0
+) -> Intervention:
+    """Gaussian noise on what enters the language tower at some positions, as an intervention for any run.
+
+    Put it first in each run of a Replay of the clean prompt, and what is restored behind it (Meng et al. 2022).
+
+    Args:
+        model: the model.
+        inputs: one prompt; anything `model.as_inputs` takes.
+        positions: span, position or positions that are corrupted; None for all.
+        std: spread of the noise; by default three times that of the token embeddings.
+        seed: of the noise.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> gaussian_noise(model, model.prepare("Who made the star?"), "last", std=0.5)
+    Intervention('hook_embed', positions=[...], add=tensor[1, 128])
+    """
+    prompt = model.as_inputs(inputs)
+    token_map = prompt.token_map
+    where = list(token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
+    spread = _NOISE * float(model.W_E.float().std()) if std is None else std
+    noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
+    return Intervention("hook_embed", positions=where, add=noise.to(model.cfg.device, model.cfg.dtype))
+
+
+def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = None) -> Intervention:
+    """The mean embedding at some positions, as an intervention for any run.
+
+    Args:
+        model: the model.
+        positions: span, position or positions that are replaced; None for all.
+        reference: prompts (anything `model.as_inputs` takes) over whose same positions the mean is taken; without it
+            over the replaced positions themselves.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> mean_embedding(model, "image")
+    Intervention('hook_embed', positions='image', mean=True)
+    """
+    if reference is None:
+        return Intervention("hook_embed", positions=positions, mean=True)
+    prompts = model.as_inputs(reference)
+    with torch.no_grad():
+        rows = [
+            embedded[list(m.real) if positions is None else resolve_positions(positions, prompt)[0]]
+            for embedded, m, prompt in zip(model.embed(prompts), prompts.token_maps, prompts, strict=True)
+        ]
+    return Intervention("hook_embed", positions=positions, value=torch.cat(rows).mean(0))
+
+
+def _pixels(inputs: Inputs) -> Tensor:
+    if inputs.pixel_values is None:
+        raise InputError("These inputs have no picture to take or replace; give some with prepare(..., images=...).")
+    return inputs.pixel_values
+
+
+def _blank(picture: Image.Image) -> Image.Image:
+    return picture.resize((1, 1), Image.Resampling.BOX).resize(picture.size)
+
+
+def _with_pictures(
+    model: HookedLLaVA, inputs: Inputs, pixels: Tensor, pictures: tuple[Image.Image, ...] | None
+) -> Inputs:
+    """The inputs with other pictures, and token maps that know how these came to their patches."""
+    token_maps, first = [], 0
+    for token_map, n in zip(inputs.token_maps, inputs.images_per_prompt, strict=True):
+        own = None if pictures is None or model.processor is None else pictures[first : first + n]
+        geometries = None if own is None else tuple(_geometry(model, picture) for picture in own)
+        token_maps.append(replace(token_map, geometries=geometries))
+        first += n
+    return replace(inputs, pixel_values=pixels, images=pictures, token_maps=tuple(token_maps))
+
+
+def _geometry(model: HookedLLaVA, picture: Image.Image) -> ImageGeometry:
+    return ImageGeometry.from_processor(
+        model.processor.image_processor,
+        height=picture.height,
+        width=picture.width,
+        patch_size=model.config.vision.patch_size,
+    )

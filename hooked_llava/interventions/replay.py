@@ -1,0 +1,197 @@
+"""Replay: a finished run that can be entered again at any layer and position.
+
+In LLaVA the image comes first and attention is causal, so a change at layer l and position p reaches only layers >= l
+and positions >= p. Replay keeps the residual stream, keys and values of one run; a re-run
+
+1. enters at the first layer that is changed, with the kept stream;
+2. carries only the positions from the first changed one on, and reads earlier keys and values from the kept run;
+3. stacks runs into one batch, each row with its own changes; rows join at their own layer, so that one pass over the
+   layers serves them all;
+4. computes, in the last layer and behind it, only the positions that are read.
+
+The result is the full run's with the same hooks, up to the rounding of another order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.errors import InputError, StaleReplayError
+from hooked_llava.interventions.climb import Climb
+from hooked_llava.interventions.fingerprint import fingerprint
+from hooked_llava.interventions.image_side import ImageSide
+from hooked_llava.interventions.intervention import Intervention, resolve
+from hooked_llava.interventions.kept_run import keep
+from hooked_llava.interventions.plan import PlannedRun, Work, plan_run
+from hooked_llava.interventions.sweep import Sweep
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Run = Intervention | Sequence[Intervention]
+"""Interventions that are applied together."""
+Metric = Callable[[Tensor], Tensor]
+"""From logits [..., d_vocab] at the answer's position to one number each."""
+
+
+class Replay:
+    """One run of a batch of prompts, kept, and re-run under interventions at the cost of what they can reach.
+
+    Args:
+        model: the model; nobody may be listening to its hooks.
+        inputs: anything `model.as_inputs` takes; a batch of prompts applies every run to every prompt.
+        dtype: keep streams, keys and values in this dtype (half of the memory, no longer exact).
+        device: keep them there.
+
+    Raises `InputError` if functions are attached to the model.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> replay = Replay(model, model.prepare("Who made the star?"))
+    >>> replay.run([[Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)]]).shape[0]
+    1
+    """
+
+    def __init__(
+        self,
+        model: HookedLLaVA,
+        inputs: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model = model
+        self.inputs = model.as_inputs(inputs)
+        _refuse_listeners(model, InputError)
+        self._fingerprint = fingerprint(model)
+        with torch.no_grad():
+            self.kept = keep(model, self.inputs, dtype=dtype, device=device)
+        self.image_side = ImageSide(model, self.inputs)
+        self.work = Work(n_layers=model.cfg.n_layers, n_positions=self.kept.n_positions)
+
+    @property
+    def key_value_share(self) -> float:
+        """What keys and values cost of a block, counted in multiplications by weights."""
+        cfg = self.model.config.language
+        key_value = 2 * cfg.n_key_value_heads * cfg.d_head
+        rest = 2 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+        return key_value / (key_value + rest)
+
+    @staticmethod
+    def forecast(model: HookedLLaVA, inputs: Any, *, dtype: torch.dtype | None = None) -> int:
+        """Bytes that a Replay of these inputs keeps, without running the model."""
+        prompt = model.as_inputs(inputs)
+        cfg = model.config.language
+        per_position = (cfg.n_layers + 1) * cfg.d_model + 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head
+        return len(prompt) * prompt.shape[1] * per_position * (dtype or model.cfg.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.kept.kv.nbytes + sum(s.numel() * s.element_size() for s in self.kept.streams)
+
+    def logits(self, positions: Positions = "last") -> Float[Tensor, "*shape d_vocab"]:
+        """Logits of the kept run: [d_vocab] for one prompt, [prompt, d_vocab] for a batch, with a position axis unless "last"."""
+        return self.shaped(self.kept_logits(positions)[None], positions)[0]
+
+    def run(
+        self,
+        runs: Sequence[Run],
+        metric: Metric | None = None,
+        positions: Positions = "last",
+        batch_size: int | None = None,
+        *,
+        progress: bool = True,
+    ) -> Float[Tensor, "run *shape"]:
+        """Logits under every run's interventions, or the metric of them.
+
+        Args:
+            runs: for each run the interventions that it applies together.
+            metric: function of logits [..., d_vocab]; its values are returned instead of logits.
+            positions: where logits are read; "last", another span, or positions.
+            batch_size: rows (runs x prompts) at once; chosen from the free memory by default.
+            progress: show a progress bar on anything longer than two seconds.
+
+        Returns [run, d_vocab] for one prompt and [run, prompt, d_vocab] for a batch, with a further axis before d_vocab
+        for positions other than "last"; or the metric's values in its place. A run that changes nothing gives the kept
+        logits bit for bit. Raises `HookNameError`, `SpanError` or `InputError` for runs that do not fit, before anything
+        is computed, and `StaleReplayError` if the weights were changed or functions attached since.
+        """
+        return self.sweep(runs, metric, positions, batch_size, progress=progress).run()
+
+    def sweep(
+        self,
+        runs: Sequence[Run],
+        metric: Metric | None = None,
+        positions: Positions = "last",
+        batch_size: int | None = None,
+        *,
+        progress: bool = True,
+    ) -> Sweep:
+        """The planned sweep, to be started with `.run()`; if interrupted, `.run()` again goes on where it stopped."""
+        self.check_fresh()
+        planned = [self._plan(i, run) for i, run in enumerate(runs)]
+        return Sweep(self, planned, metric, positions, batch_size, progress=progress)
+
+    def run_with_cache(
+        self, runs: Sequence[Run], names_filter: Any, positions: Positions = "last"
+    ) -> tuple[Float[Tensor, "run *shape"], list[dict[str, Tensor]]]:
+        """Logits, and for each run the activations that were recomputed, by hook name.
+
+        A tensor holds all prompts and the positions from the run's first changed one on (in the last layer those that are
+        read); hooks below the layer where a run enters are not in its dict, because they are as in the kept run.
+        """
+        self.check_fresh()
+        names = self.model.hooks_table.resolve(names_filter, with_image=False)
+        results, caches = [], []
+        for i, run in enumerate(runs):
+            planned = self._plan(i, run)
+            climb = Climb(self, [planned], self.wanted(positions), names)
+            results.append(climb.logits() if planned.changes else self.kept_logits(positions)[None])
+            caches.append(climb.seen)
+        return self.shaped(torch.cat(results), positions), caches
+
+    def check_fresh(self) -> None:
+        """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
+        _refuse_listeners(self.model, StaleReplayError)
+        if fingerprint(self.model) != self._fingerprint:
+            raise StaleReplayError(
+                "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
+                "Replay, or revert the edit."
+            )
+
+    def wanted(self, positions: Positions) -> Tensor:
+        """Absolute positions at which logits are read, [prompt, position]."""
+        return resolve_positions(positions, self.inputs).to(self.inputs.device)
+
+    def _plan(self, index: int, run: Run) -> PlannedRun:
+        interventions = [run] if isinstance(run, Intervention) else list(run)
+        resolved = [resolve(intervention, self.model, self.inputs) for intervention in interventions]
+        return plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
+
+    @torch.no_grad()
+    def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
+        index = self.wanted(positions)
+        final = self.kept.stream(self.model.cfg.n_layers)
+        rows = torch.arange(len(final), device=final.device)[:, None]
+        return self.model.language.to_logits(final[rows, index])
+
+    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
+        """Without the prompt axis for one prompt, and without the position axis for "last"."""
+        logits = logits[:, 0] if len(self.inputs) == 1 else logits
+        return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
+
+
+def _refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
+    listening = [name for name, point in model.hook_dict.items() if point.listening]
+    if listening:
+        raise error(
+            f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
+            "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
+        )

@@ -1,0 +1,107 @@
+"""Patching the slow and plain way: hooks that save and overwrite, and one full forward pass for each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Metric = Callable[[Tensor], Tensor]
+
+
+def activations(model: Any, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """What passes through some hooks on the whole prompt."""
+    held: dict[str, Tensor] = {}
+
+    def save(tensor: Tensor, hook: Any) -> None:
+        held[hook.name] = tensor.detach().clone()
+
+    with torch.no_grad():
+        model.run_with_hooks(inputs, fwd_hooks=[(name, save) for name in names])
+    return held
+
+
+def patch_cells(
+    model: Any, source: Any, base: Any, name: str, cells: Sequence[tuple[Any, ...]], metric: Metric
+) -> list[float]:
+    """The metric of the base run with tensor[cell] taken from the source run, for each cell."""
+    there = activations(model, source, [name])[name]
+    values = []
+    for cell in cells:
+
+        def overwrite(tensor: Tensor, hook: Any, cell: tuple[Any, ...] = cell) -> Tensor:
+            tensor[cell] = there[cell]
+            return tensor
+
+        with torch.no_grad():
+            values.append(float(metric(model.run_with_hooks(base, fwd_hooks=[(name, overwrite)])[0, -1])))
+    return values
+
+
+def outputs_of(model: Any, inputs: Any) -> dict[str, Tensor]:
+    """What every attention, head and MLP adds to the stream."""
+    kinds = ("hook_attn_out", "hook_mlp_out", "attn.hook_result")
+    return activations(model, inputs, [f"blocks.{i}.{kind}" for i in range(model.cfg.n_layers) for kind in kinds])
+
+
+def patch_path(
+    model: Any,
+    base: Any,
+    there: dict[str, Tensor],
+    here: dict[str, Tensor],
+    sender: tuple[int, int | None],
+    receiver: Any,
+    positions: Sequence[int],
+    metric: Metric,
+) -> float:
+    """Path patching in two passes: all else frozen while the sender speaks, then the receiver alone is replaced.
+
+    `there` and `here` are `outputs_of` the source and the base prompt.
+    """
+    outputs = [name for name in here if name.endswith("_out")]
+    layer, head = sender
+    spoken = f"blocks.{layer}.hook_{'mlp' if head is None else 'attn'}_out"
+    result = f"blocks.{layer}.attn.hook_result"
+    change = there[spoken] - here[spoken] if head is None else (there[result] - here[result])[:, :, head]
+
+    def freeze(tensor: Tensor, hook: Any) -> Tensor:
+        frozen = here[hook.name].clone()
+        if hook.name == spoken:
+            frozen[:, positions] += change[:, positions]
+        return frozen
+
+    heard: dict[str, Tensor] = {}
+
+    def listen(tensor: Tensor, hook: Any) -> None:
+        heard[hook.name] = tensor.clone()
+
+    kind, to, *of = receiver if isinstance(receiver, tuple) else ("logits", None)
+    name = f"blocks.{to}.mlp.hook_post" if kind == "mlp" else f"blocks.{to}.attn.hook_{kind}"
+    listeners = [] if kind == "logits" else [(name, listen)]
+
+    def replace(tensor: Tensor, hook: Any) -> Tensor:
+        if kind == "mlp":
+            return heard[name]
+        tensor[:, :, of[0]] = heard[name][:, :, of[0]]
+        return tensor
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(base, fwd_hooks=[*((n, freeze) for n in outputs), *listeners])
+        if kind != "logits":
+            logits = model.run_with_hooks(base, fwd_hooks=[(name, replace)])
+    return float(metric(logits[0, -1]))
+
+
+def gradient_at(model: Any, inputs: Any, name: str, metric: Metric) -> Tensor:
+    """Gradient of the metric at one activation, which is cut off from what it came from."""
+    leaves = []
+
+    def cut(tensor: Tensor, hook: Any) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[0]
+
+    with torch.enable_grad():
+        metric(model.run_with_hooks(inputs, fwd_hooks=[(name, cut)])[0, -1]).backward()
+    return leaves[0].grad
