@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from hooked_llava.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
+
+_FORMAT = "hooked_llava.result.v1"
+_ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
+_LISTED = ("clean", "corrupted", "prompt", "logit", "rest")  # attributes that each prompt or pair has its own of
 
 
 @dataclass
@@ -43,3 +59,151 @@ def analysis(model: HookedLLaVA, inputs: Inputs, *, n_forward: int, **method: An
     prompt = " | ".join(inputs.prompts) if inputs.prompts is not None else f"{tuple(inputs.shape)} token ids"
     with torch.no_grad():
         yield Provenance(model.config.model_name, prompt, method, n_forward)
+
+
+def stack(results: Sequence[Any], dim: str) -> Any:
+    """Results of several prompts or pairs (arrays or datasets) side by side on a new first axis.
+
+    Attributes that differ become lists, costs are added. Where positions differ, their axis counts from 0 and the
+    coordinate `absolute_position` [dim, position] says where they are. Raises `InputError` for different lengths.
+
+    >>> import xarray as xr
+    >>> parts = [xr.DataArray([1.0, 2.0], dims="position", coords={"position": [p, p + 1]}) for p in (3, 5)]
+    >>> stack(parts, "pair").absolute_position.values.tolist()
+    [[3, 4], [5, 6]]
+    """
+    import xarray as xr
+
+    sizes = [dict(result.sizes) for result in results]
+    if any(size != sizes[0] for size in sizes):
+        raise InputError(
+            f"The results have different sizes ({', '.join(map(str, sizes))}), which do not stack. Choose positions "
+            "that all have ('all' together, or a span of equal length), or do one at a time."
+        )
+    bare = [result.drop_attrs(deep=False) for result in results]
+    per_result: dict[str, Any] = {dim: range(len(bare))}
+    if "position" in sizes[0]:
+        places = np.stack([r.position.values for r in bare])
+        if (places != places[0]).any():
+            per_result["absolute_position"] = ((dim, "position"), places)
+            bare = [r.assign_coords(position=range(places.shape[1])) for r in bare]
+    if any("label" in r.coords and not r.label.equals(bare[0].label) for r in bare):
+        per_result["label"] = ((dim, *bare[0].label.dims), np.stack([r.label.values for r in bare]))
+        bare = [r.drop_vars("label") for r in bare]
+    joined = xr.concat(bare, dim=dim, coords="minimal", compat="override", join="exact")
+    return joined.assign_coords(per_result).assign_attrs(_joined_attrs([r.attrs for r in results]))
+
+
+def _joined_attrs(attrs: list[dict[str, Any]]) -> dict[str, Any]:
+    joined = {}
+    for name, first in attrs[0].items():
+        values = [a[name] for a in attrs]
+        same = name not in _LISTED and all(value == first for value in values)
+        joined[name] = sum(values) if name in _ADDED else first if same else values
+    return joined
+
+
+def numbers(values: Tensor) -> np.ndarray:
+    """A tensor's numbers for a result: in its own precision, or in float32 where NumPy has none such.
+
+    >>> numbers(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype('float32')
+    """
+    values = values.detach().cpu()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+
+
+# ---------------------------------------------------------------------- files
+
+
+def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a result to one safetensors file: numbers as tensors; names, words and attributes as JSON; no pickle.
+
+    Nothing half-written stays behind. Raises `InputError` for contents that the file cannot hold (dates, objects).
+
+    >>> import tempfile, xarray as xr
+    >>> result = xr.DataArray([1.0, 2.0], dims="layer", coords={"word": ("layer", ["a", "b"])}, attrs={"model": "m"})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(result, folder + "/result.safetensors")
+    ...     load(folder + "/result.safetensors").identical(result)
+    True
+    """
+    path = Path(path)
+    tensors: dict[str, np.ndarray] = {}
+    variables = {}
+    is_array = not hasattr(result, "data_vars")
+    arrays = {"": result.variable} if is_array else {str(name): v.variable for name, v in result.data_vars.items()}
+    for role, several in (("data", arrays), ("coord", {str(n): v.variable for n, v in result.coords.items()})):
+        for name, variable in several.items():
+            key = f"{role}:{name}"
+            variables[key] = {"dims": list(map(str, variable.dims)), "shape": list(variable.shape)}
+            variables[key]["attrs"] = _plain(variable.attrs if role == "coord" or not is_array else {}, name)
+            values = variable.values
+            if values.dtype.kind in "UO":
+                variables[key]["words"] = _words(values, name)
+            elif values.dtype.kind in "biuf" and values.dtype.itemsize <= 8:
+                tensors[key] = np.ascontiguousarray(values).reshape(-1)
+            else:
+                raise InputError(f"{name!r} holds {values.dtype}; a result file holds numbers, booleans and words.")
+    about = {
+        "kind": "DataArray" if is_array else "Dataset",
+        "name": str(result.name) if is_array and result.name is not None else None,
+        "attrs": _plain(result.attrs, "the result"),
+        "variables": variables,
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
+    """Read a result that `save` wrote; raises `CheckpointError` for any other file."""
+    import xarray as xr
+
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); expected one that save wrote."
+        ) from None
+    if about.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
+    described = json.loads(about["about"])
+    found: dict[str, dict[str, xr.Variable]] = {"data": {}, "coord": {}}
+    for key, entry in described["variables"].items():
+        role, _, name = key.partition(":")
+        flat = tensors[key] if key in tensors else np.array(entry["words"], dtype=str)
+        found[role][name] = xr.Variable(entry["dims"], flat.reshape(entry["shape"]), entry["attrs"])
+    if described["kind"] == "Dataset":
+        return xr.Dataset(found["data"], coords=found["coord"], attrs=described["attrs"])
+    return xr.DataArray(found["data"][""], coords=found["coord"], name=described["name"]).assign_attrs(
+        described["attrs"]
+    )
+
+
+def _words(values: np.ndarray, name: str) -> list[str]:
+    words = values.reshape(-1).tolist()
+    if not all(isinstance(word, str) for word in words):
+        raise InputError(
+            f"{name!r} holds {values.dtype} that are not all words; a result file holds numbers and words."
+        )
+    return words
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value as JSON has it: tuples as lists, NumPy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {str(key): _plain(v, f"{where}, {key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(v, where) for v in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), where)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise InputError(f"An attribute of {where} is a {type(value).__name__}; expected numbers, words, or lists of them.")

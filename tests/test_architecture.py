@@ -162,7 +162,15 @@ def test_tests_mirror_the_package():
         assert mirrored.exists() or mirrored.with_suffix("").is_dir() or test.stem in NOT_MIRRORED, test
 
 
-NOT_MIRRORED = ("test_architecture", "test_parity", "test_readme", "test_notebooks", "test_benchmarks", "test_promises")
+NOT_MIRRORED = (
+    "test_architecture",
+    "test_parity",
+    "test_readme",
+    "test_notebooks",
+    "test_benchmarks",
+    "test_promises",
+    "test_transformer_lens_tools",
+)
 
 
 def test_importing_the_package_stays_cheap():

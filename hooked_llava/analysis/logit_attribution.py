@@ -1,12 +1,14 @@
-"""Which components write the answer's logit? (direct logit attribution: Elhage et al. 2021)
+"""Which components write the answer's logit?
 
-The final stream is the sum of what the embedding, the heads and the MLPs added, and the final norm divides it by one
-number. So a logit is a sum of one term for each component: its output, divided by that scale, times the norm's weight
-and the token's unembedding. What a component does by way of later ones is not in its term.
+Direct logit attribution (Elhage et al. 2021): the final stream is the sum of what the embedding, the heads and the MLPs
+added, and the final norm divides it by one number. So a logit is a sum of one term for each component: its output,
+divided by that scale, times the norm's weight and the token's unembedding. What a component does by way of later ones
+is not in its term.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,15 +17,16 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.caching import resolve_positions
+from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.readout import token_id, words
-from hooked_llava.results import analysis
+from hooked_llava.results import analysis, stack
 
 if TYPE_CHECKING:
-    from hooked_llava.cache import LLaVACache
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
+
+By = Literal["component", "layer", "head", "neuron", "source", "patch"]
 
 
 def logit_attribution(
@@ -32,22 +35,26 @@ def logit_attribution(
     answer: str | int | None = None,
     baseline: str | int | None = None,
     *,
-    by: Literal["component", "head"] = "component",
+    by: By = "component",
     position: int | str = "last",
 ) -> xr.DataArray:
     """Direct contribution, in logits, of every component to the answer's logit (less the baseline's, if given).
 
     Args:
         model: the model.
-        inputs: one prompt, anything `model.as_inputs` takes.
+        inputs: one prompt, anything `model.as_inputs` takes; several give a first axis prompt.
         answer: token that is scored; the model's own next token by default.
         baseline: token whose logit is subtracted.
-        by: "component" gives [component] (embed, 0_attn, 0_mlp, ...), which sums to the logit;
-            "head" gives [layer, head], which sums to the attention's part of it, less output biases.
+        by: what the logit is divided among:
+            "component" [component] (embed, 0_attn, 0_mlp, ...); "layer" [layer] (attention and MLP of each together);
+            "head" [layer, head]; "neuron" [layer, neuron];
+            "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its value-output
+            message); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
         position: where the logit is read.
 
-    The attributes hold `answer`, `baseline` and the total `logit`. Raises `InputError` for several prompts or positions,
-    or a word that is not one token.
+    The parts and the attribute `rest` (what is divided no further: the embedding, output biases, and for heads and
+    neurons everything else) sum to the attribute `logit`. Attributes `answer` and `baseline` name the tokens. Raises
+    `InputError` for several positions, a word that is not one token, or patches of a prompt without a picture.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -55,53 +62,159 @@ def logit_attribution(
     >>> bool(abs(parts.sum() - parts.logit) < 1e-3)
     True
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"logit_attribution takes one prompt, got {len(prompt)}; call it once for each.")
-    if by not in ("component", "head"):
-        raise InputError(f"by={by!r}; expected 'component' or 'head'.")
+    prompts = model.as_inputs(inputs)
+    if by not in _PARTS:
+        raise InputError(f"by={by!r}; expected 'component' or 'head', or 'layer', 'neuron', 'source', 'patch'.")
+    tokens = (
+        None if answer is None else token_id(model, answer),
+        None if baseline is None else token_id(model, baseline),
+    )
+    results = [_one_prompt(model, prompt, *tokens, by, position) for prompt in prompts]
+    return results[0] if len(results) == 1 else stack(results, "prompt")
+
+
+def _one_prompt(
+    model: HookedLLaVA, prompt: Inputs, answer: int | None, baseline: int | None, by: By, position: int | str
+) -> xr.DataArray:
+    if by == "patch" and not prompt.n_images:
+        raise InputError("by='patch' needs a picture, and this prompt has none; use by='source'.")
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")
     with analysis(model, prompt, n_forward=1, position=where[0]) as made:
         cache = _cache(model, prompt, where, by)
         final = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0, 0]  # (d_model)
-        logits = model.unembed(model.ln_final.fused(final)).float()  # (d_vocab)
-        answer_id = int(logits.argmax()) if answer is None else token_id(model, answer)
-        baseline_id = None if baseline is None else token_id(model, baseline)
-        direction = _direction(model, answer_id, baseline_id) / cache["ln_final.hook_scale"][0, 0]  # (d_model)
-        total = logits[answer_id] - (0.0 if baseline_id is None else logits[baseline_id])
-        attrs = {"logit": float(total), "answer": _word(model, answer_id), "baseline": _word(model, baseline_id)}
-        result = _by_component(model, cache, direction) if by == "component" else _by_head(model, cache, direction)
-        return result.assign_attrs(made.attrs(**attrs))
+        logits = model.unembed(model.ln_final.fused(final))  # (d_vocab)
+        answer = int(logits.argmax()) if answer is None else answer
+        scale = cache["ln_final.hook_scale"][0, 0]
+        direction = _direction(model, answer, baseline) / scale  # (d_model)
+        total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
+        result = _DIVIDE[by](model, cache, direction, prompt)
+        attrs = {"logit": total, "answer": _word(model, answer), "baseline": _word(model, baseline)}
+        rest = 0.0 if by == "component" else total - float(result.sum())
+        return result.assign_attrs(made.attrs(**attrs, rest=rest))
 
 
-def _cache(model: HookedLLaVA, prompt: Inputs, where: list[int], by: str) -> LLaVACache:
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    parts = ["hook_embed", "attn_out", "mlp_out"] if by == "component" else ["z"]
-    names = [*parts, last, "ln_final.hook_scale"]
-    return model.run_with_cache(prompt, names_filter=names, positions=where)[1]  # type: ignore[return-value]
+def _cache(model: HookedLLaVA, prompt: Inputs, where: list[int], by: str) -> dict[str, Tensor]:
+    """What the parts are made of: at the position where the logit is read, but values everywhere."""
+    table = model.hooks_table
+    names = [f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", "ln_final.hook_scale", *_PARTS[by]]
+    store: dict[str, Tensor] = {}
+    here = saver(store, table, torch.tensor([where]))
+    hooks: list[Any] = [(table.resolve(names), here)]
+    if by in ("source", "patch"):
+        hooks.append((table.resolve("v"), saver(store, table)))
+    model.run_with_hooks(prompt, fwd_hooks=hooks)
+    return store
 
 
 def _direction(model: HookedLLaVA, answer: int, baseline: int | None) -> Float[Tensor, " d_model"]:
-    direction = model.tokens_to_residual_directions(answer).float()
-    return direction if baseline is None else direction - model.tokens_to_residual_directions(baseline).float()
+    """What the normalized stream is multiplied by, in float32 at least."""
+    direction = model.tokens_to_residual_directions(answer)
+    if baseline is not None:
+        direction = direction - model.tokens_to_residual_directions(baseline)
+    return direction.to(torch.promote_types(direction.dtype, torch.float32))
 
 
-def _by_component(model: HookedLLaVA, cache: LLaVACache, direction: Float[Tensor, " d_model"]) -> xr.DataArray:
-    outputs, labels = cache.decompose_resid(return_labels=True)  # (component, batch, pos, d_model)
-    values = outputs[:, 0, 0].float() @ direction
-    labels = [label.removesuffix("_out") for label in labels]
-    return xr.DataArray(values.cpu().numpy(), dims="component", coords={"component": labels}, name="logit")
+def _by_component(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
+    names = {"embed": "hook_embed"}
+    for layer in range(model.cfg.n_layers):
+        names |= {f"{layer}_{part}": f"blocks.{layer}.hook_{part}_out" for part in ("attn", "mlp")}
+    values = torch.stack([cache[name][0, 0].to(direction.dtype) @ direction for name in names.values()])
+    return xr.DataArray(values.cpu().numpy(), dims="component", coords={"component": list(names)}, name="logit")
 
 
-def _by_head(model: HookedLLaVA, cache: LLaVACache, direction: Float[Tensor, " d_model"]) -> xr.DataArray:
+def _by_layer(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
+    parts = _by_component(model, cache, direction, prompt).values[1:].reshape(-1, 2)  # (layer, attention or MLP)
+    return _labelled(torch.from_numpy(parts.sum(1)), "layer")
+
+
+def _by_head(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
     rows = [
-        einsum("h d, h d m, m -> h", cache["z", layer][0, 0].float(), model.blocks[layer].attn.W_O.float(), direction)
-        for layer in range(model.cfg.n_layers)
+        einsum(
+            "h d, h d m, m -> h",
+            cache[f"blocks.{i}.attn.hook_z"][0, 0].to(direction.dtype),
+            block.attn.W_O.to(direction.dtype),
+            direction,
+        )
+        for i, block in enumerate(model.blocks)
     ]
-    coords = {"layer": range(model.cfg.n_layers), "head": range(model.cfg.n_heads)}
-    return xr.DataArray(torch.stack(rows).cpu().numpy(), dims=("layer", "head"), coords=coords, name="logit")
+    return _labelled(torch.stack(rows), "layer", "head")
+
+
+def _by_neuron(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
+    rows = [
+        cache[f"blocks.{i}.mlp.hook_post"][0, 0].to(direction.dtype) * (block.mlp.W_out.to(direction.dtype) @ direction)
+        for i, block in enumerate(model.blocks)
+    ]
+    return _labelled(torch.stack(rows), "layer", "neuron")
+
+
+def _by_source(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
+    values = _messages(model, cache, direction)
+    labels = ("source", prompt.token_map.labels)
+    return _labelled(values, "layer", "head", "source").assign_coords(label=labels)
+
+
+def _by_patch(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+) -> xr.DataArray:
+    values, token_map = _messages(model, cache, direction), prompt.token_map
+    rows, columns = token_map.grid
+    grids = []
+    for image in range(token_map.n_images):
+        first = token_map.patch_to_position(0, 0, image)
+        grids.append(values[..., first : first + rows * columns].unflatten(-1, (rows, columns)))
+    if len(grids) == 1:
+        return _labelled(grids[0], "layer", "head", "patch_row", "patch_col")
+    return _labelled(torch.stack(grids, 2), "layer", "head", "image", "patch_row", "patch_col")
+
+
+def _messages(
+    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, "layer head source"]:
+    """A v W_O . direction: what each head carries from each position into the logit."""
+    cfg, rows = model.config.language, []
+    for i, block in enumerate(model.blocks):
+        reading = block.attn.W_O.to(direction.dtype) @ direction  # (head, d_head)
+        v = cache[f"blocks.{i}.attn.hook_v"][0].to(direction.dtype)  # (source, kv_head, d_head)
+        v = v.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=1)  # (source, head, d_head)
+        pattern = cache[f"blocks.{i}.attn.hook_pattern"][0, :, 0].to(direction.dtype)  # (head, source)
+        rows.append(pattern * einsum("k h d, h d -> h k", v, reading))
+    return torch.stack(rows)
+
+
+def _labelled(values: Tensor, *dims: str) -> xr.DataArray:
+    coords = {dim: range(n) for dim, n in zip(dims, values.shape, strict=True)}
+    return xr.DataArray(values.cpu().numpy(), dims=dims, coords=coords, name="logit")
+
+
+_PARTS: dict[str, tuple[str, ...]] = {
+    "component": ("hook_embed", "attn_out", "mlp_out"),
+    "layer": ("hook_embed", "attn_out", "mlp_out"),
+    "head": ("z",),
+    "neuron": ("mlp.post",),
+    "source": ("pattern",),
+    "patch": ("pattern",),
+}
+_DIVIDE: dict[str, Callable[..., xr.DataArray]] = {
+    "component": _by_component,
+    "layer": _by_layer,
+    "head": _by_head,
+    "neuron": _by_neuron,
+    "source": _by_source,
+    "patch": _by_patch,
+}
 
 
 def _word(model: HookedLLaVA, token: int | None) -> str:

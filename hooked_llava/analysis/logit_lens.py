@@ -1,7 +1,8 @@
-"""What would the model say if it stopped here? (logit lens: nostalgebraist 2020)
+"""What would the model say if it stopped here?
 
-The stream between two blocks is read with the final norm and the unembedding, which were trained on the final stream
-only: in early layers the words show what the vectors resemble, not what the model believes.
+Logit lens (nostalgebraist 2020): the stream between two blocks is read with the final norm and the unembedding, which
+were trained on the final stream only: in early layers the words show what the vectors resemble, not what the model
+believes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
+from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.readout import Lens, lens, token_id, top_tokens, words
-from hooked_llava.results import analysis
+from hooked_llava.results import analysis, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -32,6 +34,7 @@ def logit_lens(
     norm: Lens = "final",
     answers: Sequence[str | int] | None = None,
     k: int = 5,
+    hook: str | None = None,
 ) -> xr.Dataset:
     """Words in the residual stream by layer: `token`, `token_id`, `probability`, each [layer, position, rank].
 
@@ -40,13 +43,18 @@ def logit_lens(
 
     Args:
         model: the model.
-        inputs: one prompt, anything `model.as_inputs` takes.
+        inputs: one prompt, anything `model.as_inputs` takes; several give a first axis prompt.
         positions: span name, number, slice or list; image positions too.
-        norm: "final" applies the final norm to the stream, "none" reads it raw (Zhang et al. 2411.18620).
+        norm: "final" applies the final norm to the stream, "frozen" the scale that the final stream has at the same
+            position (so that a component's reading is its part of the logits), "none" reads it raw (Zhang et al.
+            2411.18620).
         answers: tokens whose probability is wanted in every layer.
         k: number of words kept.
+        hook: short name of another hook to read, in all its layers: "attn_out", "mlp_out", "result" (an axis head
+            follows position), "hook_image_embed" at image positions.
 
-    Raises `InputError` for several prompts, unknown tokens, or a position outside the prompt.
+    Raises `InputError` for unknown tokens, a position outside the prompt (for image hooks, outside the pictures), and a
+    hook that holds no vectors of the residual stream.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -54,48 +62,101 @@ def logit_lens(
     >>> read.sizes["layer"] == model.cfg.n_layers + 1
     True
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"logit_lens takes one prompt, got {len(prompt)}; call it once for each.")
+    prompts = model.as_inputs(inputs)
     answer_ids = [token_id(model, answer) for answer in answers or ()]
+    results = [_one_prompt(model, prompt, positions, norm, answer_ids, k, hook) for prompt in prompts]
+    return results[0] if len(results) == 1 else stack(results, "prompt")
+
+
+def _one_prompt(
+    model: HookedLLaVA,
+    prompt: Inputs,
+    positions: Positions,
+    norm: Lens,
+    answer_ids: list[int],
+    k: int,
+    hook: str | None,
+) -> xr.Dataset:
     index = resolve_positions(positions, prompt)[0]
-    with analysis(model, prompt, n_forward=1, norm=norm) as made:
-        streams = _streams(model, prompt, index)  # (layer, position, d_model)
-        probability, ids = top_tokens(model, streams, k, norm=norm)
-        dims = ("layer", "position", "rank")
+    names = _names(model, prompt, hook)
+    extra = {} if hook is None else {"hook": hook}
+    with analysis(model, prompt, n_forward=1, norm=norm, **extra) as made:
+        vectors, reading = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
+        probability, ids = top_tokens(model, vectors, k, norm=reading)
+        dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
             {
-                "token": (dims, words(model, ids)),
-                "token_id": (dims, ids.cpu().numpy()),
-                "probability": (dims, probability.cpu().numpy()),
+                "token": ((*dims, "rank"), words(model, ids)),
+                "token_id": ((*dims, "rank"), ids.cpu().numpy()),
+                "probability": ((*dims, "rank"), probability.cpu().numpy()),
             },
             coords={
-                "layer": range(len(streams)),
+                "layer": _layers(names, hook),
                 "position": index.tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
             },
         )
         if answer_ids:
-            result["answer_probability"] = (
-                ("layer", "position", "answer"),
-                torch.stack([_probabilities(model, stream, answer_ids, norm) for stream in streams]).cpu().numpy(),
-            )
+            found = torch.stack([_probabilities(model, layer, answer_ids, reading) for layer in vectors])
+            result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=words(model, torch.tensor(answer_ids)))
+        if hook is not None and not names[0].startswith("blocks."):
+            result = result.isel(layer=0, drop=True)
         return result.assign_attrs(made.attrs())
 
 
-def _streams(
-    model: HookedLLaVA, prompt: Inputs, index: Int[Tensor, " position"]
-) -> Float[Tensor, "layer position d_model"]:
-    """The stream entering every block and leaving the last."""
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    _, cache = model.run_with_cache(
-        prompt, names_filter=["resid_pre", last], positions=index.tolist(), stop_at_layer=model.cfg.n_layers
-    )
-    return torch.stack([*(cache["resid_pre", layer][0] for layer in range(model.cfg.n_layers)), cache[last][0]])
+def _names(model: HookedLLaVA, prompt: Inputs, hook: str | None) -> list[str]:
+    """Full names of what is read, layer by layer."""
+    if hook is None:
+        return [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+    names = model.hooks_table.resolve(hook, with_image=prompt.pixel_values is not None)
+    outside = names[0].startswith(("vision.", "projector.hook_p")) or model.hooks_table[names[0]].axes[-1] != "d_model"
+    if outside or len({model.hooks_table[name].name for name in names}) != 1:
+        raise InputError(
+            f"hook={hook!r} is no one kind of vector in the language model's residual stream; give for example "
+            "'attn_out', 'mlp_out', 'result' or 'hook_image_embed'."
+        )
+    return names
+
+
+def _layers(names: list[str], hook: str | None) -> list[int]:
+    if hook is None:
+        return list(range(len(names)))
+    return [int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in names]
+
+
+def _vectors(
+    model: HookedLLaVA, prompt: Inputs, index: Int[Tensor, " position"], names: list[str], norm: Lens
+) -> tuple[Float[Tensor, "layer position *head d_model"], Lens]:
+    """What is read, and the norm that is left to apply to it."""
+    scale = ["ln_final.hook_scale"] if norm == "frozen" else []
+    needs_end = scale or any(name.startswith("ln_final") for name in names)
+    options: dict[str, Any] = {} if needs_end else {"stop_at_layer": model.cfg.n_layers}
+    _, cache = model.run_with_cache(prompt, names_filter=[*names, *scale], positions=index.tolist(), **options)
+    if names[0].startswith(IMAGE_SIDE):
+        vectors = _at_patches(cache[names[0]], prompt, index)[None]
+    else:
+        vectors = torch.stack([cache[name][0] for name in names])
+    if norm != "frozen":
+        return vectors, norm
+    by = cache["ln_final.hook_scale"][0]  # (position, 1)
+    by = by.reshape(-1, *[1] * (vectors.ndim - 2))
+    return (vectors / by).to(vectors.dtype) * model.ln_final.weight, "none"
+
+
+def _at_patches(
+    embeds: Float[Tensor, "image feature d_model"], prompt: Inputs, index: Int[Tensor, " position"]
+) -> Float[Tensor, "position d_model"]:
+    """Image embeddings by the sequence positions that they take."""
+    places = {int(position): i for i, position in enumerate(prompt.token_map["image"])}
+    if outside := [p for p in index.tolist() if p not in places]:
+        raise InputError(
+            f"positions={outside} hold no image embedding; give image positions, as positions='image' does."
+        )
+    return embeds.flatten(0, 1)[[places[p] for p in index.tolist()]]
 
 
 def _probabilities(
-    model: HookedLLaVA, stream: Float[Tensor, "position d_model"], ids: list[int], norm: Lens
-) -> Float[Tensor, "position answer"]:
-    return lens(model, stream, norm=norm).float().softmax(-1)[:, ids]
+    model: HookedLLaVA, vectors: Float[Tensor, "position *head d_model"], ids: list[int], norm: Lens
+) -> Float[Tensor, "position *head answer"]:
+    return lens(model, vectors, norm=norm).float().softmax(-1)[..., ids]

@@ -1,0 +1,213 @@
+"""Which activation carries the difference between two prompts?
+
+Activation patching (Vig et al. 2020, Meng et al. 2022): two prompts of the same shape differ in one thing, a clean and
+a corrupted one. "denoise" runs the corrupted prompt and puts one clean activation in (is it sufficient to restore the
+answer?); "noise" runs the clean prompt and puts one corrupted activation in (is it necessary?). Every cell of the map
+is one such run; Replay does them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.metrics import Metric, own_answers
+from hooked_llava.results import analysis, numbers, stack
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+Each = Literal["each", "all"] | str | int | Sequence[int]
+"""Each in turn, all together, or a choice of which each is taken in turn."""
+_Axes = dict[str, list[Any]]
+"""For each axis the choices taken in turn; [None] where all are taken together or the hook lacks the axis."""
+
+
+def activation_patching(
+    model: HookedLLaVA,
+    clean: Any,
+    corrupted: Any,
+    *,
+    hook: str = "resid_pre",
+    layers: Sequence[int] | None = None,
+    positions: Each = "each",
+    heads: Each = "each",
+    metric: Metric | Sequence[Metric] | None = None,
+    direction: Direction = "denoise",
+    read: Positions = "last",
+    batch_size: int | None = None,
+) -> xr.DataArray:
+    """The metric with one activation taken from the other prompt, by layer, position and head as the hook has them.
+
+    Args:
+        model: the model.
+        clean: one prompt, anything `model.as_inputs` takes; or a batch or list of them.
+        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it.
+        layers: layers to patch, all by default.
+        positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn. On
+            image hooks these are patches ("all" takes the class token along).
+        heads: "each" head in turn, "all" together, or a list, each in turn.
+        metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
+            the two prompts' own answers.
+        direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
+        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
+        batch_size: rows at once; chosen from the free memory by default.
+
+    Returns an array with those of the axes layer, position (or image and patch) and head (kv_head) that were taken in
+    turn, for several pairs behind an axis pair; its attributes hold the metric of the unpatched runs as `clean` and
+    `corrupted`. Raises `InputError` where the prompts do not match, both give the same answer and no metric is given,
+    or a position or head is out of range.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.metrics import Answer, probability
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> star, ring = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
+    >>> red = probability(Answer.of(model, "Red"))
+    >>> activation_patching(model, star, ring, positions="last", metric=red).dims
+    ('layer', 'position')
+    """
+    check_direction(direction)
+    pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    plans = []
+    for one, _, _ in pairs:
+        names = _names(model, one, hook, layers)
+        plans.append((names, _axes(model, names, one, positions, heads)))
+    options = {"direction": direction, "read": read, "batch_size": batch_size}
+    results = [_one_pair(model, *pair, hook, *plan, **options) for pair, plan in zip(pairs, plans, strict=True)]
+    return stack(results, "pair") if several else results[0]
+
+
+def _one_pair(
+    model: HookedLLaVA,
+    clean: Inputs,
+    corrupted: Inputs,
+    metric: Metric | None,
+    hook: str,
+    names: list[str],
+    axes: _Axes,
+    *,
+    direction: Direction,
+    read: Positions,
+    batch_size: int | None,
+) -> xr.DataArray:
+    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    with analysis(model, clean, n_forward=2, hook=hook, direction=direction) as made:
+        replay = Replay(model, base)
+        logits, cache = model.run_with_cache(source, names_filter=names)
+        assert logits is not None
+        there = replay.shaped(logits[:, replay.wanted(read)[0]][None], read)[0]
+        here = replay.logits(read)
+        metric = metric or own_answers(*((there, here) if source is clean else (here, there)))
+        cells = list(product(names, *axes.values()))
+        real = list(base.token_map.real)
+        runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]
+        values = replay.run(runs, metric, read, batch_size)
+        ends = [float(metric(end)) for end in ((there, here) if source is clean else (here, there))]
+        attrs = made.attrs(clean=ends[0], corrupted=ends[1], runs=len(runs), work=replay.work.forwards)
+        return _labelled(model, values, names, axes, base).assign_attrs(attrs)
+
+
+def _names(model: HookedLLaVA, prompt: Inputs, hook: str, layers: Sequence[int] | None) -> list[str]:
+    """Full names of one hook in the chosen layers."""
+    with_image = prompt.pixel_values is not None
+    wanted = [hook] if layers is None else [(hook, layer) for layer in layers]
+    names = [name for item in wanted for name in model.hooks_table.resolve(item, with_image=with_image)]
+    kinds = {model.hooks_table[name].name for name in names}
+    if len(kinds) != 1:
+        raise InputError(f"hook={hook!r} means several hooks ({', '.join(sorted(kinds))}); patch one at a time.")
+    return names
+
+
+def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each, heads: Each) -> _Axes:
+    spec = model.hooks_table[names[0]]
+    axes: _Axes = {}
+    if names[0].startswith(IMAGE_SIDE):
+        axes["image"] = list(range(prompt.n_images))
+        axes["patch"] = _numbers(positions, model.config.vision.n_patches, f"positions (patches) of {names[0]}")
+    elif positions == "each":
+        axes["position"] = list(prompt.token_map.real)
+    else:
+        axes["position"] = [None] if positions == "all" else resolve_positions(positions, prompt)[0].tolist()
+    n_heads = _n_heads(model, names[0], spec)
+    if not n_heads and heads not in ("each", "all"):
+        raise InputError(f"heads={heads!r}, but {names[0]} has no heads; leave heads= out.")
+    kind = "kv_head" if "kv_head" in spec.axes else "head"
+    axes[kind] = _numbers(heads, n_heads, f"heads of {names[0]}") if n_heads else [None]
+    return axes
+
+
+def _n_heads(model: HookedLLaVA, name: str, spec: HookSpec) -> int:
+    tower = model.config.vision if name.startswith("vision.") else model.config.language
+    return tower.n_heads if "head" in spec.axes else tower.n_key_value_heads if "kv_head" in spec.axes else 0
+
+
+def _numbers(given: Each, n: int, what: str) -> list[int | None]:
+    if given == "each":
+        return list(range(n))
+    if given == "all":
+        return [None]
+    if isinstance(given, str):
+        raise InputError(f"{given!r} is no choice of {what}; expected 'each', 'all' or numbers.")
+    chosen = [given] if isinstance(given, int) else [int(i) for i in given]
+    if outside := [i for i in chosen if not -n <= i < n]:
+        raise InputError(f"{outside} are out of range for the {what}; expected {-n}..{n - 1}.")
+    return [i % n for i in chosen]
+
+
+def _intervention(
+    model: HookedLLaVA, activation: Tensor, name: str, axes: _Axes, cell: Sequence[Any], real: list[int]
+) -> Intervention:
+    """The source run's activation, cut to one cell of the map, put into its place."""
+    spec = model.hooks_table[name]
+    chosen = dict(zip(axes, cell, strict=True))
+    head, image = chosen.get("head", chosen.get("kv_head")), chosen.get("image")
+    value = activation[image or 0]
+    axis = (spec.position_axis or 1) - 1
+    if image is None:
+        where = real if chosen["position"] is None else [chosen["position"]]
+        rows = where
+    else:
+        where = None if chosen["patch"] is None else [chosen["patch"]]
+        rows = None if where is None else [where[0] + _class_token_first(model, spec)]
+    if rows is not None:
+        value = value.index_select(axis, torch.tensor(rows, device=value.device))
+    if head is not None:
+        head_axis = next(i for i, axis_name in enumerate(spec.axes) if axis_name in ("head", "kv_head"))
+        value = value.narrow(head_axis - 1, head, 1)
+    return Intervention(name, positions=where, heads=None if head is None else [head], image=image, value=value)
+
+
+def _class_token_first(model: HookedLLaVA, spec: HookSpec) -> bool:
+    """Whether the hook's axis of patches begins with the class token."""
+    in_tower = "pos" in spec.axes or "query" in spec.axes
+    return in_tower or ("feature" in spec.axes and not model.config.vision.drop_class_token)
+
+
+def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes, base: Inputs) -> xr.DataArray:
+    taken = {axis: choices for axis, choices in axes.items() if choices != [None]}
+    if taken.get("image") == [0]:
+        del taken["image"]
+    if "blocks." in names[0]:
+        taken = {"layer": [int(name.removeprefix("vision.").split(".")[1]) for name in names], **taken}
+    shape = [len(choices) for choices in taken.values()]
+    result = xr.DataArray(numbers(values).reshape(shape), dims=tuple(taken), coords=dict(taken), name="metric")
+    if "position" in taken:
+        labels = base.token_map.labels
+        return result.assign_coords(label=("position", [labels[p] for p in taken["position"]]))
+    if "patch" in taken:
+        places = [divmod(patch, base.token_map.grid[1]) for patch in taken["patch"]]
+        rows, columns = zip(*places, strict=True)
+        return result.assign_coords(patch_row=("patch", list(rows)), patch_col=("patch", list(columns)))
+    return result

@@ -1,0 +1,315 @@
+"""Activation patching to first order, for every activation at once (Nanda 2023; edges: Syed et al. 2023).
+
+The metric's change when an activation x of one run is replaced by x' of another is about (x' - x) . d metric / d x. One
+backward pass gives the gradient at every hook, so that a forward pass over each prompt and one backward pass estimate
+what exact patching needs one run for each cell to measure. With integrated gradients the gradient is averaged along the
+straight line between the two prompts' embeddings (Hanna et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.components import HookPoint, reads_only
+from hooked_llava.errors import InputError
+from hooked_llava.hook_names import IMAGE_SIDE
+from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.metrics import Metric, own_answers
+from hooked_llava.results import analysis, stack
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+Activations = dict[str, Tensor]
+_OUTSIDE = ("hook_text_embed", "ln_final.", "hook_logits")  # before the path's beginning; read at one position only
+
+
+def attribution_patching(
+    model: HookedLLaVA,
+    clean: Any,
+    corrupted: Any,
+    *,
+    hooks: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
+    metric: Metric | Sequence[Metric] | None = None,
+    direction: Direction = "denoise",
+    steps: int = 0,
+) -> xr.Dataset:
+    """First-order estimate of `activation_patching` at every layer and position (and head) of several hooks.
+
+    Args:
+        model: the model.
+        clean: one prompt, or a batch or list of them.
+        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        hooks: short names of hooks of the language tower, every layer of each; all together cost one backward pass.
+        metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
+            the two prompts' own answers.
+        direction: "denoise": effect of clean activations in the corrupted run; "noise": the reverse.
+        steps: points of the path for integrated gradients; 0 takes the gradient at the run that is patched.
+
+    Returns one array for each hook, [layer, position] or [layer, position, head] (or kv_head), for several pairs behind
+    an axis pair: the estimated change of the metric. Attributes `clean` and `corrupted` hold the metric of the two
+    runs. Raises `InputError` where the prompts do not match, for hooks of the image side or scores, and a metric
+    without gradient.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.metrics import Answer, log_probability
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
+    >>> red = log_probability(Answer.of(model, "Red"))
+    >>> sorted(attribution_patching(model, *pair, hooks=["z", "mlp_out"], metric=red))
+    ['mlp_out', 'z']
+    """
+    by_hook = {hook: _checked(model, hook) for hook in hooks}
+    names = [name for several in by_hook.values() for name in several]
+
+    def one_pair(base: Inputs, there: Activations, here: Activations, gradients: Activations) -> xr.Dataset:
+        return xr.Dataset({hook: _estimate(model, base, own, there, here, gradients) for hook, own in by_hook.items()})
+
+    return _over_pairs(model, (clean, corrupted), names, names, one_pair, metric, direction, steps)
+
+
+def edge_attribution(
+    model: HookedLLaVA,
+    clean: Any,
+    corrupted: Any,
+    *,
+    metric: Metric | Sequence[Metric] | None = None,
+    direction: Direction = "denoise",
+    steps: int = 0,
+) -> xr.Dataset:
+    """First-order estimate of `path_patching` between every sender and every receiver.
+
+    A path's estimate is what the sender's output changes by, times the gradient at the receiver's own copy of the
+    stream, over all positions. The edges of one sender sum to its estimate as a node. Holds the gradients of
+    `q_input`, `k_input` and `v_input` of all layers at once, [pos, head, d_model] each. Arguments as for
+    `attribution_patching`.
+
+    Returns `heads` [receiver, layer, head], `mlps` [receiver, layer] and `embed` [receiver], with NaN where the sender
+    does not lie before the receiver; receivers are "L3H2 q" (k, v), "L3 mlp" and "logits", as in `path_patching`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.metrics import Answer, log_probability
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
+    >>> edges = edge_attribution(model, *pair, metric=log_probability(Answer.of(model, "Red")))
+    >>> edges.mlps.dims
+    ('receiver', 'layer')
+    """
+    receivers = _receivers(model)
+    layers = range(model.cfg.n_layers)
+    senders = ["hook_embed", *(f"blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out"))]
+
+    def one_pair(base: Inputs, there: Activations, here: Activations, gradients: Activations) -> xr.Dataset:
+        return _edges(model, receivers, {name: there[name] - here[name] for name in senders}, gradients)
+
+    names = list(dict.fromkeys(name for name, _, _ in receivers))
+    return _over_pairs(model, (clean, corrupted), senders, names, one_pair, metric, direction, steps)
+
+
+def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
+    """Spearman's rank correlation of exact patching and its estimate, over the cells that both have as numbers.
+
+    Ties share their mean rank. NaN where one of them is constant. Raises `InputError` for maps with different axes.
+
+    >>> exact, estimate = (xr.DataArray(v, dims="layer", coords={"layer": range(3)}) for v in ([1, 5, 9], [0, 1, 30]))
+    >>> round(agreement(exact, estimate), 6)
+    1.0
+    """
+    if set(exact.dims) != set(estimate.dims):
+        raise InputError(f"The maps have axes {exact.dims} and {estimate.dims}; compare maps with the same axes.")
+    first, second = xr.align(exact, estimate.transpose(*exact.dims), join="inner")
+    pairs = np.stack([first.values.ravel(), second.values.ravel()]).astype(np.float64)
+    ranks = np.stack([_ranks(row) for row in pairs[:, np.isfinite(pairs).all(0)]])
+    centred = ranks - ranks.mean(1, keepdims=True) if ranks.size else ranks
+    spread = np.sqrt((centred**2).sum(1))
+    return float(centred[0] @ centred[1] / spread.prod()) if spread.all() else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of each value, equal ones sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Activations of a forward pass, with their graph if gradients are wanted, and logits at the answer's position."""
+
+    held: Activations
+    logits: Float[Tensor, " d_vocab"]
+
+    def gradients(self, names: list[str], metric: Metric) -> Activations:
+        with torch.enable_grad():
+            value = metric(self.logits)
+        if not value.requires_grad:
+            raise InputError(
+                "The metric has no gradient (a rank, or numbers taken out of torch); give a differentiable one."
+            )
+        found = torch.autograd.grad(value, [self.held[name] for name in names])
+        return dict(zip(names, found, strict=True))
+
+
+def _over_pairs(
+    model: HookedLLaVA,
+    sides: tuple[Any, Any],
+    activations: list[str],
+    receivers: list[str],
+    one_pair: Callable[..., xr.Dataset],
+    metric: Metric | Sequence[Metric] | None,
+    direction: Direction,
+    steps: int,
+) -> xr.Dataset:
+    """The estimate for each pair from both runs' activations and the gradients at the receivers."""
+    check_direction(direction)
+    if steps < 0:
+        raise InputError(f"steps={steps}; expected 0 for a plain gradient, or the number of points of the path.")
+    pairs, several = prompt_pairs(model, *sides, metric)
+    results = []
+    names = list(dict.fromkeys([*activations, *receivers]))
+    for clean, corrupted, own_metric in pairs:
+        source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+        with analysis(model, clean, n_forward=2 + steps, direction=direction, steps=steps) as made:
+            start, end = model.embed(base), model.embed(source)
+            there = _run(model, source, end, activations)
+            here = _run(model, base, start, names if not steps else activations, graph=not steps)
+            ends = [there.logits, here.logits.detach()]
+            ends = ends if source is clean else ends[::-1]
+            scored = own_metric or own_answers(*ends)
+            if steps:
+                gradients = _along_path(model, base, start, end, receivers, scored, steps)
+            else:
+                gradients = here.gradients(receivers, scored)
+            result = one_pair(base, there.held, {n: t.detach() for n, t in here.held.items()}, gradients)
+            values = {"clean": float(scored(ends[0])), "corrupted": float(scored(ends[1]))}
+            results.append(result.assign_attrs(made.attrs(**values)))
+    return stack(results, "pair") if several else results[0]
+
+
+def _along_path(
+    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], metric: Metric, steps: int
+) -> Activations:
+    """Gradients averaged over the midpoints of equal parts of the line between two embeddings."""
+    total: Activations = {}
+    for step in range(steps):
+        embedding = start + (step + 0.5) / steps * (end - start)
+        found = _run(model, base, embedding, names, graph=True).gradients(names, metric)
+        total = {name: total.get(name, 0) + gradient / steps for name, gradient in found.items()}
+    return total
+
+
+def _run(model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str], *, graph: bool = False) -> _Run:
+    """A forward pass that enters with what the merge gives, and computes logits at the last position only."""
+    held: Activations = {}
+
+    @reads_only
+    def keep(tensor: Tensor, hook: HookPoint) -> Tensor:
+        # A tensor of its own for each hook: `q_input` and its kin are subtracted from what they were made of, and the
+        # gradient at the hook must not count that.
+        assert hook.name is not None
+        held[hook.name] = tensor.view_as(tensor)
+        return held[hook.name]
+
+    with torch.set_grad_enabled(graph), model.hooks([(names, keep)] if names else []):
+        entering = embedding.detach().requires_grad_(graph)
+        context = model.context(entering, inputs.attention_mask, inputs.position_ids)
+        stream = model.language(entering, context)  # (1, pos, d_model)
+        last = int(inputs.last[0])
+        return _Run(held, model.language.to_logits(stream[:, last : last + 1])[0, 0])
+
+
+def _checked(model: HookedLLaVA, hook: str) -> list[str]:
+    names = model.hooks_table.resolve(hook)
+    for name in names:
+        if name.startswith((*IMAGE_SIDE, *_OUTSIDE)) or "key" in model.hooks_table[name].axes:
+            raise InputError(
+                f"attribution_patching works on vectors in the language tower's blocks, not on {name!r}; use "
+                "activation_patching (for the picture's part: 'hook_embed' at image positions)."
+            )
+    if len({model.hooks_table[name].name for name in names}) != 1:
+        raise InputError(f"hooks: {hook!r} means several hooks; name each by itself.")
+    return names
+
+
+def _estimate(
+    model: HookedLLaVA,
+    base: Inputs,
+    names: list[str],
+    there: Activations,
+    here: Activations,
+    gradients: Activations,
+) -> xr.DataArray:
+    """(x' - x) . gradient over the last axis, stacked over the layers."""
+    rows = [einsum("... d, ... d -> ...", (there[n] - here[n])[0].float(), gradients[n][0].float()) for n in names]
+    axes = model.hooks_table[names[0]].axes[1:-1]
+    dims = tuple("position" if axis == "pos" else axis for axis in axes)
+    coords: dict[str, Any] = {"position": range(base.shape[1]), "label": ("position", base.token_map.labels)}
+    if len(dims) > 1:
+        coords[dims[1]] = range(rows[0].shape[-1])
+    if "blocks." not in names[0]:
+        return xr.DataArray(rows[0].cpu().numpy(), dims=dims, coords=coords, name="change")
+    coords["layer"] = [int(name.split(".")[1]) for name in names]
+    return xr.DataArray(torch.stack(rows).cpu().numpy(), dims=("layer", *dims), coords=coords, name="change")
+
+
+_Receiver = tuple[str, int | None, str]
+"""Hook, head and label of a place that reads the stream."""
+
+
+def _receivers(model: HookedLLaVA) -> list[_Receiver]:
+    cfg = model.config.language
+    found: list[_Receiver] = []
+    for layer in range(cfg.n_layers):
+        for x, n_heads in (("q", cfg.n_heads), ("k", cfg.n_key_value_heads), ("v", cfg.n_key_value_heads)):
+            name = f"blocks.{layer}.attn.hook_{x}_input"
+            found += [(name, head, f"L{layer}H{head} {x}") for head in range(n_heads)]
+        found.append((f"blocks.{layer}.hook_mlp_in", None, f"L{layer} mlp"))
+    return [*found, (f"blocks.{cfg.n_layers - 1}.hook_resid_post", None, "logits")]
+
+
+def _edges(model: HookedLLaVA, receivers: list[_Receiver], changes: Activations, gradients: Activations) -> xr.Dataset:
+    """Every sender's change against every receiver's gradient, where the sender comes before."""
+    cfg = model.config.language
+    reading = torch.stack(
+        [gradients[name][0] if head is None else gradients[name][0, :, head] for name, head, _ in receivers]
+    ).float()  # (receiver, pos, d_model)
+    heads = np.full((len(receivers), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
+    mlps = heads[:, :, 0].copy()
+    embed = einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading).cpu().numpy()
+    after_attention = np.array([_stage(name, cfg.n_layers) for name, _, _ in receivers])
+    for layer in range(cfg.n_layers):
+        z = changes[f"blocks.{layer}.attn.hook_z"][0]  # (pos, head, d_head)
+        wrote = einsum("p h d, h d m -> h p m", z, model.blocks[layer].attn.W_O).float()
+        behind = after_attention > 2 * layer
+        heads[behind, layer] = einsum("h p m, r p m -> r h", wrote, reading[behind]).cpu().numpy()
+        behind = after_attention > 2 * layer + 1
+        change = changes[f"blocks.{layer}.hook_mlp_out"][0].float()
+        mlps[behind, layer] = einsum("p m, r p m -> r", change, reading[behind]).cpu().numpy()
+    return xr.Dataset(
+        {
+            "heads": (("receiver", "layer", "head"), heads),
+            "mlps": (("receiver", "layer"), mlps),
+            "embed": (("receiver",), embed),
+        },
+        coords={
+            "receiver": [label for _, _, label in receivers],
+            "layer": range(cfg.n_layers),
+            "head": range(cfg.n_heads),
+        },
+    )
+
+
+def _stage(name: str, n_layers: int) -> int:
+    """How many attentions and MLPs a receiver lies behind."""
+    if name.endswith("hook_resid_post"):
+        return 2 * n_layers
+    return 2 * int(name.split(".")[1]) + name.endswith("hook_mlp_in")

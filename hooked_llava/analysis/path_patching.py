@@ -1,0 +1,176 @@
+"""Which component speaks to which?
+
+Path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): the direct path from a sender to a receiver is the
+residual stream alone: with everything between them frozen, the receiver reads its old input plus what the sender's
+output changed by. So a path is one intervention, that difference added to the receiver's own copy of the stream, and
+everything behind the receiver runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xarray as xr
+from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.metrics import Metric, own_answers
+from hooked_llava.results import analysis, numbers, stack
+
+if TYPE_CHECKING:
+    from hooked_llava.cache import LLaVACache
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]
+"""The final stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
+_Target = tuple[str, int, int | None]
+"""Hook, layer and head at which a receiver reads the stream."""
+
+
+def path_patching(
+    model: HookedLLaVA,
+    clean: Any,
+    corrupted: Any,
+    *,
+    receivers: Sequence[Receiver] = ("logits",),
+    senders: Literal["heads", "mlps"] = "heads",
+    positions: Positions | None = None,
+    metric: Metric | Sequence[Metric] | None = None,
+    direction: Direction = "denoise",
+    batch_size: int | None = None,
+) -> xr.DataArray:
+    """The metric when one sender's output, as one receiver alone reads it, is taken from the other prompt.
+
+    Args:
+        model: the model.
+        clean: one prompt, or a batch or list of them.
+        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        receivers: "logits", ("mlp", layer), or ("q" | "k" | "v", layer, head); key-value heads for k and v.
+        senders: every attention head, or every MLP, that lies before the receiver.
+        positions: where the path runs (span or list); all positions by default.
+        metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
+            the two prompts' own answers.
+        direction: "denoise": clean outputs into the corrupted run; "noise": the reverse.
+        batch_size: rows at once; chosen from the free memory by default.
+
+    Returns [receiver, layer, head] or [receiver, layer], for several pairs behind an axis pair, with NaN where the
+    sender does not lie before the receiver; attributes `clean` and `corrupted` hold the metric of the unpatched runs.
+    Raises `InputError` for prompts that do not match and unknown senders or receivers.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.metrics import Answer, probability
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
+    >>> path_patching(model, *pair, senders="mlps", metric=probability(Answer.of(model, "Red"))).dims
+    ('receiver', 'layer')
+    """
+    check_direction(direction)
+    if senders not in ("heads", "mlps"):
+        raise InputError(f"senders={senders!r}; expected 'heads' or 'mlps'.")
+    targets = [_target(model, receiver) for receiver in receivers]
+    pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    options = {"senders": senders, "positions": positions, "direction": direction, "batch_size": batch_size}
+    results = [_one_pair(model, *pair, targets, **options) for pair in pairs]
+    results = [result.assign_coords(receiver=[_label(target) for target in targets]) for result in results]
+    return stack(results, "pair") if several else results[0]
+
+
+def _one_pair(
+    model: HookedLLaVA,
+    clean: Inputs,
+    corrupted: Inputs,
+    metric: Metric | None,
+    targets: list[_Target],
+    *,
+    senders: Literal["heads", "mlps"],
+    positions: Positions | None,
+    direction: Direction,
+    batch_size: int | None,
+) -> xr.DataArray:
+    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    where = list(base.token_map.real) if positions is None else resolve_positions(positions, base)[0].tolist()
+    with analysis(model, clean, n_forward=3, senders=senders, direction=direction) as made:
+        replay = Replay(model, base)
+        kind = "z" if senders == "heads" else "mlp_out"
+        logits, there = model.run_with_cache(source, names_filter=kind)
+        _, here = model.run_with_cache(base, names_filter=kind, stop_at_layer=model.cfg.n_layers)
+        assert logits is not None
+        ends = [logits[0, int(source.last[0])], replay.logits()]
+        ends = ends if direction == "denoise" else ends[::-1]  # clean, corrupted
+        metric = metric or own_answers(*ends)
+        n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
+        table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
+        for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
+            receiving = [r for r, (name, to, _) in enumerate(targets) if _lies_before(layer, to, name, senders)]
+            changes = _changes(model, there, here, layer, where)
+            runs = [[_path(targets[r], change, where)] for r in receiving for change in changes]
+            values = numbers(replay.run(runs, metric, batch_size=batch_size))
+            table[receiving, layer] = values.reshape(len(receiving), *n_heads)
+        attrs = {"clean": float(metric(ends[0])), "corrupted": float(metric(ends[1])), "work": replay.work.forwards}
+        return xr.DataArray(
+            table,
+            dims=("receiver", "layer", "head")[: table.ndim],
+            coords={"layer": range(model.cfg.n_layers)} | ({"head": range(*n_heads)} if n_heads else {}),
+            name="metric",
+            attrs=made.attrs(**attrs),
+        )
+
+
+def _changes(
+    model: HookedLLaVA, there: LLaVACache, here: LLaVACache, layer: int, where: list[int]
+) -> Float[Tensor, "sender position d_model"]:
+    """What each sender of a layer adds to the stream in the source run, less what it adds in the base run."""
+    name = f"blocks.{layer}.hook_mlp_out"
+    if name in there:
+        return (there[name] - here[name])[:, where]
+    name = f"blocks.{layer}.attn.hook_z"
+    change = (there[name] - here[name])[0, where]  # (position, head, d_head)
+    return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O)
+
+
+def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
+    n_layers, cfg = model.cfg.n_layers, model.config.language
+    if receiver == "logits":
+        return f"blocks.{n_layers - 1}.hook_resid_post", n_layers, None
+    kind, layer, *head = receiver if isinstance(receiver, tuple) else (receiver, None)
+    known = (kind == "mlp" and not head) or (kind in ("q", "k", "v") and len(head) == 1)
+    if not known or not isinstance(layer, int):
+        raise InputError(
+            f"{receiver!r} is no receiver; expected 'logits', ('mlp', layer), or ('q' | 'k' | 'v', layer, head)."
+        )
+    if not -n_layers <= layer < n_layers:
+        raise InputError(f"Receiver {receiver}: layer {layer} is out of range; expected {-n_layers}..{n_layers - 1}.")
+    layer %= n_layers
+    if not head:
+        return f"blocks.{layer}.hook_mlp_in", layer, None
+    n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
+    if not -n_heads <= head[0] < n_heads:
+        raise InputError(f"Receiver {receiver}: head {head[0]} is out of range; expected {-n_heads}..{n_heads - 1}.")
+    return f"blocks.{layer}.attn.hook_{kind}_input", layer, head[0] % n_heads
+
+
+def _lies_before(sender_layer: int, layer: int, name: str, senders: str) -> bool:
+    """Attention of a layer comes before its MLP, and both after the layer's queries, keys and values are read."""
+    return sender_layer < layer or (sender_layer == layer and senders == "heads" and name.endswith("hook_mlp_in"))
+
+
+def _path(target: _Target, change: Float[Tensor, "position d_model"], where: list[int]) -> Intervention:
+    name, _, head = target
+    if head is None:
+        return Intervention(name, positions=where, add=change)
+    return Intervention(name, positions=where, heads=[head], add=change[:, None])
+
+
+def _label(target: _Target) -> str:
+    name, layer, head = target
+    if head is not None:
+        return f"L{layer}H{head} {name.removesuffix('_input')[-1]}"
+    return f"L{layer} mlp" if name.endswith("hook_mlp_in") else "logits"

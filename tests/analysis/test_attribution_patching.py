@@ -1,0 +1,130 @@
+"""Attribution is the change times the gradient, and agrees with exact patching where that is first order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from hooked_llava.analysis.activation_patching import activation_patching
+from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
+from hooked_llava.analysis.path_patching import path_patching
+from hooked_llava.errors import InputError
+from hooked_llava.metrics import log_probability, rank
+from tests.analysis.test_activation_patching import metric, prompts
+from tests.oracles.naive_patching import activations, gradient_at
+from tests.pairs import pair
+
+
+def near_prompts(geometry: str = "plain", step: float = 1e-5) -> tuple[Any, Any, Any]:
+    """Two pictures that hardly differ, in double precision: there first order is all there is."""
+    models = pair(geometry, torch.float64)
+    clean, near = models.prompt(seed=1, n_text=4), models.prompt(seed=1, n_text=4)
+    noise = torch.randn(near["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+    near["pixel_values"] = near["pixel_values"] + step * noise.double()
+    return models.ours, models.ours.as_inputs(clean), models.ours.as_inputs(near)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_change_times_gradient_at_every_hook(direction: Any) -> None:
+    model, clean, corrupted = prompts("grouped")
+    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    hooks = ["resid_pre", "mlp_out", "z", "k", "q_input", "mlp.post", "hook_embed"]
+    found = attribution_patching(model, clean, corrupted, hooks=hooks, metric=metric, direction=direction)
+    assert found["z"].dims == ("layer", "position", "head")
+    assert found["mlp_out"].dims == ("layer", "position")
+    assert found["hook_embed"].dims == ("position",)
+    for hook in hooks:
+        for i, name in enumerate(model.hooks_table.resolve(hook)):
+            there, here = (activations(model, inputs, [name])[name] for inputs in (source, base))
+            if hook == "q_input":  # cut off there, the other branch of the fork would be, too
+                continue
+            expected = ((there - here) * gradient_at(model, base, name, metric)).sum(-1)[0].numpy()
+            row = found[hook] if hook == "hook_embed" else found[hook][i]
+            np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("hook", ["z", "mlp_out", "q_input", "v"])
+def test_is_exact_to_first_order(hook: str) -> None:
+    model, clean, near = near_prompts()
+    exact = activation_patching(model, clean, near, hook=hook, positions=[3, -1], metric=lambda x: 1e5 * metric(x))
+    estimate = attribution_patching(model, clean, near, hooks=[hook], metric=lambda x: 1e5 * metric(x))[hook]
+    estimate = estimate.sel(position=exact.position.values)
+    scale = float(abs(estimate).max())
+    np.testing.assert_allclose(exact - exact.corrupted, estimate, atol=2e-3 * scale)
+    assert scale > 1e-4
+
+
+def test_integrated_gradients_are_complete() -> None:
+    model, clean, near = near_prompts(step=0.3)
+    found = attribution_patching(model, clean, near, hooks=["hook_embed"], metric=metric, steps=8)
+    assert float(found["hook_embed"].sum()) == pytest.approx(found.clean - found.corrupted, rel=0.01)
+    plain = attribution_patching(model, clean, near, hooks=["hook_embed"], metric=metric)
+    assert float(plain["hook_embed"].sum()) != pytest.approx(plain.clean - plain.corrupted, rel=0.1)
+
+
+def test_edges_of_a_sender_sum_to_the_sender() -> None:
+    model, clean, corrupted = prompts("grouped")
+    nodes = attribution_patching(model, clean, corrupted, hooks=["z", "mlp_out", "hook_embed"], metric=metric)
+    edges = edge_attribution(model, clean, corrupted, metric=metric)
+    assert edges.heads.dims == ("receiver", "layer", "head")
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    np.testing.assert_allclose(edges.heads.sum("receiver"), nodes["z"].sum("position"), **close)
+    np.testing.assert_allclose(edges.mlps.sum("receiver"), nodes["mlp_out"].sum("position"), **close)
+    np.testing.assert_allclose(edges.embed.sum("receiver"), nodes["hook_embed"].sum("position"), **close)
+
+
+@pytest.mark.parametrize("senders", ["heads", "mlps"])
+def test_edges_are_path_patching_to_first_order(senders: Any) -> None:
+    model, clean, near = near_prompts("grouped")
+    receivers = ["logits", ("mlp", 1), ("q", 2, 3), ("k", 1, 1), ("v", 2, 0)]
+    scaled = lambda logits: 1e5 * metric(logits)  # noqa: E731
+    exact = path_patching(model, clean, near, receivers=receivers, senders=senders, metric=scaled)
+    edges = edge_attribution(model, clean, near, metric=scaled)[senders].sel(receiver=exact.receiver)
+    assert (np.isnan(exact) == np.isnan(edges)).all()
+    scale = float(abs(edges).max())
+    np.testing.assert_allclose(exact - exact.corrupted, edges, atol=2e-3 * scale)
+    assert agreement(exact, edges) > 0.99
+
+
+def test_pairs_and_text_only() -> None:
+    model, clean, corrupted = prompts(n_images=0, batch=2)
+    found = attribution_patching(model, clean, corrupted, hooks=["z"], metric=metric)
+    assert found["z"].dims == ("pair", "layer", "position", "head")
+    alone = attribution_patching(model, clean[1], corrupted[1], hooks=["z"], metric=metric)
+    np.testing.assert_allclose(found["z"][1], alone["z"], rtol=1e-5, atol=1e-6)
+    assert edge_attribution(model, clean, corrupted, metric=metric).mlps.dims == ("pair", "receiver", "layer")
+
+
+def test_agreement_is_spearmans_correlation() -> None:
+    coords = {"layer": range(5)}
+    one = xr.DataArray([3.0, 1.0, 4.0, 1.0, np.nan], dims="layer", coords=coords)
+    other = xr.DataArray([10.0, 2.0, 30.0, 40.0, 5.0], dims="layer", coords=coords)
+    # ranks (3, 1.5, 4, 1.5) and (2, 1, 3, 4) over the four cells that both have
+    assert agreement(one, other) == pytest.approx(np.corrcoef([3, 1.5, 4, 1.5], [2, 1, 3, 4])[0, 1])
+    assert agreement(one, one[:3]) == pytest.approx(1.0)
+    assert np.isnan(agreement(one, one * 0))
+    with pytest.raises(InputError, match="same axes"):
+        agreement(one, one.rename(layer="head"))
+
+
+def test_agreement_with_exact_patching_on_request() -> None:
+    model, clean, near = near_prompts(step=1e-2)
+    exact = activation_patching(model, clean, near, hook="mlp_out", metric=metric)
+    estimate = attribution_patching(model, clean, near, hooks=["mlp_out"], metric=metric)["mlp_out"]
+    assert agreement(exact, estimate) > 0.9
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, clean, corrupted = prompts()
+    for hook in ("hook_image_embed", "pattern", "ln_final.hook_normalized", "hook_text_embed"):
+        with pytest.raises(InputError, match="use activation_patching"):
+            attribution_patching(model, clean, corrupted, hooks=[hook])
+    with pytest.raises(InputError, match="no gradient"):
+        attribution_patching(model, clean, corrupted, metric=rank(4))
+    with pytest.raises(InputError, match="steps=-1"):
+        attribution_patching(model, clean, corrupted, metric=log_probability(4), steps=-1)

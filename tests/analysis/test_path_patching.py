@@ -1,0 +1,84 @@
+"""Path patching equals two passes with plain hooks that freeze everything but the path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hooked_llava.analysis.path_patching import path_patching
+from hooked_llava.errors import InputError
+from tests.analysis.test_activation_patching import metric, prompts
+from tests.oracles.naive_patching import outputs_of, patch_path
+from tests.pairs import as_users_run
+
+RECEIVERS = ["logits", ("mlp", 1), ("mlp", 2), ("q", 2, 3), ("k", 1, 1), ("v", 2, 0)]
+
+
+def before(sender_layer: int, receiver: Any, senders: str) -> bool:
+    if receiver == "logits":
+        return True
+    return sender_layer < receiver[1] or (sender_layer == receiver[1] and receiver[0] == "mlp" and senders == "heads")
+
+
+@pytest.mark.parametrize(
+    ("senders", "direction", "positions"),
+    [("heads", "denoise", None), ("mlps", "noise", None), ("heads", "noise", "image"), ("mlps", "denoise", [2, -1])],
+)
+def test_equals_freezing_everything_else(senders: Any, direction: Any, positions: Any) -> None:
+    model, clean, corrupted = prompts("grouped")
+    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    chosen = {"receivers": RECEIVERS, "senders": senders, "direction": direction, "positions": positions}
+    found = path_patching(model, clean, corrupted, metric=metric, **chosen)
+    assert found.dims == ("receiver", "layer", "head")[: found.ndim]
+    assert found.receiver.values.tolist() == ["logits", "L1 mlp", "L2 mlp", "L2H3 q", "L1H1 k", "L2H0 v"]
+    everywhere = list(range(base.shape[1]))
+    where = {None: everywhere, "image": list(base.token_map["image"])}.get(
+        positions if positions != [2, -1] else "", [2, -1]
+    )
+    heads = [None] if senders == "mlps" else [0, 5]
+    outputs = [outputs_of(model, inputs) for inputs in (source, base)]
+    for r, receiver in enumerate(RECEIVERS):
+        for layer in range(model.cfg.n_layers):
+            for head in heads:
+                cell = found.values[r, layer] if head is None else found.values[r, layer, head]
+                if before(layer, receiver, senders):
+                    expected = patch_path(model, base, *outputs, (layer, head), receiver, where, metric)
+                    assert cell == pytest.approx(expected, rel=1e-4, abs=3e-5)
+                else:
+                    assert np.isnan(cell)
+
+
+def test_text_only_and_pairs() -> None:
+    model, clean, corrupted = prompts(n_images=0, batch=2)
+    found = path_patching(model, clean, corrupted, metric=metric)
+    assert found.dims == ("pair", "receiver", "layer", "head")
+    alone = path_patching(model, clean[1], corrupted[1], metric=metric)
+    np.testing.assert_allclose(found[1], alone, rtol=1e-5, atol=1e-5)
+    outputs = [outputs_of(model, inputs[1]) for inputs in (clean, corrupted)]
+    expected = patch_path(model, corrupted[1], *outputs, (1, 2), "logits", range(clean.shape[1]), metric)
+    assert float(alone.sel(receiver="logits", layer=1, head=2)) == pytest.approx(expected, rel=1e-4, abs=3e-5)
+
+
+def test_default_metric_is_the_difference_of_the_own_answers() -> None:
+    model, clean, corrupted = prompts()
+    found = path_patching(model, clean, corrupted, senders="mlps")
+    assert found.clean > 0 > found.corrupted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"receivers": ["logit"]}, "no receiver"),
+        ({"receivers": [("q", 1)]}, "no receiver"),
+        ({"receivers": [("q", 3, 0)]}, "layer 3 is out of range"),
+        ({"receivers": [("k", 1, 2)]}, "head 2 is out of range"),
+        ({"senders": "embed"}, "expected 'heads' or 'mlps'"),
+        ({"direction": "up"}, "expected 'denoise'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    model, clean, corrupted = prompts("grouped")
+    with as_users_run(), pytest.raises(InputError, match=message):
+        path_patching(model, clean, corrupted, **{"metric": metric, **options})

@@ -1,0 +1,98 @@
+"""Results survive their file, and a file that is not theirs is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from safetensors.torch import save_file
+
+from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.results import load, save, stack
+
+
+def dataset() -> xr.Dataset:
+    return xr.Dataset(
+        {
+            "score": (("layer", "position"), np.arange(6, dtype=np.float32).reshape(2, 3), {"unit": "nats"}),
+            "token": (("layer", "position"), np.array([["a", "é", ""], ["red", "blue", "</s>"]])),
+            "hit": ("layer", np.array([True, False])),
+            "total": ((), np.float64(1.5)),
+        },
+        coords={"layer": [0, 2], "position": [4, 5, 9], "label": ("position", ["x", "y", "z"])},
+        attrs={
+            "model": "m",
+            "clean": 0.25,
+            "runs": 3,
+            "nothing": None,
+            "list": [1.0, 2.0],
+            "nested": {"a": [True, "b"]},
+        },
+    )
+
+
+@pytest.mark.parametrize("name", [None, "map"])
+def test_arrays_come_back_as_they_were(tmp_path: Path, name: str | None) -> None:
+    result = dataset().score.rename(name).assign_attrs(model="m", prompts=["a", "b"])
+    save(result, tmp_path / "result.safetensors")
+    found = load(tmp_path / "result.safetensors")
+    assert found.identical(result.drop_attrs(deep=False).assign_attrs(result.attrs))
+    assert found.dtype == np.float32
+    assert found.name == name
+    assert [p.name for p in tmp_path.iterdir()] == ["result.safetensors"]
+
+
+def test_datasets_come_back_as_they_were(tmp_path: Path) -> None:
+    save(dataset(), tmp_path / "result.safetensors")
+    assert load(str(tmp_path / "result.safetensors")).identical(dataset())
+
+
+def test_numpy_attributes_become_plain(tmp_path: Path) -> None:
+    result = xr.DataArray(np.float32(2), attrs={"n": np.int64(3), "where": (1, 2), "all": np.arange(2)})
+    save(result, tmp_path / "r")
+    assert load(tmp_path / "r").attrs == {"n": 3, "where": [1, 2], "all": [0, 1]}
+    assert load(tmp_path / "r").shape == ()
+
+
+def test_what_a_file_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    with pytest.raises(InputError, match="'day' holds datetime64"):
+        save(
+            xr.DataArray([1.0], coords={"day": ("x", np.array(["2024-01-01"], dtype="datetime64[ns]"))}, dims="x"), path
+        )
+    with pytest.raises(InputError, match="attribute of the result, method, fn is a builtin_function"):
+        save(xr.DataArray([1.0], attrs={"method": {"fn": len}}), path)
+    with pytest.raises(InputError, match="not all words"):
+        save(xr.DataArray(np.array([1, "a"], dtype=object)), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(tmp_path / "missing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(tmp_path / "text")
+    save_file({"x": torch.ones(2)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="expected 'hooked_llava.result.v1'"):
+        load(tmp_path / "other")
+
+
+def test_stacking_says_where_positions_differ() -> None:
+    first = dataset()[["score"]].assign_attrs(n_forward=2, seconds=0.5)
+    second = first.assign_coords(position=[1, 2, 3], label=("position", ["u", "v", "w"])).assign_attrs(clean=0.5)
+    joined = stack([first, second], "pair")
+    assert joined.score.dims == ("pair", "layer", "position")
+    assert joined.absolute_position.values.tolist() == [[4, 5, 9], [1, 2, 3]]
+    assert joined.position.values.tolist() == [0, 1, 2]
+    assert joined.label.values.tolist() == [["x", "y", "z"], ["u", "v", "w"]]
+    assert joined.attrs["clean"] == [0.25, 0.5]
+    assert (joined.attrs["n_forward"], joined.attrs["seconds"], joined.attrs["model"]) == (4, 1.0, "m")
+    same = stack([first, first], "prompt")
+    assert same.position.values.tolist() == [4, 5, 9]
+    assert same.label.dims == ("position",)
+    with pytest.raises(InputError, match="different sizes"):
+        stack([first, first.isel(position=[0])], "pair")
