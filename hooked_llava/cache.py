@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -158,8 +158,10 @@ class LLaVACache(NamedCache):
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file ({error}); expected one that LLaVACache.save wrote.") from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}); expected one that LLaVACache.save wrote."
+            ) from None
         if about.get("format") != _FORMAT:
             raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
         spans = {name: torch.tensor(positions) for name, positions in json.loads(about["spans"]).items()}

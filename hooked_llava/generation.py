@@ -96,20 +96,25 @@ def generate(
         model: the model.
         inputs: anything `model.as_inputs` takes; rows padded on the right are moved to the left first.
         max_new_tokens: number of steps at most.
-        do_sample: draw tokens (with `temperature`, `top_k`, `top_p`) instead of taking the most probable.
-        seed: makes sampling repeatable; or give a `generator`.
+        do_sample: draw tokens instead of taking the most probable.
+        temperature: divides the logits before the softmax, when sampling.
+        top_k: draw only among the k most probable tokens.
+        top_p: draw only among the most probable tokens that together reach this probability.
+        seed: makes sampling repeatable.
+        generator: source of randomness on the model's device, instead of a seed.
         stop_strings: end a row once its text contains one of these (which stays in the text, as in transformers).
         stop_at_eos: end a row at the end-of-answer token, which is not part of the text.
         fwd_hooks: functions attached while generating, as for `run_with_hooks`.
         hook_phase: attach them in the run over the prompt ("prefill"), over new tokens ("decode"), or "both". In decode
             runs activations have one position.
         return_cache: also return the activations of prompt and generated tokens (the last one, which is never run,
-            left out); `names_filter` chooses which.
+            left out).
+        names_filter: which activations, as for `run_with_cache`.
         return_type: new text, or new token ids [batch new_tokens], rows that ended earlier filled with padding.
 
     Returns the text (a list for a batch) or tokens; with `return_cache` a pair of that and a `LLaVACache`.
-    Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks that
-    are not there or never fire.
+    Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks
+    that are not there or never fire.
     """
     if return_type not in ("text", "tokens"):
         raise InputError(f"return_type={return_type!r}; expected 'text' or 'tokens'.")
@@ -145,7 +150,11 @@ def _decode(
     language = model.language
     n_prompt = prompt.shape[1]
     kv_cache = KVCache(
-        language.cfg, batch=len(prompt), capacity=n_prompt + max_new_tokens, device=prompt.input_ids.device, dtype=model.cfg.dtype
+        language.cfg,
+        batch=len(prompt),
+        capacity=n_prompt + max_new_tokens,
+        device=prompt.input_ids.device,
+        dtype=model.cfg.dtype,
     )
     # A mask only where something is padded: without one attention runs in its fused form.
     mask = None if bool(prompt.attention_mask.all()) else F.pad(prompt.attention_mask, (0, max_new_tokens), value=True)

@@ -187,16 +187,14 @@ class HookTable:
         return self.specs[self.aliases.get(name, name)]
 
     def stage(self, name: str) -> int:
-        """When a hook fires: -1 before the language tower's blocks, i in block i, n_layers after them."""
+        """When a hook fires: -2 before text and image are merged, -1 after it, i in block i, n_layers after them."""
         if name.startswith("blocks."):
             return int(name.split(".")[1])
         if name == "hook_embed":
-            return 0
-        return -1 if _is_image_side(name) or name == "hook_text_embed" else self.config.language.n_layers
+            return -1
+        return -2 if _is_image_side(name) or name == "hook_text_embed" else self.config.language.n_layers
 
-    def resolve(
-        self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None
-    ) -> list[str]:
+    def resolve(self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None) -> list[str]:
         """Full names, in firing order, of the hooks that a filter asks for.
 
         Without a filter: all that fire, but for the large ones. Raises `HookNameError` for a name or pattern that
@@ -248,8 +246,8 @@ class HookTable:
         short, layer, *_ = (*pair, None, None)
         if not 1 <= len(pair) <= 3 or not isinstance(short, str) or not isinstance(layer, (int, type(None))):
             raise HookNameError(
-                f"{pair!r} is no hook: a tuple is (short name, layer), for example ('pattern', 3). Give several names as "
-                "a list."
+                f"{pair!r} is no hook: a tuple is (short name, layer), for example ('pattern', 3). Give several names "
+                "as a list."
             )
         names = self._from_string(short if len(pair) < 3 else f"{pair[2]}.hook_{short}")
         if layer is None:
@@ -280,7 +278,9 @@ class HookTable:
     def _short(self, name: str) -> list[str]:
         """Hooks of every layer that a short name means: "resid_post", "pattern", "mlp.post", "vision.pattern"."""
         tower, short = ("vision.", name.removeprefix("vision.")) if name.startswith("vision.") else ("", name)
-        short = {"attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v"}.get(short, short)
+        short = {"attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v"}.get(
+            short, short
+        )
         head, _, tail = short.rpartition(".")
         ending = f"{head}.hook_{tail.removeprefix('hook_')}" if head else f"hook_{tail.removeprefix('hook_')}"
         return [
@@ -294,7 +294,10 @@ class HookTable:
         if parts[:2] == ["vision", "blocks"] and len(parts) > 2 and parts[2].isdigit():
             run, total = self.config.vision.n_layers_run, self.config.vision.n_layers
             if run == 0:
-                return f"Hook {name!r} does not exist: the projector reads the embedding, so no block of the vision tower is run."
+                return (
+                    f"Hook {name!r} does not exist: the projector reads the embedding, so no block of the vision tower "
+                    "is run."
+                )
             if run <= int(parts[2]) < total:
                 return (
                     f"Hook {name!r} does not exist: the projector reads the vision features after block {run - 1}, so "

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from typing_extensions import Self
 
 from hooked_llava.cache import LLaVACache
 from hooked_llava.caching import Positions, resolve_positions, saver, shared_spans, tensor_bytes
@@ -139,8 +138,8 @@ class HookedModule(HookedRootModule):
             return_cache_object: `LLaVACache`, or a plain dict.
             kwargs: go to `forward`.
 
-        Raises `HookNameError` for a filter that matches nothing or a hook that does not fire in this run, `InputError` for
-        input that does not fit.
+        Raises `HookNameError` for a filter that matches nothing or a hook that does not fire in this run, `InputError`
+        for input that does not fit.
         """
         if metric is not None and not incl_bwd:
             raise InputError("metric= says what gradients are taken of; give incl_bwd=True with it, or leave it out.")
@@ -164,6 +163,16 @@ class HookedModule(HookedRootModule):
             cache.remove_batch_dim(batch_size=1)
         return result, cache
 
+    def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """TransformerLens's caching, attached until `reset_hooks`, with our filters; raises `HookNameError`."""
+        names = frozenset(self.hooks_table.resolve(names_filter))
+        return super().add_caching_hooks(lambda name: name in names, *args, **kwargs)
+
+    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
+        """TransformerLens's caching, as functions for `hooks`, with our filters; raises `HookNameError`."""
+        names = frozenset(self.hooks_table.resolve(names_filter))
+        return super().get_caching_hooks(lambda name: name in names, *args, **kwargs)
+
     def cache_size(self, inputs: Any, names_filter: NamesFilter = None, positions: Positions | None = None) -> int:
         """Bytes that `run_with_cache` would keep, without running the model (neighbours that share storage counted each).
 
@@ -178,14 +187,14 @@ class HookedModule(HookedRootModule):
         return sum(tensor_bytes(self.hooks_table, name, prompt, n_kept, self.cfg.dtype) for name in names)
 
     def _plan(self, inputs: Any, options: dict[str, Any]) -> tuple[Inputs | Tensor, dict[str, Any]]:
-        """What is run (a Hugging Face processor's fields are taken out of `options`), and what of the model it reaches."""
+        """What is run (taking a Hugging Face processor's fields out of `options`), and what of the model it reaches."""
         n_layers = self.hooks_table.config.language.n_layers
         start, stop = (layer_index(options.get(name), n_layers) for name in ("start_at_layer", "stop_at_layer"))
         end = n_layers + 1 if stop is None else stop
         if start or is_stream(inputs):
-            return inputs, {"with_image": False, "stages": range(start or 0, end)}
+            return inputs, {"with_image": False, "stages": range(start or -1, end)}
         prompt = self.as_inputs(gather_fields(inputs, *(options.pop(name, None) for name in _FIELDS)))
-        return prompt, {"with_image": prompt.pixel_values is not None, "stages": range(-1, end)}
+        return prompt, {"with_image": prompt.pixel_values is not None, "stages": range(-2, end)}
 
     def _refuse_image_hooks(self) -> None:
         """Without an image the image side is not run; somebody listening there would wait in vain."""
@@ -231,8 +240,8 @@ def _backward(result: Tensor | None, metric: Callable[[Tensor], Tensor] | None) 
     if not isinstance(scalar, Tensor) or scalar.numel() != 1:
         given = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
         raise InputError(
-            f"incl_bwd=True needs a tensor of a single number to take gradients of, got {given}. Use return_type='loss', or give "
-            "metric=, a function from the logits to a scalar."
+            f"incl_bwd=True needs a tensor of a single number to take gradients of, got {given}. Use "
+            "return_type='loss', or give metric=, a function from the logits to a scalar."
         )
     scalar.backward()
     assert result is not None

@@ -39,7 +39,7 @@ class LanguageTower(nn.Module):
         start_at_layer: int = 0,
         stop_at_layer: int | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream entering `stop_at_layer` (by default leaving the last block), from that entering `start_at_layer`."""
+        """The residual stream entering `stop_at_layer` (or leaving the last block), from that entering `start_at_layer`."""
         if start_at_layer == 0:
             resid = self.hook_embed(resid)
         for block in self.blocks[start_at_layer:stop_at_layer]:

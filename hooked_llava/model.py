@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
 from hooked_llava import generation
 from hooked_llava import inputs as inputs_module
 from hooked_llava.components import AttentionContext, HookPoint, KVCache
@@ -111,9 +112,7 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         else:
             prompt = self.as_inputs(gather_fields(inputs, input_ids, pixel_values, attention_mask, position_ids))
             resid, mask, position_ids = self.embed(prompt), prompt.attention_mask, prompt.position_ids
-        resid = self.language(
-            resid, self.context(resid, mask, position_ids), start_at_layer=start, stop_at_layer=stop
-        )
+        resid = self.language(resid, self.context(resid, mask, position_ids), start_at_layer=start, stop_at_layer=stop)
         if stop_at_layer is not None:
             return resid
         logits = self.language.to_logits(resid)
@@ -279,4 +278,6 @@ def _check_residual(resid: Any, d_model: int, return_type: ReturnType) -> None:
     if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != d_model or not resid.is_floating_point():
         raise InputError(f"start_at_layer takes a residual stream [batch pos {d_model}] as inputs; got {shape}.")
     if return_type == "loss":
-        raise InputError("return_type='loss' needs the tokens, which a residual stream does not hold; ask for 'logits'.")
+        raise InputError(
+            "return_type='loss' needs the tokens, which a residual stream does not hold; ask for 'logits'."
+        )

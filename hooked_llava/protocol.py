@@ -201,9 +201,10 @@ class TransformerLensSurface(nn.Module):
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape d_model"]:
-        """Direction whose dot product with (final stream / its scale) is the token's logit: its unembedding times the final norm's weight.
+        """Direction whose dot product with (final stream / its scale) is the token's logit.
 
-        Because the norm's weight is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights.
+        It is the token's unembedding times the final norm's weight; because that is part of the direction,
+        `ActivationCache.logit_attrs` sums to the logit on raw weights.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)] * self.ln_final.weight
@@ -214,7 +215,11 @@ class TransformerLensSurface(nn.Module):
         """Token ids of one or several texts, as the tokenizer makes them (images are not expanded; use `prepare`)."""
         texts = [text] if isinstance(text, str) else list(text)
         encoded = self.tokenizer(
-            texts, add_special_tokens=prepend_bos, padding=len(texts) > 1, padding_side=padding_side, return_tensors="pt"
+            texts,
+            add_special_tokens=prepend_bos,
+            padding=len(texts) > 1,
+            padding_side=padding_side,
+            return_tensors="pt",
         )
         return encoded["input_ids"].to(self.cfg.device)
 

@@ -101,6 +101,7 @@ def verify(
     number in float32, and a few roundings in half precision. Padding is left out. Raises `ConfigError` if the two
     models are of different sizes.
 
+    >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.loading import resolve
     >>> hf_model = LlavaForConditionalGeneration.from_pretrained(resolve("tiny-shapes"), dtype=torch.float32)
     >>> verify(HookedLLaVA.from_hf(hf_model), hf_model).ok

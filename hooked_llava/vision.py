@@ -30,9 +30,7 @@ class VisionTower(nn.Module):
         self.hook_embed = HookPoint()
         self.hook_out = HookPoint()
 
-    def forward(
-        self, pixels: Float[Tensor, "image channel height width"]
-    ) -> Float[Tensor, "image feature d_features"]:
+    def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
         """Features as the projector reads them: chosen layers side by side, class token dropped or kept."""
         states = [self.embed(pixels)]  # each (image, pos, d_model)
         context = AttentionContext()
@@ -40,9 +38,7 @@ class VisionTower(nn.Module):
             states.append(block(states[-1], context))
         return self.features(states)
 
-    def features(
-        self, states: list[Float[Tensor, "image pos d_model"]]
-    ) -> Float[Tensor, "image feature d_features"]:
+    def features(self, states: list[Float[Tensor, "image pos d_model"]]) -> Float[Tensor, "image feature d_features"]:
         """The feature layers side by side, given the stream entering every block and leaving the last."""
         features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)

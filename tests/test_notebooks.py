@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import warnings
@@ -66,6 +67,8 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the notebook machinery; what the notebooks warn of stays in their outputs
         asyncio.run(client.async_execute())
+        del client  # its sockets warn when they are collected: here, and not in whatever test comes next
+        gc.collect()
     for cell in notebook.cells:
         streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
         written = "".join(stream.text for stream in streams if stream.name == "stderr")

@@ -61,20 +61,22 @@ class AttentionContext:
         return self.allowed if self.blind is None or self.allowed is None else self.allowed | self.blind
 
     def mask_scores(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
-        """Set the scores of blocked edges to minus infinity."""
+        """Set the scores of blocked edges to minus infinity, in place."""
         if self.allowed is not None:
-            return scores.masked_fill(~self.allowed, float("-inf"))
+            return scores.masked_fill_(~self.allowed, float("-inf"))
         if self.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            return scores.masked_fill(later, float("-inf"))
+            return scores.masked_fill_(later, float("-inf"))
         return scores
 
 
 def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
     """Softmax over the keys in float32; a query with no allowed key gets 0 everywhere, without NaN in gradients."""
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    pattern = scores.masked_fill(blind, 0.0).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return pattern.masked_fill(blind, 0.0)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    if not bool(blind.any()):  # the rule; the copies below are for padding and for hooks that block everything
+        return scores.softmax(-1, dtype=wide)
+    return scores.masked_fill(blind, 0.0).softmax(-1, dtype=wide).masked_fill(blind, 0.0)
 
 
 class Attention(nn.Module):
@@ -123,7 +125,7 @@ class Attention(nn.Module):
         weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
         copies = resid[:, :, None].expand(-1, -1, weight.shape[0], -1)  # (batch, pos, head, d_model)
         # x may carry edits made inside the norm; the difference adds to it what was changed before the norm.
-        per_head = x[:, :, None] + (norm.fused(hook_input(copies)) - norm.fused(copies))
+        per_head = x[:, :, None] + (norm.fused(hook_input(copies.view_as(copies))) - norm.fused(copies))
         out = einsum("b p h m, h d m -> b p h d", per_head, weight)
         return out if linear.bias is None else out + linear.bias.unflatten(0, (-1, self.cfg.d_head))
 
@@ -165,7 +167,7 @@ class Attention(nn.Module):
             k, v, context = _with_prefix(k, v, q.shape[2], context)
         groups = self.cfg.n_heads // self.cfg.n_key_value_heads
         k, v = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (k, v))
-        scores = self.hook_attn_scores(context.mask_scores(q @ k.transpose(-1, -2) * self.scale))
+        scores = self.hook_attn_scores(context.mask_scores((q * self.scale) @ k.mT))
         pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, key)
         return pattern @ v
 

@@ -45,7 +45,11 @@ class HookPoint(tl_hook_points.HookPoint):
         return bool(self._forward_hooks or self._backward_hooks)
 
     def add_hook(
-        self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
+        self,
+        hook: Any,
+        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002 (TransformerLens's name)
+        *args: Any,
+        **kwargs: Any,
     ) -> tl_hook_points.LensHandle:
         """Attach `hook(tensor, hook=hook_point)`; it may return a tensor of the same shape, or None to keep it."""
         guarded = _guard(hook) if dir == "fwd" and not getattr(hook, "reads_only", False) else hook
@@ -82,9 +86,11 @@ def _check_returned(returned: Any, given: Tensor, name: str | None) -> None:
     if returned.shape != given.shape or returned.dtype != given.dtype:
         raise HookValueError(
             f"A function on {name} returned a tensor of shape {tuple(returned.shape)} and {returned.dtype}; expected "
-            f"{tuple(given.shape)} and {given.dtype}, as it was given. Return the whole activation, changed where wanted."
+            f"{tuple(given.shape)} and {given.dtype}, as it was given. Return the whole activation, changed where "
+            "wanted."
         )
     if returned.device != given.device:
         raise HookValueError(
-            f"A function on {name} returned a tensor on {returned.device}; expected one on {given.device}, as it was given."
+            f"A function on {name} returned a tensor on {returned.device}; expected one on {given.device}, where it was "
+            "given."
         )

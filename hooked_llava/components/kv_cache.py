@@ -46,7 +46,7 @@ class KVCache:
     def to(self, *, device: torch.device | str, dtype: torch.dtype) -> KVCache:
         """Itself, or a copy elsewhere or in another dtype."""
         moved = copy.copy(self)
-        moved._store = self._store.to(device, dtype)
+        moved._store = self._store.to(device, dtype)  # noqa: SLF001 (a copy of itself)
         return moved
 
     @property

@@ -192,7 +192,9 @@ class Climb:
 
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
         below = f"blocks.{layer}."
-        names = [n for n in self._listen if (n.startswith(below) if layer < self.n_layers else not n.startswith("blocks."))]
+        names = [
+            n for n in self._listen if (n.startswith(below) if layer < self.n_layers else not n.startswith("blocks."))
+        ]
         return [(names, saver(self.seen, self.model.hooks_table))] if names else []
 
     def _row(self, prompt: int, run: int, n_runs: int) -> int:

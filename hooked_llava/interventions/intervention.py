@@ -241,7 +241,9 @@ def resolve(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> R
     """
     names = model.hooks_table.resolve(intervention.hook, with_image=inputs.pixel_values is not None)
     if len(names) != 1:
-        raise InputError(f"{intervention.hook!r} means {len(names)} hooks; an intervention changes one. Name its layer.")
+        raise InputError(
+            f"{intervention.hook!r} means {len(names)} hooks; an intervention changes one. Name its layer."
+        )
     name, spec = names[0], model.hooks_table[names[0]]
     on_image_side = name.startswith(IMAGE_SIDE)
     if intervention.block is not None and (on_image_side or not name.endswith(SCORES)):

@@ -47,9 +47,7 @@ class KeptRun:
         """The stream entering a layer, from a position on."""
         return self.streams[layer][:, start:].to(self.device, self.dtype)
 
-    def context(
-        self, layer: int, start: int, n_rows: int, queries: Tensor | None = None
-    ) -> AttentionContext:
+    def context(self, layer: int, start: int, n_rows: int, queries: Tensor | None = None) -> AttentionContext:
         """What attention needs where `n_rows` runs of every prompt re-enter a layer from a position on."""
         n_suffix = self.n_positions - start
         rotation = self.rotation

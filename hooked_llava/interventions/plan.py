@@ -52,7 +52,9 @@ def entry_layer(resolved: Resolved, n_layers: int) -> int:
     return min(resolved.layer, n_layers)
 
 
-def batches(runs: Sequence[PlannedRun], n_positions: int, rows_at_once: dict[int, int] | int) -> Iterator[list[PlannedRun]]:
+def batches(
+    runs: Sequence[PlannedRun], n_positions: int, rows_at_once: dict[int, int] | int
+) -> Iterator[list[PlannedRun]]:
     """Runs that go together: the same start (or near enough), ordered by entry layer, and not too many."""
     ordered = sorted((run for run in runs if run.start is not None), key=lambda run: (-(run.start or 0), run.entry))
     merged: list[list[PlannedRun]] = []

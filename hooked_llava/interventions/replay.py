@@ -96,7 +96,7 @@ class Replay:
         """Bytes that are kept."""
         return self.kept.kv.nbytes + sum(s.numel() * s.element_size() for s in self.kept.streams)
 
-    def logits(self, positions: Positions = "last") -> Float[Tensor, "*shape d_vocab"]:
+    def logits(self, positions: Positions = "last") -> Float[Tensor, "*prompt_position d_vocab"]:
         """Logits of the kept run: [d_vocab] for one prompt, [prompt, d_vocab] for a batch, with a position axis unless "last"."""
         return self.shaped(self.kept_logits(positions)[None], positions)[0]
 
@@ -108,7 +108,7 @@ class Replay:
         batch_size: int | None = None,
         *,
         progress: bool = True,
-    ) -> Float[Tensor, "run *shape"]:
+    ) -> Float[Tensor, "run ..."]:
         """Logits under every run's interventions, or the metric of them.
 
         Args:
@@ -141,7 +141,7 @@ class Replay:
 
     def run_with_cache(
         self, runs: Sequence[Run], names_filter: Any, positions: Positions = "last"
-    ) -> tuple[Float[Tensor, "run *shape"], list[dict[str, Tensor]]]:
+    ) -> tuple[Float[Tensor, "run ..."], list[dict[str, Tensor]]]:
         """Logits, and for each run the activations that were recomputed, by hook name.
 
         A tensor holds all prompts and the positions from the run's first changed one on (in the last layer those that are
@@ -177,6 +177,7 @@ class Replay:
 
     @torch.no_grad()
     def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
+        """Logits of the kept run, with all axes."""
         index = self.wanted(positions)
         final = self.kept.stream(self.model.cfg.n_layers)
         rows = torch.arange(len(final), device=final.device)[:, None]

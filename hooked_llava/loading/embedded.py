@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hooked_llava.errors import CheckpointError, did_you_mean
 
-EMBEDDED = {"tiny-shapes": "seed0", "tiny-shapes-seed0": "seed0", "tiny-shapes-seed1": "seed1"}
+EMBEDDED = {"tiny-shapes": "seed1", "tiny-shapes-seed0": "seed0", "tiny-shapes-seed1": "seed1"}
 """Models that come with the package, by name, and the folder of each below `toy/checkpoint`."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +49,7 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
 def embedded_folder(name: str) -> Path:
     """The folder of a model that comes with the package; raises `CheckpointError` if its files are not installed.
 
-    >>> embedded_folder("tiny-shapes").name
+    >>> embedded_folder("tiny-shapes-seed0").name
     'seed0'
     """
     folder = Path(str(files("hooked_llava").joinpath("toy", "checkpoint", EMBEDDED[name])))

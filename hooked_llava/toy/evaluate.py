@@ -124,7 +124,11 @@ def main() -> None:
         description="Held-out accuracy of tiny-shapes by kind of question, as a markdown table."
     )
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", default=embedded(), help="one or several folders; all that are shipped by default"
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=embedded(),
+        help="one or several folders; all that are shipped by default",
     )
     parser.add_argument("--n", type=int, default=500, help="questions per kind")
     parser.add_argument("--seed", type=int, default=_SEED)

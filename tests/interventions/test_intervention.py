@@ -17,7 +17,9 @@ def test_prints_what_was_given() -> None:
 def test_equal_and_hashable_where_the_contents_are() -> None:
     one, same = (Intervention("blocks.0.hook_mlp_out", add=torch.ones(3), positions=[1, 2]) for _ in range(2))
     other = Intervention("blocks.0.hook_mlp_out", add=torch.ones(3) * 2, positions=[1, 2])
-    assert one == same and hash(one) == hash(same) and one != other
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
     assert len({one, same, other}) == 2
 
 

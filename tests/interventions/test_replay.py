@@ -68,7 +68,10 @@ def random_intervention(model: HookedLLaVA, inputs: Any, name: str, rng: random.
         where["neurons"] = rng.choice([None, [3, 5, 8]])
     if name.endswith("attn_scores") and not name.startswith("vision."):
         where.pop("positions")
-        block = rng.choice(["image" if inputs.n_images else "rest", "text", [0, 1, 2]]), rng.choice(["last", [n - 2, n - 1], "text", []])
+        block = (
+            rng.choice(["image" if inputs.n_images else "rest", "text", [0, 1, 2]]),
+            rng.choice(["last", [n - 2, n - 1], "text", []]),
+        )
         return Intervention(name, block=block, **where)
     actions: list[dict[str, Any]] = [{"scale": 0.5}, {"scale": 1.7}]
     if not name.endswith("hook_scale"):
@@ -129,7 +132,10 @@ def test_text_only() -> None:
 def test_logits_at_every_position() -> None:
     model = model_of(0)
     inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
-    runs = [[Intervention("blocks.1.hook_mlp_out", positions=[6], zero=True)], [Intervention("ln_final.hook_scale", scale=2.0)]]
+    runs = [
+        [Intervention("blocks.1.hook_mlp_out", positions=[6], zero=True)],
+        [Intervention("ln_final.hook_scale", scale=2.0)],
+    ]
     everywhere = list(range(inputs.shape[1]))
     found = Replay(model, inputs).run(runs, positions=everywhere)
     torch.testing.assert_close(found, run_naively(model, inputs, runs)[:, 0], rtol=1e-5, atol=1e-5)
@@ -167,7 +173,8 @@ def test_a_metric_is_taken_of_each_run() -> None:
     inputs = prompts(model, 0, batch=2, n_images=1, padding="left")
     runs = [[Intervention("blocks.0.hook_attn_out", positions="last", scale=s)] for s in (0.0, 0.5, 1.5)]
     replay = Replay(model, inputs)
-    assert torch.equal(replay.run(runs, lambda logits: logits[..., 4] - logits[..., 9]), (lambda x: x[..., 4] - x[..., 9])(replay.run(runs)))
+    logits = replay.run(runs)
+    assert torch.equal(replay.run(runs, lambda x: x[..., 4] - x[..., 9]), logits[..., 4] - logits[..., 9])
 
 
 def test_recomputed_activations_are_returned() -> None:

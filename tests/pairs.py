@@ -1,0 +1,114 @@
+"""Pairs of a tiny Hugging Face LLaVA and ours on the same weights, made once, and prompts put together to batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jaxtyping
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from hooked_llava.model import HookedLLaVA
+from tests.builders import PAD_TOKEN_ID, make_hf_model, make_prompt
+from tests.oracles.slow_llava import SlowLLaVA
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"n_heads": 6, "n_key_value_heads": 2, "attention_bias": True},
+    "multi_query": {"n_key_value_heads": 1, "d_head": 10},
+    "odd": {
+        "d_model": 39, "n_heads": 3, "n_key_value_heads": 3, "d_head": 14, "d_mlp": 51,
+        "d_vision": 20, "d_vision_mlp": 33, "image_size": 21, "patch_size": 7,
+    },
+    "deep": {"n_layers": 5, "n_vision_layers": 5, "vision_feature_layer": -3},
+    "last_layer": {"vision_feature_layer": -1},
+    "several_layers": {"vision_feature_layer": [0, -2, -1]},
+    "full": {"select_strategy": "full"},
+    "several_layers_full": {"vision_feature_layer": [1, -2], "select_strategy": "full"},
+    "tied": {"tied": True},
+    "linear_rope": {"text": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}},
+    "llama3_rope": {"text": {"rope_parameters": _LLAMA3}},
+    "yarn_rope": {"text": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}},
+    "biases": {"text": {"mlp_bias": True}, "attention_bias": True, "projector_bias": False},
+    "activations": {"text": {"hidden_act": "gelu"}, "vision": {"hidden_act": "gelu"}, "projector_hidden_act": "silu"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One set of weights under two implementations."""
+
+    hf: LlavaForConditionalGeneration
+    ours: HookedLLaVA
+
+    @property
+    def slow(self) -> SlowLLaVA:
+        return SlowLLaVA(self.hf)
+
+    def prompt(self, **options: Any) -> dict[str, Tensor]:
+        return make_prompt(self.hf, **options)
+
+    @torch.no_grad()
+    def hf_logits(self, prompt: dict[str, Tensor]) -> Tensor:
+        return self.hf(**prompt).logits
+
+
+@functools.cache
+def pair(geometry: str = "plain", dtype: torch.dtype = torch.float32, seed: int = 0) -> Pair:
+    """The same objects for every test that asks: read them, do not change them."""
+    hf = make_hf_model(seed, dtype=dtype, **GEOMETRIES[geometry])
+    return Pair(hf, HookedLLaVA.from_hf(hf))
+
+
+def fresh_pair(geometry: str = "plain", dtype: torch.dtype = torch.float32) -> Pair:
+    """A pair of one's own, to be changed."""
+    return pair.__wrapped__(geometry, dtype)
+
+
+def batch(prompts: list[dict[str, Tensor]], side: Literal["left", "right"]) -> dict[str, Tensor]:
+    """Single prompts of different lengths and numbers of images, padded to one batch."""
+    length = max(p["input_ids"].shape[1] for p in prompts)
+    joined: dict[str, Tensor] = {}
+    for name, filler in (("input_ids", PAD_TOKEN_ID), ("attention_mask", 0)):
+        rows = []
+        for prompt in prompts:
+            missing = length - prompt[name].shape[1]
+            pad = (missing, 0) if side == "left" else (0, missing)
+            rows.append(torch.nn.functional.pad(prompt[name], pad, value=filler))
+        joined[name] = torch.cat(rows)
+    pixels = [p["pixel_values"] for p in prompts if "pixel_values" in p]
+    return joined | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def counted_positions(mask: Tensor) -> Tensor:
+    """Position numbers over real tokens, as Hugging Face's generate makes them."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def as_users_run() -> Iterator[None]:
+    """Without the type checks that only tests have, so that wrong types meet the library's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def off(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference, as a share of the largest absolute value."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
