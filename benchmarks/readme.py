@@ -20,6 +20,7 @@ from hooked_llava.errors import HookedLLaVAError
 from hooked_llava.hook_names import markdown_table
 
 SESSIONS = ("session", "replay")
+COLUMNS = (BASELINE, HF_OWN, HF_EAGER, OURS, BRIDGE, NNSIGHT)
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -60,10 +61,10 @@ def overhead() -> str:
         if not path.is_file():
             continue
         for geometry, measured in json.loads(path.read_text(encoding="utf-8"))["geometries"].items():
-            rows: dict[str, Any] = measured["rows"]
-            known = (BASELINE, HF_OWN, HF_EAGER, OURS, BRIDGE, NNSIGHT)
-            columns = [c for c in known if any(c in row for row in rows.values())]
-            tables.append(ratio_table(rows, columns, f"{name.replace('_', ' ')}, {geometry}"))
+            parts = {f"{geometry}, batch {n}": batch["rows"] for n, batch in measured.get("batches", {}).items()}
+            for part, rows in (parts or {geometry: measured["rows"]}).items():
+                columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+                tables.append(ratio_table(rows, columns, f"{name.replace('_', ' ')}, {part}"))
     return "\n\n".join(tables)
 
 
