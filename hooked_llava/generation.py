@@ -116,10 +116,8 @@ def generate(
     Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks
     that are not there or never fire.
     """
-    if return_type not in ("text", "tokens"):
-        raise InputError(f"return_type={return_type!r}; expected 'text' or 'tokens'.")
     prompt = _padded_left(model.as_inputs(inputs))
-    _check_request(model, prompt, max_new_tokens)
+    _check_request(model, prompt, max_new_tokens, return_type)
     if seed is not None:
         generator = torch.Generator(prompt.input_ids.device).manual_seed(seed)
     sampling = Sampling(do_sample, temperature, top_k, top_p, generator)
@@ -130,10 +128,7 @@ def generate(
     hooks = _by_phase(model.hooks_table, fwd_hooks, hook_phase, with_image=prompt.pixel_values is not None)
     record = _Record(model, names_filter, prompt) if return_cache else None
     tokens = _decode(model, prompt, max_new_tokens, sampling, stop, hooks, record)
-    answer: Any = tokens
-    if return_type == "text":
-        texts = [_text(model, row, stop.eos.tolist()) for row in tokens]
-        answer = texts[0] if len(texts) == 1 else texts
+    answer = tokens if return_type == "tokens" else _texts(model, tokens, stop.eos.tolist())
     return (answer, record.cache()) if record is not None else answer
 
 
@@ -280,7 +275,9 @@ def _padded_left(inputs: Inputs) -> Inputs:
     return inputs.padded_left()
 
 
-def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> None:
+def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int, return_type: str) -> None:
+    if return_type not in ("text", "tokens"):
+        raise InputError(f"return_type={return_type!r}; expected 'text' or 'tokens'.")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
     n_ctx = model.config.language.n_ctx
@@ -291,6 +288,9 @@ def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> N
         )
 
 
-def _text(model: HookedLLaVA, tokens: Int[Tensor, " new_tokens"], eos: list[int]) -> str:
-    ids = list(itertools.takewhile(lambda token: token not in eos, tokens.tolist()))
-    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+def _texts(model: HookedLLaVA, tokens: Int[Tensor, "batch new_tokens"], eos: list[int]) -> str | list[str]:
+    """Each row up to its end token as text; not in a list if there is one row."""
+    rows = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in tokens.tolist()]
+    kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = [model.tokenizer.decode(row, **kept).strip() for row in rows]
+    return texts[0] if len(texts) == 1 else texts
