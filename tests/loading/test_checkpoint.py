@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hooked_llava.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError
+from hooked_llava.loading import checkpoint
 from hooked_llava.loading.checkpoint import (
     load_into,
     load_processor,
@@ -415,3 +416,9 @@ def test_loading_takes_one_times_the_memory_of_the_weights(tmp_path):
     # about 1.05; keeping the pages of the files would make it 2, or 1.5 when converted from bfloat16 to float32
     assert 0.8 < float(as_stored) < 1.25
     assert 0.8 < float(converted) < 1.25
+
+
+def test_a_sum_that_overflows_is_no_sign_of_damage() -> None:
+    assert checkpoint._is_finite(torch.full((1000,), 3e38))
+    assert not checkpoint._is_finite(torch.tensor([1.0, float("inf"), -float("inf")]))
+    assert not checkpoint._is_finite(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
