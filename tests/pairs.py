@@ -35,7 +35,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "deep": {"n_layers": 5, "n_vision_layers": 5, "vision_feature_layer": -3},
     "last_layer": {"vision_feature_layer": -1},
-    "several_layers": {"vision_feature_layer": [0, -2, -1]},
+    "several_layers": {"vision_feature_layer": [-1, 0, -2]},
     "full": {"select_strategy": "full"},
     "several_layers_full": {"vision_feature_layer": [1, -2], "select_strategy": "full"},
     "tied": {"tied": True},

@@ -353,6 +353,14 @@ def test_the_cache_is_that_of_a_run_over_prompt_and_answer(geometry: str, padded
         assert off(cache[name][finite], expected[name][finite]) < 1e-5, name
 
 
+def test_rows_that_have_ended_are_fed_padding() -> None:
+    models, rows, _ = ending("one")
+    tokens, cache = tokens_of(models, batch(rows, "left"), return_cache=True, names_filter="hook_text_embed")
+    assert tokens[0, 3:].eq(0).all()
+    fed = cache["hook_text_embed"][0, 1 - tokens.shape[1] :]
+    assert torch.equal(fed, models.ours.W_E[tokens[0, :-1]])
+
+
 def test_the_cache_has_views_and_decompositions() -> None:
     models = pair()
     prompt = models.prompt()

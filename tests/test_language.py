@@ -87,6 +87,15 @@ def test_a_tower_run_in_two_parts(layer: int) -> None:
     assert torch.equal(TOWER(half, context(4), start_at_layer=layer), whole)
 
 
+def test_a_run_entered_above_the_embedding_has_none() -> None:
+    fired: list[str] = []
+    with MODELS.ours.hooks([("hook_embed", lambda x, hook: fired.append(hook.name))]):
+        TOWER(torch.randn(2, 4, TOWER.cfg.d_model), context(4), start_at_layer=1)
+        assert fired == []
+        TOWER(torch.randn(2, 4, TOWER.cfg.d_model), context(4))
+    assert fired == ["hook_embed"]
+
+
 def test_tied_embeddings_are_one_parameter() -> None:
     tied = pair("tied").ours.language
     assert tied.unembed.weight is tied.embed.weight

@@ -111,6 +111,15 @@ def test_masks_may_be_integers_or_bools_or_missing() -> None:
     assert torch.equal(models.ours(**whole), models.ours(**without))
 
 
+def test_a_mask_without_padding_is_dropped_for_the_fused_kernel() -> None:
+    models = pair()
+    stream = torch.zeros(2, 3, models.ours.cfg.d_model)
+    whole = models.ours.context(stream, torch.ones(2, 3, dtype=torch.bool))
+    assert whole.causal
+    assert whole.allowed is None
+    assert models.ours.context(stream, torch.tensor([[True] * 3, [False, True, True]])).allowed is not None
+
+
 @pytest.mark.parametrize("geometry", ["plain", "llama3_rope"])
 def test_given_position_ids_are_used(geometry: str) -> None:
     models = pair(geometry)

@@ -102,6 +102,9 @@ def test_a_mask_without_blind_queries_has_none() -> None:
     blind = AttentionContext(allowed=allowed_by(MASK)).blind
     assert blind is not None
     assert blind.flatten().nonzero().flatten().tolist() == [5, 6]
+    opened = AttentionContext(allowed=allowed_by(MASK)).allowed_or_blind
+    assert opened is not None
+    assert opened.any(-1).all(), "no row of nothing but -inf enters a softmax"
 
 
 @settings(max_examples=50, deadline=None)
