@@ -8,7 +8,12 @@ from pathlib import Path
 
 from hooked_llava.errors import CheckpointError, did_you_mean
 
-EMBEDDED = {"tiny-shapes": "seed1", "tiny-shapes-seed0": "seed0", "tiny-shapes-seed1": "seed1"}
+EMBEDDED = {
+    "tiny-shapes": "seed1",
+    "tiny-shapes-seed0": "seed0",
+    "tiny-shapes-seed1": "seed1",
+    "tiny-shapes-seed2": "seed2",
+}
 """Models that come with the package, by name, and the folder of each below `toy/checkpoint`."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
