@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.builders import tiny_hf_config as build_tiny_hf_config
 
@@ -36,3 +37,9 @@ def tiny_hf_config() -> Callable[..., LlavaConfig]:
 def tiny_hf_model() -> LlavaForConditionalGeneration:
     """One tiny LLaVA shared by all tests: read it, do not change it."""
     return make_hf_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes() -> HookedLLaVA:
+    """The embedded model, shared by all tests: read it, do not change it."""
+    return HookedLLaVA.from_pretrained("tiny-shapes")

@@ -7,7 +7,7 @@ is computed explicitly. The softmax runs in float32 either way.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from hooked_llava.components.hook_point import HookPoint
 from hooked_llava.components.kv_cache import KVCache
 from hooked_llava.components.norm import LayerNorm, RMSNorm
-from hooked_llava.components.prefix_attention import Prefix, attend_with_prefix
+from hooked_llava.components.prefix_attention import (
+    Prefix,
+    attend_with_prefix,
+    average_with_prefix,
+    scores_with_prefix,
+)
 from hooked_llava.components.rotary import Rotation, rotate
 from hooked_llava.config import TowerConfig
 
@@ -140,7 +145,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.kv_cache is not None:
             k, v = context.kv_cache.append(self.layer, k, v)
-        if self.hook_attn_scores.listening or self.hook_pattern.listening:
+        graph = context.prefix is not None and torch.is_grad_enabled()  # the fused two-part form has no gradients
+        if self.hook_attn_scores.listening or self.hook_pattern.listening or graph:
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
         if context.prefix is not None:
             return attend_with_prefix(q, k, v, context.prefix, context.allowed, self.scale).transpose(1, 2)
@@ -163,11 +169,14 @@ class Attention(nn.Module):
         context: AttentionContext,
     ) -> Float[Tensor, "batch head query d_head"]:
         """The same through scores and pattern, so that both can be read and changed."""
-        if context.prefix is not None:
-            k, v, context = _with_prefix(k, v, q.shape[2], context)
+        q, prefix = q * self.scale, context.prefix
+        if prefix is not None:
+            scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, context.allowed))
+            pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, prefix and key)
+            return average_with_prefix(pattern, v, prefix)
         groups = self.cfg.n_heads // self.cfg.n_key_value_heads
         k, v = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (k, v))
-        scores = self.hook_attn_scores(context.mask_scores((q * self.scale) @ k.mT))
+        scores = self.hook_attn_scores(context.mask_scores(q @ k.mT))
         pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, key)
         return pattern @ v
 
@@ -215,23 +224,3 @@ class Attention(nn.Module):
     def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "any_head d_head"]:
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         return bias.unflatten(0, (-1, self.cfg.d_head))
-
-
-def _with_prefix(
-    k: Float[Tensor, "batch kv_head pos d_head"],
-    v: Float[Tensor, "batch kv_head pos d_head"],
-    n_queries: int,
-    context: AttentionContext,
-) -> tuple[Tensor, Tensor, AttentionContext]:
-    """Keys and values joined to those of the shared prefix, with a mask over both."""
-    assert context.prefix is not None
-    before_k, before_v, before = context.prefix.for_each_row(len(k))
-    k, v = torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
-    if before is None and context.allowed is None:
-        return k, v, context
-    shape = (len(k), 1, n_queries, -1)
-    n_before, n_own = before_k.shape[2], k.shape[2] - before_k.shape[2]
-    before = before_k.new_ones((1, 1, 1, n_before), dtype=torch.bool) if before is None else before
-    own = before_k.new_ones((1, 1, 1, n_own), dtype=torch.bool) if context.allowed is None else context.allowed
-    allowed = torch.cat([before.expand(shape), own.expand(shape)], dim=-1)
-    return k, v, replace(context, allowed=allowed)

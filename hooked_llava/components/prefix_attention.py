@@ -1,8 +1,8 @@
 """Attention of many rows to a prefix they share, without a copy of the prefix for each row.
 
 The queries of all rows of a prompt meet the prefix's keys in one matrix product, and their own suffix in another; both
-parts share one softmax: with maxima m and sums s of exponentials over each part, z = (e^{m1-m} z1 + e^{m2-m} z2) /
-(e^{m1-m} s1 + e^{m2-m} s2). Exact, not an approximation.
+parts share one softmax: with z1, z2 the averages over each part and L1, L2 the logarithms of their sums of
+exponentials, z = w z1 + (1 - w) z2 where w = 1 / (1 + e^{L2 - L1}). Exact, not an approximation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+_FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""What torch's fused attention calls on a CPU; by this name it also gives the log-sum-exp."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,6 @@ class Prefix:
     allowed: Bool[Tensor, "prompt 1 1 key"] | None = None
     """False at padding; None where there is none."""
 
-    def for_each_row(self, n_rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and mask as views with one entry for each row, for where scores are wanted explicitly."""
-        each = n_rows // len(self.k)
-
-        def spread(x: Tensor) -> Tensor:
-            return x[:, None].expand(-1, each, *x.shape[1:]).flatten(0, 1)
-
-        return spread(self.k), spread(self.v), None if self.allowed is None else spread(self.allowed)
-
 
 def attend_with_prefix(
     q: Float[Tensor, "row head query d_head"],
@@ -47,40 +41,79 @@ def attend_with_prefix(
     allowed: Bool[Tensor, "any_row 1 query key"] | None,
     scale: float,
 ) -> Float[Tensor, "row head query d_head"]:
-    """Values of prefix and suffix averaged by one softmax over both; without gradients (works in place).
+    """Values of prefix and suffix averaged by one softmax over both; without gradients.
 
     `allowed` says which keys of the suffix each query may see (the prefix lies before all of them).
     """
-    n_prompts, n_kv_heads = prefix.k.shape[:2]
-    groups, n_queries = q.shape[1] // n_kv_heads, q.shape[2]
-    q = q * scale
-
-    own = rearrange(q, "r (k g) n d -> r k (g n) d", g=groups)
-    within = own @ k.mT  # (row, kv_head, group * query, key)
-    if allowed is not None:
-        within = within.unflatten(2, (groups, n_queries)).masked_fill(~allowed[:, :, None], float("-inf")).flatten(2, 3)
-    z_within, max_within, sum_within = _part(within, v)
-
-    shared = rearrange(q, "(b r) (k g) n d -> b k (r g n) d", b=n_prompts, g=groups)
-    before = shared @ prefix.k.mT  # (prompt, kv_head, row * group * query, key)
-    if prefix.allowed is not None:
-        before = before.masked_fill(~prefix.allowed, float("-inf"))
-    parts = _part(before, prefix.v)
-    sizes = {"g": groups, "n": n_queries}
-    z_before, max_before, sum_before = (rearrange(x, "b k (r g n) d -> (b r) k (g n) d", **sizes) for x in parts)
-
-    largest = torch.maximum(max_within, max_before)
-    weight_within, weight_before = (max_within - largest).exp(), (max_before - largest).exp()
-    total = sum_within * weight_within + sum_before * weight_before
-    z = (z_within * weight_within + z_before * weight_before) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    groups = q.shape[1] // k.shape[1]
+    own_allowed = None if allowed is None else allowed.repeat(1, 1, groups, 1)
+    own, own_sum = _average(_by_row(q, groups), k, v, own_allowed, scale)
+    parts = _average(_by_prompt(q, prefix, groups), prefix.k, prefix.v, prefix.allowed, scale)
+    sizes = {"r": len(q) // len(prefix.k), "n": q.shape[2]}
+    before, before_sum = (rearrange(x, "b k (r g n) d -> (b r) k (g n) d", g=groups, **sizes) for x in parts)
+    z = torch.lerp(before, own, torch.sigmoid(own_sum - before_sum))
     return rearrange(z, "r k (g n) d -> r (k g) n d", g=groups).to(v.dtype)
 
 
-def _part(
-    scores: Float[Tensor, "*batch query key"], v: Float[Tensor, "*batch key d_head"]
-) -> tuple[Float[Tensor, "*batch query d_head"], Float[Tensor, "*batch query 1"], Float[Tensor, "*batch query 1"]]:
-    """Unnormalized average of the values, the largest score, and the sum of exponentials; the softmax in float32."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # finite where all is blocked
-    weights = (scores - largest).exp_()
-    return (weights.to(v.dtype) @ v).to(scores.dtype), largest, weights.sum(-1, keepdim=True)
+def scores_with_prefix(
+    q: Float[Tensor, "row head query d_head"],
+    k: Float[Tensor, "row kv_head key d_head"],
+    prefix: Prefix,
+    allowed: Bool[Tensor, "any_row 1 query key"] | None,
+) -> Float[Tensor, "row head query all_keys"]:
+    """Scores of prefix and suffix side by side, blocked edges minus infinity, for where they are read or changed."""
+    groups, minus_infinity = q.shape[1] // k.shape[1], float("-inf")
+    own = rearrange(_by_row(q, groups) @ k.mT, "r k (g n) s -> r (k g) n s", g=groups)
+    if allowed is not None:
+        own.masked_fill_(~allowed, minus_infinity)
+    before = _by_prompt(q, prefix, groups) @ prefix.k.mT  # (prompt, kv_head, row * group * query, key)
+    if prefix.allowed is not None:
+        before.masked_fill_(~prefix.allowed, minus_infinity)
+    before = rearrange(before, "b k (r g n) s -> (b r) (k g) n s", g=groups, n=q.shape[2])
+    return torch.cat([before, own], dim=-1)
+
+
+def average_with_prefix(
+    pattern: Float[Tensor, "row head query all_keys"], v: Float[Tensor, "row kv_head key d_head"], prefix: Prefix
+) -> Float[Tensor, "row head query d_head"]:
+    """Values of prefix and suffix averaged by a pattern over both."""
+    groups, n_queries = pattern.shape[1] // v.shape[1], pattern.shape[2]
+    before, own = pattern.tensor_split([prefix.k.shape[2]], dim=-1)
+    z_before = _by_prompt(before, prefix, groups) @ prefix.v  # (prompt, kv_head, row * group * query, d_head)
+    z_own = rearrange(_by_row(own, groups) @ v, "r k (g n) d -> r (k g) n d", g=groups)
+    return z_own + rearrange(z_before, "b k (r g n) d -> (b r) (k g) n d", g=groups, n=n_queries)
+
+
+def _by_row(x: Tensor, groups: int) -> Float[Tensor, "row kv_head group_query any"]:
+    """The heads that share keys and values as further queries."""
+    return rearrange(x, "r (k g) n s -> r k (g n) s", g=groups)
+
+
+def _by_prompt(x: Tensor, prefix: Prefix, groups: int) -> Float[Tensor, "prompt kv_head row_group_query any"]:
+    """The rows of a prompt as further queries, too."""
+    return rearrange(x, "(b r) (k g) n s -> b k (r g n) s", b=len(prefix.k), g=groups)
+
+
+def _average(
+    q: Float[Tensor, "batch kv_head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_head"],
+    allowed: Bool[Tensor, "any_batch 1 any_query key"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "batch kv_head query d_head"], Float[Tensor, "batch kv_head query 1"]]:
+    """Values averaged over the allowed keys, and the logarithm of the sum of exponentials, both in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    blind = allowed is not None and not bool(allowed.any(-1).all())
+    if _FLASH_ON_CPU is not None and q.device.type == "cpu" and not blind:
+        mask = None if allowed is None else q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+        z, total = _FLASH_ON_CPU(q, k, v, attn_mask=mask, scale=scale)
+        return z.to(wide), total[..., None]
+    scores = ((q * scale) @ k.mT).to(wide)
+    if allowed is not None:
+        scores.masked_fill_(~allowed, float("-inf"))
+    lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
+    largest = scores.amax(-1, keepdim=True).clamp(min=lowest)  # finite where all is blocked
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    z = (weights.to(v.dtype) @ v).to(wide) / total.clamp(min=tiny)
+    return z, (largest + total.log()).clamp(min=lowest)

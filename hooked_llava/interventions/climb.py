@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,6 @@ class Climb:
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
         self._listen = set(listen or [])
-        self._image_embeds = self._rerun_image_side()
 
     def _needs_all(self) -> bool:
         """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
@@ -84,7 +84,7 @@ class Climb:
         context = self.kept.context(layer, self.start, len(self.active), queries)
         with edited(self.model, self._edits(layer, queries), self._listeners(layer)):
             out = self.model.language.blocks[layer](x.flatten(0, 1), context)
-        self._count(x.shape, queries)
+        self.replay.work.token_layers += self._cost(layer)
         return out.unflatten(0, x.shape[:2])
 
     def _read(self, x: Tensor | None) -> Float[Tensor, "run prompt position d_vocab"]:
@@ -171,7 +171,9 @@ class Climb:
         image = self.replay.inputs.image_mask[prompt].tolist()
         return {p: p - self.start for p in range(self.start, self.kept.n_positions) if not image[p]}
 
-    def _rerun_image_side(self) -> dict[int, Float[Tensor, "image feature d_model"]]:
+    @cached_property
+    def _image_embeds(self) -> dict[int, Float[Tensor, "image feature d_model"]]:
+        """Image embeddings of the runs that change the image side, re-run there."""
         changed = [run for run in self.runs if run.image]
         if not changed:
             return {}
@@ -200,10 +202,17 @@ class Climb:
     def _row(self, prompt: int, run: int, n_runs: int) -> int:
         return prompt * n_runs + run
 
-    def _count(self, shape: torch.Size, queries: Tensor | None) -> None:
-        n_prompts, n_runs, n_suffix = shape[:3]
-        cost = n_suffix if queries is None else len(queries) + n_suffix * self.replay.key_value_share
-        self.replay.work.token_layers += n_prompts * n_runs * cost
+    @property
+    def token_layers(self) -> float:
+        """What the pass will cost, counted before it is run."""
+        return sum((self._cost(layer) for layer in range(self.n_layers)), 0.0)
+
+    def _cost(self, layer: int) -> float:
+        """One block for the rows that have joined by then."""
+        n_runs, n_suffix = sum(run.entry <= layer for run in self.runs), self.kept.n_positions - self.start
+        queries = self._queries() if layer == self.n_layers - 1 else None
+        per_row = n_suffix if queries is None else len(queries) + n_suffix * self.replay.key_value_share
+        return float(len(self.wanted) * n_runs * per_row)
 
 
 def _sees_all(name: str) -> bool:

@@ -14,6 +14,7 @@ The result is the full run's with the same hooks, up to the rounding of another 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError, StaleReplayError
+from hooked_llava.interventions.branch import EMBEDDINGS, branched_run
 from hooked_llava.interventions.climb import Climb
 from hooked_llava.interventions.fingerprint import fingerprint
 from hooked_llava.interventions.image_side import ImageSide
@@ -70,6 +72,7 @@ class Replay:
         self.inputs = model.as_inputs(inputs)
         _refuse_listeners(model, InputError)
         self._fingerprint = fingerprint(model)
+        self._pictures_changed = False
         with torch.no_grad():
             self.kept = keep(model, self.inputs, dtype=dtype, device=device)
         self.image_side = ImageSide(model, self.inputs)
@@ -135,7 +138,6 @@ class Replay:
         progress: bool = True,
     ) -> Sweep:
         """The planned sweep, to be started with `.run()`; if interrupted, `.run()` again goes on where it stopped."""
-        self.check_fresh()
         planned = [self._plan(i, run) for i, run in enumerate(runs)]
         return Sweep(self, planned, metric, positions, batch_size, progress=progress)
 
@@ -157,6 +159,38 @@ class Replay:
             caches.append(climb.seen)
         return self.shaped(torch.cat(results), positions), caches
 
+    def branch(self, changes: Run) -> Replay:
+        """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
+
+        `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
+        its own runs start from there; the work is counted here. Raises `InputError` for any other hook, and in the
+        branch for interventions on the image side if embeddings of a picture were changed.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> replay = Replay(model, model.prepare("Who made the star?"))
+        >>> ring = model.W_E[model.to_single_token("ring")]
+        >>> other = replay.branch(Intervention("hook_embed", positions=replay.inputs.token_map.find("star"), value=ring))
+        >>> torch.allclose(other.logits(), model(model.prepare("Who made the ring?"))[0, -1], atol=1e-3)
+        True
+        """
+        interventions = [changes] if isinstance(changes, Intervention) else list(changes)
+        planned = self._plan(0, interventions)
+        if wrong := [r.name for r in (*planned.image, *planned.language) if r.name not in EMBEDDINGS]:
+            raise InputError(
+                f"A branch changes embeddings, {' or '.join(EMBEDDINGS)}, and {wrong[0]} was given; apply other "
+                "interventions with run()."
+            )
+        self.check_fresh()
+        other = copy.copy(self)
+        other.work = Work(n_layers=self.work.n_layers, n_positions=self.work.n_positions)
+        if planned.start is not None:
+            other.kept = branched_run(self, interventions, planned.start)
+        mask = self.inputs.image_mask.cpu()
+        changed = (bool(mask[i, list(where)].any()) for r in planned.language for i, where in enumerate(r.positions))
+        other._pictures_changed = self._pictures_changed or any(changed)  # noqa: SLF001 (of its own class)
+        return other
+
     def check_fresh(self) -> None:
         """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
         _refuse_listeners(self.model, StaleReplayError)
@@ -173,7 +207,13 @@ class Replay:
     def _plan(self, index: int, run: Run) -> PlannedRun:
         interventions = [run] if isinstance(run, Intervention) else list(run)
         resolved = [resolve(intervention, self.model, self.inputs) for intervention in interventions]
-        return plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
+        planned = plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
+        if planned.image and self._pictures_changed:
+            raise InputError(
+                f"{planned.image[0].name} fires before the picture's embeddings, which this branch has replaced; give "
+                "the intervention to the Replay that it was branched from."
+            )
+        return planned
 
     @torch.no_grad()
     def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import psutil
@@ -13,12 +14,13 @@ from tqdm import tqdm
 from hooked_llava.caching import Positions
 from hooked_llava.errors import InputError
 from hooked_llava.interventions.climb import Climb
-from hooked_llava.interventions.plan import PlannedRun, batches
+from hooked_llava.interventions.plan import PlannedRun, Work, batches
 
 if TYPE_CHECKING:
     from hooked_llava.interventions.replay import Replay
 
 _FREE_SHARE = 0.25  # of the free memory that one batch may take
+_WIDEST_ON_CPU = 2**22  # numbers in one activation: a CPU computes no faster with more, they only leave its caches
 _PATIENCE = 2.0  # seconds before a progress bar appears
 
 
@@ -40,7 +42,9 @@ class Sweep:
         self.replay, self.runs, self.metric, self.positions, self.progress = replay, runs, metric, positions, progress
         self.wanted = replay.wanted(positions)
         n_prompts = len(replay.inputs)
-        sizes = {run.start: self._rows_at_once(run.start) for run in runs if run.start is not None}
+        free = _free_memory(replay.kept.device)
+        starts = {run.start for run in runs if run.start is not None}
+        sizes = {start: self._rows_at_once(start, free) for start in starts}
         per_suffix = {replay.kept.n_positions - start: max(1, rows // n_prompts) for start, rows in sizes.items()}
         at_once = per_suffix if batch_size is None else max(1, batch_size // n_prompts)
         self._batches = list(batches(runs, replay.kept.n_positions, at_once))
@@ -50,6 +54,13 @@ class Sweep:
     def done(self) -> int:
         """Number of runs that are finished."""
         return sum(row is not None for row in self._rows)
+
+    @property
+    def forecast(self) -> float:
+        """What all of it costs, as a number of full passes through the language tower's blocks, counted before running."""
+        work = Work(n_layers=self.replay.work.n_layers, n_positions=self.replay.work.n_positions)
+        work.token_layers = sum(Climb(self.replay, batch, self.wanted).token_layers for batch in self._batches)
+        return work.forwards
 
     @torch.no_grad()
     def run(self) -> Tensor:
@@ -83,13 +94,22 @@ class Sweep:
     def _nothing(self) -> Tensor:
         return self._finish(self.replay.kept_logits(self.positions)[None])[:0]
 
-    def _rows_at_once(self, start: int) -> int:
-        """How many rows of this length fit into a share of the free memory."""
-        cfg = self.replay.model.config.language
-        n_suffix, n_positions = self.replay.kept.n_positions - start, self.replay.kept.n_positions
-        numbers = n_suffix * (10 * cfg.d_model + 4 * cfg.d_mlp) + 3 * cfg.n_heads * n_suffix * n_positions
-        numbers += self.wanted.shape[1] * cfg.d_vocab
-        return max(1, int(_FREE_SHARE * _free_memory(self.replay.kept.device) / (4 * numbers)))
+    def _rows_at_once(self, start: int, free: int) -> int:
+        """How many rows of this length fit into a share of the free memory, and on a CPU into its caches."""
+        kept, cfg = self.replay.kept, self.replay.model.config.language
+        n_suffix, n_logits = kept.n_positions - start, self.wanted.shape[1] * cfg.d_vocab
+        n_scores = cfg.n_heads * n_suffix * kept.n_positions
+        numbers = n_suffix * (10 * cfg.d_model + 4 * cfg.d_mlp) + 3 * n_scores + n_logits
+        rows = int(_FREE_SHARE * free / (4 * numbers))
+        if kept.device.type == "cpu":
+            widest = max(n_suffix * cfg.d_mlp, n_logits, n_scores if self._explicit else 0)
+            rows = min(rows, _WIDEST_ON_CPU // widest)
+        return max(1, rows)
+
+    @cached_property
+    def _explicit(self) -> bool:
+        """Whether a run reads scores or pattern, so that they are held."""
+        return any(r.name.endswith(("hook_attn_scores", "hook_pattern")) for run in self.runs for r in run.language)
 
 
 def _free_memory(device: torch.device) -> int:

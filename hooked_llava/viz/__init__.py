@@ -7,17 +7,20 @@ except ModuleNotFoundError as error:
 
 from hooked_llava.viz.bars import contribution_bars
 from hooked_llava.viz.lens import answer_curve, lens_table
-from hooked_llava.viz.maps import layer_head_map, layer_position_map
+from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from hooked_llava.viz.report import Report, explain
 
 __all__ = [
     "answer_curve",
     "as_the_model_sees_it",
+    "cell_map",
+    "cell_maps",
     "contribution_bars",
     "explain",
     "layer_head_map",
     "layer_position_map",
+    "layer_position_maps",
     "lens_table",
     "model_view",
     "patch_overlay",

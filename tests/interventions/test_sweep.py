@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions import Intervention, Replay, sweep
 from tests.pairs import pair
 
 
@@ -40,3 +40,31 @@ def test_no_runs_give_no_rows_and_a_batch_has_at_least_one() -> None:
     assert replay.run([]).shape == (0, 99)
     with pytest.raises(InputError, match="batch_size=0"):
         replay.run(runs(), batch_size=0)
+
+
+def test_batches_on_a_cpu_stay_within_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, sizes = Replay(pair().ours, pair().prompt()), []
+
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(logits))
+        return logits[..., 0]
+
+    whole = replay.run(runs(), metric)
+    together = len(sizes)
+    monkeypatch.setattr(sweep, "_WIDEST_ON_CPU", 1)
+    sizes.clear()
+    torch.testing.assert_close(replay.run(runs(), metric), whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [1] * len(runs())
+    assert together < len(sizes)
+
+
+def test_work_is_forecast_to_the_token() -> None:
+    replay = Replay(pair("grouped").ours, pair("grouped").prompt(batch=2))
+    image_side = [[Intervention("vision.blocks.1.hook_mlp_out", zero=True)]]
+    everywhere = [[Intervention("blocks.2.hook_mlp_out", mean=True)]]
+    planned = replay.sweep([*runs(), *image_side, *everywhere], batch_size=4)
+    expected = planned.forecast
+    assert replay.image_side.layer_rows == 0  # nothing has run
+    planned.run()
+    assert replay.work.forwards == pytest.approx(expected, rel=1e-12)
+    assert expected > 1
