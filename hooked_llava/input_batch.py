@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.geometry import Number
+from hooked_llava.positions import Positions
 from hooked_llava.token_map import TokenMap
 
 _ROWS_SHOWN = 8
@@ -97,16 +99,36 @@ class Inputs:
         """The last real position of each prompt."""
         return torch.tensor([token_map.real[-1] for token_map in self.token_maps], device=self.device)
 
-    def with_spans(self, **spans: str | Sequence[str] | Iterable[int]) -> Inputs:
+    def with_spans(self, **spans: str | Iterable[Any]) -> Inputs:
         """A copy whose token maps have further named spans: words that occur in every prompt, or one entry per prompt.
 
-        Positions (ints) need a single prompt. Raises `SpanError` as `TokenMap.with_spans`, and `InputError` if the
-        number of entries is not the number of prompts.
+        An entry is words or positions; for a single prompt positions (ints) may also be given as they are. Raises
+        `SpanError` as `TokenMap.with_spans`, and `InputError` if the number of entries is not the number of prompts.
         """
         token_maps = self.token_maps
         for name, where in spans.items():
             entries = self._per_prompt(name, where)
             token_maps = tuple(m.with_spans(**{name: entry}) for m, entry in zip(token_maps, entries, strict=True))
+        return replace(self, token_maps=token_maps)
+
+    def with_boxes(self, *, coverage: Number = 0, **boxes: Sequence[Any]) -> Inputs:
+        """A copy with further spans made of the patches under boxes (x0, y0, x1, y1) on the first picture, in its pixels.
+
+        For one prompt a list of boxes, whose patches are joined; for several a list of such lists, where an empty one
+        leaves that prompt without the span. `coverage` is the share of a patch that a box must cover; 0 takes every patch
+        that it touches. Raises `SpanError` as `TokenMap.box_to_patches`, and `InputError` for another number of lists.
+        """
+        token_maps = self.token_maps
+        for name, given in boxes.items():
+            per_prompt = [given] if len(self) == 1 else list(given)
+            if len(per_prompt) != len(self):
+                raise InputError(
+                    f"The boxes of {name!r} are {_count(len(per_prompt), 'list')} for {_count(len(self), 'prompt')}; "
+                    "expected a list of boxes (x0, y0, x1, y1) for each."
+                )
+            token_maps = tuple(
+                _with_boxes(m, name, own, coverage) for m, own in zip(token_maps, per_prompt, strict=True)
+            )
         return replace(self, token_maps=token_maps)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inputs:
@@ -178,9 +200,9 @@ class Inputs:
             parts.append(f"{_count(self.n_images, 'picture')} of {rows} x {columns} patches ({dtype})")
         return f"{', '.join(parts)}, on {self.device}"
 
-    def _per_prompt(self, name: str, where: str | Sequence[str] | Iterable[int]) -> list[Any]:
+    def _per_prompt(self, name: str, where: str | Iterable[Any]) -> list[Any]:
         entries = [where] * len(self) if isinstance(where, str) else list(where)
-        if not any(isinstance(entry, str) for entry in entries):
+        if not any(isinstance(entry, Iterable) and getattr(entry, "ndim", 1) for entry in entries):
             entries = [entries]
         if len(entries) != len(self):
             raise InputError(
@@ -208,3 +230,10 @@ class Inputs:
 
 def _count(n: int, noun: str, plural: str | None = None) -> str:
     return f"{n} {noun if n == 1 else plural or noun + 's'}"
+
+
+def _with_boxes(token_map: TokenMap, name: str, boxes: Sequence[Any], coverage: Number) -> TokenMap:
+    found = Positions()
+    for box in boxes:
+        found |= token_map.box_to_patches(box, coverage=coverage)
+    return token_map.with_spans(**{name: found}) if found else token_map

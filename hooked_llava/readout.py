@@ -6,6 +6,7 @@ final norm with the scale that the actual final stream had (so that parts add up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Lens = Literal["final", "frozen", "none"]
 _CHUNK = 2**24  # logits held at once
+_SCORED = 2**22  # the same, where they are only summed up: small pieces cost no time and little memory
 
 
 def lens(
@@ -58,12 +60,79 @@ def lens(
 def top_tokens(
     model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"], k: int, *, norm: Lens = "final"
 ) -> tuple[Float[Tensor, "*shape k"], Int[Tensor, "*shape k"]]:
-    """The k most probable tokens of each vector and their probabilities, without holding all logits at once."""
+    """The k most probable tokens of each vector and their probabilities, without holding all logits at once.
+
+    Raises `InputError` for a k that the vocabulary does not have.
+    """
+    check_k(model, k)
     rows = vectors.reshape(-1, vectors.shape[-1])
     per_chunk = max(1, _CHUNK // model.cfg.d_vocab)
     found = [lens(model, chunk, norm=norm).float().softmax(-1).topk(k, dim=-1) for chunk in rows.split(per_chunk)]
     shape = (*vectors.shape[:-1], k)
     return torch.cat([f.values for f in found]).reshape(shape), torch.cat([f.indices for f in found]).reshape(shape)
+
+
+def log_probability_increase(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*n d_model"],
+    base: Float[Tensor, "*base d_model"],
+    target: int | Sequence[int] | Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """S(v | u) = log p(w | u + v) - log p(w | u) in nats, with the frozen final norm (Yu & Ananiadou 2411.10950).
+
+    Args:
+        model: the model whose final norm and unembedding are used; its hooks do not fire.
+        vectors: what is added to the stream, v.
+        base: the stream that they are added to, u; one for all, or shaped so that it broadcasts against the vectors.
+        target: token w, or several whose probabilities add up; a tensor where the vectors have different ones.
+        scale: `ln_final.hook_scale` of the position that the answer is read at.
+
+    The zero vector scores 0, and scores telescope: what is added one after the other sums to log p at the end less log p
+    at the beginning. In float32 at least; the vocabulary is taken in pieces, so that no more than some millions of
+    logits are held.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> red = model.to_single_token("Red")
+    >>> direction = model.tokens_to_residual_directions(red)
+    >>> log_probability_increase(model, direction, torch.zeros_like(direction), red, scale=torch.ones(1)).item() > 1
+    True
+    """
+    device = vectors.device
+    ids = target.to(device) if isinstance(target, Tensor) else torch.tensor(target, device=device).reshape(-1)
+    before = log_probabilities(model, base, ids, scale=scale)
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return log_probabilities(model, wide + base, ids, scale=scale) - before
+
+
+def log_probabilities(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*n d_model"],
+    target: Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """log p(w | u) in nats of each vector u through the frozen final norm, over all spellings of the target w.
+
+    `target` and `scale` broadcast against the vectors; otherwise as `log_probability_increase`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> everything = torch.arange(model.cfg.d_vocab)
+    >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
+    True
+    """
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    read = vectors.to(wide) / scale.to(wide) * model.ln_final.weight.to(wide)  # (*n, d_model)
+    weight = model.unembed.weight  # (d_vocab, d_model)
+    rows = read.reshape(-1, read.shape[-1])
+    per_piece = max(1, _SCORED // max(1, len(rows)))
+    pieces = [(rows @ part.to(wide).T).logsumexp(-1) for part in weight.split(per_piece)]
+    whole = torch.stack(pieces).logsumexp(0).reshape(read.shape[:-1])
+    spelled = (read[..., None, :] * weight[target].to(wide)).sum(-1)  # (*n, spelling)
+    return spelled.logsumexp(-1) - whole
 
 
 def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
@@ -74,6 +143,12 @@ def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
     else:
         names = [model.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in flat]
     return np.array(names, dtype=object).reshape(tuple(ids.shape)).astype(str)
+
+
+def check_k(model: HookedLLaVA, k: int) -> None:
+    """Raise `InputError` unless the vocabulary has k words."""
+    if not 1 <= k <= model.cfg.d_vocab:
+        raise InputError(f"k={k} words; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary.")
 
 
 def token_id(model: HookedLLaVA, token: str | int) -> int:

@@ -122,12 +122,36 @@ def test_with_spans() -> None:
         assert words.token_maps[row]["verb"] == inputs.token_maps[row].find(verb)
         assert words.token_maps[row]["mark"] == inputs.token_maps[row].find("?")
     assert inputs[0].with_spans(mine=[inputs[0].token_map.real[1]]).token_map["mine"]
+    each = [[m.real[1], m.real[2]] for m in inputs.token_maps]
+    own = inputs.with_spans(mine=each, first=[[m.real[0]] for m in inputs.token_maps])
+    assert [m["mine"].tolist() for m in own.token_maps] == each
+    assert [m["first"].tolist() for m in own.token_maps] == [[m.real[0]] for m in inputs.token_maps]
     with says("The span 'verb' has 2 entries for 3 prompts; expected words, or one entry per prompt."):
         inputs.with_spans(verb=["Is", "is"])
     with says("The span 'mine' has 1 entry for 3 prompts; expected words, or one entry per prompt."):
         inputs.with_spans(mine=[4, 5])
     with pytest.raises(SpanError, match="'red' does not occur in the prompt"):
         inputs.with_spans(color="red")
+
+
+def test_with_boxes() -> None:
+    inputs = make_inputs()
+    left, low, everything = (0, 0, 4, 15), (0, 16, 12, 20), (0, 0, 200, 300)
+    found = inputs.with_boxes(object=[[left], [], [left, low]], whole=[[everything], [], [everything]])
+    for row, boxes in ((0, [left]), (2, [left, low])):
+        token_map = inputs.token_maps[row]
+        expected = token_map.box_to_patches(boxes[0], coverage=0)
+        for box in boxes[1:]:
+            expected = expected | token_map.box_to_patches(box, coverage=0)
+        assert found.token_maps[row]["object"] == expected
+        assert found.token_maps[row]["whole"] == token_map.patches()
+    assert "object" not in found.token_maps[1]
+    touched = inputs[0].with_boxes(object=[(0, 6, 1, 7)])
+    assert touched.token_map["object"] == [inputs[0].token_map.patch_to_position(0, 0)]
+    with pytest.raises(SpanError, match="No patch of image 0 is covered"):
+        inputs[0].with_boxes(coverage=0.9, object=[(0, 6, 1, 7)])
+    with says("The boxes of 'object' are 2 lists for 3 prompts; expected a list of boxes (x0, y0, x1, y1) for each."):
+        inputs.with_boxes(object=[[left], [low]])
 
 
 def test_prints_its_prompts() -> None:

@@ -8,7 +8,7 @@ import torch
 from hooked_llava import readout
 from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
-from hooked_llava.readout import lens, token_id, top_tokens, words
+from hooked_llava.readout import lens, log_probability_increase, token_id, top_tokens, words
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run, off, pair
 
@@ -59,6 +59,12 @@ def test_top_tokens_are_those_of_the_whole_in_any_chunks(chunk: int, monkeypatch
     assert torch.equal(ids, expected.topk(4).indices)
 
 
+@pytest.mark.parametrize("k", [0, 100])
+def test_more_words_than_there_are_is_refused(k: int) -> None:
+    with pytest.raises(InputError, match=f"k={k} words; expected 1 to 99"):
+        top_tokens(OURS, VECTORS, k)
+
+
 def test_words_of_tokens() -> None:
     assert words(OURS, torch.tensor([[7, 8]])).tolist() == [["#7", "#8"]]
     model = talking()
@@ -79,3 +85,61 @@ def test_ids_of_words() -> None:
         token_id(model, "red star")
     with pytest.raises(InputError, match="no processor"):
         token_id(OURS, "star")
+
+
+# ---------------------------------------------------------------------- log-probability increase
+
+
+def increase_by_hand(v: torch.Tensor, u: torch.Tensor, token: int, scale: float) -> float:
+    """log softmax(((u + v) / scale * weight) W_U)_w less the same of u."""
+    weight, unembed = MODELS.hf.model.language_model.norm.weight, MODELS.hf.lm_head.weight.T
+    after, before = ((stream / scale * weight) @ unembed for stream in (u + v, u))
+    return float(after.log_softmax(-1)[token] - before.log_softmax(-1)[token])
+
+
+@pytest.mark.parametrize("scored", [1, 100, 2**22])
+def test_the_log_probability_increase_is_its_formula_in_any_pieces(
+    scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readout, "_SCORED", scored)
+    base, scale = VECTORS[1, 2], torch.tensor([2.5], dtype=torch.float64)
+    found = log_probability_increase(OURS, VECTORS, base, 7, scale=scale)
+    expected = [[increase_by_hand(v, base, 7, 2.5) for v in row] for row in VECTORS]
+    assert found.shape == (2, 3)
+    assert off(found, torch.tensor(expected, dtype=torch.float64)) < 1e-12
+
+
+def test_each_vector_may_have_a_base_a_target_and_a_scale_of_its_own() -> None:
+    scale = torch.tensor([[2.0], [3.0]], dtype=torch.float64)[:, None]
+    target = torch.tensor([[[7]], [[8]]])  # (2, 1, spelling)
+    found = log_probability_increase(OURS, VECTORS, VECTORS.flip(1), target, scale=scale)
+    expected = [
+        [increase_by_hand(VECTORS[i, j], VECTORS[i, 2 - j], 7 + i, 2.0 + i) for j in range(3)] for i in range(2)
+    ]
+    assert off(found, torch.tensor(expected, dtype=torch.float64)) < 1e-12
+
+
+def test_spellings_of_a_target_add_up() -> None:
+    scale, base = torch.tensor([2.5], dtype=torch.float64), VECTORS[1, 2]
+    p = (lens(OURS, torch.stack([base, base + VECTORS[0, 0]]), norm="frozen", scale=scale)).softmax(-1)[:, [7, 9]]
+    expected = (p.sum(-1)[1] / p.sum(-1)[0]).log()
+    assert off(log_probability_increase(OURS, VECTORS[0, 0], base, [7, 9], scale=scale), expected) < 1e-12
+
+
+def test_nothing_increases_nothing_and_increases_telescope() -> None:
+    scale = torch.tensor([2.5], dtype=torch.float64)
+    assert log_probability_increase(OURS, VECTORS * 0, VECTORS, 7, scale=scale).abs().max() < 1e-14
+    parts = VECTORS.reshape(6, -1)
+    before = parts.cumsum(0) - parts
+    whole = log_probability_increase(OURS, parts.sum(0), parts[0] * 0, 7, scale=scale)
+    steps = log_probability_increase(OURS, parts, before, 7, scale=scale)
+    assert off(steps.sum(), whole) < 1e-12
+
+
+def test_half_precision_is_scored_in_single() -> None:
+    half, single = pair("grouped", torch.bfloat16), pair("grouped")
+    vectors, scale = VECTORS.bfloat16(), torch.tensor([2.5])
+    found = log_probability_increase(half.ours, vectors, vectors[0, 0] * 0, 7, scale=scale)
+    assert found.dtype == torch.float32
+    exact = log_probability_increase(single.ours, vectors.float(), vectors[0, 0].float() * 0, 7, scale=scale)
+    assert off(found, exact) < 0.02  # what remains is the rounding of the weights

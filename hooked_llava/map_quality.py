@@ -1,0 +1,219 @@
+"""Does a map lie on the object? Numbers for maps whose truth is known.
+
+A map gives one score to every patch, a mask says how much of each patch the object covers. All scores depend on the order
+of the patches only, so maps in different units can be compared; ties count half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+MEASURES = ("auc", "average_precision", "pointing", "iou", "specificity")
+
+
+def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: float = 0.2) -> xr.Dataset:
+    """Every measure of every map, each [prompt].
+
+    `auc`: chance that a patch of the object scores higher than one that is not. `average_precision`: of the patches in
+    the order of their scores. `pointing`: whether the highest patch lies on the object. `iou`: intersection over union of
+    the object with as many highest patches as it has. `specificity`: `auc` against patches of other objects only.
+
+    Args:
+        maps: [..., patch_row, patch_col], such as `patch_importance` gives for pictures one per prompt.
+        coverage: the share of each patch that the object covers, or booleans, of the same shape.
+        others: likewise for all other objects together, for `specificity`.
+        threshold: share from which on a patch counts as the object's.
+
+    A measure is NaN where it means nothing: an object without patches, or no other objects. Raises `InputError` for
+    different shapes.
+
+    >>> coverage = np.zeros((1, 2, 2))
+    >>> coverage[0, 0, 1] = 1.0
+    >>> quality = map_quality(np.array([[[0.1, 0.9], [0.3, 0.2]]]), coverage)
+    >>> quality.auc.item(), quality.pointing.item()
+    (1.0, 1.0)
+    """
+    import xarray as xr
+
+    scores, object_is_there = _flat(maps), _flat(coverage) >= threshold
+    if scores.shape != object_is_there.shape:
+        raise InputError(
+            f"The maps have the shape {np.shape(maps)} and the coverage {np.shape(coverage)}; give one share for each patch."
+        )
+    found: dict[str, Any] = {
+        "auc": roc_auc(scores, object_is_there),
+        "average_precision": average_precision(scores, object_is_there),
+        "pointing": pointing(scores, object_is_there),
+        "iou": iou_at_size(scores, object_is_there),
+    }
+    if others is not None:
+        other_is_there = (_flat(others) >= threshold) & ~object_is_there
+        found["specificity"] = roc_auc(scores, object_is_there, among=object_is_there | other_is_there)
+    return xr.Dataset({name: ("prompt", values) for name, values in found.items()}, attrs={"threshold": threshold})
+
+
+def roc_auc(
+    scores: Float[np.ndarray, "row item"],
+    positive: Bool[np.ndarray, "row item"],
+    *,
+    among: Bool[np.ndarray, "row item"] | None = None,
+) -> Float[np.ndarray, " row"]:
+    """Area under the ROC curve of every row, by ranks (Mann & Whitney); NaN for a row of one kind.
+
+    >>> roc_auc(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).tolist()
+    [0.75]
+    """
+
+    def one(values: np.ndarray, is_one: np.ndarray) -> float:
+        n_pos, n_neg = int(is_one.sum()), int((~is_one).sum())
+        if not n_pos or not n_neg:
+            return float("nan")
+        below = np.sort(values[~is_one])
+        wins = np.searchsorted(below, values[is_one], "left") + np.searchsorted(below, values[is_one], "right")
+        return float(wins.sum() / 2 / n_pos / n_neg)
+
+    return _each(one, scores, positive, among)
+
+
+def average_precision(
+    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+) -> Float[np.ndarray, " row"]:
+    """Sum over thresholds of the gain in recall times the precision there; equal scores share a threshold.
+
+    >>> average_precision(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).round(3).tolist()
+    [0.833]
+    """
+
+    def one(values: np.ndarray, is_one: np.ndarray) -> float:
+        if not is_one.any():
+            return float("nan")
+        order = np.argsort(-values, kind="stable")
+        hits = np.cumsum(is_one[order])
+        ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last of each group of equals
+        gained = np.diff(hits[ends], prepend=0) / hits[-1]
+        return float((gained * hits[ends] / (ends + 1)).sum())
+
+    return _each(one, scores, positive)
+
+
+def pointing(
+    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+) -> Float[np.ndarray, " row"]:
+    """Whether the highest item is positive (the pointing game, Zhang et al. 2018); of several highest ones, the share.
+
+    >>> pointing(np.array([[0.1, 0.8, 0.8]]), np.array([[False, True, False]])).tolist()
+    [0.5]
+    """
+
+    def one(values: np.ndarray, is_one: np.ndarray) -> float:
+        return float(is_one[values == values.max()].mean()) if is_one.any() else float("nan")
+
+    return _each(one, scores, positive)
+
+
+def iou_at_size(
+    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+) -> Float[np.ndarray, " row"]:
+    """Intersection over union of the positive items with as many highest ones; equal ones at the edge count in part.
+
+    >>> iou_at_size(np.array([[0.9, 0.8, 0.1, 0.2]]), np.array([[True, False, False, True]])).round(3).tolist()
+    [0.333]
+    """
+
+    def one(values: np.ndarray, is_one: np.ndarray) -> float:
+        n = int(is_one.sum())
+        if not n:
+            return float("nan")
+        edge = np.sort(values)[-n]
+        above, at_edge = values > edge, values == edge
+        share = (n - above.sum()) / at_edge.sum()
+        both = is_one[above].sum() + share * is_one[at_edge].sum()
+        return float(both / (2 * n - both))
+
+    return _each(one, scores, positive)
+
+
+def auroc(sign: Sequence[float] | np.ndarray, wrong: Sequence[bool] | np.ndarray) -> float:
+    """How well a number tells wrong answers from right ones, where more of it is to mean wrong; NaN if all are alike.
+
+    >>> auroc([0.9, 0.2, 0.4], [True, False, False])
+    1.0
+    """
+    return float(roc_auc(np.asarray(sign, dtype=np.float64)[None], np.asarray(wrong, dtype=bool)[None])[0])
+
+
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    *,
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """A statistic (the mean by default) and the ends of its percentile bootstrap interval; NaN values are left out.
+
+    `values` has the cases on its first axis. Pairs are compared by the interval of their differences.
+
+    >>> mean, low, high = bootstrap([1.0, 2.0, 3.0])
+    >>> low < mean == 2.0 < high
+    True
+    """
+    array = np.asarray(values, dtype=np.float64)
+    whole = ~np.isnan(array.reshape(len(array), -1)).any(-1)
+    array = array[whole]
+    if not len(array):
+        return (float("nan"),) * 3
+    rng = np.random.default_rng(seed)
+    if statistic is None:
+        drawn = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=n) @ array / len(array)
+        value = float(array.mean())
+    else:
+        drawn = np.array([statistic(array[rng.integers(len(array), size=len(array))]) for _ in range(n)])
+        value = float(statistic(array))
+    if np.isnan(drawn).all():
+        return value, float("nan"), float("nan")
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return value, float(low), float(high)
+
+
+def shares(maps: Float[np.ndarray, "... patch_row patch_col"]) -> Float[np.ndarray, "... patch_row patch_col"]:
+    """A map as non-negative shares that sum to 1: less its smallest value, over the sum (method (g) of arXiv 2411.10950).
+
+    A constant map has equal shares.
+
+    >>> shares(np.array([[1.0, 2.0], [1.0, 4.0]])).tolist()
+    [[0.0, 0.25], [0.0, 0.75]]
+    """
+    lifted = maps - maps.min((-2, -1), keepdims=True)
+    total = lifted.sum((-2, -1), keepdims=True)
+    even = 1 / (maps.shape[-1] * maps.shape[-2])
+    return np.where(total > 0, lifted / np.where(total > 0, total, 1), even)
+
+
+def _flat(maps: Any) -> np.ndarray:
+    """[..., patch_row, patch_col] as float64 [prompt, patch]."""
+    array = np.asarray(getattr(maps, "values", maps), dtype=np.float64)
+    if array.ndim < 2:
+        raise InputError(f"A map has the shape {array.shape}; expected [..., patch_row, patch_col].")
+    return array.reshape(-1, array.shape[-2] * array.shape[-1])
+
+
+def _each(
+    one: Callable[[np.ndarray, np.ndarray], float],
+    scores: np.ndarray,
+    positive: np.ndarray,
+    among: np.ndarray | None = None,
+) -> Float[np.ndarray, " row"]:
+    rows = zip(scores, positive, strict=True)
+    if among is None:
+        return np.array([one(values, is_one) for values, is_one in rows])
+    return np.array([one(values[a], is_one[a]) for (values, is_one), a in zip(rows, among, strict=True)])
