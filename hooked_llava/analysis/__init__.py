@@ -1,21 +1,52 @@
 """One file for each question a researcher asks of a model; none imports another."""
 
 from hooked_llava.analysis.activation_patching import activation_patching
+from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
+from hooked_llava.analysis.deletion import deletion_curves
+from hooked_llava.analysis.head_ablation import ablate_heads, nested_sets, random_heads
+from hooked_llava.analysis.head_readings import attention_to_object, head_readings
+from hooked_llava.analysis.head_scores import (
+    head_overlap,
+    head_scores,
+    heads_by_attention,
+    layer_scores,
+    position_scores,
+    top_heads,
+)
 from hooked_llava.analysis.image_attention import image_attention
+from hooked_llava.analysis.information_storage import information_storage, reciprocal_rank
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
 
 __all__ = [
+    "ablate_heads",
     "activation_patching",
     "agreement",
+    "answer_signs",
+    "attention_to_object",
     "attribution_patching",
+    "deletion_curves",
     "edge_attribution",
+    "head_overlap",
+    "head_readings",
+    "head_scores",
+    "heads_by_attention",
     "image_attention",
+    "information_storage",
+    "layer_scores",
     "logit_attribution",
     "logit_lens",
+    "nested_sets",
     "next_tokens",
+    "patch_importance",
     "path_patching",
+    "position_scores",
+    "predict_wrong",
+    "random_heads",
+    "reciprocal_rank",
+    "top_heads",
 ]

@@ -1,0 +1,126 @@
+"""Does the answer depend on these heads?
+
+Scores say what a head writes; whether it is needed is found by taking it away. Each head's z at the answer's position (or
+anywhere) is replaced by its mean over reference prompts, so that what all prompts share stays and what this one says goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.results import analysis, numbers
+from hooked_llava.saliency.decision import Target, decide, one_or_all, resolve_target
+from hooked_llava.saliency.occlusion import answer_metric
+from hooked_llava.saliency.scores import check_heads
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Sets = Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]]
+
+
+def ablate_heads(
+    model: HookedLLaVA,
+    inputs: Any,
+    heads: Sets,
+    target: Target = None,
+    *,
+    reference: Any = None,
+    replace: Literal["mean", "zero"] = "mean",
+) -> xr.Dataset:
+    """What the answer loses when sets of heads are taken away at the position where it is read, through Replay.
+
+    Args:
+        model: the model.
+        inputs: prompts, anything `model.as_inputs` takes; several give a last axis prompt.
+        heads: (layer, head) pairs taken away together, or several such sets by name, such as the 1, 2, 4, ... best.
+        target: answer that is scored, one token each; the model's own by default.
+        reference: prompts over which each head's z is averaged, for "mean"; the inputs themselves by default, which then
+            must be several.
+        replace: what takes the place of a head's z.
+
+    Returns `log_probability` and `correct` (whether the answer is still the most probable token), [set, prompt], the
+    first set being "none". Raises `InputError` for heads that are not there, and for a mean over a single prompt.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> inputs = model.prepare(["Who made the star?", "Who made the ring?"])
+    >>> everything = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    >>> lost = ablate_heads(model, inputs, {"one": [(2, 3)], "all": everything})
+    >>> lost.correct.values[0].tolist()
+    [True, True]
+    """
+    prompts = model.as_inputs(inputs)
+    cfg = model.config.language
+    named = heads if isinstance(heads, Mapping) else {"heads": heads}
+    sets = {"none": []} | {name: check_heads(pairs, cfg.n_layers, cfg.n_heads) for name, pairs in named.items()}
+    if replace not in ("mean", "zero"):
+        raise InputError(f"replace={replace!r}; expected 'mean' or 'zero'.")
+    others = prompts if reference is None else model.as_inputs(reference)
+    if replace == "mean" and len(others) < 2:
+        raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")
+    longer, read, ids, names = resolve_target(model, prompts, target)
+    if read.shape[1] != 1:
+        raise InputError("ablate_heads scores answers of one token; give a word that is one, or its first token.")
+    with analysis(model, prompts, n_forward=1, replace=replace) as made:
+        means = _means(model, others) if replace == "mean" else None
+        replay = Replay(model, longer)
+        kept = replay.kept_logits("last")  # (prompt, 1, d_vocab)
+        ids = kept.argmax(-1, keepdim=True) if ids is None else ids
+        runs = [[_replacement(layer, head, means) for layer, head in pairs] for pairs in sets.values()]
+        logits = replay.run(runs).reshape(len(sets), len(prompts), 1, -1)
+        log_p = torch.stack([answer_metric(ids[i : i + 1])(logits[:, i]) for i in range(len(prompts))], 1)
+        right = (logits[:, :, 0].argmax(-1)[..., None] == ids[:, 0]).any(-1)
+        made.n_forward = 1 + (means is not None)
+        dims = ("set", "prompt")
+        return xr.Dataset(
+            {"log_probability": (dims, numbers(log_p)), "correct": (dims, right.cpu().numpy())},
+            coords={"set": list(sets), "n_heads": ("set", [len(set(pairs)) for pairs in sets.values()])},
+            attrs=made.attrs(target=one_or_all(names or ("own",)), work=replay.work.forwards),
+        )
+
+
+def nested_sets(name: str, heads: Sequence[tuple[int, int]], sizes: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+    """The first so many heads of a ranking, for several sizes, as `ablate_heads` takes them: "name 4" and so on.
+
+    >>> list(nested_sets("top", [(2, 3), (2, 1), (0, 4)], (1, 3)))
+    ['top 1', 'top 3']
+    """
+    if outside := [size for size in sizes if not 1 <= size <= len(heads)]:
+        raise InputError(f"Sizes {outside} of a ranking of {len(heads)} heads; expected 1 to {len(heads)}.")
+    return {f"{name} {size}": list(heads[:size]) for size in sizes}
+
+
+def random_heads(model: HookedLLaVA, seed: int) -> list[tuple[int, int]]:
+    """All heads of the language tower in random order: the ranking that every other has to beat.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> len(set(random_heads(model, 0))) == model.cfg.n_layers * model.cfg.n_heads
+    True
+    """
+    n_heads = model.cfg.n_heads
+    order = np.random.default_rng(seed).permutation(model.cfg.n_layers * n_heads)
+    return [divmod(int(i), n_heads) for i in order]
+
+
+def _means(model: HookedLLaVA, reference: Any) -> list[Float[Tensor, "head d_head"]]:
+    """Every head's mean z at the answer's position."""
+    decision = decide(model, reference, parts=("z",))
+    return [decision.part(layer, "z")[:, 0].float().mean(0) for layer in range(decision.n_layers)]
+
+
+def _replacement(layer: int, head: int, means: list[Tensor] | None) -> Intervention:
+    name = f"blocks.{layer}.attn.hook_z"
+    if means is None:
+        return Intervention(name, positions="last", heads=[head], zero=True)
+    return Intervention(name, positions="last", heads=[head], value=means[layer][head])

@@ -1,0 +1,178 @@
+"""What does a head find, and what does it make of it?
+
+The query-key and value-output readings of Yu & Ananiadou (arXiv 2411.10950): at the positions that matter, the words in
+the stream that a head reads, in the two parts of it that attention and the MLPs wrote (by which the paper explains where
+the head looks and what it takes), and in the message that it sends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.caching import Positions, resolve_positions, saver
+from hooked_llava.errors import InputError
+from hooked_llava.messages import attention_messages
+from hooked_llava.readout import words
+from hooked_llava.results import analysis, numbers
+from hooked_llava.saliency.decision import Decision, Target, decide, one_or_all
+from hooked_llava.saliency.scores import check_heads, score_positions
+from hooked_llava.saliency.vocabulary import Space, project
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+READINGS = ("layer_input", "key_input", "value_input", "value_output")
+
+
+def head_readings(
+    model: HookedLLaVA,
+    inputs: Any,
+    layer: int,
+    head: int,
+    target: Target = None,
+    *,
+    positions: Positions | int | None = None,
+    top: int = 6,
+    k: int = 10,
+    space: Space = "unembed",
+) -> xr.Dataset:
+    """Words at the positions that a head reads from: `token`, `token_id`, `value`, each [reading, position, rank].
+
+    Readings of position p, at the head's layer l: "layer_input" the stream x_l; "key_input" what attention wrote there in
+    earlier layers, "value_input" what the MLPs wrote (together x_l - x_0); "value_output" the head's message from p to the
+    answer's position. All are read with the final norm's scale at the answer's position, as the paper's code does.
+
+    Args:
+        model: the model.
+        inputs: one prompt.
+        layer: the head's layer.
+        head: the head.
+        target: answer by which positions are scored; the model's own next token by default.
+        positions: which; by default the `top` positions with the largest scores, best first.
+        top: how many of them.
+        k: number of words.
+        space: "unembed" reads logits; "embed" inner products with the words' input embeddings, "cosine" their cosine.
+
+    Also `score` and `attention` [position] of the head. Raises `InputError` for several prompts, and heads, positions
+    or spaces that are not there. Methods (c), (d) and (f) of the paper.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> read = head_readings(model, model.prepare("Who made the star?"), 3, 2, top=3)
+    >>> read.token.dims, read.sizes["position"]
+    (('reading', 'position', 'rank'), 3)
+    """
+    prompt = model.as_inputs(inputs)
+    if len(prompt) != 1:
+        raise InputError(f"head_readings reads one prompt at a time, got {len(prompt)}; take inputs[i].")
+    cfg = model.config.language
+    check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)
+    if not 1 <= k <= cfg.d_vocab:
+        raise InputError(f"k={k} words; expected 1 to {cfg.d_vocab}.")
+    chosen = None if positions is None else resolve_positions(positions, prompt)[0]
+    with analysis(model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
+        decision = decide(model, prompt, target, parts=("pattern", "v"))
+        if decision.read.shape[1] != 1:
+            raise InputError("head_readings reads one message from each position; give a target of one token.")
+        scores = score_positions(decision, layer, head)[0]  # (key)
+        index = scores.topk(min(top, len(scores))).indices.cpu() if chosen is None else chosen
+        result = _read(decision, layer, head, index, k, space)
+        result["score"] = ("position", numbers(scores[index.to(scores.device)]))
+        return result.assign_attrs(made.attrs(target=one_or_all(decision.names)))
+
+
+def _read(
+    decision: Decision, layer: int, head: int, index: Int[Tensor, " position"], k: int, space: Space
+) -> xr.Dataset:
+    """The k best words of every reading at every position, and the attention that the head pays it."""
+    model, prompt = decision.model, decision.inputs
+    pattern, value = decision.part(layer, "pattern")[0], decision.part(layer, "v")[0]
+    message = attention_messages(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
+    vectors = torch.cat([_vectors(model, prompt, layer, index), message[None]])
+    values, ids = project(model, vectors, space, decision.scale[0, 0]).topk(k, dim=-1)
+    dims = ("reading", "position", "rank")
+    return xr.Dataset(
+        {
+            "token": (dims, words(model, ids)),
+            "token_id": (dims, ids.cpu().numpy()),
+            "value": (dims, numbers(values)),
+            "attention": ("position", numbers(pattern[head, 0, index.to(pattern.device)])),
+        },
+        coords={
+            "reading": list(READINGS),
+            "position": index.tolist(),
+            "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
+        },
+    )
+
+
+def _vectors(
+    model: HookedLLaVA, prompt: Inputs, layer: int, index: Int[Tensor, " position"]
+) -> Float[Tensor, "3 position d_model"]:
+    """The stream entering a layer, and what attention and the MLPs below wrote into it."""
+    names = ["hook_embed", f"blocks.{layer}.hook_resid_pre"]
+    names += [f"blocks.{below}.hook_attn_out" for below in range(layer)]
+    store: dict[str, Tensor] = {}
+    hooks: list[Any] = [(names, saver(store, model.hooks_table, index[None]))]
+    with torch.no_grad():
+        # one layer further, so that the stream entering this one is certain to have passed its hook
+        model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)
+    held = {name: tensor[0].to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in store.items()}
+    stream = held[names[1]]
+    by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(stream))
+    return torch.stack([stream, by_attention, stream - held["hook_embed"] - by_attention])
+
+
+def attention_to_object(
+    model: HookedLLaVA, same: Any, other: Any, positions: Positions, *, heads: list[tuple[int, int]] | None = None
+) -> xr.DataArray:
+    """Attention to an object's positions under a question about it and under one about another, [question, layer, head].
+
+    Args:
+        model: the model.
+        same: prompts that ask about the object; several are averaged.
+        other: as many, with the same pictures, that ask about another object.
+        positions: the object's: a span that each prompt has (of its own length, as `Inputs.with_spans` makes it), or
+            numbers.
+        heads: (layer, head) pairs; the result is then [question, head] with the coordinate `layer_head`, such as "2.1".
+
+    A head that looks for what the question names attends less under the other question. Raises `InputError` or
+    `SpanError` for spans that are not there. The causal-flavoured check of the paper's query-key analysis.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> asked = [model.prepare(f"Who made the {shape}?") for shape in ("star", "ring")]
+    >>> attention_to_object(model, *asked, [5]).dims
+    ('question', 'layer', 'head')
+    """
+    sides = [model.as_inputs(same), model.as_inputs(other)]
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    pairs = None if heads is None else check_heads(heads, n_layers, n_heads)
+    with analysis(model, sides[0], n_forward=2, units="attention") as made:
+        mass = torch.stack([_mass(model, prompts, positions) for prompts in sides])  # (question, layer, head)
+        attrs = made.attrs(other=list(sides[1].prompts or ()))
+        if pairs is None:
+            coords = {"question": ["same", "other"], "layer": range(n_layers), "head": range(n_heads)}
+            return xr.DataArray(numbers(mass), coords=coords, dims=list(coords), name="attention", attrs=attrs)
+        chosen = torch.stack([mass[:, layer, head] for layer, head in pairs], -1)
+        coords = {"question": ["same", "other"], "head": range(len(pairs))}
+        named = ("head", [f"{layer}.{head}" for layer, head in pairs])
+        found = xr.DataArray(numbers(chosen), coords=coords, dims=list(coords), name="attention", attrs=attrs)
+        return found.assign_coords(layer_head=named)
+
+
+def _mass(model: HookedLLaVA, prompts: Inputs, positions: Positions) -> Float[Tensor, "layer head"]:
+    """Attention from the answer's position to the object's, averaged over prompts."""
+    decision = decide(model, prompts, parts=("pattern",))
+    total = []
+    for i, prompt in enumerate(prompts):
+        index = resolve_positions(positions, prompt)[0]
+        rows = [decision.part(layer, "pattern")[i, :, 0].float() for layer in range(decision.n_layers)]
+        total.append(torch.stack([row[:, index.to(row.device)].sum(-1) for row in rows]))
+    return torch.stack(total).mean(0)

@@ -1,0 +1,212 @@
+"""Which layers, heads and positions make the answer likelier?
+
+Yu & Ananiadou (arXiv 2411.10950) score every vector v that is added to the stream u at the answer's position by the
+log-probability increase S(v | u) = log p(w | u + v) - log p(w | u), read through the unembedding with the final norm's
+scale frozen. One forward pass; of the patterns only the answer's row is kept. S is not additive over heads or positions,
+and it says nothing about what would happen without them: for that see `ablate_heads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.saliency.decision import Decision, Target, as_decision, decide, one_each, one_or_all, prompts_of
+from hooked_llava.saliency.scores import (
+    Heads,
+    best_heads,
+    check_choice,
+    chosen_heads,
+    named_heads,
+    score_heads,
+    score_layers,
+    score_positions,
+)
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+_UNITS = "log-probability increase (nats)"
+
+
+def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
+    """S of what every head adds at the answer's position, given the stream entering its block, [layer, head].
+
+    Args:
+        model: the model.
+        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them
+            (`hooked_llava.saliency.decide`), so that several analyses share one forward pass.
+        target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
+            teacher forcing, as the sum over its tokens; a list has one word for each prompt.
+
+    Attribute `target` names what was scored. Raises `InputError` for a target that does not fit. Method (a) of the paper.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> scores = head_scores(model, model.prepare("Who made the star?"))
+    >>> scores.dims, scores.units
+    (('layer', 'head'), 'log-probability increase (nats)')
+    """
+    with analysis(model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
+        decision, made.n_forward = as_decision(model, inputs, target, ("z",))
+        scores = score_heads(decision)
+        return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**_target(decision)))
+
+
+def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
+    """S of attention and of the MLP of every layer, each given the stream it is added to, [layer, component].
+
+    The scores telescope: they sum to the answer's log probability (attribute `log_probability`) less what the embedding
+    alone gives (`log_probability_of_embedding`), exactly, because the norm's scale is frozen. Arguments as for
+    `head_scores`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> scores = layer_scores(model, model.prepare("Who made the star?"))
+    >>> gained = scores.log_probability - scores.log_probability_of_embedding
+    >>> bool(abs(scores.sum() - gained) < 1e-3)
+    True
+    """
+    with analysis(model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
+        decision, made.n_forward = as_decision(model, inputs, target, ("attn_out", "mlp_out"))
+        ends = [decision.log_probability(decision.streams[i]).tolist() for i in (-1, 0)]
+        attrs = {
+            "log_probability": one_or_all(ends[0]),
+            "log_probability_of_embedding": one_or_all(ends[1]),
+            **_target(decision),
+        }
+        dims = ("prompt", "layer", "component")
+        result = _labelled(score_layers(decision), dims, "layer_score", made.attrs(**attrs))
+        return result.assign_coords(component=["attn", "mlp"])
+
+
+def position_scores(
+    model: HookedLLaVA, inputs: Any, target: Target = None, *, heads: Heads = 1, positions: Positions | None = None
+) -> xr.Dataset:
+    """What the heads bring from every position: `score`, S of the message A v W_O, and `attention`, [head, position].
+
+    Args:
+        model: the model.
+        inputs: as for `head_scores`.
+        target: as for `head_scores`.
+        heads: the k heads with the largest scores (best first), or (layer, head) pairs. The coordinate
+            `layer_head` on their axis says which they are, such as "2.1"; of several prompts each has its own.
+        positions: where the messages come from; all of the prompt by default.
+
+    With an answer of several tokens scores are summed and attention averaged over them. Raises `InputError` for heads
+    or positions that are not there.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> read = position_scores(model, model.prepare("Who made the star?"), heads=2)
+    >>> read.score.dims, read.sizes["head"]
+    (('head', 'position'), 2)
+    """
+    prompts = model.as_inputs(inputs)
+    targets = one_each(target, len(prompts))
+    check_choice(model, heads)
+    results = [_positions_of(model, p, t, heads, positions) for p, t in zip(prompts, targets, strict=True)]
+    if len(results) == 1:
+        return results[0]
+    names = np.stack([result.layer_head.values for result in results])  # each prompt has its own best heads
+    joined = stack([result.drop_vars("layer_head") for result in results], "prompt")
+    return joined.assign_coords(layer_head=(("prompt", "head"), names))
+
+
+def _positions_of(
+    model: HookedLLaVA, prompt: Inputs, target: Target, heads: Heads, positions: Positions | None
+) -> xr.Dataset:
+    index = resolve_positions(slice(None) if positions is None else positions, prompt)
+    with analysis(model, prompt, n_forward=1, units=_UNITS) as made:
+        decision = decide(model, prompt, target, parts=("pattern", "v", "z"))
+        where = index.to(prompt.device)
+        pairs = chosen_heads(decision, heads)[0]
+        scores = torch.stack([score_positions(decision, layer, head, where)[0] for layer, head in pairs])
+        seen = torch.stack([decision.part(layer, "pattern")[0, head].float().mean(0) for layer, head in pairs])
+        dims = ("head", "position")
+        return xr.Dataset(
+            {"score": (dims, numbers(scores)), "attention": (dims, numbers(seen[:, where[0]]))},
+            coords={
+                "head": range(len(pairs)),
+                "layer_head": ("head", named_heads([pairs])[0]),
+                "position": index[0].tolist(),
+                "label": ("position", [prompt.token_map.labels[i] for i in index[0].tolist()]),
+            },
+            attrs=made.attrs(**_target(decision)),
+        )
+
+
+# ---------------------------------------------------------------------- the best heads
+
+
+def top_heads(scores: xr.DataArray, k: int = 10) -> list[tuple[int, int]]:
+    """The k (layer, head) pairs with the largest scores, the best first; of several prompts by their mean score.
+
+    Raises `InputError` for scores without axes layer and head, or for a k out of range. Method (b) of the paper.
+
+    >>> scores = xr.DataArray([[0.1, 0.5], [0.9, 0.0]], dims=("layer", "head"))
+    >>> top_heads(scores, 2)
+    [(1, 0), (0, 1)]
+    """
+    if not {"layer", "head"} <= set(scores.dims):
+        raise InputError(f"Scores have the axes {scores.dims}; expected layer and head, as head_scores gives them.")
+    others = [dim for dim in scores.dims if dim not in ("layer", "head")]
+    mean = scores.mean(others) if others else scores
+    values = mean.transpose("layer", "head").values.astype(np.float64)
+    layers = scores.coords["layer"].values if "layer" in scores.coords else range(len(values))
+    best = best_heads(torch.from_numpy(values)[None], k)[0]
+    return [(int(layers[row]), head) for row, head in best]
+
+
+def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, int]]) -> float:
+    """Share of heads that two equally large sets have in common: 8 of 10 shared heads give 0.8.
+
+    Raises `InputError` for sets of different size, whose share would depend on the order, and for empty ones.
+
+    >>> head_overlap([(1, 0), (0, 1)], [(0, 1), (2, 2)])
+    0.5
+    """
+    one, other = set(first), set(second)
+    if len(one) != len(other) or not one:
+        raise InputError(f"The sets have {len(one)} and {len(other)} heads; compare equally many, at least one.")
+    return len(one & other) / len(one)
+
+
+def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image") -> xr.DataArray:
+    """Attention of every head from the answer's position to a span, [layer, head]: the other way to rank heads.
+
+    Of several prompts each resolves the span for itself, and a first axis prompt comes before. Raises `InputError` or
+    `SpanError` for positions that are not there.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> to_question = heads_by_attention(model, model.prepare("Who made the star?"), "question")
+    >>> bool((to_question <= 1).all())
+    True
+    """
+    prompts = model.as_inputs(inputs)
+    index = resolve_positions(span, prompts).to(prompts.device)  # (prompt, position)
+    said = span if isinstance(span, str) else index[0].tolist()
+    with analysis(model, prompts, n_forward=1, span=said, units="attention") as made:
+        decision = decide(model, prompts, parts=("pattern",))
+        rows = [decision.part(i, "pattern")[:, :, 0].float() for i in range(decision.n_layers)]  # (prompt, head, key)
+        mass = torch.stack([row.gather(-1, index[:, None].expand(-1, row.shape[1], -1)).sum(-1) for row in rows], 1)
+        return _labelled(mass, ("prompt", "layer", "head"), "attention", made.attrs())
+
+
+def _target(decision: Decision) -> dict[str, Any]:
+    return {"target": one_or_all(decision.names)}
+
+
+def _labelled(values: torch.Tensor, dims: Sequence[str], name: str, attrs: dict[str, Any]) -> xr.DataArray:
+    coords = {dim: range(n) for dim, n in zip(dims, values.shape, strict=True)}
+    result = xr.DataArray(numbers(values), dims=dims, coords=coords, name=name, attrs=attrs)
+    return result.isel(prompt=0, drop=True) if len(values) == 1 else result

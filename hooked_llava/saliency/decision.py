@@ -1,0 +1,193 @@
+"""One forward pass, kept only where the answer is read: the last row of every pattern, the values, the streams there.
+
+That is a small part of what passes by: for a LLaVA-1.5 of 7 billion weights and 600 positions 0.3 GB instead of tens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.caching import saver
+from hooked_llava.errors import InputError
+from hooked_llava.inputs import Inputs
+from hooked_llava.metrics import Answer, teacher_forced
+from hooked_llava.readout import log_probabilities, log_probability_increase, token_id, words
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Target = str | int | Answer | Sequence[str | int | Answer] | None
+"""What is scored: None for the model's own next token; a word or text (of several tokens: under teacher forcing), a
+token id, an `Answer` with its spellings; or a list with one of one token for each prompt."""
+
+PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a forward pass holds at the positions where the answer's tokens are predicted."""
+
+    model: HookedLLaVA
+    inputs: Inputs
+    """The prompts, with the answer behind them if it has several tokens."""
+    read: Int[Tensor, "prompt read"]
+    """Where the answer's tokens are predicted."""
+    target: Int[Tensor, "prompt read spelling"]
+    """The tokens that are scored there."""
+    names: tuple[str, ...]
+    """The target of each prompt in words."""
+    streams: tuple[Float[Tensor, "prompt read d_model"], ...]
+    """What enters every block, and what leaves the last."""
+    scale: Float[Tensor, "prompt read 1"]
+    """The final norm's scale: what the frozen lens divides by."""
+    held: dict[str, Tensor]
+    """The parts that were asked for, by full hook name: values everywhere, the others at `read`."""
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the language tower."""
+        return len(self.streams) - 1
+
+    def part(self, layer: int, name: str) -> Tensor:
+        """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
+        return self.held[f"blocks.{layer}.{'hook_' if name.endswith('_out') else 'attn.hook_'}{name}"]
+
+    def take(self, prompts: Sequence[int]) -> Decision:
+        """The same for some of the prompts; `inputs` stays that of all."""
+        if list(prompts) == list(range(len(self.read))):
+            return self
+        index = torch.tensor(list(prompts), device=self.read.device)
+        return replace(
+            self,
+            read=self.read[index],
+            target=self.target[index],
+            names=tuple(self.names[i] for i in prompts),
+            streams=tuple(stream[index] for stream in self.streams),
+            scale=self.scale[index],
+            held={name: tensor[index] for name, tensor in self.held.items()},
+        )
+
+    def log_probability(self, streams: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
+        """log P(answer) that a stream at the answer's position stands for, through the frozen lens."""
+        return log_probabilities(self.model, streams, self.target, scale=self.scale).sum(-1)
+
+    def score(
+        self,
+        vectors: Float[Tensor, "prompt read *more d_model"],
+        base: Float[Tensor, "prompt read d_model"],
+    ) -> Tensor:
+        """S(v | u) of each vector, summed over the answer's tokens: [prompt, *more]."""
+        deeper = (*self.read.shape, *[1] * (vectors.ndim - 3))
+        target = self.target.reshape(*deeper, -1)
+        scale, below = self.scale.reshape(*deeper, 1), base.reshape(*deeper, -1)
+        return log_probability_increase(self.model, vectors, below.to(vectors.dtype), target, scale=scale).sum(1)
+
+
+@torch.no_grad()
+def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Sequence[str] = PARTS) -> Decision:
+    """Run the prompts once and keep what the answer is read from; see `Decision`.
+
+    Raises `InputError` for a target that does not fit the prompts, before anything runs.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> decide(model, model.prepare("Who made the star?"), "Red").part(3, "pattern").shape[1] == model.cfg.n_heads
+    True
+    """
+    prompts, read, ids, names = resolve_target(model, inputs, target)
+    store: dict[str, Tensor] = {}
+    table, layers = model.hooks_table, range(model.cfg.n_layers)
+    here = [*table.resolve("resid_pre"), *(n for part in parts if part != "v" for n in table.resolve(part))]
+    hooks: list[Any] = [(here, saver(store, table, read.cpu()))]
+    if "v" in parts:
+        hooks.append((table.resolve("v"), saver(store, table)))
+    final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    assert final is not None
+    last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
+    wide = model.ln_final.centred(last.to(torch.promote_types(last.dtype, torch.float32)))
+    scale = (wide.pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt()
+    if ids is None:
+        ids = model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True)  # (prompt, 1, 1)
+        names = own_names(model, ids)
+    streams = (*(store.pop(f"blocks.{i}.hook_resid_pre") for i in layers), last)
+    return Decision(model, prompts, read, ids, names, streams, scale, store)
+
+
+def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[Decision, int]:
+    """The decision of some prompts and how many forward passes it took: none if it is given in place of the prompts.
+
+    Raises `InputError` for a given decision of another model, without the parts, or with a target beside it.
+    """
+    if not isinstance(inputs, Decision):
+        return decide(model, inputs, target, parts=parts), 1
+    missing = [part for part in parts if not any(name.endswith(f"hook_{part}") for name in inputs.held)]
+    if inputs.model is not model or target is not None or missing:
+        raise InputError(
+            f"A decision is given in place of prompts: it must be of the same model, have the parts {list(parts)} and "
+            f"bring its own target; it lacks {missing}, and target={target!r}."
+        )
+    return inputs, 0
+
+
+def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
+    """The prompts, or those of a decision that stands in their place."""
+    return inputs.inputs if isinstance(inputs, Decision) else model.as_inputs(inputs)
+
+
+def resolve_target(
+    model: HookedLLaVA, inputs: Any, target: Target
+) -> tuple[Inputs, Int[Tensor, "prompt read"], Int[Tensor, "prompt read spelling"] | None, tuple[str, ...]]:
+    """The prompts (with an answer of several tokens behind them), where it is read, its tokens (None: the model's own).
+
+    Raises `InputError` for a list that has not one target for each prompt, or for one of several tokens in a list.
+    """
+    prompts = model.as_inputs(inputs)
+    last = prompts.last[:, None]
+    if target is None:
+        return prompts, last, None, ()
+    if isinstance(target, str):
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            forced = teacher_forced(model, prompts, target)
+            several = torch.tensor(ids, device=prompts.device).expand(len(prompts), -1)[..., None]
+            read = torch.tensor(forced.positions, device=prompts.device).expand(len(prompts), -1)
+            return forced.inputs, read, several, (target,) * len(prompts)
+    answers = [_answer(model, one) for one in one_each(target, len(prompts))]
+    longest = max(len(answer.ids) for answer in answers)
+    if any(len(answer.ids) != longest for answer in answers):
+        raise InputError("The answers in target= have different numbers of spellings; give them as single tokens.")
+    tokens = torch.tensor([answer.ids for answer in answers], device=prompts.device)[:, None]
+    return prompts, last, tokens, tuple(answer.text for answer in answers)
+
+
+def one_each(target: Target, n_prompts: int) -> list[Any]:
+    """The target of every prompt; raises `InputError` for a list of another length."""
+    each = [target] * n_prompts if target is None or isinstance(target, (str, int, Answer)) else list(target)
+    if len(each) != n_prompts:
+        raise InputError(
+            f"target= names {len(each)} answers for {n_prompts} prompts; give one for each prompt, or one for all."
+        )
+    return each
+
+
+def own_names(model: HookedLLaVA, ids: Int[Tensor, "prompt read spelling"]) -> tuple[str, ...]:
+    """The model's own answers in words, one token each."""
+    return tuple(words(model, ids[:, 0, 0]).tolist())
+
+
+def one_or_all(values: Sequence[Any]) -> Any:
+    """What an attribute says: the only prompt's value, or the list of all."""
+    return values if isinstance(values, str) else values[0] if len(values) == 1 else list(values)
+
+
+def _answer(model: HookedLLaVA, target: str | int | Answer) -> Answer:
+    if isinstance(target, Answer):
+        return target
+    token = token_id(model, target)
+    return Answer(str(words(model, torch.tensor(token))), (token,))

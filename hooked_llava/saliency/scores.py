@@ -1,0 +1,126 @@
+"""Log-probability increase of layers, heads and positions, for all prompts of a batch together (arXiv 2411.10950)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from fancy_einsum import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.messages import attention_messages, summed_messages
+from hooked_llava.saliency.decision import Decision
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Heads = int | Literal["all"] | Sequence[tuple[int, int]]
+"""Which heads make a map: the k best by their scores, all of them, or (layer, head) pairs."""
+
+
+def score_layers(decision: Decision) -> Float[Tensor, "prompt layer 2"]:
+    """S(attention | stream entering the block) and S(MLP | stream between the two)."""
+    rows = []
+    for layer in range(decision.n_layers):
+        stream, attention = decision.streams[layer], decision.part(layer, "attn_out")
+        middle = _wide(stream) + attention
+        scores = [
+            decision.score(_wide(attention), stream),
+            decision.score(_wide(decision.part(layer, "mlp_out")), middle),
+        ]
+        rows.append(torch.stack(scores, -1))
+    return torch.stack(rows, 1)
+
+
+def score_heads(decision: Decision, layers: Sequence[int] | None = None) -> Float[Tensor, "prompt layer head"]:
+    """S(z W_O | stream entering the block) of every head."""
+    rows = []
+    for layer in range(decision.n_layers) if layers is None else layers:
+        z, output = _wide(decision.part(layer, "z")), _wide(decision.model.blocks[layer].attn.W_O)
+        written = einsum("b r h d, h d m -> b r h m", z, output)  # (prompt, read, head, d_model)
+        rows.append(decision.score(written, decision.streams[layer]))
+    return torch.stack(rows, 1)
+
+
+def score_positions(
+    decision: Decision, layer: int, head: int, positions: Int[Tensor, "prompt key"] | None = None
+) -> Float[Tensor, "prompt key"]:
+    """S(message | stream entering the block) of every message of one head into the answer's positions."""
+    pattern, value = _at(decision, layer, positions)
+    messages = attention_messages(decision.model, layer, pattern, value, heads=[head])[:, 0]
+    return decision.score(messages, decision.streams[layer])
+
+
+def score_positions_of_layer(
+    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None = None
+) -> Float[Tensor, "prompt key"]:
+    """The same for what all heads of a layer together bring from each position."""
+    messages = summed_messages(decision.model, layer, *_at(decision, layer, positions))
+    return decision.score(messages, decision.streams[layer])
+
+
+def best_heads(scores: Float[Tensor, "prompt layer head"], k: int) -> list[list[tuple[int, int]]]:
+    """The k heads with the largest scores of every prompt, the best first; raises `InputError` for a k out of range."""
+    n_heads = scores.shape[-1]
+    if not 1 <= k <= scores[0].numel():
+        raise InputError(f"k={k} heads; expected 1 to {scores[0].numel()}.")
+    best = scores.flatten(1).topk(k, dim=-1).indices
+    return [[divmod(index, n_heads) for index in row] for row in best.tolist()]
+
+
+def check_choice(model: HookedLLaVA, heads: Heads) -> None:
+    """Raise `InputError` for heads that are not there, before anything runs."""
+    cfg = model.config.language
+    if isinstance(heads, int):
+        if not 1 <= heads <= cfg.n_layers * cfg.n_heads:
+            raise InputError(f"k={heads} heads; expected 1 to {cfg.n_layers * cfg.n_heads}.")
+    elif isinstance(heads, str):
+        if heads != "all":
+            raise InputError(f"heads={heads!r}; expected a number, 'all', or (layer, head) pairs.")
+    else:
+        check_heads(heads, cfg.n_layers, cfg.n_heads)
+
+
+def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]]:
+    """The heads of each prompt that `heads` means, the best first where they are chosen by their scores."""
+    cfg = decision.model.config.language
+    if isinstance(heads, int):
+        return best_heads(score_heads(decision), heads)
+    if isinstance(heads, str):
+        pairs = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    else:
+        pairs = [(int(layer), int(head)) for layer, head in heads]
+    return [pairs] * len(decision.inputs)
+
+
+def named_heads(chosen: list[list[tuple[int, int]]]) -> list[list[str]]:
+    """Heads as "layer.head", for attributes of results."""
+    return [[f"{layer}.{head}" for layer, head in row] for row in chosen]
+
+
+def check_heads(heads: Sequence[tuple[int, int]], n_layers: int, n_heads: int) -> list[tuple[int, int]]:
+    """(layer, head) pairs, checked; raises `InputError`."""
+    pairs = [(int(layer), int(head)) for layer, head in heads]
+    if outside := [pair for pair in pairs if not (0 <= pair[0] < n_layers and 0 <= pair[1] < n_heads)]:
+        raise InputError(f"There are no heads {outside}; expected (0..{n_layers - 1}, 0..{n_heads - 1}).")
+    if not pairs:
+        raise InputError("No heads are named; give at least one (layer, head).")
+    return pairs
+
+
+def _at(
+    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None
+) -> tuple[Float[Tensor, "prompt head read key"], Float[Tensor, "prompt key kv_head d_head"]]:
+    pattern, value = decision.part(layer, "pattern"), decision.part(layer, "v")
+    if positions is None:
+        return pattern, value
+    rows = torch.arange(len(positions), device=value.device)[:, None]
+    keys = positions[:, None, None].expand(-1, *pattern.shape[1:3], -1)
+    return pattern.gather(-1, keys), value[rows, positions]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

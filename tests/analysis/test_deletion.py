@@ -1,0 +1,66 @@
+"""Deletion and insertion curves, against forward passes on pictures that are blanked by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_llava.analysis import deletion_curves
+from hooked_llava.errors import InputError
+from tests.pairs import pair
+
+
+def exact() -> Any:
+    return pair("odd", torch.float64)
+
+
+def test_patches_go_and_come_in_the_maps_order() -> None:
+    models, prompt = exact(), exact().prompt()
+    grid, size = models.ours.config.vision.grid, models.ours.config.vision.patch_size
+    values = np.random.default_rng(0).permutation(grid * grid).reshape(grid, grid)
+    shares = (0, 1 / 9, 4 / 9, 1)
+    curves = deletion_curves(models.ours, prompt, {"a": values, "b": -values}, 7, shares=shares)
+    for name, sign in (("a", -1), ("b", 1)):
+        order = np.argsort(sign * values.ravel())
+        for way in ("deletion", "insertion"):
+            expected = []
+            for n in (0, 1, 4, 9):
+                gone = order[:n] if way == "deletion" else order[n:]
+                pixels = prompt["pixel_values"].clone()
+                for row, column in (divmod(int(i), grid) for i in gone):
+                    pixels[..., row * size : (row + 1) * size, column * size : (column + 1) * size] = 0
+                logits = models.ours(**(prompt | {"pixel_values": pixels}))[0, -1]
+                expected.append(logits.softmax(-1)[7].item())
+            np.testing.assert_allclose(curves.probability.sel(map=name, direction=way), expected, atol=1e-6)
+            area = sum(
+                (a + b) / 2 * (y - x) for a, b, x, y in zip(expected, expected[1:], shares, shares[1:], strict=False)
+            )
+            assert curves.area.sel(map=name, direction=way).item() == pytest.approx(area, abs=1e-6)
+
+
+def test_tokens_are_taken_away_after_the_vision_tower() -> None:
+    models, prompt = exact(), exact().prompt()
+    image = list(models.ours.as_inputs(prompt).token_map["image"])
+    curves = deletion_curves(models.ours, prompt, {"a": np.eye(3)}, 7, where="tokens", shares=(0, 1))
+
+    def mean(x: torch.Tensor, hook: Any) -> None:
+        x[:, image] = x[:, image].mean(1, keepdim=True)
+
+    without = models.ours.run_with_hooks(prompt, fwd_hooks=[("hook_embed", mean)])[0, -1].softmax(-1)[7].item()
+    base = models.ours(prompt)[0, -1].softmax(-1)[7].item()
+    np.testing.assert_allclose(curves.probability[:, 0], [[base, without], [without, base]], atol=1e-6)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    models, prompt = exact(), exact().prompt()
+    with pytest.raises(InputError, match=r"Map 'a' has the shape \(2, 2\); expected one number per patch, \(3, 3\)"):
+        deletion_curves(models.ours, prompt, {"a": np.eye(2)})
+    with pytest.raises(InputError, match="at least two numbers from 0 to 1 that increase"):
+        deletion_curves(models.ours, prompt, {"a": np.eye(3)}, shares=(0.5, 0.2))
+    with pytest.raises(InputError, match="got 1 prompts, 1 pictures, 0 maps"):
+        deletion_curves(models.ours, prompt, {})
+    with pytest.raises(InputError, match="got 1 prompts, 0 pictures"):
+        deletion_curves(models.ours, models.prompt(n_images=0), {"a": np.eye(3)})

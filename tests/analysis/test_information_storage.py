@@ -1,0 +1,97 @@
+"""What is stored where, held against logits and ranks taken one by one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_llava.analysis import head_scores, information_storage, position_scores, reciprocal_rank, top_heads
+from hooked_llava.errors import InputError
+from hooked_llava.model import HookedLLaVA
+from tests.oracles.naive_scores import NaiveScores
+from tests.pairs import as_users_run, pair
+
+
+def exact() -> Any:
+    return pair("grouped", torch.float64)
+
+
+@functools.cache
+def naive() -> NaiveScores:
+    return NaiveScores(exact().hf, exact().slow.run(**exact().prompt()), 7)
+
+
+def rank(values: torch.Tensor, token: int) -> int:
+    """Place of a token when all are sorted, from 1."""
+    return values.argsort(descending=True).tolist().index(token) + 1
+
+
+def test_differences_and_ranks_in_the_stream_and_in_messages() -> None:
+    models, by_hand = exact(), naive()
+    stored = information_storage(models.ours, models.prompt(), 7, 8, positions=[2, 5], heads=[(1, 3)])
+    table = models.hf.model.language_model.embed_tokens.weight
+    for i, position in enumerate((2, 5)):
+        for layer in range(4):
+            last = by_hand.seen["blocks.2.hook_resid_post"]
+            stream = (by_hand.seen[f"blocks.{layer}.hook_resid_pre"] if layer < 3 else last)[0, position]
+            for space, logits in (("unembed", by_hand.lens(stream)), ("embed", table @ stream)):
+                cell = stored.sel(space=space, layer=layer).isel(position=i)
+                assert cell.logit_difference.item() == pytest.approx((logits[7] - logits[8]).item(), abs=1e-5)
+                assert cell["rank"].values.tolist() == [rank(logits, 7), rank(logits, 8)]
+        logits = by_hand.lens(by_hand.message(1, 3, position))
+        cell = stored.sel(space="unembed").isel(head=0, position=i)
+        assert cell.message_logit_difference.item() == pytest.approx((logits[7] - logits[8]).item(), abs=1e-5)
+        assert cell.message_rank.values.tolist() == [rank(logits, 7), rank(logits, 8)]
+    assert (stored.correct, stored.distractor, stored.heads) == ("#7", "#8", ["1.3"])
+
+
+def test_the_best_heads_best_positions_are_the_default() -> None:
+    models = exact()
+    stored = information_storage(models.ours, models.prompt(), 7, 8, top=3)
+    own = int(models.ours(models.prompt())[0, -1].argmax())
+    best = top_heads(head_scores(models.ours, models.prompt(), own), 1)
+    scores = position_scores(models.ours, models.prompt(), own, heads=best).score[0]
+    assert stored.position.values.tolist() == np.argsort(-scores.values)[:3].tolist()
+
+
+def test_prompts_have_words_of_their_own_and_ranks_are_averaged() -> None:
+    models = exact()
+    both = information_storage(models.ours, models.prompt(batch=2), [7, 9], 8, positions=[2, 3])
+    alone = information_storage(models.ours, models.ours.as_inputs(models.prompt(batch=2))[1], 9, 8, positions=[2, 3])
+    np.testing.assert_allclose(both.logit_difference.sel(prompt=1), alone.logit_difference, atol=1e-9)
+    assert both.correct == ["#7", "#9"]
+    mean = reciprocal_rank(both)
+    np.testing.assert_allclose(mean.stream, (1 / both["rank"]).mean(("prompt", "position")))
+    assert mean.message.dims == ("space", "head", "word")
+
+
+def test_in_tiny_shapes_image_embeddings_hold_their_colour_and_shape() -> None:
+    """Its training draws image embeddings to the sum of their words' embeddings, so here the truth is known."""
+    from hooked_llava.toy.pictures import picture_path, picture_scene
+
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    inputs = model.prepare("What color is the star?", images=picture_path("demo"))
+    star = picture_scene("demo").find("star")
+    patches = inputs.token_map.box_to_patches(star.box, coverage=0.9)
+    ground = inputs.token_map["image"] - inputs.token_map.box_to_patches(star.box, coverage=0)
+    for word, other in ((star.color, "purple"), ("star", "moon")):
+        on = information_storage(model, inputs, word, other, positions=list(patches), spaces=["embed"])
+        off = information_storage(model, inputs, word, other, positions=list(ground), spaces=["embed"])
+        on, off = (reciprocal_rank(found).stream.sel(space="embed", layer=0) for found in (on, off))
+        assert on.sel(word="correct") > 2 * off.sel(word="correct")
+        assert on.sel(word="correct") > 2 * on.sel(word="distractor")
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = exact()
+    monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
+        information_storage(models.ours, models.prompt(), 7, 99)
+    with pytest.raises(InputError, match="There are no heads"):
+        information_storage(models.ours, models.prompt(), 7, 8, heads=[(9, 0)])
+    with as_users_run(), pytest.raises(InputError, match="expected some of unembed, embed, cosine"):
+        information_storage(models.ours, models.prompt(), 7, 8, spaces=["words"])
