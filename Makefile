@@ -27,8 +27,8 @@ demo: $(STAMP)  ## ask the embedded model about a picture and write report.html
 test: $(STAMP)  ## run the tests, the doctests and the notebooks
 	@$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## run every benchmark (most of an hour); prints ratios, writes JSON in benchmarks/results
-	@set -e; for name in hook_overhead generation cache_memory loading; do $(BIN)/python -m benchmarks.$$name; done
+bench: $(STAMP)  ## run every benchmark (about an hour); prints ratios, writes JSON in benchmarks/results
+	@set -e; for name in hook_overhead generation cache_memory loading patching; do $(BIN)/python -m benchmarks.$$name; done
 
 # pyright brings Node.js, which is larger than all the rest of the tools: only who lints waits for it.
 $(LINT_STAMP): $(STAMP)

@@ -147,9 +147,14 @@ def ratio_table(rows: Mapping[str, Mapping[str, Summary]], columns: Sequence[str
     return markdown(columns, cells, corner)
 
 
+def result_path(name: str, options: argparse.Namespace) -> Path:
+    """Where a benchmark's result goes."""
+    return options.out or RESULTS / (f"{name}.quick.json" if options.quick else f"{name}.json")
+
+
 def write(name: str, options: argparse.Namespace, **measured: Any) -> Path:
     """The result file, whole or not at all."""
-    path = options.out or RESULTS / (f"{name}.quick.json" if options.quick else f"{name}.json")
+    path = result_path(name, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
     report = {

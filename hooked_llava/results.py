@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
+SHARE = "share recovered"
+"""Units of `recovered`: 0 corrupted, 1 clean."""
 _FORMAT = "hooked_llava.result.v1"
 _ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
 _LISTED = ("clean", "corrupted", "prompt", "logit", "rest")  # attributes that each prompt or pair has its own of
@@ -101,6 +103,56 @@ def _joined_attrs(attrs: list[dict[str, Any]]) -> dict[str, Any]:
         same = name not in _LISTED and all(value == first for value in values)
         joined[name] = sum(values) if name in _ADDED else first if same else values
     return joined
+
+
+def recovered(result: Any) -> Any:
+    """Patching results as the share of the two runs' difference that comes back: 0 is corrupted, 1 is clean.
+
+    (m - m_corrupted) / (m_clean - m_corrupted) for a metric m, as `activation_patching` and `path_patching` return it
+    (arrays named "metric"). Estimated changes of the metric, as in the arrays of `attribution_patching`'s dataset, are
+    first added to the metric of the run that is patched. The attribute `neutral` says what a cell that does nothing
+    has: 0 where clean activations are put into the corrupted run, 1 where it is the reverse. What is in shares already
+    stays as it is.
+
+    Raises `InputError` where the result does not say what the metric of the two runs is (an array taken out of a
+    dataset: take the share of the whole dataset first), or where it is the same.
+
+    >>> import xarray as xr
+    >>> ends = {"clean": 3.0, "corrupted": -1.0, "direction": "denoise"}
+    >>> recovered(xr.DataArray([-1.0, 1.0, 3.0], dims="layer", name="metric", attrs=ends)).values.tolist()
+    [0.0, 0.5, 1.0]
+    """
+    if result.attrs.get("units") == SHARE:
+        return result
+    ends = [result.attrs.get(name) for name in ("clean", "corrupted")]
+    if None in ends:
+        raise InputError(
+            "The result does not say what the metric is in the clean and in the corrupted run (attributes `clean` and "
+            "`corrupted`). Give the whole result of a patching analysis: recovered(estimate)['z'], not "
+            "recovered(estimate['z'])."
+        )
+    clean, corrupted = (_along_pairs(end, result) for end in ends)
+    if bool((clean == corrupted).any()):
+        raise InputError(
+            f"The metric is the same in the clean and in the corrupted run ({ends[0]}), so there is no difference to "
+            "recover; choose another metric or pair."
+        )
+    neutral = float(result.attrs.get("direction") == "noise")
+    is_array = not hasattr(result, "data_vars")
+    lifted = result - corrupted if is_array and result.name == "metric" else result + neutral * (clean - corrupted)
+    share = lifted / (clean - corrupted)
+    about = {"units": SHARE, "neutral": neutral}
+    if is_array:
+        return share.rename("recovered").assign_attrs({**result.attrs, **about})
+    named = {name: array.assign_attrs(about) for name, array in share.data_vars.items()}
+    return share.assign(named).assign_attrs({**result.attrs, **about})
+
+
+def _along_pairs(end: float | Sequence[float], result: Any) -> Any:
+    """The metric of one side, along the axis of the pairs where there are several."""
+    import xarray as xr
+
+    return xr.DataArray(end, dims="pair" if isinstance(end, (list, tuple)) else ())
 
 
 def numbers(values: Tensor) -> np.ndarray:

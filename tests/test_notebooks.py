@@ -57,6 +57,7 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest: on tensors this small, threads only wait
     notebook = read(path)
     client = NotebookClient(
         notebook,

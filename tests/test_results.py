@@ -11,7 +11,7 @@ import xarray as xr
 from safetensors.torch import save_file
 
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.results import load, save, stack
+from hooked_llava.results import load, recovered, save, stack
 
 
 def dataset() -> xr.Dataset:
@@ -96,3 +96,48 @@ def test_stacking_says_where_positions_differ() -> None:
     assert same.label.dims == ("position",)
     with pytest.raises(InputError, match="different sizes"):
         stack([first, first.isel(position=[0])], "pair")
+
+
+def patched(values, direction: str, clean, corrupted, **attrs) -> xr.DataArray:
+    dims = ("pair", "layer")[-np.ndim(values) :]
+    attrs = {"clean": clean, "corrupted": corrupted, "direction": direction, **attrs}
+    return xr.DataArray(values, dims=dims, name="metric", attrs=attrs)
+
+
+@pytest.mark.parametrize(("direction", "neutral"), [("denoise", 0.0), ("noise", 1.0)])
+def test_the_share_is_1_as_clean_and_0_as_corrupted_whichever_way_was_patched(direction: str, neutral: float) -> None:
+    share = recovered(patched([-3.0, 5.0, 1.0, 9.0, np.nan], direction, 5.0, -3.0, hook="z"))
+    np.testing.assert_allclose(share, [0.0, 1.0, 0.5, 1.5, np.nan])
+    assert (share.name, share.attrs["units"], share.attrs["neutral"]) == ("recovered", "share recovered", neutral)
+    assert (share.attrs["clean"], share.attrs["hook"]) == (5.0, "z")
+
+
+def test_shares_of_pairs_each_have_their_own_ends() -> None:
+    share = recovered(patched([[0.0, 2.0], [-1.0, 9.0]], "denoise", [2.0, 9.0], [0.0, -1.0]))
+    np.testing.assert_allclose(share, [[0.0, 1.0], [0.0, 1.0]])
+    assert share.dims == ("pair", "layer")
+
+
+def test_estimated_changes_begin_at_the_run_that_is_patched() -> None:
+    for direction, expected in (("denoise", [0.0, 0.5, -0.25]), ("noise", [1.0, 1.5, 0.75])):
+        parts = {hook: ("layer", np.array([0.0, 2.0, -1.0])) for hook in ("z", "mlp_out")}
+        estimate = xr.Dataset(parts, attrs={"clean": 5.0, "corrupted": 1.0, "direction": direction, "steps": 0})
+        share = recovered(estimate)
+        for hook in parts:
+            np.testing.assert_allclose(share[hook], expected)
+            assert share[hook].attrs["units"] == share.attrs["units"] == "share recovered"
+            assert share[hook].attrs["neutral"] == float(direction == "noise")
+
+
+def test_a_share_of_a_share_is_itself() -> None:
+    share = recovered(patched([1.0, 2.0], "noise", 5.0, -3.0))
+    assert recovered(share) is share
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"recovered\(estimate\)\['z'\], not recovered\(estimate\['z'\]\)"):
+        recovered(xr.DataArray([1.0], dims="layer", name="z"))
+    with pytest.raises(
+        InputError, match=r"The metric is the same in the clean and in the corrupted run \(\[1.0, 2.0\]"
+    ):
+        recovered(patched([[1.0], [2.0]], "denoise", [1.0, 2.0], [0.0, 2.0]))

@@ -110,6 +110,17 @@ def test_direct_paths_into_grouped_keys_are_refused_by_the_tool() -> None:
         patching.get_act_patch_direct_path(model, corrupted, *caches, at_last(metric), 0, 3, "k", verbose=False)
 
 
+def test_integrated_gradients_are_not_there_yet() -> None:
+    with pytest.raises(NotImplementedError, match="ig_steps>1"):
+        EdgeAttributionConfig(ig_steps=2)
+
+
+def test_attribution_of_edges_into_grouped_heads_is_refused_by_the_tool() -> None:
+    model, clean, corrupted = prompts("grouped")
+    with pytest.raises(ValueError, match="GQA"):
+        attribution_patch(model, clean, corrupted, at_last(metric), EdgeAttributionConfig(granularity="edge"))
+
+
 def test_attribution_of_nodes() -> None:
     model, clean, corrupted = prompts()
     result = attribution_patch(model, clean, corrupted, at_last(metric))

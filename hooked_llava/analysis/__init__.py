@@ -21,6 +21,7 @@ from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
+from hooked_llava.results import recovered
 
 __all__ = [
     "ablate_heads",
@@ -48,5 +49,6 @@ __all__ = [
     "predict_wrong",
     "random_heads",
     "reciprocal_rank",
+    "recovered",
     "top_heads",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import xarray as xr
@@ -28,8 +28,17 @@ if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
-Each = Literal["each", "all"] | str | int | Sequence[int]
+Each = Literal["each", "all"] | str | int | Sequence[int | str]
 """Each in turn, all together, or a choice of which each is taken in turn."""
+
+
+class _Together(NamedTuple):
+    """The positions of a span, patched at once."""
+
+    name: str
+    positions: tuple[int, ...]
+
+
 _Axes = dict[str, list[Any]]
 """For each axis the choices taken in turn; [None] where all are taken together or the hook lacks the axis."""
 
@@ -56,8 +65,9 @@ def activation_patching(
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
         hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it.
         layers: layers to patch, all by default.
-        positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn. On
-            image hooks these are patches ("all" takes the class token along).
+        positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn; the
+            name of a span within a list means its positions together: ["image", "question", "last"] are three cells.
+            On image hooks these are patches ("all" takes the class token along).
         heads: "each" head in turn, "all" together, or a list, each in turn.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
@@ -139,13 +149,21 @@ def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each,
     elif positions == "each":
         axes["position"] = list(prompt.token_map.real)
     else:
-        axes["position"] = [None] if positions == "all" else resolve_positions(positions, prompt)[0].tolist()
+        axes["position"] = [None] if positions == "all" else _places(positions, prompt)
     n_heads = _n_heads(model, names[0], spec)
     if not n_heads and heads not in ("each", "all"):
         raise InputError(f"heads={heads!r}, but {names[0]} has no heads; leave heads= out.")
     kind = "kv_head" if "kv_head" in spec.axes else "head"
     axes[kind] = _numbers(heads, n_heads, f"heads of {names[0]}") if n_heads else [None]
     return axes
+
+
+def _places(positions: Each, prompt: Inputs) -> list[Any]:
+    """Positions, and spans that stand in a list as one."""
+    if isinstance(positions, (str, int, slice)) or not any(isinstance(entry, str) for entry in positions):
+        return resolve_positions(positions, prompt)[0].tolist()
+    found = [(entry, resolve_positions(entry, prompt)[0].tolist()) for entry in positions]
+    return [_Together(entry, tuple(where)) if isinstance(entry, str) else where[0] for entry, where in found]
 
 
 def _n_heads(model: HookedLLaVA, name: str, spec: HookSpec) -> int:
@@ -176,7 +194,8 @@ def _intervention(
     value = activation[image or 0]
     axis = (spec.position_axis or 1) - 1
     if image is None:
-        where = real if chosen["position"] is None else [chosen["position"]]
+        place = chosen["position"]
+        where = real if place is None else list(place.positions) if isinstance(place, _Together) else [place]
         rows = where
     else:
         where = None if chosen["patch"] is None else [chosen["patch"]]
@@ -201,13 +220,21 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
         del taken["image"]
     if "blocks." in names[0]:
         taken = {"layer": [int(name.removeprefix("vision.").split(".")[1]) for name in names], **taken}
+    places = taken.get("position", [])
+    if "position" in taken:
+        taken["position"] = [place.positions[0] if isinstance(place, _Together) else place for place in places]
     shape = [len(choices) for choices in taken.values()]
     result = xr.DataArray(numbers(values).reshape(shape), dims=tuple(taken), coords=dict(taken), name="metric")
     if "position" in taken:
         labels = base.token_map.labels
-        return result.assign_coords(label=("position", [labels[p] for p in taken["position"]]))
+        named = [place.name if isinstance(place, _Together) else labels[place] for place in places]
+        result = result.assign_coords(label=("position", named))
+        if any(isinstance(place, _Together) for place in places):
+            sizes = [len(place.positions) if isinstance(place, _Together) else 1 for place in places]
+            result = result.assign_coords(n_positions=("position", sizes))
+        return result
     if "patch" in taken:
-        places = [divmod(patch, base.token_map.grid[1]) for patch in taken["patch"]]
-        rows, columns = zip(*places, strict=True)
+        grid = [divmod(patch, base.token_map.grid[1]) for patch in taken["patch"]]
+        rows, columns = zip(*grid, strict=True)
         return result.assign_coords(patch_row=("patch", list(rows)), patch_col=("patch", list(columns)))
     return result

@@ -8,7 +8,7 @@ straight line between the two prompts' embeddings (Hanna et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
 Activations = dict[str, Tensor]
+_PROJECTED = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 _OUTSIDE = ("hook_text_embed", "ln_final.", "hook_logits")  # before the path's beginning; read at one position only
 
 
@@ -72,10 +73,11 @@ def attribution_patching(
     by_hook = {hook: _checked(model, hook) for hook in hooks}
     names = [name for several in by_hook.values() for name in several]
 
-    def one_pair(base: Inputs, there: Activations, here: Activations, gradients: Activations) -> xr.Dataset:
-        return xr.Dataset({hook: _estimate(model, base, own, there, here, gradients) for hook, own in by_hook.items()})
+    def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
+        gradients = point.gradients(names, metric)
+        return xr.Dataset({hook: _estimate(model, base, own, changes, gradients) for hook, own in by_hook.items()})
 
-    return _over_pairs(model, (clean, corrupted), names, names, one_pair, metric, direction, steps)
+    return _over_pairs(model, (clean, corrupted), names, names, estimate, metric, direction, steps)
 
 
 def edge_attribution(
@@ -90,9 +92,9 @@ def edge_attribution(
     """First-order estimate of `path_patching` between every sender and every receiver.
 
     A path's estimate is what the sender's output changes by, times the gradient at the receiver's own copy of the
-    stream, over all positions. The edges of one sender sum to its estimate as a node. Holds the gradients of
-    `q_input`, `k_input` and `v_input` of all layers at once, [pos, head, d_model] each. Arguments as for
-    `attribution_patching`.
+    stream, over all positions. The edges of one sender sum to its estimate as a node. Beyond a backward pass it holds
+    the gradients at `q_input`, `k_input` and `v_input`, [pos, head, d_model] each, of one layer at a time. Arguments as
+    for `attribution_patching`.
 
     Returns `heads` [receiver, layer, head], `mlps` [receiver, layer] and `embed` [receiver], with NaN where the sender
     does not lie before the receiver; receivers are "L3H2 q" (k, v), "L3 mlp" and "logits", as in `path_patching`.
@@ -105,15 +107,16 @@ def edge_attribution(
     >>> edges.mlps.dims
     ('receiver', 'layer')
     """
-    receivers = _receivers(model)
     layers = range(model.cfg.n_layers)
     senders = ["hook_embed", *(f"blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out"))]
+    behind = [f"blocks.{i}.{part}" for i in layers for part in (*_PROJECTED, "hook_mlp_in")]
+    behind.append(f"blocks.{layers[-1]}.hook_resid_post")
+    held = [*behind, *(f"blocks.{i}.hook_resid_pre" for i in layers)]
 
-    def one_pair(base: Inputs, there: Activations, here: Activations, gradients: Activations) -> xr.Dataset:
-        return _edges(model, receivers, {name: there[name] - here[name] for name in senders}, gradients)
+    def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
+        return _edges(model, changes, point.held, point.gradients(behind, metric))
 
-    names = list(dict.fromkeys(name for name, _, _ in receivers))
-    return _over_pairs(model, (clean, corrupted), senders, names, one_pair, metric, direction, steps)
+    return _over_pairs(model, (clean, corrupted), senders, held, estimate, metric, direction, steps)
 
 
 def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
@@ -162,49 +165,45 @@ class _Run:
 def _over_pairs(
     model: HookedLLaVA,
     sides: tuple[Any, Any],
-    activations: list[str],
-    receivers: list[str],
-    one_pair: Callable[..., xr.Dataset],
+    changing: list[str],
+    at_points: list[str],
+    estimate: Callable[[Inputs, Activations, _Run, Metric], xr.Dataset],
     metric: Metric | Sequence[Metric] | None,
     direction: Direction,
     steps: int,
 ) -> xr.Dataset:
-    """The estimate for each pair from both runs' activations and the gradients at the receivers."""
+    """The estimate for each pair, from what changes between its runs and from the run (or path) that is patched.
+
+    `changing` are the hooks whose difference the estimate needs, `at_points` those held with their graph.
+    """
     check_direction(direction)
     if steps < 0:
         raise InputError(f"steps={steps}; expected 0 for a plain gradient, or the number of points of the path.")
     pairs, several = prompt_pairs(model, *sides, metric)
     results = []
-    names = list(dict.fromkeys([*activations, *receivers]))
     for clean, corrupted, own_metric in pairs:
         source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
         with analysis(model, clean, n_forward=2 + steps, direction=direction, steps=steps) as made:
             start, end = model.embed(base), model.embed(source)
-            there = _run(model, source, end, activations)
-            here = _run(model, base, start, names if not steps else activations, graph=not steps)
+            there = _run(model, source, end, changing)
+            here = _run(model, base, start, changing if steps else [*changing, *at_points], graph=not steps)
             ends = [there.logits, here.logits.detach()]
             ends = ends if source is clean else ends[::-1]
             scored = own_metric or own_answers(*ends)
-            if steps:
-                gradients = _along_path(model, base, start, end, receivers, scored, steps)
-            else:
-                gradients = here.gradients(receivers, scored)
-            result = one_pair(base, there.held, {n: t.detach() for n, t in here.held.items()}, gradients)
+            changes = {name: there.held.pop(name) - here.held[name].detach() for name in changing}
+            points = _along_path(model, base, start, end, at_points, steps) if steps else [here]
+            result = sum(estimate(base, changes, point, scored) for point in points) / max(1, steps)
             values = {"clean": float(scored(ends[0])), "corrupted": float(scored(ends[1]))}
             results.append(result.assign_attrs(made.attrs(**values)))
     return stack(results, "pair") if several else results[0]
 
 
 def _along_path(
-    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], metric: Metric, steps: int
-) -> Activations:
-    """Gradients averaged over the midpoints of equal parts of the line between two embeddings."""
-    total: Activations = {}
+    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], steps: int
+) -> Iterator[_Run]:
+    """Runs at the midpoints of equal parts of the line between two embeddings."""
     for step in range(steps):
-        embedding = start + (step + 0.5) / steps * (end - start)
-        found = _run(model, base, embedding, names, graph=True).gradients(names, metric)
-        total = {name: total.get(name, 0) + gradient / steps for name, gradient in found.items()}
-    return total
+        yield _run(model, base, start + (step + 0.5) / steps * (end - start), names, graph=True)
 
 
 def _run(model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str], *, graph: bool = False) -> _Run:
@@ -241,15 +240,10 @@ def _checked(model: HookedLLaVA, hook: str) -> list[str]:
 
 
 def _estimate(
-    model: HookedLLaVA,
-    base: Inputs,
-    names: list[str],
-    there: Activations,
-    here: Activations,
-    gradients: Activations,
+    model: HookedLLaVA, base: Inputs, names: list[str], changes: Activations, gradients: Activations
 ) -> xr.DataArray:
     """(x' - x) . gradient over the last axis, stacked over the layers."""
-    rows = [einsum("... d, ... d -> ...", (there[n] - here[n])[0].float(), gradients[n][0].float()) for n in names]
+    rows = [einsum("... d, ... d -> ...", changes[name][0].float(), gradients[name][0].float()) for name in names]
     axes = model.hooks_table[names[0]].axes[1:-1]
     dims = tuple("position" if axis == "pos" else axis for axis in axes)
     coords: dict[str, Any] = {"position": range(base.shape[1]), "label": ("position", base.token_map.labels)}
@@ -261,39 +255,31 @@ def _estimate(
     return xr.DataArray(torch.stack(rows).cpu().numpy(), dims=("layer", *dims), coords=coords, name="change")
 
 
-_Receiver = tuple[str, int | None, str]
-"""Hook, head and label of a place that reads the stream."""
-
-
-def _receivers(model: HookedLLaVA) -> list[_Receiver]:
+def _receivers(model: HookedLLaVA) -> list[list[str]]:
+    """Labels of the places that read the stream, layer by layer: queries, keys and values by head, MLP; then the logits."""
     cfg = model.config.language
-    found: list[_Receiver] = []
-    for layer in range(cfg.n_layers):
-        for x, n_heads in (("q", cfg.n_heads), ("k", cfg.n_key_value_heads), ("v", cfg.n_key_value_heads)):
-            name = f"blocks.{layer}.attn.hook_{x}_input"
-            found += [(name, head, f"L{layer}H{head} {x}") for head in range(n_heads)]
-        found.append((f"blocks.{layer}.hook_mlp_in", None, f"L{layer} mlp"))
-    return [*found, (f"blocks.{cfg.n_layers - 1}.hook_resid_post", None, "logits")]
+    kinds = (("q", cfg.n_heads), ("k", cfg.n_key_value_heads), ("v", cfg.n_key_value_heads))
+    by_layer = [
+        [*(f"L{layer}H{head} {x}" for x, n_heads in kinds for head in range(n_heads)), f"L{layer} mlp"]
+        for layer in range(cfg.n_layers)
+    ]
+    return [*by_layer, ["logits"]]
 
 
-def _edges(model: HookedLLaVA, receivers: list[_Receiver], changes: Activations, gradients: Activations) -> xr.Dataset:
-    """Every sender's change against every receiver's gradient, where the sender comes before."""
+def _edges(model: HookedLLaVA, changes: Activations, held: Activations, gradients: Activations) -> xr.Dataset:
+    """Every sender's change against every receiver's gradient, where the sender comes before; a layer at a time."""
     cfg = model.config.language
-    reading = torch.stack(
-        [gradients[name][0] if head is None else gradients[name][0, :, head] for name, head, _ in receivers]
-    ).float()  # (receiver, pos, d_model)
-    heads = np.full((len(receivers), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
-    mlps = heads[:, :, 0].copy()
-    embed = einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading).cpu().numpy()
-    after_attention = np.array([_stage(name, cfg.n_layers) for name, _, _ in receivers])
-    for layer in range(cfg.n_layers):
-        z = changes[f"blocks.{layer}.attn.hook_z"][0]  # (pos, head, d_head)
-        wrote = einsum("p h d, h d m -> h p m", z, model.blocks[layer].attn.W_O).float()
-        behind = after_attention > 2 * layer
-        heads[behind, layer] = einsum("h p m, r p m -> r h", wrote, reading[behind]).cpu().numpy()
-        behind = after_attention > 2 * layer + 1
-        change = changes[f"blocks.{layer}.hook_mlp_out"][0].float()
-        mlps[behind, layer] = einsum("p m, r p m -> r", change, reading[behind]).cpu().numpy()
+    labels = _receivers(model)
+    parts = []
+    for layer, own in enumerate(labels):
+        if layer < cfg.n_layers:
+            reading = _reading(model, layer, held, gradients)  # (receiver, pos, d_model), the MLP last
+        else:
+            reading = gradients[f"blocks.{layer - 1}.hook_resid_post"].float()
+        parts.append(_into_layer(model, layer, reading, changes))
+        assert len(reading) == len(own)
+        del reading  # before the next layer's are made
+    heads, mlps, embed = (np.concatenate(part) for part in zip(*parts, strict=True))
     return xr.Dataset(
         {
             "heads": (("receiver", "layer", "head"), heads),
@@ -301,15 +287,49 @@ def _edges(model: HookedLLaVA, receivers: list[_Receiver], changes: Activations,
             "embed": (("receiver",), embed),
         },
         coords={
-            "receiver": [label for _, _, label in receivers],
+            "receiver": [label for own in labels for label in own],
             "layer": range(cfg.n_layers),
             "head": range(cfg.n_heads),
         },
     )
 
 
-def _stage(name: str, n_layers: int) -> int:
-    """How many attentions and MLPs a receiver lies behind."""
-    if name.endswith("hook_resid_post"):
-        return 2 * n_layers
-    return 2 * int(name.split(".")[1]) + name.endswith("hook_mlp_in")
+def _reading(
+    model: HookedLLaVA, layer: int, held: Activations, gradients: Activations
+) -> Float[Tensor, "receiver pos d_model"]:
+    """Gradients at every place of a layer that reads the stream: each head's copy for q, k and v, and the MLP's.
+
+    Those of the copies (`q_input` and its kin) are made here, from the gradients at queries, keys and values: through
+    the projection and the norm, so that no run holds a copy of the stream for every head of every layer.
+    """
+    block = model.blocks[layer]
+    stream = held[f"blocks.{layer}.hook_resid_pre"][0].detach()
+    rows = []
+    for name, linear in zip(_PROJECTED, (block.attn.query, block.attn.key, block.attn.value), strict=True):
+        gradient = gradients[f"blocks.{layer}.{name}"][0]  # (pos, head, d_head)
+        weight = linear.weight.unflatten(0, (-1, gradient.shape[-1]))
+        behind_norm = einsum("p h d, h d m -> h p m", gradient, weight)
+        copies = stream.expand_as(behind_norm).clone().requires_grad_()
+        with torch.enable_grad():
+            normalized = block.ln1.fused(copies)
+        rows.append(torch.autograd.grad(normalized, copies, behind_norm)[0].float())
+    return torch.cat([*rows, gradients[f"blocks.{layer}.hook_mlp_in"].float()])
+
+
+def _into_layer(
+    model: HookedLLaVA, layer: int, reading: Float[Tensor, "receiver pos d_model"], changes: Activations
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges from every head, MLP and the embedding into a layer's readers; its MLP (the last) also hears its heads."""
+    cfg = model.config.language
+    heads = np.full((len(reading), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
+    mlps = heads[:, :, 0].copy()
+    embed = einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading).cpu().numpy()
+    for sender in range(min(layer + 1, cfg.n_layers)):
+        hears = slice(None) if sender < layer else slice(-1, None)
+        z = changes[f"blocks.{sender}.attn.hook_z"][0]  # (pos, head, d_head)
+        wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
+        heads[hears, sender] = einsum("h p m, r p m -> r h", wrote, reading[hears]).cpu().numpy()
+        if sender < layer:
+            change = changes[f"blocks.{sender}.hook_mlp_out"][0].float()
+            mlps[:, sender] = einsum("p m, r p m -> r", change, reading).cpu().numpy()
+    return heads, mlps, embed

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
+from hooked_llava.messages import messages_along
 from hooked_llava.readout import token_id, words
 from hooked_llava.results import analysis, stack
 
@@ -184,13 +185,10 @@ def _messages(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "layer head source"]:
     """A v W_O . direction: what each head carries from each position into the logit."""
-    cfg, rows = model.config.language, []
-    for i, block in enumerate(model.blocks):
-        reading = block.attn.W_O.to(direction.dtype) @ direction  # (head, d_head)
-        v = cache[f"blocks.{i}.attn.hook_v"][0].to(direction.dtype)  # (source, kv_head, d_head)
-        v = v.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=1)  # (source, head, d_head)
-        pattern = cache[f"blocks.{i}.attn.hook_pattern"][0, :, 0].to(direction.dtype)  # (head, source)
-        rows.append(pattern * einsum("k h d, h d -> h k", v, reading))
+    rows = []
+    for i in range(model.cfg.n_layers):
+        held = (cache[f"blocks.{i}.attn.hook_{name}"][0] for name in ("pattern", "v"))
+        rows.append(messages_along(model, i, *held, direction)[:, 0])  # (head, source)
     return torch.stack(rows)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
-from hooked_llava.readout import Lens, lens, token_id, top_tokens, words
+from hooked_llava.readout import Lens, check_k, lens, token_id, top_tokens, words
 from hooked_llava.results import analysis, stack
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def logit_lens(
         hook: short name of another hook to read, in all its layers: "attn_out", "mlp_out", "result" (an axis head
             follows position), "hook_image_embed" at image positions.
 
-    Raises `InputError` for unknown tokens, a position outside the prompt (for image hooks, outside the pictures), and a
-    hook that holds no vectors of the residual stream.
+    Raises `InputError` for unknown tokens, a k that the vocabulary does not have, a position outside the prompt (for
+    image hooks, outside the pictures), and a hook that holds no vectors of the residual stream.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -62,6 +62,7 @@ def logit_lens(
     >>> read.sizes["layer"] == model.cfg.n_layers + 1
     True
     """
+    check_k(model, k)
     prompts = model.as_inputs(inputs)
     answer_ids = [token_id(model, answer) for answer in answers or ()]
     results = [_one_prompt(model, prompt, positions, norm, answer_ids, k, hook) for prompt in prompts]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from hooked_llava.readout import words
+from hooked_llava.readout import check_k, words
 from hooked_llava.results import analysis
 
 if TYPE_CHECKING:
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:
     """The k most probable next tokens after each prompt: `token`, `token_id` and `probability`, each [prompt, rank].
 
+    Raises `InputError` for a k that the vocabulary does not have.
+
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> next_tokens(model, model.prepare("Who made the star?"), k=3).sizes["rank"]
     3
     """
+    check_k(model, k)
     prompt = model.as_inputs(inputs)
     with analysis(model, prompt, n_forward=1) as made:
         stream = model(prompt, stop_at_layer=model.cfg.n_layers)  # (batch, pos, d_model)

@@ -14,7 +14,16 @@ from hooked_llava.toy.questions import (
     format_answer,
     format_prompt,
 )
-from hooked_llava.toy.scenes import COLOR_NAMES, PATTERNS, SHAPES, Scene, SceneObject, sample_scene
+from hooked_llava.toy.scenes import (
+    COLOR_NAMES,
+    PATTERNS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    recolor,
+    replace_object,
+    sample_scene,
+)
 
 __all__ = [
     "ANSWER_KINDS",
@@ -35,5 +44,7 @@ __all__ = [
     "fact_table",
     "format_answer",
     "format_prompt",
+    "recolor",
+    "replace_object",
     "sample_scene",
 ]

@@ -57,9 +57,9 @@ def vocabulary() -> dict[str, int]:
     return {word: index for index, word in enumerate(dict.fromkeys(words))}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
     """A real fast tokenizer: one token per word or punctuation mark, `<s>` prepended, padding on the left."""
-    vocab = vocabulary()
+    vocab = vocabulary() if vocab is None else vocab
     backend = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
     backend.post_processor = processors.TemplateProcessing(
@@ -80,15 +80,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor saved beside the weights: pictures to 64 x 64, `<image>` to its 64 placeholders."""
+def build_processor(
+    vocab: dict[str, int] | None = None, *, image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE
+) -> LlavaProcessor:
+    """The processor saved beside the weights: pictures to 64 x 64, `<image>` to its 64 placeholders.
+
+    Another small world gives its own words and sizes.
+    """
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     return LlavaProcessor(
         image_processor=pictures,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH_SIZE,
+        tokenizer=build_tokenizer(vocab),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_CHAT_TEMPLATE,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from hooked_llava.errors import InputError, did_you_mean
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 8
@@ -42,6 +46,8 @@ _N_TEXTURES = 48
 _SHARED_COLOR_RATE = {1: 0.0, 2: 0.27, 3: 0.7, 4: 0.7, 5: 0.7}
 
 Box = tuple[int, int, int, int]
+Look = tuple[str, str, str]
+"""Shape, colour and pattern of an object."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,24 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
+class _Draw:
+    """What a picture was drawn from, so that it can be drawn again with another object in the same place."""
+
+    generator: type[np.random.BitGenerator]
+    state: dict[str, Any]
+    """The generator's state, once the number of objects was known."""
+    order: tuple[int, ...]
+    """For each of the scene's objects, which one it was in drawing."""
+
+
+@dataclass(frozen=True)
 class Scene:
     """A picture and everything that is true of it; `pixels` is uint8 [64, 64, 3]."""
 
     objects: tuple[SceneObject, ...]
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)
+    draw: _Draw | None = field(default=None, repr=False, compare=False)
+    """How to draw it again (`recolor`, `replace_object`); None if it is only told."""
 
     def render(self) -> Image.Image:
         """The picture as an RGB image."""
@@ -98,18 +117,53 @@ def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scen
     n = int(rng.integers(2, MAX_OBJECTS + 1)) if n_objects is None else n_objects
     if not 1 <= n <= MAX_OBJECTS:
         raise ValueError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects}")
-    shapes = rng.permutation(len(SHAPES))[:n]
-    colors = rng.integers(len(COLOR_NAMES), size=n)
-    patterns = rng.integers(len(PATTERNS), size=n)
-    if rng.random() < _SHARED_COLOR_RATE[n]:
-        colors[1], patterns[1] = colors[0], 1 - patterns[0]
-    canvas = _background(rng)
-    objects = []
-    for shape, color, pattern, (x, y) in zip(shapes, colors, patterns, _place(rng, n), strict=True):
-        objects.append(_draw(canvas, rng, int(shape), int(color), int(pattern), x, y))
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
-    order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
-    return Scene(tuple(objects[i] for i in order), np.clip(canvas, 0, 255).astype(np.uint8))
+    return _sample(rng, n)
+
+
+def recolor(scene: Scene, shape: str, color: str) -> Scene:
+    """The same picture with one object in another colour: no pixel outside the object's mask differs.
+
+    Pattern, place, background and noise stay. Raises `InputError` for a shape that is not in the picture, and for a
+    colour that is unknown or the object's own.
+
+    >>> scene = sample_scene(np.random.default_rng(0))
+    >>> changed = recolor(scene, scene.objects[0].shape, "white")
+    >>> differs = (changed.pixels != scene.pixels).any(-1)
+    >>> bool((differs <= scene.objects[0].mask).all()), changed.objects[0].color
+    (True, 'white')
+    """
+    index, old = _located(scene, shape)
+    if _known(color, COLOR_NAMES, "color") == old.color:
+        raise InputError(f"The {shape} is {color} already; expected another colour.")
+    return _changed(scene, index, (old.shape, color, old.pattern))
+
+
+def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = None, pattern: str | None = None) -> Scene:
+    """The same picture with another shape in the place of one: no pixel outside the two shapes' masks differs.
+
+    Args:
+        scene: the picture.
+        shape: the object that goes.
+        by: the shape that comes; one that the picture does not hold yet.
+        color: its colour, by default that of the object that goes.
+        pattern: its pattern, likewise.
+
+    Raises `InputError` for a shape that is not in the picture, and for one to come that is, or is unknown.
+
+    >>> scene = sample_scene(np.random.default_rng(0))
+    >>> swapped = replace_object(scene, scene.objects[0].shape, "moon", color="blue")
+    >>> swapped.objects[0].shape, swapped.objects[0].color, swapped.objects[1:] == scene.objects[1:]
+    ('moon', 'blue', True)
+    """
+    index, old = _located(scene, shape)
+    if scene.find(_known(by, SHAPES, "shape")) is not None:
+        raise InputError(f"There is a {by} in the picture already, and no shape stands in it twice; expected another.")
+    look = (
+        by,
+        old.color if color is None else _known(color, COLOR_NAMES, "color"),
+        old.pattern if pattern is None else _known(pattern, PATTERNS, "pattern"),
+    )
+    return _changed(scene, index, look)
 
 
 def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
@@ -128,6 +182,61 @@ def normalize(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """What the image processor makes of 64 x 64 pictures: uint8 [..., 64, 64, 3] -> float [..., 3, 64, 64]."""
     scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
     return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+
+def _located(scene: Scene, shape: str) -> tuple[int, SceneObject]:
+    shapes = [o.shape for o in scene.objects]
+    if shape not in shapes:
+        raise InputError(
+            f"There is no {shape} in the picture.{did_you_mean(shape, shapes)} It has: {', '.join(shapes)}."
+        )
+    return shapes.index(shape), scene.objects[shapes.index(shape)]
+
+
+def _known(word: str, words: Sequence[str], what: str) -> str:
+    if word not in words:
+        raise InputError(f"There is no {what} {word!r}.{did_you_mean(word, words)} Known: {', '.join(words)}.")
+    return word
+
+
+def _changed(scene: Scene, index: int, look: Look) -> Scene:
+    """The scene drawn again from the same random numbers, one object looking otherwise."""
+    if scene.draw is None:
+        shape, color, pattern = look
+        told = replace(scene.objects[index], shape=shape, color=color, pattern=pattern)
+        return replace(scene, objects=(*scene.objects[:index], told, *scene.objects[index + 1 :]))
+    looks = [(o.shape, o.color, o.pattern) for o in scene.objects]
+    looks[index] = look
+    bits = scene.draw.generator()
+    bits.state = scene.draw.state
+    drawn = [looks[scene.draw.order.index(i)] for i in range(len(looks))]
+    return _sample(np.random.Generator(bits), len(looks), drawn)
+
+
+def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = None) -> Scene:
+    """Draws a picture; with `looks` the objects, in the order of drawing, look like that.
+
+    What is drawn from the generator does not depend on how the objects look.
+    """
+    bits = rng.bit_generator
+    state = bits.state
+    shapes = rng.permutation(len(SHAPES))[:n]
+    colors = rng.integers(len(COLOR_NAMES), size=n)
+    patterns = rng.integers(len(PATTERNS), size=n)
+    if rng.random() < _SHARED_COLOR_RATE[n]:
+        colors[1], patterns[1] = colors[0], 1 - patterns[0]
+    if looks is not None:
+        shapes = [SHAPES.index(shape) for shape, _, _ in looks]
+        colors = [COLOR_NAMES.index(color) for _, color, _ in looks]
+        patterns = [PATTERNS.index(pattern) for _, _, pattern in looks]
+    canvas = _background(rng)
+    objects = []
+    for shape, color, pattern, (x, y) in zip(shapes, colors, patterns, _place(rng, n), strict=True):
+        objects.append(_draw(canvas, rng, int(shape), int(color), int(pattern), x, y))
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
+    order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
+    return Scene(tuple(objects[i] for i in order), pixels, _Draw(type(bits), state, tuple(order.tolist())))
 
 
 def _place(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:

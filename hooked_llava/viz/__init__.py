@@ -9,11 +9,14 @@ from hooked_llava.viz.bars import contribution_bars
 from hooked_llava.viz.lens import answer_curve, lens_table
 from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from hooked_llava.viz.patching import by_patch, plot_patching
+from hooked_llava.viz.patching_report import PatchingReport, patching_report
 from hooked_llava.viz.report import Report, explain
 
 __all__ = [
     "answer_curve",
     "as_the_model_sees_it",
+    "by_patch",
     "cell_map",
     "cell_maps",
     "contribution_bars",
@@ -25,5 +28,8 @@ __all__ = [
     "model_view",
     "patch_overlay",
     "patch_overlays",
+    "patching_report",
+    "PatchingReport",
+    "plot_patching",
     "Report",
 ]

@@ -20,6 +20,7 @@ from hooked_llava.geometry import ImageGeometry
 from hooked_llava.input_batch import Inputs
 from hooked_llava.pictures import Picture, load_picture
 from hooked_llava.viz.style import (
+    DIVERGING,
     INK,
     MUTED,
     PAPER,
@@ -113,7 +114,7 @@ def patch_overlays(
         for axes in panels.flat[n:]:
             axes.set_visible(False)
         if title:
-            figure.suptitle(title, fontsize=10, fontweight="semibold", x=0.01, ha="left")
+            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
         add_color_bar(figure, panels, scale, unit_of(result), colors=_as_overlaid(scale))
     return figure
 
@@ -288,12 +289,13 @@ def _draw_grid(axes: Axes, x_edges: np.ndarray, y_edges: np.ndarray) -> None:
 
 def _vivid(scale: ColorScale) -> Colormap:
     """The scale's map without its palest part where values only grow: faint patches are transparent already."""
-    return scale.map if scale.low < 0 else ListedColormap(scale.map(np.linspace(0.25, 1.0, 256)))
+    return scale.map if scale.name == DIVERGING else ListedColormap(scale.map(np.linspace(0.25, 1.0, 256)))
 
 
 def _opacity(values: np.ndarray, scale: ColorScale) -> np.ndarray:
-    """0 at 0, and rising fastest there, so that half the largest value is still seen well."""
-    part = np.clip(np.abs(np.nan_to_num(values)) / max(abs(scale.low), abs(scale.high)), 0, 1)
+    """0 at the neutral value, and rising fastest there, so that half the largest effect is still seen well."""
+    away = np.abs(np.nan_to_num(values - scale.neutral))  # what is not a number is not drawn
+    part = np.clip(away / (scale.high - scale.neutral), 0, 1)
     return _MOST_OPAQUE * np.sqrt(part)
 
 

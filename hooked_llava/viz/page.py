@@ -13,18 +13,45 @@ import xarray as xr
 from matplotlib.figure import Figure
 from PIL import Image
 
+from hooked_llava.analysis import agreement
+from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.input_batch import Inputs
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.token_map import TokenMap
 from hooked_llava.viz.bars import contribution_bars
 from hooked_llava.viz.lens import answer_curve, layer_names
 from hooked_llava.viz.maps import layer_head_map
-from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlays
+from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot
 
 _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 _THUMBNAIL = 480  # pixels
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
+_BEST_HEADS = 5
+_METHODS = {
+    "log_increase": "Log-probability increase",
+    "attention": "Mean attention",
+    "grad_x_input": "Gradient × input",
+    "integrated_gradients": "Integrated gradients",
+    "rollout": "Attention rollout",
+    "relevancy": "Relevancy",
+    "occlusion": "Occlusion",
+    "token_ablation": "Ablated image tokens",
+}
+_MEANING = {
+    "log_increase": "how much likelier the answer becomes when what one head (the one with the largest score above) "
+    "brings from a patch is added to the stream entering its layer, S(A v W_O | x), read with the final norm's scale "
+    "held (Yu & Ananiadou, arXiv 2411.10950)",
+    "attention": "attention from the last position, averaged over all heads of all layers; it knows nothing of the answer",
+    "grad_x_input": "gradient of log P times the image embedding, to first order what the embedding adds",
+    "integrated_gradients": "the gradient of log P averaged on the line from the picture's mean embedding to each "
+    "patch's own, times their difference (arXiv 1703.01365)",
+    "rollout": "attention multiplied through all layers, the residual stream counted as attention to oneself "
+    "(arXiv 2005.00928); it knows nothing of the answer",
+    "relevancy": "attention times its gradient, where positive, accumulated through all layers (arXiv 2103.15679)",
+    "occlusion": "what log P loses when a patch is painted grey in the picture, and the model is run again",
+    "token_ablation": "what log P loses when a patch's image embedding is replaced by the picture's mean embedding",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,7 @@ def build_page(page: Page) -> dict[str, Any]:
     results = page.results
     components = results["components"]
     return {
-        "question": _question(page.inputs),
+        "question": question_text(page.inputs),
         "answer": page.answer,
         "model_name": page.model.cfg.model_name or "the model",
         "n_layers": page.model.cfg.n_layers,
@@ -63,6 +90,8 @@ def build_page(page: Page) -> dict[str, Any]:
         "curve": figure_uri(answer_curve(results["lens"], title="")),
         "bars": figure_uri(contribution_bars(components, title="")),
         "head_map": figure_uri(layer_head_map(results["heads"], title="")),
+        "score_map": figure_uri(layer_head_map(results["head_scores"], title="")),
+        "best_heads": _best_heads(results["head_scores"]),
         "pictures": [_picture(page, image) for image in range(page.inputs.n_images)],
         "provenance": page.provenance,
     }
@@ -111,12 +140,12 @@ def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
             entries.append({"text": f"{name}, {token_map.n_features} positions", "span": span})
             position += token_map.n_features
             continue
-        entries.append({"text": _visible(token_map.labels[position]), "span": span})
+        entries.append({"text": visible(token_map.labels[position]), "span": span})
         position += 1
     return entries
 
 
-def top_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
+def looking_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
     """The maps [panel, patch_row, patch_col] of the n heads that attend most to the picture, in that order."""
     flat = attention.stack(panel=("layer", "head")).transpose("panel", "patch_row", "patch_col")
     shares = flat.sum(("patch_row", "patch_col")).values
@@ -146,13 +175,44 @@ def _picture(page: Page, image: int) -> dict[str, Any]:
         "normalised": bool(getattr(image_processor, "do_normalize", False)),
         "original_known": inputs.images is not None,
         "by_layer": figure_uri(patch_overlays(canvas, mean, image=image, columns=columns)),
-        "by_head": figure_uri(patch_overlays(canvas, top_heads(attention, page.n_heads), image=image)),
+        "by_head": figure_uri(patch_overlays(canvas, looking_heads(attention, page.n_heads), image=image)),
         "share_map": figure_uri(layer_head_map(share.rename("attention"), title="")),
         "mean_share": f"{float(share.mean()):.0%}",
+        "maps": [_map(page.results[name], canvas, image) for name in ("patches", "occlusion") if name in page.results],
+        "agreement": _agreement(page.results, image),
     }
 
 
-def _question(inputs: Inputs) -> str:
+def _map(maps: xr.DataArray, canvas: Any, image: int) -> dict[str, str]:
+    """A patch map as a figure, and what it shows."""
+    name, cost, shown = str(maps.attrs["method"]), float(maps.attrs["n_forward"]), maps.isel(image=image)
+    heads, window = maps.attrs.get("heads"), int(maps.attrs.get("window", 1))
+    which = f", head {', '.join(heads)}" if isinstance(heads, list) else ""
+    squares = f" (squares of {window} x {window} patches; each patch has the mean over those that hold it)"
+    return {
+        "title": _METHODS[name] + which,
+        "figure": figure_uri(patch_overlay(canvas, shown, image=image, title="")),
+        "meaning": _MEANING[name] + (squares if window > 1 else ""),
+        "largest": f"{float(shown.max()):.2g}",
+        "cost": f"{cost:.0f} forward pass{'' if round(cost) == 1 else 'es'}",
+    }
+
+
+def _agreement(results: dict[str, Any], image: int) -> str | None:
+    """How far the patch map orders the patches as occlusion does; None if one of them is missing or constant."""
+    if "occlusion" not in results:
+        return None
+    correlation = agreement(results["occlusion"].isel(image=image), results["patches"].isel(image=image))
+    return f"{correlation:.2f}" if np.isfinite(correlation) else None
+
+
+def _best_heads(scores: xr.DataArray) -> str:
+    """The heads with the largest scores in words."""
+    heads = top_heads(scores, min(_BEST_HEADS, scores.size))
+    return ", ".join(f"{layer}.{head} ({float(scores[layer, head]):+.2f})" for layer, head in heads)
+
+
+def question_text(inputs: Inputs) -> str:
     """The question's words if the prompt says where they are, else the prompt."""
     words = inputs.token_map.words
     if words is not None and words.prompt is not None and "question" in words.parts:
@@ -165,7 +225,7 @@ def _ranked(result: xr.Dataset) -> list[dict[str, Any]]:
     """The next tokens with their probability, as text and as the width of a bar in percent."""
     one = result.isel(prompt=0)
     pairs = zip(one["token"].values, one["probability"].values.tolist(), strict=True)
-    return [{"token": _visible(str(t)), "probability": f"{p:.3f}", "width": f"{100 * p:.1f}"} for t, p in pairs]
+    return [{"token": visible(str(t)), "probability": f"{p:.3f}", "width": f"{100 * p:.1f}"} for t, p in pairs]
 
 
 def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
@@ -176,7 +236,7 @@ def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     for name, words, probabilities in zip(names, one["token"].values, one["probability"].values, strict=True):
         cells = [
             {
-                "token": _visible(str(word)),
+                "token": visible(str(word)),
                 "probability": f"{p:.2f}",
                 "background": _hex(_PROBABILITY.rgba(p)),
                 "color": _PROBABILITY.ink(p),
@@ -206,7 +266,7 @@ def _sums(components: xr.DataArray, heads: xr.DataArray) -> dict[str, str]:
     }
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """A token as it can stand on a page: something to see for blanks and line breaks."""
     shown = token.strip(" ") or "␣" * max(1, len(token))
     return shown.replace("\n", "↵").replace("\t", "⇥")

@@ -37,7 +37,7 @@ _HEAT = (
     (0.75, 0.485, 0.16, 0.035),
     (1.0, 0.32, 0.11, 0.0),
 )
-_SIGNED = ("logit",)  # the names of results whose values may be negative, even if these are not
+_SIGNED = ("logit", "recovered")  # the names of results whose values may be negative, even if these are not
 _RC = {
     "font.size": 9.0,
     "font.family": "sans-serif",
@@ -93,6 +93,11 @@ class ColorScale:
     high: float
 
     @property
+    def neutral(self) -> float:
+        """The value that means nothing: white in the middle of a diverging map, the palest end of another."""
+        return (self.low + self.high) / 2 if self.name == DIVERGING else self.low
+
+    @property
     def map(self) -> Colormap:
         """0 to 1 -> colours."""
         return _heat() if self.name == SEQUENTIAL else mpl.colormaps[self.name]
@@ -111,23 +116,28 @@ class ColorScale:
         return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
 
 
-def color_scale(values: np.ndarray, *, signed: bool = False) -> ColorScale:
-    """Symmetric about 0 if any value is negative or could be (`signed`), else from 0 to the largest.
+def color_scale(values: np.ndarray, *, signed: bool = False, neutral: float = 0.0) -> ColorScale:
+    """Symmetric about the neutral value if any lies below it or could (`signed`), else from there to the largest.
 
     >>> color_scale(np.array([-1.0, 3.0]))
     ColorScale(name='RdBu_r', low=-3.0, high=3.0)
     >>> color_scale(np.array([0.25, 0.5]))
     ColorScale(name='heat', low=0.0, high=0.5)
     """
-    finite = values[np.isfinite(values)]
-    largest = float(np.abs(finite).max(initial=0.0)) or 1.0
-    signed = signed or bool((finite < 0).any())
-    return ColorScale(DIVERGING, -largest, largest) if signed else ColorScale(SEQUENTIAL, 0.0, largest)
+    away = values[np.isfinite(values)] - neutral
+    largest = float(np.abs(away).max(initial=0.0)) or 1.0
+    if signed or bool((away < 0).any()):
+        return ColorScale(DIVERGING, neutral - largest, neutral + largest)
+    return ColorScale(SEQUENTIAL, neutral, neutral + largest)
 
 
 def scale_of(result: xr.DataArray, values: np.ndarray | None = None) -> ColorScale:
-    """The scale for a result's values, or for `values` made from them; contributions always diverge."""
-    return color_scale(result.values if values is None else values, signed=result.name in _SIGNED)
+    """The scale for a result's values, or for `values` made from them.
+
+    Contributions always diverge; a result's attribute `neutral` says which value stands for nothing, if it is not 0.
+    """
+    neutral = float(result.attrs.get("neutral", 0.0))
+    return color_scale(result.values if values is None else values, signed=result.name in _SIGNED, neutral=neutral)
 
 
 @lru_cache(maxsize=1)

@@ -217,3 +217,23 @@ def test_reading_an_answer_of_several_tokens() -> None:
     logits = model.run_with_hooks(forced[1].inputs, fwd_hooks=[("blocks.1.hook_mlp_out", overwrite)]).detach()
     expected = logits[0, where[0]].log_softmax(-1)[8] + logits[0, where[1]].log_softmax(-1)[9]
     assert float(found.sel(layer=1, position=3)) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_span_within_a_list_is_patched_as_one() -> None:
+    model, clean, corrupted = prompts()
+    last = clean.shape[1] - 1
+    found = activation_patching(model, clean, corrupted, positions=["image", 1, "text", -1], metric=metric)
+    image, text = (clean.token_map[span].tolist() for span in ("image", "text"))
+    labels = corrupted.token_map.labels
+    assert found.label.values.tolist() == ["image", labels[1], "text", labels[last]]
+    assert found.n_positions.values.tolist() == [len(image), 1, len(text), 1]
+    assert found.position.values.tolist() == [image[0], 1, text[0], last]
+    cells = [(0, image), (0, 1), (0, text), (0, last)]
+    close(found, [patch_cells(model, clean, corrupted, f"blocks.{i}.hook_resid_pre", cells, metric) for i in range(3)])
+    heads = activation_patching(
+        model, clean, corrupted, hook="z", positions=["image", "last"], heads=[2], layers=[1], metric=metric
+    )
+    cells = [(0, image, 2), (0, last, 2)]
+    close(heads, patch_cells(model, clean, corrupted, "blocks.1.attn.hook_z", cells, metric))
+    with pytest.raises(SpanError, match="There is no span 'imgae'"):
+        activation_patching(model, clean, corrupted, positions=["imgae", 1], metric=metric)

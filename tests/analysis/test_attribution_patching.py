@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import log_probability, rank
 from tests.analysis.test_activation_patching import metric, prompts
-from tests.oracles.naive_patching import activations, gradient_at
+from tests.oracles.naive_patching import activations, edges, gradient_at
 from tests.pairs import pair
 
 
@@ -65,6 +67,46 @@ def test_integrated_gradients_are_complete() -> None:
     assert float(found["hook_embed"].sum()) == pytest.approx(found.clean - found.corrupted, rel=0.01)
     plain = attribution_patching(model, clean, near, hooks=["hook_embed"], metric=metric)
     assert float(plain["hook_embed"].sum()) != pytest.approx(plain.clean - plain.corrupted, rel=0.1)
+
+
+@pytest.mark.parametrize("geometry", ["plain", "grouped", "biases"])
+def test_every_edge_is_the_change_times_the_gradient_at_the_readers_own_copy(geometry: str) -> None:
+    model, clean, corrupted = prompts(geometry)
+    found = edge_attribution(model, clean, corrupted, metric=metric)
+    expected = edges(model, clean, corrupted, metric)
+    for (sender, receiver), value in expected.items():
+        row = found.sel(receiver=receiver)
+        layer, _, head = sender.removesuffix(" mlp").removeprefix("L").partition("H")
+        own = row.embed if sender == "embed" else row.heads[int(layer), int(head)] if head else row.mlps[int(layer)]
+        assert float(own) == pytest.approx(value, rel=1e-3, abs=1e-5), (sender, receiver)
+    numbers = sum(int(np.isfinite(found[name]).sum()) for name in ("heads", "mlps", "embed"))
+    assert numbers == len(expected)
+
+
+def test_edges_along_a_path_are_the_mean_over_its_points() -> None:
+    model, clean, near = near_prompts(step=0.3)
+    found = edge_attribution(model, clean, near, metric=metric, steps=4)
+    nodes = attribution_patching(model, clean, near, hooks=["z", "hook_embed"], metric=metric, steps=4)
+    np.testing.assert_allclose(found.heads.sum("receiver"), nodes["z"].sum("position"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.embed.sum("receiver"), nodes["hook_embed"].sum("position"), rtol=1e-5, atol=1e-6)
+    plain = edge_attribution(model, clean, near, metric=metric)
+    assert not np.allclose(found.heads, plain.heads, rtol=1e-3, equal_nan=True)
+
+
+def test_edges_hold_the_gradients_of_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clean, corrupted = prompts()
+    module = sys.modules[edge_attribution.__module__]
+    of_layer, made = module._reading, []
+
+    def watched(*args: Any) -> torch.Tensor:
+        assert not any(reference() is not None for reference in made)
+        found = of_layer(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(module, "_reading", watched)
+    edge_attribution(model, clean, corrupted, metric=metric)
+    assert len(made) == model.cfg.n_layers
 
 
 def test_edges_of_a_sender_sum_to_the_sender() -> None:

@@ -95,6 +95,8 @@ def test_what_does_not_fit_is_refused() -> None:
         logit_lens(model(), prompt(), answers=["zebra"])
     with pytest.raises(InputError, match=r"positions=\[99\] do not lie in the prompt"):
         logit_lens(model(), prompt(), positions=99)
+    with pytest.raises(InputError, match="k=0 words; expected 1 to"):
+        logit_lens(model(), prompt(), k=0)
     with pytest.raises(SpanError, match="There is no span 'end'"):
         logit_lens(model(), prompt(), positions="end")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hooked_llava.analysis import next_tokens
+from hooked_llava.errors import InputError
 from tests.pairs import batch, pair
 
 
@@ -33,3 +34,11 @@ def test_only_one_positions_logits_are_computed() -> None:
         next_tokens(models.ours, models.prompt(batch=2))
     assert shapes == [(2, 1, 99)]
     assert not torch.is_inference_mode_enabled()
+
+
+def test_more_words_than_there_are_is_refused_before_anything_runs() -> None:
+    models, fired = pair(), []
+    listening = models.ours.hooks([("hook_embed", lambda x, hook: fired.append(hook))])
+    with listening, pytest.raises(InputError, match="k=100 words; expected 1 to 99"):
+        next_tokens(models.ours, models.prompt(), k=100)
+    assert not fired

@@ -5,17 +5,17 @@ import pytest
 from PIL import Image
 
 from hooked_llava.errors import InputError
-from hooked_llava.toy.pictures import SEEDS, draw, picture_path, picture_scene
+from hooked_llava.toy.pictures import NAMES, draw, picture_path, picture_scene
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_bundled_pictures_are_what_their_scenes_say(name):
     with Image.open(picture_path(name)) as picture:
         assert np.array_equal(np.asarray(picture), picture_scene(name).pixels)
 
 
 def test_every_picture_has_a_star_of_its_own_colour():
-    for name in SEEDS:
+    for name in NAMES:
         scene = picture_scene(name)
         star = scene.find("star")
         assert star is not None
@@ -23,10 +23,18 @@ def test_every_picture_has_a_star_of_its_own_colour():
 
 
 def test_drawing_writes_them_all(tmp_path):
-    assert {path.name for path in draw(tmp_path)} == {f"{name}.png" for name in SEEDS}
+    assert {path.name for path in draw(tmp_path)} == {f"{name}.png" for name in NAMES}
     assert all(path.is_file() for path in tmp_path.iterdir())
 
 
 def test_an_unknown_name_gets_a_suggestion():
     with pytest.raises(InputError, match=r"No bundled picture is called 'dmo'\. Did you mean: demo\? Known: demo, "):
         picture_path("dmo")
+
+
+def test_a_recoloured_picture_differs_in_one_shape_only():
+    scene, other = picture_scene("demo"), picture_scene("demo-blue-star")
+    differs = (scene.pixels != other.pixels).any(-1)
+    assert differs.any()
+    assert not differs[~scene.find("star").mask].any()
+    assert other.find("star").color == "blue"

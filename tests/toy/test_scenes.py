@@ -1,10 +1,14 @@
 """The toy world's pictures: what is drawn is what is said to be there."""
 
+import zlib
 from functools import lru_cache
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hooked_llava.errors import InputError
 from hooked_llava.toy.scenes import (
     COLOR_NAMES,
     COLORS,
@@ -14,6 +18,8 @@ from hooked_llava.toy.scenes import (
     SHAPES,
     Scene,
     imagine_scene,
+    recolor,
+    replace_object,
     sample_scene,
 )
 
@@ -32,6 +38,15 @@ def test_the_same_generator_draws_the_same_picture() -> None:
     first, second = sample_scene(np.random.default_rng(3)), sample_scene(np.random.default_rng(3))
     assert first == second
     assert np.array_equal(first.pixels, second.pixels)
+
+
+def test_a_seed_draws_what_it_always_drew() -> None:
+    """The checkpoints were trained on these pictures, and figures in the documentation show them."""
+    rng = np.random.default_rng(0)
+    drawn = [sample_scene(rng) for _ in range(100)]
+    assert zlib.crc32(repr([s.objects for s in drawn]).encode()) == 729809851
+    assert zlib.crc32(b"".join(s.pixels.tobytes() for s in drawn)) == 852826378
+    assert int(rng.integers(2**32)) == 3274441568
 
 
 def test_shapes_are_distinct_and_every_attribute_occurs() -> None:
@@ -114,3 +129,93 @@ def test_a_told_scene_has_no_picture() -> None:
 def test_a_wrong_number_of_objects_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match="between 1 and 5"):
         sample_scene(np.random.default_rng(0), n)
+
+
+def other(scene: Scene, index: int) -> str:
+    """A shape that the scene does not hold."""
+    absent = [s for s in SHAPES if scene.find(s) is None]
+    return absent[index % len(absent)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 4), color=st.sampled_from(COLOR_NAMES))
+def test_recolouring_changes_only_the_colour_of_one_object(seed: int, which: int, color: str) -> None:
+    scene = sample_scene(np.random.default_rng(seed))
+    old = scene.objects[which % len(scene.objects)]
+    if color == old.color:
+        with pytest.raises(InputError, match=f"The {old.shape} is {color} already; expected another colour"):
+            recolor(scene, old.shape, color)
+        return
+    changed = recolor(scene, old.shape, color)
+    differs = (changed.pixels != scene.pixels).any(-1)
+    assert not differs[~old.mask].any()
+    assert differs[old.mask].mean() > 0.9
+    for before, after in zip(scene.objects, changed.objects, strict=True):
+        assert (after.shape, after.pattern, after.box) == (before.shape, before.pattern, before.box)
+        assert np.array_equal(after.mask, before.mask)
+        assert after.color == (color if before is old else before.color)
+    back = recolor(changed, old.shape, old.color)
+    assert back == scene
+    assert np.array_equal(back.pixels, scene.pixels)
+
+
+def test_a_recoloured_object_has_the_pixels_of_its_new_colour() -> None:
+    for scene in scenes(30):
+        o = next((o for o in scene.objects if o.pattern == "solid"), None)
+        if o is None:
+            continue
+        color = next(c for c in COLOR_NAMES if c != o.color)
+        mean = recolor(scene, o.shape, color).pixels[o.mask].mean(0)
+        assert np.abs(mean - np.clip(COLORS[color], 10, 245)).max() < 30
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 4), chosen=st.integers(0, 9))
+def test_replacing_changes_only_the_place_of_one_object(seed: int, which: int, chosen: int) -> None:
+    scene = sample_scene(np.random.default_rng(seed))
+    index = which % len(scene.objects)
+    old = scene.objects[index]
+    swapped = replace_object(scene, old.shape, other(scene, chosen))
+    new = swapped.objects[index]
+    assert (new.shape, new.color, new.pattern) == (other(scene, chosen), old.color, old.pattern)
+    assert not (swapped.pixels != scene.pixels).any(-1)[~(old.mask | new.mask)].any()
+    assert swapped.objects[:index] + swapped.objects[index + 1 :] == scene.objects[:index] + scene.objects[index + 1 :]
+    # What both shapes leave free shows the same background under the same noise, whatever stood there before.
+    third = replace_object(swapped, new.shape, next(s for s in SHAPES if not (scene.find(s) or swapped.find(s))))
+    free = ~(new.mask | third.objects[index].mask)
+    assert np.array_equal(third.pixels[free], swapped.pixels[free])
+    back = replace_object(third, third.objects[index].shape, old.shape)
+    assert np.array_equal(back.pixels, scene.pixels)
+    assert back == scene
+
+
+def test_a_replacement_takes_the_colour_and_pattern_asked_for() -> None:
+    (scene,) = scenes(1)
+    old = scene.objects[0]
+    by, pattern = other(scene, 0), PATTERNS[1 - PATTERNS.index(old.pattern)]
+    new = replace_object(scene, old.shape, by, color="black", pattern=pattern).find(by)
+    assert new is not None
+    assert (new.color, new.pattern) == ("black", pattern)
+
+
+def test_a_told_scene_is_told_otherwise() -> None:
+    scene = imagine_scene(np.random.default_rng(0), 3)
+    color = next(c for c in COLOR_NAMES if c != scene.objects[1].color)
+    changed = recolor(scene, scene.objects[1].shape, color)
+    assert [o.color for o in changed.objects] == [scene.objects[0].color, color, scene.objects[2].color]
+    assert np.array_equal(changed.pixels, scene.pixels)
+
+
+def test_what_cannot_be_changed_is_refused() -> None:
+    (scene,) = scenes(1)
+    here, absent = scene.objects[0].shape, other(scene, 0)
+    with pytest.raises(InputError, match=f"There is no {absent} in the picture.* It has: {here}, "):
+        recolor(scene, absent, "red")
+    with pytest.raises(InputError, match="There is no color 'rde'. Did you mean: red"):
+        recolor(scene, here, "rde")
+    with pytest.raises(InputError, match="There is no shape 'bird'"):
+        replace_object(scene, here, "bird")
+    with pytest.raises(InputError, match="There is no pattern 'dotted'"):
+        replace_object(scene, here, absent, pattern="dotted")
+    with pytest.raises(InputError, match=f"There is a {scene.objects[1].shape} in the picture already"):
+        replace_object(scene, here, scene.objects[1].shape)

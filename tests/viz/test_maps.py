@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz import layer_head_map, layer_position_map
+from hooked_llava.viz import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 
 
 def heads(n_layers: int, n_heads: int) -> xr.DataArray:
@@ -102,3 +102,68 @@ def test_tokens_that_look_like_formulas_are_drawn_as_they_are(inputs):
     figure = layer_position_map(result)
     figure.to_svg()
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [r"\$x\$", "a very long t…"]
+
+
+def test_key_value_heads_are_called_so():
+    assert layer_head_map(heads(2, 3).rename(head="kv_head")).axes[0].get_xlabel() == "key-value head"
+
+
+def test_any_two_axes_make_a_map():
+    result = xr.DataArray([[1.0, np.nan]], dims=("layer", "receiver"), coords={"receiver": ["logits", "L1 mlp"]})
+    axes = cell_map(result, "receiver", "layer", title="Paths").axes[0]
+    assert axes.collections[0].get_array().shape == (2, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["logits", "L1 mlp"]
+    assert axes.get_title(loc="left") == "Paths"
+    assert [text.get_text() for text in axes.texts] == ["1.0"]
+
+
+def test_maps_below_each_other_share_a_scale():
+    first, second = heads(2, 3), 4 * heads(2, 3)
+    figure = cell_maps({"q": first, "k": second}, "layer", "head")
+    limits = [axes.collections[0].get_clim() for axes in figure.axes[:2]]
+    assert limits[0] == limits[1] == (-np.abs(second).max(), np.abs(second).max())
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["q", "k"]
+
+
+def test_numbers_near_what_does_nothing_are_left_out():
+    share = xr.DataArray(
+        [[1.0, 0.0, 0.99]], dims=("layer", "head"), name="recovered", attrs={"neutral": 1.0, "units": "share recovered"}
+    )
+    figure = layer_head_map(share)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.0"]
+    assert figure.axes[1].get_ylabel() == "share recovered"
+
+
+def test_position_maps_below_each_other_write_the_tokens_once(inputs):
+    parts = {"attn_out": by_position(inputs), "mlp_out": 2 * by_position(inputs)}
+    figure = layer_position_maps(parts, inputs)
+    limits = [axes.collections[0].get_clim() for axes in figure.axes[:2]]
+    assert limits[0] == limits[1]
+    shown = [[label.get_visible() and label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes[:2]]
+    assert "What" not in shown[0]
+    assert "What" in shown[1]
+    with pytest.raises(InputError, match="The results are about different positions"):
+        layer_position_maps({"a": parts["attn_out"], "b": parts["mlp_out"].isel(position=[0])}, inputs)
+
+
+def test_positions_patched_together_stand_under_the_name_of_their_span(inputs):
+    image = inputs.token_map["image"]
+    coords = {
+        "position": [image[0], 18],
+        "label": ("position", ["image", "What"]),
+        "n_positions": ("position", [16, 1]),
+    }
+    result = xr.DataArray([[1.0, 2.0]], dims=("layer", "position"), coords=coords)
+    axes = layer_position_map(result, inputs).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["image", "What"]
+    assert axes.collections[0].get_array().tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(("collapse", "expected"), [("sum", 0.5), ("max", 0.25), ("mean", 1 - 0.5 / 16)])
+def test_pictures_are_collapsed_from_what_does_nothing(inputs, collapse, expected):
+    image = inputs.token_map["image"].tolist()
+    values = np.ones((1, len(image)))
+    values[0, :2] = 0.25, 1.25
+    result = xr.DataArray(values, dims=("layer", "position"), coords={"position": image}, attrs={"neutral": 1.0})
+    drawn = layer_position_map(result, inputs, collapse=collapse).axes[0].collections[0].get_array()
+    assert drawn.tolist() == [[pytest.approx(expected)]]

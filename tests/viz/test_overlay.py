@@ -128,3 +128,12 @@ def test_a_picture_that_is_not_there_has_no_view(inputs, text_inputs):
         model_view(inputs, image=1)
     with pytest.raises(InputError, match=r"There is no picture 0: the inputs hold 0"):
         as_the_model_sees_it(text_inputs)
+
+
+def test_patches_that_do_nothing_or_are_unknown_are_clear(inputs):
+    values = np.ones((4, 4))
+    values[0, 0], values[0, 1], values[1, 0] = 0.0, 1.5, np.nan
+    share = xr.DataArray(values, dims=("patch_row", "patch_col"), name="recovered", attrs={"neutral": 1.0})
+    opacity = patch_overlay(inputs, share).axes[0].collections[0].get_alpha()
+    assert opacity[0, 0] > opacity[0, 1] > 0.3
+    assert np.count_nonzero(opacity) == 2

@@ -1,43 +1,21 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from hooked_llava.analysis.head_scores import top_heads
+from hooked_llava.analysis.patch_importance import Method, patch_importance
 from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
-from hooked_llava.viz import Report, explain
+from hooked_llava.viz import Report, explain, page
+from hooked_llava.viz import report as report_module
 from hooked_llava.viz.report import STEPS
 from tests.builders import make_hf_model
-
-
-class Page(HTMLParser):
-    """Sections, what is referred to, and tags left open."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.sections: list[str] = []
-        self.references: list[str] = []
-        self.texts_instead: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag == "section":
-            self.sections.append(values["id"] or "")
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
-        if tag == "img":
-            self.texts_instead.append(values.get("alt") or "")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+from tests.pairs import as_users_run
+from tests.viz.pages import Page, check_self_contained
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +29,12 @@ def text_report(model, text_inputs) -> Report:
 
 
 def test_a_report_has_every_section(report):
-    assert Page(report.html).sections == ["answer", "picture", "lens", "contributions", "heads", "attention"]
+    assert Page(report.html).sections == ["answer", "picture", "lens", "contributions", "heads", "patches", "attention"]
 
 
 def test_a_text_only_report_has_no_section_about_pictures(text_report):
-    page = Page(text_report.html)
-    assert page.sections == ["answer", "lens", "contributions", "heads"]
+    shown = Page(text_report.html)
+    assert shown.sections == ["answer", "lens", "contributions", "heads"]
     assert (
         "picture" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", text_report.html, flags=re.S).split("<main>")[0]
     )
@@ -65,14 +43,7 @@ def test_a_text_only_report_has_no_section_about_pictures(text_report):
 
 def test_a_report_needs_nothing_from_outside(report, text_report):
     for html in (report.html, text_report.html):
-        page = Page(html)
-        assert page.open == []
-        assert page.references
-        assert all(reference.startswith("data:image/") for reference in page.references)
-        assert all(page.texts_instead)
-        outside = re.findall(r"https?://|@import|url\(|<script|<link", html)
-        assert outside == []
-        assert len(html) < 2_000_000
+        check_self_contained(html)
 
 
 def test_a_report_says_what_was_asked_and_answered(report, model, inputs):
@@ -97,7 +68,7 @@ def test_answer_and_baseline_are_followed(text_report):
 
 
 def test_captions_say_what_is_not_shown(report):
-    assert report.html.count("<b>Not shown:</b>") == 5
+    assert report.html.count("<b>Not shown") == 6
     assert "Attention says where a head reads from" in report.html
     assert "what the model believes in an early layer" in report.html
 
@@ -128,7 +99,7 @@ def test_two_pictures_have_sections_each(model, wide_picture):
 def test_tensors_without_the_original_are_explained_too(model, tensor_inputs):
     html = explain(model, tensor_inputs, max_new_tokens=1).html
     assert "The original is not known" in html
-    assert Page(html).sections == ["answer", "picture", "lens", "contributions", "heads", "attention"]
+    assert Page(html).sections == ["answer", "picture", "lens", "contributions", "heads", "patches", "attention"]
 
 
 def test_a_model_without_a_processor_is_explained_too(inputs):
@@ -141,33 +112,54 @@ def test_a_model_without_a_processor_is_explained_too(inputs):
 def test_steps_are_reported_in_order(model, text_inputs):
     steps: list[str] = []
     explain(model, text_inputs, max_new_tokens=1, on_step=steps.append)
-    assert steps == [step for step in STEPS if step != "attention to the picture"]
+    assert steps == [step for step in STEPS if step not in ("attention to the picture", "patches", "occlusion")]
 
 
-def test_saving_is_all_or_nothing(report, tmp_path, monkeypatch):
-    path = report.save(tmp_path / "report.html")
-    assert path.read_text(encoding="utf-8") == report.html
-    path.write_text("older")
-    monkeypatch.setattr(
-        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+def test_patch_map_and_occlusion_stand_side_by_side(report, model, inputs):
+    drawn = report.html.split('<section id="patches">')[1].split("</section>")[0]
+    assert drawn.count("<figure>") == 2
+    best = top_heads(report.results["head_scores"], 1)[0]
+    assert f"<h3>Log-probability increase, head {best[0]}.{best[1]}</h3>" in drawn
+    assert "<h3>Occlusion</h3>" in drawn
+    assert "rank correlation" in drawn
+    scored = report.results["components"].attrs["answer"]
+    assert report.results["patches"].attrs["target"] == report.results["occlusion"].attrs["target"] == scored
+    assert report.results["patches"].equals(patch_importance(model, inputs))
+
+
+def test_the_method_of_the_patch_map_can_be_chosen(model, inputs):
+    chosen = explain(model, inputs, max_new_tokens=1, patches="relevancy", occlusion=False)
+    assert "occlusion" not in chosen.results
+    assert "<h3>Relevancy</h3>" in chosen.html
+    assert "Occlusion, the comparison by intervention, was left out" in chosen.html
+    with as_users_run(), pytest.raises(InputError, match=r"patches='relevance'; expected one of .* mean: relevancy"):
+        explain(model, inputs, patches="relevance")
+
+
+def test_every_method_has_a_name_and_a_meaning():
+    assert tuple(page._METHODS) == tuple(page._MEANING) == get_args(Method)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "most", "drawn"),
+    [
+        ("attention", None, 16, True),
+        ("attention", None, 15, False),
+        ("attention", True, 15, True),
+        ("attention", False, 16, False),
+        ("occlusion", True, 16, False),
+    ],
+)
+def test_occlusion_is_drawn_beside_unless_it_takes_long_or_is_the_map_itself(
+    model, inputs, monkeypatch, method, asked, most, drawn
+):
+    monkeypatch.setattr(report_module, "OCCLUDED_UNASKED", most)
+    wishes = report_module._Wishes(
+        answer=None, baseline=None, max_new_tokens=1, k=1, n_heads=1, patches=method, occlusion=asked
     )
-    with pytest.raises(InputError, match=r"cannot be written to .*\(No space left on device\); choose another place"):
-        report.save(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-    assert path.read_text() == "older"
-
-
-def test_saving_where_it_cannot_be_done_says_so(report, tmp_path):
-    with pytest.raises(InputError, match=r"which is a folder; give a file name in it"):
-        report.save(tmp_path)
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere.*Make it first"):
-        report.save(tmp_path / "nowhere" / "report.html")
-
-
-def test_a_notebook_shows_the_page_in_a_frame_of_its_own(text_report):
-    shown = text_report._repr_html_()
-    assert shown.startswith("<iframe srcdoc=")
-    assert "<style>" not in shown
+    maps = report_module._patch_maps(model, inputs, 7, wishes, lambda step: None)
+    assert list(maps) == ["patches", *(["occlusion"] if drawn else [])]
+    assert maps["patches"].attrs["method"] == method
 
 
 def test_several_prompts_are_refused(model):

@@ -5,7 +5,18 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot, color_scale, only, plot, scale_of, subject_of, unit_of
+from hooked_llava.viz.style import (
+    DIVERGING,
+    SEQUENTIAL,
+    ColorScale,
+    Plot,
+    color_scale,
+    only,
+    plot,
+    scale_of,
+    subject_of,
+    unit_of,
+)
 
 
 def test_signed_values_diverge_symmetrically_and_others_grow_from_zero():
@@ -71,3 +82,12 @@ def test_only_refuses_missing_and_surplus_axes():
     with pytest.raises(InputError, match="Choose or average"):
         only(result, "layer")
     assert only(result[:1], "layer").dims == ("layer",)
+
+
+def test_another_value_than_zero_may_stand_for_nothing():
+    share = xr.DataArray([1.0, 0.25], dims="x", name="recovered", attrs={"neutral": 1.0})
+    assert scale_of(share) == ColorScale(DIVERGING, 0.25, 1.75)
+    assert scale_of(share).neutral == 1.0
+    growing = color_scale(np.array([1.0, 3.0]), neutral=1.0)
+    assert growing == ColorScale(SEQUENTIAL, 1.0, 3.0)
+    assert growing.neutral == 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hooked_llava.errors import InputError, did_you_mean
-from hooked_llava.toy.scenes import Scene, sample_scene
+from hooked_llava.toy.scenes import Scene, recolor, sample_scene
 
 SEEDS: dict[str, tuple[int, int]] = {
     "demo": (51, 4),
@@ -20,6 +20,10 @@ SEEDS: dict[str, tuple[int, int]] = {
     "five-shapes": (30, 5),
 }
 """Name of a picture -> seed and number of shapes of its scene."""
+RECOLORED: dict[str, tuple[str, str, str]] = {"demo-blue-star": ("demo", "star", "blue")}
+"""Name of a picture -> the one that it is but for the colour of one shape, that shape, and its colour."""
+NAMES = (*SEEDS, *RECOLORED)
+"""All bundled pictures."""
 
 
 def picture_path(name: str) -> Path:
@@ -37,14 +41,17 @@ def picture_scene(name: str) -> Scene:
     >>> picture_scene("demo").find("star") is not None
     True
     """
-    seed, n_objects = SEEDS[_known(name)]
+    if _known(name) in RECOLORED:
+        other, shape, color = RECOLORED[name]
+        return recolor(picture_scene(other), shape, color)
+    seed, n_objects = SEEDS[name]
     return sample_scene(np.random.default_rng(seed), n_objects)
 
 
 def draw(folder: Path | None = None) -> list[Path]:
     """Write every picture as PNG, into the package itself unless a folder is given; returns the files."""
     written = []
-    for name in SEEDS:
+    for name in NAMES:
         path = picture_path(name) if folder is None else folder / f"{name}.png"
         picture_scene(name).render().save(path, optimize=True)
         written.append(path)
@@ -52,8 +59,8 @@ def draw(folder: Path | None = None) -> list[Path]:
 
 
 def _known(name: str) -> str:
-    if name not in SEEDS:
+    if name not in NAMES:
         raise InputError(
-            f"No bundled picture is called {name!r}.{did_you_mean(name, SEEDS)} Known: {', '.join(SEEDS)}."
+            f"No bundled picture is called {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}."
         )
     return name

@@ -1,0 +1,108 @@
+"""`hooked-llava explain`: a page that shows how an answer came about."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooked_llava.cli.common import (
+    EMBEDDED_MODEL,
+    Device,
+    DTypeOption,
+    First,
+    MaxNewTokens,
+    Model,
+    NoImage,
+    Output,
+    Second,
+    TemplateName,
+    Top,
+    check_writable,
+    clear_errors,
+    examples,
+    needs_figures,
+    prepare,
+    say_where,
+    show_answer,
+    shown_steps,
+    split_arguments,
+)
+
+if TYPE_CHECKING:
+    from hooked_llava.input_batch import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+EPILOG = examples(
+    'explain demo "What color is the star?" -o report.html',
+    'explain demo "What color is the star?" --versus White',
+    'explain demo "What color is the star?" --patches relevancy',
+)
+
+
+class PatchMethod(StrEnum):
+    """How the patch map is made; the names of `patch_importance`."""
+
+    log_increase = "log_increase"
+    attention = "attention"
+    grad_x_input = "grad_x_input"
+    integrated_gradients = "integrated_gradients"
+    rollout = "rollout"
+    relevancy = "relevancy"
+    occlusion = "occlusion"
+    token_ablation = "token_ablation"
+
+
+def explain(
+    first: First = None,
+    second: Second = None,
+    output: Output = Path("report.html"),
+    model: Model = EMBEDDED_MODEL,
+    no_image: NoImage = False,
+    answer: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Explain the logit of this token. Default: the model's own first token."),
+    ] = None,
+    versus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="Explain why the answer and not this token: the difference of their logits."
+        ),
+    ] = None,
+    patches: Annotated[
+        PatchMethod, typer.Option(metavar="METHOD", help=f"How the patch map is made: {', '.join(PatchMethod)}.")
+    ] = PatchMethod.log_increase,
+    occlusion: Annotated[
+        bool | None,
+        typer.Option(
+            "--occlusion/--no-occlusion",
+            help="Draw occlusion beside the patch map. It runs the model about once for each patch. Default: up to 256 patches.",
+        ),
+    ] = None,
+    template: TemplateName = "default",
+    max_new_tokens: MaxNewTokens = 20,
+    top: Top = 5,
+    device: Device = "auto",
+    dtype: DTypeOption = None,
+) -> None:
+    """Print the answer, and write a page that shows how the model came to it: one HTML file that needs no network."""
+    with clear_errors():
+        image, question = split_arguments(first, second, no_image)
+        check_writable(output)
+        loaded, inputs = prepare(model, image, question, template, device, dtype)
+        options = {"answer": answer, "baseline": versus, "max_new_tokens": max_new_tokens, "k": top}
+        report = _explain(loaded, inputs, **options, patches=patches.value, occlusion=occlusion)
+        path = report.save(output)
+        show_answer(question, report.answer, report.results["next_tokens"])
+        say_where(path)
+
+
+def _explain(model: HookedLLaVA, inputs: Inputs, **options: Any) -> Any:
+    """The report, with a bar that says which part of the work is being done."""
+    with needs_figures():
+        from hooked_llava.viz.report import STEPS
+        from hooked_llava.viz.report import explain as make_report
+    with shown_steps(len(STEPS)) as on_step:
+        return make_report(model, inputs, **options, on_step=on_step)

@@ -1,0 +1,124 @@
+"""`hooked-llava patch`: a page that shows where the difference between two pictures' answers is carried."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooked_llava.cli.common import (
+    EMBEDDED_MODEL,
+    Device,
+    DTypeOption,
+    MaxNewTokens,
+    Model,
+    Output,
+    TemplateName,
+    check_writable,
+    clear_errors,
+    examples,
+    load_model,
+    needs_figures,
+    open_picture,
+    out,
+    say_where,
+    shown_steps,
+    template_name,
+)
+
+if TYPE_CHECKING:
+    from hooked_llava.input_batch import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+EPILOG = examples(
+    'patch demo demo-blue-star "What color is the star?" -o patching.html',
+    'patch demo five-shapes "What color is the star?" --direction noise',
+)
+
+
+class Way(StrEnum):
+    """Which run's activations are put into which."""
+
+    denoise = "denoise"
+    noise = "noise"
+
+
+def patch(
+    clean_image: Annotated[
+        str, typer.Argument(metavar="CLEAN_IMAGE", help="A picture: a file, or the name of a bundled one.")
+    ],
+    corrupted_image: Annotated[
+        str, typer.Argument(metavar="CORRUPTED_IMAGE", help="Another, about which the answer is another.")
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about both, in quotes.")],
+    output: Output = Path("patching.html"),
+    model: Model = EMBEDDED_MODEL,
+    direction: Annotated[
+        Way,
+        typer.Option(
+            help="denoise: clean activations into the corrupted run, is a place enough? noise: the reverse, is it needed?"
+        ),
+    ] = Way.denoise,
+    answer: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean picture."),
+    ] = None,
+    versus: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Minus that of this one. Default: the answer to the corrupted picture."),
+    ] = None,
+    max_runs: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Patches are measured one by one up to so many runs; beyond that they are estimated.",
+        ),
+    ] = 2000,
+    template: TemplateName = "default",
+    max_new_tokens: MaxNewTokens = 20,
+    device: Device = "auto",
+    dtype: DTypeOption = None,
+) -> None:
+    """Print the answers to two pictures, and write a page that shows which activations carry the difference.
+
+    Every layer, token, head and patch of one run is put into the other run by itself.
+    """
+    with clear_errors():
+        check_writable(output)
+        pictures = [open_picture(image) for image in (clean_image, corrupted_image)]
+        loaded = load_model(model, device, dtype)
+        pair = [loaded.prepare(question, picture, template=template_name(template)) for picture in pictures]
+        report = _report(
+            loaded,
+            pair,
+            answer=answer,
+            baseline=versus,
+            direction=direction.value,
+            max_runs=max_runs,
+            max_new_tokens=max_new_tokens,
+        )
+        path = report.save(output)
+        _show_answers(question, report)
+        say_where(path)
+
+
+def _report(model: HookedLLaVA, pair: list[Inputs], **options: Any) -> Any:
+    with needs_figures():
+        from hooked_llava.viz.patching_report import STEPS, patching_report
+    with shown_steps(len(STEPS)) as on_step:
+        return patching_report(model, *pair, **options, on_step=on_step)
+
+
+def _show_answers(question: str, report: Any) -> None:
+    from rich.markup import escape
+
+    metric = report.results["heads"].attrs
+    lines = [("clean", report.answer, metric["clean"]), ("corrupted", report.corrupted_answer, metric["corrupted"])]
+    out().print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
+    for name, said, value in lines:
+        shown = escape(said) or "(nothing)"
+        out().print(f"{name:<9}  [bold]{shown}[/bold]  [dim]{value:+.2f}[/dim]", soft_wrap=True)
+    out().print("[dim]Behind each: the logit of the first answer's token minus that of the second's.[/dim]\n")

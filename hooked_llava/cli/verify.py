@@ -1,0 +1,61 @@
+"""`hooked-llava verify`: the same prompt through Hugging Face and through ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooked_llava.cli.common import (
+    EMBEDDED_MODEL,
+    Device,
+    DTypeOption,
+    busy,
+    clear_errors,
+    examples,
+    load_model,
+    out,
+)
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+EXIT_DIFFERENT = 1
+"""Exit status when the two models differ."""
+EPILOG = examples("verify tiny-shapes", "verify llava-hf/llava-1.5-7b-hf --dtype bfloat16")
+
+
+def verify(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An embedded model, a folder, or a name on the hub.")
+    ] = EMBEDDED_MODEL,
+    device: Device = "auto",
+    dtype: DTypeOption = None,
+) -> None:
+    """Run the same prompt through Hugging Face's own class and through ours, and compare every layer.
+
+    The exit status is 0 if all activations are the same, 1 if any differs.
+    """
+    with clear_errors():
+        loaded = load_model(model, device, dtype)
+        with busy("comparing with Hugging Face"):
+            table = _verify(loaded, model)
+        _show_parity(table)
+    if not table.ok:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+def _verify(model: HookedLLaVA, name: str) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    from hooked_llava.loading import resolve
+    from hooked_llava.verify import verify as compare
+
+    hf_model = LlavaForConditionalGeneration.from_pretrained(resolve(name), dtype=model.cfg.dtype)
+    return compare(model, hf_model.eval().to(model.cfg.device))
+
+
+def _show_parity(table: Any) -> None:
+    from rich.text import Text
+
+    out().print(Text(str(table)), soft_wrap=True)

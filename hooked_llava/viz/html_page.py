@@ -1,0 +1,137 @@
+"""A page in one HTML file that needs no network: filled in from a template, written whole or not at all."""
+
+from __future__ import annotations
+
+import html
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from hooked_llava.errors import InputError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.model import HookedLLaVA
+
+_PACKAGES = ("hooked_llava", "torch", "transformers", "transformer_lens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HtmlPage:
+    """A finished page with the results it shows; in a notebook it shows itself."""
+
+    html: str = field(repr=False)
+    """The page, self-contained."""
+    results: dict[str, Any] = field(repr=False)
+    """The labelled arrays behind the figures."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page, all of it or nothing, and return its path; raises `InputError` where that cannot be done."""
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise InputError(
+                f"The report cannot be written to {str(path)!r}, which is a folder; give a file name in it."
+            )
+        if not path.parent.is_dir():
+            raise InputError(f"The report cannot be written: there is no folder {str(path.parent)!r}. Make it first.")
+        try:
+            _write_whole(path, self.html)
+        except OSError as error:
+            raise InputError(
+                f"The report cannot be written to {str(path)!r} ({error.strerror}); choose another place."
+            ) from error
+        return path
+
+    def _repr_html_(self) -> str:
+        # In a frame of its own, so that the page's style does not spill into the notebook.
+        frame = "width: 100%; height: 48rem; border: 1px solid #d5dbe1"
+        return f'<iframe srcdoc="{html.escape(self.html)}" style="{frame}" title="report"></iframe>'
+
+
+def fill_template(name: str, context: dict[str, Any]) -> str:
+    """One of the templates beside this file with its variables filled in; text is escaped.
+
+    Templates extend `page.html.jinja`, which has the style, the blocks title, head and main, and a footer that shows
+    the variable `provenance`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hooked_llava.viz"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name).render(context)
+
+
+def provenance(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
+    """What a page's footer says: model, precision, prompt, what it cost, and with which packages it was made."""
+    grid = model.config.vision.grid
+    sizes = f"{model.cfg.n_layers} layers of {model.cfg.n_heads} heads, d_model {model.cfg.d_model}"
+    return {
+        "Model": f"{model.cfg.model_name or 'unnamed'} ({sizes}; pictures of {grid} x {grid} patches)",
+        "Numbers": f"{str(model.cfg.dtype).removeprefix('torch.')} on {model.cfg.device}",
+        "Prompt": prompt.prompts[0] if prompt.prompts else f"{prompt.shape[1]} token ids",
+        "Cost": cost,
+        "Made": made_with(),
+    }
+
+
+def made_with() -> str:
+    """Today's date and the versions of the packages, for a page's footer."""
+    return f"{date.today().isoformat()} with " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+
+
+def answer_text(model: HookedLLaVA, tokens: Any) -> str:
+    """Generated tokens [1, n] as text, without what ends or fills them; without a tokenizer their ids."""
+    ids = tokens[0].tolist()
+    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
+    ids = ids[: ends[0]] if ends else ids
+    if model.processor is None:
+        return " ".join(f"#{token}" for token in ids)
+    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+@contextmanager
+def steps_reported(
+    steps: tuple[str, ...], on_step: Callable[[str], None] | None, what: str
+) -> Iterator[Callable[[str], None]]:
+    """`on_step` itself, or without one a progress bar that shows if the work takes longer than two seconds."""
+    if on_step is not None:
+        yield on_step
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=len(steps), desc=what, delay=2, leave=False, unit="step") as bar:
+
+        def begin(step: str) -> None:
+            bar.set_postfix_str(step, refresh=False)
+            bar.update()
+
+        yield begin
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its folder without having been installed
+        return "(not installed)"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write beside the file and move into place, so that a failure leaves the older page as it was."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes files that only their owner can read
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

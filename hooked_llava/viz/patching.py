@@ -1,0 +1,183 @@
+"""Figures of patching results: the one that fits the axes, in shares of the two runs' difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.pictures import Picture
+from hooked_llava.results import recovered
+from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
+from hooked_llava.viz.overlay import patch_overlay, patch_overlays
+
+_MOST_PANELS = 12
+_OF_ONE_RUN = ("pair", "prompt", "image", "answer", "receiver", "position")  # dropped where they have one entry
+
+
+def plot_patching(
+    result: xr.DataArray | xr.Dataset | Mapping[str, xr.DataArray],
+    inputs: Inputs | Picture | None = None,
+    *,
+    share: bool = True,
+    unfold: bool = False,
+    image: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """The figure that fits a result of activation, attribution or path patching, or of the logit lens, by its axes.
+
+    | axes | figure |
+    |---|---|
+    | layer, position | tokens along the axis, each picture one column; with `unfold` the picture, a panel a layer |
+    | layer, head (or kv_head) | a cell for each head |
+    | patch; layer, patch | the picture with its patches; a panel a layer |
+    | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver |
+    | several results by name, or a dataset | panels on one scale |
+
+    Args:
+        result: what an analysis returned. Of further axes longer than one choose or average first.
+        inputs: the prompt (names the tokens, knows where the patches lie), or the picture alone.
+        share: draw the share recovered (`recovered`: 0 corrupted, 1 clean) where the result says what the metric of
+            the two runs is; otherwise the values as they are.
+        unfold: draw the positions of a picture on the picture.
+        image: which picture, where patches are drawn.
+        title: instead of the result's own; not for several results.
+
+    Raises `InputError` for axes that no figure fits, and where patches are to be drawn without a picture.
+
+    >>> result = xr.DataArray(np.zeros((6, 8)), dims=("layer", "head"), name="metric")
+    >>> plot_patching(result).axes[0].get_xlabel()
+    'head'
+    """
+    if isinstance(result, Mapping):
+        shares = recovered(result) if isinstance(result, xr.Dataset) and _has_ends(result, share) else result
+        parts = {str(name): _bare(_shared(part, share)) for name, part in shares.items()}
+        return _several(parts, inputs)
+    drawn = _bare(_shared(result, share))
+    title = _title(drawn) if title is None else title
+    axes = set(drawn.dims)
+    if "patch" in axes or (unfold and "position" in axes):
+        return _on_picture(drawn, inputs, image, title)
+    if axes == {"receiver", "layer", "head"}:
+        return _several({f"to {name}": drawn.sel(receiver=name) for name in drawn["receiver"].values}, inputs)
+    if axes & {"head", "kv_head"}:
+        return layer_head_map(drawn, title=title)
+    if axes in ({"receiver", "layer"}, {"layer"}):
+        one = drawn if "receiver" in axes else drawn.expand_dims(receiver=[""])
+        return cell_map(one, "receiver", "layer", title=title)
+    one = drawn if "layer" in axes else drawn.expand_dims(layer=[""])
+    return layer_position_map(one, _prompt(inputs), title=title)
+
+
+def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, image: int = 0) -> xr.DataArray:
+    """A result by patch, or by position, on the grid of one picture: axes patch_row and patch_col in place of it.
+
+    Patches that the result does not have are NaN. Raises `InputError` without positions of the picture, and for a
+    result by position without its inputs.
+
+    >>> result = xr.DataArray([1.0, 2.0], dims="patch", coords={"patch_row": ("patch", [0, 1]), "patch_col": ("patch", [1, 0])})
+    >>> by_patch(result).values.tolist()
+    [[nan, 1.0], [2.0, nan]]
+    """
+    prompt = _prompt(inputs)
+    if "patch" in result.dims:
+        axis, indices = "patch", list(range(result.sizes["patch"]))
+        places = list(zip(result["patch_row"].values.tolist(), result["patch_col"].values.tolist(), strict=True))
+    else:
+        axis = "position"
+        indices, places = _patches_of(result, prompt, image)
+    rows, columns = np.array(places).T
+    grid = prompt.token_map.grid if prompt is not None else (int(rows.max()) + 1, int(columns.max()) + 1)
+    others = [str(dim) for dim in result.dims if dim != axis]
+    values = np.full((*(result.sizes[dim] for dim in others), *grid), np.nan)
+    values[..., rows, columns] = result.transpose(*others, axis).values[..., indices]
+    coords = {dim: result[dim].values for dim in others if dim in result.coords}
+    return xr.DataArray(values, dims=(*others, "patch_row", "patch_col"), coords=coords, name=result.name).assign_attrs(
+        result.attrs
+    )
+
+
+def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Which entries of the axis position are patches of the picture, and where these lie."""
+    if prompt is None or "position" not in result.dims:
+        raise InputError(
+            f"Patches need a result by patch, or by position together with its inputs; the result has the axes "
+            f"{', '.join(map(str, result.dims))}{'' if prompt is not None else ' and no inputs were given'}."
+        )
+    found = []
+    for index, position in enumerate(result["position"].values.tolist()):
+        try:
+            of, row, column = prompt.token_map.position_to_patch(position)
+        except SpanError:
+            continue  # text, or a class token
+        if of == image:
+            found.append((index, (row, column)))
+    if not found or "n_positions" in result.coords:
+        raise InputError(
+            f"The result has no positions of patches of picture {image} by themselves, so none can be drawn."
+        )
+    indices, places = zip(*found, strict=True)
+    return list(indices), list(places)
+
+
+def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None) -> Figure:
+    """Panels on one scale."""
+    if not parts or len(parts) > _MOST_PANELS:
+        raise InputError(f"There are {len(parts)} results to draw; expected 1 to {_MOST_PANELS}. Choose some of them.")
+    axes = {frozenset(map(str, part.dims)) for part in parts.values()}
+    kinds = [("layer", "head"), ("layer", "kv_head"), ("receiver", "layer"), ("layer", "position")]
+    fitting = [kind for kind in kinds if axes == {frozenset(kind)}]
+    if not fitting:
+        found = "; ".join(f"{name}: {', '.join(map(str, part.dims))}" for name, part in parts.items())
+        raise InputError(
+            f"Results with these axes have no common figure ({found}); expected all by layer and position, or all by "
+            "layer and head. Draw one, for example plot_patching(recovered(result)['z'].sel(position=...))."
+        )
+    if fitting[0] == ("layer", "position"):
+        return layer_position_maps(parts, _prompt(inputs))
+    return cell_maps(parts, *fitting[0])
+
+
+def _on_picture(result: xr.DataArray, inputs: Inputs | Picture | None, image: int, title: str) -> Figure:
+    if inputs is None:
+        raise InputError("A result by patch is drawn on the picture; give the inputs, or the picture itself.")
+    if "image" in result.dims:
+        result = result.sel(image=image, drop=True)
+    grid = by_patch(result, inputs, image=image)
+    if grid.ndim == 2:
+        return patch_overlay(inputs, grid, image=image, title=title)
+    return patch_overlays(inputs, grid, image=image, title=title)
+
+
+def _has_ends(result: Any, share: bool) -> bool:
+    return share and "clean" in result.attrs and "corrupted" in result.attrs
+
+
+def _shared(result: xr.DataArray, share: bool) -> xr.DataArray:
+    return recovered(result) if _has_ends(result, share) else result
+
+
+def _bare(result: xr.DataArray) -> xr.DataArray:
+    """Without axes of one entry that say nothing in a figure, as long as the others still make one."""
+    dropped = [dim for dim in _OF_ONE_RUN if dim in result.dims and result.sizes[dim] == 1]
+    if "layer" in result.dims and not set(result.dims) & {"head", "kv_head", "patch"}:
+        dropped = [dim for dim in dropped if dim != "position"]  # a map of one column
+    return result.squeeze(dropped, drop=True)
+
+
+def _title(result: xr.DataArray) -> str:
+    """The hook or the senders, and which way was patched."""
+    what = str(result.attrs.get("hook") or result.attrs.get("senders") or result.name or "value").replace("_", " ")
+    ways = {"denoise": "clean into the corrupted run", "noise": "corrupted into the clean run"}
+    way = ways.get(str(result.attrs.get("direction")))
+    what = str(result.attrs.get("hook", what)) if "hook" in result.attrs else what.capitalize()
+    return f"{what}, {way}" if way else what
+
+
+def _prompt(inputs: Inputs | Picture | None) -> Inputs | None:
+    return inputs if isinstance(inputs, Inputs) else None

@@ -1,0 +1,205 @@
+"""What the template of a patching report is filled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from PIL import Image
+
+from hooked_llava.analysis import agreement
+from hooked_llava.input_batch import Inputs
+from hooked_llava.interventions.pairs import Direction
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.results import recovered
+from hooked_llava.viz.html_page import provenance
+from hooked_llava.viz.maps import layer_head_map, layer_position_maps
+from hooked_llava.viz.overlay import model_view, patch_overlays
+from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text, visible
+from hooked_llava.viz.patching import by_patch
+
+_HALF = 0.5
+_N_HEADS = 5  # named below the map
+_STREAM = ("resid_pre", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class PatchingPage:
+    """Everything that a page is made from."""
+
+    model: HookedLLaVA
+    pair: tuple[Inputs, Inputs]
+    """The clean and the corrupted prompt."""
+    answers: tuple[str, str]
+    """What the model says to each."""
+    followed: tuple[str, str]
+    """The tokens whose logits are compared."""
+    direction: Direction
+    results: dict[str, Any]
+    """Labelled arrays by name, as in `PatchingReport.results`."""
+    n_decoded: int
+    """Tokens that were generated, each a forward pass."""
+    started: float
+    """When the work began, as `perf_counter` says."""
+
+
+def build_patching_page(page: PatchingPage) -> dict[str, Any]:
+    """The template's variables."""
+    clean, corrupted = page.pair
+    shares = {name: recovered(result) for name, result in page.results.items()}
+    stream = {hook: shares[hook] for hook in _STREAM}
+    base = clean if page.direction == "noise" else corrupted
+    answer, baseline = (visible(word) for word in page.followed)
+    return {
+        "question": question_text(clean),
+        "other_question": question_text(corrupted),
+        "same_words": bool((clean.input_ids == corrupted.input_ids).all()),
+        "answers": page.answers,
+        "model_name": page.model.cfg.model_name or "the model",
+        "n_layers": page.model.cfg.n_layers,
+        "n_heads": page.model.cfg.n_heads,
+        "prompt": prompt_tokens(clean.token_map),
+        "token": answer,
+        "baseline": baseline,
+        "ends": [f"{page.results['heads'].attrs[name]:+.2f}" for name in ("clean", "corrupted")],
+        "denoise": page.direction == "denoise",
+        "thumbnails": [_thumbnails(page, image) for image in range(clean.n_images)],
+        "changed": _changed_patches(page) if clean.n_images else "",
+        "stream_map": figure_uri(layer_position_maps(stream, base)),
+        "found": _found(shares, clean.n_images),
+        "head_map": figure_uri(layer_head_map(shares["heads"], title="")),
+        "heads": _largest_heads(shares["heads"], float(shares["heads"].attrs["neutral"])),
+        "pictures": [_picture(page, shares, base, image) for image in range(clean.n_images)],
+        "exact_patches": "patches" in shares,
+        "exact_layers": "patches" in shares and shares["patches"].sizes["layer"] > 1,
+        "agreements": _agreements(page, shares),
+        **_cost(page),
+    }
+
+
+def _thumbnails(page: PatchingPage, image: int) -> list[dict[str, Any]]:
+    """The clean and the corrupted picture."""
+    return [{"uri": picture_uri(shown), "small": max(shown.size) <= 160} for shown in _originals(page, image)]
+
+
+def _originals(page: PatchingPage, image: int) -> list[Image.Image]:
+    """The pictures as they were given or, where that is not known, as the model sees them."""
+    processor = getattr(page.model.processor, "image_processor", None)
+    shown = []
+    for inputs in page.pair:
+        if inputs.images is not None:
+            shown.append(inputs.images[image])
+        else:
+            view = model_view(inputs, processor, image=image)
+            shown.append(Image.fromarray((255 * view).round().astype(np.uint8)))
+    return shown
+
+
+def _changed_patches(page: PatchingPage) -> str:
+    """How many patches differ in a pixel."""
+    first, second = (inputs.pixel_values for inputs in page.pair)
+    rows, columns = page.pair[0].token_map.grid
+    differs = (first != second).any(1)  # (image, height, width)
+    n, height, width = differs.shape
+    blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
+    return f"{int(blocks.any(4).any(2).sum())} of {n * rows * columns}"
+
+
+def _found(shares: dict[str, Any], n_images: int) -> list[str]:
+    """The map of the stream in sentences: where does one place alone decide?"""
+    stream = shares["resid_pre"]
+    towards = (stream - stream.attrs["neutral"]).pipe(abs)  # how far each cell goes from one run to the other
+    layers = stream["layer"].values
+    said = []
+    last = towards.isel(position=-1).values >= _HALF
+    if last.any():
+        first = next(i for i in range(len(last)) if last[i:].all()) if last[-1] else int(np.flatnonzero(last)[0])
+        said.append(f"From layer {layers[first]} on, the stream at the last position alone decides more than half.")
+    else:
+        said.append("At no layer does the stream at the last position decide more than half by itself.")
+    if n_images:
+        image = np.flatnonzero(towards.isel(position=stream["label"].values.tolist().index("image")).values >= _HALF)
+        what = "the picture" if n_images == 1 else "the pictures"
+        said.append(
+            f"Up to layer {layers[image[-1]]}, all positions of {what} together decide more than half."
+            if len(image)
+            else f"At no layer do the positions of {what} decide more than half."
+        )
+    between = towards.isel(position=slice(None, -1))
+    between = between.sel(position=between["label"] != "image") if n_images else between
+    if between.size:
+        best = between.where(between == between.max(), drop=True).isel(layer=0, position=0)
+        said.append(
+            f"Of the other words, “{visible(str(best['label'].item()))}” decides most: {float(best):.2f}, "
+            f"entering layer {int(best['layer'])}."
+        )
+    return said
+
+
+def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:
+    flat = heads.squeeze("position", drop=True).stack(place=("layer", "head"))
+    order = np.argsort(-np.abs(flat.values - neutral), kind="stable")[:_N_HEADS]
+    places = [flat["place"].values[i] for i in order]
+    return [f"layer {layer}, head {head}: {flat.values[i]:.2f}" for i, (layer, head) in zip(order, places, strict=True)]
+
+
+def _picture(page: PatchingPage, shares: dict[str, Any], base: Inputs, image: int) -> dict[str, Any]:
+    """One picture's figures: its patches exact and estimated, and its positions layer by layer."""
+    clean = page.pair[0]
+    canvas: Any = clean if clean.images is not None else _originals(page, image)[0]
+    stream = by_patch(shares["estimate"]["resid_pre"], base, image=image)
+    panels = {"attribution": stream.sel(layer=0, drop=True)}
+    if "patches" in shares:
+        exact = by_patch(shares["patches"], base, image=image)
+        panels = {"measured": exact.sel(layer=0, drop=True), **panels}
+        stream = exact if exact.sizes["layer"] > 1 else stream
+    both = xr.concat(
+        list(panels.values()), xr.DataArray(list(panels), dims="way", name="way"), combine_attrs="override"
+    )
+    columns = 4 if page.model.cfg.n_layers <= 16 else 8
+    return {
+        "number": image + 1,
+        "patches": figure_uri(patch_overlays(canvas, both.rename("recovered"), image=image)),
+        "by_layer": figure_uri(patch_overlays(canvas, stream.rename("recovered"), image=image, columns=columns)),
+    }
+
+
+def _agreements(page: PatchingPage, shares: dict[str, Any]) -> list[dict[str, str]]:
+    """Spearman's correlation of every exact map with its estimate."""
+    estimate = shares["estimate"]
+    named: list[tuple[str, xr.DataArray, xr.DataArray]] = []
+    for hook in _STREAM:
+        exact = shares[hook]
+        if "n_positions" in exact.coords:
+            exact = exact.sel(position=exact["n_positions"] == 1)
+        named.append((f"{hook}, layer x token", exact, estimate[hook]))
+    named.append(("z at the last position, layer x head", shares["heads"], estimate["z"]))
+    if "patches" in shares:
+        for layer in (0, None) if shares["patches"].sizes["layer"] > 1 else (0,):
+            exact = shares["patches"] if layer is None else shares["patches"].sel(layer=[layer])
+            named.append(
+                (f"resid_pre, {'layer x patch' if layer is None else 'layer 0, patch'}", exact, estimate["resid_pre"])
+            )
+    return [
+        {"map": name, "cells": str(exact.size), "agreement": f"{agreement(exact, other):.2f}"}
+        for name, exact, other in named
+    ]
+
+
+def _cost(page: PatchingPage) -> dict[str, Any]:
+    """What was run, and the footer that says so."""
+    swept = [result for name, result in page.results.items() if name != "estimate"]
+    runs, work = (sum(result.attrs[name] for result in swept) for name in ("runs", "work"))
+    n_forward = page.n_decoded + sum(result.attrs["n_forward"] for result in page.results.values())
+    seconds = perf_counter() - page.started
+    cost = (
+        f"{runs} interventions, re-run for the work of {work:.1f} forward passes; besides, {n_forward} forward passes and "
+        f"1 backward pass; {seconds:.1f} s"
+    )
+    about = provenance(page.model, page.pair[0], cost)
+    if page.pair[1].prompts and page.pair[1].prompts != page.pair[0].prompts:
+        about = {**about, "Corrupted": page.pair[1].prompts[0]}
+    return {"runs": runs, "work": f"{work:.1f}", "provenance": about}

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hooked_llava.model import HookedLLaVA
+from tests.builders import make_hf_model
+from tests.fixtures_processor import make_processor
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """A tiny untrained model on disk, as a user would have one."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    HookedLLaVA.from_hf(make_hf_model(image_size=32), make_processor(image_size=32)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)).save(path)
+    return str(path)

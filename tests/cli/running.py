@@ -1,0 +1,23 @@
+"""The command as a user runs it."""
+
+from __future__ import annotations
+
+from click.testing import Result
+from typer.testing import CliRunner
+
+from hooked_llava.cli import app
+
+QUESTION = "What color is the star?"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+def refused(*arguments: str) -> str:
+    """What is said to standard error; nothing may be said anywhere else."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import jinja2
+import pytest
+import torch
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
+
+
+@pytest.fixture
+def page() -> HtmlPage:
+    return HtmlPage(html="<!doctype html><style>p {}</style><p>é</p>", results={})
+
+
+def test_saving_is_all_or_nothing(page, tmp_path, monkeypatch):
+    path = page.save(tmp_path / "report.html")
+    assert path.read_text(encoding="utf-8") == page.html
+    path.write_text("older")
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(InputError, match=r"cannot be written to .*\(No space left on device\); choose another place"):
+        page.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "older"
+
+
+def test_saving_where_it_cannot_be_done_says_so(page, tmp_path):
+    with pytest.raises(InputError, match=r"which is a folder; give a file name in it"):
+        page.save(tmp_path)
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere.*Make it first"):
+        page.save(tmp_path / "nowhere" / "report.html")
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(page):
+    shown = page._repr_html_()
+    assert shown.startswith("<iframe srcdoc=")
+    assert "<style>" not in shown
+
+
+def test_a_template_without_one_of_its_variables_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="provenance"):
+        fill_template("page.html.jinja", {})
+
+
+def test_a_page_says_where_it_comes_from(model, inputs):
+    html = fill_template("page.html.jinja", {"provenance": provenance(model, inputs, "3 passes & more")})
+    footer = html.split("<footer>")[1]
+    assert "<dt>Cost</dt><dd>3 passes &amp; more</dd>" in footer
+    assert "USER: &lt;image&gt;" in footer
+    assert "pictures of 4 x 4 patches" in footer
+    assert "transformer_lens" in footer
+
+
+def test_answers_end_where_the_model_ended_them(model):
+    end = model.config.eos_token_ids[0]
+    red, blue = (model.to_single_token(word) for word in ("red", "blue"))
+    assert answer_text(model, [torch.tensor([red, blue, end, red])]) == model.tokenizer.decode([red, blue])
+
+
+def test_steps_go_to_whoever_asked_for_them():
+    steps: list[str] = []
+    with steps_reported(("one", "two"), steps.append, "working") as begin:
+        begin("one")
+    with steps_reported(("one", "two"), None, "working") as begin:
+        begin("one")
+    assert steps == ["one"]
