@@ -1,6 +1,7 @@
 """One file for each question a researcher asks of a model; none imports another."""
 
 from hooked_llava.analysis.activation_patching import activation_patching
+from hooked_llava.analysis.answer_probability import answer_probability
 from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.deletion import deletion_curves
@@ -16,6 +17,7 @@ from hooked_llava.analysis.head_scores import (
 )
 from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.information_storage import information_storage, reciprocal_rank
+from hooked_llava.analysis.knockout import attention_knockout, flow_summary, knockout_study
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
@@ -27,17 +29,21 @@ __all__ = [
     "ablate_heads",
     "activation_patching",
     "agreement",
+    "answer_probability",
     "answer_signs",
+    "attention_knockout",
     "attention_to_object",
     "attribution_patching",
     "deletion_curves",
     "edge_attribution",
+    "flow_summary",
     "head_overlap",
     "head_readings",
     "head_scores",
     "heads_by_attention",
     "image_attention",
     "information_storage",
+    "knockout_study",
     "layer_scores",
     "logit_attribution",
     "logit_lens",

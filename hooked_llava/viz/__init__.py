@@ -6,6 +6,8 @@ except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
 from hooked_llava.viz.bars import contribution_bars
+from hooked_llava.viz.knockout import knockout_curves, probability_curves
+from hooked_llava.viz.knockout_page import KnockoutPage, flow_study, knockout_page, study_page
 from hooked_llava.viz.lens import answer_curve, lens_table
 from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
@@ -21,6 +23,10 @@ __all__ = [
     "cell_maps",
     "contribution_bars",
     "explain",
+    "flow_study",
+    "knockout_curves",
+    "knockout_page",
+    "KnockoutPage",
     "layer_head_map",
     "layer_position_map",
     "layer_position_maps",
@@ -31,5 +37,7 @@ __all__ = [
     "patching_report",
     "PatchingReport",
     "plot_patching",
+    "probability_curves",
     "Report",
+    "study_page",
 ]

@@ -1,0 +1,109 @@
+"""At which layer does the answer appear, and in which form?
+
+Zhang et al. (arXiv 2411.18620) read the stream of the last position after every layer through the unembedding and follow
+four words: the answer in lower case and capitalised, and the false option in both. In LLaVA the lower-case word rises
+first and the capitalised one, which the model says, overtakes it later: meaning first, then form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.readout import Lens, lens
+from hooked_llava.results import analysis, numbers
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+FORMS = ("lower", "capitalised", "false lower", "false capitalised")
+"""The answer's two spellings, and those of the false option."""
+_READINGS: tuple[Lens, ...] = ("none", "final")
+
+
+def answer_probability(
+    model: HookedLLaVA,
+    inputs: Any,
+    answer: str | Sequence[str] | None = None,
+    false_option: str | Sequence[str] | None = None,
+) -> xr.DataArray:
+    """Probability of the answer's first token by layer, for its spellings and those of the false option.
+
+    Layer l is the stream of the last position entering block l, and layer n_layers the final one. The axis `norm` says
+    how it is read: "none" softmax(x W_U) as in the paper, "final" softmax(ln_final(x) W_U). (The paper's last point is
+    "final", since Hugging Face's last hidden state is normalised already; the rest of its curve is "none". The jump
+    between them is one of reading, not of the model.)
+
+    Args:
+        model: the model, with a tokenizer.
+        inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
+        answer: one word for all prompts or one for each; the model's own first token by default. Of several tokens the
+            first counts.
+        false_option: the other option, likewise; "" or None where there is none.
+
+    Returns [norm, layer, form], NaN for forms that a prompt does not have or the tokenizer does not know. Raises
+    `InputError` for a model without tokenizer and for another number of words than prompts.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> answer_probability(model, model.prepare("Who made the star?"), "red").dims
+    ('norm', 'layer', 'form')
+    """
+    prompts = model.as_inputs(inputs)
+    if model.processor is None:
+        raise InputError(
+            "answer_probability spells answers, and this model has no tokenizer; pass processor= to from_hf."
+        )
+    answers = None if answer is None else _each(answer, len(prompts), "answer")
+    options = _each(false_option or "", len(prompts), "false_option")
+    with analysis(model, prompts, n_forward=1) as made:
+        streams = _last_streams(model, prompts)  # (layer, prompt, d_model)
+        readings = [lens(model, streams, norm=norm).float().softmax(-1) for norm in _READINGS]
+        if answers is None:
+            answers = [str(model.to_string(int(i))) for i in readings[1][-1].argmax(-1)]
+        found = np.full((len(prompts), len(_READINGS), len(streams), len(FORMS)), np.nan)
+        for row, (word, option) in enumerate(zip(answers, options, strict=True)):
+            for column, token in enumerate(_forms(model, word) + _forms(model, option)):
+                if token is not None:
+                    found[row, :, :, column] = np.stack([numbers(reading[:, row, token]) for reading in readings])
+        result = xr.DataArray(
+            found,
+            dims=("prompt", "norm", "layer", "form"),
+            coords={"norm": list(_READINGS), "layer": range(len(streams)), "form": list(FORMS)},
+            name="probability",
+        )
+        attrs = {"answer": answers if len(answers) > 1 else answers[0]}
+        result = result.assign_attrs(made.attrs(**attrs))
+        return result.isel(prompt=0) if len(prompts) == 1 else result.assign_coords(prompt=range(len(prompts)))
+
+
+def _each(given: str | Sequence[str], n: int, what: str) -> list[str]:
+    words = [given] * n if isinstance(given, str) else list(given)
+    if len(words) != n:
+        raise InputError(f"{what}= has {len(words)} words for {n} prompts; give one, or one for each.")
+    return words
+
+
+def _forms(model: HookedLLaVA, word: str) -> list[int | None]:
+    """First tokens of a word in lower case and with a capital; None for what the tokenizer does not know."""
+    found: list[int | None] = []
+    for spelling in (word.strip().lower(), word.strip().lower().capitalize()):
+        ids = model.tokenizer(spelling, add_special_tokens=False)["input_ids"] if spelling else []
+        known = bool(ids) and ids[0] != model.tokenizer.unk_token_id
+        found.append(int(ids[0]) if known else None)
+    return found
+
+
+def _last_streams(model: HookedLLaVA, prompts: Inputs) -> Float[Tensor, "layer prompt d_model"]:
+    """The stream of each prompt's last position, entering every layer and leaving the last."""
+    names = [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+    _, cache = model.run_with_cache(prompts, names_filter=names, positions="last", stop_at_layer=model.cfg.n_layers)
+    return torch.stack([cache[name][:, 0] for name in names])

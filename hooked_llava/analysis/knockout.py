@@ -1,0 +1,327 @@
+"""Which edges does the answer's information travel along?
+
+Attention knockout (Geva et al. 2023; Zhang et al. 2024, arXiv 2411.18620): in a window of layers, target positions may
+not attend to source positions (their scores become minus infinity before the softmax, which spreads what is left over
+the other keys), and the answer's probability is compared with what it was. One run for each edge and each centre of the
+window; Replay does them together, re-running only what an edge can reach.
+
+The paper's released code knows image, question and last position, but not the text around them (instruction, "ASSISTANT:").
+Blocking "image->question" and "image->last" there leaves the way image -> rest -> last open. Here that text is the span
+`rest`; "image->question|rest|last" closes every way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava import metrics
+from hooked_llava.datasets import StudyRow, study
+from hooked_llava.errors import InputError
+from hooked_llava.interventions import Replay
+from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked
+from hooked_llava.interventions.windows import centred_window, paper_width
+from hooked_llava.metrics import Answer, Metric
+from hooked_llava.readout import words
+from hooked_llava.results import analysis, numbers
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
+"""What Zhang et al. block in every prompt."""
+OBJECT_EDGES = ("object->question", "other->question", "random->question")
+"""What they block where the object is known, and as many random patches for comparison."""
+Window = int | Literal["all"] | None
+Word = str | int | Answer
+MetricName = Literal["relative_change", "probability", "log_probability", "logit_difference"]
+_UNITS = {
+    "relative_change": "% of the answer's probability",
+    "probability": "probability",
+    "log_probability": "nats",
+    "logit_difference": "logits",
+}
+_OTHER = "change of the metric"
+
+
+def attention_knockout(
+    model: HookedLLaVA,
+    inputs: Any,
+    edges: Edges = PAPER_EDGES,
+    window: Window = None,
+    *,
+    centers: Sequence[int] | None = None,
+    answer: Word | Sequence[Word] | None = None,
+    baseline: Word | Sequence[Word] | None = None,
+    metric: MetricName | Metric = "relative_change",
+    total: bool = False,
+    missing: Literal["raise", "skip"] = "raise",
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> xr.Dataset:
+    """What blocking attention from source to target positions, in a window of layers, does to the answer.
+
+    Args:
+        model: the model.
+        inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
+        edges: "source->target", spans of the token map, joined from left to right by | (union), & and -. Besides: `other`
+            is the picture less the span `object` (see `inputs.with_boxes`, `inputs.with_spans`), `random` as many other
+            patches drawn at random. Or a mapping from names to (source, target), spans or positions.
+        window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
+            at once; by default the paper's share of the layers (9 of 40), at least 3.
+        centers: centres of the window, all layers by default.
+        answer: word (its first token) or token id to follow, one or one for each prompt; the model's own by default.
+        baseline: for "logit_difference", the token whose logit is subtracted.
+        metric: "relative_change" is 100 (P - P_before) / P_before; the others, and any function of logits
+            [..., d_vocab], are given as their change.
+        total: also block every layer at once, once for each edge.
+        missing: "skip" gives NaN for edges whose spans a prompt does not have, "raise" an error.
+        seed: of the random patches.
+        batch_size: rows at once; chosen from the free memory by default.
+
+    Returns `effect` and `answer_kept` (1 where the answer is still the most probable token) [edge, layer], or [edge]
+    for window="all"; with `total` also `total_effect` and `total_answer_kept` [edge]; and the metric before, `base`.
+    Raises `SpanError` for spans that are not there, and `InputError` for edges that causal attention does not have, and
+    for answers that do not fit.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> result = attention_knockout(model, model.prepare("Who made the star?"), ["question->last", "last->last"])
+    >>> dict(result.effect.sizes) == {"edge": 2, "layer": model.cfg.n_layers}
+    True
+    """
+    prompts, named = model.as_inputs(inputs), edges_of(edges)
+    with_ends, present = marked(prompts, named, missing=missing, seed=seed)
+    windows = _windows(window, centers, model.cfg.n_layers)
+    given, against = _answers(model, prompts, answer, "answer"), _answers(model, prompts, baseline, "baseline")
+    _check_metric(metric, against)
+    shown = {"window": paper_width(model.cfg.n_layers) if window is None else window}
+    shown["metric"] = metric if isinstance(metric, str) else "custom"
+    with analysis(model, prompts, n_forward=1, **shown) as made:
+        replay = Replay(model, with_ends)
+        scores = _Scores.of(replay, given, against, metric)
+        plan = [(edge, layers) for edge in named for layers in windows.values()]
+        plan += [(edge, range(model.cfg.n_layers)) for edge in named if total]
+        result = _labelled(_run(replay, plan, scores, batch_size), scores, named, windows, present)
+        return result.assign_attrs(made.attrs(**scores.attrs(model), work=replay.work.forwards, runs=len(plan)))
+
+
+def knockout_study(
+    model: HookedLLaVA,
+    rows: Sequence[StudyRow],
+    edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES),
+    window: Window = None,
+    *,
+    total: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> xr.Dataset:
+    """`attention_knockout` of every question of a table, side by side on an axis `question`; see `datasets.study`.
+
+    Args:
+        model: the model.
+        rows: the questions.
+        edges: as for `attention_knockout`; NaN where a question does not have one (no object in the picture).
+        window: likewise.
+        total: also block all layers at once.
+        seed: of the random patches.
+        options: of `datasets.study`: `images`, `out`, `only_correct`, `batch_size`, `template`, `tail`, `coverage`.
+
+    `datasets.by_kind` averages the result, and `flow_summary` turns the curves into numbers. Raises as both functions.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="?", kind="fact")
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> knockout_study(model, [row], ["question->last"], only_correct=False).effect.dims
+    ('question', 'edge', 'layer')
+    """
+    names = [edge.name for edge in edges_of(edges)]
+    about = {"edges": names, "window": window, "total": total, "seed": seed, "analysis": "attention_knockout"}
+
+    def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
+        return attention_knockout(model, inputs, edges, window, total=total, missing="skip", seed=seed)
+
+    return study(model, rows, run, about=about, **options)
+
+
+def flow_summary(result: xr.Dataset | xr.DataArray) -> xr.Dataset:
+    """Knockout curves as numbers, for every edge (and kind of question).
+
+    Args:
+        result: what `attention_knockout` gives, or `by_kind` of a study (its means are taken).
+
+    Returns, without the axis layer: `peak_layer`, where the drop is largest; `depth`, the effect there; `half_width`,
+    the number of layers around it in which the effect is at least half as deep; `stages`, how many separate stretches of
+    layers are that deep ("two stages" as a number). An edge whose blocking lowers the metric nowhere has half-width and
+    stages 0, and NaN stays NaN. Raises `InputError` for a result without the axes edge and layer.
+
+    >>> curve = xr.DataArray([[0.0, -8.0, -10.0, -1.0, -6.0]], dims=("edge", "layer"), coords={"layer": range(5)})
+    >>> {name: float(v[0]) for name, v in flow_summary(curve).items()}
+    {'peak_layer': 2.0, 'depth': -10.0, 'half_width': 2.0, 'stages': 2.0}
+    """
+    curves = result["effect"] if isinstance(result, xr.Dataset) else result
+    if not {"edge", "layer"} <= set(curves.dims):
+        raise InputError(
+            f"flow_summary needs the axes edge and layer; this result has {', '.join(map(str, curves.dims))}."
+        )
+    if "statistic" in curves.dims:
+        curves = curves.sel(statistic="mean", drop=True)
+    curves = curves.transpose(..., "layer")
+    layers = curves["layer"].values if "layer" in curves.coords else np.arange(curves.sizes["layer"])
+    found = np.apply_along_axis(_peak, -1, curves.values.astype(float), layers)
+    dims = curves.dims[:-1]
+    coords = {name: c for name, c in curves.coords.items() if "layer" not in c.dims}
+    names = ("peak_layer", "depth", "half_width", "stages")
+    return xr.Dataset({name: (dims, found[..., i]) for i, name in enumerate(names)}, coords, result.attrs)
+
+
+def _peak(curve: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """Layer and depth of the deepest point, the width at half its depth, and the number of stretches that deep."""
+    if not np.isfinite(curve).all():
+        return np.full(4, np.nan)
+    at = int(curve.argmin())
+    deep = (curve <= curve[at] / 2) & (curve < 0)
+    starts = np.flatnonzero(deep & ~np.concatenate([[False], deep[:-1]]))
+    stretch = np.cumsum(np.isin(np.arange(len(curve)), starts)) * deep  # 0 outside, else the stretch's number
+    width = int((stretch == stretch[at]).sum()) if deep[at] else 0
+    return np.array([layers[at], curve[at], width, len(starts)], dtype=float)
+
+
+def _windows(window: Window, centers: Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
+    """Layers that are blocked together, by the centre of their window."""
+    if window == "all":
+        if centers is not None:
+            raise InputError("window='all' blocks every layer at once and has no centre; leave centers= out.")
+        return {None: range(n_layers)}
+    if isinstance(window, bool) or not isinstance(window, int | None):
+        raise InputError(f"window={window!r}; expected a number of layers, or 'all'.")
+    width = paper_width(n_layers) if window is None else window
+    chosen = range(n_layers) if centers is None else centers
+    return {centre % n_layers: centred_window(centre, width, n_layers) for centre in chosen}
+
+
+def _answers(model: HookedLLaVA, prompts: Inputs, given: Any, what: str) -> list[Answer] | None:
+    """For each prompt its answer."""
+    if given is None:
+        return None
+    listed = [given] * len(prompts) if isinstance(given, (str, int, Answer)) else list(given)
+    if len(listed) != len(prompts):
+        raise InputError(f"{what}= has {len(listed)} entries for {len(prompts)} prompts; give one, or one for each.")
+    return [Answer.of(model, word, first_token=True) for word in listed]
+
+
+def _check_metric(metric: Any, baseline: list[Answer] | None) -> None:
+    if not callable(metric) and metric not in _UNITS:
+        raise InputError(f"metric={metric!r}; expected {', '.join(_UNITS)}, or a function of logits [..., d_vocab].")
+    if (metric == "logit_difference") != (baseline is not None):
+        raise InputError(
+            "metric='logit_difference' and baseline= belong together: the logit of which token is subtracted?"
+        )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What is read off the logits: the metric's change, and whether the answer still comes first."""
+
+    answers: list[Answer]
+    changes: list[Metric]
+    """One for each prompt."""
+    base: Float[Tensor, " prompt"]
+    """The metric before."""
+    baselines: list[Answer] | None
+    units: str
+
+    @classmethod
+    def of(cls, replay: Replay, answers: list[Answer] | None, baseline: list[Answer] | None, metric: Any) -> _Scores:
+        logits = replay.logits().reshape(len(replay.inputs), -1)  # (prompt, d_vocab)
+        own = [Answer.of(replay.model, int(row.argmax())) for row in logits] if answers is None else answers
+        against = own if baseline is None else baseline
+        measures = [_measure(metric, *words) for words in zip(own, against, strict=True)]
+        base = torch.stack([measure(row) for measure, row in zip(measures, logits, strict=True)])
+        if metric == "relative_change":
+            changes = [metrics.relative_change(word, row) for word, row in zip(own, logits, strict=True)]
+        else:
+            changes = [lambda x, m=m, b=b: m(x) - b for m, b in zip(measures, base, strict=True)]
+        return cls(own, changes, base, baseline, _UNITS.get(metric, _OTHER) if isinstance(metric, str) else _OTHER)
+
+    def attrs(self, model: HookedLLaVA) -> dict[str, Any]:
+        """What a result says of the answers."""
+        against = {} if self.baselines is None else {"baseline": _said(model, self.baselines)}
+        return {"answer": _said(model, self.answers), **against}
+
+    def __call__(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "run prompt 2"]:
+        rows = logits.reshape(len(logits), len(self.answers), -1)  # (run, prompt, d_vocab)
+        changes = [change(rows[:, i]) for i, change in enumerate(self.changes)]
+        first = [metrics.rank(word)(rows[:, i]) == 0 for i, word in enumerate(self.answers)]
+        return torch.stack([torch.stack(changes, 1), torch.stack(first, 1).to(changes[0].dtype)], dim=-1)
+
+
+def _said(model: HookedLLaVA, answers: Sequence[Answer]) -> str | list[str]:
+    """The answers as words; ids are spelt out."""
+    said = [str(words(model, torch.tensor(a.ids[0]))) if a.text.isdigit() else a.text for a in answers]
+    return said[0] if len(said) == 1 else said
+
+
+def _measure(metric: Any, answer: Answer, baseline: Answer) -> Metric:
+    if callable(metric):
+        return metric
+    if metric == "logit_difference":
+        return metrics.logit_difference(answer, baseline)
+    return metrics.log_probability(answer) if metric == "log_probability" else metrics.probability(answer)
+
+
+def _run(
+    replay: Replay, plan: Sequence[tuple[Edge, range]], scores: _Scores, batch_size: int | None
+) -> Float[Tensor, "run prompt 2"]:
+    """The scores of every planned run; runs that are the same are done once."""
+    n_layers = replay.model.cfg.n_layers
+    keys = []
+    for edge, window in plan:
+        ends = [
+            (int(last), m[edge.ends[1]]) for last, m in zip(replay.inputs.last, replay.inputs.token_maps, strict=True)
+        ]
+        # In the last layer only the last position still feeds the answer.
+        stop = n_layers if any(last in target for last, target in ends) else n_layers - 1
+        keys.append((edge.name, range(window.start, min(window.stop, stop))))
+    by_name = {edge.name: edge for edge, _ in plan}
+    distinct = list(dict.fromkeys(keys))
+    values = replay.run([by_name[name].blocked(window) for name, window in distinct], scores, batch_size=batch_size)
+    index = {key: i for i, key in enumerate(distinct)}
+    return values[[index[key] for key in keys]]
+
+
+def _labelled(
+    values: Float[Tensor, "run prompt 2"],
+    scores: _Scores,
+    edges: Sequence[Edge],
+    windows: Mapping[int | None, range],
+    present: np.ndarray,
+) -> xr.Dataset:
+    names = [edge.name for edge in edges]
+    table = numbers(values).astype(float)
+    n = len(edges) * len(windows)
+    parts = {"": table[:n].reshape(len(edges), len(windows), *table.shape[1:])}
+    if None in windows:
+        parts = {"": table[:n]}
+    if len(table) > n:
+        parts["total_"] = table[n:]
+    found: dict[str, Any] = {"base": ("prompt", numbers(scores.base).astype(float))}
+    for prefix, part in parts.items():
+        part = np.moveaxis(part, -2, 0)  # (prompt, edge, [layer], number)
+        part = np.where(present.reshape(*present.shape, *[1] * (part.ndim - 2)), part, np.nan)
+        dims = ("prompt", "edge", "layer")[: part.ndim - 1]
+        found[f"{prefix}effect"] = (dims, part[..., 0], {"units": scores.units})
+        found[f"{prefix}answer_kept"] = (dims, part[..., 1])
+    coords = {"edge": names, "prompt": range(len(present))}
+    if None not in windows:
+        coords["layer"] = list(windows)
+    result = xr.Dataset(found, coords=coords)
+    return result.isel(prompt=0, drop=True) if len(present) == 1 else result

@@ -1,0 +1,197 @@
+"""`hooked-llava knockout`: which edges an answer travels along, for one question or a table of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooked_llava.cli.common import (
+    EMBEDDED_MODEL,
+    Device,
+    DTypeOption,
+    First,
+    MaxNewTokens,
+    Model,
+    NoImage,
+    Output,
+    Second,
+    TemplateName,
+    check_writable,
+    clear_errors,
+    examples,
+    load_model,
+    needs_figures,
+    out,
+    prepare,
+    say_where,
+    shown_steps,
+    split_arguments,
+    template_name,
+)
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.datasets import StudyRow
+    from hooked_llava.input_batch import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+EPILOG = examples(
+    'knockout demo "What color is the star?" --box 20,40,36,55',
+    'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
+    "knockout --dataset tiny-shapes --limit 20 -o flow.html",
+    "knockout --dataset GQA_FOLDER --images GQA_PICTURES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf",
+)
+Window = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Layers that are blocked together. Default: the paper's share, 9 of 40."),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Questions of each kind. Default: all; of tiny-shapes 50.")
+]
+_OWN_TABLE = "tiny-shapes"
+_DEFAULT_LIMIT = 50
+
+
+def knockout(
+    first: First = None,
+    second: Second = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the picture's pixels; may be repeated."),
+    ] = None,
+    edge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EDGE", help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.'
+        ),
+    ] = None,
+    window: Window = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TABLE",
+            help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
+        ),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's pictures are.")] = None,
+    limit: Limit = None,
+    every: Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of a table at once.")] = 8,
+    output: Output = Path("knockout.html"),
+    model: Model = EMBEDDED_MODEL,
+    no_image: NoImage = False,
+    template: TemplateName = "default",
+    max_new_tokens: MaxNewTokens = 20,
+    device: Device = "auto",
+    dtype: DTypeOption = None,
+) -> None:
+    """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer."""
+    with clear_errors():
+        check_writable(output)
+        if dataset is not None:
+            _refuse_arguments(dataset, first, box)
+            rows, tail = _rows(dataset, images, limit)
+            loaded = load_model(model, device, dtype)
+            settings = {"images": images, "out": results, "only_correct": not every, "batch_size": batch_size, **tail}
+            page = _study(loaded, rows, edge, window, settings | {"template": template_name(template)})
+        else:
+            _refuse_table_options(images=images, limit=limit, results=results, all=every or None)
+            boxes = [_box(text) for text in box or ()]
+            image, question = split_arguments(first, second, no_image)
+            loaded, inputs = prepare(model, image, question, template, device, dtype)
+            inputs = inputs.with_boxes(object=boxes) if boxes else inputs
+            page = _one(loaded, inputs, edge, window, max_new_tokens)
+        path = page.save(output)
+        _show(page)
+        say_where(path)
+
+
+def _refuse_arguments(dataset: str, first: str | None, box: list[str] | None) -> None:
+    if first is not None:
+        raise InputError(f"--dataset {dataset} brings its own questions; leave {first!r} out, or --dataset.")
+    if box:
+        raise InputError("--box belongs to one question; a table has the boxes of its objects.")
+
+
+def _rows(dataset: str, images: Path | None, limit: int | None) -> tuple[list[StudyRow], dict[str, str]]:
+    """The table's questions, and the instruction that follows each."""
+    if dataset == _OWN_TABLE and not Path(dataset).exists():
+        from hooked_llava.toy.gqa_tables import gqa_rows
+
+        return gqa_rows(limit or _DEFAULT_LIMIT), {}
+    from hooked_llava.datasets import GQA_TAIL, read_gqa
+
+    rows = read_gqa(dataset, limit=limit)
+    if images is None:
+        raise InputError(f"The table {dataset!r} names its pictures; say where they are with --images FOLDER.")
+    return rows, {"tail": GQA_TAIL}
+
+
+def _refuse_table_options(**given: Any) -> None:
+    if named := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise InputError(f"{named[0]} belongs to a table of questions; give one with --dataset.")
+
+
+def _box(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4:
+        raise InputError(f"--box {text} is no box; expected four numbers, X0,Y0,X1,Y1, in the picture's pixels.")
+    return numbers
+
+
+def _one(model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, max_new_tokens: int) -> Any:
+    with needs_figures():
+        from hooked_llava.viz.knockout_page import STEPS, knockout_page
+    with shown_steps(len(STEPS)) as on_step:
+        return knockout_page(model, inputs, edges, window, max_new_tokens=max_new_tokens, on_step=on_step)
+
+
+def _study(
+    model: HookedLLaVA, rows: list[StudyRow], edges: list[str] | None, window: int | None, settings: dict[str, Any]
+) -> Any:
+    with needs_figures():
+        from hooked_llava.viz.knockout_page import flow_study, study_page
+    chosen = {} if edges is None else {"edges": edges}
+    return study_page(flow_study(model, rows, window=window, **chosen, **settings))
+
+
+def _show(page: Any) -> None:
+    """The answer, and for each edge what blocking it does."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    found, summary = page.results["knockout"], page.results["summary"]
+    if "kind" in found.dims:
+        found = found.isel(kind=-1)
+        summary = summary.isel(kind=-1)
+    if "statistic" in found.dims:
+        found = found.sel(statistic="mean")
+    to = out()
+    to.print(f"[dim]{escape(page.question)}[/dim]", soft_wrap=True)
+    if page.answer:
+        to.print(f"[bold]{escape(page.answer)}[/bold]", soft_wrap=True)
+    to.print()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (
+        ("blocked", "left"),
+        ("in all layers", "right"),
+        ("deepest window", "right"),
+        ("at", "right"),
+    ):
+        table.add_column(name, justify=justify)
+    for name in found.edge.values.tolist():
+        total, depth = (float(x.sel(edge=name)) for x in (found.total_effect, summary.depth))
+        layer = float(summary.peak_layer.sel(edge=name))
+        at = f"layer {layer:.0f}" if depth <= -0.05 else ""
+        table.add_row(escape(name), f"{total:+.1f} %", f"{depth:+.1f} %", at)
+    to.print(table)
+    to.print()

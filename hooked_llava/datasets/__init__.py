@@ -1,0 +1,18 @@
+"""Tables of questions: readers of the papers' released files, and a runner that takes an analysis over a table."""
+
+from hooked_llava.datasets.gqa import GQA_KINDS, GQA_TAIL, read_gqa
+from hooked_llava.datasets.rows import StudyRow, prepare_rows
+from hooked_llava.datasets.study import by_kind, study
+from hooked_llava.datasets.vqa_constraints import ConstraintTable, read_vqa_constraints
+
+__all__ = [
+    "ConstraintTable",
+    "GQA_KINDS",
+    "GQA_TAIL",
+    "StudyRow",
+    "by_kind",
+    "prepare_rows",
+    "read_gqa",
+    "read_vqa_constraints",
+    "study",
+]

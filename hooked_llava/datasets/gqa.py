@@ -1,0 +1,165 @@
+"""The six tables of GQA questions that Zhang et al. (arXiv 2411.18620) released, as rows of a study.
+
+Each is a CSV file of questions of one kind that LLaVA models answer correctly, drawn from the balanced validation set of
+GQA. The pictures are Visual Genome's, by their ids; they are not part of the tables.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hooked_llava.datasets.rows import PixelBox, StudyRow
+from hooked_llava.errors import InputError, did_you_mean
+
+GQA_TAIL = "Answer the question using a single word or phrase."
+"""The instruction that the paper puts after each question; for `model.prepare(..., tail=GQA_TAIL)`."""
+NOTHING = "-"
+"""What stands in a cell that has no value, such as the box of an object that is not in the picture."""
+_ASKED = ("question_id", "img_id", "question", "answer")
+_OPTIONS = ("true option", "false option")
+_TYPES = ("type_detailed", "type_semantic", "type_structural", "operations")
+_PICTURE = ("captions", "image_w", "image_h")
+_CENTRAL, _PAIR = ("central object",), ("object1", "object2")
+
+
+def _named(objects: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{o} {what}" for o in objects for what in ("name", "id"))
+
+
+def _placed(objects: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{o} {what}" for o in objects for what in "whxy")
+
+
+_ATTRIBUTES = (
+    "central object attributes",
+    "central object question attribute",
+    "all objects",
+    "all objects attributes",
+)
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "ChooseAttr": (
+        *(*_ASKED, *_OPTIONS, *_named(_CENTRAL), *_ATTRIBUTES, *_TYPES, "operation_1", "operation_2"),
+        *(*_PICTURE, *_placed(_CENTRAL), "full answer"),
+    ),
+    "ChooseCat": (*_ASKED, *_OPTIONS, *_named(_CENTRAL), *_TYPES, *_PICTURE, *_placed(_CENTRAL)),
+    "ChooseRel": (*_ASKED, *_OPTIONS, *_named(_PAIR), *_TYPES, *_PICTURE, *_placed(_PAIR)),
+    "CompareAttr": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_PICTURE, *_placed(_PAIR)),
+    "LogicalObj": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_PICTURE, *_placed(_PAIR)),
+    "QueryAttr": (*_ASKED, *_named(_CENTRAL), "question word", *_TYPES, *_PICTURE, *_placed(_CENTRAL)),
+}
+"""Kind of question -> columns of its file."""
+GQA_KINDS = tuple(COLUMNS)
+"""The six kinds, as the paper names them."""
+TYPES = {
+    "ChooseAttr": ("choose", "attr"),
+    "ChooseCat": ("choose", "cat"),
+    "ChooseRel": ("choose", "rel"),
+    "CompareAttr": ("compare", "attr"),
+    "LogicalObj": ("logical", "obj"),
+    "QueryAttr": ("query", "attr"),
+}
+"""Kind of question -> the columns type_structural and type_semantic."""
+_KIND_OF = {types: kind for kind, types in TYPES.items()}
+FILES = {
+    "ChooseAttr": "GQA_val_correct_question_with_choose_ChooseAttr.csv",
+    "ChooseCat": "GQA_val_correct_question_with_categoryThatThisChoose_objThisChoose_ChooseCat.csv",
+    "ChooseRel": "GQA_val_correct_question_with_relChooser_ChooseRel.csv",
+    "CompareAttr": "GQA_val_correct_question_with_twoCommon_CompareAttr.csv",
+    "LogicalObj": "GQA_val_correct_question_with_existThatOr_LogicalObj.csv",
+    "QueryAttr": "GQA_val_correct_question_with_positionQuery_QueryAttr.csv",
+}
+"""Kind of question -> name of the released file."""
+
+
+def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int | None = None) -> list[StudyRow]:
+    """The questions of one released CSV file, or of all that are in a folder, with the objects' boxes.
+
+    The box is the central object's where a table has one, and otherwise those of object 1 and object 2 as far as they
+    are in the picture, as in the paper. Rows name their pictures by Visual Genome's ids.
+
+    Args:
+        path: a file, or a folder with some of the six files under their released names.
+        kinds: kinds of question to read (`GQA_KINDS`); all that are there by default.
+        limit: questions of each kind, the first ones; all by default.
+
+    Raises `InputError` for a file that is not there, that lacks columns, or that has a broken row, and for unknown kinds.
+
+    >>> import tempfile
+    >>> from hooked_llava.toy.gqa_tables import write_gqa
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = read_gqa(write_gqa(folder, n=2), kinds=["QueryAttr"])
+    >>> len(rows), rows[0].kind, rows[0].answer in ("left", "right"), len(rows[0].boxes)
+    (2, 'QueryAttr', True, 1)
+    """
+    wanted = GQA_KINDS if kinds is None else tuple(kinds)
+    if unknown := [kind for kind in wanted if kind not in GQA_KINDS]:
+        raise InputError(
+            f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], GQA_KINDS)} Known: {', '.join(GQA_KINDS)}."
+        )
+    path = Path(path)
+    files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
+    if not files:
+        what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
+        raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
+    rows = [row for file in files for row in _read(file, limit) if row.kind in wanted]
+    if not rows:
+        raise InputError(f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}.")
+    return rows
+
+
+def _read(file: Path, limit: int | None) -> list[StudyRow]:
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            table = csv.DictReader(lines)
+            cells = [row for row, _ in zip(table, range(limit or sys.maxsize), strict=False)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{str(file)!r} cannot be read as a table ({error}); expected a CSV file in UTF-8.") from error
+    rows = []
+    for number, row in enumerate(cells, start=1):
+        kind = _KIND_OF.get((row.get("type_structural"), row.get("type_semantic")))
+        if kind is None:
+            raise InputError(f"{str(file)!r}, question {number} is of none of the six kinds (by its columns type_...).")
+        if missing := sorted(_needed(kind) - set(row)):
+            raise InputError(f"{str(file)!r} lacks the columns {missing} of a table of {kind}.")
+        rows.append(_row(row, kind, f"{str(file)!r}, question {number}"))
+    return rows
+
+
+def _needed(kind: str) -> set[str]:
+    placed = {f"{o} {what}" for o in _objects(kind) for what in ("name", *"whxy")}
+    return {*_ASKED, "image_w", "image_h", *placed, *(_OPTIONS if _OPTIONS[0] in COLUMNS[kind] else ())}
+
+
+def _objects(kind: str) -> tuple[str, ...]:
+    return _CENTRAL if f"{_CENTRAL[0]} name" in COLUMNS[kind] else _PAIR
+
+
+def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
+    try:
+        boxes = [_box(cells, name) for name in _objects(kind)]
+        size = (int(cells["image_w"]), int(cells["image_h"]))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where} has a size or box that is not in pixels ({error}).") from None
+    return StudyRow(
+        id=cells["question_id"],
+        question=cells["question"],
+        answer=cells["answer"],
+        picture=cells["img_id"],
+        false_option=cells.get("false option") or "",
+        kind=kind,
+        objects=tuple(cells[f"{name} name"] for name in _objects(kind)),
+        boxes=tuple(box for box in boxes if box is not None),
+        size=size,
+    )
+
+
+def _box(cells: dict[str, str], name: str) -> PixelBox | None:
+    """(x0, y0, x1, y1) from x, y, width and height; None where the object is not in the picture."""
+    values = [cells[f"{name} {what}"] for what in "xywh"]
+    if NOTHING in values:
+        return None
+    x, y, width, height = (int(float(value)) for value in values)
+    return (x, y, x + width, y + height)

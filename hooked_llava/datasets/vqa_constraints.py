@@ -1,0 +1,178 @@
+"""VQA-Constraints: the three tables of questions with their constraints that Basu et al. (arXiv 2406.04236) released.
+
+Each question comes with the words that its answer must fit, such as "this building". The tables hold no answers; the
+pictures are those of COCO's val2014 for OK-VQA, and photographs named by what they show for the other two.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.errors import InputError, did_you_mean
+
+CONSTRAINTS_TAIL = "Answer in a few words."
+"""The instruction that the paper puts after each question; for `model.prepare(..., tail=CONSTRAINTS_TAIL)`."""
+FILES = {"OK-VQA": "okvqa.csv", "Movies": "multimodal_movies.csv", "Known": "multimodal_known.csv"}
+"""Kind of question -> name of the released file."""
+SUBJECTS = {"Movies": "director", "Known": "subject"}
+"""Kind of question -> column that says what the picture shows."""
+CONSTRAINT_KINDS = tuple(FILES)
+"""The three tables."""
+_ASKED = ("question", "main_entity", "image_url")
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """A row whose constraint is not at one place of its question."""
+
+    id: str
+    """What the row would be called."""
+    question: str
+    constraint: str
+    """The words as the table has them."""
+    why: str
+    """What is wrong, in words."""
+
+
+@dataclass(frozen=True)
+class ConstraintTable:
+    """Questions whose constraint was found, and those where it was not."""
+
+    rows: list[StudyRow]
+    """Each with its `constraint` as it stands in the question, capitals included."""
+    unplaced: list[Unplaced] = field(default_factory=list)
+    adjusted: int = 0
+    """Rows that were placed only without regard to capitals or to punctuation around the words."""
+
+    def __str__(self) -> str:
+        reasons: dict[str, int] = {}
+        for row in self.unplaced:
+            reasons[row.why] = reasons.get(row.why, 0) + 1
+        said = "; ".join(f"{n} {why}" for why, n in reasons.items())
+        placed = f"{len(self.rows)} questions ({self.adjusted} placed with other capitals or punctuation)"
+        return placed + (f"; {len(self.unplaced)} not placed: {said}" if said else "")
+
+
+def read_vqa_constraints(
+    path: str | Path, *, kinds: Iterable[str] | None = None, limit: int | None = None
+) -> ConstraintTable:
+    """The questions of one released CSV file, or of all that are in a folder, with the words their answer depends on.
+
+    A row's `picture` is the last part of its `image_url`, `objects` what the picture shows where the table says it, and
+    `answer` is empty but for tables with a column `answer`, which the released ones lack. Rows whose words do not stand
+    at exactly one place of the question are reported as `unplaced`.
+
+    Args:
+        path: a file, or a folder with some of the three files under their released names.
+        kinds: kinds of question to read (`CONSTRAINT_KINDS`); all that are there by default.
+        limit: rows of each file, the first ones; all by default.
+
+    Raises `InputError` for a file that is not there, cannot be read or lacks columns, and for unknown kinds.
+
+    >>> import tempfile
+    >>> from hooked_llava.toy.constraint_tables import write_constraints
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = read_vqa_constraints(write_constraints(folder, n=2), kinds=["Known"])
+    >>> len(table.rows), table.rows[0].constraint, table.unplaced
+    (2, 'this shape', [])
+    """
+    wanted = CONSTRAINT_KINDS if kinds is None else tuple(kinds)
+    if unknown := [kind for kind in wanted if kind not in CONSTRAINT_KINDS]:
+        raise InputError(
+            f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], CONSTRAINT_KINDS)} Known: "
+            f"{', '.join(CONSTRAINT_KINDS)}."
+        )
+    path = Path(path)
+    files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
+    if not files:
+        what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
+        raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
+    tables = [_read(file, limit) for file in files]
+    return ConstraintTable(
+        [row for table in tables for row in table.rows if row.kind in wanted],
+        [row for table in tables for row in table.unplaced],
+        sum(table.adjusted for table in tables),
+    )
+
+
+def place_constraint(question: str, words: str) -> tuple[str | None, str]:
+    """The constraint as it stands in the question, and how it was found or why not.
+
+    Tried as it is, then without regard to capitals, then without punctuation around it ("This software," in the released
+    tables); whole words only, and only where they stand once.
+
+    >>> place_constraint("What is this made of?", "This,")
+    ('this', 'capitals or punctuation')
+    >>> place_constraint("Is this that?", "this hat")
+    (None, 'not in the question')
+    """
+    found = _places(question, words)
+    if len(found) == 1:
+        return found[0], "as it is"
+    if len(found) > 1:
+        return None, "several times in the question"
+    for tried in (words, words.strip(string.punctuation + string.whitespace)):
+        found = _places(question, tried, re.IGNORECASE) if tried else []
+        if len(found) == 1:
+            return found[0], "capitals or punctuation"
+        if len(found) > 1:
+            return None, "several times in the question"
+    return None, "not in the question"
+
+
+def _places(question: str, words: str, flags: int = 0) -> list[str]:
+    before, after = (r"(?<!\w)" if words[:1].isalnum() else "", r"(?!\w)" if words[-1:].isalnum() else "")
+    pattern = before + r"\s+".join(map(re.escape, words.split())) + after
+    return [match.group() for match in re.finditer(pattern, question, flags)] if words.strip() else []
+
+
+def _read(file: Path, limit: int | None) -> ConstraintTable:
+    rows, unplaced, adjusted = [], [], 0
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            table = csv.DictReader(lines)
+            kind = _kind(table.fieldnames or (), file)
+            for number, cells in enumerate(table):
+                if limit is not None and number >= limit:
+                    break
+                row_id = f"{kind}-{cells.get('') or number}"
+                if broken := [name for name in _ASKED if not (cells.get(name) or "").strip()]:
+                    unplaced.append(Unplaced(row_id, cells.get("question") or "", "", f"without {', '.join(broken)}"))
+                    continue
+                placed, how = place_constraint(cells["question"], cells["main_entity"])
+                if placed is None:
+                    unplaced.append(Unplaced(row_id, cells["question"], cells["main_entity"], how))
+                    continue
+                adjusted += how != "as it is"
+                rows.append(_row(row_id, kind, cells, placed))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{str(file)!r} cannot be read as a table ({error}); expected a CSV file in UTF-8.") from error
+    return ConstraintTable(rows, unplaced, adjusted)
+
+
+def _kind(columns: Sequence[str], file: Path) -> str:
+    """The kind whose file has these columns."""
+    if missing := [name for name in _ASKED if name not in columns]:
+        raise InputError(
+            f"{str(file)!r} lacks the columns {missing}; expected {', '.join(_ASKED)} (it has {list(columns)})."
+        )
+    return next((kind for kind, subject in SUBJECTS.items() if subject in columns), "OK-VQA")
+
+
+def _row(row_id: str, kind: str, cells: dict[str, str], placed: str) -> StudyRow:
+    subject = (cells.get(SUBJECTS[kind]) or "") if kind in SUBJECTS else ""
+    return StudyRow(
+        id=row_id,
+        question=cells["question"],
+        answer=cells.get("answer") or "",
+        picture=cells["image_url"].rsplit("/", maxsplit=1)[-1],
+        kind=kind,
+        objects=(subject,) if subject else (),
+        constraint=placed,
+    )

@@ -1,0 +1,196 @@
+"""Curves of attention knockout and of the answer's probability, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.lens import layer_names
+from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot, tick_every
+
+_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
+_MARKERS = ("o", "s", "^", "D", "v")
+_COLUMNS = 3
+_LEAST_PERCENT = 10.0  # how far the axis of a relative change reaches at least
+_FORMS = {
+    "lower": (0, "-"),
+    "capitalised": (1, "-"),
+    "false lower": (0, _DASHES[2]),
+    "false capitalised": (1, _DASHES[2]),
+}
+
+
+def knockout_curves(result: xr.Dataset, *, edges: Sequence[str] | None = None, title: str | None = None) -> Figure:
+    """The effect of blocking each edge, by the centre of the window: a line for each edge, a panel for each kind.
+
+    Args:
+        result: what `attention_knockout` gives for one prompt, or `by_kind` of a study, whose intervals become bands.
+        edges: which edges, all by default.
+        title: instead of none.
+
+    Raises `InputError` for a result with other axes than edge, layer, kind and statistic.
+
+    >>> dims = ("edge", "layer")
+    >>> result = xr.Dataset({"effect": (dims, [[0.0, -9.0]])}, coords={"edge": ["image->last"], "layer": [0, 1]})
+    >>> [float(y) for y in knockout_curves(result).axes[0].lines[1].get_ydata()]
+    [0.0, -9.0]
+    """
+    effect = _of(result, "effect", "edge", "layer")
+    effect = effect if edges is None else effect.sel(edge=list(edges))
+    names = [str(edge) for edge in effect["edge"].values]
+    layers = effect["layer"].values
+    panels = _panels(effect)
+    with plot(*_size(len(panels), names)) as figure:
+        every = _grid(figure, len(panels))
+        for axes, (kind, panel) in zip(every, panels.items(), strict=True):
+            axes.axhline(0, color=MUTED, linewidth=0.8)
+            for index, edge in enumerate(names):
+                _line(axes, layers, panel.sel(edge=edge), index, shown_edge(edge))
+            _layers(axes, layers)
+            if kind:
+                axes.set_title(kind)
+        _outer(figure, every, effect, result)
+        _legend(figure, every[0], title)
+    return figure
+
+
+def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str | None = None) -> Figure:
+    """The probability of the answer's spellings by layer: a panel for each kind, the false option dotted.
+
+    Args:
+        result: what `answer_probability` gives for one prompt, or its means by kind.
+        norm: which reading, "none" or "final".
+        title: instead of none.
+
+    Raises `InputError` for a result with other axes than norm, layer (or stream), form, kind and statistic.
+
+    >>> dims, names = ("norm", "layer", "form"), {"norm": ["none"], "form": ["lower"]}
+    >>> figure = probability_curves(xr.DataArray([[[0.25], [0.5]]], dims=dims, coords=names))
+    >>> figure.axes[0].lines[0].get_ydata().tolist()
+    [0.25, 0.5]
+    """
+    if "stream" in result.dims:
+        result = result.rename(stream="layer")
+    values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm)
+    panels = _panels(values)
+    with plot(*_size(len(panels), ["false capitalised"])) as figure:
+        every = _grid(figure, len(panels))
+        for axes, (kind, panel) in zip(every, panels.items(), strict=True):
+            for form in (str(f) for f in values["form"].values):
+                curve = panel.sel(form=form)
+                if np.isfinite(curve.values).any():
+                    color, dash = _FORMS.get(form, (4, "-"))
+                    _line(axes, np.arange(values.sizes["layer"]), curve, color, form, dash)
+            names = layer_names(values.sizes["layer"])
+            step = tick_every(len(names), 8)
+            kept = [*range(0, len(names) - 1, step), len(names) - 1]
+            if len(kept) > 1 and kept[-1] - kept[-2] < step:
+                del kept[-2]
+            axes.set_xticks(kept, [names[i] for i in kept])
+            axes.set_ylim(-0.02, 1.04)
+            if kind:
+                axes.set_title(kind)
+        for axes in every:
+            axes.set_xlabel("stream entering layer")
+        every[0].set_ylabel("probability")
+        _legend(figure, every[0], title)
+    return figure
+
+
+def shown_edge(edge: str) -> str:
+    """An edge's name as it is written in figures and tables.
+
+    >>> shown_edge("image->question|rest")
+    'image → question, rest'
+    """
+    return edge.replace("->", " → ").replace("|", ", ")
+
+
+def _of(result: xr.Dataset, name: str, *dims: str) -> xr.DataArray:
+    """The variable with these axes, and of others only kind and statistic."""
+    if name not in result:
+        raise InputError(f"The result has no {name!r}; expected what attention_knockout gives, or by_kind of a study.")
+    values = result[name]
+    missing = [dim for dim in dims if dim not in values.dims]
+    surplus = [str(d) for d in values.dims if d not in (*dims, "kind", "statistic")]
+    if missing or surplus:
+        raise InputError(
+            f"{name!r} has the axes {', '.join(map(str, values.dims))}; expected {', '.join(dims)}, with kind and "
+            "statistic in front or not. Choose one prompt with result.isel(prompt=0), or average with by_kind(result)."
+        )
+    return values
+
+
+def _panels(values: xr.DataArray) -> dict[str, xr.DataArray]:
+    if "kind" not in values.dims:
+        return {"": values}
+    return {str(kind): values.sel(kind=kind) for kind in values["kind"].values}
+
+
+def _size(n_panels: int, names: Sequence[str]) -> tuple[float, float]:
+    columns = min(_COLUMNS, n_panels)
+    rows = -(-n_panels // columns)
+    width = 5.6 if columns == 1 else 2.9 * columns
+    below = 0.24 * -(-len(names) // 3) if n_panels > 1 else 0.0
+    return width + (0.09 * max(map(len, names)) + 0.5 if n_panels == 1 else 0.3), (
+        2.9 if rows == 1 else 2.3 * rows
+    ) + below
+
+
+def _grid(figure: Plot, n: int) -> list[Axes]:
+    columns = min(_COLUMNS, n)
+    grid = figure.subplots(-(-n // columns), columns, sharey=True, squeeze=False).flatten().tolist()
+    for unused in grid[n:]:
+        unused.remove()
+    return grid[:n]
+
+
+def _line(axes: Axes, at: np.ndarray, values: xr.DataArray, index: int, label: str, dash: object = None) -> None:
+    """A curve, with its interval as a band if it has one; colours, dashes and markers tell curves apart."""
+    color = SERIES[index % len(SERIES)]
+    style = _DASHES[index // len(SERIES) % len(_DASHES)] if dash is None else dash
+    mean = values.sel(statistic="mean") if "statistic" in values.dims else values
+    if "statistic" in values.dims:
+        low, high = (values.sel(statistic=end).values for end in ("low", "high"))
+        axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
+    marker = _MARKERS[index % len(_MARKERS)]
+    axes.plot(at, mean.values, color=color, linestyle=style, linewidth=1.6, marker=marker, markersize=3.4, label=label)
+
+
+def _layers(axes: Axes, layers: np.ndarray) -> None:
+    step = tick_every(len(layers), 8)
+    axes.set_xticks(layers[::step])
+
+
+def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dataset) -> None:
+    """Labels, thin lines to read values by, and an axis on which a tiny effect looks tiny."""
+    window = result.attrs.get("window")
+    units = str(effect.attrs.get("units", ""))
+    for axes in every:
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("layer" if window in (None, 1) else f"layer (middle of {window})")
+    if units.startswith("%"):
+        low, high = every[0].get_ylim()
+        every[0].set_ylim(min(low, -_LEAST_PERCENT), max(high, _LEAST_PERCENT / 10))
+    label = units if units.startswith("change") or not units else f"change, {units}"
+    if len(every) == 1:
+        every[0].set_ylabel(label)
+    else:
+        figure.supylabel(label, fontsize=9, color=INK)
+
+
+def _legend(figure: Plot, axes: Axes, title: str | None) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    options = {"labelcolor": INK, "handlelength": 2.6}
+    if len(figure.axes) == 1:
+        axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS, **options)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK, fontsize=10)

@@ -1,0 +1,225 @@
+"""Pages of attention knockout: one question, or a table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from hooked_llava.analysis import answer_probability, attention_knockout, flow_summary, next_tokens
+from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, Window
+from hooked_llava.datasets import StudyRow, by_kind, study
+from hooked_llava.inputs import Inputs
+from hooked_llava.interventions.edges import Edges, edges_of
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
+from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
+from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text
+
+STEPS = ("answering", "knocking out", "answer by layer", "drawing")
+"""The parts of the work, as progress is reported."""
+CLOSED_EDGES = ("image->question|rest|last", "question|rest->last")
+"""What the released grouping leaves open: with the text around the question included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockoutPage(HtmlPage):
+    """Attention knockout as a page; `page.results` hold knockout, summary, answer_probability (and next_tokens)."""
+
+    question: str
+    """What was asked, or how many questions."""
+    answer: str
+    """What the model said; "" for a table of questions."""
+
+
+def page_edges(inputs: Inputs) -> list[str]:
+    """The edges that a page of one prompt shows: the paper's, as far as the prompt has them, and the closed ones.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> page_edges(model.prepare("Who made the star?"))
+    ['question->last', 'last->last', 'question|rest->last']
+    """
+    token_map = inputs.token_map
+    known = (*PAPER_EDGES, *(OBJECT_EDGES if "object" in token_map else ()), *CLOSED_EDGES)
+    return [e for e in known if ("image" in token_map or not e.startswith("image")) and "question" in token_map]
+
+
+def knockout_page(
+    model: HookedLLaVA,
+    inputs: Any,
+    edges: Edges | None = None,
+    window: Window = None,
+    *,
+    max_new_tokens: int = 20,
+    on_step: Callable[[str], None] | None = None,
+) -> KnockoutPage:
+    """Ask, block every edge in every window of layers, and put it all on one page.
+
+    Args:
+        model: the model, with a tokenizer.
+        inputs: one prompt, anything `model.as_inputs` takes; `inputs.with_boxes(object=[box])` adds the object's edges.
+        edges: as for `attention_knockout`; by default the paper's and those that leave nothing open.
+        window: as for `attention_knockout`.
+        max_new_tokens: length of the answer at most.
+        on_step: called with the name of each part of the work (`STEPS`) as it begins.
+
+    Raises `InputError` and `SpanError` as `attention_knockout`.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> page = knockout_page(model, model.prepare("Who made the star?"))
+    >>> page.answer, page.html.startswith("<!doctype html>")
+    ('Clara', True)
+    """
+    prompt = model.as_inputs(inputs)
+    shown = page_edges(prompt) if edges is None else edges
+    with steps_reported(STEPS, on_step, "knocking out") as begin:
+        begin("knocking out")  # first, since it finds whatever does not fit
+        knockout = attention_knockout(model, prompt, shown, window, total=True)
+        begin("answering")
+        answer = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+        begin("answer by layer")
+        results: dict[str, Any] = {"knockout": knockout, "summary": flow_summary(knockout)}
+        results["answer_probability"] = answer_probability(model, prompt)
+        results["next_tokens"] = next_tokens(model, prompt, k=min(5, model.cfg.d_vocab))
+        begin("drawing")
+        cost = f"{knockout.runs} runs for {knockout.work + knockout.n_forward:.2f} forward passes, {knockout.seconds:.1f} s"
+        context = {
+            "question": question_text(prompt),
+            "kicker": f"How the answer travels through {model.cfg.model_name or 'the model'}",
+            "answer": answer,
+            "tokens": prompt_tokens(prompt.token_map),
+            "pictures": [picture_uri(p) for p in prompt.images or ()],
+            "counts": [],
+            "provenance": provenance(model, prompt, cost),
+            **_shown(knockout, results["answer_probability"]),
+        }
+        html = fill_template("knockout.html.jinja", context)
+    return KnockoutPage(question=context["question"], answer=answer, html=html, results=results)
+
+
+def flow_study(
+    model: HookedLLaVA,
+    rows: Sequence[StudyRow],
+    edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES),
+    window: Window = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> xr.Dataset:
+    """Knockout and the answer's probability by layer of every question of a table, for `study_page`.
+
+    The probabilities are `answer_probability` [question, norm, stream, form], where stream l enters layer l; the rest is
+    what `knockout_study` gives. `options` are those of `datasets.study`; raises as these functions.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
+    >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
+    ['edge', 'form', 'layer', 'norm', 'question', 'stream']
+    """
+    about = {"edges": [e.name for e in edges_of(edges)], "window": window, "seed": seed, "analysis": "flow_study"}
+
+    def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
+        found = attention_knockout(model, inputs, edges, window, total=True, missing="skip", seed=seed)
+        options = [row.false_option for row in asked]
+        probability = answer_probability(model, inputs, [row.answer for row in asked], options)
+        found["answer_probability"] = probability.rename(layer="stream").drop_attrs()
+        return found.assign_attrs(n_forward=found.n_forward + probability.n_forward)
+
+    return study(model, rows, run, about=about, **options)
+
+
+def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 1000) -> KnockoutPage:
+    """A page of a finished study, averaged by kind of question.
+
+    Args:
+        result: what `flow_study` or `knockout_study` gives, or `results.load` read back.
+        title: the page's heading; by default how many questions there are.
+        n_boot: samples of the bootstrap.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
+    >>> study_page(flow_study(model, [row], ["question->last"]), n_boot=10).question
+    'Information flow over 1 question'
+    """
+    means = by_kind(result, n_boot=n_boot)
+    n = result.sizes["question"]
+    heading = title or f"Information flow over {n} question{'' if n == 1 else 's'}"
+    asked, correct = (result.attrs.get(name, {}) for name in ("asked", "correct"))
+    counts = [
+        {"kind": kind, "asked": asked[kind], "correct": correct.get(kind, 0), "measured": int(measured)}
+        for kind, measured in zip(means["kind"].values.tolist(), means["n"].values, strict=True)
+        if kind in asked
+    ]
+    context = {
+        "question": heading,
+        "kicker": f"How answers travel through {result.attrs.get('model') or 'the model'}",
+        "answer": "",
+        "tokens": [],
+        "pictures": [],
+        "counts": counts,
+        "provenance": {
+            "Model": result.attrs.get("model") or "unnamed",
+            "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured",
+            "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
+            "Cost": f"{result.attrs.get('runs', 0)} runs a prompt batch, {result.attrs.get('seconds', 0.0):.0f} s",
+            "Made": made_with(),
+        },
+        **_shown(means, means.get("answer_probability")),
+    }
+    html = fill_template("knockout.html.jinja", context)
+    results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
+    return KnockoutPage(question=heading, answer="", html=html, results=results)
+
+
+def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, Any]:
+    """Figures and tables of a knockout, by kind or not."""
+    several = "kind" in knockout.dims
+    summary = flow_summary(knockout)
+    kinds = [str(k) for k in knockout["kind"].values] if several else [""]
+    edges = [str(edge) for edge in knockout["edge"].values]
+    rows = []
+    for edge in edges:
+        cells = []
+        for kind in kinds:
+            at: Mapping[str, str] = {"edge": edge, **({"kind": kind} if several else {})}
+            cells.append(_cell(knockout.sel(at), summary.sel(at)))
+        rows.append({"edge": shown_edge(edge), "cells": cells})
+    return {
+        "curves": figure_uri(knockout_curves(knockout)),
+        "probabilities": None if probability is None else figure_uri(probability_curves(probability)),
+        "window": knockout.attrs.get("window"),
+        "units": knockout["effect"].attrs.get("units", "change of the metric"),
+        "kinds": kinds,
+        "rows": rows,
+        "has_object": any("object" in edge or "random" in edge for edge in edges),
+        "scored": knockout.attrs.get("answer") if not several else None,
+    }
+
+
+def _cell(knockout: xr.Dataset, summary: xr.Dataset) -> dict[str, str]:
+    """Total effect with its interval, and the curve in numbers."""
+    total = knockout["total_effect"]
+    mean = float(total.sel(statistic="mean")) if "statistic" in total.dims else float(total)
+    if not np.isfinite(mean):
+        return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0"}
+    interval = ""
+    if "statistic" in total.dims:
+        interval = f"{_number(total.sel(statistic='low'), 0)} to {_number(total.sel(statistic='high'), 0)}"
+    depth, peak, width, stages = (float(summary[n]) for n in ("depth", "peak_layer", "half_width", "stages"))
+    found = f"layer {peak:.0f}, {width:.0f} wide" + (f", {stages:.0f} stages" if stages > 1 else "")
+    return {
+        "total": _number(mean, 1),
+        "interval": interval,
+        "depth": _number(depth, 1),
+        "peak": found if width and _number(depth, 1) != "0.0" else "",
+        "deep": f"{min(100.0, max(0.0, -mean)):.0f}",
+    }
+
+
+def _number(value: Any, digits: int) -> str:
+    """Rounded, with a real minus sign, and none before a zero."""
+    text = f"{float(value) + 0.0:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")

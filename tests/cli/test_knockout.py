@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hooked_llava.analysis import attention_knockout
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.results import load
+from hooked_llava.toy.gqa_tables import write_gqa
+from tests.cli.running import QUESTION, refused, run
+
+
+def test_one_question_prints_the_edges_and_writes_a_page(checkpoint, picture, tmp_path):
+    page = tmp_path / "page.html"
+    options = ("-o", str(page), "-m", checkpoint, "--max-new-tokens", "2", "--window", "1")
+    result = run("knockout", picture, QUESTION, "--box", "20,5,30,15", *options)
+    assert result.exit_code == 0, result.stderr
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    inputs = model.prepare(QUESTION, picture).with_boxes(object=[(20, 5, 30, 15)])
+    expected = attention_knockout(model, inputs, ["question->last", "object->question"], 1, total=True)
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if "->" in line}
+    assert len(lines) == 9
+    for edge in expected.edge.values.tolist():
+        assert float(lines[edge][1]) == pytest.approx(float(expected.total_effect.sel(edge=edge)), abs=0.051)
+        assert float(lines[edge][3]) == pytest.approx(float(expected.effect.sel(edge=edge).min()), abs=0.051)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_edges_can_be_chosen(checkpoint, tmp_path):
+    page = str(tmp_path / "page.html")
+    result = run("knockout", QUESTION, "--edge", "question|rest->last", "-o", page, "-m", checkpoint)
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines() if "->" in line] == ["question|rest->last"]
+
+
+def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
+    folder = write_gqa(tmp_path / "gqa", 2, kinds=["ChooseAttr", "QueryAttr"])
+    page, kept = tmp_path / "page.html", tmp_path / "flow.safetensors"
+    options = ("-o", str(page), "-m", checkpoint, "--images", str(folder), "--all", "--edge", "image->last")
+    result = run("knockout", "--dataset", str(folder), "--results", str(kept), *options)
+    assert result.exit_code == 0, result.stderr
+    assert "Information flow over 4 questions" in result.stdout
+    found = load(kept)
+    assert found.question.values.tolist() == ["ChooseAttr-0", "ChooseAttr-1", "QueryAttr-0", "QueryAttr-1"]
+    assert found.attrs["tail"] == "Answer the question using a single word or phrase."
+    assert found.attrs["only_correct"] is False
+    few = run("knockout", "--dataset", str(folder), "--limit", "1", *options)
+    assert "over 2 questions" in few.stdout
+    said = refused("knockout", "--dataset", str(folder), "--limit", "1", "--results", str(kept), *options)
+    assert "holds another study" in said
+
+
+def test_the_embedded_table(tmp_path):
+    result = run("knockout", "--dataset", "tiny-shapes", "--limit", "1", "-o", str(tmp_path / "page.html"))
+    assert result.exit_code == 0, result.stderr
+    assert "random->question" in result.stdout
+
+
+def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
+    options = ("-m", checkpoint, "-o", str(tmp_path / "page.html"))
+    assert "--box 1,2,3 is no box" in refused("knockout", picture, QUESTION, "--box", "1,2,3", *options)
+    assert "--limit belongs to a table" in refused("knockout", picture, QUESTION, "--limit", "3", *options)
+    assert "--all belongs to a table" in refused("knockout", picture, QUESTION, "--all", *options)
+    assert "'image' is no edge" in refused("knockout", picture, QUESTION, "--edge", "image", *options)
+    assert "brings its own questions" in refused("knockout", QUESTION, "--dataset", "tiny-shapes", *options)
+    assert "a table has the boxes" in refused("knockout", "--dataset", "tiny-shapes", "--box", "1,2,3,4", *options)
+    assert "is no file and no folder" in refused("knockout", "--dataset", "nowhere", *options)
+    folder = write_gqa(tmp_path / "gqa", 1, kinds=["QueryAttr"])
+    assert "say where they are with --images" in refused("knockout", "--dataset", str(folder), *options)
+    assert not Path(options[-1]).exists()

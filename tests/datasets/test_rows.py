@@ -1,0 +1,78 @@
+"""Rows of a table as prompts: pictures found, objects and constraints placed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hooked_llava.datasets.rows import StudyRow, prepare_rows, row_picture
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model import HookedLLaVA
+
+RED = np.full((64, 64, 3), 200, dtype=np.uint8)
+
+
+def row(**fields: object) -> StudyRow:
+    return StudyRow(**{"id": "7", "question": "What color is the star?", "answer": "red", "picture": RED, **fields})
+
+
+def test_objects_and_constraints_become_spans(tiny_shapes: HookedLLaVA) -> None:
+    rows = [
+        row(boxes=((0, 0, 8, 8), (56, 56, 64, 64)), constraint="the star"),
+        row(question="Is there a ring?", boxes=((0, 0, 9, 8),)),
+        row(question="What shape is this?"),
+    ]
+    inputs = prepare_rows(tiny_shapes, rows)
+    first, second, third = inputs.token_maps
+    assert first["object"] == [first.patch_to_position(0, 0), first.patch_to_position(7, 7)]
+    assert [first.labels[p] for p in first["constraint"]] == ["the", "star"]
+    assert second["object"] == [second.patch_to_position(0, 0), second.patch_to_position(0, 1)]
+    half = prepare_rows(tiny_shapes, rows[1:2], coverage=0.5).token_map
+    assert half["object"] == [half.patch_to_position(0, 0)]
+    assert "object" not in third
+    assert "constraint" not in second
+    assert inputs[0].prompts == tiny_shapes.prepare(rows[0].question, RED).prompts
+
+
+def test_template_tail_and_prefix_are_those_of_prepare(tiny_shapes: HookedLLaVA) -> None:
+    inputs = prepare_rows(tiny_shapes, [row(answer_prefix="The color of the star is")], tail=None)
+    expected = tiny_shapes.prepare("What color is the star?", RED, tail=None, answer_prefix="The color of the star is")
+    assert inputs.prompts == expected.prompts
+    with pytest.raises(InputError, match="begin their answers differently"):
+        prepare_rows(tiny_shapes, [row(answer_prefix="The"), row()])
+
+
+def test_boxes_that_the_model_does_not_see_are_left_out(tiny_shapes: HookedLLaVA) -> None:
+    wide = np.full((64, 200, 3), 200, dtype=np.uint8)
+    processor = tiny_shapes.processor.image_processor
+    if not getattr(processor, "do_center_crop", False):
+        assert "object" in prepare_rows(tiny_shapes, [row(picture=wide, boxes=((0, 0, 8, 8),))]).token_map
+    small = prepare_rows(tiny_shapes, [row(boxes=((0, 0, 2, 2),))], coverage=0.9)
+    assert "object" not in small.token_map  # too small for the coverage
+    with pytest.raises(SpanError, match="no box|expected"):
+        prepare_rows(tiny_shapes, [row(boxes=((9, 9, 3, 3),))])
+    with pytest.raises(InputError, match="coverage=2 is not a share"):
+        prepare_rows(tiny_shapes, [row()], coverage=2)
+
+
+def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA) -> None:
+    with pytest.raises(SpanError, match="'the ring' does not occur"):
+        prepare_rows(tiny_shapes, [row(constraint="the ring")])
+
+
+def test_pictures_are_found_with_or_without_their_ending(tmp_path: Path) -> None:
+    Image.fromarray(RED).save(tmp_path / "12.png")
+    for name in ("12", "12.png"):
+        assert row_picture(row(picture=name), tmp_path).size == (64, 64)
+    assert row_picture(row(picture=tmp_path / "12.png")).size == (64, 64)
+    assert row_picture(row(picture=None)) is None
+    with pytest.raises(InputError, match="Row 7 needs the picture '13', which is not in"):
+        row_picture(row(picture="13"), tmp_path)
+    with pytest.raises(InputError, match="give the folder it is in as images="):
+        row_picture(row(picture="12"))
+    with pytest.raises(InputError, match=r"is 64 x 64 pixels, and its boxes were drawn in 500 x 333"):
+        row_picture(row(picture="12", boxes=((0, 0, 4, 4),), size=(500, 333)), tmp_path)
+    assert row_picture(row(picture="12", size=(500, 333)), tmp_path).size == (64, 64)  # no box is concerned

@@ -1,0 +1,186 @@
+"""The runner over a table: what it keeps, what it averages, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hooked_llava.datasets import StudyRow, by_kind, study
+from hooked_llava.datasets.study import answers_match
+from hooked_llava.errors import InputError
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.results import load
+from hooked_llava.toy.gqa_tables import gqa_rows
+
+
+class Counting:
+    """An analysis that says how long each prompt is, and counts how often it is asked."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.fail_at = fail_at
+
+    def __call__(self, inputs: Any, rows: Sequence[StudyRow]) -> xr.DataArray:
+        if self.fail_at is not None and len(self.asked) >= self.fail_at:
+            raise KeyboardInterrupt
+        self.asked += [row.id for row in rows]
+        lengths = [len(m.real) for m in inputs.token_maps]
+        values = np.array([[n, 2.0 * n] for n in lengths])
+        result = xr.DataArray(values, dims=("prompt", "layer"), name="length", attrs={"n_forward": 1, "model": "m"})
+        return result[0] if len(rows) == 1 else result
+
+
+ROWS = gqa_rows(4, kinds=["ChooseAttr", "QueryAttr"])
+
+
+def wrong(row: StudyRow) -> StudyRow:
+    from dataclasses import replace
+
+    return replace(row, answer="nonsense")
+
+
+def test_every_question_with_its_kind_and_what_was_said(tiny_shapes: HookedLLaVA) -> None:
+    run = Counting()
+    result = study(tiny_shapes, ROWS, run, batch_size=3)
+    assert result.length.dims == ("question", "layer")
+    assert result.question.values.tolist() == [row.id for row in ROWS] == run.asked
+    assert result.kind.values.tolist() == [row.kind for row in ROWS]
+    assert [said.lower() for said in result.said.values] == result.answer.values.tolist() == [r.answer for r in ROWS]
+    assert result.attrs["asked"] == result.attrs["correct"] == {"ChooseAttr": 4, "QueryAttr": 4}
+    assert result.attrs["n_forward"] == 3
+    assert result.attrs["model"] == "m"
+    assert {name: result.attrs[name] for name in ("template", "tail", "coverage", "only_correct")} == {
+        "template": "default",
+        "tail": "template",
+        "coverage": 0.0,
+        "only_correct": True,
+    }
+    lengths = [len(tiny_shapes.prepare(row.question, row.picture).token_map.real) for row in ROWS]
+    assert result.length[:, 0].values.tolist() == lengths
+    one_by_one = study(tiny_shapes, ROWS, Counting(), batch_size=1)
+    assert one_by_one.length.equals(result.length)
+
+
+def test_only_what_is_answered_correctly_is_measured(tiny_shapes: HookedLLaVA) -> None:
+    rows = [wrong(ROWS[0]), ROWS[1], ROWS[2], wrong(ROWS[3]), wrong(ROWS[4]), wrong(ROWS[5])]
+    result = study(tiny_shapes, rows, Counting(), batch_size=2)
+    assert result.question.values.tolist() == [ROWS[1].id, ROWS[2].id]
+    assert result.attrs["asked"] == {"ChooseAttr": 4, "QueryAttr": 2}
+    assert result.attrs["correct"] == {"ChooseAttr": 2}
+    every = study(tiny_shapes, rows, Counting(), batch_size=2, only_correct=False)
+    assert every.sizes["question"] == 6
+    assert every.attrs["correct"] == {"ChooseAttr": 2}
+    with pytest.raises(InputError, match="None of the 2 questions was answered correctly"):
+        study(tiny_shapes, rows[-2:], Counting())
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    out = tmp_path / "study.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        study(tiny_shapes, ROWS, Counting(fail_at=4), out=out, batch_size=2)
+    assert not out.exists()
+    assert [p.name for p in sorted((tmp_path / "study.safetensors.parts").iterdir())] == [
+        "000000.safetensors",
+        "000001.safetensors",
+    ]
+    again = Counting()
+    result = study(tiny_shapes, ROWS, again, out=out, batch_size=2)
+    assert again.asked == [row.id for row in ROWS[4:]]
+    assert [p.name for p in tmp_path.iterdir()] == ["study.safetensors"]
+    assert result.length.equals(study(tiny_shapes, ROWS, Counting(), batch_size=2).length)
+    assert load(out).equals(result)
+    never = Counting()
+    assert study(tiny_shapes, ROWS, never, out=out, batch_size=2).equals(result)
+    assert never.asked == []
+
+
+@pytest.mark.parametrize("stage", ["finished", "interrupted"])
+def test_a_file_of_another_study_is_not_touched(tiny_shapes: HookedLLaVA, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / "study"
+    if stage == "finished":
+        study(tiny_shapes, ROWS[:2], Counting(), out=out)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            study(tiny_shapes, ROWS[:4], Counting(fail_at=2), out=out, batch_size=2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for rows, options in ((ROWS[1:3], {}), (ROWS[:2], {"about": {"edges": ["a"]}}), (ROWS[:2], {"tail": None})):
+        run = Counting()
+        with pytest.raises(InputError, match="holds another study"):
+            study(tiny_shapes, rows, run, out=out, **options)
+        assert run.asked == []
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_questions_without_picture_are_asked_apart(tiny_shapes: HookedLLaVA) -> None:
+    text = [StudyRow(id=f"t{i}", question="Who made the star?", answer="?", kind="fact") for i in range(2)]
+    result = study(tiny_shapes, [ROWS[0], *text, ROWS[1]], Counting(), only_correct=False)
+    assert result.question.values.tolist() == [ROWS[0].id, "t0", "t1", ROWS[1].id]
+
+
+def test_what_does_not_fit_is_said(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no questions"):
+        study(tiny_shapes, [], Counting())
+    with pytest.raises(InputError, match=r"share the ids \['ChooseAttr-0'\]"):
+        study(tiny_shapes, [ROWS[0], ROWS[0]], Counting())
+    with pytest.raises(InputError, match="batch_size=0"):
+        study(tiny_shapes, ROWS, Counting(), batch_size=0)
+    with pytest.raises(InputError, match="there is no folder"):
+        study(tiny_shapes, ROWS, Counting(), out=tmp_path / "none" / "study")
+    with pytest.raises(InputError, match="expected an axis 'prompt' of 2"):
+        study(tiny_shapes, ROWS[:2], lambda inputs, rows: xr.DataArray([1.0], dims="layer"))
+    sizes = iter([2, 3])
+
+    def uneven(inputs: Any, rows: Any) -> xr.DataArray:
+        n = next(sizes)
+        return xr.DataArray(np.zeros((1, n)), dims=("prompt", "layer"), coords={"layer": range(n)})
+
+    with pytest.raises(InputError, match="different axes and do not join"):
+        study(tiny_shapes, ROWS[:2], uneven, batch_size=1)
+
+
+def test_answers_are_compared_without_case_and_full_stop() -> None:
+    assert answers_match(" Red.", "red")
+    assert answers_match("cell phone", "Cell phone")
+    assert not answers_match("Redder", "red")
+    assert not answers_match("", "red")
+
+
+def test_means_and_intervals_by_kind() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 2))
+    values[:, 1] += 5
+    values[:20, 1] = np.nan
+    kinds = ["a"] * 20 + ["b"] * 40
+    data = xr.Dataset(
+        {"effect": (("question", "edge"), values), "word": ("question", ["x"] * 60)},
+        coords={"kind": ("question", kinds), "edge": ["p", "q"]},
+        attrs={"model": "m"},
+    )
+    found = by_kind(data, n_boot=400)
+    assert "word" not in found
+    assert found.kind.values.tolist() == ["a", "b", "all"]
+    assert found.n.values.tolist() == [20, 40, 60]
+    mean, low, high = (found.effect.sel(statistic=s) for s in ("mean", "low", "high"))
+    np.testing.assert_allclose(mean.sel(kind="b"), values[20:].mean(0))
+    np.testing.assert_allclose(mean.sel(kind="all", edge="q"), np.nanmean(values[:, 1]))
+    assert np.isnan(found.effect.sel(kind="a", edge="q")).all()
+    # For means of a normal sample the bootstrap's interval is about 1.96 standard errors to either side.
+    error = values[20:].std(0) / np.sqrt(40)
+    np.testing.assert_allclose((high - low).sel(kind="b"), 2 * 1.96 * error, rtol=0.2)
+    assert bool((low.sel(kind="b") < mean.sel(kind="b")).all())
+    assert by_kind(data, n_boot=400).equals(found)
+    wide = by_kind(data, n_boot=400, confidence=0.5)
+    assert bool(((wide.effect[1, 2] - wide.effect[1, 1]) < (high - low).sel(kind="b")).all())
+    assert found.attrs["model"] == "m"
+    with pytest.raises(InputError, match="averages along the axis 'question'"):
+        by_kind(data.drop_vars("kind"))
+
+
+def test_one_kind_needs_no_mean_of_all() -> None:
+    data = xr.Dataset({"x": ("question", [1.0, 3.0])}, coords={"kind": ("question", ["a", "a"])})
+    assert by_kind(data).kind.values.tolist() == ["a"]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
+
+EDGES = [
+    "image->last",
+    "image->question|rest",
+    "question->last",
+    "last->last",
+    "rest->last",
+    "object->question",
+    "a->b",
+]
+
+
+def by_kind_result(kinds: list[str]) -> xr.Dataset:
+    values = -np.random.default_rng(0).uniform(0, 90, (len(kinds), 3, len(EDGES), 5))
+    values.sort(axis=1)
+    values = values[:, [1, 0, 2]]
+    coords = {"kind": kinds, "statistic": ["mean", "low", "high"], "edge": EDGES, "layer": range(5)}
+    effect = xr.DataArray(values, coords, ("kind", "statistic", "edge", "layer"), attrs={"units": "% of it"})
+    return xr.Dataset({"effect": effect}, attrs={"window": 3})
+
+
+def test_a_panel_for_each_kind_and_a_line_for_each_edge():
+    result = by_kind_result(["p", "q", "r", "s"])
+    figure = knockout_curves(result, title="Flow")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["p", "q", "r", "s"]
+    for axes, kind in zip(figure.axes, "pqrs", strict=True):
+        lines = axes.lines[1:]  # the first is the line at 0
+        assert [line.get_label() for line in lines] == [shown_edge(edge) for edge in EDGES]
+        for line, edge in zip(lines, EDGES, strict=True):
+            mean, low, high = result.effect.sel(kind=kind, edge=edge).values
+            np.testing.assert_array_equal(line.get_ydata(), mean)
+            band = axes.collections[EDGES.index(edge)].get_paths()[0].get_extents()
+            assert (band.y0, band.y1) == pytest.approx((low.min(), high.max()))
+        assert axes.get_xlabel() == "layer (middle of 3)"
+    styles = {(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in figure.axes[0].lines[1:]}
+    assert len(styles) == len(EDGES)
+    assert len(figure.legends) == 1
+    assert figure.get_supylabel() == "change, % of it"
+    assert figure.get_suptitle() == "Flow"
+    assert b"PNG" in figure._repr_png_()[:8]
+
+
+def test_one_prompt_is_one_panel_on_an_axis_where_little_looks_little():
+    effect = xr.DataArray(
+        [[0.0, -0.2]], coords={"edge": ["image->last"]}, dims=("edge", "layer"), attrs={"units": "% p"}
+    )
+    figure = knockout_curves(effect.to_dataset(name="effect"))
+    assert figure.axes[0].get_ylim()[0] == -10
+    assert figure.axes[0].get_legend() is not None
+    assert figure.axes[0].get_ylabel() == "change, % p"
+    logits = knockout_curves(effect.assign_attrs(units="logits").to_dataset(name="effect"))
+    assert logits.axes[0].get_ylim()[0] > -1
+
+
+def test_edges_can_be_chosen():
+    figure = knockout_curves(by_kind_result(["p"]), edges=["a->b"])
+    assert [line.get_label() for line in figure.axes[0].lines[1:]] == ["a → b"]
+
+
+def test_probabilities_by_form():
+    values = np.random.default_rng(0).uniform(size=(2, 4, 4))
+    values[:, :, 3] = np.nan
+    forms = ["lower", "capitalised", "false lower", "false capitalised"]
+    result = xr.DataArray(
+        values, coords={"norm": ["none", "final"], "form": forms}, dims=("norm", "stream", "form"), name="p"
+    )
+    for norm in ("none", "final"):
+        axes = probability_curves(result, norm=norm).axes[0]
+        assert [line.get_label() for line in axes.lines] == forms[:3]
+        np.testing.assert_array_equal(axes.lines[2].get_ydata(), result.sel(norm=norm, form="false lower"))
+        assert axes.get_xticklabels()[-1].get_text() == "final"
+    assert axes.lines[0].get_color() == axes.lines[2].get_color() != axes.lines[1].get_color()
+    assert axes.lines[0].get_linestyle() != axes.lines[2].get_linestyle()
+
+
+def test_what_does_not_fit_is_said():
+    result = by_kind_result(["p"])
+    with pytest.raises(InputError, match="has no 'effect'"):
+        knockout_curves(result.rename(effect="other"))
+    with pytest.raises(InputError, match=r"result.isel\(prompt=0\), or average with by_kind"):
+        knockout_curves(result.expand_dims("prompt"))
+    with pytest.raises(InputError, match="expected norm, layer, form"):
+        probability_curves(xr.DataArray(np.zeros((2, 2)), dims=("norm", "layer")))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from hooked_llava.datasets import StudyRow
+from hooked_llava.errors import SpanError
+from hooked_llava.results import load, save
+from hooked_llava.viz.knockout_page import STEPS, flow_study, knockout_page, page_edges, study_page
+
+
+@pytest.fixture(scope="module")
+def table(model):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    boxes = ((0, 0, 8, 8),)
+    return [
+        StudyRow(id=str(i), question=q, answer="red", false_option="blue", kind=kind, picture=picture, boxes=boxes)
+        for i, (q, kind) in enumerate([("Is the star red or blue?", "A"), ("What color is it?", "B<i>")] * 2)
+    ]
+
+
+def rows_of(html: str, section: str) -> list[list[str]]:
+    part = html.partition(f'<section id="{section}">')[2].partition("</section>")[0]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr>.*?</tr>", part)]
+    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in cells]
+
+
+def test_a_page_of_one_question(model, inputs):
+    steps = []
+    marked = inputs.with_boxes(object=[(80, 20, 100, 40)])
+    page = knockout_page(model, marked, window=1, max_new_tokens=2, on_step=steps.append)
+    assert sorted(steps) == sorted(STEPS)
+    assert page.question == "What color is the star?"
+    knockout = page.results["knockout"]
+    assert knockout.edge.values.tolist() == page_edges(marked)
+    assert "random->question" in page_edges(marked)
+    assert "random->question" not in page_edges(inputs)
+    table = rows_of(page.html, "totals")
+    assert [row[0] for row in table[1:]] == [e.replace("->", " → ").replace("|", ", ") for e in page_edges(marked)]
+    for row, total in zip(table[1:], knockout.total_effect.values, strict=True):
+        assert float(row[1].replace("\u2212", "-")) == pytest.approx(total, abs=0.051)
+    assert page.html.count("data:image/svg+xml") == 2
+    assert "http://" not in page.html.replace("http://www.w3.org", "")
+    assert "as many other patches as the object has" in page.html
+    assert "as many other patches" not in knockout_page(model, inputs, ["image->last"], max_new_tokens=1).html
+
+
+def test_without_a_picture_the_edges_of_text_remain(model, text_inputs):
+    page = knockout_page(model, text_inputs, max_new_tokens=1)
+    assert page.results["knockout"].edge.values.tolist() == ["question->last", "last->last", "question|rest->last"]
+    with pytest.raises(SpanError, match="no span 'image'"):
+        knockout_page(model, text_inputs, ["image->last"])
+
+
+def test_a_page_of_a_table(model, table, tmp_path):
+    result = flow_study(model, table, ["image->last", "object->question"], 1, only_correct=False, batch_size=3)
+    assert result.answer_probability.dims == ("question", "norm", "stream", "form")
+    assert result.sizes["stream"] == result.sizes["layer"] + 1
+    assert np.isfinite(result.answer_probability.sel(form=["lower", "false lower"])).all()
+    save(result, tmp_path / "flow")
+    page = study_page(load(tmp_path / "flow"), n_boot=20)
+    assert page.question == "Information flow over 4 questions"
+    assert page.answer == ""
+    counts = rows_of(page.html, "questions")
+    assert counts[1:] == [["A", "2", "0", "2"], ["B&lt;i&gt;", "2", "0", "2"]]
+    totals = rows_of(page.html, "totals")
+    assert totals[0] == ["blocked", "A", "B&lt;i&gt;", "all"]
+    means = result.total_effect.mean("question").values
+    for row, mean in zip(totals[1:3], means, strict=True):
+        assert float(row[-1].split()[0].replace("\u2212", "-")) == pytest.approx(mean, abs=0.051)
+    assert "4 asked, 0 answered correctly, 4 measured" in page.html
+    assert "<i>&" not in page.html
+    assert page.save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_table_without_probabilities_has_a_page_too(model, table):
+    result = flow_study(model, table[:2], ["image->last"], only_correct=False).drop_vars("answer_probability")
+    assert study_page(result, n_boot=5, title="Mine").html.count("data:image/svg+xml") == 1
