@@ -6,7 +6,7 @@ that `--help` is quick.
 
 import typer
 
-from hooked_llava.cli import ask, explain, knockout, patch, verify
+from hooked_llava.cli import ask, explain, knockout, patch, trace, verify
 from hooked_llava.cli.common import examples
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=patch.EPILOG)(patch.patch)
 app.command(epilog=knockout.EPILOG)(knockout.knockout)
+app.command(epilog=trace.EPILOG)(trace.trace)
 app.command(epilog=verify.EPILOG)(verify.verify)
 
 __all__ = ["app"]

@@ -14,6 +14,8 @@ from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_ove
 from hooked_llava.viz.patching import by_patch, plot_patching
 from hooked_llava.viz.patching_report import PatchingReport, patching_report
 from hooked_llava.viz.report import Report, explain
+from hooked_llava.viz.trace import contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.trace_page import TracePage, trace_page
 
 __all__ = [
     "answer_curve",
@@ -22,6 +24,7 @@ __all__ = [
     "cell_map",
     "cell_maps",
     "contribution_bars",
+    "contribution_maps",
     "explain",
     "flow_study",
     "knockout_curves",
@@ -39,5 +42,9 @@ __all__ = [
     "plot_patching",
     "probability_curves",
     "Report",
+    "role_curves",
     "study_page",
+    "trace_maps",
+    "trace_page",
+    "TracePage",
 ]

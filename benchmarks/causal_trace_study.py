@@ -1,0 +1,240 @@
+"""Where facts come back on the embedded models, over many questions: `python -m benchmarks.causal_trace_study`.
+
+For every checkpoint: traces of held-out fact questions asked by picture ("this shape") and by name ("the star"), under
+four corruptions; mean indirect effect by kind, layer and role with 95% intervals, over the questions whose answer the
+corruption lowers; agreement between corruptions and between checkpoints; how the messages from the picture lie beside
+the trace; and attention contributions as predictors of wrong answers, beside confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from benchmarks._measure import arguments, markdown, start, write
+from hooked_llava.analysis import attention_contribution, average_traces, causal_trace, error_auroc
+from hooked_llava.datasets.rows import StudyRow, prepare_rows
+from hooked_llava.errors import InputError
+from hooked_llava.interventions.corruptions import Corruption, MeanEmbedding, Noise, Replace
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
+from hooked_llava.toy.evaluate import embedded, held_out
+
+KINDS = {"by picture": "Known", "by name": "OK-VQA"}
+CORRUPTIONS: dict[str, Callable[[StudyRow], Corruption]] = {
+    "another shape's name": lambda row: Replace(other_shape(row)),
+    "noise": lambda row: Noise(seed=len(row.question)),
+    "mean embedding": lambda row: MeanEmbedding(),
+    "one word everywhere": lambda row: Replace("Paris", repeat=True),
+}
+"""How the constraint is corrupted; the last is what the released code does."""
+WINDOWS = {"1": (1, "centred"), "3": (3, "centred"), "1 as released": (1, "released"), "3 as released": (3, "released")}
+_BATCH, _RIGHT_FOR_EACH, _MOST_RIGHT = 32, 10, 300
+
+Measured = dict[str, Any]
+
+
+def traces_of(
+    model: HookedLLaVA, rows: Sequence[StudyRow], corrupt: Callable[[StudyRow], Corruption], **options: Any
+) -> list[xr.Dataset]:
+    """One trace for each question that the model answers correctly."""
+    found = []
+    for row in rows:
+        trace = causal_trace(model, prepare_rows(model, [row]), row.constraint, corruption=corrupt(row), **options)
+        if str(trace.answer).strip() == row.answer:
+            found.append(trace)
+    return found
+
+
+def summary(traces: list[xr.Dataset]) -> Measured:
+    """Mean effects with intervals, and what was left out; only counts where nothing is lowered."""
+    drops = [round(float(t.lowered_by), 4) for t in traces]
+    try:
+        mean = average_traces(traces)
+    except InputError:
+        return {"traced": len(traces), "left_out": len(traces), "lowered_by": drops}
+    best = {}
+    for kind in mean.kind.values.tolist():
+        effect = mean.indirect_effect.sel(kind=kind)
+        at = np.unravel_index(int(np.nanargmax(effect.values)), effect.shape)
+        cell = mean.sel(kind=kind).isel(layer=at[0], role=at[1])
+        best[kind] = {
+            "layer": int(cell.layer),
+            "role": str(cell.role.values),
+            **{name: round(float(cell[name]), 4) for name in ("indirect_effect", "low", "high")},
+        }
+    names = ("indirect_effect", "low", "high")
+    return {
+        "traced": len(traces),
+        "left_out": mean.left_out,
+        "lowered_by": drops,
+        "work_per_trace": float(np.mean([t.work for t in traces])),
+        "roles": mean.role.values.tolist(),
+        "n": mean.n.values.tolist(),
+        "kinds": mean.kind.values.tolist(),
+        **{name: np.round(mean[name].values, 4).tolist() for name in names},
+        "best": best,
+    }
+
+
+def agreement(first: Measured, second: Measured) -> float | None:
+    """Correlation of two tables of mean effects, over kinds, layers and the roles that both have."""
+    if "roles" not in first or "roles" not in second:
+        return None
+    roles = [role for role in first["roles"] if role in second["roles"]]
+    flat = [
+        np.array(one["indirect_effect"])[..., [one["roles"].index(role) for role in roles]].ravel()
+        for one in (first, second)
+    ]
+    return round(float(np.corrcoef(*flat)[0, 1]), 3)
+
+
+def messages(model: HookedLLaVA, rows: Sequence[StudyRow]) -> Measured:
+    """Norm of what goes from the picture to the constraint, by layer, and its shares on the object and the last row."""
+    norms, on_object, last_row, object_share = [], [], [], []
+    for row in rows:
+        inputs = prepare_rows(model, [row], coverage=0.2)
+        found = attention_contribution(model, inputs, row.constraint).image_to_constraint.values[:, 0]
+        patches = inputs.token_map.patches().tolist()
+        inside = np.isin(patches, list(inputs.token_map["object"])).reshape(found.shape[1:])
+        total = found.sum((1, 2))
+        norms.append(total)
+        on_object.append(found[:, inside].sum(1) / total)
+        last_row.append(found[:, -1].sum(1) / total)
+        object_share.append(inside.mean())
+    means = {"norm": norms, "share_on_object": on_object, "share_of_last_row": last_row}
+    uniform = {"uniform_share_on_object": float(np.mean(object_share)), "uniform_share_of_last_row": 1 / found.shape[1]}
+    return {name: np.round(np.mean(values, 0), 4).tolist() for name, values in means.items()} | uniform
+
+
+def errors(model: HookedLLaVA, n: int, kind: str = "choose_rel") -> Measured:
+    """AUROC of confidence and of contributions for wrong answers, with bootstrap intervals."""
+    examples = held_out(kind, n, seed=4_000_037)
+    right: list[bool] = []
+    for start_at in range(0, n, _BATCH):
+        batch = examples[start_at : start_at + _BATCH]
+        prompts = model.prepare([e.question.text for e in batch], [e.scene.render() for e in batch])
+        said = model(prompts)[torch.arange(len(batch)), prompts.last].argmax(-1).tolist()
+        right += [token == model.to_single_token(e.question.answer) for token, e in zip(said, batch, strict=True)]
+    wrong = [i for i, ok in enumerate(right) if not ok]
+    kept = [i for i, ok in enumerate(right) if ok][: max(_MOST_RIGHT, _RIGHT_FOR_EACH * len(wrong))]
+    scores: dict[str, list[float]] = {}
+    for i in [*wrong, *kept]:
+        for name, value in _scores(model, examples[i]).items():
+            scores.setdefault(name, []).append(value)
+    answers = {"kind": kind, "asked": n, "wrong": len(wrong), "right_measured": len(kept)}
+    if not wrong:
+        return answers
+    correct = np.array([False] * len(wrong) + [True] * len(kept))
+    return answers | {"auroc": {name: _interval(np.array(values), correct) for name, values in scores.items()}}
+
+
+def _scores(model: HookedLLaVA, example: Any) -> dict[str, float]:
+    question = example.question
+    inputs = model.prepare(question.text, example.scene.render())
+    found = attention_contribution(model, inputs, list(question.objects))
+    to_last = found.constraint_to_last.max("source").values
+    to_constraint = found.image_to_constraint.sum(("image", "patch_row", "patch_col")).values
+    middle = [len(to_last) // 2 - 1, len(to_last) // 2]
+    named = {f"constraint to last, layer {i}": float(value) for i, value in enumerate(to_last)}
+    named |= {f"picture to constraint, layer {i}": float(value) for i, value in enumerate(to_constraint)}
+    return {"confidence": found.confidence, "constraint to last, middle layers": float(to_last[middle].mean()), **named}
+
+
+def _interval(scores: np.ndarray, correct: np.ndarray, n_boot: int = 200) -> list[float]:
+    """AUROC, and the 2.5% and 97.5% quantiles over resampled answers of either kind."""
+    rng = np.random.default_rng(0)
+    right, wrong = np.flatnonzero(correct), np.flatnonzero(~correct)
+    drawn = []
+    for _ in range(n_boot):
+        chosen = np.concatenate([rng.choice(right, len(right)), rng.choice(wrong, len(wrong))])
+        drawn.append(error_auroc(scores[chosen], correct[chosen]))
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return [round(error_auroc(scores, correct), 3), round(float(low), 3), round(float(high), 3)]
+
+
+def study(model: HookedLLaVA, n: int, n_asked: int) -> Measured:
+    """Everything about one checkpoint."""
+    result: Measured = {}
+    for label, kind in KINDS.items():
+        rows = constraint_rows(n, kinds=[kind])
+        by_corruption = {name: summary(traces_of(model, rows, corrupt)) for name, corrupt in CORRUPTIONS.items()}
+        first = next(iter(CORRUPTIONS))
+        windows = {
+            name: summary(traces_of(model, rows, CORRUPTIONS[first], window=width, window_reading=reading))
+            for name, (width, reading) in WINDOWS.items()
+            if width > 1
+        }
+        result[label] = {
+            "corruptions": by_corruption,
+            "windows": windows,
+            "agreement": {name: agreement(by_corruption[first], of) for name, of in by_corruption.items()},
+        }
+        if kind == KINDS["by picture"]:  # asked by name, the shape need not be in the picture
+            result[label]["messages"] = messages(model, rows)
+    result["errors"] = errors(model, n_asked)
+    return result
+
+
+def tables(measured: dict[str, Measured]) -> str:
+    """Best cells by corruption, and predictors of wrong answers."""
+    cells: dict[str, list[str]] = {}
+    for checkpoint, found in measured.items():
+        for label in KINDS:
+            for name, of in found[label]["corruptions"].items():
+                agrees = found[label]["agreement"][name]
+                cells[f"{checkpoint}, {label}, {name}"] = [
+                    f"{of['traced'] - of['left_out']} of {of['traced']}",
+                    *(_cell(of["best"][kind]) if "best" in of else "-" for kind in ("mlp", "attn", "resid")),
+                    "-" if agrees is None else f"{agrees:.2f}",
+                ]
+    columns = ["lowered", "best MLP", "best attention", "best stream", "agrees with the first"]
+    predictors = {
+        f"{checkpoint}, {name}": [f"{a:.2f} ({low:.2f} to {high:.2f})"]
+        for checkpoint, found in measured.items()
+        for name, (a, low, high) in found["errors"].get("auroc", {}).items()
+        if name in ("confidence", "constraint to last, middle layers")
+    }
+    return f"{markdown(columns, cells, 'trace')}\n\n{markdown(['AUROC'], predictors, 'wrong answers')}"
+
+
+def _cell(best: Measured) -> str:
+    return (
+        f"{best['indirect_effect']:.2f} ({best['low']:.2f} to {best['high']:.2f}) layer {best['layer']}, {best['role']}"
+    )
+
+
+def between_checkpoints(measured: dict[str, Measured]) -> dict[str, float | None]:
+    """Agreement of the mean effects of each checkpoint with those of the first."""
+    first, *others = measured
+    name = next(iter(CORRUPTIONS))
+    return {
+        f"{first} and {other}, {label}": agreement(*(measured[c][label]["corruptions"][name] for c in (first, other)))
+        for other in others
+        for label in KINDS
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--n", type=int, default=20, help="questions of each kind and corruption (default 20)")
+    parser.add_argument("--asked", type=int, default=800, help="questions among which wrong answers are sought")
+    parser.add_argument("--checkpoints", nargs="+", default=[folder.name for folder in embedded()])
+    options = start(parser, argv)
+    if options.quick:
+        options.n, options.asked, options.checkpoints = 2, 32, options.checkpoints[:1]
+    measured: dict[str, Measured] = {}
+    for checkpoint in options.checkpoints:
+        measured[checkpoint] = study(HookedLLaVA.from_pretrained(f"tiny-shapes-{checkpoint}"), options.n, options.asked)
+    print(f"\n{tables(measured)}")
+    checkpoints = between_checkpoints(measured)
+    path = write("causal_trace_study", options, n=options.n, checkpoints=measured, agreement_of_checkpoints=checkpoints)
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

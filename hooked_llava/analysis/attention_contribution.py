@@ -1,0 +1,162 @@
+"""What does attention carry to the constraint, and from the constraint to the answer?
+
+Attention contributions (Basu et al. 2024, arXiv 2406.04236, after Yuksekgonul et al. 2023): the message from position k
+to position q is o = A v W_O, and the contribution of k to q in a layer is the norm of the heads' sum, || sum_h o ||. Two
+steps are looked at: from the picture to the constraint's last token, and from the constraint to the last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.caching import saver
+from hooked_llava.errors import InputError
+from hooked_llava.interventions.corruptions import Constraint, find_constraints
+from hooked_llava.map_quality import roc_auc
+from hooked_llava.messages import attention_messages, messages_along, summed_messages
+from hooked_llava.positions import Positions
+from hooked_llava.readout import token_id, words
+from hooked_llava.results import analysis, numbers
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+Measure = Literal["norm", "logit"]
+
+
+def attention_contribution(
+    model: HookedLLaVA,
+    inputs: Any,
+    constraint: Constraint | Sequence[Constraint],
+    *,
+    measure: Measure = "norm",
+    by_head: bool = False,
+    answer: str | int | None = None,
+) -> xr.Dataset:
+    """Size of the messages from the picture to the constraint's last token, and from the constraint to the last position.
+
+    Args:
+        model: the model.
+        inputs: one prompt, anything `model.as_inputs` takes.
+        constraint: words of the question, positions, or a list of several; messages go to the last one's last token.
+        measure: "norm" of the message (of the heads' sum, unless `by_head`), or "logit", its signed part along the
+            answer's direction through the frozen final norm, in logits.
+        by_head: every head's messages apart.
+        answer: token for "logit"; the model's own next token by default.
+
+    Returns a dataset with `constraint_to_last` [layer, source] over the constraint's tokens (`source` are positions,
+    `label` their text), and with a picture `image_to_constraint` [layer, image, patch_row, patch_col]; an axis head
+    follows layer if `by_head`. Attributes: `answer` and `confidence`, the probability of the model's own next token.
+    Raises `InputError` and `SpanError` for what does not fit.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> found = attention_contribution(model, model.prepare("Who made the star?"), "the star")
+    >>> found.constraint_to_last.dims, found.constraint_to_last.label.values.tolist()
+    (('layer', 'source'), ['the', 'star'])
+    """
+    prompt = model.as_inputs(inputs)
+    if len(prompt) != 1:
+        raise InputError(f"attention_contribution takes one prompt, got {len(prompt)}; call it once for each.")
+    if measure not in ("norm", "logit"):
+        raise InputError(f"measure={measure!r}; expected 'norm' or 'logit'.")
+    token = None if answer is None else token_id(model, answer)
+    constraints = find_constraints(prompt.token_map, constraint)
+    with analysis(model, prompt, n_forward=1, measure=measure) as made:
+        targets = [constraints[-1][-1], prompt.token_map.real[-1]]
+        held, logits = _held(model, prompt, targets)
+        token = int(logits.argmax()) if token is None else token
+        sizes = _sizes(model, held, token, measure, by_head=by_head)
+        attrs = made.attrs(
+            answer=str(words(model, torch.tensor(token))),
+            confidence=float(logits.float().softmax(-1).max()),
+            constraint_positions=[where.tolist() for where in constraints],
+        )
+        return _labelled(model, prompt, constraints, sizes, measure).assign_attrs(attrs)
+
+
+def error_auroc(scores: Sequence[float | int] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
+    """How well a low score tells wrong answers from right ones: P(score of a right one > score of a wrong one).
+
+    0.5 is chance; ties count half. Raises `InputError` unless there are right and wrong answers.
+
+    >>> error_auroc([0.9, 0.8, 0.3, 0.8], [True, True, False, False])
+    0.875
+    """
+    right = np.asarray(correct, dtype=bool)
+    n_right, n_wrong = int(right.sum()), int((~right).sum())
+    if len(scores) != len(right) or not n_right or not n_wrong:
+        raise InputError(
+            f"There are {len(scores)} scores of {n_right} right and {n_wrong} wrong answers; expected one score for each "
+            "answer, and at least one answer of either kind."
+        )
+    return float(roc_auc(np.asarray(scores, dtype=float)[None], right[None])[0])
+
+
+def _held(
+    model: HookedLLaVA, prompt: Inputs, targets: list[int]
+) -> tuple[dict[str, Tensor], Float[Tensor, " d_vocab"]]:
+    """Patterns from the targets, values of every position, the final norm's scale at the last, and the logits there."""
+    table = model.hooks_table
+    store: dict[str, Tensor] = {}
+    hooks: list[Any] = [
+        (table.resolve("pattern"), saver(store, table, torch.tensor([targets]))),
+        (table.resolve("v"), saver(store, table)),
+        (table.resolve("ln_final.hook_scale"), saver(store, table, torch.tensor([targets[1:]]))),
+    ]
+    logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
+    return {name: tensor[0] for name, tensor in store.items()}, logits[0, targets[1]]
+
+
+def _sizes(
+    model: HookedLLaVA, held: dict[str, Tensor], token: int, measure: Measure, *, by_head: bool
+) -> Float[Tensor, "layer *head target key"]:
+    """The size of every message to the two targets."""
+    direction = None
+    if measure == "logit":
+        scale = held["ln_final.hook_scale"][0].float()
+        direction = model.tokens_to_residual_directions(token).float() / scale
+    rows = []
+    for layer in range(model.cfg.n_layers):
+        pattern, value = (held[f"blocks.{layer}.attn.hook_{name}"] for name in ("pattern", "v"))
+        if direction is not None:
+            along = messages_along(model, layer, pattern, value, direction)
+            rows.append(along if by_head else along.sum(0))
+        elif by_head:  # one head at a time: [head target key d_model] is large
+            heads = range(model.cfg.n_heads)
+            each = [attention_messages(model, layer, pattern, value, heads=[head]).norm(dim=-1) for head in heads]
+            rows.append(torch.cat(each))
+        else:
+            rows.append(summed_messages(model, layer, pattern, value).norm(dim=-1))
+    return torch.stack(rows)
+
+
+def _labelled(
+    model: HookedLLaVA,
+    prompt: Inputs,
+    constraints: list[Positions],
+    sizes: Float[Tensor, "layer *head target key"],
+    measure: Measure,
+) -> xr.Dataset:
+    token_map = prompt.token_map
+    dims = ("layer", "head")[: sizes.ndim - 2]
+    coords: dict[str, Any] = {dim: range(n) for dim, n in zip(dims, sizes.shape, strict=False)}
+    sources = [p for where in constraints for p in where]
+    units = {"units": "logits" if measure == "logit" else "norm of the message"}
+    found: dict[str, Any] = {
+        "constraint_to_last": ((*dims, "source"), numbers(sizes[..., 1, sources]), units),
+    }
+    if token_map.n_images:
+        grids = [sizes[..., 0, token_map.patches(i).tolist()] for i in range(token_map.n_images)]
+        grid = torch.stack(grids, -2).unflatten(-1, token_map.grid)  # (layer, *head, image, patch_row, patch_col)
+        found["image_to_constraint"] = ((*dims, "image", "patch_row", "patch_col"), numbers(grid), units)
+    labels = [token_map.labels[p] for p in sources]
+    return xr.Dataset(found, coords=coords | {"source": sources, "label": ("source", labels)})

@@ -1,0 +1,327 @@
+"""Where does the answer to a constraint live?
+
+Causal tracing (Meng et al. 2022; for pictures Basu et al. 2024, arXiv 2406.04236): a clean run, a corrupted run in which
+the constraint ("this place", "Paris") is replaced while the picture stays, and corrupted runs into which one clean
+output is restored, at one position and a window of layers. IE(t, l, kind) = P_restored(answer) - P_corrupted(answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.caching import Positions as Where
+from hooked_llava.caching import resolve_positions
+from hooked_llava.errors import InputError
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.corruptions import (
+    Constraint,
+    Corrupted,
+    Corruption,
+    Noise,
+    corrupt,
+    describe,
+    find_constraints,
+)
+from hooked_llava.interventions.windows import centred_window, released_window
+from hooked_llava.metrics import Metric, probability
+from hooked_llava.positions import Positions
+from hooked_llava.readout import words
+from hooked_llava.results import analysis, numbers
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
+
+KINDS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out", "resid": "hook_resid_post"}
+"""What is restored: what a layer's MLP adds, what its attention adds, or the whole stream behind it."""
+ROLES = (
+    "image",
+    "before",
+    "constraint first",
+    "constraint middle",
+    "constraint last",
+    "rest of question",
+    "rest",
+    "last",
+)
+"""What a position is to the trace; `by_role` and `average_traces` sum up by it."""
+_LOWERED = 0.1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is restored, checked before anything runs."""
+
+    constraints: list[Positions]
+    positions: list[int]
+    kinds: tuple[str, ...]
+    layers: list[int]
+    windows: list[range]
+
+
+def causal_trace(
+    model: HookedLLaVA,
+    inputs: Any,
+    constraint: Constraint | Sequence[Constraint],
+    *,
+    corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)
+    kinds: Sequence[str] = ("mlp", "attn", "resid"),
+    window: int = 1,
+    window_reading: Literal["centred", "released"] = "centred",
+    layers: Sequence[int] | None = None,
+    positions: Where | None = None,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+) -> xr.Dataset:
+    """How far one clean output restores the answer of a corrupted run, by kind, layer and position.
+
+    Args:
+        model: the model.
+        inputs: one prompt, anything `model.as_inputs` takes.
+        constraint: words of the question, positions, or a list of several constraints, corrupted together.
+        corruption: words that replace the constraint ("the ring"), `Replace(...)`, `Noise(...)`, `MeanEmbedding()` or
+            `OtherImage(...)`, from `hooked_llava.interventions.corruptions`.
+        kinds: of "mlp", "attn" and "resid", each in turn.
+        window: how many layers, centred on each layer and clipped at the ends, are restored together.
+        window_reading: "centred", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.
+        layers: centres of the windows; all layers by default.
+        positions: where to restore, each in turn; by default the last image position and all behind it.
+        metric: function of logits [..., d_vocab]; by default P(answer), the clean run's own first token.
+        batch_size: rows at once; chosen from the free memory by default.
+
+    Returns a dataset with `restored` (the metric) and `indirect_effect` [kind, layer, position], the probabilities
+    `p_clean` and `p_corrupted` of the clean answer (attribute `answer`), `lowered_by` = (p_clean - p_corrupted) / p_clean,
+    and for each position its `role` and `constraint_index` (-1 outside). Positions before the first changed embedding
+    have effect exactly 0 and are not run. Raises `InputError` and `SpanError` for what does not fit, before anything is
+    computed but the clean run.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> trace = causal_trace(model, model.prepare("Who made the star?"), "star", corruption="ring")
+    >>> trace.indirect_effect.dims, float(trace.lowered_by) > 0.9
+    (('kind', 'layer', 'position'), True)
+    """
+    prompt = model.as_inputs(inputs)
+    plan = _plan(model, prompt, constraint, kinds, (window, window_reading), layers, positions)
+    method = {"corruption": describe(corruption), "window": window, "window_reading": window_reading}
+    with analysis(model, prompt, n_forward=1, **method) as made:
+        clean = Replay(model, prompt)
+        corrupted = corrupt(model, clean, plan.constraints, corruption)
+        made.n_forward += corrupted.n_forward
+        logits = clean.logits()
+        answer = probability(int(logits.argmax()))
+        measure = metric or answer
+        baseline = [float(measure(replay.logits())) for replay in corrupted.replays]
+        effects, n_runs = _effects(model, clean, corrupted, baseline, plan, measure, batch_size)
+        p_clean = float(answer(logits))
+        p_corrupted = float(np.mean([float(answer(replay.logits())) for replay in corrupted.replays]))
+        attrs = made.attrs(
+            answer=str(words(model, logits.argmax())),
+            corrupted_answer=str(words(model, corrupted.replays[0].logits().argmax())),
+            clean=float(measure(logits)),
+            corrupted=float(np.mean(baseline)),
+            constraint=[_spelled(prompt.token_map, where) for where in plan.constraints],
+            constraint_positions=[where.tolist() for where in plan.constraints],
+            constraint_last=plan.constraints[-1][-1],
+            runs=n_runs,
+            work=sum(replay.work.forwards for replay in (clean, *corrupted.replays)),
+        )
+        if metric is None:
+            attrs["units"] = "probability"
+        return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], (p_clean, p_corrupted), attrs)
+
+
+def by_role(trace: xr.Dataset) -> xr.Dataset:
+    """A trace averaged over the positions of each role, [kind, layer, role], with `n_positions` [role].
+
+    Roles: `image`; text `before` the first constraint; `constraint first`, `middle` and `last` token (a single token is
+    the last); `rest of question`; `rest` (template); `last`, the position that predicts the answer.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> trace = causal_trace(model, model.prepare("Who made the star?"), "the star", corruption="the ring")
+    >>> by_role(trace).role.values.tolist()
+    ['before', 'constraint first', 'constraint last', 'rest of question', 'rest', 'last']
+    """
+    present = [role for role in ROLES if role in trace.role.values]
+    parts = [trace.isel(position=np.flatnonzero(trace.role.values == role)) for role in present]
+    means = [part[["restored", "indirect_effect"]].mean("position") for part in parts]
+    joined = xr.concat(means, dim=xr.Variable("role", present))
+    found = joined.transpose("kind", "layer", "role").assign_attrs(trace.attrs)
+    return found.assign(n_positions=("role", [part.sizes["position"] for part in parts])).assign(
+        {name: trace[name] for name in ("p_clean", "p_corrupted", "lowered_by")}
+    )
+
+
+def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = _LOWERED) -> xr.Dataset:
+    """The mean indirect effect of many questions by kind, layer and role, with its 95% interval.
+
+    Each trace is one vote per role. Questions whose answer the corruption lowers by less than `min_drop` of its
+    probability have nothing to restore: they are left out and counted in the attributes `left_out` and `left_out_drops`.
+
+    Returns `indirect_effect`, `low`, `high` (mean -+ 1.96 standard errors) [kind, layer, role], `n` [role]. Raises
+    `InputError` if there is no trace, or none is left.
+    """
+    drops = [float(trace.lowered_by) for trace in traces]
+    kept = [by_role(trace) for trace, drop in zip(traces, drops, strict=True) if drop >= min_drop]
+    if not kept:
+        raise InputError(
+            f"None of the {len(drops)} traces is of a question whose answer the corruption lowers by {min_drop:g} or "
+            f"more (largest: {max(drops, default=0.0):.3g}), so there is nothing to average. Corrupt harder."
+        )
+    roles = [role for role in ROLES if any(role in trace.role.values for trace in kept)]
+    effects = xr.concat([t.indirect_effect.reindex(role=roles) for t in kept], "question", join="exact")
+    n = effects.isel(kind=0, layer=0).notnull().sum("question")
+    mean = effects.mean("question")
+    error = effects.std("question", ddof=1) / np.sqrt(n) if len(kept) > 1 else mean * np.nan
+    left_out = [drop for drop in drops if drop < min_drop]
+    shared = {name: kept[0].attrs[name] for name in ("model", "corruption", "window", "window_reading")}
+    costs = {name: float(sum(t.attrs[name] for t in kept)) for name in ("n_forward", "seconds", "runs", "work")}
+    return xr.Dataset(
+        {"indirect_effect": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "n": n},
+        attrs=shared | costs | {"left_out": len(left_out), "left_out_drops": left_out, "min_drop": min_drop},
+    )
+
+
+def _plan(
+    model: HookedLLaVA,
+    prompt: Inputs,
+    constraint: Constraint | Sequence[Constraint],
+    kinds: Sequence[str],
+    window: tuple[int, str],
+    layers: Sequence[int] | None,
+    positions: Where | None,
+) -> _Plan:
+    if len(prompt) != 1:
+        raise InputError(f"causal_trace takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
+    chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not chosen or set(chosen) - set(KINDS):
+        raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, KINDS))}.")
+    width, reading = window
+    if reading not in ("centred", "released"):
+        raise InputError(f"window_reading={reading!r}; expected 'centred' or 'released' (2w + 1 layers).")
+    n_layers = model.cfg.n_layers
+    centres = list(range(n_layers)) if layers is None else [int(layer) for layer in layers]
+    around = centred_window if reading == "centred" else released_window
+    windows = [around(centre, width, n_layers) for centre in centres]
+    token_map = prompt.token_map
+    if positions is None:
+        first = max(token_map["image"]) if "image" in token_map else token_map.real.start
+        where = list(range(first, token_map.real.stop))
+    else:
+        where = sorted(set(resolve_positions(positions, prompt)[0].tolist()))
+    return _Plan(
+        find_constraints(token_map, constraint), where, chosen, [centre % n_layers for centre in centres], windows
+    )
+
+
+def _effects(
+    model: HookedLLaVA,
+    clean: Replay,
+    corrupted: Corrupted,
+    baseline: list[float],
+    plan: _Plan,
+    metric: Metric,
+    batch_size: int | None,
+) -> tuple[Float[np.ndarray, "kind layer position"], int]:
+    """What each restored output adds to the corrupted runs' metric, averaged over them, and the number of runs."""
+    cells = _cells(plan, corrupted.first, clean.inputs.token_map.real[-1], model.cfg.n_layers)
+    table = np.zeros((len(baseline), len(plan.kinds), len(plan.layers), len(plan.positions)))
+    if not cells:
+        return table.mean(0), 0
+    first = min(plan.positions[p] for _, _, p in cells)
+    there = _clean_activations(clean, [f"blocks.*.{KINDS[kind]}" for kind in plan.kinds], first)
+    runs = [_restoration(there, plan, first, *cell) for cell in cells]
+    for effects, replay, without in zip(table, corrupted.replays, baseline, strict=True):
+        effects[tuple(np.array(cells).T)] = numbers(replay.run(runs, metric, batch_size=batch_size)) - without
+    return table.mean(0), len(runs) * len(baseline)
+
+
+def _cells(plan: _Plan, first: int | None, last: int, n_layers: int) -> list[tuple[int, int, int]]:
+    """Indices of kind, layer and position where restoring can change anything.
+
+    Before the first changed embedding both runs are the same; and from the last layer no position reaches another.
+    """
+    if first is None:
+        return []
+    return [
+        (kind, layer, i)
+        for kind in range(len(plan.kinds))
+        for layer, window in enumerate(plan.windows)
+        for i, position in enumerate(plan.positions)
+        if position >= first and (position == last or window[0] < n_layers - 1)
+    ]
+
+
+def _clean_activations(clean: Replay, names: list[str], first: int) -> dict[str, Float[Tensor, "position d_model"]]:
+    """Outputs of the clean run from a position on, recomputed from what it kept."""
+    same = Intervention("hook_embed", positions=[first], scale=1.0)  # changes nothing, but makes a run start there
+    _, (seen,) = clean.run_with_cache([[same]], names, positions=list(range(first, clean.kept.n_positions)))
+    return {name: tensor[0] for name, tensor in seen.items()}
+
+
+def _restoration(
+    there: dict[str, Tensor], plan: _Plan, first: int, kind: int, layer: int, index: int
+) -> list[Intervention]:
+    position = plan.positions[index]
+    names = [f"blocks.{i}.{KINDS[plan.kinds[kind]]}" for i in plan.windows[layer]]
+    return [Intervention(name, positions=[position], value=there[name][position - first]) for name in names]
+
+
+def _labelled(
+    prompt: Inputs,
+    corrupted: Corrupted,
+    plan: _Plan,
+    effects: np.ndarray,
+    baseline: float,
+    ends: tuple[float, float],
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    dims, (p_clean, p_corrupted), token_map = ("kind", "layer", "position"), ends, prompt.token_map
+    owner = {p: i for i, where in enumerate(plan.constraints) for p in where}
+    return xr.Dataset(
+        {
+            "indirect_effect": (dims, effects),
+            "restored": (dims, effects + baseline),
+            "p_clean": p_clean,
+            "p_corrupted": p_corrupted,
+            "lowered_by": (p_clean - p_corrupted) / p_clean,
+        },
+        coords={
+            "kind": list(plan.kinds),
+            "layer": plan.layers,
+            "position": plan.positions,
+            "label": ("position", [token_map.labels[p] for p in plan.positions]),
+            "corrupted_label": ("position", [corrupted.labels[p] for p in plan.positions]),
+            "role": ("position", [_role(token_map, plan.constraints, p) for p in plan.positions]),
+            "constraint_index": ("position", [owner.get(p, -1) for p in plan.positions]),
+        },
+        attrs=attrs,
+    )
+
+
+def _role(token_map: TokenMap, constraints: list[Positions], position: int) -> str:
+    for where in constraints:
+        if position in where:
+            place = "last" if position == where[-1] else "first" if position == where[0] else "middle"
+            return f"constraint {place}"
+    if position == token_map.real[-1]:
+        return "last"
+    spans = token_map.spans
+    if position in spans.get("image", ()):
+        return "image"
+    if position < min(where[0] for where in constraints):
+        return "before"
+    return "rest of question" if position in spans.get("question", ()) else "rest"
+
+
+def _spelled(token_map: TokenMap, where: Positions) -> str:
+    return " ".join(token_map.labels[p].strip() for p in where)

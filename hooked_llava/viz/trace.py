@@ -1,0 +1,125 @@
+"""Figures of a causal trace: where restoring one output brings the answer back, and what attention carries there."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hooked_llava.errors import InputError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.viz.maps import layer_position_maps
+from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, plot, tick_every
+
+KIND_NAMES = {
+    "mlp": "MLP output restored",
+    "attn": "attention output restored",
+    "resid": "whole stream restored",
+}
+_ROLE_COLORS = {
+    "constraint last": ORANGE,
+    "constraint middle": "#e0a27e",
+    "constraint first": "#b98a5c",
+    "rest of question": BLUE,
+    "rest": GREEN,
+    "last": PURPLE,
+    "before": MUTED,
+    "image": "#4f9d9d",
+}
+_FAINT = 0.01  # of the largest effect
+
+
+def trace_maps(trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = "indirect_effect") -> Figure:
+    """A cell for every layer and token, a panel for each kind, on one scale; the constraint's tokens are orange.
+
+    With `inputs` each picture is one column (the mean of its positions). Raises `InputError` for what is no causal trace.
+
+    >>> import numpy as np
+    >>> data = xr.Dataset(
+    ...     {"indirect_effect": (("kind", "layer", "position"), np.ones((1, 2, 1)))},
+    ...     coords={"kind": ["mlp"], "layer": [0, 1], "position": [5], "role": ("position", ["constraint last"])},
+    ... )
+    >>> trace_maps(data).axes[0].get_title(loc="left")
+    'MLP output restored'
+    """
+    _check(trace, "kind", "layer", "position")
+    effect = trace[value].assign_attrs(units=_unit(trace, value))
+    panels = {KIND_NAMES[kind]: effect.sel(kind=kind, drop=True) for kind in trace.kind.values.tolist()}
+    figure = layer_position_maps(panels, inputs)
+    axes = figure.axes[len(panels) - 1]
+    if inputs is None or len(axes.get_xticklabels()) == trace.sizes["position"]:
+        for label, role in zip(axes.get_xticklabels(), trace.role.values.tolist(), strict=True):
+            if role.startswith("constraint"):
+                label.set(color=ORANGE, fontweight="bold")
+    return figure
+
+
+def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
+    """Mean indirect effect by layer, a line for each role and a panel for each kind; bands where there are intervals.
+
+    `effects` come from `by_role` (one question) or `average_traces` (many). Roles with hardly any effect are left out.
+    Raises `InputError` for other results.
+
+    >>> import numpy as np
+    >>> data = xr.Dataset(
+    ...     {"indirect_effect": (("kind", "layer", "role"), np.ones((2, 3, 1)))},
+    ...     coords={"kind": ["mlp", "attn"], "layer": range(3), "role": ["last"]},
+    ... )
+    >>> len(role_curves(data).axes)
+    2
+    """
+    _check(effects, "kind", "layer", "role")
+    kinds = effects.kind.values.tolist()
+    sizes = abs(effects.indirect_effect).max(("kind", "layer"))
+    effects = effects.isel(role=np.flatnonzero((sizes >= _FAINT * sizes.max()).values))
+    with plot(2.0 + 2.5 * len(kinds), 2.9) as figure:
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            _draw_roles(axes, effects.sel(kind=kind))
+            axes.set_title(KIND_NAMES[kind].removesuffix(" restored"))
+        panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", handlelength=1.4)
+        if title:
+            figure.suptitle(title, fontsize=10, fontweight="semibold", x=0.01, ha="left")
+    return figure
+
+
+def contribution_maps(contribution: xr.Dataset) -> Figure:
+    """Messages from the constraint's tokens to the last position, by layer; heads are added up where they are apart.
+
+    Raises `InputError` for what is no attention contribution.
+    """
+    if "constraint_to_last" not in contribution:
+        raise InputError(f"{list(contribution.data_vars)} is no result of attention_contribution.")
+    values = contribution.constraint_to_last
+    values = values.sum("head", keep_attrs=True) if "head" in values.dims else values
+    return layer_position_maps({"From the constraint to the last position": values.rename(source="position")})
+
+
+def _draw_roles(axes: Axes, effects: xr.Dataset) -> None:
+    layers = effects.layer.values
+    axes.axhline(0, color=RULE, linewidth=0.8)
+    for role in effects.role.values.tolist():
+        one = effects.sel(role=role)
+        color = _ROLE_COLORS.get(role, INK)
+        axes.plot(layers, one.indirect_effect.values, color=color, linewidth=1.6, marker=".", label=role)
+        if "low" in one:
+            axes.fill_between(layers, one.low.values, one.high.values, color=color, alpha=0.15, linewidth=0)
+    step = tick_every(len(layers), 8)
+    axes.set_xticks(layers[::step])
+    axes.set_xlabel("layer")
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _unit(effects: xr.Dataset, value: str) -> str:
+    return str(effects.attrs.get("units") or ("probability" if value != "restored" else "value"))
+
+
+def _check(effects: xr.Dataset, *dims: str) -> None:
+    effect = effects.get("indirect_effect") if isinstance(effects, xr.Dataset) else None
+    if effect is None or set(effect.dims) != set(dims):
+        found = "no indirect_effect" if effect is None else f"the axes {', '.join(map(str, effect.dims))}"
+        raise InputError(f"The result has {found}; expected indirect_effect by {', '.join(dims)}.")

@@ -1,0 +1,286 @@
+"""Causal tracing equals full forward passes with plain hooks; windows, roles, corruptions, and what must be exactly 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace
+from hooked_llava.metrics import log_probability
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.results import load, save
+from tests.builders import make_hf_model
+from tests.fixtures_processor import make_processor
+from tests.oracles.naive_trace import embeddings, trace_naively
+from tests.pairs import as_users_run
+
+KINDS = ("mlp", "attn", "resid")
+QUESTION = "What color is this star ?"
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["every head", "grouped"])
+def model(request: pytest.FixtureRequest) -> HookedLLaVA:
+    hf = make_hf_model(n_layers=4, n_key_value_heads=request.param)
+    return HookedLLaVA.from_hf(hf, make_processor())
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def prompt(model: HookedLLaVA, picture: np.ndarray) -> Any:
+    return model.prepare(QUESTION, picture)
+
+
+def expected(model: Any, prompt: Any, corrupted: torch.Tensor, trace: xr.Dataset, windows: list[range]) -> np.ndarray:
+    """P(clean answer) with each cell restored, cell by cell."""
+    cells = [(k, w, int(p)) for k in trace.kind.values for w in windows for p in trace.position.values]
+    clean, broken, rows = trace_naively(model, prompt, corrupted, cells)
+    answer = int(clean.argmax())
+    assert float(trace.p_clean) == pytest.approx(float(clean.softmax(-1)[answer]), abs=1e-5)
+    assert float(trace.p_corrupted) == pytest.approx(float(broken.softmax(-1)[answer]), abs=1e-5)
+    return rows.softmax(-1)[:, answer].reshape(trace.restored.shape).numpy()
+
+
+def single(model: Any) -> list[range]:
+    return [range(i, i + 1) for i in range(model.cfg.n_layers)]
+
+
+def reworded(model: Any, prompt: Any, old: str, new: list[str]) -> torch.Tensor:
+    """Embeddings of the prompt with other words, from the ids alone."""
+    ids = prompt.input_ids.clone()
+    for position, word in zip(prompt.token_map.find(old), new, strict=True):
+        ids[0, position] = model.to_single_token(word)
+    whole = embeddings(model, prompt).clone()
+    changed = ids != prompt.input_ids
+    whole[changed] = model.W_E[ids[changed]]
+    return whole
+
+
+def test_every_cell_equals_a_full_forward_with_plain_hooks(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, "this star", corruption="the circle")
+    assert trace.restored.dims == ("kind", "layer", "position")
+    assert trace.kind.values.tolist() == list(KINDS)
+    first = prompt.token_map["image"][-1]
+    assert trace.position.values.tolist() == list(range(first, prompt.shape[1]))
+    found = expected(model, prompt, reworded(model, prompt, "this star", ["the", "circle"]), trace, single(model))
+    np.testing.assert_allclose(trace.restored, found, atol=2e-5)
+    np.testing.assert_allclose(trace.indirect_effect, found - float(trace.p_corrupted), atol=2e-5)
+    assert float(abs(trace.indirect_effect).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("reading", "window", "windows"),
+    [
+        ("centred", 2, [range(1), range(2), range(1, 3), range(2, 4)]),
+        ("centred", 3, [range(2), range(3), range(1, 4), range(2, 4)]),
+        ("released", 1, [range(1), range(1, 2), range(2, 3), range(3, 4)]),
+        ("released", 2, [range(3), range(4), range(4), range(1, 4)]),
+    ],
+)
+def test_windows_hold_the_layers_that_were_asked_for(
+    model: Any, prompt: Any, reading: Any, window: int, windows: list[range]
+) -> None:
+    where = [*prompt.token_map.find("star"), prompt.shape[1] - 1]
+    trace = causal_trace(
+        model, prompt, "star", corruption="circle", window=window, window_reading=reading, positions=where
+    )
+    corrupted = reworded(model, prompt, "star", ["circle"])
+    np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, windows), atol=2e-5)
+
+
+def test_noise_is_averaged_over_its_draws(model: Any, prompt: Any) -> None:
+    where = prompt.token_map.find("this star").tolist()
+    options = {"positions": where, "kinds": ("mlp", "resid")}
+    both = causal_trace(model, prompt, where, corruption=Noise(std=1.0, seed=3, samples=2), **options)
+    each = [causal_trace(model, prompt, where, corruption=Noise(std=1.0, seed=s), **options) for s in (3, 4)]
+    np.testing.assert_allclose(both.restored, (each[0].restored + each[1].restored) / 2, atol=1e-6)
+    assert both.runs == 2 * each[0].runs
+    noise = torch.randn(2, model.cfg.d_model, generator=torch.Generator().manual_seed(3))
+    corrupted = embeddings(model, prompt).clone()
+    corrupted[0, where] += noise
+    found = expected(model, prompt, corrupted, each[0], single(model))
+    np.testing.assert_allclose(each[0].restored, found, atol=2e-5)
+
+
+def test_mean_embedding(model: Any, prompt: Any) -> None:
+    where = prompt.token_map.find("star").tolist()
+    trace = causal_trace(model, prompt, "star", corruption=MeanEmbedding(), positions=where)
+    corrupted = embeddings(model, prompt).clone()
+    corrupted[0, where] = model.W_E.mean(0)
+    np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, single(model)), atol=2e-5)
+
+
+def test_another_image_changes_the_picture_and_not_the_words(model: Any, prompt: Any, picture: np.ndarray) -> None:
+    other = 255 - picture
+    where = [*prompt.token_map["image"][:2], prompt.shape[1] - 1]
+    trace = causal_trace(model, prompt, "star", corruption=OtherImage(other), positions=where)
+    corrupted = embeddings(model, model.prepare(QUESTION, other))
+    np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, single(model)), atol=2e-5)
+    assert trace.attrs["n_forward"] == 2
+    assert float(abs(trace.indirect_effect.isel(position=0)).max()) > 0
+
+
+def test_several_constraints_are_corrupted_together(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, ["color", "this star"], corruption=Replace(["shape", "the circle"]))
+    corrupted = reworded(model, prompt, "this star", ["the", "circle"])
+    corrupted[0, prompt.token_map.find("color")] = model.W_E[model.to_single_token("shape")]
+    np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, single(model)), atol=2e-5)
+    assert trace.constraint_positions == [prompt.token_map.find(c).tolist() for c in ("color", "this star")]
+    at = trace.constraint_index.values
+    assert at[trace.role.values == "constraint last"].tolist() == [0, 1]
+    assert trace.role.values[at == -1][0] == "image"
+
+
+def test_without_a_picture(model: Any) -> None:
+    prompt = model.prepare("Who made the star ?")
+    trace = causal_trace(model, prompt, "star", corruption="circle")
+    assert trace.position.values.tolist() == list(range(prompt.shape[1]))
+    corrupted = reworded(model, prompt, "star", ["circle"])
+    np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, single(model)), atol=2e-5)
+
+
+def test_another_metric_and_some_layers(model: Any, prompt: Any) -> None:
+    metric = log_probability(7)
+    trace = causal_trace(
+        model, prompt, "star", corruption="circle", kinds="resid", layers=[1, -1], positions="last", metric=metric
+    )
+    assert trace.layer.values.tolist() == [1, 3]
+    cells = [("resid", [layer], prompt.shape[1] - 1) for layer in (1, 3)]
+    clean, broken, rows = trace_naively(model, prompt, reworded(model, prompt, "star", ["circle"]), cells)
+    np.testing.assert_allclose(trace.restored.values.ravel(), metric(rows), atol=1e-5)
+    assert [trace.clean, trace.corrupted] == pytest.approx([float(metric(clean)), float(metric(broken))], abs=1e-5)
+    assert float(trace.p_clean) == pytest.approx(float(clean.softmax(-1).max()), abs=1e-5)
+
+
+def test_before_the_first_change_nothing_is_run_and_the_effect_is_exactly_0(model: Any, prompt: Any) -> None:
+    star = prompt.token_map.find("star")[0]
+    trace = causal_trace(model, prompt, "this star", corruption="this circle", positions=range(prompt.shape[1]))
+    before = trace.position.values < star  # "this" stays as it was
+    assert (trace.indirect_effect.values[..., before] == 0).all()
+    n_after, n_layers = prompt.shape[1] - star, model.cfg.n_layers
+    assert trace.runs == len(KINDS) * (n_after * n_layers - (n_after - 1))  # from the last layer, only the last reads
+    assert trace.corrupted_label.values[star] == "circle"
+
+
+def test_no_corruption_has_no_effect_and_is_reported(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, "star", corruption="star")
+    assert (trace.indirect_effect == 0).all()
+    assert (float(trace.lowered_by), trace.runs) == (0.0, 0)
+    lowered = trace.copy().assign(lowered_by=0.5)
+    lowered["indirect_effect"] = lowered.indirect_effect + 0.25
+    mean = average_traces([trace, lowered])
+    assert (mean.left_out, mean.left_out_drops) == (1, [0.0])
+    np.testing.assert_allclose(mean.indirect_effect, 0.25)
+    with pytest.raises(InputError, match=r"None of the 2 traces .* lowers by 0.1 or more \(largest: 0\)"):
+        average_traces([trace, trace])
+
+
+def test_the_whole_stream_restored_at_the_end_is_the_clean_run(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, "this star", corruption="the circle", kinds=["resid"], positions="last")
+    assert float(trace.restored.sel(kind="resid", layer=3).squeeze()) == pytest.approx(float(trace.p_clean), abs=1e-6)
+
+
+def test_roles_and_their_averages(model: Any, prompt: Any) -> None:
+    prompt = model.prepare(QUESTION, prompt.images[0], template="tiny-shapes")
+    trace = causal_trace(model, prompt, "color is this", corruption="the red star")
+    roles = dict(zip(trace.label.values.tolist(), trace.role.values.tolist(), strict=True))
+    assert roles["What"] == "before"
+    assert [roles[w] for w in ("color", "is", "this")] == [f"constraint {w}" for w in ("first", "middle", "last")]
+    assert [roles[w] for w in ("star", "?")] == ["rest of question"] * 2
+    assert trace.role.values[0] == "image"
+    assert trace.role.values[-1] == "last"
+    assert "rest" in roles.values()
+    assert trace.constraint_last == prompt.token_map.find("this")[0]
+    means = by_role(trace)
+    rest = trace.indirect_effect.values[..., trace.role.values == "rest of question"].mean(-1)
+    np.testing.assert_allclose(means.indirect_effect.sel(role="rest of question"), rest)
+    assert int(means.n_positions.sum()) == trace.sizes["position"]
+
+
+def test_average_over_questions_with_intervals() -> None:
+    def made(value: float, roles: list[str]) -> xr.Dataset:
+        data = np.full((1, 2, len(roles)), value)
+        coords = {"kind": ["mlp"], "layer": [0, 1], "position": range(len(roles)), "role": ("position", roles)}
+        dims = ("kind", "layer", "position")
+        attrs = {"model": "m", "corruption": "c", "window": 1, "window_reading": "centred"}
+        costs = {"n_forward": 1, "seconds": 0.5, "runs": 3, "work": 0.25}
+        ends = {"p_clean": 0.9, "p_corrupted": 0.1, "lowered_by": 8 / 9}
+        return xr.Dataset({"indirect_effect": (dims, data), "restored": (dims, data), **ends}, coords, attrs | costs)
+
+    both, short = ["constraint first", "constraint last"], ["constraint last"]
+    mean = average_traces([made(1.0, both), made(3.0, both), made(8.0, short)])
+    assert mean.role.values.tolist() == both
+    assert mean.n.values.tolist() == [2, 3]
+    np.testing.assert_allclose(mean.indirect_effect[0, 0], [2.0, 4.0])
+    np.testing.assert_allclose((mean.high - mean.indirect_effect)[0, 0, 1], 1.96 * np.std([1, 3, 8], ddof=1) / 3**0.5)
+    assert mean.attrs["work"] == 0.75
+    assert np.isnan(average_traces([made(1.0, both)]).low).all()
+
+
+def test_saved_and_loaded(model: Any, prompt: Any, tmp_path: Any) -> None:
+    trace = causal_trace(model, prompt, "star", corruption="circle", positions="last")
+    save(trace, tmp_path / "trace.safetensors")
+    xr.testing.assert_identical(load(tmp_path / "trace.safetensors"), trace)
+
+
+def test_the_work_at_the_size_of_a_real_prompt() -> None:
+    """620 positions, 8 layers: every position behind the picture x 3 kinds x all layers for at most 12 forwards."""
+    hf = make_hf_model(
+        image_size=192, n_layers=8, n_vision_layers=1, vision_feature_layer=-1, d_model=16, d_mlp=43,
+        text={"max_position_embeddings": 700},
+    )  # fmt: skip
+    model = HookedLLaVA.from_hf(hf)
+    ids = torch.randint(6, 99, (1, 620), generator=torch.Generator().manual_seed(0))
+    ids[0, 1:577] = 5
+    prompt = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 192, 192)}
+    trace = causal_trace(model, prompt, [586, 587], corruption=Noise())
+    assert trace.position.values.tolist() == list(range(576, 620))
+    assert trace.runs == 3 * (34 * 8 - 33)
+    assert trace.attrs["n_forward"] == 1
+    assert trace.work <= 12
+    assert trace.runs / trace.work > 60
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"constraint": "square"}, SpanError, "'square' does not occur in the question"),
+        ({"constraint": []}, InputError, "names nothing"),
+        ({"constraint": [99]}, InputError, r"positions \[99\] are not in the prompt; expected 0 to"),
+        ({"corruption": "the red circle"}, InputError, "takes 3 tokens and the constraint 'this star' 2"),
+        ({"corruption": Replace(["a b", "c d"])}, InputError, "2 replacements for 1 constraints"),
+        ({"corruption": Noise(samples=0)}, InputError, "draws none"),
+        ({"corruption": 3}, InputError, "expected words that replace"),
+        ({"kinds": ["mlps"]}, InputError, "expected some of 'mlp', 'attn', 'resid'"),
+        ({"window": 0}, InputError, "at least 1"),
+        ({"window_reading": "wide"}, InputError, "expected 'centred' or 'released'"),
+        ({"layers": [4]}, InputError, "Layer 4 is out of range"),
+        ({"positions": [99]}, InputError, "99"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: Any, prompt: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with as_users_run(), pytest.raises(error, match=message):
+        causal_trace(model, prompt, **{"constraint": "this star", "corruption": "the circle", **options})
+
+
+def test_several_prompts_are_refused(model: Any) -> None:
+    with pytest.raises(InputError, match="takes one prompt, got 2"):
+        causal_trace(model, model.prepare(["Who ?", "What ?"]), "Who")
+
+
+def test_half_precision(picture: np.ndarray) -> None:
+    model = HookedLLaVA.from_hf(make_hf_model(dtype=torch.bfloat16), make_processor())
+    trace = causal_trace(model, model.prepare(QUESTION, picture), "star", corruption="circle")
+    assert np.isfinite(trace.restored.values).all()
+    assert trace.restored.dtype == np.float64

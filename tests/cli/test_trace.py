@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from hooked_llava.model import HookedLLaVA
+from tests.cli.running import QUESTION, refused, run
+
+
+def test_trace_prints_the_runs_and_writes_a_page(checkpoint, picture, tmp_path):
+    page = tmp_path / "trace.html"
+    arguments = ("-c", "the star", "--replace", "a circle", "-o", str(page), "-m", checkpoint, "--max-new-tokens", "2")
+    result = run("trace", picture, QUESTION, *arguments)
+    assert result.exit_code == 0, result.stderr
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    inputs = model.prepare(QUESTION, picture)
+    lines = result.stdout.splitlines()
+    assert lines[0] == QUESTION
+    clean = float(model(inputs)[0, -1].softmax(-1).max().detach())
+    assert f"is {clean:.3f}; replaced by" in result.stdout
+    assert [line.split()[0] for line in lines if line.startswith(("mlp", "attn", "resid"))] == ["mlp", "attn", "resid"]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_several_constraints_with_embedded_corruption(checkpoint, tmp_path):
+    page = str(tmp_path / "trace.html")
+    arguments = ("-c", "color", "-c", "star", "--corruption", "mean", "-o", page, "-m", checkpoint, "--window", "2")
+    result = run("trace", QUESTION, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "mean embedding, it is" in result.stdout
+
+
+def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
+    options = ("-m", checkpoint, "-o", str(tmp_path / "page.html"))
+    assert "There is no constraint; name words of the question" in refused("trace", picture, QUESTION, *options)
+    assert "'square' does not occur in the question" in refused("trace", picture, QUESTION, "-c", "square", *options)
+    said = refused("trace", picture, QUESTION, "-c", "star", "--replace", "the red circle", *options)
+    assert "takes 3 tokens and the constraint 'star' 1" in said
+    assert not (tmp_path / "page.html").exists()

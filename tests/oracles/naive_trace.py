@@ -1,0 +1,49 @@
+"""Causal tracing the slow and plain way: two prompts, hooks that overwrite, one full forward pass for each cell.
+
+Written from the definition (Meng et al. 2022; Basu et al. 2024): nothing is shared between runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOOKS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out", "resid": "hook_resid_post"}
+
+
+def embeddings(model: Any, prompt: Any) -> Tensor:
+    """What enters block 0."""
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt, names_filter="hook_embed")
+    return cache["hook_embed"]
+
+
+def trace_naively(
+    model: Any, prompt: Any, corrupted: Tensor, cells: Sequence[tuple[str, Sequence[int], int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Last logits of the clean run, of the run whose block 0 gets `corrupted`, and of that run with each cell restored.
+
+    A cell is (kind, layers restored together, position).
+    """
+    names = [f"blocks.{i}.{hook}" for i in range(model.cfg.n_layers) for hook in HOOKS.values()]
+    with torch.no_grad():
+        clean_logits, clean = model.run_with_cache(prompt, names_filter=names)
+
+        def corrupt(tensor: Tensor, hook: Any) -> Tensor:
+            return corrupted.clone()
+
+        start = [("hook_embed", corrupt)]
+        corrupted_logits = model.run_with_hooks(prompt, fwd_hooks=start)
+        rows = []
+        for kind, layers, position in cells:
+
+            def restore(tensor: Tensor, hook: Any, position: int = position) -> Tensor:
+                tensor[:, position] = clean[hook.name][:, position]
+                return tensor
+
+            hooks = [(f"blocks.{layer}.{HOOKS[kind]}", restore) for layer in layers]
+            rows.append(model.run_with_hooks(prompt, fwd_hooks=start + hooks)[0, -1])
+    return clean_logits[0, -1], corrupted_logits[0, -1], torch.stack(rows)

@@ -1,0 +1,95 @@
+"""Figures and page of a causal trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.colors import to_hex
+
+from hooked_llava.analysis.attention_contribution import attention_contribution
+from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.viz.style import ORANGE
+from hooked_llava.viz.trace import KIND_NAMES, contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.trace_page import STEPS, TracePage, trace_page
+from tests.viz.pages import Page, check_self_contained
+
+
+@pytest.fixture(scope="module")
+def trace(model, inputs) -> xr.Dataset:
+    return causal_trace(model, inputs, "the star", corruption="a circle")
+
+
+@pytest.fixture(scope="module")
+def page(model, inputs) -> TracePage:
+    return trace_page(model, inputs, "the star", corruption="a circle", window=2, max_new_tokens=2)
+
+
+def test_a_panel_for_each_kind_with_the_constraint_in_orange(trace):
+    figure = trace_maps(trace)
+    titles = [axes.get_title(loc="left") for axes in figure.axes[:3]]
+    assert titles == list(KIND_NAMES.values())
+    labels = figure.axes[2].get_xticklabels()
+    orange = [label.get_text() for label in labels if to_hex(label.get_color()) == ORANGE]
+    assert orange == ["the", "star"]
+    assert figure.axes[3].get_ylabel() == "probability"
+
+
+def test_pictures_may_be_one_column(model, inputs):
+    whole = causal_trace(model, inputs, "star", corruption="circle", kinds=["mlp"], positions=range(inputs.shape[1]))
+    labels = [label.get_text() for label in trace_maps(whole, inputs).axes[0].get_xticklabels()]
+    assert "picture (mean of 16)" in labels
+    assert len(labels) == inputs.shape[1] - 15
+
+
+def test_curves_by_role_with_bands_for_many_questions(trace):
+    one = role_curves(by_role(trace))
+    assert [axes.get_title(loc="left") for axes in one.axes] == ["MLP output", "attention output", "whole stream"]
+    assert not one.axes[0].collections
+    lowered = trace.assign(lowered_by=0.5)
+    many = role_curves(average_traces([lowered, lowered]))
+    drawn = [label.get_text() for label in many.legends[0].get_texts()]
+    assert len(many.axes[0].collections) == len(drawn) > 0
+    assert "before" not in drawn  # its effect is 0
+
+
+def test_contributions_of_heads_are_added_up(model, inputs):
+    found = attention_contribution(model, inputs, "the star", by_head=True)
+    drawn = contribution_maps(found).axes[0].collections[0].get_array()
+    np.testing.assert_allclose(drawn, found.constraint_to_last.sum("head"))
+
+
+def test_other_results_are_refused(trace):
+    with pytest.raises(InputError, match="expected indirect_effect by kind, layer, role"):
+        role_curves(trace)
+    with pytest.raises(InputError, match="no indirect_effect"):
+        trace_maps(trace.drop_vars("indirect_effect"))
+    with pytest.raises(InputError, match="is no result of attention_contribution"):
+        contribution_maps(trace)
+
+
+def test_the_page_shows_runs_maps_roles_and_messages(page):
+    check_self_contained(page.html)
+    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
+    assert set(page.results) == {"trace", "roles", "contribution", "next_tokens"}
+    assert "replaced by &#39;a circle&#39;" in page.html
+    assert "2 layers at a time" in page.html
+    assert page.html.count("<b>Not shown:</b>") == 2
+    assert f"{float(page.results['trace'].p_corrupted):.3f}" in page.html
+    assert "restored runs for" in page.html.split("<footer>")[1]
+
+
+def test_a_corruption_that_changes_nothing_is_said(model, text_inputs):
+    page = trace_page(model, text_inputs, "star", corruption="star", max_new_tokens=1)
+    assert "The corruption does not lower the answer" in page.html
+    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
+    assert "From the picture" not in page.html
+
+
+def test_steps_are_reported_and_errors_come_first(model, text_inputs):
+    steps: list[str] = []
+    trace_page(model, text_inputs, "star", max_new_tokens=1, on_step=steps.append)
+    assert sorted(steps) == sorted(STEPS)
+    with pytest.raises(SpanError, match="'square' does not occur"):
+        trace_page(model, text_inputs, "square")
