@@ -1,0 +1,214 @@
+"""The contestants of the editing benchmark, and what they are measured on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from hooked_llava.editing import (
+    Edit,
+    EditRequest,
+    KeptPrompts,
+    KeyCovariance,
+    Probe,
+    evaluate_edit,
+    finetune,
+    keep_prompts,
+    key_covariance,
+    summary,
+)
+from hooked_llava.editing.solved import Solved, solve
+from hooked_llava.editing.values import ValueSearch
+from hooked_llava.inputs import Inputs
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.toy.edit_tables import THIS, EditCase, EditTable, ProbeRows
+from hooked_llava.toy.evaluate import Example, held_out
+
+# Chosen on the facts CHOSEN_ON of tiny-shapes (seed 1), asked with other pictures than the benchmark's.
+LAYER = 3
+LEARNING_RATE = {"one": 3e-3, "all": 1e-3}
+MAX_CHANGE = 0.02
+CHOSEN_ON = (3, 14, 27, 36, 41, 58, 62, 75, 80, 99)
+RELEASED_CLAMP = 1e-4
+LAMBDAS = (0.0, 0.01, 1.0, 10.0, 100.0, 1000.0)
+_SEEN_KINDS = ("fact_picture", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
+_SEEN_EACH = 40
+_SEEN_SEED = 7_000_003
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One checkpoint with the table's questions kept in front of every layer."""
+
+    model: HookedLLaVA
+    table: EditTable
+    pools: dict[str, KeptPrompts]
+
+    @classmethod
+    def of(cls, name: str, table: EditTable, cases: Sequence[int]) -> Bench:
+        """The checkpoint, with only those questions run that the chosen cases ask."""
+        model = HookedLLaVA.from_pretrained(name)
+        table = _only(table, cases)
+        layers = range(model.cfg.n_layers)
+        pools = {
+            "pictures": keep_prompts(model, prepared(model, table.pictures), layers),
+            "words": keep_prompts(model, prepared(model, table.words), layers),
+        }
+        return cls(model, table, pools)
+
+    def measure(self, case: int, edit: Edit) -> dict[str, Any]:
+        """What an edit of a case did, as plain numbers."""
+        began = time.perf_counter()
+        probes = [self._probe(rows) for rows in self.table.cases[case].probes]
+        result = evaluate_edit(self.model, edit, probes)
+        return {
+            "case": case,
+            **{name: round(value, 5) for name, value in summary(result).items()},
+            "probability": round(float(result.sel(probe="the edited question").probability), 5),
+            "accuracy": dict(zip(result.probe.values.tolist(), result.accuracy.values.round(4).tolist(), strict=True)),
+            "before": dict(
+                zip(result.probe.values.tolist(), result.accuracy_before.values.round(4).tolist(), strict=True)
+            ),
+            "seconds": edit.method["seconds"],
+            "evaluation_seconds": round(time.perf_counter() - began, 4),
+        }
+
+    def request(
+        self, case: int, *, n_pictures: int = 1, by_name: bool = False, constraint: bool = False
+    ) -> EditRequest:
+        """The request for a case: asked about one picture or two, and by name besides."""
+        one = self.table.cases[case]
+        examples = [*one.requests[:n_pictures], *([one.requests[-1]] if by_name else [])]
+        return EditRequest(
+            [e.question.text for e in examples],
+            one.target,
+            images=[None if e.scene is None else e.scene.render() for e in examples],
+            constraint=THIS if constraint else None,
+        )
+
+    @cached_property
+    def covariance(self) -> KeyCovariance:
+        """Key covariance of the edited layer over text positions of held-out questions of many kinds."""
+        batches = (prepared(self.model, held_out(kind, _SEEN_EACH, _SEEN_SEED)) for kind in _SEEN_KINDS)
+        return key_covariance(self.model, batches, LAYER)
+
+    def _probe(self, rows: ProbeRows) -> Probe:
+        return Probe(rows.name, rows.role, self.pools[rows.pool][rows.rows], rows.expected)
+
+
+def prepared(model: HookedLLaVA, examples: Sequence[Example]) -> Inputs:
+    """Questions as the model takes them."""
+    pictures = [None if e.scene is None else e.scene.render() for e in examples]
+    return model.prepare([e.prompt for e in examples], pictures, template=None)
+
+
+# ---------------------------------------------------------------------- contestants
+
+Method = Callable[[Bench, Sequence[int]], Iterator[Edit]]
+"""Edits of some cases, one for each."""
+
+
+def search_of(bench: Bench, cases: Sequence[int], layer: int, position: str, **options: Any) -> Solved:
+    """Keys and value differences of all cases in one batch."""
+    asked = {name: options.pop(name) for name in ("n_pictures", "by_name") if name in options}
+    requests = [bench.request(case, constraint=position == "constraint", **asked) for case in cases]
+    found = solve(bench.model, requests, layer, position, ValueSearch(**options))
+    return replace(found, seconds=found.seconds / len(cases))
+
+
+def _closed(name: str, layer: int = LAYER, position: str = "last", **options: Any) -> Method:
+    """One edit for each case, from one search."""
+    closing = {key: options.pop(key) for key in ("lam", "keys") if key in options}
+
+    def edits(bench: Bench, cases: Sequence[int]) -> Iterator[Edit]:
+        found = search_of(bench, cases, layer, position, **options)
+        if name == "rome":
+            closing.update(covariance=bench.covariance, lam=0.0)
+        if name == "random key":
+            found = replace(found, keys=_random_like(found.keys))
+        for i in range(len(cases)):
+            yield found.edit(name, only=[i], **closing)
+
+    return edits
+
+
+def _tuned(layers: int | str, weights: str, lr: float, max_change: float | None = None) -> Method:
+    def edits(bench: Bench, cases: Sequence[int]) -> Iterator[Edit]:
+        options = {"layers": layers, "weights": weights, "lr": lr, "max_change": max_change}
+        for case in cases:
+            yield finetune(bench.model, bench.request(case), **options)
+
+    return edits
+
+
+def _random_like(keys: torch.Tensor) -> torch.Tensor:
+    """Random directions of the keys' lengths."""
+    noise = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0)).to(keys)
+    return noise / noise.norm(dim=-1, keepdim=True) * keys.norm(dim=-1, keepdim=True)
+
+
+def methods() -> dict[str, Method]:
+    """All contestants of the main table."""
+    return {
+        "MultEdit": _closed("multedit"),
+        "MultEdit, key and value over 2 pictures and the name": _closed("multedit", n_pictures=2, by_name=True),
+        "ROME, the same prompts": _closed("rome", n_pictures=2, by_name=True),
+        "ROME": _closed("rome"),
+        "MultEdit at the constraint's last token": _closed("multedit", position="constraint"),
+        "MultEdit, released clamp 1e-4": _closed("multedit", clamp=RELEASED_CLAMP),
+        "MultEdit, random key": _closed("random key"),
+    }
+
+
+def baselines() -> dict[str, Method]:
+    """Fine-tuning, which costs more."""
+    one, every = LEARNING_RATE["one"], LEARNING_RATE["all"]
+    return {
+        "fine-tuning W_out of the layer": _tuned(LAYER, "W_out", one),
+        f"the same, no number by more than {MAX_CHANGE}": _tuned(LAYER, "W_out", one, MAX_CHANGE),
+        "fine-tuning all layers": _tuned("all", "all", every),
+    }
+
+
+def layer_sweep(n_layers: int) -> dict[str, Method]:
+    """MultEdit at every layer and both positions; in the last layer a constraint's token does not reach the answer."""
+    cells = [("last", layer) for layer in range(n_layers)] + [("constraint", layer) for layer in range(n_layers - 1)]
+    return {f"{position} {layer}": _closed("multedit", layer, position) for position, layer in cells}
+
+
+def lambda_sweep() -> dict[str, Method]:
+    """MultEdit at every weight of the update's size."""
+    return {f"lam {lam:g}": _closed("multedit", lam=lam) for lam in LAMBDAS}
+
+
+def _only(table: EditTable, cases: Sequence[int]) -> EditTable:
+    """The table with only the questions that some cases ask, rows counted anew."""
+    chosen: dict[str, dict[int, int]] = {"pictures": {}, "words": {}}
+    for case in cases:
+        for probe in table.cases[case].probes:
+            for row in probe.rows:
+                chosen[probe.pool].setdefault(row, len(chosen[probe.pool]))
+    kept = set(cases)
+    renumbered = tuple(
+        replace(case, probes=tuple(_renumbered(probe, chosen[probe.pool]) for probe in case.probes))
+        if i in kept
+        else case
+        for i, case in enumerate(table.cases)
+    )
+    pictures = tuple(table.pictures[row] for row in chosen["pictures"])
+    return EditTable(renumbered, pictures, tuple(table.words[row] for row in chosen["words"]))
+
+
+def _renumbered(probe: ProbeRows, rows: dict[int, int]) -> ProbeRows:
+    return replace(probe, rows=tuple(rows[row] for row in probe.rows))
+
+
+def other_case(table: EditTable, case: int) -> EditCase:
+    """A fact of the same relation about another shape, with another answer."""
+    one = table.cases[case]
+    return next(c for c in table.cases if c.relation == one.relation and c.answer != one.answer)

@@ -1,0 +1,128 @@
+"""What keys of a layer usually look like: their second moment, summed up prompt by prompt and kept in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_llava.caching import resolve_positions
+from hooked_llava.editing.identity import check_same_model, identity
+from hooked_llava.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+_FORMAT = "hooked_llava.key_covariance.v1"
+
+
+@dataclass(eq=False)
+class KeyCovariance:
+    """C = mean of k k^T over the positions of many prompts, of one layer's keys (`mlp.hook_post`)."""
+
+    layer: int
+    """Whose keys."""
+    moment: Float[Tensor, "d_mlp d_mlp"]
+    """Their mean outer product, in float64."""
+    n_keys: int
+    """How many positions were taken."""
+    damping: float = 1e-3
+    """What is added to the diagonal, in parts of its mean, so that directions never seen do not cost nothing."""
+
+    def correct(self, keys: Float[Tensor, "key d_mlp"]) -> Float[Tensor, "key d_mlp"]:
+        """C^-1 k for each key: its direction less what all keys have in common."""
+        return torch.cholesky_solve(keys.double().T.to(self.moment.device), self._factor).T.to(keys.device)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        size = self.moment.diagonal().mean()
+        ridge = self.damping * size * torch.eye(len(self.moment), dtype=self.moment.dtype, device=self.moment.device)
+        factor, failed = torch.linalg.cholesky_ex(self.moment + ridge)
+        if bool(failed) or not bool(size > 0):
+            raise InputError(
+                f"The covariance of {self.n_keys} keys is singular with damping={self.damping:g}; take more prompts or "
+                "raise damping."
+            )
+        return factor
+
+    def save(self, path: str | os.PathLike[str], model: HookedLLaVA) -> None:
+        """Write it to one safetensors file, with what the unedited model is."""
+        path = Path(path)
+        tensors = {"moment": self.moment.contiguous().cpu(), "identity": identity(model)}
+        metadata = {"format": _FORMAT, "layer": str(self.layer), "n_keys": str(self.n_keys)}
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            save_file(tensors, Path(folder, "partial"), metadata=metadata)
+            Path(folder, "partial").replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HookedLLaVA, *, damping: float = 1e-3) -> KeyCovariance:
+        """Read one; raises `CheckpointError` for another file, and `InputError` for another model."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise CheckpointError(f"{path} holds no key covariance (format {metadata.get('format')!r}).")
+                moment, kept = file.get_tensor("moment"), file.get_tensor("identity")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is missing, truncated or no safetensors file ({error}).") from error
+        check_same_model(model, kept, model.config.model_name)
+        return cls(int(metadata["layer"]), moment.to(model.cfg.device), int(metadata["n_keys"]), damping)
+
+
+@torch.no_grad()
+def key_covariance(
+    model: HookedLLaVA,
+    prompts: Iterable[Any],
+    layer: int,
+    *,
+    positions: str = "text",
+    damping: float = 1e-3,
+    path: str | os.PathLike[str] | None = None,
+) -> KeyCovariance:
+    """The second moment of a layer's keys over prompts, one batch after the other; only the sum is held.
+
+    Args:
+        model: the model.
+        prompts: batches of prompts, each anything `model.as_inputs` takes; a generator is drawn from once.
+        layer: whose MLP.
+        positions: the span whose positions count: "text", "image", "last", ...
+        damping: what `correct` adds to the diagonal, in parts of its mean.
+        path: a file to keep it in; if it is there it is read instead, and `prompts` are not run.
+
+    Raises `InputError` for a layer out of range, no prompts, or a file of another model or layer.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> key_covariance(model, [model.prepare("Who made the star?")], layer=3, positions="question").n_keys
+    5
+    """
+    if not 0 <= layer < model.cfg.n_layers:
+        raise InputError(f"layer={layer} is out of range; this model has layers 0..{model.cfg.n_layers - 1}.")
+    if path is not None and Path(path).is_file():
+        found = KeyCovariance.load(path, model, damping=damping)
+        if found.layer != layer:
+            raise InputError(f"{path} is of layer {found.layer}, not {layer}; give another path.")
+        return found
+    name, total, n = f"blocks.{layer}.mlp.hook_post", 0, 0
+    for prompt in prompts:
+        inputs = model.as_inputs(prompt)
+        _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)
+        for row, one in enumerate(inputs):
+            keys = cache[name][row, resolve_positions(positions, one)[0]].double()
+            total, n = total + keys.T @ keys, n + len(keys)
+    if not isinstance(total, Tensor):
+        raise InputError("There are no prompts to take keys from; give at least one.")
+    made = KeyCovariance(layer, total / n, n, damping)
+    if path is not None:
+        made.save(path, model)
+    return made

@@ -1,0 +1,197 @@
+"""What an edit changed: the fact it was to change, the ways of asking for it, and everything else.
+
+The measures of Basu et al. (arXiv 2406.04236) and Meng et al. (arXiv 2202.05262): efficacy (the edited question),
+generalisation (other pictures, other words), specificity (questions whose answers are to stay) and locality (how far the
+next-token distribution of unrelated prompts moves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from hooked_llava.editing import ledger
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
+from hooked_llava.editing.request import EditRequest
+from hooked_llava.errors import InputError
+from hooked_llava.metrics import kl_divergence
+from hooked_llava.readout import token_id
+from hooked_llava.results import Provenance
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Role = Literal["efficacy", "generalisation", "specificity", "locality"]
+ROLES: tuple[Role, ...] = ("efficacy", "generalisation", "specificity", "locality")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts that say one thing about an edit."""
+
+    name: str
+    """What is asked, such as "other pictures"."""
+    role: Role
+    """What it measures."""
+    prompts: Any
+    """The prompts: anything `model.as_inputs` takes, or `KeptPrompts`."""
+    expected: Sequence[str | int] | str | int | None = None
+    """The answers' first tokens, one for all prompts or one each; None: what the model answers without the edit."""
+
+
+def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr.Dataset:
+    """How often each probe's prompts get the expected answer, without the edit and with it.
+
+    Args:
+        model: the edit's model.
+        edit: an edit, applied or not; it is left as it is found.
+        probes: what to ask. For efficacy and generalisation `expected` is the edit's target, for specificity the answer
+            that is to stay.
+
+    Returns a dataset over `probe` (with its `role` and number of prompts `n`): `accuracy_before` and `accuracy` (share of
+    prompts whose most probable token is the expected one), `probability_before` and `probability` (mean P(expected)),
+    `changed` (share whose most probable token is another than before) and `kl` (mean KL(before || after) in nats). Raises
+    `InputError` for an edit of another model, no probes, or expected answers that do not fit.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.editing import EditRequest, multedit
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> edit = multedit(model, EditRequest("Who made the star?", "Boris"), layer=4, position="last")
+    >>> other = Probe("other words", "generalisation", model.prepare("Who is the maker of the star?"), "Boris")
+    >>> evaluate_edit(model, edit, [other]).accuracy_before.values.tolist()
+    [0.0]
+    """
+    if edit.model is not model:
+        raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
+    if not probes:
+        raise InputError("There are no probes; give at least one.")
+    made = Provenance(model.config.model_name, _asked(edit), {"method": dict(edit.method)}, n_forward=0)
+    lowest = min(edit.layers, default=0)
+    # Without the edit and with it, whether or not it is applied now.
+    was_applied = edit.is_applied
+    if was_applied:
+        edit.revert()
+    try:
+        kept = [_kept(model, probe, lowest) for probe in probes]
+        expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
+        with edit.applied():
+            after = [prompts.logits(lowest) for prompts in kept]
+    finally:
+        if was_applied:
+            edit.apply()
+    rows = [_measures(k.before, a, e) for k, a, e in zip(kept, after, expected, strict=True)]
+    made.n_forward = 2 * sum(len(prompts) for prompts in kept)
+    names = {"probe": [p.name for p in probes], "role": ("probe", [p.role for p in probes])}
+    values = {name: ("probe", [row[name] for row in rows]) for name in rows[0]}
+    return xr.Dataset(values, coords=names, attrs=made.attrs())
+
+
+def summary(result: xr.Dataset) -> dict[str, float]:
+    """An edit's measures by role, each probe with one vote: accuracy of efficacy and generalisation, the drop of
+    specificity (accuracy before less after, in points) and the KL of locality in nats; what was not probed is absent.
+    """
+    found: dict[str, float] = {}
+    for role in ROLES:
+        part = result.isel(probe=[i for i, r in enumerate(result.role.values) if r == role])
+        if not part.sizes["probe"]:
+            continue
+        if role in ("efficacy", "generalisation"):
+            found[role] = float(part.accuracy.mean())
+        elif role == "specificity":
+            found["specificity_drop"] = 100 * float((part.accuracy_before - part.accuracy).mean())
+        else:
+            found["locality_kl"] = float(part.kl.mean())
+    return found
+
+
+def sequential_edits(
+    model: HookedLLaVA,
+    requests: Sequence[EditRequest],
+    make: Callable[[HookedLLaVA, EditRequest], Edit],
+    measure: Callable[[int], Mapping[str, float]],
+    *,
+    at: Sequence[int] = (1, 2, 5, 10, 20, 50),
+) -> xr.Dataset:
+    """One edit after the other, each computed on the model that the earlier ones left; all are reverted at the end.
+
+    Args:
+        model: the model.
+        requests: the facts to change, in this order.
+        make: computes an edit for one request, for example `lambda m, r: multedit(m, r, layer=4)`.
+        measure: called after so many edits as `at` says; returns numbers by name.
+        at: after how many edits to measure; more than there are requests are left out.
+
+    Returns a dataset over `n_edits`.
+    """
+    points = sorted({n for n in at if 1 <= n <= len(requests)})
+    if not points:
+        raise InputError(f"at={list(at)} names no number of edits from 1 to {len(requests)}.")
+    made = Provenance(model.config.model_name, f"{points[-1]} requests", {"method": "sequential"}, n_forward=0)
+    active: list[Edit] = []
+    rows: list[Mapping[str, float]] = []
+    try:
+        for request in requests[: points[-1]]:
+            active.append(make(model, request).apply())
+            if len(active) in points:
+                rows.append(measure(len(active)))
+    finally:
+        for edit in reversed(active):
+            edit.revert()
+    values = {name: ("n_edits", [row[name] for row in rows]) for name in rows[0]}
+    return xr.Dataset(values, coords={"n_edits": points}, attrs=made.attrs())
+
+
+def _kept(model: HookedLLaVA, probe: Probe, layer: int) -> KeptPrompts:
+    if probe.role not in ROLES:
+        raise InputError(f"Probe {probe.name!r} has role {probe.role!r}; expected one of {', '.join(ROLES)}.")
+    given = probe.prompts
+    if not isinstance(given, KeptPrompts):
+        return keep_prompts(model, given, [layer])
+    if given.edits != ledger.all_active(model):
+        raise InputError(
+            f"The prompts of probe {probe.name!r} were kept while other edits were active than now, so what they say "
+            "without the edit is out of date. Keep them anew, or give the prompts themselves."
+        )
+    return given
+
+
+def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> Tensor:
+    """Token ids, one for each prompt."""
+    if probe.expected is None:
+        if probe.role in ("efficacy", "generalisation"):
+            raise InputError(f"Probe {probe.name!r} measures {probe.role} and needs expected=, the edit's target.")
+        return prompts.before.argmax(-1)
+    several = not isinstance(probe.expected, str | int)
+    given: Sequence[Any] = probe.expected if several else [probe.expected] * len(prompts)  # type: ignore[assignment]
+    if len(given) != len(prompts):
+        raise InputError(f"Probe {probe.name!r} has {len(prompts)} prompts and {len(given)} expected answers.")
+    return torch.tensor([token_id(model, answer) for answer in given], device=prompts.before.device)
+
+
+def _measures(before: Tensor, after: Tensor, expected: Tensor) -> dict[str, float]:
+    def of(logits: Tensor) -> tuple[float, float]:
+        right = (logits.argmax(-1) == expected).float().mean()
+        return float(right), float(logits.float().softmax(-1).gather(-1, expected[:, None]).mean())
+
+    (accuracy_before, p_before), (accuracy, p) = of(before), of(after)
+    return {
+        "accuracy_before": accuracy_before,
+        "accuracy": accuracy,
+        "probability_before": p_before,
+        "probability": p,
+        "changed": float((before.argmax(-1) != after.argmax(-1)).float().mean()),
+        "kl": float(kl_divergence(before)(after).mean()),
+        "n": len(before),
+    }
+
+
+def _asked(edit: Edit) -> str:
+    """The edit's requests in a line."""
+    texts = [f"{request.get('prompts', ['?'])[0]} -> {request.get('target', '?')}" for request in edit.requests]
+    return " | ".join(texts)

@@ -1,0 +1,150 @@
+"""What an edit is compared with: gradient descent on the weights themselves, of one layer or all."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+
+from hooked_llava.editing.adam import Adam
+from hooked_llava.editing.change import Change
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.request import EditRequest, prepare_request
+from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+_W_OUT = "mlp.down.weight"
+
+
+def finetune(
+    model: HookedLLaVA,
+    requests: EditRequest | Sequence[EditRequest],
+    *,
+    layers: int | Sequence[int] | Literal["all"],
+    weights: Literal["W_out", "all"] = "W_out",
+    max_change: float | None = None,
+    steps: int = 25,
+    lr: float = 1e-3,
+    stop: float = 0.99,
+) -> Edit:
+    """An edit made by fine-tuning weights of the language tower on the requests; not yet applied.
+
+    Args:
+        model: the model; its weights stay as they are, and edits that are active on it are built upon.
+        requests: what to change.
+        layers: one layer, several, or "all".
+        weights: "W_out" of these layers' MLPs, or "all" their matrices.
+        max_change: no number changes by more than this (Zhu et al. 2020, arXiv 2012.00363); None for no limit.
+        steps: steps of Adam at most.
+        lr: its learning rate.
+        stop: probability of the targets at which it is done.
+
+    The changes have full rank, so the edit is as large as the weights. Raises `InputError` for a layer out of range and
+    whatever the requests lack.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> finetune(model, EditRequest("Who made the star?", "Boris"), layers=4, steps=2).layers
+    [4]
+    """
+    began = time.perf_counter()
+    requests = [requests] if isinstance(requests, EditRequest) else list(requests)
+    chosen = _chosen(layers, model.cfg.n_layers)
+    if weights not in ("W_out", "all"):
+        raise InputError(f"weights={weights!r}; expected 'W_out' or 'all'.")
+    if steps < 1 or not lr > 0 or not (max_change is None or max_change > 0):
+        raise InputError(f"steps={steps}, lr={lr}, max_change={max_change}: expected positive numbers.")
+    refuse_listeners(model)
+    prepared = [prepare_request(model, request, "last") for request in requests]
+    if not prepared:
+        raise InputError("There is no request; give at least one EditRequest.")
+    tuned = _Tuned(make_rows(model, prepared), _names(model, chosen, weights), min(chosen))
+    reached, made = tuned.descend(steps, lr, stop, max_change)
+    method = {
+        "name": "finetune",
+        "layers": chosen,
+        "weights": weights,
+        "max_change": max_change,
+        "steps": made,
+        "lr": lr,
+        "stop": stop,
+        "seconds": round(time.perf_counter() - began, 4),
+    }
+    asked = tuple({**r.words, "target_probability": p} for r, p in zip(prepared, reached, strict=True))
+    edit = Edit(model, {name: Change.dense(delta) for name, delta in tuned.deltas.items()}, asked, method)
+    edit.check_precision()
+    return edit
+
+
+class _Tuned:
+    """Blocks run with differences added to their weights, which themselves are left alone."""
+
+    def __init__(self, rows: Rows, names: dict[int, list[str]], first: int) -> None:
+        self.rows, self.names, self.first = rows, names, first
+        model = rows.model
+        whole = (f"language.blocks.{layer}.{name}" for layer, own in names.items() for name in own)
+        self.weights = {name: model.get_parameter(name).detach() for name in whole}
+        wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}
+        self.deltas = {name: torch.zeros_like(weight, dtype=wide[name]) for name, weight in self.weights.items()}
+
+    def descend(self, steps: int, lr: float, stop: float, max_change: float | None) -> tuple[list[float], int]:
+        """Steps of Adam until every prompt's target has the probability `stop`; P(target) of each request, and steps made."""
+        adams = {name: Adam(delta, lr) for name, delta in self.deltas.items()}
+        made = 0
+        for _ in range(steps):
+            with torch.enable_grad():
+                leaves = {name: delta.detach().requires_grad_() for name, delta in self.deltas.items()}
+                log_p = self._log_probability(leaves)
+                if float(log_p.detach().min()) >= math.log(stop):
+                    break
+                gradients = torch.autograd.grad(-self.rows.mean(log_p).mean(), list(leaves.values()))
+            made += 1
+            for name, gradient in zip(leaves, gradients, strict=True):
+                delta = adams[name].step(self.deltas[name], gradient)
+                self.deltas[name] = delta if max_change is None else delta.clamp(-max_change, max_change)
+        with torch.no_grad():
+            reached = self.rows.mean(self._log_probability(self.deltas)).exp()
+        return [round(p, 6) for p in reached.tolist()], made
+
+    def _log_probability(self, deltas: dict[str, Tensor]) -> Float[Tensor, " row"]:
+        """log P(target) of every row with the differences in place: all positions, since the weights act on all."""
+        rows = self.rows
+        blocks, n_layers = rows.model.language.blocks, rows.model.cfg.n_layers
+        resid = rows.kept.stream(self.first)
+        for layer in range(self.first, n_layers):
+            context = rows.kept.context(layer, 0, 1, rows.read if layer == n_layers - 1 else None)
+            prefix = f"language.blocks.{layer}."
+            changed = {
+                name: (self.weights[prefix + name] + deltas[prefix + name]).to(self.weights[prefix + name].dtype)
+                for name in self.names.get(layer, [])
+            }
+            resid = functional_call(blocks[layer], changed, (resid, context))
+        return rows.log_probability(rows.model.language.to_logits(resid))
+
+
+def _names(model: HookedLLaVA, layers: list[int], weights: str) -> dict[int, list[str]]:
+    """For each layer the matrices that are tuned, by their names within the block."""
+    if weights == "W_out":
+        return {layer: [_W_OUT] for layer in layers}
+    blocks = model.language.blocks
+    return {layer: [name for name, p in blocks[layer].named_parameters() if p.ndim == 2] for layer in layers}
+
+
+def _chosen(layers: int | Sequence[int] | Literal["all"], n_layers: int) -> list[int]:
+    if isinstance(layers, str):
+        if layers != "all":
+            raise InputError(f"layers={layers!r}; expected a layer, a list of layers, or 'all'.")
+        return list(range(n_layers))
+    given = [layers] if isinstance(layers, int) else list(layers)
+    if not given or not all(0 <= layer < n_layers for layer in given):
+        raise InputError(f"layers={layers!r} are out of range; this model has layers 0..{n_layers - 1}.")
+    return sorted(set(given))

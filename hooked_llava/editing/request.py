@@ -1,0 +1,117 @@
+"""What is to be changed: a question, the words whose meaning is edited, and the answer that is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.readout import token_id
+from hooked_llava.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to be changed: how it is asked, which words of the question it hangs on, and the new answer.
+
+    >>> EditRequest("Who made the star?", "Boris", constraint="the star").target
+    'Boris'
+    """
+
+    question: str | Sequence[str] | Inputs
+    """The question; several (paraphrases, or one for each of several pictures) are edited as one fact."""
+    target: str | int | Sequence[int]
+    """The answer that is wanted: text of one or more tokens, or their ids."""
+    images: Any = None
+    """The picture it is asked about, or for several questions a list with one entry each, as `model.prepare` takes them."""
+    constraint: str | Sequence[str] | None = None
+    """Words of the question that name what the fact is about, such as "this place"; for several questions one or each."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the model takes it, checked."""
+
+    inputs: Inputs
+    """Its prompts, padded on the left."""
+    from_end: tuple[int, ...]
+    """For each prompt the position that is edited, counted back from the end (-1: the last one)."""
+    target: tuple[int, ...]
+    """Token ids of the wanted answer."""
+    words: dict[str, Any]
+    """The request in plain words, for the edit's metadata."""
+
+
+def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "constraint") -> Prepared:
+    """Prompts, edited positions and target ids of a request.
+
+    `position` is "constraint" (the last token of the constraint) or the name of a span, whose last position it is.
+    Raises `InputError` and `SpanError` for a constraint that is not in the question, a target without tokens, and whatever
+    `model.prepare` refuses.
+    """
+    given = request.question
+    inputs = given if isinstance(given, Inputs) else model.prepare(given, request.images)
+    inputs = model.as_inputs(inputs).padded_left()
+    target = target_ids(model, request.target)
+    constraints = _per_prompt(request.constraint, len(inputs))
+    places = [_place(m, c, position) for m, c in zip(inputs.token_maps, constraints, strict=True)]
+    words = {
+        "prompts": list(inputs.prompts) if inputs.prompts else [list(m.token_ids) for m in inputs.token_maps],
+        "constraint": request.constraint if isinstance(request.constraint, str) else constraints,
+        "position": position,
+        "target": request.target if isinstance(request.target, str) else list(target),
+    }
+    return Prepared(inputs, tuple(place - inputs.shape[1] for place in places), target, words)
+
+
+def target_ids(model: HookedLLaVA, target: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Token ids of an answer; raises `InputError` if there are none, or one is not in the vocabulary."""
+    if isinstance(target, int):
+        target = [target]
+    ids = model.tokenizer(target, add_special_tokens=False)["input_ids"] if isinstance(target, str) else target
+    if not len(ids):
+        raise InputError(f"The target {target!r} has no tokens; give a word or more that the model is to answer.")
+    unknown = getattr(model.tokenizer, "unk_token_id", None) if isinstance(target, str) else None
+    if unknown is not None and unknown in ids:
+        raise InputError(
+            f"The tokenizer does not know {target!r} (it has the unknown token in it); give another target."
+        )
+    return tuple(token_id(model, int(i)) for i in ids)
+
+
+def position_of(token_map: TokenMap, span: str) -> int:
+    """The last position of a span; raises `SpanError` where the prompt does not have it."""
+    positions = token_map[span]
+    if not positions:
+        raise SpanError(f"The span {span!r} is empty in this prompt; edit at another, such as 'last'.")
+    return positions[-1]
+
+
+def _per_prompt(constraint: str | Sequence[str] | None, n: int) -> list[str | None]:
+    if constraint is None or isinstance(constraint, str):
+        return [constraint] * n
+    if len(constraint) != n:
+        raise InputError(f"There are {len(constraint)} constraints for {n} questions; give one, or one for each.")
+    return list(constraint)
+
+
+def _place(token_map: TokenMap, constraint: str | None, position: str) -> int:
+    """The position that is edited."""
+    if constraint is not None:
+        parts = () if token_map.words is None else token_map.words.parts
+        words = token_map.find(constraint, within="question" if "question" in parts else None)
+    if position != "constraint":
+        return position_of(token_map, position)
+    if constraint is None:
+        raise InputError(
+            "position='constraint' needs the request's constraint=, words of its question such as 'this shape'; or edit "
+            "at another place, such as position='last'."
+        )
+    if not words:
+        raise SpanError(f"The constraint {constraint!r} has no token of its own in the prompt; give other words.")
+    return words[-1]

@@ -1,0 +1,52 @@
+"""ROME (Meng et al. 2022, arXiv 2202.05262): as MultEdit, with keys measured against what keys usually look like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hooked_llava.editing.covariance import KeyCovariance
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.solved import Keys, Requests, solve
+from hooked_llava.editing.values import ValueSearch
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+
+
+def rome(
+    model: HookedLLaVA,
+    requests: Requests,
+    covariance: KeyCovariance,
+    *,
+    position: str = "constraint",
+    lam: float = 0.0,
+    keys: Keys = "mean",
+    keep: Inputs | None = None,
+    clamp: float = 4.0,
+    steps: int = 25,
+    lr: float = 0.5,
+    weight_decay: float = 1e-3,
+    stop: float = 0.99,
+) -> Edit:
+    """An edit of one layer's W_out along corrected keys C^-1 k: other keys, alike in what all share, feel it less.
+
+    `covariance` is from `key_covariance` and says which layer is edited; everything else is as in `multedit`, and raises
+    the same. With one request and lam = 0 it is equation 2 of 2202.05262; several requests are solved for together.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.editing import EditRequest, key_covariance
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> seen = key_covariance(model, [model.prepare(f"Who made the {s}?") for s in ("ring", "moon", "star")], layer=4)
+    >>> rome(model, EditRequest("Who made the star?", "Boris"), seen, position="last").layers
+    [4]
+    """
+    if covariance.layer >= model.cfg.n_layers or len(covariance.moment) != model.config.language.d_mlp:
+        raise InputError(
+            f"The covariance is of layer {covariance.layer} with {len(covariance.moment)} neurons; this model has layers "
+            f"0..{model.cfg.n_layers - 1} with {model.config.language.d_mlp}. Make it with this model."
+        )
+    search = ValueSearch(steps, lr, clamp, weight_decay, stop)
+    solved = solve(model, requests, covariance.layer, position, search)
+    return solved.edit("rome", lam=lam, keys=keys, keep=keep, covariance=covariance)

@@ -1,0 +1,169 @@
+"""Prompts of many requests as one batch, with their targets behind them, kept and entered anew above a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.caching import saver
+from hooked_llava.editing.request import Prepared
+from hooked_llava.errors import InputError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.interventions.kept_run import KeptRun, keep
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts with their targets, one row each, and the run that is kept of them."""
+
+    model: HookedLLaVA
+    kept: KeptRun
+    request: Int[Tensor, " row"]
+    """Which request each row belongs to."""
+    edited: Int[Tensor, " row"]
+    """The position that is edited."""
+    read: Int[Tensor, " read"]
+    """Positions that predict the targets' tokens, the same in every row."""
+    target: Int[Tensor, "row read"]
+    """The token wanted there."""
+    counts: Float[Tensor, "row read"]
+    """1 where the row has a target token, 0 behind its target's end."""
+
+    @property
+    def n_requests(self) -> int:
+        """How many requests there are."""
+        return int(self.request.max()) + 1
+
+    @property
+    def per_request(self) -> Float[Tensor, " request"]:
+        """Rows of each request."""
+        return torch.bincount(self.request, minlength=self.n_requests).to(self.counts)
+
+    def mean(self, values: Float[Tensor, "row ..."]) -> Float[Tensor, "request ..."]:
+        """Averages over the rows of each request."""
+        total = values.new_zeros(self.n_requests, *values.shape[1:]).index_add(0, self.request, values)
+        return total / self.per_request.to(values).view(-1, *[1] * (values.ndim - 1))
+
+    def stream(self, layer: int) -> Float[Tensor, "row suffix d_model"]:
+        """The kept residual stream entering a layer, from the first position on that an edit reaches."""
+        return self.kept.stream(layer, self.start)
+
+    @property
+    def start(self) -> int:
+        """The first position that is edited or read."""
+        return int(min(self.edited.min(), self.read.min()))
+
+    def logits(self, resid: Float[Tensor, "row suffix d_model"], layer: int) -> Float[Tensor, "row read d_vocab"]:
+        """Logits where the targets are read, from the residual stream entering a layer; gradients pass."""
+        wanted, n_layers = self.read - self.start, len(self.model.language.blocks)
+        for index in range(layer, n_layers):
+            queries = wanted if index == n_layers - 1 else None
+            resid = self.model.language.blocks[index](resid, self.kept.context(index, self.start, 1, queries))
+        return self.model.language.to_logits(resid if layer < n_layers else resid[:, wanted])
+
+    def log_probability(self, logits: Float[Tensor, "row read d_vocab"]) -> Float[Tensor, " row"]:
+        """log P(target) in nats."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return (wide.gather(-1, self.target[..., None]).squeeze(-1) * self.counts).sum(-1)
+
+    @torch.no_grad()
+    def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
+        """What the edited position's neurons are, and what the MLP adds there: `mlp.hook_post` and `hook_mlp_out`."""
+        names = (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out")
+        seen: dict[str, Tensor] = {}
+        with self.model.hooks([(list(names), saver(seen, self.model.hooks_table))]):
+            self.model.language.blocks[layer](self.stream(layer), self.kept.context(layer, self.start, 1))
+        rows = torch.arange(len(self.edited), device=self.edited.device)
+        key, value = (seen[name][rows, self.edited - self.start] for name in names)
+        return key, value
+
+
+def make_rows(model: HookedLLaVA, requests: Sequence[Prepared]) -> Rows:
+    """All prompts of all requests as one batch, run once."""
+    longest = max(len(request.target) for request in requests)
+    inputs = joined(model, [request.inputs for request in requests])
+    n_prompt, device = inputs.shape[1], inputs.device
+    owners = [i for i, request in enumerate(requests) for _ in range(len(request.inputs))]
+    targets = [_filled(requests[i].target, longest) for i in owners]
+    counts = [[float(t < len(requests[i].target)) for t in range(longest)] for i in owners]
+    target = torch.tensor(targets, device=device)
+    whole = _with_targets(model, inputs, target[:, :-1])
+    edited = [n_prompt + back for request in requests for back in request.from_end]
+    return Rows(
+        model=model,
+        kept=keep(model, whole),
+        request=torch.tensor(owners, device=device),
+        edited=torch.tensor(edited, device=device),
+        read=torch.arange(n_prompt - 1, n_prompt - 1 + longest, device=device),
+        target=target,
+        counts=torch.tensor(counts, device=device),
+    )
+
+
+def joined(model: HookedLLaVA, batches: Sequence[Inputs]) -> Inputs:
+    """Batches of prompts as one, padded on the left to the length of the longest; without texts and spans."""
+    batches = [batch.padded_left() for batch in batches]
+    if len(batches) == 1:
+        return batches[0]
+    length = max(batch.shape[1] for batch in batches)
+    fields: dict[str, Any] = {
+        # What stands at padding is never read; the last token is no image token.
+        "input_ids": torch.cat([_lengthened(b.input_ids, length, b.input_ids[:, -1:]) for b in batches]),
+        "attention_mask": torch.cat([_lengthened(b.attention_mask, length, False) for b in batches]),
+    }
+    if any(batch.position_ids is not None for batch in batches):
+        counted = [b.position_ids if b.position_ids is not None else _counted(b.attention_mask) for b in batches]
+        fields["position_ids"] = torch.cat([_lengthened(ids, length, 0) for ids in counted])
+    pixels = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
+    if pixels:
+        fields["pixel_values"] = torch.cat(pixels)
+    return model.as_inputs(fields)
+
+
+def refuse_listeners(model: HookedLLaVA) -> None:
+    """Raises `InputError` if functions are attached: they would be called on parts of prompts."""
+    listening = [name for name, point in model.hook_dict.items() if point.listening]
+    if listening:
+        raise InputError(
+            f"Functions are attached to {', '.join(listening[:3])}; an edit is computed on the model as it is. Remove "
+            "them first (model.reset_hooks())."
+        )
+
+
+def _with_targets(model: HookedLLaVA, inputs: Inputs, target: Int[Tensor, "row read"]) -> Inputs:
+    """The prompts with their targets behind them; what fills up shorter targets comes after all that is read."""
+    if not target.shape[1]:
+        return inputs
+    fields: dict[str, Any] = {
+        "input_ids": torch.cat([inputs.input_ids, target], dim=1),
+        "attention_mask": torch.cat([inputs.attention_mask, torch.ones_like(target, dtype=torch.bool)], dim=1),
+    }
+    if inputs.pixel_values is not None:
+        fields["pixel_values"] = inputs.pixel_values
+    if inputs.position_ids is not None:
+        further = inputs.position_ids[:, -1:] + torch.arange(1, target.shape[1] + 1, device=target.device)
+        fields["position_ids"] = torch.cat([inputs.position_ids, further], dim=1)
+    return model.as_inputs(fields)
+
+
+def _filled(ids: tuple[int, ...], length: int) -> list[int]:
+    return [*ids, *[ids[-1]] * (length - len(ids))]
+
+
+def _lengthened(x: Tensor, length: int, fill: Any) -> Tensor:
+    """Padded on the left."""
+    missing = length - x.shape[1]
+    filling = fill.expand(-1, missing) if isinstance(fill, Tensor) else x.new_full((len(x), missing), fill)
+    return torch.cat([filling, x], dim=1)
+
+
+def _counted(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

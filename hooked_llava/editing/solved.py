@@ -1,0 +1,153 @@
+"""Requests with their keys and value differences found: what is left is the closed form, which costs next to nothing.
+
+`multedit` and `rome` go through here. By itself it serves comparisons: many requests are searched for in one batch, and
+edits of single requests, with other weights of size or other keys, are made from the one result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.editing.closed_form import closed_form
+from hooked_llava.editing.covariance import KeyCovariance
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.layer_choice import Layer, choose_layer
+from hooked_llava.editing.request import EditRequest, Prepared, position_of, prepare_request
+from hooked_llava.editing.rows import make_rows, refuse_listeners
+from hooked_llava.editing.values import Values, ValueSearch, optimise_values
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.model import HookedLLaVA
+
+Keys = Literal["mean", "each"]
+Requests = EditRequest | Sequence[EditRequest]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Keys and value differences of requests at one layer."""
+
+    model: HookedLLaVA
+    layer: int
+    position: str
+    asked: tuple[dict[str, Any], ...]
+    """The requests in plain words, with how far the search got."""
+    keys: Float[Tensor, "row d_mlp"]
+    """The key of every prompt."""
+    owner: Int[Tensor, " row"]
+    """Which request each key belongs to."""
+    delta: Float[Tensor, "request d_model"]
+    """The value difference of each request."""
+    search: ValueSearch
+    seconds: float = field(default=0.0, compare=False)
+    """What finding them took."""
+
+    def edit(
+        self,
+        name: str = "multedit",
+        *,
+        only: Sequence[int] | None = None,
+        lam: float = 0.01,
+        keys: Keys = "mean",
+        keep: Any = None,
+        covariance: KeyCovariance | None = None,
+    ) -> Edit:
+        """The edit of all requests together, or of some of them; other arguments as in `multedit`.
+
+        Raises `InputError` for a singular update and a dtype too coarse to hold it.
+        """
+        if keys not in ("mean", "each"):
+            raise InputError(f"keys={keys!r}; expected 'mean' or 'each'.")
+        began = time.perf_counter()
+        chosen = list(range(len(self.delta))) if only is None else list(only)
+        key, owner = self._keys(chosen, keys)
+        kept = None if keep is None else keys_of(self.model, keep, self.layer, self.position)
+        corrected = None
+        if covariance is not None:
+            corrected = covariance.correct(key if kept is None else torch.cat([key, kept]))
+        change = closed_form(key, owner, self.delta[chosen], lam=lam, kept=kept, corrected=corrected)
+        method = {
+            "name": name,
+            "layer": self.layer,
+            "position": self.position,
+            "lam": lam,
+            "keys": keys,
+            **asdict(self.search),
+            "n_kept_keys": 0 if kept is None else len(kept),
+            "seconds": round(self.seconds + time.perf_counter() - began, 4),
+        }
+        weight = f"language.blocks.{self.layer}.mlp.down.weight"
+        edit = Edit(self.model, {weight: change}, tuple(self.asked[i] for i in chosen), method)
+        edit.check_precision()
+        return edit
+
+    def _keys(self, chosen: list[int], keys: Keys) -> tuple[Tensor, Tensor]:
+        """Keys of the chosen requests, and which of them each belongs to, counted anew."""
+        own = [(self.owner == i).nonzero()[:, 0] for i in chosen]
+        if keys == "mean":
+            means = torch.stack([self.keys[rows].double().mean(0) for rows in own])
+            return means, torch.arange(len(chosen), device=means.device)
+        counts = torch.tensor([len(rows) for rows in own], device=self.keys.device)
+        return self.keys[torch.cat(own)], torch.arange(len(chosen), device=counts.device).repeat_interleave(counts)
+
+
+def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch) -> Solved:
+    """Keys and value differences of requests, all searched for in one batch; raises as `multedit` does."""
+    began = time.perf_counter()
+    requests = [requests] if isinstance(requests, EditRequest) else list(requests)
+    if not requests:
+        raise InputError("There is no request; give at least one EditRequest.")
+    refuse_listeners(model)
+    prepared = [prepare_request(model, request, position) for request in requests]
+    chosen = choose_layer(model, prepared, layer)
+    _check_reach(prepared, chosen, model.cfg.n_layers)
+    rows = make_rows(model, prepared)
+    keys, outputs = rows.keys_and_values(chosen)
+    values = optimise_values(rows, chosen, rows.mean(outputs), search)
+    return Solved(
+        model=model,
+        layer=chosen,
+        position=position,
+        asked=tuple({**r.words, **reached} for r, reached in zip(prepared, _reached(values), strict=True)),
+        keys=keys,
+        owner=rows.request,
+        delta=values.delta,
+        search=search,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@torch.no_grad()
+def keys_of(model: HookedLLaVA, inputs: Any, layer: int, position: str) -> Float[Tensor, "prompt d_mlp"]:
+    """The keys of prompts at a span's last position (`mlp.hook_post` of a layer)."""
+    prompts = model.as_inputs(inputs)
+    name = f"blocks.{layer}.mlp.hook_post"
+    places = torch.tensor([position_of(m, position) for m in prompts.token_maps], device=prompts.device)
+    _, cache = model.run_with_cache(prompts, names_filter=name, stop_at_layer=layer + 1)
+    return cache[name][torch.arange(len(prompts), device=places.device), places]
+
+
+def _check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> None:
+    """In the last layer an edit at one position reaches no other, so it must be where the answer is read."""
+    if layer == n_layers - 1 and any(place != -1 for request in prepared for place in request.from_end):
+        raise InputError(
+            f"An edit in the last layer, {layer}, at a position before the last one does not reach the answer. Choose an "
+            "earlier layer, or position='last'."
+        )
+
+
+def _reached(values: Values) -> list[dict[str, float]]:
+    """For each request how probable its target became in the search, and how long the difference is."""
+    lengths = values.delta.norm(dim=-1).tolist()
+    return [
+        {"target_probability": round(p, 6), "delta_norm": round(n, 6)}
+        for p, n in zip(values.probability.tolist(), lengths, strict=True)
+    ]

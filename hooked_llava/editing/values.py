@@ -1,0 +1,110 @@
+"""Which change of an MLP's output makes the model give the wanted answer: found by gradient descent on it alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.editing.adam import Adam
+from hooked_llava.editing.rows import Rows
+from hooked_llava.errors import InputError
+
+
+@dataclass(frozen=True)
+class ValueSearch:
+    """How value differences are searched for; the names are those of 2406.04236's code and of ROME's."""
+
+    steps: int = 25
+    """Steps of Adam at most."""
+    lr: float = 0.5
+    """Its learning rate."""
+    clamp: float = 4.0
+    """Longest difference allowed, in lengths of the MLP's own output; infinity for no limit."""
+    weight_decay: float = 1e-3
+    """Weight of |delta| / |z|^2 in the loss, z being the MLP's own output."""
+    stop: float = 0.99
+    """A request whose target has this probability in all its prompts is done."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}={value}"
+            for name, value, fine in (
+                ("steps", self.steps, self.steps >= 1),
+                ("lr", self.lr, self.lr > 0),
+                ("clamp", self.clamp, self.clamp > 0),
+                ("weight_decay", self.weight_decay, self.weight_decay >= 0),
+                ("stop", self.stop, self.stop > 0),
+            )
+            if not fine
+        ]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)}: expected positive numbers (weight_decay may be 0).")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Value differences, and how far they got."""
+
+    delta: Float[Tensor, "request d_model"]
+    """What is added to the MLP's output at the edited position."""
+    probability: Float[Tensor, " request"]
+    """P(target) under it, the geometric mean over the request's prompts."""
+    steps: int
+    """Steps that were made."""
+
+
+def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_model"], search: ValueSearch) -> Values:
+    """Differences of the MLP's output that raise log P(target), all requests at once, gradients with respect to them only.
+
+    Layers above the edited one and positions from the edited one on are run, on the prefix of the kept run. After each
+    step a difference longer than `clamp` |z| is cut to that length.
+    """
+    wide = torch.promote_types(value.dtype, torch.float32)
+    size = value.to(wide).norm(dim=-1)
+    delta = torch.zeros_like(value, dtype=wide)
+    adam, done = Adam(delta, search.lr), torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
+    loss = _loss_function(rows, layer, size, search)
+    made = 0
+    for _ in range(search.steps):
+        gradient, worst = loss(delta)
+        done |= worst >= math.log(search.stop)
+        if bool(done.all()):
+            break
+        made += 1
+        delta = torch.where(done[:, None], delta, adam.step(delta, gradient))
+        longest = search.clamp * size
+        delta = delta * (longest / delta.norm(dim=-1).clamp(min=torch.finfo(wide).tiny)).clamp(max=1.0)[:, None]
+    with torch.no_grad():
+        reached = rows.mean(rows.log_probability(_run(rows, layer, delta))).exp()
+    return Values(delta, reached, made)
+
+
+def _run(rows: Rows, layer: int, delta: Tensor) -> Tensor:
+    """Logits with the differences added behind the edited layer's MLP."""
+    resid = rows.stream(layer + 1)
+    index = torch.arange(len(resid), device=resid.device), rows.edited - rows.start
+    return rows.logits(resid.index_put(index, delta[rows.request].to(resid), accumulate=True), layer + 1)
+
+
+def _loss_function(
+    rows: Rows, layer: int, size: Tensor, search: ValueSearch
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From differences to the loss's gradient, and for each request the lowest log P(target) among its prompts."""
+
+    def loss(delta: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = delta.detach().requires_grad_()
+            log_p = rows.log_probability(_run(rows, layer, leaf))
+            total = -rows.mean(log_p).sum()
+            (gradient,) = torch.autograd.grad(total, leaf)
+        decay = search.weight_decay / size.clamp(min=torch.finfo(size.dtype).tiny) ** 2
+        length = delta.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+        worst = torch.full_like(size, math.inf).scatter_reduce(0, rows.request, log_p.detach().to(size), "amin")
+        return gradient + decay[:, None] * delta / length, worst
+
+    return loss

@@ -1,0 +1,72 @@
+"""A layer's key covariance is summed once, kept in a file, and given to no other model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hooked_llava.editing import EditRequest, KeyCovariance, key_covariance, rome
+from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.model import HookedLLaVA
+from tests.builders import make_hf_model, make_prompt
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedLLaVA:
+    return HookedLLaVA.from_hf(make_hf_model())
+
+
+def prompts(n: int = 2):
+    hf_model = make_hf_model()
+    return [make_prompt(hf_model, batch=2, seed=seed) for seed in range(n)]
+
+
+def test_batches_are_summed_as_one(model):
+    whole = {name: torch.cat([one[name] for one in prompts()]) for name in prompts()[0]}
+    apart, together = key_covariance(model, iter(prompts()), 1), key_covariance(model, [whole], 1)
+    assert apart.n_keys == together.n_keys
+    torch.testing.assert_close(apart.moment, together.moment)
+    assert apart.moment.dtype == torch.float64
+
+
+def test_correcting_is_multiplying_with_the_inverse(model):
+    seen = key_covariance(model, prompts(), 1, damping=0.2)
+    keys = torch.randn(3, 74)
+    damped = seen.moment + 0.2 * seen.moment.diagonal().mean() * torch.eye(74, dtype=torch.float64)
+    torch.testing.assert_close(seen.correct(keys), keys.double() @ torch.linalg.inv(damped))
+
+
+def test_a_file_is_read_instead_of_running(model, tmp_path):
+    path = tmp_path / "layer1"
+    made = key_covariance(model, prompts(), 1, path=path)
+
+    def never():
+        raise AssertionError("the prompts were run again")
+        yield
+
+    again = key_covariance(model, never(), 1, path=path)
+    assert torch.equal(again.moment, made.moment)
+    assert (again.n_keys, again.layer) == (made.n_keys, 1)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="of layer 1, not 2"):
+        key_covariance(model, never(), 2, path=path)
+    other = HookedLLaVA.from_hf(make_hf_model(seed=1))
+    with pytest.raises(InputError, match="another model"):
+        key_covariance(other, never(), 1, path=path)
+
+
+def test_what_does_not_fit_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="no prompts"):
+        key_covariance(model, [], 1)
+    with pytest.raises(InputError, match=r"layer=3 is out of range"):
+        key_covariance(model, prompts(), 3)
+    with pytest.raises(CheckpointError, match="missing, truncated"):
+        KeyCovariance.load(tmp_path / "none", model)
+    singular = KeyCovariance(1, torch.zeros(74, 74, dtype=torch.float64), 1)
+    with pytest.raises(InputError, match="singular"):
+        singular.correct(torch.ones(1, 74))
+    request = EditRequest(model.as_inputs(prompts()[0])[0], 17)
+    with pytest.raises(InputError, match="singular"):
+        rome(model, request, singular, position="last")
+    with pytest.raises(InputError, match="layer 7 with 74 neurons"):
+        rome(model, request, KeyCovariance(7, singular.moment, 1), position="last")

@@ -1,0 +1,304 @@
+"""Edits come and go without a trace, in any order, and what is edited is a model like any other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from hooked_llava.editing import Edit
+from hooked_llava.editing.change import Change
+from hooked_llava.errors import CheckpointError, InputError, StaleReplayError
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.model import HookedLLaVA
+from tests.builders import make_hf_model, make_prompt
+
+W = [f"language.blocks.{layer}.mlp.down.weight" for layer in range(3)]
+
+
+def low_rank(model: HookedLLaVA, *names: str, seed: int = 0, size: float = 0.3, rank: int = 1) -> Edit:
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name in names:
+        n_out, n_in = model.get_parameter(name).shape
+        left = size * torch.randn(n_out, rank, generator=generator)
+        changes[name] = Change(left, torch.randn(rank, n_in, generator=generator) / n_in**0.5)
+    return Edit(model, changes, ({"prompts": ["Who?"], "target": f"number {seed}"},), {"name": "made up", "layer": 0})
+
+
+def full_rank(model: HookedLLaVA, name: str, seed: int) -> Edit:
+    shape = model.get_parameter(name).shape
+    return Edit(model, {name: Change.dense(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)))})
+
+
+def fresh(dtype: torch.dtype = torch.float32, **config) -> HookedLLaVA:
+    return HookedLLaVA.from_hf(make_hf_model(dtype=dtype, **config))
+
+
+def weights(model: HookedLLaVA) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(model: HookedLLaVA, expected: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+MODELS = {dtype: fresh(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
+
+
+@pytest.mark.parametrize("dtype", MODELS, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(moves=st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_weights_depend_on_which_edits_are_active_and_on_nothing_else(dtype, moves):
+    model = MODELS[dtype]
+    before = weights(model)
+    edits = [
+        low_rank(model, W[0], W[1], seed=1),
+        low_rank(model, W[1], W[2], seed=2, rank=3),
+        full_rank(model, W[1], 3),
+        low_rank(model, W[1], seed=4),
+    ]
+    active: set[int] = set()
+    for move in moves:  # each move applies an edit, or reverts it if it is active
+        if move in active:
+            edits[move].revert()
+        else:
+            edits[move].apply()
+        active ^= {move}
+        for name in W:
+            exact = before[name].to(torch.promote_types(dtype, torch.float32))
+            for i in sorted(active):
+                if name in edits[i].changes:
+                    exact = edits[i].changes[name].added_to(exact)
+            assert torch.equal(model.get_parameter(name), exact.to(dtype))
+    for i in active:
+        edits[i].revert()
+    assert_same(model, before)
+
+
+def test_applied_ends_with_its_block_and_with_an_exception():
+    model = fresh()
+    before, edit = weights(model), low_rank(model, W[1])
+    with edit.applied() as same:
+        assert same is edit
+        assert edit.is_applied
+        assert not torch.equal(model.get_parameter(W[1]), before[W[1]])
+    assert not edit.is_applied
+    assert_same(model, before)
+    with pytest.raises(ZeroDivisionError), edit.applied():
+        raise ZeroDivisionError
+    assert_same(model, before)
+
+
+def test_the_sum_of_two_edits_is_both():
+    model = fresh()
+    first, second, third = low_rank(model, W[0], seed=1), low_rank(model, W[0], W[2], seed=2), full_rank(model, W[0], 3)
+    with first.applied(), second.applied(), third.applied():
+        expected = weights(model)
+    both = first + second + third
+    with both.applied():
+        for name in W:
+            torch.testing.assert_close(model.get_parameter(name).detach(), expected[name])
+    assert [request["target"] for request in both.requests] == ["number 1", "number 2"]
+    assert both.changes[W[2]].rank == 1
+    with pytest.raises(InputError, match="different models"):
+        first + low_rank(fresh(), W[0])
+
+
+def test_applying_twice_and_reverting_nothing_are_refused():
+    model = fresh()
+    edit = low_rank(model, W[0])
+    with pytest.raises(InputError, match="not applied"):
+        edit.revert()
+    with edit.applied(), pytest.raises(InputError, match="applied already"):
+        edit.apply()
+
+
+def test_an_edit_reaches_the_model_that_shares_its_memory():
+    hf_model = make_hf_model()
+    prompt = make_prompt(hf_model)
+    one, other = HookedLLaVA.from_hf(hf_model), HookedLLaVA.from_hf(hf_model)
+    with torch.no_grad():
+        before = hf_model(**prompt).logits
+        first, second = low_rank(one, W[1], seed=1).apply(), low_rank(other, W[1], seed=2).apply()
+        assert not torch.equal(hf_model(**prompt).logits, before)
+        torch.testing.assert_close(one(prompt), hf_model(**prompt).logits)
+        first.revert()  # two views, one book: the second edit stays
+        alone = fresh()
+        with Edit(alone, second.changes).applied():
+            mine = hf_model.model.language_model.layers[1].mlp.down_proj.weight
+            assert torch.equal(mine, alone.get_parameter(W[1]))
+        second.revert()
+        assert torch.equal(hf_model(**prompt).logits, before)
+
+
+def test_tied_embeddings_change_together():
+    model = fresh(tied=True)
+    before = weights(model)
+    edit = low_rank(model, "language.unembed.weight")
+    with edit.applied():
+        assert torch.equal(model.language.embed.weight, model.language.unembed.weight)
+        assert not torch.equal(model.language.embed.weight, before["language.embed.weight"])
+    assert_same(model, before)
+    with pytest.raises(InputError, match="one weight twice"):
+        low_rank(model, "language.unembed.weight", "language.embed.weight")
+
+
+def test_a_coarse_dtype_is_said_and_nothing_is_changed():
+    model = fresh(torch.bfloat16)
+    before = weights(model)
+    edit = low_rank(model, W[0], W[1], size=1e-4)
+    with pytest.raises(InputError, match="bfloat16 is too coarse.* loses .* %.*float32"):
+        edit.apply()
+    assert not edit.is_applied
+    assert_same(model, before)
+    with low_rank(fresh(), W[0], W[1], size=1e-4).applied():
+        pass
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="NaN or infinite"):
+        Change(torch.tensor([[float("nan")]]), torch.ones(1, 1))
+
+
+def test_a_weight_that_others_changed_is_not_reverted():
+    model = fresh()
+    before, edit = weights(model), low_rank(model, W[0]).apply()
+    edited = model.get_parameter(W[0]).detach().clone()
+    with torch.no_grad():
+        model.get_parameter(W[0])[0, 0] += 1.0
+    with pytest.raises(InputError, match="changed by something else"):
+        edit.revert()
+    with torch.no_grad():
+        model.get_parameter(W[0]).copy_(edited)
+    edit.revert()
+    assert_same(model, before)
+
+
+def test_a_model_that_was_moved_is_said():
+    model = fresh()
+    edit = low_rank(model, W[0]).apply()
+    model.to(torch.float64)
+    with pytest.raises(InputError, match=r"moved or converted"):
+        edit.revert()
+
+
+def test_weights_must_be_the_models():
+    model = fresh()
+    with pytest.raises(InputError, match="no such weight"):
+        Edit(model, {"language.blocks.9.mlp.down.weight": Change.dense(torch.zeros(2, 2))})
+    with pytest.raises(InputError, match=r"\(2, 2\); the model has \(48, 74\)"):
+        Edit(model, {W[0]: Change.dense(torch.zeros(2, 2))})
+
+
+def test_a_replay_notices():
+    hf_model = make_hf_model()
+    model, prompt = HookedLLaVA.from_hf(hf_model), make_prompt(hf_model)
+    run = [Intervention("blocks.2.hook_resid_pre", positions="last", zero=True)]
+    replay = Replay(model, prompt)
+    with low_rank(model, W[1]).applied():
+        with pytest.raises(StaleReplayError):
+            replay.run([run])
+        during = Replay(model, prompt)
+
+        def zero(tensor, hook):
+            tensor[:, -1] = 0.0
+
+        expected = model.run_with_hooks(prompt, fwd_hooks=[("blocks.2.hook_resid_pre", zero)])[0, -1]
+        torch.testing.assert_close(during.run([run])[0], expected)
+        _, cache = model.run_with_cache(prompt, names_filter="blocks.1.*")
+        written = cache["post", 1] @ model.W_out[1]
+        torch.testing.assert_close(cache["mlp_out", 1], written)
+    with pytest.raises(StaleReplayError):
+        during.run([run])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_model_has_the_edit(dtype, tmp_path):
+    model = fresh(dtype)
+    prompt = make_prompt(make_hf_model(dtype=dtype))
+    edit = low_rank(model, W[1], size=1.0)
+    with torch.no_grad(), edit.applied():
+        model.save_pretrained(tmp_path / "edited")
+        edited = model(prompt)
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "edited", dtype=dtype)
+    for layer in range(3):
+        loaded = plain.model.language_model.layers[layer].mlp.down_proj.weight
+        same = torch.equal(loaded, model.get_parameter(W[layer]))
+        assert same == (layer != 1)
+    with torch.no_grad():
+        scale = float(edited.float().abs().max())
+        assert (
+            float((plain(**prompt).logits - edited).abs().max()) <= (1e-4 if dtype == torch.float32 else 0.05) * scale
+        )
+        assert float((model(prompt) - edited).abs().max()) > 0.05 * scale
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_a_file_holds_the_factors_and_the_request(tmp_path):
+    model = fresh()
+    edit = low_rank(model, W[0], W[2], rank=2)
+    path = tmp_path / "edit.safetensors"
+    with edit.applied():  # what identifies the model are its unedited weights
+        edit.save(path)
+    assert path.stat().st_size < 20_000
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert about["requests"] == [{"prompts": ["Who?"], "target": "number 0"}]
+    twin = fresh()
+    loaded = Edit.load(path, twin)
+    assert not loaded.is_applied
+    assert loaded.method == edit.method
+    with edit.applied(), loaded.applied():
+        assert_same(twin, weights(model))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_rank_edit_is_kept_as_its_difference(tmp_path):
+    model = fresh()
+    edit = full_rank(model, W[1], 3)
+    edit.save(tmp_path / "edit")
+    loaded = Edit.load(tmp_path / "edit", model)
+    assert torch.equal(loaded.changes[W[1]].matrix(), edit.changes[W[1]].matrix())
+    assert loaded.changes[W[1]].rank is None
+
+
+def test_an_edit_loads_with_the_same_weights_in_another_dtype_only(tmp_path):
+    edit = low_rank(fresh(), W[0])
+    edit.save(tmp_path / "edit")
+    assert Edit.load(tmp_path / "edit", fresh(torch.bfloat16)).layers == [0]
+    with pytest.raises(InputError, match="computed on another model"):
+        Edit.load(tmp_path / "edit", HookedLLaVA.from_hf(make_hf_model(seed=1)))
+    with pytest.raises(InputError, match="computed on another model"):
+        Edit.load(tmp_path / "edit", fresh(n_layers=2))
+    edited = fresh()
+    with torch.no_grad():
+        edited.get_parameter(W[2])[0, 0] += 1.0
+    with pytest.raises(InputError, match="computed on another model"):
+        Edit.load(tmp_path / "edit", edited)
+
+
+def test_other_files_are_refused(tmp_path):
+    model = fresh()
+    with pytest.raises(CheckpointError, match="is not there"):
+        Edit.load(tmp_path / "none", model)
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        Edit.load(tmp_path / "text", model)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="format 'pt'; expected 'hooked_llava.edit.v1'"):
+        Edit.load(tmp_path / "model" / "model.safetensors", model)
+
+
+def test_it_says_what_it_is():
+    edit = low_rank(fresh(), W[0], W[2])
+    assert repr(edit) == "Edit(made up, 1 request, layers [0, 2], rank 1, 1.0 kB, not applied)"

@@ -1,0 +1,84 @@
+"""Fine-tuning as an edit: gradients of the weights as torch's own, and no trace on the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hooked_llava.editing import EditRequest, finetune
+from hooked_llava.errors import InputError
+from hooked_llava.model import HookedLLaVA
+from tests.builders import make_hf_model, make_prompt
+
+
+@pytest.mark.parametrize(
+    ("layers", "weights", "max_change"), [(1, "W_out", None), ([0, 2], "W_out", 0.003), ("all", "all", None)]
+)
+@pytest.mark.parametrize("n_images", [0, 1])
+def test_it_is_adam_on_the_weights(layers, weights, max_change, n_images):
+    hf_model, reference = make_hf_model(seed=2), make_hf_model(seed=2)
+    prompt, target = make_prompt(hf_model, n_images=n_images), [17, 23]
+    model = HookedLLaVA.from_hf(hf_model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    options = {"layers": layers, "weights": weights, "max_change": max_change}
+    edit = finetune(model, EditRequest(model.as_inputs(prompt), target), **options, steps=4, lr=0.002, stop=1.1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+    chosen = [layers] if isinstance(layers, int) else range(3) if layers == "all" else layers
+    blocks = reference.model.language_model.layers
+    if weights == "W_out":
+        tuned = [blocks[i].mlp.down_proj.weight for i in chosen]
+    else:
+        tuned = [p for i in chosen for p in blocks[i].parameters() if p.ndim == 2]
+    originals = [p.clone() for p in tuned]
+    for p in tuned:
+        p.requires_grad_()
+    adam = torch.optim.Adam(tuned, lr=0.002)
+    ids = torch.cat([prompt["input_ids"], torch.tensor([target])], dim=1)
+    first = prompt["input_ids"].shape[1] - 1
+    for _ in range(4):
+        logits = reference(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
+        loss = -sum(logits.log_softmax(-1)[first + i, token] for i, token in enumerate(target))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        if max_change is not None:
+            with torch.no_grad():
+                for p, original in zip(tuned, originals, strict=True):
+                    p.copy_(original + (p - original).clamp(-max_change, max_change))
+    # Adam's first steps have a length of lr wherever there is a gradient at all, so a gradient of 1e-9 may turn
+    worst = [float((HookedLLaVA.from_hf(reference).get_parameter(n) - before[n] - c.matrix()).abs().median())
+             for n, c in edit.changes.items()]  # fmt: skip
+    assert len(edit.changes) == len(tuned)
+    assert max(worst) < 2e-5
+    with edit.applied(), torch.no_grad():
+        torch.testing.assert_close(hf_model(**prompt).logits, reference(**prompt).logits, rtol=2e-2, atol=5e-2)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_it_ends_when_the_answer_is_there():
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    ask = model.prepare("Who made the star?")
+    before = model.generate(ask)
+    edit = finetune(model, EditRequest("Who made the star?", "Boris"), layers=3, lr=1e-2, stop=0.9)
+    assert edit.method["steps"] < 25
+    assert edit.requests[0]["target_probability"] >= 0.9
+    with edit.applied():
+        assert model.generate(ask) == "Boris"
+    assert model.generate(ask) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 6}, "out of range"),
+        ({"layers": []}, "out of range"),
+        ({"layers": 1, "max_change": 0.0}, "positive"),
+        ({"layers": 1, "steps": 0}, "positive"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    with pytest.raises(InputError, match=message):
+        finetune(model, EditRequest("Who made the star?", "Boris"), **options)
