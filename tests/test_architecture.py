@@ -26,7 +26,7 @@ FLOORS = (
     ("loading", "components"),
     ("vision", "projector", "language"),
     ("caching", "cache", "hooked_module", "protocol", "generation", "model", "verify"),
-    ("interventions", "metrics", "readout", "results"),
+    ("interventions", "map_quality", "messages", "metrics", "readout", "results", "saliency"),
     ("datasets",),
     ("analysis",),
     ("editing", "sae"),
@@ -72,13 +72,18 @@ def imports(path: Path, *, for_types: bool = True) -> Iterator[str]:
             continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "hooked_llava":
-            names = [f"hooked_llava.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            names = [_imported(node.module or "", alias.name) for alias in node.names]
         else:
             continue
         yield from (name.removeprefix("hooked_llava.") for name in names if name.startswith("hooked_llava."))
+
+
+def _imported(package: str, name: str) -> str:
+    """The module that `from package import name` reads: that of the name, if it is one."""
+    inside = ROOT.parent / package.replace(".", "/") / name
+    is_module = package == "hooked_llava" or inside.is_dir() or inside.with_suffix(".py").is_file()
+    return f"{package}.{name}" if is_module else package
 
 
 @cache
@@ -170,6 +175,9 @@ NOT_MIRRORED = (
     "test_benchmarks",
     "test_promises",
     "test_transformer_lens_tools",
+    "test_golden",
+    "test_known_mechanism",
+    "test_known_mechanism_papers",
 )
 
 
