@@ -5,7 +5,7 @@ from hooked_llava.analysis.answer_probability import answer_probability
 from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
-from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
+from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
 from hooked_llava.analysis.deletion import deletion_curves
 from hooked_llava.analysis.head_ablation import ablate_heads, nested_sets, random_heads
 from hooked_llava.analysis.head_readings import attention_to_object, head_readings
@@ -38,6 +38,7 @@ __all__ = [
     "attention_to_object",
     "attribution_patching",
     "average_traces",
+    "best_cells",
     "by_role",
     "causal_trace",
     "deletion_curves",

@@ -42,7 +42,7 @@ class HookPoint(tl_hook_points.HookPoint):
     @property
     def listening(self) -> bool:
         """Whether any function, forward or backward, is attached."""
-        return bool(self._forward_hooks or self._backward_hooks)
+        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
 
     def add_hook(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.caching import saver
@@ -36,18 +37,10 @@ class Climb:
         self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
         self.n_layers = self.model.cfg.n_layers
         self.wanted = wanted
-        self.reads = self._all_from_start() if self._needs_all() else wanted
+        self.reads = self._all_from_start() if mix_at_the_end(runs, self.n_layers) else wanted
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
         self._listen = set(listen or [])
-
-    def _needs_all(self) -> bool:
-        """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
-        return any(
-            (r.intervention.mean or r.intervention.fn is not None) and r.layer >= self.n_layers - 1
-            for run in self.runs
-            for r in run.language
-        )
 
     def _all_from_start(self) -> Int[Tensor, "prompt position"]:
         """Every position from the start, or from the first wanted one if that is earlier."""
@@ -73,6 +66,8 @@ class Climb:
                 self._put_images(fresh, joining)
             for name in before:
                 self._edit_now(fresh, joining, name, self.start)
+                if name in self._listen and name in _EMBEDDING:
+                    self.seen[name] = fresh.flatten(0, 1).clone()
             x = fresh if x is None else torch.cat([x, fresh], dim=1)
             self.active += joining
         assert x is not None
@@ -158,18 +153,23 @@ class Climb:
     def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: Any) -> None:
         """Edits at a hook that fires before the runs join, on their fresh rows [prompt, run, position, d_model]."""
         for i, run in enumerate(runs):
-            for resolved in run.language:
-                if resolved.name != name:
-                    continue
-                for prompt in range(self.kept.n_prompts):
-                    table = where[prompt] if isinstance(where, list) else where
-                    if name == "hook_text_embed":  # the merge overwrites image positions
-                        table = self._text_only(prompt)
-                    resolved.apply(fresh[prompt, i], table, prompt)
+            edits = [resolved for resolved in run.language if resolved.name == name]
+            for prompt in range(self.kept.n_prompts) if edits else ():
+                row = fresh[prompt, i]
+                if name == "hook_text_embed":
+                    row = self._before_the_merge(row, prompt)
+                for resolved in edits:
+                    resolved.apply(row, where[prompt] if isinstance(where, list) else where, prompt)
+                if name == "hook_text_embed":
+                    fresh[prompt, i] = torch.where(self._image_mask(prompt), fresh[prompt, i], row)
 
-    def _text_only(self, prompt: int) -> dict[int, int]:
-        image = self.replay.inputs.image_mask[prompt].tolist()
-        return {p: p - self.start for p in range(self.start, self.kept.n_positions) if not image[p]}
+    def _before_the_merge(self, row: Tensor, prompt: int) -> Float[Tensor, "suffix d_model"]:
+        """A row with the placeholders' embeddings at its image positions: what a mean or a function sees there."""
+        ids = self.replay.inputs.input_ids[prompt, self.start :]
+        return torch.where(self._image_mask(prompt), self.model.language.embed(ids).to(row), row)
+
+    def _image_mask(self, prompt: int) -> Bool[Tensor, "suffix 1"]:
+        return self.replay.inputs.image_mask[prompt, self.start :, None]
 
     @cached_property
     def _image_embeds(self) -> dict[int, Float[Tensor, "image feature d_model"]]:
@@ -178,6 +178,7 @@ class Climb:
         if not changed:
             return {}
         embeds = self.replay.image_side.rerun([run.image for run in changed])
+        self.replay.work.token_layers += self._image_cost
         return {run.index: embed for run, embed in zip(changed, embeds, strict=True)}
 
     def _put_images(self, fresh: Tensor, runs: list[PlannedRun]) -> None:
@@ -205,7 +206,13 @@ class Climb:
     @property
     def token_layers(self) -> float:
         """What the pass will cost, counted before it is run."""
-        return sum((self._cost(layer) for layer in range(self.n_layers)), 0.0)
+        return sum((self._cost(layer) for layer in range(self.n_layers)), self._image_cost)
+
+    @property
+    def _image_cost(self) -> float:
+        """The vision tower's blocks, in units of the language tower's."""
+        rows = self.replay.image_side.rows_through_blocks([run.image for run in self.runs if run.image])
+        return rows * self.replay.image_side.block_cost
 
     def _cost(self, layer: int) -> float:
         """One block for the rows that have joined by then."""
@@ -215,6 +222,18 @@ class Climb:
         return float(len(self.wanted) * n_runs * per_row)
 
 
+def mix_at_the_end(runs: Iterable[PlannedRun], n_layers: int) -> bool:
+    """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
+    return any(
+        (r.intervention.mean or r.intervention.fn is not None)
+        and r.layer >= n_layers - 1
+        and not (r.layer == n_layers - 1 and _sees_all(r.name))
+        for run in runs
+        for r in run.language
+    )
+
+
 def _sees_all(name: str) -> bool:
+    """Whether a hook of the last block fires for every position; the others do for those that are read."""
     tail = name.split(".", 2)[2].removeprefix("attn.")
     return tail.startswith("ln1.") or tail in _KEY_VALUE_SIDE

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hooked_llava.components import HookPoint, reads_only
-from hooked_llava.interventions.intervention import Resolved
+from hooked_llava.interventions.resolved import Resolved
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA

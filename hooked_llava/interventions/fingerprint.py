@@ -14,7 +14,7 @@ _GOLDEN = 0.6180339887498949
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
+def fingerprint(model: nn.Module) -> tuple[tuple[tuple[int, int], ...], bytes]:
     """Every parameter's storage and count of in-place writes, and some entries of each.
 
     The count misses writes through `.data`, the entries miss writes that leave them alone; together they notice any
@@ -24,7 +24,8 @@ def fingerprint(model: nn.Module) -> tuple[tuple[tuple[int, int], ...], tuple[fl
     for parameter in model.parameters():
         marks.append((parameter.data_ptr(), parameter._version))
         samples.append(sample(parameter, _SAMPLES).float())
-    return tuple(marks), tuple(torch.cat(samples).tolist())  # fetched at once: a device answers slowly, not thinly
+    # Fetched at once, since a device answers slowly; bit by bit, since NaN equals nothing.
+    return tuple(marks), torch.cat(samples).cpu().numpy().tobytes()
 
 
 def sample(weight: Float[Tensor, "..."], n: int) -> Float[Tensor, " sample"]:

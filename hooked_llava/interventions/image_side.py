@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooked_llava.components import AttentionContext
 from hooked_llava.interventions.edits import Edit, edited
-from hooked_llava.interventions.intervention import Resolved
+from hooked_llava.interventions.resolved import Resolved
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -32,14 +32,16 @@ class ImageSide:
     def __init__(self, model: HookedLLaVA, inputs: Inputs) -> None:
         self.model = model
         self.inputs = inputs
-        self.layer_rows = 0  # blocks run, counted over rows: the work done here
+        self._pixels = (
+            None if inputs.pixel_values is None else inputs.pixel_values.clone()
+        )  # whoever gave them may write
 
     @cached_property
     def streams(self) -> list[Float[Tensor, "image pos d_model"]]:
         """Stream entering every block that is run, and leaving the last."""
         vision = self.model.vision
-        assert self.inputs.pixel_values is not None
-        states = [vision.embed(self.inputs.pixel_values)]
+        assert self._pixels is not None
+        states = [vision.embed(self._pixels)]
         for block in vision.blocks[: vision.cfg.n_layers_run]:
             states.append(block(states[-1], AttentionContext()))
         return states
@@ -50,12 +52,32 @@ class ImageSide:
         _ = self.streams  # kept before anything is attached
         by_entry: dict[int, list[int]] = defaultdict(list)
         for i, run in enumerate(runs):
-            by_entry[min(_entry(r, self.model.config.vision.n_layers_run) for r in run)].append(i)
+            by_entry[self._entry(run)].append(i)
         rows: list[Tensor | None] = [None] * len(runs)
         for entry, members in by_entry.items():
             for i, embedding in zip(members, self._from(entry, [runs[i] for i in members]), strict=True):
                 rows[i] = embedding
         return torch.stack([row for row in rows if row is not None])
+
+    def rows_through_blocks(self, runs: Sequence[Run]) -> int:
+        """How many times a picture goes through a block in `rerun`, counted without running it."""
+        n_layers = self.model.config.vision.n_layers_run
+        return self.inputs.n_images * sum(n_layers - max(self._entry(run), 0) for run in runs)
+
+    @cached_property
+    def block_cost(self) -> float:
+        """One picture through one block, in positions through a block of the language tower: multiplications by weights."""
+        vision, language = self.model.vision.blocks, self.model.language.blocks
+        sizes = [sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2) for blocks in (vision, language)]
+        return self.model.config.vision.n_positions * sizes[0] / sizes[1]
+
+    @property
+    def cost_of_all(self) -> float:
+        """All pictures through all blocks, in the same unit."""
+        return self.inputs.n_images * self.model.config.vision.n_layers_run * self.block_cost
+
+    def _entry(self, run: Run) -> int:
+        return min(_entry(r, self.model.config.vision.n_layers_run) for r in run)
 
     def _from(self, entry: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
         vision, n_runs = self.model.vision, len(runs)
@@ -63,11 +85,10 @@ class ImageSide:
         with edited(self.model, self._edits(runs)):
             kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(entry, 0) + 1]]  # (run * image, ...)
             if entry < 0:
-                assert self.inputs.pixel_values is not None
-                kept = [vision.embed(self.inputs.pixel_values.repeat(n_runs, 1, 1, 1))]
+                assert self._pixels is not None
+                kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
             for block in vision.blocks[len(kept) - 1 : cfg.n_layers_run]:
                 kept.append(block(kept[-1], AttentionContext()))
-                self.layer_rows += n_runs * n_images
             features = vision.features(kept)
             embedding = self.model.hook_image_embed(self.model.projector(features))
         return embedding.unflatten(0, (n_runs, n_images))

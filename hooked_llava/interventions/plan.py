@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from hooked_llava.interventions.intervention import Resolved
+from hooked_llava.interventions.resolved import Resolved
 
 if TYPE_CHECKING:
     from hooked_llava.interventions.image_side import ImageSide
@@ -77,7 +77,10 @@ def batches(
 
 @dataclass
 class Work:
-    """Work done by re-runs, counted in token-layers: one position through one block of the language tower."""
+    """Work done by re-runs, counted in token-layers: one position through one block of the language tower.
+
+    The vision tower's blocks are counted in the same unit, by their multiplications by weights.
+    """
 
     n_layers: int
     n_positions: int

@@ -20,24 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError, StaleReplayError
+from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.interventions.branch import EMBEDDINGS, branched_run
 from hooked_llava.interventions.climb import Climb
 from hooked_llava.interventions.fingerprint import fingerprint
 from hooked_llava.interventions.image_side import ImageSide
-from hooked_llava.interventions.intervention import Intervention, resolve
+from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.kept_run import keep
 from hooked_llava.interventions.plan import PlannedRun, Work, plan_run
+from hooked_llava.interventions.resolve import resolve
 from hooked_llava.interventions.sweep import Sweep
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-Run = Intervention | Sequence[Intervention]
-"""Interventions that are applied together."""
 Metric = Callable[[Tensor], Tensor]
 """From logits [..., d_vocab] at the answer's position to one number each."""
 
@@ -68,6 +68,8 @@ class Replay:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
         self.model = model
         self.inputs = model.as_inputs(inputs)
         _refuse_listeners(model, InputError)
@@ -105,7 +107,7 @@ class Replay:
 
     def run(
         self,
-        runs: Sequence[Run],
+        runs: Any,
         metric: Metric | None = None,
         positions: Positions = "last",
         batch_size: int | None = None,
@@ -115,7 +117,7 @@ class Replay:
         """Logits under every run's interventions, or the metric of them.
 
         Args:
-            runs: for each run the interventions that it applies together.
+            runs: a list of runs, each an `Intervention` or a list of those that it applies together.
             metric: function of logits [..., d_vocab]; its values are returned instead of logits.
             positions: where logits are read; "last", another span, or positions.
             batch_size: rows (runs x prompts) at once; chosen from the free memory by default.
@@ -130,7 +132,7 @@ class Replay:
 
     def sweep(
         self,
-        runs: Sequence[Run],
+        runs: Any,
         metric: Metric | None = None,
         positions: Positions = "last",
         batch_size: int | None = None,
@@ -138,28 +140,38 @@ class Replay:
         progress: bool = True,
     ) -> Sweep:
         """The planned sweep, to be started with `.run()`; if interrupted, `.run()` again goes on where it stopped."""
-        planned = [self._plan(i, run) for i, run in enumerate(runs)]
+        planned = [self._plan(i, run) for i, run in enumerate(_listed(runs))]
         return Sweep(self, planned, metric, positions, batch_size, progress=progress)
 
     def run_with_cache(
-        self, runs: Sequence[Run], names_filter: Any, positions: Positions = "last"
+        self, runs: Any, names_filter: Any, positions: Positions = "last"
     ) -> tuple[Float[Tensor, "run ..."], list[dict[str, Tensor]]]:
         """Logits, and for each run the activations that were recomputed, by hook name.
 
         A tensor holds all prompts and the positions from the run's first changed one on (in the last layer those that are
         read); hooks below the layer where a run enters are not in its dict, because they are as in the kept run.
         """
+        names = self._recordable(names_filter)
+        planned = [self._plan(i, run) for i, run in enumerate(_listed(runs))]
         self.check_fresh()
-        names = self.model.hooks_table.resolve(names_filter, with_image=False)
-        results, caches = [], []
-        for i, run in enumerate(runs):
-            planned = self._plan(i, run)
-            climb = Climb(self, [planned], self.wanted(positions), names)
-            results.append(climb.logits() if planned.changes else self.kept_logits(positions)[None])
+        results, caches = [self.kept_logits(positions)[None][:0]], []
+        for run in planned:
+            climb = Climb(self, [run], self.wanted(positions), names)
+            results.append(climb.logits() if run.changes else self.kept_logits(positions)[None])
             caches.append(climb.seen)
+            self.work.runs += len(self.inputs) * run.changes
         return self.shaped(torch.cat(results), positions), caches
 
-    def branch(self, changes: Run) -> Replay:
+    def _recordable(self, names_filter: Any) -> list[str]:
+        names = self.model.hooks_table.resolve(names_filter, with_image=self.inputs.pixel_values is not None)
+        if image_side := [name for name in names if name.startswith(IMAGE_SIDE)]:
+            raise InputError(
+                f"{image_side[0]} fires before the image enters the language tower, and a re-run records hooks of the "
+                "language tower only; read it with model.run_with_hooks, or name others, such as 'blocks.*.hook_z'."
+            )
+        return names
+
+    def branch(self, changes: Any) -> Replay:
         """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
 
         `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
@@ -204,7 +216,7 @@ class Replay:
         """Absolute positions at which logits are read, [prompt, position]."""
         return resolve_positions(positions, self.inputs).to(self.inputs.device)
 
-    def _plan(self, index: int, run: Run) -> PlannedRun:
+    def _plan(self, index: int, run: Any) -> PlannedRun:
         interventions = [run] if isinstance(run, Intervention) else list(run)
         resolved = [resolve(intervention, self.model, self.inputs) for intervention in interventions]
         planned = plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
@@ -229,10 +241,25 @@ class Replay:
         return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
 
 
+def _listed(runs: Any) -> Sequence[Any]:
+    if isinstance(runs, Intervention):
+        raise InputError(
+            "runs= is one Intervention; expected a list of runs, each a list of Interventions: [[...], ...]."
+        )
+    return runs
+
+
 def _refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
-    listening = [name for name, point in model.hook_dict.items() if point.listening]
+    listening = [name for name, module in model.named_modules() if _has_hooks(module)]
     if listening:
         raise error(
             f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
             "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether functions are attached to a module, be it by us, by TransformerLens or by torch."""
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
+    )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hooked_llava.caching import Positions
 from hooked_llava.errors import InputError
-from hooked_llava.interventions.climb import Climb
+from hooked_llava.interventions.climb import Climb, mix_at_the_end
 from hooked_llava.interventions.plan import PlannedRun, Work, batches
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ class Sweep:
         *,
         progress: bool,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size={batch_size}; expected at least 1 row, or None to choose by free memory.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(
+                f"batch_size={batch_size}; expected a whole number of rows, or None to choose by free memory."
+            )
         self.replay, self.runs, self.metric, self.positions, self.progress = replay, runs, metric, positions, progress
         self.wanted = replay.wanted(positions)
         n_prompts = len(replay.inputs)
@@ -67,17 +69,17 @@ class Sweep:
         """Do the batches that are left; returns one row for each run, in the order they were given."""
         self.replay.check_fresh()
         self._keep_unchanged()
-        left = [batch for batch in self._batches if self._rows[batch[0].index] is None]
+        left = [batch for batch in self._batches if any(self._rows[run.index] is None for run in batch)]
         hidden = None if self.progress else True
         with tqdm(total=sum(map(len, left)), unit="run", delay=_PATIENCE, disable=hidden, leave=False) as bar:
             for batch in left:
                 logits = Climb(self.replay, batch, self.wanted).logits()
-                order = sorted(batch, key=lambda run: run.index)
-                for run, row in zip(order, self._finish(logits), strict=True):
+                rows = list(self._finish(logits))  # before any is kept: a metric may fail
+                for run, row in zip(sorted(batch, key=lambda run: run.index), rows, strict=True):
                     self._rows[run.index] = row
                 self.replay.work.runs += len(batch) * len(self.replay.inputs)
                 bar.update(len(batch))
-        return torch.stack([row for row in self._rows if row is not None]) if self._rows else self._nothing()
+        return torch.stack(self._rows) if self._rows else self._nothing()  # type: ignore[arg-type] (none is left)
 
     def _keep_unchanged(self) -> None:
         """Runs that change nothing have the kept logits."""
@@ -89,7 +91,16 @@ class Sweep:
 
     def _finish(self, logits: Tensor) -> Tensor:
         shaped = self.replay.shaped(logits, self.positions)
-        return shaped if self.metric is None else self.metric(shaped)
+        if self.metric is None:
+            return shaped
+        values = self.metric(shaped)
+        if not isinstance(values, Tensor) or values.shape[:1] != shaped.shape[:1]:
+            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"The metric returned {given} for logits of shape {tuple(shaped.shape)}; expected a tensor with one entry "
+                f"for each of the {len(shaped)} runs first, as functions of logits [..., d_vocab] give."
+            )
+        return values
 
     def _nothing(self) -> Tensor:
         return self._finish(self.replay.kept_logits(self.positions)[None])[:0]
@@ -97,7 +108,8 @@ class Sweep:
     def _rows_at_once(self, start: int, free: int) -> int:
         """How many rows of this length fit into a share of the free memory, and on a CPU into its caches."""
         kept, cfg = self.replay.kept, self.replay.model.config.language
-        n_suffix, n_logits = kept.n_positions - start, self.wanted.shape[1] * cfg.d_vocab
+        n_suffix = kept.n_positions - start
+        n_logits = max(self.wanted.shape[1], n_suffix * mix_at_the_end(self.runs, cfg.n_layers)) * cfg.d_vocab
         n_scores = cfg.n_heads * n_suffix * kept.n_positions
         numbers = n_suffix * (10 * cfg.d_model + 4 * cfg.d_mlp) + 3 * n_scores + n_logits
         rows = int(_FREE_SHARE * free / (4 * numbers))

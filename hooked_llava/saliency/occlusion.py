@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
 Where = Literal["picture", "tokens"]
+WHERE = ("picture", "tokens")
 
 
 def blank(
@@ -66,8 +67,7 @@ def occlusion(
 ) -> tuple[Float[Tensor, "image patch"], Int[Tensor, "prompt read spelling"], float]:
     """log P(answer) less what it is without each patch of one prompt (Zeiler & Fergus 2014).
 
-    Also the answer's tokens, and what it cost in forward passes: through the blocks of the language tower, or of the
-    vision tower where those are more.
+    Also the answer's tokens, and what it cost in forward passes, as `forwards_of` counts them.
 
     With `window` > 1 squares of so many patches are taken away, and a patch gets the mean over the squares that hold it.
     """
@@ -93,8 +93,13 @@ def occlusion(
     for i, square in enumerate(squares):
         total[:, square] += per_square[:, i : i + 1]
         times[square] += 1
-    tower = replay.image_side.layer_rows / model.config.vision.n_layers_run / max(1, inputs.n_images)
-    return total / times, ids, 1 + max(replay.work.forwards, tower)
+    return total / times, ids, forwards_of(replay)
+
+
+def forwards_of(replay: Replay) -> float:
+    """What a kept run of one prompt and its runs cost in forward passes through the blocks of both towers."""
+    language = replay.work.n_layers * replay.work.n_positions
+    return 1 + replay.work.token_layers / (language + replay.image_side.cost_of_all)
 
 
 def answer_metric(ids: Int[Tensor, "prompt read spelling"]) -> Metric:

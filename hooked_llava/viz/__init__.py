@@ -5,7 +5,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
-from hooked_llava.viz.bars import contribution_bars
+from hooked_llava.viz.bars import contribution_bars, top_bars
 from hooked_llava.viz.knockout import knockout_curves, probability_curves
 from hooked_llava.viz.knockout_page import KnockoutPage, flow_study, knockout_page, study_page
 from hooked_llava.viz.lens import answer_curve, lens_table
@@ -44,6 +44,7 @@ __all__ = [
     "Report",
     "role_curves",
     "study_page",
+    "top_bars",
     "trace_maps",
     "trace_page",
     "TracePage",

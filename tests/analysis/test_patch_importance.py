@@ -178,7 +178,8 @@ def test_occlusion_blanks_patches_in_the_picture(window: int) -> None:
             times[row : row + window, column : column + window] += 1
     found = patch_importance(models.ours, prompt, 7, method="occlusion", window=window)
     np.testing.assert_allclose(found[0], total / times, atol=1e-6)
-    assert found.n_forward == pytest.approx(1 + (grid - window + 1) ** 2, rel=0.15)
+    runs = (grid - window + 1) ** 2
+    assert 1 + runs * 0.7 < found.n_forward < 1 + runs  # the last block computes one position, all others all
 
 
 def test_token_ablation_replaces_image_embeddings() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from hooked_llava.components import HookPoint
 from hooked_llava.interventions.edits import Edit, edit_function, edited
-from hooked_llava.interventions.intervention import Intervention, resolve
+from hooked_llava.interventions.intervention import Intervention
+from hooked_llava.interventions.resolve import resolve
 from tests.pairs import pair
 
 

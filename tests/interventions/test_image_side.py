@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hooked_llava.interventions.image_side import ImageSide
-from hooked_llava.interventions.intervention import Intervention, resolve
+from hooked_llava.interventions.intervention import Intervention
+from hooked_llava.interventions.resolve import resolve
 from tests.pairs import pair
 
 
@@ -42,7 +43,12 @@ def test_does_only_the_blocks_above_the_change() -> None:
     inputs = models.ours.as_inputs(models.prompt())
     side = ImageSide(models.ours, inputs)
     late = resolve(Intervention("vision.blocks.1.hook_mlp_out", zero=True), models.ours, inputs)
-    side.rerun([[late], [late]])
-    assert side.layer_rows == 2
+    ran: list[str] = []
+    with models.ours.hooks([("vision.blocks.*.hook_resid_pre", lambda tensor, hook: ran.append(hook.name))]):
+        _ = side.streams
+        ran.clear()
+        side.rerun([[late], [late]])
+    assert ran == ["vision.blocks.1.hook_resid_pre"]
+    assert side.rows_through_blocks([[late], [late]]) == 2
     assert side.first_positions(None) == [1]
     assert side.first_positions(1) == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hooked_llava.interventions.image_side import ImageSide
-from hooked_llava.interventions.intervention import Intervention, resolve
+from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.plan import PlannedRun, Work, batches, plan_run
+from hooked_llava.interventions.resolve import resolve
 from tests.pairs import pair
 
 

@@ -39,9 +39,20 @@ def model_of(config: int) -> HookedLLaVA:
     return HookedLLaVA.from_hf(hf_model_of(config))
 
 
-def prompts(model: HookedLLaVA, config: int, *, batch: int, n_images: int, padding: str) -> Any:
-    """A batch whose rows have paddings of different lengths."""
+def prompts(
+    model: HookedLLaVA, config: int, *, batch: int, n_images: int, padding: str, lead: int = 0, unequal: bool = False
+) -> Any:
+    """A batch whose rows have paddings of different lengths, `lead` words before the pictures, and maybe unequally many."""
     fields = make_prompt(hf_model_of(config), batch=batch, n_images=n_images, seed=batch)
+    if unequal and batch > 1 and n_images > 1:  # the first prompt's last picture becomes words
+        ids = fields["input_ids"]
+        image = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
+        ids[0, image[len(image) // n_images * (n_images - 1) :]] = 9
+        fields["pixel_values"] = torch.cat([fields["pixel_values"][: n_images - 1], fields["pixel_values"][n_images:]])
+    if lead:
+        ids = fields["input_ids"]
+        fields["input_ids"] = torch.cat([ids[:, :1], ids[:, -lead:], ids[:, 1:]], dim=1)
+        fields["attention_mask"] = torch.ones_like(fields["input_ids"])
     if padding != "none" and batch > 1:
         width = fields["input_ids"].shape[1] + batch - 1
         ids, mask = torch.zeros(batch, width, dtype=torch.long), torch.zeros(batch, width, dtype=torch.long)
@@ -83,34 +94,60 @@ def random_intervention(model: HookedLLaVA, inputs: Any, name: str, rng: random.
     return Intervention(name, **where, **rng.choice(actions))
 
 
-def largest_error(model: HookedLLaVA, inputs: Any, runs: list[list[Intervention]], batch_size: int | None) -> float:
-    """Difference between Replay and the naive runs at the last real positions, relative to the logits."""
-    quick = Replay(model, inputs).run(runs, batch_size=batch_size)
+def largest_error(
+    model: HookedLLaVA, inputs: Any, runs: list[list[Intervention]], batch_size: int | None, *, everywhere: bool = False
+) -> float:
+    """Difference between Replay and the naive runs at the last real positions, or all real ones, relative to the logits."""
+    where: Any = list(range(inputs.shape[1])) if everywhere else "last"
+    quick = Replay(model, inputs).run(runs, positions=where, batch_size=batch_size)
     quick = quick[:, None] if len(inputs) == 1 else quick
-    slow = run_naively(model, inputs, runs)[:, torch.arange(len(inputs)), inputs.last]
+    slow = run_naively(model, inputs, runs)
+    if everywhere:
+        quick, slow = quick[:, inputs.attention_mask], slow[:, inputs.attention_mask]
+    else:
+        slow = slow[:, torch.arange(len(inputs)), inputs.last]
     scale = slow.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-3)
     return ((quick - slow).abs() / scale).max().item()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     config=st.integers(0, len(CONFIGS) - 1),
     batch=st.integers(1, 3),
     n_images=st.integers(1, 2),
     padding=st.sampled_from(["none", "left", "right"]),
+    lead=st.integers(0, 2),
+    unequal=st.booleans(),
+    everywhere=st.booleans(),
     batch_size=st.sampled_from([None, 2, 5]),
     seed=st.integers(0, 10**6),
 )
 def test_several_interventions_at_random_hooks(
-    config: int, batch: int, n_images: int, padding: str, batch_size: int | None, seed: int
+    config: int,
+    batch: int,
+    n_images: int,
+    padding: str,
+    lead: int,
+    unequal: bool,
+    everywhere: bool,
+    batch_size: int | None,
+    seed: int,
 ) -> None:
     model, rng = model_of(config), random.Random(seed)
-    inputs = prompts(model, config, batch=batch, n_images=n_images, padding=padding)
+    shape: dict[str, Any] = {"batch": batch, "n_images": n_images, "padding": padding}
+    inputs = prompts(model, config, **shape, lead=lead, unequal=unequal)
     names = model.hooks_table.names
     runs = [
         [random_intervention(model, inputs, rng.choice(names), rng) for _ in range(rng.randint(1, 3))] for _ in range(5)
     ]
-    assert largest_error(model, inputs, runs, batch_size) < 1e-5
+    assert largest_error(model, inputs, runs, batch_size, everywhere=everywhere) < 1e-5
+
+
+def test_what_mixes_positions_sees_placeholders_before_the_merge() -> None:
+    model = model_of(0)
+    inputs = prompts(model, 0, batch=2, n_images=1, padding="left")
+    changes: list[dict[str, Any]] = [{"mean": True}, {"positions": [3, 8], "mean": True}, {"fn": lambda t: t.flip(0)}]
+    assert largest_error(model, inputs, [[Intervention("hook_text_embed", **c)] for c in changes], None) < 1e-5
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -190,6 +227,29 @@ def test_recomputed_activations_are_returned() -> None:
     torch.testing.assert_close(caches[0]["blocks.1.hook_resid_mid"], cache["resid_mid", 1][:, 7:], rtol=1e-5, atol=1e-5)
 
 
+def test_embeddings_are_recorded_and_the_image_side_is_refused() -> None:
+    model = model_of(0)
+    inputs = prompts(model, 0, batch=2, n_images=1, padding="none")
+    replay = Replay(model, inputs)
+    _, (seen,) = replay.run_with_cache([[Intervention("hook_embed", positions=3, zero=True)]], "hook_embed")
+    assert seen["hook_embed"].shape == (2, inputs.shape[1] - 3, model.cfg.d_model)
+    assert not seen["hook_embed"][:, 0].any()
+    assert torch.equal(seen["hook_embed"][:, 1:], replay.kept.stream(0, 4))
+    assert replay.work.share > 0
+    with pytest.raises(InputError, match=r"fires before the image enters .* read it with model.run_with_hooks"):
+        replay.run_with_cache([[]], "vision.resid_pre")
+    assert replay.run_with_cache([], "hook_embed")[1] == []
+
+
+def test_pictures_are_kept_as_they_were() -> None:
+    model = model_of(0)
+    inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
+    replay, run = Replay(model, inputs), [[Intervention("vision.blocks.0.hook_mlp_out", scale=0.5)]]
+    expected = Replay(model, inputs).run(run)
+    inputs.pixel_values.zero_()  # the tower is run when somebody first changes something in it
+    assert torch.equal(replay.run(run), expected)
+
+
 def test_refuses_to_run_once_weights_have_changed() -> None:
     model = HookedLLaVA.from_hf(make_hf_model(seed=9))
     replay = Replay(model, prompts(model, 0, batch=1, n_images=1, padding="none"))
@@ -216,6 +276,21 @@ def test_refuses_to_run_while_others_listen() -> None:
         with pytest.raises(InputError, match="reset_hooks"):
             Replay(model, inputs)
     replay.run([[]])
+    for attach in (
+        model.blocks[1].mlp.register_forward_hook(lambda *_: None),
+        model.hook_dict["blocks.0.hook_resid_pre"].register_forward_pre_hook(lambda *_: None),
+    ):
+        with pytest.raises(StaleReplayError, match="Functions are attached to"):
+            replay.run([[]])
+        attach.remove()
+    replay.run([[]])
+
+
+def test_a_weight_that_is_no_number_is_no_change() -> None:
+    model = HookedLLaVA.from_hf(make_hf_model(seed=9))
+    with torch.no_grad():
+        model.blocks[1].mlp.down.weight.fill_(float("nan"))
+    assert Replay(model, prompts(model, 0, batch=1, n_images=1, padding="none")).run([[]]).shape[0] == 1
 
 
 def test_keeps_what_was_forecast_and_survives_hooks_that_write_in_place() -> None:
@@ -233,6 +308,8 @@ def test_half_precision_keeps_half_as_much_and_stays_close() -> None:
     inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
     whole, half = Replay(model, inputs), Replay(model, inputs, dtype=torch.bfloat16)
     assert half.nbytes * 2 == whole.nbytes
+    with pytest.raises(InputError, match="kept in a floating point dtype"):
+        Replay(model, inputs, dtype=torch.int8)
     run = [[Intervention("blocks.1.hook_mlp_out", positions="last", zero=True)]]
     assert (half.run(run) - whole.run(run)).abs().max() < 0.05 * whole.run(run).abs().max()
 
@@ -283,3 +360,15 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped() -> None:
     assert sweep.done == len(runs)
     assert replay.work.token_layers < 2 * work + 3 * inputs.shape[1] * len(runs)
     assert torch.equal(values, Replay(model, inputs).run(runs, batch_size=2)[:, 0])
+
+
+def test_a_metric_that_fails_loses_no_run() -> None:
+    model = model_of(0)
+    replay = Replay(model, prompts(model, 0, batch=1, n_images=1, padding="none"))
+    runs = [[Intervention("blocks.0.hook_mlp_out", positions="last", scale=s)] for s in (0.0, 0.5, 1.5)]
+    sweep = replay.sweep(runs, lambda logits: logits[:2, 0])
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"returned \(2,\) for logits .* one entry for each of the 3 runs"):
+            sweep.run()
+    with pytest.raises(InputError, match="returned float"):
+        replay.run(runs, lambda logits: 1.0)  # type: ignore[arg-type,return-value]

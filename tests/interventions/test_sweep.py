@@ -64,7 +64,7 @@ def test_work_is_forecast_to_the_token() -> None:
     everywhere = [[Intervention("blocks.2.hook_mlp_out", mean=True)]]
     planned = replay.sweep([*runs(), *image_side, *everywhere], batch_size=4)
     expected = planned.forecast
-    assert replay.image_side.layer_rows == 0  # nothing has run
+    assert replay.work.token_layers == 0  # nothing has run
     planned.run()
     assert replay.work.forwards == pytest.approx(expected, rel=1e-12)
     assert expected > 1

@@ -1,0 +1,161 @@
+"""Placing interventions: names, spans, heads and values held against the model and its prompts before anything runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hooked_llava.caching import axis_sizes
+from hooked_llava.errors import InputError
+from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
+from hooked_llava.interventions.intervention import SCORES, Intervention
+from hooked_llava.interventions.resolved import POSITION_AXES, Resolved, spread
+
+if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
+    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
+
+_BOOLEAN = (torch.bool, np.dtype(bool))
+
+
+def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
+    """Place an intervention in a model and its inputs.
+
+    Raises `HookNameError` for an unknown hook, `SpanError` for an unknown span, and `InputError` for positions, heads,
+    neurons or values that do not fit.
+    """
+    if not isinstance(intervention, Intervention):
+        raise InputError(f"A run holds {intervention!r}; expected Interventions: Intervention(hook, ...).")
+    if not isinstance(intervention.hook, str):
+        raise InputError(f"hook={intervention.hook!r}; expected the name of a hook.")
+    names = model.hooks_table.resolve(intervention.hook, with_image=inputs.pixel_values is not None)
+    if len(names) != 1:
+        raise InputError(
+            f"{intervention.hook!r} means {len(names)} hooks; an intervention changes one. Name its layer."
+        )
+    name, spec = names[0], model.hooks_table[names[0]]
+    on_image_side = name.startswith(IMAGE_SIDE)
+    if intervention.block is not None and (on_image_side or not name.endswith(SCORES)):
+        raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
+    if intervention.image is not None and not on_image_side:
+        raise InputError(f"image= belongs to hooks of the image side; {name!r} has sequence positions.")
+    _check_image(intervention.image, inputs, name)
+    tower = model.config.vision if name.startswith("vision.") else model.config.language
+    n_heads = tower.n_key_value_heads if "kv_head" in spec.axes else tower.n_heads
+    has_heads = bool({"head", "kv_head"} & set(spec.axes))
+    source, target = intervention.block or (None, intervention.positions)
+    if on_image_side:
+        positions = tuple(_patches(target, spec, model) for _ in inputs.token_maps)
+    else:
+        positions = tuple(_sequence(target, token_map, inputs.shape[1]) for token_map in inputs.token_maps)
+    resolved = Resolved(
+        intervention,
+        spec,
+        name,
+        _layer(name, model),
+        positions,
+        tuple(() if intervention.block is None else _sequence(source, m, inputs.shape[1]) for m in inputs.token_maps),
+        _indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
+        _indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
+    )
+    _check_operand(resolved, model, inputs)
+    return resolved
+
+
+def _layer(name: str, model: HookedLLaVA) -> int:
+    parts = name.removeprefix("vision.").split(".")
+    if parts[0] == "blocks":
+        return int(parts[1])
+    after = name.startswith("ln_final") or name in ("hook_logits", "vision.hook_out")
+    tower_layers = model.config.vision.n_layers_run if name.startswith("vision.") else model.config.language.n_layers
+    return tower_layers if after else 0
+
+
+def _sequence(where: Any, token_map: TokenMap, n_positions: int) -> tuple[int, ...]:
+    if where is None:
+        return tuple(int(p) for p in token_map.real)
+    if isinstance(where, str):
+        return tuple(int(p) for p in token_map[where])
+    if isinstance(where, slice):
+        return tuple(range(n_positions)[where])
+    given = _whole(where, "positions")
+    if outside := [p for p in given if not -n_positions <= p < n_positions]:
+        raise InputError(f"Positions {outside} lie outside the prompt; expected {-n_positions}..{n_positions - 1}.")
+    return tuple(p % n_positions for p in given)
+
+
+def _whole(given: Any, what: str) -> list[int]:
+    """Whole numbers, of one or several; anything that would have to be rounded or counted is refused."""
+    several = not isinstance(given, str) and isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+    listed = list(given) if several else [given]
+    try:
+        if any(isinstance(entry, bool) or getattr(entry, "dtype", None) in _BOOLEAN for entry in listed):
+            raise TypeError
+        return [operator.index(entry) for entry in listed]
+    except TypeError:
+        more = (
+            ", a slice, or the name of one span (token_map[a] | token_map[b] joins two)" if what == "positions" else ""
+        )
+        raise InputError(
+            f"{what}={given!r}; expected whole numbers{more}. A mask is turned into numbers by mask.nonzero()[:, 0]."
+        ) from None
+
+
+def _check_image(image: Any, inputs: Inputs, name: str) -> None:
+    most = max(inputs.images_per_prompt, default=0)
+    if image is not None and not 0 <= _whole(image, "image")[0] < most:
+        raise InputError(f"image={image} on {name!r} is out of range; expected 0..{most - 1}.")
+
+
+def _patches(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
+    """Patch indices as indices of the hook's own position axis (in the tower the class token comes first)."""
+    vision = model.config.vision
+    if spec.name == "vision.hook_out" or "feature" in spec.axes:
+        n_all, shift = vision.n_features, 0 if vision.drop_class_token else 1
+    elif "patch" in spec.axes:
+        n_all, shift = vision.n_patches, 0
+    else:
+        n_all, shift = vision.n_positions, 1
+    if where is None:
+        return tuple(range(n_all))
+    if isinstance(where, slice):
+        where = range(vision.n_patches)[where]
+    if isinstance(where, str):
+        raise InputError(f"positions={where!r} on {spec.name}: image hooks take patch indices, not spans.")
+    return tuple(i + shift for i in _indices(where, vision.n_patches, "positions", spec.name) or ())
+
+
+def _indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if n == 0:
+        raise InputError(f"{what}={given} on {name!r}, which has no {what}.")
+    values = _whole(given, what)
+    if outside := [i for i in values if not -n <= i < n]:
+        raise InputError(f"{what}={outside} on {name!r} are out of range; expected {-n}..{n - 1}.")
+    return tuple(i % n for i in values)
+
+
+def _check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:
+    """Whether `value` or `add` fits the cut, found out before anything runs."""
+    operand = resolved.intervention.value if resolved.intervention.value is not None else resolved.intervention.add
+    if operand is None:
+        return
+    sizes = axis_sizes(model.hooks_table, resolved.name, inputs)
+    for positions in resolved.positions:
+        shape = [
+            len(positions)
+            if axis in POSITION_AXES
+            else len(resolved.heads)
+            if axis in ("head", "kv_head") and resolved.heads is not None
+            else len(resolved.neurons)
+            if axis == "d_mlp" and resolved.neurons is not None
+            else sizes[axis]
+            for axis in resolved.spec.axes[1:]
+        ]
+        spread(operand, shape, (resolved.spec.position_axis or 1) - 1)
