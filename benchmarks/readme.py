@@ -11,16 +11,28 @@ import contextlib
 import doctest
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import (
+    causal_trace,
+    causal_trace_study,
+    editing,
+    head_scores,
+    information_flow,
+    knockout,
+    patch_importance,
+    patching,
+)
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
 from hooked_llava.errors import HookedLLaVAError
 from hooked_llava.hook_names import markdown_table
 
-SESSIONS = ("session", "replay")
+SESSIONS = ("session", "replay", "patch", "heads", "flow", "edit")
 COLUMNS = (BASELINE, HF_OWN, HF_EAGER, OURS, BRIDGE, NNSIGHT)
+Report = dict[str, Any]
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -53,18 +65,78 @@ def session(text: str, part: str = "session", names: dict[str, Any] | None = Non
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def overhead() -> str:
-    """Tables of the result files: hook overhead and generation, one for each geometry."""
+def ratios(report: Report) -> list[str]:
+    """Ratios to Hugging Face's forward, one table for each geometry and batch."""
     tables = []
-    for name in ("hook_overhead", "generation"):
+    for geometry, found in report["geometries"].items():
+        parts = {f"{geometry}, batch {n}": batch["rows"] for n, batch in found.get("batches", {}).items()}
+        for part, rows in (parts or {geometry: found["rows"]}).items():
+            columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+            tables.append(ratio_table(rows, columns, f"{report['benchmark'].replace('_', ' ')}, {part}"))
+    return tables
+
+
+def sweeps(report: Report) -> list[str]:
+    """What sweeps cost, in forward passes, and how that grows."""
+    tables = []
+    for found in report["geometries"].values():
+        tables.append(patching.table({row: found["rows"][row] for row in patching.ROWS if row in found["rows"]}))
+        if "scaling" in found:
+            tables.append(patching.scaling_table(found["scaling"]))
+    return tables
+
+
+def costs(report: Report) -> list[str]:
+    """What an analysis costs, one table for each geometry."""
+    table = {"head_scores": head_scores, "knockout": knockout, "causal_trace": causal_trace}[report["benchmark"]].table
+    return [table(found["rows"], geometry) for geometry, found in report["geometries"].items()]
+
+
+def importance(report: Report) -> list[str]:
+    """Patch maps against the truth, and signs of wrong answers."""
+    checkpoints, against = report["checkpoints"], report["against_mean_attention"]
+    asked = f"{report['pictures']} pictures x {len(checkpoints) - 1} checkpoints"
+    return [
+        patch_importance.table(checkpoints["all"], asked),
+        patch_importance.comparison_table({"all checkpoints": against["all"]}),
+        patch_importance.signs_table(report["answer_signs"]),
+    ]
+
+
+def flow(report: Report) -> list[str]:
+    """Knockout in the embedded models."""
+    return [information_flow.totals(report["checkpoints"]), information_flow.stages(report["checkpoints"])]
+
+
+def traces(report: Report) -> list[str]:
+    """Causal traces of the embedded models."""
+    return [causal_trace_study.tables(report["checkpoints"])]
+
+
+def edits(report: Report) -> list[str]:
+    """What edits change."""
+    return list(editing.tables(report).values())
+
+
+MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
+    "overhead": {"hook_overhead": ratios, "generation": ratios},
+    "patching": {"patching": sweeps},
+    "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
+    "importance": {"patch_importance": importance},
+    "travelling": {"information_flow": flow},
+    "tracing": {"causal_trace_study": traces},
+    "editing": {"editing": edits},
+}
+"""Parts of the README -> the result files that they are made of, and how."""
+
+
+def measured(part: str) -> str:
+    """The tables of a part, from the result files that are there."""
+    tables = []
+    for name, made in MEASURED[part].items():
         path = RESULTS / f"{name}.json"
-        if not path.is_file():
-            continue
-        for geometry, measured in json.loads(path.read_text(encoding="utf-8"))["geometries"].items():
-            parts = {f"{geometry}, batch {n}": batch["rows"] for n, batch in measured.get("batches", {}).items()}
-            for part, rows in (parts or {geometry: measured["rows"]}).items():
-                columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
-                tables.append(ratio_table(rows, columns, f"{name.replace('_', ' ')}, {part}"))
+        if path.is_file():
+            tables += made(json.loads(path.read_text(encoding="utf-8")))
     return "\n\n".join(tables)
 
 
@@ -85,8 +157,8 @@ def main() -> None:
     for part in SESSIONS:
         text = replaced(text, part, session(text, part, names))
     text = replaced(text, "hooks", markdown_table())
-    if tables := overhead():
-        text = replaced(text, "overhead", tables)
+    for part in MEASURED:
+        text = replaced(text, part, measured(part) or between(text, part))
     if options.accuracy:
         text = replaced(text, "accuracy", accuracy())
     README.write_text(text, encoding="utf-8")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
 from hooked_llava.errors import CheckpointError, HookNameError, SpanError, did_you_mean
+from hooked_llava.files import written_whole
 from hooked_llava.hook_names import IMAGE_SIDE, HookTable
 from hooked_llava.protocol import sum_biases
 
@@ -133,8 +132,10 @@ class LLaVACache(NamedCache):
         return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all activations to one safetensors file; nothing half-written stays behind."""
-        path = Path(path)
+        """Write all activations to one safetensors file; nothing half-written stays behind.
+
+        Raises `InputError` for a folder that is not there.
+        """
         about = {
             "format": _FORMAT,
             "has_batch_dim": json.dumps(self.has_batch_dim),
@@ -143,13 +144,8 @@ class LLaVACache(NamedCache):
         }
         # Neighbouring hooks share storage, which the format refuses, so each tensor is written on its own.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=about)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with written_whole(path) as partial:
+            save_file(tensors, partial, metadata=about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> LLaVACache:

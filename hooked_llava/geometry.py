@@ -222,7 +222,7 @@ class ImageGeometry:
 
         Raises `SpanError` for a box that is no box, or that lies wholly outside what the model sees.
         """
-        x0, y0, x1, y1 = box = _checked_box(box)
+        x0, y0, x1, y1 = box = checked_box(box)
         if self.outside(box) == 1.0:
             raise SpanError(
                 f"The box {_format_box(box)} lies wholly outside what the model sees, which is "
@@ -233,7 +233,7 @@ class ImageGeometry:
 
     def outside(self, box: BoxLike) -> float:
         """Share (0 to 1) of the box's area that lies outside the picture or is cut away by the crop."""
-        x0, y0, x1, y1 = _checked_box(box)
+        x0, y0, x1, y1 = checked_box(box)
         seen = float(self.vertical.overlaps(y0, y1).sum() * self.horizontal.overlaps(x0, x1).sum())
         return _outside_share(seen, (x1 - x0) * (y1 - y0))
 
@@ -264,7 +264,12 @@ class ImageGeometry:
         return np.minimum(shares, 1.0)  # rounding can lift a fully covered patch a hair over 1
 
 
-def _checked_box(box: BoxLike) -> Box:
+def checked_box(box: BoxLike) -> Box:
+    """The box as four numbers; raises `SpanError` unless it is (x0, y0, x1, y1) with an area.
+
+    >>> checked_box([0, 0, 4, 2])
+    (0.0, 0.0, 4.0, 2.0)
+    """
     edges = tuple(float(edge) for edge in box)
     if len(edges) != 4:
         raise SpanError(f"A box has four numbers (x0, y0, x1, y1); {len(edges)} were given: {edges}.")

@@ -96,8 +96,8 @@ class Inputs:
 
     @cached_property
     def last(self) -> Int[Tensor, " batch"]:
-        """The last real position of each prompt."""
-        return torch.tensor([token_map.real[-1] for token_map in self.token_maps], device=self.device)
+        """The last position of each prompt, from which its answer's first token is predicted."""
+        return torch.tensor([token_map["last"][0] for token_map in self.token_maps], device=self.device)
 
     def with_spans(self, **spans: str | Iterable[Any]) -> Inputs:
         """A copy whose token maps have further named spans: words that occur in every prompt, or one entry per prompt.

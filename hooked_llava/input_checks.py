@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,20 @@ def check_keys(value: Mapping[str, Any]) -> dict[str, Any]:
         also = "pixel_values are given without input_ids" if "pixel_values" in given else "There are no input_ids"
         raise InputError(f"{also}; expected token ids [batch, position], with <image> tokens for the pictures.")
     return given
+
+
+def whole_number(value: Any, name: str) -> int:
+    """One of Python's, NumPy's or torch's integers as Python's; raises `InputError` for anything else, booleans included.
+
+    >>> whole_number(np.int64(3), "layer")
+    3
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{name} is {value!r}; expected a whole number.")
 
 
 def as_tensor(value: Any, name: str) -> Tensor:

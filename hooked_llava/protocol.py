@@ -242,10 +242,9 @@ class TransformerLensSurface(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             pieces = [self.tokenizer.decode([i]) for i in ids]
-            raise InputError(
-                f"{text!r} is not a single token: it becomes {pieces}. Give a word of the vocabulary "
-                "(to_str_tokens shows how a text is cut)."
-            )
+            known = self.tokenizer.unk_token_id not in ids
+            what = f"is not a single token: it becomes {pieces}" if known else f"is not in the vocabulary ({pieces})"
+            raise InputError(f"{text!r} {what}. Give a word of the vocabulary (to_str_tokens shows how a text is cut).")
         return ids[0]
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:

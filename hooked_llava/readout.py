@@ -6,8 +6,9 @@ final norm with the scale that the actual final stream had (so that parts add up
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -58,16 +59,26 @@ def lens(
 
 
 def top_tokens(
-    model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"], k: int, *, norm: Lens = "final"
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*shape d_model"],
+    k: int,
+    *,
+    norm: Lens = "final",
+    scale: Float[Tensor, "*scale 1"] | None = None,
 ) -> tuple[Float[Tensor, "*shape k"], Int[Tensor, "*shape k"]]:
     """The k most probable tokens of each vector and their probabilities, without holding all logits at once.
 
-    Raises `InputError` for a k that the vocabulary does not have.
+    `norm` and `scale` as for `lens`. Raises `InputError` as that, and for a k that the vocabulary does not have.
     """
     check_k(model, k)
     rows = vectors.reshape(-1, vectors.shape[-1])
     per_chunk = max(1, _CHUNK // model.cfg.d_vocab)
-    found = [lens(model, chunk, norm=norm).float().softmax(-1).topk(k, dim=-1) for chunk in rows.split(per_chunk)]
+    chunks = rows.split(per_chunk)
+    scales = [None] * len(chunks)
+    if scale is not None:
+        scales = scale.expand(*vectors.shape[:-1], 1).reshape(-1, 1).split(per_chunk)
+    logits = (lens(model, chunk, norm=norm, scale=by) for chunk, by in zip(chunks, scales, strict=True))
+    found = [own.float().softmax(-1).topk(k, dim=-1) for own in logits]
     shape = (*vectors.shape[:-1], k)
     return torch.cat([f.values for f in found]).reshape(shape), torch.cat([f.indices for f in found]).reshape(shape)
 
@@ -103,8 +114,7 @@ def log_probability_increase(
     device = vectors.device
     ids = target.to(device) if isinstance(target, Tensor) else torch.tensor(target, device=device).reshape(-1)
     before = log_probabilities(model, base, ids, scale=scale)
-    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    return log_probabilities(model, wide + base, ids, scale=scale) - before
+    return log_probabilities(model, wide(vectors) + base, ids, scale=scale) - before
 
 
 def log_probabilities(
@@ -124,14 +134,15 @@ def log_probabilities(
     >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
     True
     """
-    wide = torch.promote_types(vectors.dtype, torch.float32)
-    read = vectors.to(wide) / scale.to(wide) * model.ln_final.weight.to(wide)  # (*n, d_model)
+    read = wide(vectors)  # (*n, d_model)
+    kind = read.dtype
+    read = read / scale.to(kind) * model.ln_final.weight.to(kind)
     weight = model.unembed.weight  # (d_vocab, d_model)
     rows = read.reshape(-1, read.shape[-1])
     per_piece = max(1, _SCORED // max(1, len(rows)))
-    pieces = [(rows @ part.to(wide).T).logsumexp(-1) for part in weight.split(per_piece)]
+    pieces = [(rows @ part.to(kind).T).logsumexp(-1) for part in weight.split(per_piece)]
     whole = torch.stack(pieces).logsumexp(0).reshape(read.shape[:-1])
-    spelled = (read[..., None, :] * weight[target].to(wide)).sum(-1)  # (*n, spelling)
+    spelled = (read[..., None, :] * weight[target].to(kind)).sum(-1)  # (*n, spelling)
     return spelled.logsumexp(-1) - whole
 
 
@@ -151,10 +162,19 @@ def check_k(model: HookedLLaVA, k: int) -> None:
         raise InputError(f"k={k} words; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary.")
 
 
-def token_id(model: HookedLLaVA, token: str | int) -> int:
-    """Id of a word that is a single token, or of an id within the vocabulary; raises `InputError`."""
+def token_id(model: HookedLLaVA, token: str | SupportsIndex) -> int:
+    """Id of a word that is a single token, or of an id within the vocabulary (any integer); raises `InputError`."""
     if isinstance(token, str):
         return model.to_single_token(token)
-    if not 0 <= token < model.cfg.d_vocab:
-        raise InputError(f"Token id {token} is not in the vocabulary; expected 0..{model.cfg.d_vocab - 1}.")
-    return int(token)
+    try:
+        number = operator.index(token)
+    except TypeError:
+        raise InputError(f"{token!r} is no token; expected a word, or a token id that is a whole number.") from None
+    if not 0 <= number < model.cfg.d_vocab:
+        raise InputError(f"Token id {number} is not in the vocabulary; expected 0..{model.cfg.d_vocab - 1}.")
+    return number
+
+
+def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.files import written_whole
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -77,11 +76,7 @@ def stack(results: Sequence[Any], dim: str) -> Any:
     import xarray as xr
 
     sizes = [dict(result.sizes) for result in results]
-    if any(size != sizes[0] for size in sizes):
-        raise InputError(
-            f"The results have different sizes ({', '.join(map(str, sizes))}), which do not stack. Choose positions "
-            "that all have ('all' together, or a span of equal length), or do one at a time."
-        )
+    check_sizes(sizes)
     bare = [result.drop_attrs(deep=False) for result in results]
     per_result: dict[str, Any] = {dim: range(len(bare))}
     if "position" in sizes[0]:
@@ -93,15 +88,38 @@ def stack(results: Sequence[Any], dim: str) -> Any:
         per_result["label"] = ((dim, *bare[0].label.dims), np.stack([r.label.values for r in bare]))
         bare = [r.drop_vars("label") for r in bare]
     joined = xr.concat(bare, dim=dim, coords="minimal", compat="override", join="exact")
-    return joined.assign_coords(per_result).assign_attrs(_joined_attrs([r.attrs for r in results]))
+    return joined.assign_coords(per_result).assign_attrs(join_attrs([r.attrs for r in results]))
 
 
-def _joined_attrs(attrs: list[dict[str, Any]]) -> dict[str, Any]:
+def check_sizes(sizes: Sequence[Mapping[Any, int]]) -> None:
+    """Raise `InputError` unless results of these sizes, {axis: length}, can be stacked: to be found out before they are made.
+
+    >>> check_sizes([{"layer": 6, "position": 11}, {"layer": 6, "position": 11}])
+    """
+    if any(size != sizes[0] for size in sizes):
+        raise InputError(
+            f"The results have different sizes ({', '.join(str(dict(size)) for size in sizes)}), which do not stack. "
+            "Choose positions that all have ('all' together, or a span of equal length), or do one at a time."
+        )
+
+
+def join_attrs(attrs: Sequence[dict[str, Any]], *, keep_differing: bool = True) -> dict[str, Any]:
+    """Attributes of several results as those of one: costs added up, and of the rest what all have alike.
+
+    What differs, or is each result's own (the prompt), becomes a list, or is left out.
+
+    >>> join_attrs([{"n_forward": 1, "model": "m", "prompt": "a"}, {"n_forward": 2, "model": "m", "prompt": "b"}])
+    {'n_forward': 3, 'model': 'm', 'prompt': ['a', 'b']}
+    """
     joined = {}
     for name, first in attrs[0].items():
-        values = [a[name] for a in attrs]
-        same = name not in _LISTED and all(value == first for value in values)
-        joined[name] = sum(values) if name in _ADDED else first if same else values
+        values = [a.get(name) for a in attrs]
+        if name in _ADDED:
+            joined[name] = sum(values)
+        elif name not in _LISTED and all(value == first for value in values):
+            joined[name] = first
+        elif keep_differing:
+            joined[name] = values
     return joined
 
 
@@ -171,7 +189,8 @@ def numbers(values: Tensor) -> np.ndarray:
 def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> None:
     """Write a result to one safetensors file: numbers as tensors; names, words and attributes as JSON; no pickle.
 
-    Nothing half-written stays behind. Raises `InputError` for contents that the file cannot hold (dates, objects).
+    Nothing half-written stays behind. Raises `InputError` for contents that the file cannot hold (dates, objects), and a
+    folder that is not there.
 
     >>> import tempfile, xarray as xr
     >>> result = xr.DataArray([1.0, 2.0], dims="layer", coords={"word": ("layer", ["a", "b"])}, attrs={"model": "m"})
@@ -180,7 +199,6 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
     ...     load(folder + "/result.safetensors").identical(result)
     True
     """
-    path = Path(path)
     tensors: dict[str, np.ndarray] = {}
     variables = {}
     is_array = not hasattr(result, "data_vars")
@@ -203,13 +221,8 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
         "attrs": _plain(result.attrs, "the result"),
         "variables": variables,
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "about": json.dumps(about)})
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with written_whole(path) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
 
 
 def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:

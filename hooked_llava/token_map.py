@@ -14,6 +14,8 @@ The named spans of a prompt (padding belongs to none):
 
 [1] Where a prompt ends with a picture, `last` is the picture's last position, and so part of `image` instead.
 
+An answer behind the prompt (`metrics.teacher_forced`) is its span `answer` and in none of these: `last` stays in front of it.
+
 Otherwise `system`, `image`, `question`, `rest` and `last` are disjoint, and together they cover the prompt. Tokens that
 reach across the border of a span (a word piece with the question's first letter and the space before it) belong to it.
 """
@@ -75,6 +77,8 @@ class TokenMap:
     """`question` and `options` where they are known, and the user's own spans."""
     geometries: tuple[ImageGeometry, ...] | None = None
     """For each picture its way through the processor, if the original pictures are known."""
+    n_answer: int = 0
+    """How many of the last positions hold an answer put behind the prompt, which belongs to none of the built-in spans."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -283,9 +287,10 @@ class TokenMap:
     @cached_property
     def _partition(self) -> dict[str, Positions]:
         """All built-in spans, empty where the prompt does not have them."""
-        last = Positions(self.real[-1:])
+        prompt = self.real[: len(self.real) - self.n_answer]
+        last = Positions(prompt[-1:])
         image = Positions(p for start in self.image_starts for p in range(start, start + self.n_features))
-        text = Positions(self.real) - image
+        text = Positions(prompt) - image
         question = (self.named.get("question", Positions()) & text) - last
         options = (self.named.get("options", Positions()) & text) - last
         begin = self.image_starts[0] if image else next(iter(question), self.real.start)

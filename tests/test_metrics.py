@@ -6,26 +6,33 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.metrics import (
     Answer,
     at_last,
+    from_transformer_lens,
     kl_divergence,
     log_probability,
     logit_difference,
+    one_each,
     own_answers,
     probability,
     rank,
     relative_change,
     teacher_forced,
+    value_of,
 )
 from hooked_llava.model import HookedLLaVA
+from tests.builders import D_VOCAB
 from tests.fixtures_processor import make_processor
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 LOGITS = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
 TWO = Answer("two", (1, 4))
@@ -84,8 +91,11 @@ def test_at_last_reads_where_each_prompt_ends() -> None:
 def test_own_answers_take_sides_and_need_two() -> None:
     first, second = torch.eye(7)[2], torch.eye(7)[5]
     assert own_answers(first, second)(LOGITS[0, 0]) == pytest.approx(float(LOGITS[0, 0, 2] - LOGITS[0, 0, 5]))
-    with pytest.raises(InputError, match="same answer"):
+    with pytest.raises(InputError, match=r"same answer \(token 2\)"):
         own_answers(first, first)
+    red = torch.eye(99)[model().to_single_token("red")]
+    with pytest.raises(InputError, match=r"same answer \(red, token \d+\)"):
+        own_answers(red, red, model())
     with pytest.raises(InputError, match="several positions"):
         own_answers(LOGITS[0], LOGITS[1])
 
@@ -101,6 +111,31 @@ def test_answers_and_their_spellings() -> None:
     with pytest.raises(InputError, match="not a single token"):
         Answer.of(model(), "red star")
     assert Answer.of(model(), "red star", first_token=True).ids == (ids["red"],)
+    for same in (np.int64(7), torch.tensor(7)):
+        assert Answer.of(model(), same) == Answer.of(model(), 7)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_no_answer() -> None:
+    """Every such word has the same token, whose probability would be followed in its place."""
+    inputs = model().prepare("Is it red?")
+    for attempt in (
+        lambda: Answer.of(model(), "zebra", first_token=True),
+        lambda: Answer.of(model(), "red zebra", first_token=True),
+        lambda: teacher_forced(model(), inputs, "zebra"),
+        lambda: teacher_forced(model(), inputs, "red zebra"),
+    ):
+        with pytest.raises(InputError, match=r"The tokenizer does not know '(red )?zebra': it becomes \[.*'<unk>'\]"):
+            attempt()
+    with pytest.raises(InputError, match="not a single token"):
+        Answer.of(model(), "", first_token=True)
+
+
+def test_one_answer_for_all_prompts_or_one_for_each() -> None:
+    assert one_each(TWO, 2) == [TWO, TWO]
+    assert one_each(np.array([7, 8]), 2) == [7, 8]
+    assert one_each(torch.tensor(7), 2) == [7, 7]
+    with pytest.raises(InputError, match="word= names 1 answers for 2 prompts"):
+        one_each(["red"], 2, "word")
 
 
 def test_teacher_forcing_multiplies_the_tokens_probabilities() -> None:
@@ -132,3 +167,75 @@ def test_teacher_forcing_of_a_padded_batch() -> None:
         assert float(found[row]) == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(InputError, match="no tokens"):
         teacher_forced(model(), inputs, [])
+
+
+def test_a_forced_answer_lies_behind_all_other_spans() -> None:
+    inputs = model().prepare("What color is the star?", images=torch.zeros(3, 16, 16))
+    forced = teacher_forced(model(), inputs, "red star").inputs
+    spans = dict(forced.token_map.spans)
+    assert spans.pop("answer").tolist() == [inputs.shape[1], inputs.shape[1] + 1]
+    assert spans == inputs.token_map.spans
+    assert forced.last.tolist() == inputs.last.tolist()
+    assert forced.to(dtype=torch.float64)[0].token_map["last"] == inputs.token_map["last"]
+    padded = model().prepare(["What color is the star?", "Is it red?"], padding_side="right")
+    for own, before in zip(teacher_forced(model(), padded, 7).inputs, padded.padded_left(), strict=True):
+        assert own.token_map["last"] == before.token_map["last"]
+        assert own.token_map["rest"] == before.token_map["rest"]
+
+
+def test_one_token_id_is_an_answer() -> None:
+    inputs = model().prepare("Is it red?")
+    assert teacher_forced(model(), inputs, 7).inputs.input_ids[0, -1] == 7
+    with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
+        teacher_forced(model(), inputs, 99)
+
+
+def test_a_bare_space_is_no_spelling() -> None:
+    """Older Llama tokenizers put a space before the text and then write every space as a mark."""
+    pieces = ["<unk>", "<s>", "▁", "▁▁", "▁red", "▁Red", "▁star", "red", "ish", *"Redstarih"]
+    vocab = list(dict.fromkeys(pieces))
+    backend = Tokenizer(models.Unigram([(piece, -float(len(vocab) - len(piece))) for piece in vocab], unk_id=0))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    processor = make_processor()
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    old = HookedLLaVA.from_hf(pair().hf, processor=processor)
+    encoded = old.tokenizer(" reddish", add_special_tokens=False)["input_ids"]
+    assert not old.tokenizer.decode(encoded[:1]).strip()
+    found = Answer.of(old, "reddish", variants=True, first_token=True).ids
+    words = {old.tokenizer.convert_ids_to_tokens(i) for i in found}
+    assert words == {"▁red", "▁Red"}
+    assert old.tokenizer.convert_ids_to_tokens(Answer.of(old, " reddish", first_token=True).ids[0]).strip("▁")
+
+
+def test_metrics_refuse_what_is_no_token() -> None:
+    for make in (probability, log_probability, rank, lambda answer: logit_difference(answer, 1)):
+        for wrong in ("Red", 1.5, -1):
+            with as_users_run(), pytest.raises(InputError, match=r"takes an Answer or a token id.*Answer.of\(model"):
+                make(wrong)
+        with pytest.raises(InputError, match="Token id 999 is not in the vocabulary; expected 0..6"):
+            make(999)(LOGITS)
+
+
+def test_a_metric_of_transformer_lens_works_everywhere() -> None:
+    def theirs(logits: torch.Tensor) -> torch.Tensor:
+        assert logits.ndim == 3
+        return (logits[:, -1, 7] - logits[:, -1, 9]).mean()
+
+    own = from_transformer_lens(theirs)
+    inputs = pair().ours.as_inputs(pair().prompt())
+    runs = [[Intervention("blocks.1.hook_mlp_out", positions=p, zero=True)] for p in range(3)]
+    replay = Replay(pair().ours, inputs)
+    torch.testing.assert_close(replay.run(runs, own), replay.run(runs, logit_difference(7, 9)))
+    assert replay.run([], own).shape == (0,)
+    wide = torch.randn(2, 3, D_VOCAB, requires_grad=True)
+    assert own(wide).shape == (2, 3)
+    assert own(wide).requires_grad
+    with pytest.raises(InputError, match=r"returned shape \(1, 99\)"):
+        from_transformer_lens(lambda logits: logits[:, -1])(wide)
+
+
+def test_the_value_of_a_metric_is_one_number() -> None:
+    assert value_of(probability(2), LOGITS[0, 0]) == pytest.approx(softmax(LOGITS[0, 0].tolist())[2])
+    with pytest.raises(InputError, match=r"returned shape \(3,\) for the logits \(3, 7\)"):
+        value_of(probability(2), LOGITS[0])

@@ -171,7 +171,7 @@ def test_several_texts_are_padded() -> None:
     ("text", "match"),
     [
         ("red star", r"'red star' is not a single token: it becomes \['red', 'star'\]"),
-        ("zebra", "'zebra' is not a single token"),
+        ("zebra", "'zebra' is not in the vocabulary"),
     ],
 )
 def test_what_is_not_one_token_is_refused(text: str, match: str) -> None:

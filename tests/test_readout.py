@@ -143,3 +143,13 @@ def test_half_precision_is_scored_in_single() -> None:
     assert found.dtype == torch.float32
     exact = log_probability_increase(single.ours, vectors.float(), vectors[0, 0].float() * 0, 7, scale=scale)
     assert off(found, exact) < 0.02  # what remains is the rounding of the weights
+
+
+def test_top_tokens_through_the_frozen_lens() -> None:
+    scale = torch.tensor([[0.5], [2.0], [1.0]], dtype=torch.float64)  # of each of the three positions
+    probability, ids = top_tokens(OURS, VECTORS, 4, norm="frozen", scale=scale)
+    expected = lens(OURS, VECTORS, norm="frozen", scale=scale).float().softmax(-1).topk(4, dim=-1)
+    torch.testing.assert_close(probability, expected.values)
+    assert ids.tolist() == expected.indices.tolist()
+    with pytest.raises(InputError, match="needs scale="):
+        top_tokens(OURS, VECTORS, 4, norm="frozen")

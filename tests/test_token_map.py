@@ -348,3 +348,13 @@ def test_shows_its_spans() -> None:
         "TokenMap(13 positions; system: 0..1, question: 2..8, rest: 9..11, text: 0..12, last: 12)"
     )
     assert len(make_map()) == 29
+
+
+def test_an_answer_behind_the_prompt_is_in_no_built_in_span() -> None:
+    ids = (0, 1, 9, 9, 9, 9, 5, 6, 7, 8)
+    prompt = {"token_ids": ids, "image_starts": (2,), "grid": (2, 2)}
+    alone = TokenMap(**prompt, real=range(1, 8))
+    longer = TokenMap(**prompt, real=range(1, 10), n_answer=2)
+    assert longer.spans == alone.spans
+    assert longer["last"] == [7]
+    assert TokenMap(**prompt, real=range(1, 9), n_answer=1).shifted(1)["last"] == [8]

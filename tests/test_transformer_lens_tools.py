@@ -22,6 +22,9 @@ from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.metrics import at_last
 from tests.pairs import pair
 
+HEAD_TOOLS = [("z", "out"), ("q", "q"), ("k", "k"), ("v", "v"), ("pattern", "pattern")]
+"""Our hooks and what TransformerLens's tools call them, in the order of its "every" tools."""
+
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
     return logits[..., 7] - logits[..., 9]
@@ -54,12 +57,12 @@ def test_by_layer_and_position(hook: str) -> None:
     close(ours(hook), theirs(getattr(patching, f"get_act_patch_{hook}")))
 
 
-@pytest.mark.parametrize(("hook", "tool"), [("z", "out"), ("q", "q"), ("k", "k"), ("v", "v"), ("pattern", "pattern")])
+@pytest.mark.parametrize(("hook", "tool"), HEAD_TOOLS)
 def test_by_layer_and_head(hook: str, tool: str) -> None:
     close(ours(hook, positions="all"), theirs(getattr(patching, f"get_act_patch_attn_head_{tool}_all_pos")))
 
 
-@pytest.mark.parametrize(("hook", "tool"), [("z", "out"), ("k", "k"), ("pattern", "pattern")])
+@pytest.mark.parametrize(("hook", "tool"), HEAD_TOOLS)
 def test_by_layer_position_and_head(hook: str, tool: str) -> None:
     expected = theirs(getattr(patching, f"get_act_patch_attn_head_{tool}_by_pos"))
     found = ours(hook).values
@@ -73,6 +76,22 @@ def test_key_value_heads_of_a_grouped_model() -> None:
 def test_several_kinds_at_once() -> None:
     expected = theirs(patching.get_act_patch_block_every)
     close(np.stack([ours(hook).values for hook in ("resid_pre", "attn_out", "mlp_out")]), expected)
+
+
+@pytest.mark.parametrize("geometry", ["plain", "grouped"])
+def test_every_kind_of_head_at_once(geometry: str) -> None:
+    """TransformerLens fills up the heads that keys and values of a grouped model do not have with zeros."""
+    n_heads = prompts(geometry)[0].cfg.n_heads
+    all_pos, by_pos = (
+        theirs(getattr(patching, f"get_act_patch_attn_head_{way}_every"), geometry) for way in ("all_pos", "by_pos")
+    )
+    for index, (hook, _) in enumerate(HEAD_TOOLS):
+        found = [ours(hook, geometry, positions=positions) for positions in ("all", "each")]
+        for own, expected in zip(found, (all_pos[index], by_pos[index]), strict=True):
+            own = own.transpose(..., own.dims[-1] if "pattern" not in hook else "head").values
+            close(own, expected[..., : own.shape[-1]])
+            assert own.shape[-1] in (n_heads, prompts(geometry)[0].cfg.n_key_value_heads)
+            assert not expected[..., own.shape[-1] :].any()
 
 
 def test_one_edge_of_the_pattern_at_a_time() -> None:
@@ -101,6 +120,19 @@ def test_direct_paths(component: Any) -> None:
     receivers = [(component, layer, head) for layer in (1, 2) for head in range(4)]
     found = path_patching(model, clean, corrupted, receivers=receivers, metric=metric)
     close(found.sel(layer=0, head=3).values.reshape(2, 4), expected[1:].detach())
+
+
+@pytest.mark.parametrize("component", ["q", "v"])
+def test_direct_paths_from_all_sources(component: Any) -> None:
+    model, clean, corrupted = prompts()
+    caches = [model.run_with_cache(inputs)[1] for inputs in (clean, corrupted)]
+    tool = patching.get_act_patch_direct_path_all_sources
+    expected = tool(model, corrupted, *caches, at_last(metric), component, verbose=False)  # (layer, head, layer, head)
+    receivers = [(component, layer, head) for layer in range(3) for head in range(4)]
+    found = path_patching(model, clean, corrupted, receivers=receivers, metric=metric)
+    found = found.transpose("layer", "head", "receiver").values.reshape(3, 4, 3, 4)
+    close(np.nan_to_num(found), expected.detach())
+    assert int(np.isfinite(found).sum()) == 4 * 4 * 3
 
 
 def test_direct_paths_into_grouped_keys_are_refused_by_the_tool() -> None:

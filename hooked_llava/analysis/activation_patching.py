@@ -20,9 +20,11 @@ from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
 from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.choices import chosen
+from hooked_llava.interventions.ends import read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric, own_answers
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.metrics import Metric
+from hooked_llava.results import analysis, check_sizes, numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -49,7 +51,7 @@ def activation_patching(
     corrupted: Any,
     *,
     hook: str = "resid_pre",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Each = "each",
     heads: Each = "each",
     metric: Metric | Sequence[Metric] | None = None,
@@ -64,7 +66,7 @@ def activation_patching(
         clean: one prompt, anything `model.as_inputs` takes; or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
         hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it.
-        layers: layers to patch, all by default.
+        layers: layer or layers to patch, all by default.
         positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn; the
             name of a span within a list means its positions together: ["image", "question", "last"] are three cells.
             On image hooks these are patches ("all" takes the class token along).
@@ -77,8 +79,8 @@ def activation_patching(
 
     Returns an array with those of the axes layer, position (or image and patch) and head (kv_head) that were taken in
     turn, for several pairs behind an axis pair; its attributes hold the metric of the unpatched runs as `clean` and
-    `corrupted`. Raises `InputError` where the prompts do not match, both give the same answer and no metric is given,
-    or a position or head is out of range.
+    `corrupted`. Raises `InputError` where the prompts do not match, the pairs do not stack, both prompts give the same
+    answer and no metric is given, the metric gives more than one number, or a layer, position or head is out of range.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.metrics import Answer, probability
@@ -94,6 +96,7 @@ def activation_patching(
     for one, _, _ in pairs:
         names = _names(model, one, hook, layers)
         plans.append((names, _axes(model, names, one, positions, heads)))
+    check_sizes([{axis: len(choices) for axis, choices in axes.items()} for _, axes in plans])
     options = {"direction": direction, "read": read, "batch_size": batch_size}
     results = [_one_pair(model, *pair, hook, *plan, **options) for pair, plan in zip(pairs, plans, strict=True)]
     return stack(results, "pair") if several else results[0]
@@ -112,32 +115,32 @@ def _one_pair(
     read: Positions,
     batch_size: int | None,
 ) -> xr.DataArray:
-    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    source, base = source_and_base(clean, corrupted, direction)
     with analysis(model, clean, n_forward=2, hook=hook, direction=direction) as made:
         replay = Replay(model, base)
         logits, cache = model.run_with_cache(source, names_filter=names)
         assert logits is not None
-        there = replay.shaped(logits[:, replay.wanted(read)[0]][None], read)[0]
-        here = replay.logits(read)
-        metric = metric or own_answers(*((there, here) if source is clean else (here, there)))
+        metric, ends = scored(model, metric, read_at(logits, source, read), replay.logits(read), direction)
         cells = list(product(names, *axes.values()))
         real = list(base.token_map.real)
         runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]
         values = replay.run(runs, metric, read, batch_size)
-        ends = [float(metric(end)) for end in ((there, here) if source is clean else (here, there))]
-        attrs = made.attrs(clean=ends[0], corrupted=ends[1], runs=len(runs), work=replay.work.forwards)
+        attrs = made.attrs(**ends, runs=len(runs), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
 
-def _names(model: HookedLLaVA, prompt: Inputs, hook: str, layers: Sequence[int] | None) -> list[str]:
+def _names(model: HookedLLaVA, prompt: Inputs, hook: str, layers: int | Sequence[int] | None) -> list[str]:
     """Full names of one hook in the chosen layers."""
-    with_image = prompt.pixel_values is not None
-    wanted = [hook] if layers is None else [(hook, layer) for layer in layers]
-    names = [name for item in wanted for name in model.hooks_table.resolve(item, with_image=with_image)]
+    names = model.hooks_table.resolve(hook, with_image=prompt.pixel_values is not None)
     kinds = {model.hooks_table[name].name for name in names}
     if len(kinds) != 1:
         raise InputError(f"hook={hook!r} means several hooks ({', '.join(sorted(kinds))}); patch one at a time.")
-    return names
+    if layers is None:
+        return names
+    vision, language = model.config.vision, model.config.language
+    n_layers = vision.n_layers_run if names[0].startswith("vision.") else language.n_layers
+    pairs = [(hook, layer) for layer in chosen(layers, n_layers, f"layers of {hook}")]
+    return [name for pair in pairs for name in model.hooks_table.resolve(pair)]
 
 
 def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each, heads: Each) -> _Axes:
@@ -178,10 +181,7 @@ def _numbers(given: Each, n: int, what: str) -> list[int | None]:
         return [None]
     if isinstance(given, str):
         raise InputError(f"{given!r} is no choice of {what}; expected 'each', 'all' or numbers.")
-    chosen = [given] if isinstance(given, int) else [int(i) for i in given]
-    if outside := [i for i in chosen if not -n <= i < n]:
-        raise InputError(f"{outside} are out of range for the {what}; expected {-n}..{n - 1}.")
-    return [i % n for i in chosen]
+    return list(chosen(given, n, what))
 
 
 def _intervention(
@@ -189,16 +189,16 @@ def _intervention(
 ) -> Intervention:
     """The source run's activation, cut to one cell of the map, put into its place."""
     spec = model.hooks_table[name]
-    chosen = dict(zip(axes, cell, strict=True))
-    head, image = chosen.get("head", chosen.get("kv_head")), chosen.get("image")
+    at = dict(zip(axes, cell, strict=True))
+    head, image = at.get("head", at.get("kv_head")), at.get("image")
     value = activation[image or 0]
     axis = (spec.position_axis or 1) - 1
     if image is None:
-        place = chosen["position"]
+        place = at["position"]
         where = real if place is None else list(place.positions) if isinstance(place, _Together) else [place]
         rows = where
     else:
-        where = None if chosen["patch"] is None else [chosen["patch"]]
+        where = None if at["patch"] is None else [at["patch"]]
         rows = None if where is None else [where[0] + _class_token_first(model, spec)]
     if rows is not None:
         value = value.index_select(axis, torch.tensor(rows, device=value.device))

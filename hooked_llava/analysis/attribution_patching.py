@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.caching import Positions
 from hooked_llava.components import HookPoint, reads_only
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
+from hooked_llava.interventions.ends import read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric, own_answers
-from hooked_llava.results import analysis, stack
+from hooked_llava.metrics import Metric
+from hooked_llava.results import analysis, check_sizes, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -40,10 +43,11 @@ def attribution_patching(
     clean: Any,
     corrupted: Any,
     *,
-    hooks: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
+    hooks: str | Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
+    read: Positions = "last",
 ) -> xr.Dataset:
     """First-order estimate of `activation_patching` at every layer and position (and head) of several hooks.
 
@@ -51,11 +55,13 @@ def attribution_patching(
         model: the model.
         clean: one prompt, or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
-        hooks: short names of hooks of the language tower, every layer of each; all together cost one backward pass.
+        hooks: short name or names of hooks of the language tower, every layer of each; all together cost one backward
+            pass.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
         direction: "denoise": effect of clean activations in the corrupted run; "noise": the reverse.
         steps: points of the path for integrated gradients; 0 takes the gradient at the run that is patched.
+        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
 
     Returns one array for each hook, [layer, position] or [layer, position, head] (or kv_head), for several pairs behind
     an axis pair: the estimated change of the metric. Attributes `clean` and `corrupted` hold the metric of the two
@@ -70,14 +76,19 @@ def attribution_patching(
     >>> sorted(attribution_patching(model, *pair, hooks=["z", "mlp_out"], metric=red))
     ['mlp_out', 'z']
     """
-    by_hook = {hook: _checked(model, hook) for hook in hooks}
+    by_hook = {hook: _checked(model, hook) for hook in ([hooks] if isinstance(hooks, str) else hooks)}
     names = [name for several in by_hook.values() for name in several]
+    if not names:
+        raise InputError(f"hooks={hooks!r} names no hook; give for example ['resid_pre', 'z'].")
+    pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    check_sizes([{"position": one.shape[1]} for one, _, _ in pairs])
 
     def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
         gradients = point.gradients(names, metric)
         return xr.Dataset({hook: _estimate(model, base, own, changes, gradients) for hook, own in by_hook.items()})
 
-    return _over_pairs(model, (clean, corrupted), names, names, estimate, metric, direction, steps)
+    results = _each_pair(model, pairs, names, names, estimate, direction, steps, read)
+    return stack(results, "pair") if several else results[0]
 
 
 def edge_attribution(
@@ -88,6 +99,7 @@ def edge_attribution(
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
+    read: Positions = "last",
 ) -> xr.Dataset:
     """First-order estimate of `path_patching` between every sender and every receiver.
 
@@ -116,7 +128,9 @@ def edge_attribution(
     def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
         return _edges(model, changes, point.held, point.gradients(behind, metric))
 
-    return _over_pairs(model, (clean, corrupted), senders, held, estimate, metric, direction, steps)
+    pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    results = _each_pair(model, pairs, senders, held, estimate, direction, steps, read)
+    return stack(results, "pair") if several else results[0]
 
 
 def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
@@ -146,15 +160,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Run:
-    """Activations of a forward pass, with their graph if gradients are wanted, and logits at the answer's position."""
+    """Activations of a forward pass, with their graph if gradients are wanted, and logits where the metric reads."""
 
     held: Activations
-    logits: Float[Tensor, " d_vocab"]
+    logits: Float[Tensor, "*position d_vocab"]
 
     def gradients(self, names: list[str], metric: Metric) -> Activations:
         with torch.enable_grad():
             value = metric(self.logits)
-        if not value.requires_grad:
+        if not isinstance(value, Tensor) or not value.requires_grad:
             raise InputError(
                 "The metric has no gradient (a rank, or numbers taken out of torch); give a differentiable one."
             )
@@ -162,52 +176,50 @@ class _Run:
         return dict(zip(names, found, strict=True))
 
 
-def _over_pairs(
+def _each_pair(
     model: HookedLLaVA,
-    sides: tuple[Any, Any],
+    pairs: list[tuple[Inputs, Inputs, Metric | None]],
     changing: list[str],
     at_points: list[str],
     estimate: Callable[[Inputs, Activations, _Run, Metric], xr.Dataset],
-    metric: Metric | Sequence[Metric] | None,
     direction: Direction,
     steps: int,
-) -> xr.Dataset:
+    read: Positions,
+) -> list[xr.Dataset]:
     """The estimate for each pair, from what changes between its runs and from the run (or path) that is patched.
 
     `changing` are the hooks whose difference the estimate needs, `at_points` those held with their graph.
     """
     check_direction(direction)
-    if steps < 0:
-        raise InputError(f"steps={steps}; expected 0 for a plain gradient, or the number of points of the path.")
-    pairs, several = prompt_pairs(model, *sides, metric)
+    if not isinstance(steps, Integral) or steps < 0:
+        raise InputError(f"steps={steps!r}; expected 0 for a plain gradient, or the number of points of the path.")
     results = []
     for clean, corrupted, own_metric in pairs:
-        source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+        source, base = source_and_base(clean, corrupted, direction)
         with analysis(model, clean, n_forward=2 + steps, direction=direction, steps=steps) as made:
             start, end = model.embed(base), model.embed(source)
-            there = _run(model, source, end, changing)
-            here = _run(model, base, start, changing if steps else [*changing, *at_points], graph=not steps)
-            ends = [there.logits, here.logits.detach()]
-            ends = ends if source is clean else ends[::-1]
-            scored = own_metric or own_answers(*ends)
+            there = _run(model, source, end, changing, read)
+            here = _run(model, base, start, changing if steps else [*changing, *at_points], read, graph=not steps)
+            measure, ends = scored(model, own_metric, there.logits, here.logits.detach(), direction)
             changes = {name: there.held.pop(name) - here.held[name].detach() for name in changing}
-            points = _along_path(model, base, start, end, at_points, steps) if steps else [here]
-            result = sum(estimate(base, changes, point, scored) for point in points) / max(1, steps)
-            values = {"clean": float(scored(ends[0])), "corrupted": float(scored(ends[1]))}
-            results.append(result.assign_attrs(made.attrs(**values)))
-    return stack(results, "pair") if several else results[0]
+            points = _along_path(model, base, start, end, at_points, read, steps) if steps else [here]
+            result = sum(estimate(base, changes, point, measure) for point in points) / max(1, steps)
+            results.append(result.assign_attrs(made.attrs(**ends)))
+    return results
 
 
 def _along_path(
-    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], steps: int
+    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], read: Positions, steps: int
 ) -> Iterator[_Run]:
     """Runs at the midpoints of equal parts of the line between two embeddings."""
     for step in range(steps):
-        yield _run(model, base, start + (step + 0.5) / steps * (end - start), names, graph=True)
+        yield _run(model, base, start + (step + 0.5) / steps * (end - start), names, read, graph=True)
 
 
-def _run(model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str], *, graph: bool = False) -> _Run:
-    """A forward pass that enters with what the merge gives, and computes logits at the last position only."""
+def _run(
+    model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str], read: Positions, *, graph: bool = False
+) -> _Run:
+    """A forward pass that enters with what the merge gives, and computes logits only where they are read."""
     held: Activations = {}
 
     @reads_only
@@ -222,8 +234,9 @@ def _run(model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str]
         entering = embedding.detach().requires_grad_(graph)
         context = model.context(entering, inputs.attention_mask, inputs.position_ids)
         stream = model.language(entering, context)  # (1, pos, d_model)
-        last = int(inputs.last[0])
-        return _Run(held, model.language.to_logits(stream[:, last : last + 1])[0, 0])
+        final = read_at(stream, inputs, read)  # (position, d_model) or (d_model)
+        logits = model.language.to_logits(final.reshape(1, -1, final.shape[-1]))
+        return _Run(held, logits.reshape(*final.shape[:-1], -1))
 
 
 def _checked(model: HookedLLaVA, hook: str) -> list[str]:

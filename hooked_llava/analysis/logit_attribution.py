@@ -53,9 +53,10 @@ def logit_attribution(
             message); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
         position: where the logit is read.
 
-    The parts and the attribute `rest` (what is divided no further: the embedding, output biases, and for heads and
-    neurons everything else) sum to the attribute `logit`. Attributes `answer` and `baseline` name the tokens. Raises
-    `InputError` for several positions, a word that is not one token, or patches of a prompt without a picture.
+    The parts and the attribute `rest` (what is divided no further: the embedding, output biases, for heads and neurons
+    everything else, for components only the model's rounding) sum to the attribute `logit`. Attributes `answer` and
+    `baseline` name the tokens. Raises `InputError` for several positions, a word that is not one token, or patches of a
+    prompt without a picture.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -65,7 +66,7 @@ def logit_attribution(
     """
     prompts = model.as_inputs(inputs)
     if by not in _PARTS:
-        raise InputError(f"by={by!r}; expected 'component' or 'head', or 'layer', 'neuron', 'source', 'patch'.")
+        raise InputError(f"by={by!r}; expected one of {', '.join(map(repr, _PARTS))}.")
     tokens = (
         None if answer is None else token_id(model, answer),
         None if baseline is None else token_id(model, baseline),
@@ -92,8 +93,7 @@ def _one_prompt(
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
         result = _DIVIDE[by](model, cache, direction, prompt)
         attrs = {"logit": total, "answer": _word(model, answer), "baseline": _word(model, baseline)}
-        rest = 0.0 if by == "component" else total - float(result.sum())
-        return result.assign_attrs(made.attrs(**attrs, rest=rest))
+        return result.assign_attrs(made.attrs(**attrs, rest=total - float(result.sum())))
 
 
 def _cache(model: HookedLLaVA, prompt: Inputs, where: list[int], by: str) -> dict[str, Tensor]:

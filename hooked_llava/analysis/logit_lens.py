@@ -82,8 +82,8 @@ def _one_prompt(
     names = _names(model, prompt, hook)
     extra = {} if hook is None else {"hook": hook}
     with analysis(model, prompt, n_forward=1, norm=norm, **extra) as made:
-        vectors, reading = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
-        probability, ids = top_tokens(model, vectors, k, norm=reading)
+        vectors, scale = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
+        probability, ids = top_tokens(model, vectors, k, norm=norm, scale=scale)
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
             {
@@ -98,7 +98,7 @@ def _one_prompt(
             },
         )
         if answer_ids:
-            found = torch.stack([_probabilities(model, layer, answer_ids, reading) for layer in vectors])
+            found = torch.stack([_probabilities(model, layer, answer_ids, norm, scale) for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=words(model, torch.tensor(answer_ids)))
         if hook is not None and not names[0].startswith("blocks."):
@@ -128,21 +128,19 @@ def _layers(names: list[str], hook: str | None) -> list[int]:
 
 def _vectors(
     model: HookedLLaVA, prompt: Inputs, index: Int[Tensor, " position"], names: list[str], norm: Lens
-) -> tuple[Float[Tensor, "layer position *head d_model"], Lens]:
-    """What is read, and the norm that is left to apply to it."""
-    scale = ["ln_final.hook_scale"] if norm == "frozen" else []
-    needs_end = scale or any(name.startswith("ln_final") for name in names)
+) -> tuple[Float[Tensor, "layer position *head d_model"], Float[Tensor, "position *one 1"] | None]:
+    """What is read, and the final norm's scale for the frozen lens."""
+    frozen = ["ln_final.hook_scale"] if norm == "frozen" else []
+    needs_end = frozen or any(name.startswith("ln_final") for name in names)
     options: dict[str, Any] = {} if needs_end else {"stop_at_layer": model.cfg.n_layers}
-    _, cache = model.run_with_cache(prompt, names_filter=[*names, *scale], positions=index.tolist(), **options)
+    _, cache = model.run_with_cache(prompt, names_filter=[*names, *frozen], positions=index.tolist(), **options)
     if names[0].startswith(IMAGE_SIDE):
         vectors = _at_patches(cache[names[0]], prompt, index)[None]
     else:
         vectors = torch.stack([cache[name][0] for name in names])
-    if norm != "frozen":
-        return vectors, norm
-    by = cache["ln_final.hook_scale"][0]  # (position, 1)
-    by = by.reshape(-1, *[1] * (vectors.ndim - 2))
-    return (vectors / by).to(vectors.dtype) * model.ln_final.weight, "none"
+    if not frozen:
+        return vectors, None
+    return vectors, cache[frozen[0]][0].reshape(-1, *[1] * (vectors.ndim - 2))
 
 
 def _at_patches(
@@ -158,6 +156,10 @@ def _at_patches(
 
 
 def _probabilities(
-    model: HookedLLaVA, vectors: Float[Tensor, "position *head d_model"], ids: list[int], norm: Lens
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "position *head d_model"],
+    ids: list[int],
+    norm: Lens,
+    scale: Float[Tensor, "position *one 1"] | None,
 ) -> Float[Tensor, "position *head answer"]:
-    return lens(model, vectors, norm=norm).float().softmax(-1)[..., ids]
+    return lens(model, vectors, norm=norm, scale=scale).float().softmax(-1)[..., ids]

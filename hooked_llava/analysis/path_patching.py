@@ -20,8 +20,10 @@ from torch import Tensor
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.choices import chosen
+from hooked_llava.interventions.ends import read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric, own_answers
+from hooked_llava.metrics import Metric
 from hooked_llava.results import analysis, numbers, stack
 
 if TYPE_CHECKING:
@@ -40,11 +42,12 @@ def path_patching(
     clean: Any,
     corrupted: Any,
     *,
-    receivers: Sequence[Receiver] = ("logits",),
+    receivers: Receiver | Sequence[Receiver] = ("logits",),
     senders: Literal["heads", "mlps"] = "heads",
     positions: Positions | None = None,
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
+    read: Positions = "last",
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """The metric when one sender's output, as one receiver alone reads it, is taken from the other prompt.
@@ -53,12 +56,14 @@ def path_patching(
         model: the model.
         clean: one prompt, or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
-        receivers: "logits", ("mlp", layer), or ("q" | "k" | "v", layer, head); key-value heads for k and v.
+        receivers: one or several of "logits", ("mlp", layer), and ("q" | "k" | "v", layer, head); key-value heads for k
+            and v.
         senders: every attention head, or every MLP, that lies before the receiver.
         positions: where the path runs (span or list); all positions by default.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
         direction: "denoise": clean outputs into the corrupted run; "noise": the reverse.
+        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
         batch_size: rows at once; chosen from the free memory by default.
 
     Returns [receiver, layer, head] or [receiver, layer], for several pairs behind an axis pair, with NaN where the
@@ -75,9 +80,10 @@ def path_patching(
     check_direction(direction)
     if senders not in ("heads", "mlps"):
         raise InputError(f"senders={senders!r}; expected 'heads' or 'mlps'.")
-    targets = [_target(model, receiver) for receiver in receivers]
+    targets = [_target(model, receiver) for receiver in _listed(receivers)]
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
-    options = {"senders": senders, "positions": positions, "direction": direction, "batch_size": batch_size}
+    options = {"senders": senders, "positions": positions, "direction": direction, "read": read}
+    options["batch_size"] = batch_size
     results = [_one_pair(model, *pair, targets, **options) for pair in pairs]
     results = [result.assign_coords(receiver=[_label(target) for target in targets]) for result in results]
     return stack(results, "pair") if several else results[0]
@@ -93,9 +99,10 @@ def _one_pair(
     senders: Literal["heads", "mlps"],
     positions: Positions | None,
     direction: Direction,
+    read: Positions,
     batch_size: int | None,
 ) -> xr.DataArray:
-    source, base = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+    source, base = source_and_base(clean, corrupted, direction)
     where = list(base.token_map.real) if positions is None else resolve_positions(positions, base)[0].tolist()
     with analysis(model, clean, n_forward=3, senders=senders, direction=direction) as made:
         replay = Replay(model, base)
@@ -103,24 +110,21 @@ def _one_pair(
         logits, there = model.run_with_cache(source, names_filter=kind)
         _, here = model.run_with_cache(base, names_filter=kind, stop_at_layer=model.cfg.n_layers)
         assert logits is not None
-        ends = [logits[0, int(source.last[0])], replay.logits()]
-        ends = ends if direction == "denoise" else ends[::-1]  # clean, corrupted
-        metric = metric or own_answers(*ends)
+        metric, ends = scored(model, metric, read_at(logits, source, read), replay.logits(read), direction)
         n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
         table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
         for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
             receiving = [r for r, (name, to, _) in enumerate(targets) if _lies_before(layer, to, name, senders)]
             changes = _changes(model, there, here, layer, where)
             runs = [[_path(targets[r], change, where)] for r in receiving for change in changes]
-            values = numbers(replay.run(runs, metric, batch_size=batch_size))
+            values = numbers(replay.run(runs, metric, read, batch_size))
             table[receiving, layer] = values.reshape(len(receiving), *n_heads)
-        attrs = {"clean": float(metric(ends[0])), "corrupted": float(metric(ends[1])), "work": replay.work.forwards}
         return xr.DataArray(
             table,
             dims=("receiver", "layer", "head")[: table.ndim],
             coords={"layer": range(model.cfg.n_layers)} | ({"head": range(*n_heads)} if n_heads else {}),
             name="metric",
-            attrs=made.attrs(**attrs),
+            attrs=made.attrs(**ends, work=replay.work.forwards),
         )
 
 
@@ -136,25 +140,31 @@ def _changes(
     return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O)
 
 
+def _listed(receivers: Receiver | Sequence[Receiver]) -> list[Any]:
+    """Receivers as a list, also where one is given by itself."""
+    one = isinstance(receivers, str) or any(hasattr(entry, "__index__") for entry in receivers)
+    listed = [receivers] if one else list(receivers)
+    if not listed:
+        raise InputError(f"receivers={receivers!r} names none; give 'logits', ('mlp', layer) or ('q', layer, head).")
+    return listed
+
+
 def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
     n_layers, cfg = model.cfg.n_layers, model.config.language
     if receiver == "logits":
         return f"blocks.{n_layers - 1}.hook_resid_post", n_layers, None
-    kind, layer, *head = receiver if isinstance(receiver, tuple) else (receiver, None)
-    known = (kind == "mlp" and not head) or (kind in ("q", "k", "v") and len(head) == 1)
-    if not known or not isinstance(layer, int):
+    kind, *numbers = receiver if isinstance(receiver, tuple) and receiver else (receiver,)
+    known = len(numbers) == (1 if kind == "mlp" else 2 if kind in ("q", "k", "v") else None)
+    if not known or not all(hasattr(number, "__index__") for number in numbers):
         raise InputError(
             f"{receiver!r} is no receiver; expected 'logits', ('mlp', layer), or ('q' | 'k' | 'v', layer, head)."
         )
-    if not -n_layers <= layer < n_layers:
-        raise InputError(f"Receiver {receiver}: layer {layer} is out of range; expected {-n_layers}..{n_layers - 1}.")
-    layer %= n_layers
-    if not head:
+    layer = chosen(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
+    if kind == "mlp":
         return f"blocks.{layer}.hook_mlp_in", layer, None
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
-    if not -n_heads <= head[0] < n_heads:
-        raise InputError(f"Receiver {receiver}: head {head[0]} is out of range; expected {-n_heads}..{n_heads - 1}.")
-    return f"blocks.{layer}.attn.hook_{kind}_input", layer, head[0] % n_heads
+    head = chosen(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]
+    return f"blocks.{layer}.attn.hook_{kind}_input", layer, head
 
 
 def _lies_before(sender_layer: int, layer: int, name: str, senders: str) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hooked_llava.caching import resolve_positions
 from hooked_llava.errors import InputError
-from hooked_llava.geometry import ImageGeometry
+from hooked_llava.geometry import BoxLike, ImageGeometry, checked_box
 from hooked_llava.inputs import Inputs
 from hooked_llava.interventions.intervention import Intervention, Where
+from hooked_llava.metrics import Metric
 from hooked_llava.pictures import load_picture
 
 if TYPE_CHECKING:
@@ -22,10 +24,9 @@ if TYPE_CHECKING:
 
 Direction = Literal["denoise", "noise"]
 """Clean activations into the corrupted run, or corrupted ones into the clean run."""
-Metric = Callable[[Tensor], Tensor]
-"""From logits [..., d_vocab] at the answer's position to one number each."""
 
 _NOISE = 3.0  # Meng et al. 2022 (arXiv 2202.05262) corrupt with three times the spread of the token embeddings
+_SHOWN = 12  # questions of a pool that an error lists
 
 
 def check_pair(clean: Inputs, corrupted: Inputs) -> None:
@@ -102,12 +103,11 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
         candidates, originals = _pixels(pool).to(pixels), pool.images
     else:
         originals = tuple(load_picture(picture, f"Picture {i} of the pool") for i, picture in enumerate(pool))
-        processor = model.processor
-        if processor is None:
+        if model.processor is None:
             raise InputError(
                 "Pictures need a processor, and this model has none; give inputs with pixel_values as the pool."
             )
-        candidates = processor.image_processor(images=list(originals), return_tensors="pt")["pixel_values"].to(pixels)
+        candidates = _processed(model, originals, pixels)
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for i, own in enumerate(pixels):
@@ -138,6 +138,69 @@ def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
     return _with_pictures(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
 
 
+def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: int = 0) -> Inputs:
+    """The same prompt, and what lies under a box of a picture painted over with the mean colour of the rest.
+
+    Args:
+        model: the model, whose processor prepares the picture again.
+        inputs: one prompt, made by `model.prepare`.
+        box: (x0, y0, x1, y1) in pixels of the original picture, rounded to whole ones; x1 and y1 are exclusive.
+        image: which picture of the prompt.
+
+    The picture keeps its size, and no pixel outside the box changes. Raises `InputError` for several prompts, unknown
+    originals, a box outside the picture or as large as it, and where the model would see no difference.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> without = without_object(model, model.prepare("What color is the star?", images=noise), (8, 8, 24, 24))
+    >>> differs = (np.asarray(without.images[0]) != noise).any(-1)
+    >>> int(differs.sum()), bool(differs[8:24, 8:24].all())
+    (256, True)
+    """
+    picture = _original(inputs, image, "without_object")
+    x0, y0, x1, y1 = _whole_pixels(box, picture)
+    values = np.array(picture)
+    rest = np.ones(values.shape[:2], dtype=bool)
+    rest[y0:y1, x0:x1] = False
+    if not rest.any():
+        raise InputError(f"The box {(x0, y0, x1, y1)} is the whole picture, so nothing is left; use blank_image.")
+    values[y0:y1, x0:x1] = values[rest].mean(0).round()
+    return _repainted(model, inputs, image, values)
+
+
+def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: BoxLike, *, image: int = 0) -> Inputs:
+    """The same prompt, the pixels under two boxes of a picture exchanged: each object where the other was.
+
+    Arguments as for `without_object`; the boxes are of one size and do not overlap, `InputError` otherwise. What lies
+    around an object within its box moves along.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> clean = model.prepare("What color is the star?", images=noise)
+    >>> swapped = np.asarray(swapped_objects(model, clean, (0, 0, 16, 16), (40, 40, 56, 56)).images[0])
+    >>> bool((swapped[:16, :16] == noise[40:56, 40:56]).all()), bool((swapped[40:56, 40:56] == noise[:16, :16]).all())
+    (True, True)
+    """
+    picture = _original(inputs, image, "swapped_objects")
+    first, second = (_whole_pixels(given, picture) for given in (box, other))
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = first, second
+    if (x1 - x0, y1 - y0) != (u1 - u0, v1 - v0):
+        raise InputError(
+            f"The boxes are {x1 - x0} x {y1 - y0} and {u1 - u0} x {v1 - v0} pixels; expected one size for both, so that "
+            "they can change places. Widen the smaller one."
+        )
+    if x0 < u1 and u0 < x1 and y0 < v1 and v0 < y1:
+        raise InputError(f"The boxes {first} and {second} overlap, so they cannot change places; give others.")
+    values = np.array(picture)
+    here, there = values[y0:y1, x0:x1].copy(), values[v0:v1, u0:u1].copy()
+    values[y0:y1, x0:x1], values[v0:v1, u0:u1] = there, here
+    return _repainted(model, inputs, image, values)
+
+
 def other_question(
     model: HookedLLaVA, inputs: Inputs, questions: Sequence[str], *, seed: int = 0, **options: Any
 ) -> Inputs:
@@ -165,14 +228,18 @@ def other_question(
             "other_question needs the original pictures; make the prompt with prepare(question, images=...)."
         )
     images = None if inputs.images is None else list(inputs.images)
+    lengths: dict[str, int] = {}
     for i in torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist():
         other = model.prepare(questions[i], images=images, **options)
+        lengths[questions[i]] = other.shape[1]
         same_places = other.shape == inputs.shape and other.token_map.spans == inputs.token_map.spans
         if same_places and not torch.equal(other.input_ids, inputs.input_ids):
             return other
+    listed = "".join(f"\n  {lengths[question]} tokens: {question}" for question in questions[:_SHOWN])
+    more = f"\n  and {len(questions) - _SHOWN} more" if len(questions) > _SHOWN else ""
     raise InputError(
         f"None of the {len(questions)} questions has another wording with its words in the same places as the clean "
-        f"prompt. Give questions of as many tokens.\n\nclean:\n{inputs}"
+        f"prompt of {inputs.shape[1]} tokens. Give questions of as many tokens.{listed}{more}\n\nclean:\n{inputs}"
     )
 
 
@@ -196,8 +263,9 @@ def gaussian_noise(
     Intervention('hook_embed', positions=[...], add=tensor[1, 128])
     """
     prompt = model.as_inputs(inputs)
-    token_map = prompt.token_map
-    where = list(token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
+    if len(prompt) != 1:
+        raise InputError(f"gaussian_noise takes one prompt, got {len(prompt)}; call it once for each.")
+    where = list(prompt.token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
     spread = _NOISE * float(model.W_E.float().std()) if std is None else std
     noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
     return Intervention("hook_embed", positions=where, add=noise.to(model.cfg.device, model.cfg.dtype))
@@ -232,6 +300,45 @@ def _pixels(inputs: Inputs) -> Tensor:
     if inputs.pixel_values is None:
         raise InputError("These inputs have no picture to take or replace; give some with prepare(..., images=...).")
     return inputs.pixel_values
+
+
+def _processed(model: HookedLLaVA, pictures: Sequence[Image.Image], like: Tensor) -> Tensor:
+    return model.processor.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(like)
+
+
+def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
+    """One picture of one prompt, as it was given."""
+    if len(inputs) != 1:
+        raise InputError(f"{caller} takes one prompt, got {len(inputs)}; call it once for each.")
+    if inputs.images is None:
+        raise InputError(f"{caller} needs the original picture; make the prompt with prepare(question, images=...).")
+    if not 0 <= image < len(inputs.images):
+        raise InputError(f"image={image}, and the prompt has {len(inputs.images)} pictures, counted from 0.")
+    return inputs.images[image]
+
+
+def _whole_pixels(box: BoxLike, picture: Image.Image) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = (round(edge) for edge in checked_box(box))
+    if not (0 <= x0 < x1 <= picture.width and 0 <= y0 < y1 <= picture.height):
+        raise InputError(
+            f"The box {(x0, y0, x1, y1)} does not lie in the picture of {picture.width} x {picture.height} pixels, or "
+            "holds none of them; boxes are (x0, y0, x1, y1) in whole pixels of the original."
+        )
+    return x0, y0, x1, y1
+
+
+def _repainted(model: HookedLLaVA, inputs: Inputs, image: int, values: np.ndarray) -> Inputs:
+    """The prompt with one of its pictures painted anew; the others keep their pixels."""
+    pictures = list(inputs.images or ())
+    pictures[image] = Image.fromarray(values)
+    pixels = _pixels(inputs).clone()
+    pixels[image] = _processed(model, [pictures[image]], pixels)[0]
+    if torch.equal(pixels, _pixels(inputs)):
+        raise InputError(
+            "The model would see the same picture as before: the boxes look alike, or lie where the processor crops. Give "
+            "others."
+        )
+    return _with_pictures(model, inputs, pixels, tuple(pictures))
 
 
 def _blank(picture: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ The result is the full run's with the same hooks, up to the rounding of another 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +34,10 @@ from hooked_llava.interventions.kept_run import keep
 from hooked_llava.interventions.plan import PlannedRun, Work, plan_run
 from hooked_llava.interventions.resolve import resolve
 from hooked_llava.interventions.sweep import Sweep
+from hooked_llava.metrics import Metric
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
-
-Metric = Callable[[Tensor], Tensor]
-"""From logits [..., d_vocab] at the answer's position to one number each."""
 
 
 class Replay:

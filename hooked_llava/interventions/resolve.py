@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from hooked_llava.caching import axis_sizes
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
+from hooked_llava.interventions.choices import whole_numbers
 from hooked_llava.interventions.intervention import SCORES, Intervention
 from hooked_llava.interventions.resolved import POSITION_AXES, Resolved, spread
 
@@ -20,7 +16,7 @@ if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
     from hooked_llava.token_map import TokenMap
 
-_BOOLEAN = (torch.bool, np.dtype(bool))
+_PLACES = "whole numbers, a slice, or the name of one span (token_map[a] | token_map[b] joins two)"
 
 
 def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
@@ -83,32 +79,15 @@ def _sequence(where: Any, token_map: TokenMap, n_positions: int) -> tuple[int, .
         return tuple(int(p) for p in token_map[where])
     if isinstance(where, slice):
         return tuple(range(n_positions)[where])
-    given = _whole(where, "positions")
+    given = whole_numbers(where, "positions", _PLACES)
     if outside := [p for p in given if not -n_positions <= p < n_positions]:
         raise InputError(f"Positions {outside} lie outside the prompt; expected {-n_positions}..{n_positions - 1}.")
     return tuple(p % n_positions for p in given)
 
 
-def _whole(given: Any, what: str) -> list[int]:
-    """Whole numbers, of one or several; anything that would have to be rounded or counted is refused."""
-    several = not isinstance(given, str) and isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
-    listed = list(given) if several else [given]
-    try:
-        if any(isinstance(entry, bool) or getattr(entry, "dtype", None) in _BOOLEAN for entry in listed):
-            raise TypeError
-        return [operator.index(entry) for entry in listed]
-    except TypeError:
-        more = (
-            ", a slice, or the name of one span (token_map[a] | token_map[b] joins two)" if what == "positions" else ""
-        )
-        raise InputError(
-            f"{what}={given!r}; expected whole numbers{more}. A mask is turned into numbers by mask.nonzero()[:, 0]."
-        ) from None
-
-
 def _check_image(image: Any, inputs: Inputs, name: str) -> None:
     most = max(inputs.images_per_prompt, default=0)
-    if image is not None and not 0 <= _whole(image, "image")[0] < most:
+    if image is not None and not 0 <= whole_numbers(image, "image")[0] < most:
         raise InputError(f"image={image} on {name!r} is out of range; expected 0..{most - 1}.")
 
 
@@ -135,7 +114,7 @@ def _indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None
         return None
     if n == 0:
         raise InputError(f"{what}={given} on {name!r}, which has no {what}.")
-    values = _whole(given, what)
+    values = whole_numbers(given, what)
     if outside := [i for i in values if not -n <= i < n]:
         raise InputError(f"{what}={outside} on {name!r} are out of range; expected {-n}..{n - 1}.")
     return tuple(i % n for i in values)

@@ -6,6 +6,8 @@ except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
 from hooked_llava.viz.bars import contribution_bars, top_bars
+from hooked_llava.viz.contributions import plot_contributions
+from hooked_llava.viz.edges import edge_map
 from hooked_llava.viz.knockout import knockout_curves, probability_curves
 from hooked_llava.viz.knockout_page import KnockoutPage, flow_study, knockout_page, study_page
 from hooked_llava.viz.lens import answer_curve, lens_table
@@ -25,6 +27,7 @@ __all__ = [
     "cell_maps",
     "contribution_bars",
     "contribution_maps",
+    "edge_map",
     "explain",
     "flow_study",
     "knockout_curves",
@@ -39,6 +42,7 @@ __all__ = [
     "patch_overlays",
     "patching_report",
     "PatchingReport",
+    "plot_contributions",
     "plot_patching",
     "probability_curves",
     "Report",

@@ -1,4 +1,4 @@
-"""How the residual stream adds up to a logit."""
+"""How the residual stream, and the neurons that write to it, add up to a logit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from hooked_llava.errors import InputError
 from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, subject_of, tick_every, unit_of
 
 _OF_LAYER = re.compile(r"(\d+)_(attn|mlp)")
@@ -50,6 +51,37 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
         axes.set_axisbelow(True)
         axes.set_title(subject_of(result) if title is None else title)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
+    return figure
+
+
+def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -> Figure:
+    """The largest contributions of neurons, [layer, neuron], whichever sign they have: a bar each, the most positive on top.
+
+    Raises `InputError` for a result with other axes longer than one, and for a `top` below 1.
+
+    >>> figure = top_bars(xr.DataArray([[0.5, -2.0, 0.1]], dims=("layer", "neuron"), name="logit"), top=2)
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['L0 N0', 'L0 N1']
+    """
+    if top < 1:
+        raise InputError(f"top={top}; expected at least 1 bar.")
+    result = only(result, "layer", "neuron")
+    flat = result.values.ravel()
+    largest = np.argsort(-np.abs(flat), kind="stable")[:top]
+    order = largest[np.argsort(-flat[largest], kind="stable")]
+    places = [np.unravel_index(index, result.shape) for index in order]
+    names = [f"L{result['layer'].values[row]} N{result['neuron'].values[column]}" for row, column in places]
+    with plot(5.2, 1.1 + 0.2 * len(order)) as figure:
+        axes = figure.add_subplot()
+        axes.barh(range(len(order)), flat[order], 0.7, color=[BLUE if flat[i] >= 0 else ORANGE for i in order])
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(order)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit_of(result))
+        axes.grid(axis="x", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        shown = f"{len(order)} of {flat.size} neurons"
+        axes.set_title(f"{subject_of(result) if title is None else title}\n{shown}")
     return figure
 
 

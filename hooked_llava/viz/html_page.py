@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import jinja2
 
 from hooked_llava.errors import InputError
+from hooked_llava.files import written_whole
 from hooked_llava.input_batch import Inputs
 from hooked_llava.model import HookedLLaVA
 
@@ -34,14 +34,9 @@ class HtmlPage:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, all of it or nothing, and return its path; raises `InputError` where that cannot be done."""
         path = Path(path).expanduser()
-        if path.is_dir():
-            raise InputError(
-                f"The report cannot be written to {str(path)!r}, which is a folder; give a file name in it."
-            )
-        if not path.parent.is_dir():
-            raise InputError(f"The report cannot be written: there is no folder {str(path.parent)!r}. Make it first.")
         try:
-            _write_whole(path, self.html)
+            with written_whole(path) as partial:
+                partial.write_text(self.html, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"The report cannot be written to {str(path)!r} ({error.strerror}); choose another place."
@@ -121,17 +116,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # run from its folder without having been installed
         return "(not installed)"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the file and move into place, so that a failure leaves the older page as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes files that only their owner can read
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.pictures import Picture
 from hooked_llava.results import recovered
+from hooked_llava.viz.contributions import plot_contributions
+from hooked_llava.viz.edges import edge_map
 from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import patch_overlay, patch_overlays
 
@@ -29,15 +31,16 @@ def plot_patching(
     image: int = 0,
     title: str | None = None,
 ) -> Figure:
-    """The figure that fits a result of activation, attribution or path patching, or of the logit lens, by its axes.
+    """The figure that fits a result of activation, attribution or path patching, the logit lens or attribution, by its axes.
 
     | axes | figure |
     |---|---|
     | layer, position | tokens along the axis, each picture one column; with `unfold` the picture, a panel a layer |
     | layer, head (or kv_head) | a cell for each head |
     | patch; layer, patch | the picture with its patches; a panel a layer |
-    | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver |
-    | several results by name, or a dataset | panels on one scale |
+    | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver; of many, senders by receivers |
+    | several results by name, or a dataset | panels on one scale; of `edge_attribution`, senders by receivers |
+    | component, neuron, source, ... of `logit_attribution` | as `plot_contributions` |
 
     Args:
         result: what an analysis returned. Of further axes longer than one choose or average first.
@@ -56,13 +59,20 @@ def plot_patching(
     """
     if isinstance(result, Mapping):
         shares = recovered(result) if isinstance(result, xr.Dataset) and _has_ends(result, share) else result
-        parts = {str(name): _bare(_shared(part, share)) for name, part in shares.items()}
-        return _several(parts, inputs)
+        return _several({str(name): _bare(_shared(part, share)) for name, part in shares.items()}, inputs)
+    if result.name == "logit":
+        return plot_contributions(result, inputs, image=image, title=title)
     drawn = _bare(_shared(result, share))
     title = _title(drawn) if title is None else title
-    axes = set(drawn.dims)
-    if "patch" in axes or (unfold and "position" in axes):
+    if "patch" in drawn.dims or (unfold and "position" in drawn.dims):
         return _on_picture(drawn, inputs, image, title)
+    return _by_axes(drawn, inputs, title)
+
+
+def _by_axes(drawn: xr.DataArray, inputs: Inputs | Picture | None, title: str) -> Figure:
+    axes = set(drawn.dims)
+    if "receiver" in axes and drawn.sizes["receiver"] > _MOST_PANELS:
+        return edge_map(drawn, title=title)
     if axes == {"receiver", "layer", "head"}:
         return _several({f"to {name}": drawn.sel(receiver=name) for name in drawn["receiver"].values}, inputs)
     if axes & {"head", "kv_head"}:
@@ -126,12 +136,14 @@ def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tupl
 
 
 def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None) -> Figure:
-    """Panels on one scale."""
+    """Panels on one scale; of edges, that have another sender each, one map."""
     if not parts or len(parts) > _MOST_PANELS:
         raise InputError(f"There are {len(parts)} results to draw; expected 1 to {_MOST_PANELS}. Choose some of them.")
     axes = {frozenset(map(str, part.dims)) for part in parts.values()}
     kinds = [("layer", "head"), ("layer", "kv_head"), ("receiver", "layer"), ("layer", "position")]
     fitting = [kind for kind in kinds if axes == {frozenset(kind)}]
+    if not fitting and len(axes) == len(parts) and all("receiver" in part.dims for part in parts.values()):
+        return edge_map(parts)
     if not fitting:
         found = "; ".join(f"{name}: {', '.join(map(str, part.dims))}" for name, part in parts.items())
         raise InputError(

@@ -181,6 +181,11 @@ def test_refuses_prompts_that_do_not_match_and_shows_both() -> None:
     [
         ({"direction": "both"}, InputError, "expected 'denoise'"),
         ({"heads": [1]}, InputError, "has no heads"),
+        ({"hook": "z", "heads": []}, InputError, r"\[\] chooses none of the heads of blocks.0.attn.hook_z"),
+        ({"hook": "z", "heads": [1.5]}, InputError, "no choice of heads"),
+        ({"layers": []}, InputError, r"\[\] chooses none of the layers of resid_pre"),
+        ({"layers": [3]}, InputError, r"\[3\] are out of range for the layers of resid_pre; expected -3..2"),
+        ({"hook": "hook_embed", "layers": 1}, HookNameError, "has no layers"),
         ({"hook": "z", "heads": [4]}, InputError, r"\[4\] are out of range for the heads"),
         ({"positions": [99]}, InputError, "99"),
         ({"positions": "question"}, SpanError, "question"),
@@ -188,6 +193,12 @@ def test_refuses_prompts_that_do_not_match_and_shows_both() -> None:
         ({"hook": "blocks.*.hook_*_out"}, InputError, "means several hooks"),
         ({"hook": "rezid_pre"}, HookNameError, "resid_pre"),
         ({"read": [1, 2], "metric": None}, InputError, "give metric="),
+        (
+            {"read": [-2, -1]},
+            InputError,
+            r"returned shape \(2,\) for the logits \(2, 99\) of one run; expected one number",
+        ),
+        ({"metric": lambda logits: logits[..., :2]}, InputError, r"returned shape \(2,\) for the logits \(99,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -237,3 +248,28 @@ def test_a_span_within_a_list_is_patched_as_one() -> None:
     close(heads, patch_cells(model, clean, corrupted, "blocks.1.attn.hook_z", cells, metric))
     with pytest.raises(SpanError, match="There is no span 'imgae'"):
         activation_patching(model, clean, corrupted, positions=["imgae", 1], metric=metric)
+
+
+def test_one_layer_may_stand_by_itself() -> None:
+    model, clean, corrupted = prompts()
+    found = activation_patching(model, clean, corrupted, layers=-1, positions="last", metric=metric)
+    assert found.layer.values.tolist() == [2]
+
+
+def test_the_last_position_of_a_forced_answer_is_the_prompts_own() -> None:
+    model, clean, corrupted = prompts()
+    forced = [teacher_forced(model, inputs, [8]) for inputs in (clean, corrupted)]
+    options = {"metric": forced[0].metric, "read": forced[0].positions}
+    found = activation_patching(model, *(f.inputs for f in forced), positions="last", **options)
+    assert found.position.values.tolist() == [clean.shape[1] - 1]
+    plain = activation_patching(model, clean, corrupted, positions="last", metric=log_probability(8))
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
+    assert float(found.std()) > 0
+
+
+def test_pairs_that_do_not_stack_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clean, corrupted = prompts()
+    _, *longer = prompts(n_text=6)
+    monkeypatch.setattr(type(model), "run_with_cache", None)
+    with pytest.raises(InputError, match=r"'position': 9.*'position': 11.* do not stack"):
+        activation_patching(model, [clean, longer[0]], [corrupted, longer[1]], metric=metric)

@@ -15,10 +15,10 @@ from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import log_probability, rank
+from hooked_llava.metrics import log_probability, rank, teacher_forced
 from tests.analysis.test_activation_patching import metric, prompts
 from tests.oracles.naive_patching import activations, edges, gradient_at
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 
 def near_prompts(geometry: str = "plain", step: float = 1e-5) -> tuple[Any, Any, Any]:
@@ -168,5 +168,45 @@ def test_what_does_not_fit_is_refused() -> None:
             attribution_patching(model, clean, corrupted, hooks=[hook])
     with pytest.raises(InputError, match="no gradient"):
         attribution_patching(model, clean, corrupted, metric=rank(4))
-    with pytest.raises(InputError, match="steps=-1"):
-        attribution_patching(model, clean, corrupted, metric=log_probability(4), steps=-1)
+    with pytest.raises(InputError, match="no gradient"):
+        attribution_patching(model, clean, corrupted, metric=lambda logits: float(logits[..., 4].detach()))
+    with pytest.raises(InputError, match=r"returned shape \(2,\) for the logits \(99,\) of one run"):
+        attribution_patching(model, clean, corrupted, metric=lambda logits: logits[..., :2])
+    with pytest.raises(InputError, match="hooks=\\[\\] names no hook"):
+        attribution_patching(model, clean, corrupted, hooks=[])
+    for steps in (-1, 1.5):
+        with as_users_run(), pytest.raises(InputError, match=f"steps={steps}"):
+            attribution_patching(model, clean, corrupted, metric=log_probability(4), steps=steps)
+
+
+def test_pairs_of_different_length_stack_as_edges_only() -> None:
+    model, clean, corrupted = prompts()
+    _, *longer = prompts(n_text=6)
+    sides = [clean, longer[0]], [corrupted, longer[1]]
+    with pytest.raises(InputError, match=r"'position': 9.*'position': 11.* do not stack"):
+        attribution_patching(model, *sides, hooks="mlp_out", metric=metric)
+    assert edge_attribution(model, *sides, metric=metric).sizes["pair"] == 2
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_reading_an_answer_of_several_tokens(steps: int) -> None:
+    model, clean, corrupted = prompts()
+    forced = [teacher_forced(model, inputs, [8, 9]) for inputs in (clean, corrupted)]
+    bases, score, where = [f.inputs for f in forced], forced[0].metric, forced[0].positions
+    options = {"metric": score, "read": where, "steps": steps}
+    found = attribution_patching(model, *bases, hooks=["z", "mlp_out", "hook_embed"], **options)
+    with torch.no_grad():
+        assert found.clean == pytest.approx(float(score(model(bases[0])[0, where])), abs=1e-4)
+    if not steps:
+        name = "blocks.1.hook_mlp_out"
+        there, here = (activations(model, inputs, [name])[name] for inputs in bases)
+        expected = ((there - here) * gradient_at(model, bases[1], name, score, where)).sum(-1)[0]
+        np.testing.assert_allclose(found["mlp_out"][1], expected, rtol=1e-3, atol=1e-4)
+    edges = edge_attribution(model, *bases, **options)
+    np.testing.assert_allclose(edges.heads.sum("receiver"), found["z"].sum("position"), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(edges.embed.sum("receiver"), found["hook_embed"].sum("position"), rtol=1e-3, atol=1e-5)
+
+
+def test_one_hook_may_stand_by_itself() -> None:
+    model, clean, corrupted = prompts()
+    assert list(attribution_patching(model, clean, corrupted, hooks="resid_pre", metric=metric)) == ["resid_pre"]

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused() -> None:
         logit_attribution(models.ours, models.prompt(), 7, position="image")
     with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
         logit_attribution(models.ours, models.prompt(), 99)
-    with as_users_run(), pytest.raises(InputError, match="by='heads'; expected 'component' or 'head'"):
+    with as_users_run(), pytest.raises(InputError, match="by='heads'; expected one of 'component', 'layer', 'head'"):
         logit_attribution(models.ours, models.prompt(), 7, by="heads")
 
 
@@ -166,3 +166,10 @@ def test_several_prompts_side_by_side(by: Any) -> None:
         alone = logit_attribution(models.ours, inputs[i], 7, by=by)
         np.testing.assert_allclose(found.sel(prompt=i), alone, atol=1e-5)
         assert found.logit[i] == pytest.approx(alone.logit, abs=1e-5)
+
+
+@pytest.mark.parametrize("by", ["component", "layer", "head"])
+def test_parts_and_rest_are_the_logit_in_half_precision_too(by: Any) -> None:
+    models = pair("plain", torch.bfloat16)
+    found = logit_attribution(models.ours, models.prompt(), 7, by=by)
+    assert float(found.sum()) + found.rest == pytest.approx(found.logit, abs=1e-5)

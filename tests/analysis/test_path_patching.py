@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.errors import InputError
+from hooked_llava.metrics import teacher_forced
 from tests.analysis.test_activation_patching import metric, prompts
 from tests.oracles.naive_patching import outputs_of, patch_path
 from tests.pairs import as_users_run
@@ -61,6 +63,32 @@ def test_text_only_and_pairs() -> None:
     assert float(alone.sel(receiver="logits", layer=1, head=2)) == pytest.approx(expected, rel=1e-4, abs=3e-5)
 
 
+def test_one_receiver_may_stand_by_itself() -> None:
+    model, clean, corrupted = prompts()
+    listed = path_patching(model, clean, corrupted, receivers=["logits", ("mlp", 1)], senders="mlps", metric=metric)
+    for one in ("logits", ("mlp", 1)):
+        alone = path_patching(model, clean, corrupted, receivers=one, senders="mlps", metric=metric)
+        assert alone.sizes["receiver"] == 1
+        np.testing.assert_allclose(alone[0], listed.sel(receiver=alone.receiver[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_reading_an_answer_of_several_tokens() -> None:
+    model, clean, corrupted = prompts()
+    forced = [teacher_forced(model, inputs, [8, 9]) for inputs in (clean, corrupted)]
+    where, bases = forced[0].positions, [f.inputs for f in forced]
+    found = path_patching(model, *bases, receivers=["logits", ("q", 2, 1)], metric=forced[0].metric, read=where)
+    with torch.no_grad():
+        ends = [float(forced[0].metric(model(inputs)[0, where])) for inputs in bases]
+    assert [found.clean, found.corrupted] == pytest.approx(ends, abs=1e-4)
+    outputs = [outputs_of(model, inputs) for inputs in bases]
+    for receiver, name in (("logits", "logits"), (("q", 2, 1), "L2H1 q")):
+        expected = patch_path(
+            model, bases[1], *outputs, (0, 3), receiver, range(bases[1].shape[1]), forced[0].metric, where
+        )
+        cell = float(found.sel(receiver=name, layer=0, head=3))
+        assert cell == pytest.approx(expected, rel=1e-4, abs=3e-5)
+
+
 def test_default_metric_is_the_difference_of_the_own_answers() -> None:
     model, clean, corrupted = prompts()
     found = path_patching(model, clean, corrupted, senders="mlps")
@@ -72,8 +100,11 @@ def test_default_metric_is_the_difference_of_the_own_answers() -> None:
     [
         ({"receivers": ["logit"]}, "no receiver"),
         ({"receivers": [("q", 1)]}, "no receiver"),
-        ({"receivers": [("q", 3, 0)]}, "layer 3 is out of range"),
-        ({"receivers": [("k", 1, 2)]}, "head 2 is out of range"),
+        ({"receivers": [("mlp",)]}, "no receiver"),
+        ({"receivers": [("mlp", 1.5)]}, "no receiver"),
+        ({"receivers": []}, "names none"),
+        ({"receivers": [("q", 3, 0)]}, r"\[3\] are out of range for the layers, as in the receiver \('q', 3, 0\)"),
+        ({"receivers": [("k", 1, 2)]}, r"\[2\] are out of range for the heads"),
         ({"senders": "embed"}, "expected 'heads' or 'mlps'"),
         ({"direction": "up"}, "expected 'denoise'"),
     ],

@@ -20,6 +20,8 @@ from hooked_llava.interventions.pairs import (
     other_image,
     other_question,
     prompt_pairs,
+    swapped_objects,
+    without_object,
 )
 from hooked_llava.model import HookedLLaVA
 from tests.fixtures_processor import make_processor
@@ -85,7 +87,8 @@ def test_other_question_fits_position_by_position() -> None:
     assert len(found) == 2
     assert all("shape" in text or "square" in text for text in found)
     check_pair(clean, other_question(model(), clean, pool))
-    with pytest.raises(InputError, match=r"(?s)None of the 2 questions.*clean:.*position"):
+    counts = r"of 13 tokens.*\n  13 tokens: What color is the star\?\n  11 tokens: Is it red\?"
+    with pytest.raises(InputError, match=rf"(?s)None of the 2 questions.*{counts}.*clean:.*position"):
         other_question(model(), clean, pool[:2])
     with pytest.raises(InputError, match="takes one prompt, got 2"):
         other_question(model(), model().prepare([QUESTION, QUESTION]), pool)
@@ -101,6 +104,8 @@ def test_gaussian_noise_falls_on_the_chosen_positions() -> None:
     assert list(noise.positions) == list(clean.token_map["question"])
     ratio = float(noise.add.std() / model().W_E.std())
     assert 2.5 < ratio < 3.5
+    with pytest.raises(InputError, match="gaussian_noise takes one prompt, got 2"):
+        gaussian_noise(model(), model().prepare([QUESTION] * 2), "last")
     everywhere = gaussian_noise(model(), clean, None, std=0.1)
     assert len(everywhere.add) == clean.shape[1]
     replay = Replay(model(), clean)
@@ -145,3 +150,55 @@ def test_pairs_are_matched_one_by_one() -> None:
         check_pair(batch, batch)
     with pytest.raises(InputError, match="'denoise'"):
         check_direction("sideways")
+
+
+def test_without_object_paints_over_a_box_and_nothing_else() -> None:
+    clean = prompt()
+    without = without_object(model(), clean, (2, 4, 8, 10))
+    check_pair(clean, without)
+    before, after = (np.asarray(inputs.images[0]).astype(int) for inputs in (clean, without))
+    outside = np.ones(before.shape[:2], dtype=bool)
+    outside[4:10, 2:8] = False
+    assert (after[outside] == before[outside]).all()
+    np.testing.assert_allclose(after[4:10, 2:8], np.broadcast_to(before[outside].mean(0), (6, 6, 3)), atol=0.51)
+    direct = model().prepare(QUESTION, images=without.images[0])
+    torch.testing.assert_close(direct.pixel_values, without.pixel_values)
+    assert without.token_map.geometry() == clean.token_map.geometry()
+
+
+def test_swapped_objects_change_places() -> None:
+    clean = prompt()
+    boxes = (0, 0, 6, 6), (9, 8, 15, 14)
+    swapped = swapped_objects(model(), clean, *boxes)
+    check_pair(clean, swapped)
+    before, after = (np.asarray(inputs.images[0]) for inputs in (clean, swapped))
+    assert (after[0:6, 0:6] == before[8:14, 9:15]).all()
+    assert (after[8:14, 9:15] == before[0:6, 0:6]).all()
+    assert (after[6:8] == before[6:8]).all()
+    again = swapped_objects(model(), swapped, *boxes)
+    assert torch.equal(again.pixel_values, clean.pixel_values)
+
+
+def test_one_of_several_pictures_is_repainted() -> None:
+    clean = model().prepare("<image> or <image> ?", images=[picture(1), picture(2)])
+    without = without_object(model(), clean, (0, 0, 8, 8), image=1)
+    assert torch.equal(without.pixel_values[0], clean.pixel_values[0])
+    assert not torch.equal(without.pixel_values[1], clean.pixel_values[1])
+
+
+def test_boxes_that_do_not_fit_are_refused() -> None:
+    clean, flat = prompt(), model().prepare(QUESTION, images=np.full((16, 16, 3), 9, dtype=np.uint8))
+    with pytest.raises(InputError, match="does not lie in the picture of 16 x 16 pixels"):
+        without_object(model(), clean, (4, 4, 20, 8))
+    with pytest.raises(InputError, match="use blank_image"):
+        without_object(model(), clean, (0, 0, 16, 16))
+    with pytest.raises(InputError, match="see the same picture"):
+        without_object(model(), flat, (0, 0, 4, 4))
+    with pytest.raises(InputError, match="4 x 4 and 6 x 4 pixels; expected one size"):
+        swapped_objects(model(), clean, (0, 0, 4, 4), (8, 8, 14, 12))
+    with pytest.raises(InputError, match="overlap"):
+        swapped_objects(model(), clean, (0, 0, 4, 4), (2, 2, 6, 6))
+    with pytest.raises(InputError, match="image=1, and the prompt has 1 pictures"):
+        without_object(model(), clean, (0, 0, 4, 4), image=1)
+    with pytest.raises(InputError, match="without_object needs the original picture"):
+        without_object(pair().ours, pair().ours.as_inputs(pair().prompt()), (0, 0, 4, 4))

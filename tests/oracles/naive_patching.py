@@ -55,6 +55,7 @@ def patch_path(
     receiver: Any,
     positions: Sequence[int],
     metric: Metric,
+    read: int | Sequence[int] = -1,
 ) -> float:
     """Path patching in two passes: all else frozen while the sender speaks, then the receiver alone is replaced.
 
@@ -91,10 +92,10 @@ def patch_path(
         logits = model.run_with_hooks(base, fwd_hooks=[*((n, freeze) for n in outputs), *listeners])
         if kind != "logits":
             logits = model.run_with_hooks(base, fwd_hooks=[(name, replace)])
-    return float(metric(logits[0, -1]))
+    return float(metric(logits[0, read]))
 
 
-def gradient_at(model: Any, inputs: Any, name: str, metric: Metric) -> Tensor:
+def gradient_at(model: Any, inputs: Any, name: str, metric: Metric, read: int | Sequence[int] = -1) -> Tensor:
     """Gradient of the metric at one activation, which is cut off from what it came from."""
     leaves = []
 
@@ -103,7 +104,7 @@ def gradient_at(model: Any, inputs: Any, name: str, metric: Metric) -> Tensor:
         return leaves[0]
 
     with torch.enable_grad():
-        metric(model.run_with_hooks(inputs, fwd_hooks=[(name, cut)])[0, -1]).backward()
+        metric(model.run_with_hooks(inputs, fwd_hooks=[(name, cut)])[0, read]).backward()
     return leaves[0].grad
 
 

@@ -6,7 +6,7 @@ import xarray as xr
 
 from hooked_llava.analysis import logit_attribution
 from hooked_llava.errors import InputError
-from hooked_llava.viz import contribution_bars
+from hooked_llava.viz import contribution_bars, top_bars
 
 
 def test_bars_are_the_contributions_and_the_line_ends_at_the_logit(model, inputs):
@@ -37,3 +37,17 @@ def test_many_layers_fit():
 def test_another_axis_is_refused():
     with pytest.raises(InputError, match=r"has the axes layer; expected component"):
         contribution_bars(xr.DataArray([1.0, 2.0], dims="layer"))
+
+
+def test_the_neurons_that_contribute_most_either_way(model, inputs):
+    parts = logit_attribution(model, inputs, "red", by="neuron")
+    figure = top_bars(parts, top=5)
+    axes = figure.axes[0]
+    widths = [bar.get_width() for bar in axes.containers[0]]
+    assert widths == sorted(widths, reverse=True)
+    assert sorted(map(abs, widths), reverse=True) == pytest.approx(sorted(abs(parts.values.ravel()), reverse=True)[:5])
+    layer, neuron = (int(word[1:]) for word in axes.get_yticklabels()[0].get_text().split())
+    assert float(parts.sel(layer=layer, neuron=neuron)) == pytest.approx(widths[0])
+    assert axes.get_title(loc="left").endswith(f"5 of {parts.size} neurons")
+    with pytest.raises(InputError, match="top=0; expected at least 1"):
+        top_bars(parts, top=0)
