@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from hooked_llava import results
 from hooked_llava.analysis import patch_importance
 from hooked_llava.errors import CheckpointError
 from hooked_llava.inputs import Inputs
+from hooked_llava.interventions.digest import weights_digest
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import Scene
@@ -101,21 +104,28 @@ def batches(some: Sequence[T], size: int = BATCH) -> Iterator[Sequence[T]]:
 
 
 def maps_of(model: HookedLLaVA, some: Sequence[Case], name: str, file: Path, *, other: bool = False) -> xr.DataArray:
-    """Maps [prompt, patch_row, patch_col] with attributes `forwards` (a picture's) and `seconds` (all); kept in the file."""
+    """Maps [prompt, patch_row, patch_col] with attributes `forwards` (a picture's) and `seconds` (all); kept in the file.
+
+    A file of other weights, options or questions is made anew. Seconds are the method's alone, prompts and pictures ready.
+    """
+    about = identity(model, some, name, other=other)
     if file.is_file():
         try:
             kept = results.load(file)
         except CheckpointError:
             kept = None
-        if isinstance(kept, xr.DataArray) and kept.sizes["prompt"] == len(some):
+        if isinstance(kept, xr.DataArray) and kept.attrs.get("about") == about:
             return kept
-    started, parts, forwards, backwards = time.perf_counter(), [], 0.0, 0.0
+    parts, seconds, forwards, backwards = [], 0.0, 0.0, 0.0
     for batch in tqdm(list(batches(some)), desc=name, leave=False, delay=5):
         if name == RANDOM:
             drawn = np.random.default_rng(len(parts)).random((len(batch), *batch[0].coverage.shape))
             parts.append(drawn)
             continue
-        found = patch_importance(model, prepared(model, batch, other=other), **METHODS[name])
+        inputs = prepared(model, batch, other=other)
+        started = time.perf_counter()
+        found = patch_importance(model, inputs, **METHODS[name])
+        seconds += time.perf_counter() - started
         each = 1 if name.startswith(ONE_BY_ONE) else len(batch)  # their forwards are counted prompt by prompt
         forwards += found.n_forward * each
         backwards += found.n_backward * each
@@ -126,12 +136,23 @@ def maps_of(model: HookedLLaVA, some: Sequence[Case], name: str, file: Path, *, 
         attrs={
             "forwards": forwards / len(some),
             "backwards": backwards / len(some),
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
+            "about": about,
         },
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     results.save(result, file)
     return result
+
+
+def identity(model: HookedLLaVA, some: Sequence[Case], name: str, *, other: bool) -> dict[str, str]:
+    """What maps are of: they are the same if all of this is."""
+    asked = hashlib.sha256()
+    for case in some:
+        asked.update((case.other_question if other else case.example.prompt).encode())
+        asked.update(case.scene.pixels.tobytes())
+    options = json.dumps(METHODS.get(name, name), sort_keys=True)
+    return {"weights": weights_digest(model), "options": options, "questions": asked.hexdigest()[:16]}
 
 
 @torch.no_grad()

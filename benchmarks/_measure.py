@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -24,6 +23,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks._models import POSITIONS
+from hooked_llava.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "HF sdpa"
@@ -133,10 +133,10 @@ def in_fresh_process(script: str, threads: int, *worker: str) -> dict[str, Any]:
 
 
 def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]], corner: str) -> str:
-    """A Markdown table."""
-    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
+    """A Markdown table; a stroke within a cell, as in "image->question|rest", does not end it."""
+    table = [[corner, *columns], *([name, *cells] for name, cells in rows.items())]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
+    return "\n".join([lines[0], "|---" * (len(columns) + 1) + "|", *lines[1:]])
 
 
 def ratio_table(rows: Mapping[str, Mapping[str, Summary]], columns: Sequence[str], corner: str) -> str:
@@ -168,9 +168,6 @@ def write(name: str, options: argparse.Namespace, **measured: Any) -> Path:
         "repetitions": options.repetitions,
         **measured,
     }
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
-    Path(partial).replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path

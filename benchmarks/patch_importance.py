@@ -105,17 +105,23 @@ def summary(rows: Rows) -> Rows:
 
 
 def pooled(each: Mapping[str, Rows]) -> Rows:
-    """The rows of all checkpoints as one."""
+    """Every number's mean over the checkpoints, picture by picture.
+
+    All checkpoints see the same pictures, so that intervals over pictures are taken of these means: three measurements of
+    one picture are not three pictures.
+    """
     first = next(iter(each.values()))
     return {
-        name: {
-            key: np.concatenate([rows[name][key] for rows in each.values()])
-            if isinstance(value, np.ndarray)
-            else float(np.mean([rows[name][key] for rows in each.values()]))
-            for key, value in first[name].items()
-        }
-        for name in first
+        name: {key: _mean([rows[name][key] for rows in each.values()]) for key in row} for name, row in first.items()
     }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of what there is; NaN where there is nothing."""
+    table = np.asarray(values, dtype=float)
+    there = np.isfinite(table).sum(0)
+    mean = np.where(there, np.nansum(table, 0) / np.maximum(there, 1), np.nan)
+    return mean if mean.ndim else float(mean)
 
 
 def compared(rows: Rows) -> dict[str, Any]:

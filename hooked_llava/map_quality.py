@@ -172,17 +172,37 @@ def bootstrap(
     array = array[whole]
     if not len(array):
         return (float("nan"),) * 3
-    rng = np.random.default_rng(seed)
     if statistic is None:
-        drawn = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=n) @ array / len(array)
-        value = float(array.mean())
-    else:
-        drawn = np.array([statistic(array[rng.integers(len(array), size=len(array))]) for _ in range(n)])
-        value = float(statistic(array))
+        mean, low, high = mean_intervals(array, n=n, level=level, seed=seed).tolist()
+        return mean, low, high
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(array[rng.integers(len(array), size=len(array))]) for _ in range(n)])
+    value = float(statistic(array))
     if np.isnan(drawn).all():
         return value, float("nan"), float("nan")
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return value, float(low), float(high)
+
+
+def mean_intervals(
+    values: Float[np.ndarray, "case ..."], *, n: int = 1000, level: float = 0.95, seed: int = 0
+) -> Float[np.ndarray, "3 ..."]:
+    """Means over the first axis and the ends of their percentile bootstrap intervals; NaN counts for nothing.
+
+    >>> mean_intervals(np.array([[1.0, np.nan], [3.0, 5.0]])).round(1).tolist()
+    [[2.0, 5.0], [1.0, 5.0], [3.0, 5.0]]
+    """
+    n_cases = len(values)
+    flat = values.reshape(n_cases, -1)
+    valid = np.isfinite(flat)
+    drawn = np.random.default_rng(seed).multinomial(n_cases, np.full(n_cases, 1 / n_cases), size=n)
+    weights = np.concatenate([np.ones((1, n_cases)), drawn])  # the sample itself first
+    weight = weights @ valid
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (weights @ np.where(valid, flat, 0)) / weight  # NaN where nothing that counts was drawn
+    empty = ~np.isfinite(means[1:]).any(axis=0)
+    ends = np.nanquantile(np.where(empty, 0.0, means[1:]), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.stack([means[0], *np.where(empty, np.nan, ends)]).reshape(3, *values.shape[1:])
 
 
 def shares(maps: Float[np.ndarray, "... patch_row patch_col"]) -> Float[np.ndarray, "... patch_row patch_col"]:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from hooked_llava.analysis.answer_probability import answer_probability
+from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.attention_contribution import attention_contribution
 from hooked_llava.analysis.causal_trace import by_role, causal_trace
+from hooked_llava.analysis.deletion import deletion_curves
 from hooked_llava.analysis.head_ablation import ablate_heads
 from hooked_llava.analysis.head_readings import attention_to_object, head_readings
-from hooked_llava.analysis.head_scores import head_scores, layer_scores, position_scores, top_heads
+from hooked_llava.analysis.head_scores import head_scores, heads_by_attention, layer_scores, position_scores, top_heads
 from hooked_llava.analysis.information_storage import information_storage
-from hooked_llava.analysis.knockout import attention_knockout, flow_summary
+from hooked_llava.analysis.knockout import attention_knockout, flow_summary, knockout_study
+from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
+from hooked_llava.datasets import StudyRow, by_kind
 from hooked_llava.interventions.corruptions import MeanEmbedding, OtherImage
 from hooked_llava.toy.compiled import CompiledLLaVA
-from hooked_llava.toy.patch_world import GRID, UNKNOWN, picture
+from hooked_llava.toy.patch_world import GRID, UNKNOWN, picture, questions
 from tests.known_mechanism import ANSWERING, LOGIT, OBJECTS, RECOLORED, ROUTES, VARIANTS, model_of, places
 
 ROUTES_BY_SPAN = {
@@ -63,6 +68,30 @@ def test_the_head_that_writes_the_answer_has_the_whole_score(model, variant):
     assert np.allclose(layers.values, one_hot(layers.shape, (3, 0), LOGIT), atol=1e-4)
 
 
+def test_heads_attend_to_what_they_read_and_others_to_their_share(model, variant):
+    """The head that reads the word or the patch has all its attention there; idle heads spread it evenly."""
+    inputs = model.ask(OBJECTS, "ring")
+    n = len(inputs.token_map)
+    for span, readers in {
+        "word": {"direct": [(1, 2)], "two_hops": [(3, 3)]},
+        "object": {"direct": [(3, 0)], "two_hops": []},
+    }.items():
+        mass = heads_by_attention(model, inputs, span)
+        expected = sum((one_hot(mass.shape, pair) for pair in readers[variant]), np.zeros(mass.shape))
+        assert np.allclose(mass.values[expected == 1], 1, atol=1e-6)
+        assert mass.values[expected == 0].max() < 2 / n
+    if variant == "direct":
+        assert top_heads(heads_by_attention(model, inputs, "object"), 1) == [ANSWERING[variant]]
+
+
+def test_the_next_token_is_the_color_and_all_others_are_equal(model):
+    found = next_tokens(model, model.ask(OBJECTS, "ring"), k=5)
+    assert found.token.values[0, 0] == "Blue"
+    certain = np.exp(LOGIT) / (np.exp(LOGIT) + model.cfg.d_vocab - 1)
+    assert float(found.probability[0, 0]) == pytest.approx(certain, abs=1e-4)
+    assert np.allclose(found.probability[0, 1:], certain / np.exp(LOGIT), rtol=1e-2)
+
+
 def test_the_position_it_reads_has_the_whole_score(model, variant):
     read = position_scores(model, model.ask(OBJECTS, "ring"), heads=1)
     place = places(model)["object" if variant == "direct" else "word"]
@@ -84,6 +113,45 @@ def test_the_patch_map_is_one_hot_on_the_queried_object_or_empty_where_another_h
 def test_taking_the_object_away_costs_the_answer_in_either_variant(model, method):
     found = patch_importance(model, model.ask(OBJECTS, "ring"), method=method)[0]
     assert np.allclose(found.values, one_hot((GRID, GRID), (2, 1), LOGIT), atol=1e-4)
+
+
+def test_deletion_falls_and_insertion_rises_when_the_object_has_its_turn(model):
+    """Each map's curve is a step: at the patch's place in the order of the map."""
+    inputs = model.ask(OBJECTS, "ring")
+    first = one_hot((GRID, GRID), (2, 1))
+    shares = [n / GRID**2 for n in (0, 1, GRID**2 - 1, GRID**2)]
+    found = deletion_curves(model, inputs, {"object first": first, "object last": -first}, shares=shares)
+    certain = np.exp(LOGIT) / (np.exp(LOGIT) + model.cfg.d_vocab - 1)
+    there = {
+        ("deletion", "object first"): [1, 0, 0, 0],
+        ("deletion", "object last"): [1, 1, 1, 0],
+        ("insertion", "object first"): [0, 1, 1, 1],
+        ("insertion", "object last"): [0, 0, 0, 1],
+    }
+    for (way, name), steps in there.items():
+        curve = found.probability.sel(direction=way, map=name).values
+        assert np.allclose(curve, np.array(steps) * certain, atol=1e-3)
+        area = found.area.sel(direction=way, map=name).item()
+        assert area == pytest.approx(certain * {1: 0.02, 3: 0.98}[sum(steps)], abs=2e-3)
+
+
+def test_made_up_answers_are_seen_by_where_the_map_lies(model, variant):
+    """The model says "Unknown" of an absent shape with the same certainty: only the map of the picture's reader tells."""
+    asked = [model.ask(OBJECTS, shape) for shape in ("ring", "star", "circle", "square")]
+    wrong = [False, False, True, True]  # to say anything of a shape that is not there would be made up
+    covered = np.zeros((GRID, GRID))
+    for place in OBJECTS:
+        covered[place] = 1
+    signs = xr.concat(
+        [answer_signs(model, one, patch_importance(model, one, heads="all"), covered) for one in asked], "prompt"
+    )
+    assert np.ptp(signs.confidence.values) < 1e-4
+    on = [1.0, 1.0, 0.0, 0.0] if variant == "direct" else [0.0] * 4
+    found = np.where(signs.map_peak.values > 1, signs.mass_on_objects.values, 0)
+    assert np.allclose(found, on, atol=1e-3)
+    assert np.allclose(signs.map_peak.values, [LOGIT * x for x in on], atol=1e-3)
+    if variant == "direct":
+        assert float(predict_wrong(signs, wrong).sel(sign="map_peak")) == 1.0
 
 
 def test_integrated_gradients_are_one_hot_on_the_object_but_add_up_only_with_many_steps(model):
@@ -183,6 +251,29 @@ def test_the_summary_of_the_flow(model, variant):
         layer = model.mechanism.edges.get(edge)
         numbers = [float(found[name].sel(edge=edge)) for name in ("peak_layer", "half_width", "stages")]
         assert numbers == ([layer, 1, 1] if layer is not None else [0, 0, 0])
+
+
+def test_a_study_finds_the_same_in_every_question(model, variant, tmp_path):
+    """By kind: about a shape that is there every question loses its answer, about one that is not, none."""
+    asked = questions(OBJECTS, shapes=["ring", "star", "circle"])
+    rows = [
+        StudyRow(id=str(i), question=q.text, answer=q.answer, picture=picture(OBJECTS), boxes=q.answer_boxes,
+                 kind="there" if q.answer != UNKNOWN else "absent")
+        for i, q in enumerate(asked)
+    ]  # fmt: skip
+    edges = ["image->last", "image->question", "question->last", "object->last", "random->last"]
+    found = knockout_study(model, rows, edges, window=1, out=tmp_path / "flow", batch_size=2)
+    assert found.attrs["correct"] == {"there": 4, "absent": 2}, "it knows all answers"
+    means = by_kind(found, n_boot=50)
+    expected = np.zeros((len(edges), model.cfg.n_layers))
+    for edge, layer in ROUTES_BY_SPAN[variant].items():
+        if edge in edges:
+            expected[edges.index(edge), layer] = -100
+    for statistic in ("mean", "low", "high"):
+        effect = means.effect.sel(statistic=statistic)
+        assert np.allclose(effect.sel(kind="there"), expected, atol=0.01)
+        assert np.allclose(effect.sel(kind="absent", edge=edges[:3]), 0, atol=0.01)
+        assert np.isnan(effect.sel(kind="absent", edge=edges[3:])).all(), "no object, no such edge"
 
 
 def test_without_an_answer_to_lose_nothing_is_lost(model):

@@ -17,16 +17,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.readout import Lens, lens
+from hooked_llava.metrics import one_each
+from hooked_llava.readout import lens, wide
 from hooked_llava.results import analysis, numbers
+from hooked_llava.saliency.streams import streams_at
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
 FORMS = ("lower", "capitalised", "false lower", "false capitalised")
 """The answer's two spellings, and those of the false option."""
-_READINGS: tuple[Lens, ...] = ("none", "final")
+_READINGS = ("none", "final")
+_PIECE = 2**13  # words whose unembedding is widened at once
 
 
 def answer_probability(
@@ -62,11 +64,11 @@ def answer_probability(
         raise InputError(
             "answer_probability spells answers, and this model has no tokenizer; pass processor= to from_hf."
         )
-    answers = None if answer is None else _each(answer, len(prompts), "answer")
-    options = _each(false_option or "", len(prompts), "false_option")
+    answers = None if answer is None else one_each(answer, len(prompts), "answer")
+    options = one_each(false_option or "", len(prompts), "false_option")
     with analysis(model, prompts, n_forward=1) as made:
-        streams = _last_streams(model, prompts)  # (layer, prompt, d_model)
-        readings = [lens(model, streams, norm=norm).float().softmax(-1) for norm in _READINGS]
+        streams = streams_at(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
+        readings = [logits.softmax(-1) for logits in (_raw(model, streams), wide(lens(model, streams)))]
         if answers is None:
             answers = [str(model.to_string(int(i))) for i in readings[1][-1].argmax(-1)]
         found = np.full((len(prompts), len(_READINGS), len(streams), len(FORMS)), np.nan)
@@ -85,13 +87,6 @@ def answer_probability(
         return result.isel(prompt=0) if len(prompts) == 1 else result.assign_coords(prompt=range(len(prompts)))
 
 
-def _each(given: str | Sequence[str], n: int, what: str) -> list[str]:
-    words = [given] * n if isinstance(given, str) else list(given)
-    if len(words) != n:
-        raise InputError(f"{what}= has {len(words)} words for {n} prompts; give one, or one for each.")
-    return words
-
-
 def _forms(model: HookedLLaVA, word: str) -> list[int | None]:
     """First tokens of a word in lower case and with a capital; None for what the tokenizer does not know."""
     found: list[int | None] = []
@@ -102,8 +97,7 @@ def _forms(model: HookedLLaVA, word: str) -> list[int | None]:
     return found
 
 
-def _last_streams(model: HookedLLaVA, prompts: Inputs) -> Float[Tensor, "layer prompt d_model"]:
-    """The stream of each prompt's last position, entering every layer and leaving the last."""
-    names = [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-    _, cache = model.run_with_cache(prompts, names_filter=names, positions="last", stop_at_layer=model.cfg.n_layers)
-    return torch.stack([cache[name][:, 0] for name in names])
+def _raw(model: HookedLLaVA, streams: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_vocab"]:
+    """u W_U in float32 at least: without the norm logits are so large that half precision would round them apart."""
+    rows = wide(streams)
+    return torch.cat([rows @ part.to(rows.dtype).T for part in model.unembed.weight.split(_PIECE)], -1)

@@ -17,12 +17,13 @@ from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
 from hooked_llava.results import analysis, numbers
 from hooked_llava.saliency.decision import Target, one_or_all, own_names, resolve_target
-from hooked_llava.saliency.occlusion import Where, answer_metric, blank, mean_embedding
+from hooked_llava.saliency.occlusion import WHERE, Where, answer_metric, blank, forwards_of, mean_embedding
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
 Direction = Literal["deletion", "insertion"]
+DIRECTIONS = ("deletion", "insertion")
 _SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
@@ -32,7 +33,7 @@ def deletion_curves(
     maps: Mapping[str, Any],
     target: Target = None,
     *,
-    directions: Sequence[Direction] = ("deletion", "insertion"),
+    directions: Direction | Sequence[Direction] = DIRECTIONS,
     shares: Sequence[float | int] = _SHARES,
     where: Where = "picture",
     image: int = 0,
@@ -44,13 +45,13 @@ def deletion_curves(
         inputs: one prompt with a picture.
         maps: by name, numbers by patch [patch_row, patch_col], the most important being the largest.
         target: answer that is followed; the model's own next token by default.
-        directions: "deletion" (a good map lets the answer fall early) and "insertion" (rise early).
+        directions: "deletion" (a good map lets the answer fall early), "insertion" (rise early), or both.
         shares: parts of the patches, from 0 to 1, increasing.
         where: take patches away in the "picture", or as image "tokens" after the vision tower.
         image: which picture of the prompt.
 
     Returns `probability`, and `area` [direction, map] under each curve over the shares. Equal values are taken in the
-    order of the patches. Raises `InputError` for several prompts, maps of another grid, or shares that do not increase.
+    order of the patches. Raises `InputError` for several prompts, maps of another grid, and options that do not fit.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.toy.pictures import picture_path
@@ -61,33 +62,48 @@ def deletion_curves(
     (('direction', 'map', 'share'), True)
     """
     prompt = model.as_inputs(inputs)
+    ways, steps = _ways(directions, where), _steps(shares)
     grids = {name: _checked(model, name, values) for name, values in maps.items()}
-    steps = np.asarray(shares, dtype=np.float64)
     if len(prompt) != 1 or not 0 <= image < prompt.n_images or not grids:
-        raise InputError(
-            f"deletion_curves follows maps of one prompt's picture; got {len(prompt)} prompts, {prompt.n_images} pictures, "
-            f"{len(grids)} maps, and image={image}."
-        )
-    if len(steps) < 2 or (np.diff(steps) <= 0).any() or steps[0] < 0 or steps[-1] > 1:
-        raise InputError(f"shares={list(shares)}; expected at least two numbers from 0 to 1 that increase.")
+        got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(grids)} maps, and image={image}"
+        raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
     longer, read, ids, names = resolve_target(model, prompt, target)
     with analysis(model, prompt, n_forward=1, where=where) as made:
         replay, positions = Replay(model, longer), read[0].tolist()
         ids = replay.logits(positions).argmax(-1)[None, :, None] if ids is None else ids
         fill = mean_embedding(model, longer, image) if where == "tokens" else None
-        gone = [_gone(values, share, way) for way in directions for values in grids.values() for share in steps]
+        gone = [_gone(values, share, way) for way in ways for values in grids.values() for share in steps]
         different = list(dict.fromkeys(gone))  # all curves share their ends, and similar maps more
         runs = [[blank(model, longer, p, image=image, where=where, fill=fill)] if p else [] for p in different]
         once = replay.run(runs, answer_metric(ids), positions=positions)
         log_p = once[[different.index(p) for p in gone]]
-        values = numbers(log_p.exp()).reshape(len(directions), len(grids), len(steps))
+        values = numbers(log_p.exp()).reshape(len(ways), len(grids), len(steps))
+        made.n_forward = forwards_of(replay)  # its runs included
         attrs = made.attrs(target=one_or_all(names or own_names(model, ids)), runs=len(runs))
     area = np.trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0])
     return xr.Dataset(
         {"probability": (("direction", "map", "share"), values), "area": (("direction", "map"), area)},
-        coords={"direction": list(directions), "map": list(grids), "share": steps},
+        coords={"direction": ways, "map": list(grids), "share": steps},
         attrs=attrs,
     )
+
+
+def _ways(directions: Direction | Sequence[Direction], where: Where) -> list[Direction]:
+    if where not in WHERE:
+        raise InputError(f"where={where!r}; expected {' or '.join(map(repr, WHERE))}.")
+    ways: list[Direction] = [directions] if isinstance(directions, str) else list(directions)
+    if not ways or any(way not in DIRECTIONS for way in ways):
+        raise InputError(
+            f"directions={directions!r}; expected {' or '.join(map(repr, DIRECTIONS))}, or a list of them."
+        )
+    return ways
+
+
+def _steps(shares: Sequence[float | int]) -> Float[np.ndarray, " share"]:
+    steps = np.asarray(shares, dtype=np.float64)
+    if len(steps) < 2 or (np.diff(steps) <= 0).any() or steps[0] < 0 or steps[-1] > 1:
+        raise InputError(f"shares={list(shares)}; expected at least two numbers from 0 to 1 that increase.")
+    return steps
 
 
 def _checked(model: HookedLLaVA, name: str, values: Any) -> Float[np.ndarray, " patch"]:
@@ -102,6 +118,4 @@ def _gone(values: Float[np.ndarray, " patch"], share: float, way: Direction) -> 
     """Patches that are blank when so large a share of the patches has had its turn."""
     order = np.argsort(-values, kind="stable").tolist()
     n = round(share * len(order))
-    if way not in ("deletion", "insertion"):
-        raise InputError(f"directions={way!r}; expected 'deletion' or 'insertion'.")
     return tuple(sorted(order[:n] if way == "deletion" else order[n:]))

@@ -1,7 +1,7 @@
 """Does the answer depend on these heads?
 
-Scores say what a head writes; whether it is needed is found by taking it away. Each head's z at the answer's position (or
-anywhere) is replaced by its mean over reference prompts, so that what all prompts share stays and what this one says goes.
+Scores say what a head writes; whether it is needed is found by taking it away. Each head's z at the answer's position is
+replaced by its mean over reference prompts, so that what all prompts share stays and what this one says goes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def ablate_heads(
         replace: what takes the place of a head's z.
 
     Returns `log_probability` and `correct` (whether the answer is still the most probable token), [set, prompt], the
-    first set being "none". Raises `InputError` for heads that are not there, and for a mean over a single prompt.
+    first set being "none". Raises `InputError` for heads that are not there, a set of the name "none", and a mean over a
+    single prompt.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -60,9 +61,7 @@ def ablate_heads(
     [True, True]
     """
     prompts = model.as_inputs(inputs)
-    cfg = model.config.language
-    named = heads if isinstance(heads, Mapping) else {"heads": heads}
-    sets = {"none": []} | {name: check_heads(pairs, cfg.n_layers, cfg.n_heads) for name, pairs in named.items()}
+    sets = _sets(model, heads)
     if replace not in ("mean", "zero"):
         raise InputError(f"replace={replace!r}; expected 'mean' or 'zero'.")
     others = prompts if reference is None else model.as_inputs(reference)
@@ -87,6 +86,15 @@ def ablate_heads(
             coords={"set": list(sets), "n_heads": ("set", [len(set(pairs)) for pairs in sets.values()])},
             attrs=made.attrs(target=one_or_all(names or ("own",)), work=replay.work.forwards),
         )
+
+
+def _sets(model: HookedLLaVA, heads: Sets) -> dict[str, list[tuple[int, int]]]:
+    """The sets by name, checked, behind that of no head."""
+    cfg = model.config.language
+    named = heads if isinstance(heads, Mapping) else {"heads": heads}
+    if "none" in named:
+        raise InputError("A set of heads is named 'none', as the run with all heads is; give it another name.")
+    return {"none": []} | {name: check_heads(pairs, cfg.n_layers, cfg.n_heads) for name, pairs in named.items()}
 
 
 def nested_sets(name: str, heads: Sequence[tuple[int, int]], sizes: Sequence[int]) -> dict[str, list[tuple[int, int]]]:

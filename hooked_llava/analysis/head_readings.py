@@ -17,11 +17,11 @@ from torch import Tensor
 from hooked_llava.caching import Positions, resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
-from hooked_llava.readout import words
+from hooked_llava.readout import check_k, wide, words
 from hooked_llava.results import analysis, numbers
-from hooked_llava.saliency.decision import Decision, Target, decide, one_or_all
-from hooked_llava.saliency.scores import check_heads, score_positions
-from hooked_llava.saliency.vocabulary import Space, project
+from hooked_llava.saliency.decision import Decision, Target, decide, one_or_all, resolve_target
+from hooked_llava.saliency.scores import best_positions, check_heads, check_top, score_positions
+from hooked_llava.saliency.vocabulary import Space, check_spaces, project
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -54,13 +54,13 @@ def head_readings(
         layer: the head's layer.
         head: the head.
         target: answer by which positions are scored; the model's own next token by default.
-        positions: which; by default the `top` positions with the largest scores, best first.
+        positions: which; by default the `top` positions with the largest scores, best first, padding left out.
         top: how many of them.
         k: number of words.
         space: "unembed" reads logits; "embed" inner products with the words' input embeddings, "cosine" their cosine.
 
-    Also `score` and `attention` [position] of the head. Raises `InputError` for several prompts, and heads, positions
-    or spaces that are not there. Methods (c), (d) and (f) of the paper.
+    Also `score` and `attention` [position] of the head. Raises `InputError` for several prompts, a target of several
+    tokens, and heads, positions or spaces that are not there. Methods (c), (d) and (f) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -73,17 +73,18 @@ def head_readings(
         raise InputError(f"head_readings reads one prompt at a time, got {len(prompt)}; take inputs[i].")
     cfg = model.config.language
     check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)
-    if not 1 <= k <= cfg.d_vocab:
-        raise InputError(f"k={k} words; expected 1 to {cfg.d_vocab}.")
+    check_k(model, k)
+    check_spaces([space])
+    top = check_top(top)
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
+    if resolve_target(model, prompt, target)[1].shape[1] != 1:
+        raise InputError("head_readings reads one message from each position; give a target of one token.")
     with analysis(model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
         decision = decide(model, prompt, target, parts=("pattern", "v"))
-        if decision.read.shape[1] != 1:
-            raise InputError("head_readings reads one message from each position; give a target of one token.")
-        scores = score_positions(decision, layer, head)[0]  # (key)
-        index = scores.topk(min(top, len(scores))).indices.cpu() if chosen is None else chosen
+        index = best_positions(decision, (layer, head), top) if chosen is None else chosen
         result = _read(decision, layer, head, index, k, space)
-        result["score"] = ("position", numbers(scores[index.to(scores.device)]))
+        scores = score_positions(decision, layer, head, index[None].to(prompt.device))[0]
+        result["score"] = ("position", numbers(scores))
         return result.assign_attrs(made.attrs(target=one_or_all(decision.names)))
 
 
@@ -123,7 +124,7 @@ def _vectors(
     with torch.no_grad():
         # one layer further, so that the stream entering this one is certain to have passed its hook
         model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)
-    held = {name: tensor[0].to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in store.items()}
+    held = {name: wide(tensor[0]) for name, tensor in store.items()}
     stream = held[names[1]]
     by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(stream))
     return torch.stack([stream, by_attention, stream - held["hook_embed"] - by_attention])
@@ -142,8 +143,9 @@ def attention_to_object(
             numbers.
         heads: (layer, head) pairs; the result is then [question, head] with the coordinate `layer_head`, such as "2.1".
 
-    A head that looks for what the question names attends less under the other question. Raises `InputError` or
-    `SpanError` for spans that are not there. The causal-flavoured check of the paper's query-key analysis.
+    A head that looks for what the question names attends less under the other question: the causal-flavoured check of the
+    paper's query-key analysis. Raises `InputError` for another number of prompts on one side, and that or `SpanError` for
+    spans that are not there.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -152,6 +154,11 @@ def attention_to_object(
     ('question', 'layer', 'head')
     """
     sides = [model.as_inputs(same), model.as_inputs(other)]
+    if len(sides[0]) != len(sides[1]):
+        raise InputError(
+            f"{len(sides[0])} prompts ask about the object and {len(sides[1])} about another; give as many of each, with "
+            "the same pictures, so that only the question differs."
+        )
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     pairs = None if heads is None else check_heads(heads, n_layers, n_heads)
     with analysis(model, sides[0], n_forward=2, units="attention") as made:

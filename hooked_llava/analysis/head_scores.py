@@ -18,7 +18,7 @@ import xarray as xr
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.results import analysis, numbers, stack
-from hooked_llava.saliency.decision import Decision, Target, as_decision, decide, one_each, one_or_all, prompts_of
+from hooked_llava.saliency.decision import Decision, Target, as_decision, one_by_one, one_or_all, prompts_of
 from hooked_llava.saliency.scores import (
     Heads,
     best_heads,
@@ -96,13 +96,13 @@ def position_scores(
     Args:
         model: the model.
         inputs: as for `head_scores`.
-        target: as for `head_scores`.
+        target: as for `head_scores`; a list may here have words of several tokens.
         heads: the k heads with the largest scores (best first), or (layer, head) pairs. The coordinate
             `layer_head` on their axis says which they are, such as "2.1"; of several prompts each has its own.
-        positions: where the messages come from; all of the prompt by default.
+        positions: where the messages come from; all of the prompt by default. Padding has the score NaN.
 
-    With an answer of several tokens scores are summed and attention averaged over them. Raises `InputError` for heads
-    or positions that are not there.
+    With an answer of several tokens scores are summed and attention averaged over them, and positions are those of the
+    prompts padded on the left. Raises `InputError` for heads or positions that are not there.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -110,10 +110,9 @@ def position_scores(
     >>> read.score.dims, read.sizes["head"]
     (('head', 'position'), 2)
     """
-    prompts = model.as_inputs(inputs)
-    targets = one_each(target, len(prompts))
-    check_choice(model, heads)
-    results = [_positions_of(model, p, t, heads, positions) for p, t in zip(prompts, targets, strict=True)]
+    heads = check_choice(model, heads)
+    apart = one_by_one(model, inputs, target)
+    results = [_positions_of(model, prompt, wanted, heads, positions) for prompt, wanted in apart]
     if len(results) == 1:
         return results[0]
     names = np.stack([result.layer_head.values for result in results])  # each prompt has its own best heads
@@ -122,14 +121,19 @@ def position_scores(
 
 
 def _positions_of(
-    model: HookedLLaVA, prompt: Inputs, target: Target, heads: Heads, positions: Positions | None
+    model: HookedLLaVA, inputs: Inputs | Decision, target: Target, heads: Heads, positions: Positions | None
 ) -> xr.Dataset:
-    index = resolve_positions(slice(None) if positions is None else positions, prompt)
+    prompt, named = prompts_of(model, inputs), slice(None) if positions is None else positions
+    index = resolve_positions(named, prompt)
     with analysis(model, prompt, n_forward=1, units=_UNITS) as made:
-        decision = decide(model, prompt, target, parts=("pattern", "v", "z"))
+        decision, made.n_forward = as_decision(model, inputs, target, ("pattern", "v", "z"))
+        if decision.read.shape[1] > 1 and not isinstance(inputs, Decision):  # the answer stands behind the prompt
+            prompt = prompt.padded_left()
+            index = resolve_positions(named, prompt)
         where = index.to(prompt.device)
         pairs = chosen_heads(decision, heads)[0]
         scores = torch.stack([score_positions(decision, layer, head, where)[0] for layer, head in pairs])
+        scores = scores.masked_fill(~prompt.attention_mask[0, where[0]], float("nan"))
         seen = torch.stack([decision.part(layer, "pattern")[0, head].float().mean(0) for layer, head in pairs])
         dims = ("head", "position")
         return xr.Dataset(
@@ -183,8 +187,8 @@ def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, i
 def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image") -> xr.DataArray:
     """Attention of every head from the answer's position to a span, [layer, head]: the other way to rank heads.
 
-    Of several prompts each resolves the span for itself, and a first axis prompt comes before. Raises `InputError` or
-    `SpanError` for positions that are not there.
+    Of several prompts each has a span of its own length, and a first axis prompt comes before. A `Decision` may stand in
+    their place, as for `head_scores`. Raises `InputError` or `SpanError` for positions that are not there.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -192,13 +196,13 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
     >>> bool((to_question <= 1).all())
     True
     """
-    prompts = model.as_inputs(inputs)
-    index = resolve_positions(span, prompts).to(prompts.device)  # (prompt, position)
-    said = span if isinstance(span, str) else index[0].tolist()
+    prompts = prompts_of(model, inputs)
+    places = [resolve_positions(span, prompt)[0].to(prompts.device) for prompt in prompts]
+    said = span if isinstance(span, str) else places[0].tolist()
     with analysis(model, prompts, n_forward=1, span=said, units="attention") as made:
-        decision = decide(model, prompts, parts=("pattern",))
-        rows = [decision.part(i, "pattern")[:, :, 0].float() for i in range(decision.n_layers)]  # (prompt, head, key)
-        mass = torch.stack([row.gather(-1, index[:, None].expand(-1, row.shape[1], -1)).sum(-1) for row in rows], 1)
+        decision, made.n_forward = as_decision(model, inputs, None, ("pattern",))
+        rows = torch.stack([decision.part(i, "pattern").float().mean(2) for i in range(decision.n_layers)], 1)
+        mass = torch.stack([row[..., where].sum(-1) for row, where in zip(rows, places, strict=True)])
         return _labelled(mass, ("prompt", "layer", "head"), "attention", made.attrs())
 
 

@@ -7,27 +7,37 @@ word with a distractor: by their logit difference, and by the reciprocal of thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.caching import Positions, resolve_positions, saver
+from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
+from hooked_llava.metrics import one_each
 from hooked_llava.readout import token_id, words
 from hooked_llava.results import analysis, numbers, stack
-from hooked_llava.saliency.decision import Decision, decide, one_each
-from hooked_llava.saliency.scores import Heads, check_choice, chosen_heads, named_heads, score_positions
-from hooked_llava.saliency.vocabulary import SPACES, Space, project
+from hooked_llava.saliency.decision import Decision, as_decision, one_by_one, prompts_of
+from hooked_llava.saliency.scores import (
+    Heads,
+    best_of,
+    best_positions,
+    check_choice,
+    check_top,
+    chosen_heads,
+    named_heads,
+)
+from hooked_llava.saliency.streams import streams_at
+from hooked_llava.saliency.vocabulary import Space, check_spaces, project
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
-Words = str | int | Sequence[str | int]
+Words = str | SupportsIndex | Sequence[str | SupportsIndex]
 
 
 def information_storage(
@@ -37,7 +47,7 @@ def information_storage(
     distractor: Words,
     *,
     positions: Positions | None = None,
-    top: int = 20,
+    top: int | None = None,
     heads: Heads = 1,
     spaces: Sequence[Space] = ("unembed", "embed"),
 ) -> xr.Dataset:
@@ -45,13 +55,16 @@ def information_storage(
 
     Args:
         model: the model.
-        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt.
+        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them, with
+            a target of one token.
         correct: the word that should be stored (the colour, the object's name), one token; a list has one for each prompt.
         distractor: a word of the same kind that should not, likewise.
-        positions: where to read; by default the `top` positions with the largest scores for the best of the heads (for
-            the model's own answer), the best first.
-        top: how many.
-        heads: whose messages are read: the k best, or (layer, head) pairs.
+        positions: where to read: a span or numbers; by default anywhere in the prompt.
+        top: only so many of these positions: those with the largest scores for the best of the heads, the best first. All
+            of them, in their order, where positions are named and `top` is not; by default 20 of the prompt. The
+            paper's metric at image positions is positions="image", top=20.
+        heads: whose messages are read: the k best by their scores, "all", or (layer, head) pairs. Scores are those for
+            the model's own answer (or a decision's target).
         spaces: how vectors become words, see `head_readings`.
 
     Returns, for the stream entering each layer (layer 0 is the embedding: at image positions what the projector gives;
@@ -67,14 +80,16 @@ def information_storage(
     >>> stored["rank"].dims, bool(stored["rank"].min() >= 1)
     (('space', 'layer', 'position', 'word'), True)
     """
-    prompts = model.as_inputs(inputs)
-    if outside := [space for space in spaces if space not in SPACES]:
-        raise InputError(f"spaces={outside}; expected some of {', '.join(SPACES)}.")
-    check_choice(model, heads)
-    pairs = list(zip(one_each(correct, len(prompts)), one_each(distractor, len(prompts)), strict=True))
-    ids = [(token_id(model, one), token_id(model, other)) for one, other in pairs]
+    apart = [prompt for prompt, _ in one_by_one(model, inputs, None)]
+    check_spaces(spaces)
+    heads = check_choice(model, heads)
+    top = check_top(20 if top is None else top) if positions is None or top is not None else None
+    given = [one_each(words, len(apart), what) for words, what in ((correct, "correct"), (distractor, "distractor"))]
+    ids = [(token_id(model, one), token_id(model, other)) for one, other in zip(*given, strict=True)]
+    if isinstance(inputs, Decision) and inputs.read.shape[1] != 1:
+        raise InputError("information_storage reads one message from each position; give a decision of one token.")
     results = [
-        _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(prompts, ids, strict=True)
+        _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(apart, ids, strict=True)
     ]
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
@@ -94,19 +109,24 @@ def reciprocal_rank(stored: xr.Dataset, *, dim: Sequence[str] = ("prompt", "posi
 
 def _one_prompt(
     model: HookedLLaVA,
-    prompt: Inputs,
+    inputs: Inputs | Decision,
     ids: tuple[int, int],
     positions: Positions | None,
-    top: int,
+    top: int | None,
     heads: Heads,
     spaces: Sequence[Space],
 ) -> xr.Dataset:
-    chosen = None if positions is None else resolve_positions(positions, prompt)[0]
+    prompt = prompts_of(model, inputs)
+    index = among = None if positions is None else resolve_positions(positions, prompt)[0]
     with analysis(model, prompt, n_forward=2, spaces=list(spaces)) as made:
-        decision = decide(model, prompt, parts=("pattern", "v", "z"))
+        decision, n_forward = as_decision(model, inputs, None, ("pattern", "v", "z"))
+        made.n_forward = n_forward + 1
         pairs = chosen_heads(decision, heads)[0]
-        index = _best_positions(decision, pairs[0], top) if chosen is None else chosen
-        streams = _streams(model, prompt, index)  # (layer, position, d_model)
+        if top is not None:
+            best = pairs[0] if isinstance(heads, int) else best_of(decision, pairs)
+            index = best_positions(decision, best, top, None if among is None else among.tolist())
+        assert index is not None  # without positions there is always a `top`
+        streams = streams_at(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
         messages = torch.stack([_messages(decision, layer, head, index) for layer, head in pairs])
         scale = decision.scale[0, 0]
         read = [_compare(project(model, streams, space, scale), ids) for space in spaces]
@@ -133,23 +153,6 @@ def _one_prompt(
                 heads=named_heads([pairs])[0],
             ),
         )
-
-
-def _best_positions(decision: Decision, pair: tuple[int, int], top: int) -> Int[Tensor, " position"]:
-    scores = score_positions(decision, *pair)[0]
-    return scores.topk(min(top, len(scores))).indices.cpu()
-
-
-def _streams(
-    model: HookedLLaVA, prompt: Inputs, index: Int[Tensor, " position"]
-) -> Float[Tensor, "layer position d_model"]:
-    """What enters every layer, and what leaves the last, at some positions."""
-    names = [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-    store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(names, saver(store, model.hooks_table, index[None]))]
-    with torch.no_grad():
-        model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
-    return torch.stack([store[name][0] for name in names])
 
 
 def _messages(

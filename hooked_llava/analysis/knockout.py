@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from hooked_llava import metrics
 from hooked_llava.datasets import StudyRow, study
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
-from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked
+from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
 from hooked_llava.interventions.windows import centred_window, paper_width
-from hooked_llava.metrics import Answer, Metric
+from hooked_llava.metrics import Answer, Metric, one_each
 from hooked_llava.readout import words
 from hooked_llava.results import analysis, numbers
 
@@ -41,7 +41,7 @@ PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 OBJECT_EDGES = ("object->question", "other->question", "random->question")
 """What they block where the object is known, and as many random patches for comparison."""
 Window = int | Literal["all"] | None
-Word = str | int | Answer
+Word = str | SupportsIndex | Answer
 MetricName = Literal["relative_change", "probability", "log_probability", "logit_difference"]
 _UNITS = {
     "relative_change": "% of the answer's probability",
@@ -83,7 +83,7 @@ def attention_knockout(
         metric: "relative_change" is 100 (P - P_before) / P_before; the others, and any function of logits
             [..., d_vocab], are given as their change.
         total: also block every layer at once, once for each edge.
-        missing: "skip" gives NaN for edges whose spans a prompt does not have, "raise" an error.
+        missing: "skip" gives NaN for edges of known spans that a prompt does not have, "raise" an error.
         seed: of the random patches.
         batch_size: rows at once; chosen from the free memory by default.
 
@@ -120,22 +120,30 @@ def knockout_study(
     edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES),
     window: Window = None,
     *,
+    metric: MetricName = "relative_change",
     total: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
     """`attention_knockout` of every question of a table, side by side on an axis `question`; see `datasets.study`.
 
+    Zhang et al. ask LLaVA-1.5 as its older code did: with template="vicuna-v1" and tail=GQA_TAIL (of
+    `hooked_llava.datasets`) their prompts are the same token by token; the default template has no system prompt.
+
     Args:
         model: the model.
         rows: the questions.
-        edges: as for `attention_knockout`; NaN where a question does not have one (no object in the picture).
+        edges: as for `attention_knockout`, between spans; NaN where a question does not have one (no object in the
+            picture).
         window: likewise.
+        metric: a named one that needs no further word: "relative_change", "probability" or "log_probability", of the
+            model's own answer.
         total: also block all layers at once.
         seed: of the random patches.
         options: of `datasets.study`: `images`, `out`, `only_correct`, `batch_size`, `template`, `tail`, `coverage`.
 
-    `datasets.by_kind` averages the result, and `flow_summary` turns the curves into numbers. Raises as both functions.
+    `datasets.by_kind` averages the result, and `flow_summary` turns the curves into numbers. Raises as both functions, for
+    misspelt spans and for edges of numbered positions before anything is asked.
 
     >>> from hooked_llava import HookedLLaVA
     >>> row = StudyRow(id="1", question="Who made the star?", answer="?", kind="fact")
@@ -143,13 +151,24 @@ def knockout_study(
     >>> knockout_study(model, [row], ["question->last"], only_correct=False).effect.dims
     ('question', 'edge', 'layer')
     """
-    names = [edge.name for edge in edges_of(edges)]
-    about = {"edges": names, "window": window, "total": total, "seed": seed, "analysis": "attention_knockout"}
+    about = study_settings(model, edges, window, metric, seed) | {"total": total, "analysis": "attention_knockout"}
 
     def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
-        return attention_knockout(model, inputs, edges, window, total=total, missing="skip", seed=seed)
+        how = {"metric": metric, "total": total, "missing": "skip", "seed": seed}
+        return attention_knockout(model, inputs, edges, window, **how)
 
     return study(model, rows, run, about=about, **options)
+
+
+def study_settings(model: HookedLLaVA, edges: Edges, window: Window, metric: MetricName, seed: int) -> dict[str, Any]:
+    """How a study blocks and measures, in plain values and checked before it begins; raises as `knockout_study`."""
+    named = study_edges(edges)
+    _windows(window, None, model.cfg.n_layers)
+    if metric not in _UNITS or metric == "logit_difference":
+        names = [name for name in _UNITS if name != "logit_difference"]
+        raise InputError(f"metric={metric!r}; expected {', '.join(names)}, which need no word but the model's answer.")
+    ends = [[edge.name, edge.source, edge.target] for edge in named]
+    return {"edges": ends, "window": window, "metric": metric, "seed": seed}
 
 
 def flow_summary(result: xr.Dataset | xr.DataArray) -> xr.Dataset:
@@ -212,10 +231,7 @@ def _answers(model: HookedLLaVA, prompts: Inputs, given: Any, what: str) -> list
     """For each prompt its answer."""
     if given is None:
         return None
-    listed = [given] * len(prompts) if isinstance(given, (str, int, Answer)) else list(given)
-    if len(listed) != len(prompts):
-        raise InputError(f"{what}= has {len(listed)} entries for {len(prompts)} prompts; give one, or one for each.")
-    return [Answer.of(model, word, first_token=True) for word in listed]
+    return [Answer.of(model, word, first_token=True) for word in one_each(given, len(prompts), what)]
 
 
 def _check_metric(metric: Any, baseline: list[Answer] | None) -> None:

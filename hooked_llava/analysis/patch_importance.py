@@ -107,29 +107,28 @@ def patch_importance(
     True
     """
     given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "fill": fill}
-    options, how = _options(method, given), _METHODS[method]
+    options, how = _options(model, method, given), _METHODS[method]
     if isinstance(inputs, Decision) and not how.takes_decision:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not a decision.")
     prompts = prompts_of(model, inputs)
     patch_positions(prompts)  # refuses prompts without pictures before anything runs
-    if heads is not None:
-        check_choice(model, heads)
     if how.one_by_one and len(prompts) > 1:
-        targets = one_each(target, len(prompts))
-        parts = [_importance(model, p, t, method, options) for p, t in zip(prompts, targets, strict=True)]
-        return stack([part.isel(prompt=0, drop=True) for part in parts], "prompt")
+        apart = zip(prompts, one_each(target, len(prompts)), strict=True)
+        return stack([_importance(model, p, t, method, options).isel(prompt=0, drop=True) for p, t in apart], "prompt")
     result = _importance(model, inputs if how.takes_decision else prompts, target, method, options)
     return result if len(prompts) > 1 else result.isel(prompt=0, drop=True)
 
 
-def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's own options; raises `InputError` if others were given."""
+def _options(model: HookedLLaVA, method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """The method's own options; raises `InputError` if others were given, and for heads that are not there."""
     if method not in _METHODS:
         raise InputError(f"method={method!r}; expected one of {', '.join(_METHODS)}.")
     own = _METHODS[method].options
     if foreign := [name for name, value in given.items() if name not in own and value is not _DEFAULTS[name]]:
         takes = f"; it takes {', '.join(own)}" if own else ""
         raise InputError(f"method={method!r} has no option {', '.join(foreign)}{takes}.")
+    heads = given["heads"]
+    given = given | {"heads": None if heads is None else check_choice(model, heads)}
     return {name: given[name] for name in own}
 
 

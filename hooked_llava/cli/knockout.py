@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,6 @@ from hooked_llava.cli.common import (
     Device,
     DTypeOption,
     First,
-    MaxNewTokens,
     Model,
     NoImage,
     Output,
@@ -41,7 +41,8 @@ EPILOG = examples(
     'knockout demo "What color is the star?" --box 20,40,36,55',
     'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
     "knockout --dataset tiny-shapes --limit 20 -o flow.html",
-    "knockout --dataset GQA_FOLDER --images GQA_PICTURES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf",
+    "knockout --dataset GQA_FOLDER --images GQA_PICTURES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
+    "--template vicuna-v1",
 )
 Window = Annotated[
     int | None,
@@ -50,6 +51,29 @@ Window = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Questions of each kind. Default: all; of tiny-shapes 50.")
 ]
+
+
+class Metric(StrEnum):
+    """What is compared with and without an edge."""
+
+    relative_change = "relative_change"
+    probability = "probability"
+    log_probability = "log_probability"
+
+
+TableName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TABLE",
+        help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
+    ),
+]
+MetricOption = Annotated[
+    Metric, typer.Option(help="What is compared: the answer's probability in percent, as it is, or its logarithm.")
+]
+# None where they are not given, so that one that does nothing can be refused.
+BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of a table at once. Default: 8.")]
+Length = Annotated[int | None, typer.Option(min=1, metavar="N", help="Length of the answer at most. Default: 20.")]
 _OWN_TABLE = "tiny-shapes"
 _DEFAULT_LIMIT = 50
 
@@ -68,13 +92,8 @@ def knockout(
         ),
     ] = None,
     window: Window = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TABLE",
-            help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
-        ),
-    ] = None,
+    metric: MetricOption = Metric.relative_change,
+    dataset: TableName = None,
     images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's pictures are.")] = None,
     limit: Limit = None,
     every: Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")] = False,
@@ -82,41 +101,47 @@ def knockout(
         Path | None,
         typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of a table at once.")] = 8,
+    batch_size: BatchSize = None,
     output: Output = Path("knockout.html"),
     model: Model = EMBEDDED_MODEL,
     no_image: NoImage = False,
     template: TemplateName = "default",
-    max_new_tokens: MaxNewTokens = 20,
+    max_new_tokens: Length = None,
     device: Device = "auto",
     dtype: DTypeOption = None,
 ) -> None:
-    """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer."""
+    """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer.
+
+    The paper's prompts are those of LLaVA-1.5's older template: --template vicuna-v1.
+    """
     with clear_errors():
         check_writable(output)
+        how: dict[str, Any] = {"metric": metric.value}
         if dataset is not None:
-            _refuse_arguments(dataset, first, box)
+            _refuse_arguments(dataset, first, box, no_image=no_image or None, max_new_tokens=max_new_tokens)
             rows, tail = _rows(dataset, images, limit)
             loaded = load_model(model, device, dtype)
-            settings = {"images": images, "out": results, "only_correct": not every, "batch_size": batch_size, **tail}
-            page = _study(loaded, rows, edge, window, settings | {"template": template_name(template)})
+            how |= {"images": images, "out": results, "only_correct": not every, "batch_size": batch_size or 8, **tail}
+            page = _study(loaded, rows, edge, window, how | {"template": template_name(template)})
         else:
-            _refuse_table_options(images=images, limit=limit, results=results, all=every or None)
+            _refuse_table_options(images=images, limit=limit, results=results, all=every or None, batch_size=batch_size)
             boxes = [_box(text) for text in box or ()]
             image, question = split_arguments(first, second, no_image)
             loaded, inputs = prepare(model, image, question, template, device, dtype)
             inputs = inputs.with_boxes(object=boxes) if boxes else inputs
-            page = _one(loaded, inputs, edge, window, max_new_tokens)
+            page = _one(loaded, inputs, edge, window, how | {"max_new_tokens": max_new_tokens or 20})
         path = page.save(output)
         _show(page)
         say_where(path)
 
 
-def _refuse_arguments(dataset: str, first: str | None, box: list[str] | None) -> None:
+def _refuse_arguments(dataset: str, first: str | None, box: list[str] | None, **given: Any) -> None:
     if first is not None:
         raise InputError(f"--dataset {dataset} brings its own questions; leave {first!r} out, or --dataset.")
     if box:
         raise InputError("--box belongs to one question; a table has the boxes of its objects.")
+    if named := _options(given):
+        raise InputError(f"{named[0]} belongs to one question; leave it out, or --dataset.")
 
 
 def _rows(dataset: str, images: Path | None, limit: int | None) -> tuple[list[StudyRow], dict[str, str]]:
@@ -124,18 +149,27 @@ def _rows(dataset: str, images: Path | None, limit: int | None) -> tuple[list[St
     if dataset == _OWN_TABLE and not Path(dataset).exists():
         from hooked_llava.toy.gqa_tables import gqa_rows
 
+        if images is not None:
+            raise InputError("--images belongs to a table that names its pictures; tiny-shapes draws its own.")
         return gqa_rows(limit or _DEFAULT_LIMIT), {}
     from hooked_llava.datasets import GQA_TAIL, read_gqa
 
     rows = read_gqa(dataset, limit=limit)
     if images is None:
         raise InputError(f"The table {dataset!r} names its pictures; say where they are with --images FOLDER.")
+    if not images.is_dir():
+        raise InputError(f"--images {images}: there is no such folder; give the one that the table's pictures are in.")
     return rows, {"tail": GQA_TAIL}
 
 
 def _refuse_table_options(**given: Any) -> None:
-    if named := [f"--{name}" for name, value in given.items() if value is not None]:
+    if named := _options(given):
         raise InputError(f"{named[0]} belongs to a table of questions; give one with --dataset.")
+
+
+def _options(given: dict[str, Any]) -> list[str]:
+    """Those that were given, as they are typed."""
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
 
 
 def _box(text: str) -> tuple[float, ...]:
@@ -148,11 +182,13 @@ def _box(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _one(model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, max_new_tokens: int) -> Any:
+def _one(
+    model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, settings: dict[str, Any]
+) -> Any:
     with needs_figures():
         from hooked_llava.viz.knockout_page import STEPS, knockout_page
     with shown_steps(len(STEPS)) as on_step:
-        return knockout_page(model, inputs, edges, window, max_new_tokens=max_new_tokens, on_step=on_step)
+        return knockout_page(model, inputs, edges, window, on_step=on_step, **settings)
 
 
 def _study(
@@ -188,10 +224,18 @@ def _show(page: Any) -> None:
         ("at", "right"),
     ):
         table.add_column(name, justify=justify)
+    percent = str(found.effect.attrs.get("units", "")).startswith("%")
     for name in found.edge.values.tolist():
         total, depth = (float(x.sel(edge=name)) for x in (found.total_effect, summary.depth))
         layer = float(summary.peak_layer.sel(edge=name))
-        at = f"layer {layer:.0f}" if depth <= -0.05 else ""
-        table.add_row(escape(name), f"{total:+.1f} %", f"{depth:+.1f} %", at)
+        at = f"layer {layer:.0f}" if depth <= (-0.05 if percent else -0.0005) else ""
+        table.add_row(escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at)
     to.print(table)
     to.print()
+
+
+def _shown(value: float, *, percent: bool) -> str:
+    """A change with its sign; a dash for an edge that no question has."""
+    if value != value:
+        return "–"
+    return f"{value:+.1f} %" if percent else f"{value:+.3f}"

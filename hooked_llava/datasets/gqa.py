@@ -83,9 +83,10 @@ def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int
     Args:
         path: a file, or a folder with some of the six files under their released names.
         kinds: kinds of question to read (`GQA_KINDS`); all that are there by default.
-        limit: questions of each kind, the first ones; all by default.
+        limit: questions of each kind, the first ones, at least 1; all by default.
 
-    Raises `InputError` for a file that is not there, that lacks columns, or that has a broken row, and for unknown kinds.
+    Raises `InputError` for a file that is not there, that lacks columns, or that has a broken row, for unknown kinds, and
+    for a limit below 1.
 
     >>> import tempfile
     >>> from hooked_llava.toy.gqa_tables import write_gqa
@@ -99,6 +100,8 @@ def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int
         raise InputError(
             f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], GQA_KINDS)} Known: {', '.join(GQA_KINDS)}."
         )
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} questions of each kind; expected at least 1, or None for all.")
     path = Path(path)
     files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
     if not files:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.geometry import Number
+from hooked_llava.geometry import Number, checked_box
 from hooked_llava.inputs import TEMPLATE_TAIL
 from hooked_llava.pictures import Picture, load_picture
 from hooked_llava.positions import Positions
 from hooked_llava.templates import DEFAULT
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
     from hooked_llava.token_map import TokenMap
@@ -80,8 +80,9 @@ def prepare_rows(
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; 0 takes every patch
             that they touch, as Zhang et al. (2411.18620) do.
 
-    A prompt has no span `object` where its row has no box that the model sees. Raises `InputError` for pictures that
-    are not there or have another size than the boxes, and `SpanError` for constraints that are not in the question.
+    A prompt has no span `object` where its row has no box that the model sees; `boxes_lost` counts those that it does not.
+    Raises `InputError` for pictures that are not there or have another size than the boxes, and `SpanError` for what is
+    no box, and for constraints that are not in the question; each names the row.
 
     >>> from hooked_llava import HookedLLaVA
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Red", constraint="the star")
@@ -96,6 +97,8 @@ def prepare_rows(
         raise InputError(
             f"The {len(rows)} rows begin their answers differently ({sorted(prefixes)}); prepare each apart."
         )
+    for row in rows:
+        _check_boxes(row)
     pictures = [row_picture(row, images) for row in rows]
     inputs = model.prepare(
         [row.question for row in rows],
@@ -108,20 +111,84 @@ def prepare_rows(
     return replace(inputs, token_maps=maps)
 
 
+def boxes_lost(inputs: Inputs, rows: Sequence[StudyRow], coverage: Number = 0) -> list[int]:
+    """For each row how many of its boxes no patch shows: cut away by the processor's crop, or too small for `coverage`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="Red")
+    >>> boxes_lost(prepare_rows(HookedLLaVA.from_pretrained("tiny-shapes"), [row]), [row])
+    [0]
+    """
+    return [
+        sum(not _patches(token_map, box, coverage) for box in row.boxes)
+        for token_map, row in zip(inputs.token_maps, rows, strict=True)
+    ]
+
+
+def check_rows(rows: Sequence[StudyRow], images: str | Path | None = None) -> None:
+    """What can be known of pictures and boxes before anything runs: that they are there, and fit.
+
+    Of a picture's file only the beginning is read. Raises `InputError` and `SpanError`, which name the row.
+    """
+    for row in rows:
+        _check_boxes(row)
+        if row.picture is None:
+            continue
+        found = _located(row, images)
+        if row.boxes and row.size is not None:
+            _check_size(row, _size(row, found))
+
+
 def row_picture(row: StudyRow, images: str | Path | None = None) -> Image.Image | None:
     """A row's picture, opened; raises `InputError` if it is not in the folder, or not of the size of the row's boxes."""
     if row.picture is None:
         return None
-    picture = row.picture
-    if isinstance(picture, (str, Path)):
-        picture = _find(row, Path(picture), images)
-    opened = load_picture(picture, f"The picture of row {row.id}")
-    if row.size is not None and row.boxes and opened.size != tuple(row.size):
-        raise InputError(
-            f"The picture of row {row.id} is {opened.size[0]} x {opened.size[1]} pixels, and its boxes were drawn in "
-            f"{row.size[0]} x {row.size[1]}; use the original pictures."
-        )
+    opened = load_picture(_located(row, images), _name(row))
+    if row.boxes and row.size is not None:
+        _check_size(row, opened.size)
     return opened
+
+
+def _name(row: StudyRow) -> str:
+    return f"The picture of row {row.id}"
+
+
+def _located(row: StudyRow, images: str | Path | None) -> Any:
+    """A row's picture, or the path where it is."""
+    return _find(row, Path(row.picture), images) if isinstance(row.picture, (str, Path)) else row.picture
+
+
+def _size(row: StudyRow, picture: Any) -> tuple[int, int]:
+    """Width and height, from the beginning of the file where it is one."""
+    if isinstance(picture, Path):
+        with suppress(OSError), Image.open(picture) as opened:
+            return opened.size
+    return load_picture(picture, _name(row)).size
+
+
+def _check_size(row: StudyRow, size: tuple[int, int]) -> None:
+    if row.size is not None and size != tuple(row.size):
+        raise InputError(
+            f"{_name(row)} is {size[0]} x {size[1]} pixels, and its boxes were drawn in {row.size[0]} x {row.size[1]}; "
+            "use the original pictures."
+        )
+
+
+def _check_boxes(row: StudyRow) -> None:
+    if row.boxes and row.picture is None:
+        raise InputError(f"Row {row.id} has boxes and no picture; give the picture they are drawn in.")
+    with _naming(row):
+        for box in row.boxes:
+            checked_box(box)
+
+
+@contextmanager
+def _naming(row: StudyRow) -> Iterator[None]:
+    """What is wrong with a span is said with the row's name."""
+    try:
+        yield
+    except SpanError as error:
+        raise SpanError(f"Row {row.id}: {error}") from None
 
 
 def _find(row: StudyRow, name: Path, images: str | Path | None) -> Path:
@@ -130,6 +197,10 @@ def _find(row: StudyRow, name: Path, images: str | Path | None) -> Path:
             return name
         raise InputError(f"Row {row.id} names its picture, {str(name)!r}; give the folder it is in as images=.")
     folder = Path(images)
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {str(folder)!r}, in which row {row.id} should find its picture {str(name)!r}; check images=."
+        )
     tried = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
@@ -143,13 +214,20 @@ def _find(row: StudyRow, name: Path, images: str | Path | None) -> Path:
 def _with_spans(token_map: TokenMap, row: StudyRow, coverage: Number) -> TokenMap:
     seen = Positions()
     for box in row.boxes:
-        if token_map.outside(box) < 1:  # the processor's crop may have cut it away
-            with suppress(SpanError):  # too small for the coverage
-                seen |= token_map.box_to_patches(box, coverage=coverage)
+        seen |= _patches(token_map, box, coverage)
     if seen:
         token_map = token_map.with_spans(object=seen)
     if row.constraint:
         asked = token_map.words is not None and "question" in token_map.words.parts
-        found = token_map.find(row.constraint, within="question" if asked else None)
+        with _naming(row):
+            found = token_map.find(row.constraint, within="question" if asked else None)
         token_map = token_map.with_spans(constraint=found)
     return token_map
+
+
+def _patches(token_map: TokenMap, box: PixelBox, coverage: Number) -> Positions:
+    """The patches under a box; none if the processor's crop has cut it away, or it is too small for the coverage."""
+    if token_map.outside(box) < 1:
+        with suppress(SpanError):
+            return token_map.box_to_patches(box, coverage=coverage)
+    return Positions()

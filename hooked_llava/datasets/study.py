@@ -1,7 +1,8 @@
 """An analysis over a table of questions: asked, kept if answered correctly, measured, averaged by kind of question.
 
 What is finished stays finished: with `out=` every batch is written as soon as it is done, so that an interrupted study
-goes on where it stopped, and the result file appears only when it is whole.
+goes on where it stopped, and the result file appears only when it is whole. A file says by a fingerprint what it is of:
+the questions, their pictures, the weights, and how they are asked and measured.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from hooked_llava.datasets.rows import StudyRow, prepare_rows
+from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.geometry import Number
 from hooked_llava.inputs import TEMPLATE_TAIL
-from hooked_llava.results import load, save
+from hooked_llava.interventions.digest import weights_digest
+from hooked_llava.map_quality import mean_intervals
+from hooked_llava.pictures import load_picture
+from hooked_llava.results import join_attrs, load, save
 from hooked_llava.templates import DEFAULT
 
 if TYPE_CHECKING:
@@ -37,7 +41,6 @@ Run = Callable[["Inputs", Sequence[StudyRow]], Any]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""
 OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
-_ADDED = ("n_forward", "seconds", "work", "runs")
 _PATIENCE = 2.0  # seconds before a progress bar appears
 
 
@@ -64,8 +67,8 @@ def study(
         rows: the questions, each with an id of its own.
         run: the analysis, of a batch of prompts and their rows; its results must all have the same other axes.
         images: folder of the pictures that rows name.
-        out: file to write the result to; an interrupted study that is started again with it goes on, and a finished one
-            is read back.
+        out: file to write the result to; an interrupted study that is started again with it goes on (with any
+            `batch_size`), and a finished one is read back.
         only_correct: measure only what the model answers correctly (without regard to case and a final full stop), as
             Zhang et al. (2411.18620) do.
         batch_size: questions at once, at most.
@@ -73,25 +76,31 @@ def study(
         template: as for `model.prepare`.
         tail: as for `model.prepare`.
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`.
-        about: what `run` does, in plain values; a file that was made otherwise is then refused.
+        about: what `run` does, in plain values: a file of which any of this differs is refused.
         progress: show a progress bar on anything longer than two seconds.
 
-    Returns the results with coordinates `question` (ids), `kind`, `answer` and `said` along `question`; attributes
-    `asked` and `correct` count questions by kind, and the options say how they were asked. Raises `InputError` for an
-    empty table, repeated ids, missing pictures, a file of another study, and if no question is left to measure.
+    Returns the results in the table's order with coordinates `question` (ids), `kind`, `answer`, `said` and `boxes_lost`
+    along `question`: how many of the row's boxes the model sees nothing of (their objects have no span); attributes
+    `asked` and `correct` count questions by kind, and the options say how they were asked. Raises, before anything is
+    asked, `InputError` for an empty table, repeated ids, missing pictures, a file of another study, and `SpanError` for
+    what is no box; and `InputError` if no question is left to measure.
     """
     _check(rows, batch_size)
+    if out is not None:
+        _check_out(Path(out))
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
-    settings = {"model": model.config.model_name, "batch_size": batch_size, **options, "about": dict(about or {})}
-    parts = _Parts.open(out, _fingerprint(rows, settings))
+    settings = {"max_new_tokens": max_new_tokens, "images": _place(images), **options, "about": dict(about or {})}
+    parts = _Parts(rows) if out is None else _Parts.open(rows, Path(out), _fingerprint(model, rows, settings))
     if parts.finished is not None:
         return parts.finished
+    check_rows(parts.left(), images)
     asked = _Asking(model, run, images, only_correct, max_new_tokens, template, tail, coverage)
     hidden = None if progress else True
     with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
-        for number, batch in enumerate(_batches(rows, batch_size)):
-            if number not in parts:
-                parts.add(number, asked.measure(batch))
+        left = parts.left()
+        bar.update(len(rows) - len(left))
+        for batch in _batches(left, batch_size):
+            parts.add(batch, asked.measure(batch))
             bar.update(len(batch))
     return parts.join(options)
 
@@ -125,8 +134,10 @@ class _Asking:
         if not kept:
             return xr.Dataset(attrs=counts)
         chosen = [rows[i] for i in kept]
-        result = self.run(inputs if len(kept) == len(rows) else self._prepare(chosen), chosen)
-        return _labelled(result, chosen, [said[i] for i in kept]).assign_attrs(counts)
+        inputs = inputs if len(kept) == len(rows) else self._prepare(chosen)
+        result = _labelled(self.run(inputs, chosen), chosen, [said[i] for i in kept])
+        lost = boxes_lost(inputs, chosen, self.coverage)
+        return result.assign_coords(boxes_lost=("question", lost)).assign_attrs(counts)
 
     def _prepare(self, rows: Sequence[StudyRow]) -> Inputs:
         return prepare_rows(
@@ -169,7 +180,7 @@ def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95,
             continue
         variable = variable.transpose("question", ...)
         values = variable.values.astype(float)
-        stacked = [_intervals(values[group], n_boot, confidence, seed) for group in groups.values()]
+        stacked = [mean_intervals(values[g], n=n_boot, level=confidence, seed=seed) for g in groups.values()]
         averaged[str(name)] = (("kind", "statistic", *variable.dims[1:]), np.stack(stacked), dict(variable.attrs))
     coords = {name: c for name, c in result.coords.items() if "question" not in c.dims}
     coords |= {"kind": list(groups), "statistic": ["mean", "low", "high"]}
@@ -177,79 +188,56 @@ def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95,
     return xr.Dataset(averaged, coords=coords, attrs=attrs)
 
 
-def _intervals(values: np.ndarray, n_boot: int, confidence: float, seed: int) -> np.ndarray:
-    """Mean and percentile interval [statistic, ...] over the first axis."""
-    n = len(values)
-    flat = values.reshape(n, -1)
-    valid = np.isfinite(flat)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
-    weights = np.concatenate([np.ones((1, n)), drawn])  # the sample itself first
-    weight = weights @ valid
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (weights @ np.where(valid, flat, 0)) / weight  # NaN where nothing that counts was drawn
-    tail = 50 * (1 - confidence)
-    found = means[0], *_percentiles(means[1:], (tail, 100 - tail))
-    return np.stack(found).reshape(3, *values.shape[1:])
-
-
-def _percentiles(means: np.ndarray, at: tuple[float, float]) -> list[np.ndarray]:
-    """Percentiles of each column, NaN for those without any number."""
-    empty = ~np.isfinite(means).any(axis=0)
-    filled = np.where(empty, 0.0, means)
-    return [np.where(empty, np.nan, column) for column in np.nanpercentile(filled, at, axis=0)]
-
-
 class _Parts:
     """The finished batches of a study, in files if it has one."""
 
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, rows: Sequence[StudyRow], path: Path | None = None, fingerprint: str = "") -> None:
+        self.rows, self.path, self.fingerprint = rows, path, fingerprint
         self.folder = None if path is None else path.with_name(path.name + ".parts")
-        self.done: dict[int, Any] = {}
+        self.place = {row.id: i for i, row in enumerate(rows)}
+        self.done: list[Any] = []
         self.finished: Any = None
 
     @classmethod
-    def open(cls, out: str | os.PathLike[str] | None, fingerprint: str) -> _Parts:
+    def open(cls, rows: Sequence[StudyRow], path: Path, fingerprint: str) -> _Parts:
         """What an earlier run left behind; raises `InputError` if that was another study."""
-        parts = cls(None if out is None else Path(out), fingerprint)
-        if parts.path is None or parts.folder is None:
-            return parts
-        if not parts.path.parent.is_dir():
-            raise InputError(f"The result cannot be written: there is no folder {str(parts.path.parent)!r}.")
-        if parts.path.is_file():
-            parts.finished = parts.mine(load(parts.path), parts.path)
+        parts = cls(rows, path, fingerprint)
+        assert parts.folder is not None
+        if path.is_file():
+            parts.finished = parts.mine(load(path), path)
         elif parts.folder.is_dir():
-            for file in sorted(parts.folder.glob("*.safetensors")):
-                parts.done[int(file.stem)] = parts.mine(load(file), parts.folder)
+            parts.done = [parts.mine(load(file), parts.folder) for file in sorted(parts.folder.glob("*.safetensors"))]
         return parts
 
     def mine(self, result: Any, where: Path) -> Any:
         """The result, if it is of this study."""
         if result.attrs.get("fingerprint") != self.fingerprint:
             raise InputError(
-                f"{str(where)!r} holds another study (other questions, another model or other settings); "
+                f"{str(where)!r} holds another study (other questions, pictures, weights or settings); "
                 "remove it, or give another out=."
             )
         return result
 
-    def __contains__(self, number: int) -> bool:
-        return number in self.done
+    def left(self) -> list[StudyRow]:
+        """The rows of which no finished batch knows, however they were batched."""
+        asked = {row_id for part in self.done for row_id in part.attrs["rows"]}
+        return [row for row in self.rows if row.id not in asked]
 
-    def add(self, number: int, part: xr.Dataset) -> None:
+    def add(self, batch: Sequence[StudyRow], part: xr.Dataset) -> None:
         """Keep a finished batch."""
-        part = part.assign_attrs(fingerprint=self.fingerprint)
+        part = part.assign_attrs(rows=[row.id for row in batch])
         if self.folder is not None:
+            part = part.assign_attrs(fingerprint=self.fingerprint)
             self.folder.mkdir(exist_ok=True)
-            save(part, self.folder / f"{number:06d}.safetensors")
-        self.done[number] = part
+            save(part, self.folder / f"{self.place[batch[0].id]:06d}.safetensors")
+        self.done.append(part)
 
     def join(self, options: Mapping[str, Any]) -> xr.Dataset:
-        """All batches one behind the other, with how they were asked; written to the file if there is one."""
+        """All batches in the table's order, with how they were asked; written to the file if there is one."""
         import xarray as xr
 
-        every = [self.done[number] for number in sorted(self.done)]
-        found = [part for part in every if "question" in part.dims]
-        asked, correct = (_sum(part.attrs[name] for part in every) for name in ("asked", "correct"))
+        found = [part for part in self.done if "question" in part.dims]
+        asked, correct = (_sum(part.attrs[name] for part in self.done) for name in ("asked", "correct"))
         if not found:
             raise InputError(
                 f"None of the {sum(asked.values())} questions was answered correctly, so nothing was measured. "
@@ -259,8 +247,10 @@ class _Parts:
             joined = xr.concat(found, dim="question", join="exact", coords="minimal", compat="override")
         except ValueError as error:
             raise InputError(f"The results of the batches have different axes and do not join: {error}") from None
-        attrs = {**_joined_attrs([part.attrs for part in found]), "asked": asked, "correct": correct, **options}
-        joined = joined.assign_attrs(attrs)
+        joined = joined.isel(question=np.argsort([self.place[i] for i in joined["question"].values.tolist()]))
+        attrs = join_attrs([part.attrs for part in found], keep_differing=False)
+        attrs.pop("rows", None)
+        joined = joined.drop_attrs(deep=False).assign_attrs({**attrs, "asked": asked, "correct": correct, **options})
         if self.path is not None and self.folder is not None:
             save(joined, self.path)
             shutil.rmtree(self.folder)
@@ -282,18 +272,6 @@ def _labelled(result: Any, rows: Sequence[StudyRow], said: Sequence[str]) -> xr.
     words["said"] = list(said)
     renamed = dataset.drop_vars(["prompt", *words], errors="ignore").rename(prompt="question")
     return renamed.assign_coords({name: ("question", np.array(column, dtype=str)) for name, column in words.items()})
-
-
-def _joined_attrs(attrs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Costs added up; of the rest, what all have alike."""
-    joined: dict[str, Any] = {}
-    for name, first in attrs[0].items():
-        values = [a.get(name) for a in attrs]
-        if name in _ADDED:
-            joined[name] = sum(values)
-        elif all(value == first for value in values) and name != "prompt":
-            joined[name] = first
-    return joined
 
 
 def _sum(counts: Any) -> dict[str, int]:
@@ -321,11 +299,39 @@ def _check(rows: Sequence[StudyRow], batch_size: int) -> None:
         raise InputError(f"Rows share the ids {repeated[:3]}; give each row an id of its own.")
 
 
-def _fingerprint(rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
-    """A digest of the questions and of how they are measured."""
-    told = [[r.id, r.question, r.answer, r.kind, r.boxes, r.constraint, r.answer_prefix, r.false_option] for r in rows]
-    text = json.dumps([told, settings], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise InputError(
+            f"out={str(out)!r} is a folder; give the name of a file, such as {str(out / 'study.safetensors')!r}."
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"The result cannot be written: there is no folder {str(out.parent)!r}.")
+
+
+def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
+    """A digest of the questions, of who is asked, and of how it is measured."""
+    who = [model.config.model_name, str(model.cfg.dtype), weights_digest(model)]
+    told = [
+        [r.id, r.question, r.answer, r.kind, r.boxes, r.size, r.constraint, r.answer_prefix, r.false_option, _shown(r)]
+        for r in rows
+    ]
+    return _digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())
+
+
+def _shown(row: StudyRow) -> str | None:
+    """A row's picture: its name, or a digest of its pixels."""
+    if row.picture is None or isinstance(row.picture, (str, Path)):
+        return None if row.picture is None else str(row.picture)
+    picture = load_picture(row.picture, f"The picture of row {row.id}")
+    return f"{picture.size} {_digest(picture.tobytes())}"
+
+
+def _place(images: str | Path | None) -> str | None:
+    return None if images is None else str(Path(images).resolve())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _plain(text: str) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError, SpanError, did_you_mean
 from hooked_llava.interventions.intervention import SCORES, Intervention, Where
 from hooked_llava.positions import Positions
+from hooked_llava.token_map import SPANS
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -25,6 +26,8 @@ _OPERATORS: dict[str, Callable[[Positions, Positions], Positions]] = {
     "&": Positions.__and__,
     "-": Positions.__sub__,
 }
+STANDARD = (*SPANS, "object", "other", "random", "constraint")
+"""Spans that a prompt has or has not: where one is missing an edge may be left out. Any other name must be known."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,25 @@ def edges_of(edges: Edges) -> list[Edge]:
     return [Edge.of(edge) for edge in edges]
 
 
+def study_edges(edges: Edges) -> list[Edge]:
+    """The edges of a study, which must mean the same in every question of its table.
+
+    Raises `SpanError` for names that no question can have, and `InputError` for positions by number.
+
+    >>> [edge.source for edge in study_edges(["image->last"])]
+    ['image']
+    """
+    named = edges_of(edges)
+    for edge in named:
+        if numbered := [where for where in (edge.source, edge.target) if not isinstance(where, str | None)]:
+            raise InputError(
+                f"The edge {edge.name!r} names positions by number ({numbered[0]}), which stand for other tokens in every "
+                "question; name spans, such as 'image->last', or take attention_knockout prompt by prompt."
+            )
+    _check_names(named, STANDARD)
+    return named
+
+
 def span(token_map: TokenMap, expression: str, *, seed: int = 0) -> Positions:
     """Positions of spans joined from left to right by |, & and -.
 
@@ -89,7 +111,7 @@ def span(token_map: TokenMap, expression: str, *, seed: int = 0) -> Positions:
     >>> span(token_map.with_spans(object=[2]), "other|last")
     Positions(1, 3..5)
     """
-    first, *rest = re.split(r"\s*([|&-])\s*", expression.strip())
+    first, *rest = _split(expression)
     found = _one_span(token_map, first, seed)
     for operator, name in zip(rest[::2], rest[1::2], strict=True):
         found = _OPERATORS[operator](found, _one_span(token_map, name, seed))
@@ -102,10 +124,13 @@ def marked(
     """The prompts with both ends of every edge as spans of their token maps, and which edges [prompt, edge] they have.
 
     With missing="skip" an edge whose spans a prompt does not have is empty there, and blocks nothing. Raises `SpanError`
-    for it otherwise, and `InputError` for edges from later to earlier positions, which attention does not have.
+    for it otherwise, and always for a span that is none of the standard ones and that no prompt has; and `InputError` for
+    edges from later to earlier positions, which attention does not have.
     """
     if missing not in ("raise", "skip"):
         raise InputError(f"missing={missing!r}; expected 'raise' or 'skip'.")
+    if missing == "skip":
+        _check_names(edges, dict.fromkeys([*STANDARD, *(name for m in prompts.token_maps for name in m.named)]))
     token_maps, present = [], np.ones((len(prompts), len(edges)), dtype=bool)
     for row, token_map in enumerate(prompts.token_maps):
         ends: dict[str, Positions] = {}
@@ -121,6 +146,23 @@ def marked(
             ends |= dict(zip(edge.ends, (source, target), strict=True))
         token_maps.append(replace(token_map, named={**token_map.named, **ends}))
     return replace(prompts, token_maps=tuple(token_maps)), present
+
+
+def _split(expression: str) -> list[str]:
+    """Names and the operators between them."""
+    return re.split(r"\s*([|&-])\s*", expression.strip())
+
+
+def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
+    known = list(known)
+    for edge in edges:
+        for where in (edge.source, edge.target):
+            for name in _split(where)[::2] if isinstance(where, str) else ():
+                if name not in known:
+                    raise SpanError(
+                        f"The edge {edge.name!r} names the span {name!r}, which no prompt has.{did_you_mean(name, known)} "
+                        f"Known: {', '.join(known)}."
+                    )
 
 
 def _one_span(token_map: TokenMap, name: str, seed: int) -> Positions:

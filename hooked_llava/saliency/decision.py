@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -16,13 +16,13 @@ from torch import Tensor
 from hooked_llava.caching import saver
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
-from hooked_llava.metrics import Answer, teacher_forced
-from hooked_llava.readout import log_probabilities, log_probability_increase, token_id, words
+from hooked_llava.metrics import Answer, one_each, teacher_forced
+from hooked_llava.readout import log_probabilities, log_probability_increase, token_id, wide, words
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-Target = str | int | Answer | Sequence[str | int | Answer] | None
+Target = str | SupportsIndex | Answer | Sequence[str | SupportsIndex | Answer] | None
 """What is scored: None for the model's own next token; a word or text (of several tokens: under teacher forcing), a
 token id, an `Answer` with its spellings; or a list with one of one token for each prompt."""
 
@@ -73,6 +73,10 @@ class Decision:
             held={name: tensor[index] for name, tensor in self.held.items()},
         )
 
+    def only(self, prompt: int) -> Decision:
+        """One prompt's part of it, `inputs` included."""
+        return replace(self.take([prompt]), inputs=self.inputs[prompt])
+
     def log_probability(self, streams: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
         """log P(answer) that a stream at the answer's position stands for, through the frozen lens."""
         return log_probabilities(self.model, streams, self.target, scale=self.scale).sum(-1)
@@ -110,8 +114,7 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
-    wide = model.ln_final.centred(last.to(torch.promote_types(last.dtype, torch.float32)))
-    scale = (wide.pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt()
+    scale = (model.ln_final.centred(wide(last)).pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt()
     if ids is None:
         ids = model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True)  # (prompt, 1, 1)
         names = own_names(model, ids)
@@ -133,6 +136,14 @@ def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence
             f"bring its own target; it lacks {missing}, and target={target!r}."
         )
     return inputs, 0
+
+
+def one_by_one(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple[Inputs | Decision, Any]]:
+    """Each prompt apart with its target; or each prompt's part of a decision, which brings its own target."""
+    if isinstance(inputs, Decision):
+        return [(inputs.only(i), target) for i in range(len(inputs.read))]
+    prompts = model.as_inputs(inputs)
+    return list(zip(prompts, one_each(target, len(prompts)), strict=True))
 
 
 def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
@@ -166,16 +177,6 @@ def resolve_target(
     return prompts, last, tokens, tuple(answer.text for answer in answers)
 
 
-def one_each(target: Target, n_prompts: int) -> list[Any]:
-    """The target of every prompt; raises `InputError` for a list of another length."""
-    each = [target] * n_prompts if target is None or isinstance(target, (str, int, Answer)) else list(target)
-    if len(each) != n_prompts:
-        raise InputError(
-            f"target= names {len(each)} answers for {n_prompts} prompts; give one for each prompt, or one for all."
-        )
-    return each
-
-
 def own_names(model: HookedLLaVA, ids: Int[Tensor, "prompt read spelling"]) -> tuple[str, ...]:
     """The model's own answers in words, one token each."""
     return tuple(words(model, ids[:, 0, 0]).tolist())
@@ -186,7 +187,7 @@ def one_or_all(values: Sequence[Any]) -> Any:
     return values if isinstance(values, str) else values[0] if len(values) == 1 else list(values)
 
 
-def _answer(model: HookedLLaVA, target: str | int | Answer) -> Answer:
+def _answer(model: HookedLLaVA, target: str | SupportsIndex | Answer) -> Answer:
     if isinstance(target, Answer):
         return target
     token = token_id(model, target)

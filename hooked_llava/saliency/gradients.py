@@ -18,6 +18,7 @@ from torch import Tensor
 from hooked_llava.components import reads_only
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
+from hooked_llava.readout import wide
 from hooked_llava.saliency.patches import at_patches, patch_positions, sum_pixels
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def _read_logits(
     context = model.context(entering, inputs.attention_mask, inputs.position_ids)
     stream = model.language(entering, context)
     rows = torch.arange(len(read), device=read.device)[:, None]
-    logits = model.unembed(model.ln_final.fused(stream[rows, read]))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide(model.unembed(model.ln_final.fused(stream[rows, read])))
 
 
 def gradient_times_input(
@@ -76,7 +76,8 @@ def integrated_gradients(
     The model's own answer is the one that it gives at x.
 
     The baseline of image embeddings is the mean of the picture's own (Neo et al. 2024 take a data set's mean: give it as
-    `baseline` [d_model]), that of pixels the colour that the processor subtracts, 0. The parts sum to log P(x) - log
+    `baseline` [d_model]), that of pixels the colour that the processor subtracts, 0. Gradients are added up in float32 at
+    least, however the model computes. The parts sum to log P(x) - log
     P(x0), as closely as the steps allow. Raises `InputError` for fewer than one step.
     """
     if steps < 1:
@@ -86,10 +87,11 @@ def integrated_gradients(
         with torch.no_grad():
             ids = log_p(end, None)[1]
     start = torch.zeros_like(end) if vision else _without_picture(inputs, end, baseline)
-    total = torch.zeros_like(end)
+    way = wide(end) - wide(start)
+    total = torch.zeros_like(way)
     for step in range(steps):
-        total += _gradient(log_p, start + (step + 0.5) / steps * (end - start), ids)[0]
-    return _by_patch(model, inputs, total / steps * (end - start), vision=vision), ids
+        total += _gradient(log_p, (start + (step + 0.5) / steps * way).to(end.dtype), ids)[0]
+    return _by_patch(model, inputs, total / steps * way, vision=vision), ids
 
 
 _LogP = Callable[[Tensor, Ids], tuple[Tensor, Tensor]]
@@ -125,7 +127,8 @@ def _without_picture(
     for row, token_map in enumerate(inputs.token_maps):
         for image in range(token_map.n_images):
             where = token_map.image(image).tensor(end.device)
-            start[row, where] = end[row, where].mean(0) if baseline is None else baseline.to(end.device, end.dtype)
+            own = wide(end[row, where]).mean(0) if baseline is None else baseline.to(end.device)
+            start[row, where] = own.to(end.dtype)
     return start
 
 

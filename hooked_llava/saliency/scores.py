@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from fancy_einsum import einsum
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages, summed_messages
+from hooked_llava.readout import wide
 from hooked_llava.saliency.decision import Decision
 
 if TYPE_CHECKING:
@@ -26,10 +28,10 @@ def score_layers(decision: Decision) -> Float[Tensor, "prompt layer 2"]:
     rows = []
     for layer in range(decision.n_layers):
         stream, attention = decision.streams[layer], decision.part(layer, "attn_out")
-        middle = _wide(stream) + attention
+        middle = wide(stream) + attention
         scores = [
-            decision.score(_wide(attention), stream),
-            decision.score(_wide(decision.part(layer, "mlp_out")), middle),
+            decision.score(wide(attention), stream),
+            decision.score(wide(decision.part(layer, "mlp_out")), middle),
         ]
         rows.append(torch.stack(scores, -1))
     return torch.stack(rows, 1)
@@ -39,7 +41,7 @@ def score_heads(decision: Decision, layers: Sequence[int] | None = None) -> Floa
     """S(z W_O | stream entering the block) of every head."""
     rows = []
     for layer in range(decision.n_layers) if layers is None else layers:
-        z, output = _wide(decision.part(layer, "z")), _wide(decision.model.blocks[layer].attn.W_O)
+        z, output = wide(decision.part(layer, "z")), wide(decision.model.blocks[layer].attn.W_O)
         written = einsum("b r h d, h d m -> b r h m", z, output)  # (prompt, read, head, d_model)
         rows.append(decision.score(written, decision.streams[layer]))
     return torch.stack(rows, 1)
@@ -71,17 +73,18 @@ def best_heads(scores: Float[Tensor, "prompt layer head"], k: int) -> list[list[
     return [[divmod(index, n_heads) for index in row] for row in best.tolist()]
 
 
-def check_choice(model: HookedLLaVA, heads: Heads) -> None:
-    """Raise `InputError` for heads that are not there, before anything runs."""
+def check_choice(model: HookedLLaVA, heads: Heads) -> Heads:
+    """The choice, checked before anything runs; raises `InputError` for heads that are not there."""
     cfg = model.config.language
-    if isinstance(heads, int):
-        if not 1 <= heads <= cfg.n_layers * cfg.n_heads:
-            raise InputError(f"k={heads} heads; expected 1 to {cfg.n_layers * cfg.n_heads}.")
-    elif isinstance(heads, str):
-        if heads != "all":
-            raise InputError(f"heads={heads!r}; expected a number, 'all', or (layer, head) pairs.")
-    else:
-        check_heads(heads, cfg.n_layers, cfg.n_heads)
+    if isinstance(heads, Iterable) and not isinstance(heads, str):
+        return check_heads(heads, cfg.n_layers, cfg.n_heads)
+    if heads == "all":
+        return "all"
+    if isinstance(heads, bool) or not isinstance(heads, Integral):
+        raise InputError(f"heads={heads!r}; expected a whole number, 'all', or (layer, head) pairs.")
+    if not 1 <= heads <= cfg.n_layers * cfg.n_heads:
+        raise InputError(f"k={heads} heads; expected 1 to {cfg.n_layers * cfg.n_heads}.")
+    return int(heads)
 
 
 def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]]:
@@ -96,14 +99,41 @@ def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]
     return [pairs] * len(decision.inputs)
 
 
+def best_of(decision: Decision, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of one prompt's heads the one with the largest score."""
+    layers = sorted({layer for layer, _ in pairs})
+    scores = score_heads(decision, layers)[0]
+    return max(pairs, key=lambda pair: float(scores[layers.index(pair[0]), pair[1]]))
+
+
+def best_positions(
+    decision: Decision, pair: tuple[int, int], top: int, among: Sequence[int] | None = None
+) -> Int[Tensor, " position"]:
+    """The tokens of one prompt with the largest scores for a head, the best first; padding is no token."""
+    real = decision.inputs.token_map.real
+    where = torch.tensor([p for p in (real if among is None else among) if p in real])
+    scores = score_positions(decision, *pair, where[None].to(decision.read.device))[0]  # (position)
+    return where[scores.topk(min(top, len(where))).indices.cpu()]
+
+
+def check_top(top: int) -> int:
+    """How many positions; raises `InputError` unless it is a whole number from 1 on."""
+    if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
+        raise InputError(f"top={top!r} positions; expected a whole number, at least 1.")
+    return int(top)
+
+
 def named_heads(chosen: list[list[tuple[int, int]]]) -> list[list[str]]:
     """Heads as "layer.head", for attributes of results."""
     return [[f"{layer}.{head}" for layer, head in row] for row in chosen]
 
 
-def check_heads(heads: Sequence[tuple[int, int]], n_layers: int, n_heads: int) -> list[tuple[int, int]]:
+def check_heads(heads: Iterable[Any], n_layers: int, n_heads: int) -> list[tuple[int, int]]:
     """(layer, head) pairs, checked; raises `InputError`."""
-    pairs = [(int(layer), int(head)) for layer, head in heads]
+    try:
+        pairs = [(int(layer), int(head)) for layer, head in heads]
+    except (TypeError, ValueError):
+        raise InputError(f"heads={heads!r}; expected (layer, head) pairs, such as [(2, 1)].") from None
     if outside := [pair for pair in pairs if not (0 <= pair[0] < n_layers and 0 <= pair[1] < n_heads)]:
         raise InputError(f"There are no heads {outside}; expected (0..{n_layers - 1}, 0..{n_heads - 1}).")
     if not pairs:
@@ -120,7 +150,3 @@ def _at(
     rows = torch.arange(len(positions), device=value.device)[:, None]
     keys = positions[:, None, None].expand(-1, *pattern.shape[1:3], -1)
     return pattern.gather(-1, keys), value[rows, positions]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.readout import wide
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -35,14 +37,19 @@ def project(
     >>> project(model, model.W_E[:3], "cosine").argmax(-1).tolist()
     [0, 1, 2]
     """
-    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    rows = wide(vectors)
     if space == "unembed":
         if scale is None:
             raise InputError("space='unembed' needs scale=, the final norm's scale at the position of the answer.")
-        return wide / scale * model.ln_final.weight.to(wide.dtype) @ model.unembed.weight.T.to(wide.dtype)
-    if space not in SPACES:
-        raise InputError(f"space={space!r}; expected one of {', '.join(SPACES)}.")
-    table = model.W_E.to(wide.dtype)
+        return rows / scale * model.ln_final.weight.to(rows.dtype) @ model.unembed.weight.T.to(rows.dtype)
+    check_spaces([space])
+    table = model.W_E.to(rows.dtype)
     if space == "embed":
-        return wide @ table.T
-    return torch.nn.functional.normalize(wide, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+        return rows @ table.T
+    return torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+
+
+def check_spaces(spaces: Sequence[str]) -> None:
+    """Raise `InputError` for a space that there is not."""
+    if outside := [space for space in spaces if space not in SPACES]:
+        raise InputError(f"space={outside[0]!r}; expected one of {', '.join(SPACES)}.")

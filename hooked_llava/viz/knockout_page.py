@@ -10,10 +10,11 @@ import numpy as np
 import xarray as xr
 
 from hooked_llava.analysis import answer_probability, attention_knockout, flow_summary, next_tokens
-from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, Window
+from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, MetricName, Window, study_settings
 from hooked_llava.datasets import StudyRow, by_kind, study
+from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
-from hooked_llava.interventions.edges import Edges, edges_of
+from hooked_llava.interventions.edges import Edges
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
 from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
@@ -53,6 +54,7 @@ def knockout_page(
     edges: Edges | None = None,
     window: Window = None,
     *,
+    metric: MetricName = "relative_change",
     max_new_tokens: int = 20,
     on_step: Callable[[str], None] | None = None,
 ) -> KnockoutPage:
@@ -63,10 +65,11 @@ def knockout_page(
         inputs: one prompt, anything `model.as_inputs` takes; `inputs.with_boxes(object=[box])` adds the object's edges.
         edges: as for `attention_knockout`; by default the paper's and those that leave nothing open.
         window: as for `attention_knockout`.
+        metric: likewise, one that needs no further word.
         max_new_tokens: length of the answer at most.
         on_step: called with the name of each part of the work (`STEPS`) as it begins.
 
-    Raises `InputError` and `SpanError` as `attention_knockout`.
+    Raises `InputError` for several prompts, and as `attention_knockout` does, `SpanError` included.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> page = knockout_page(model, model.prepare("Who made the star?"))
@@ -74,10 +77,14 @@ def knockout_page(
     ('Clara', True)
     """
     prompt = model.as_inputs(inputs)
+    if len(prompt) != 1:
+        raise InputError(
+            f"knockout_page takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
+        )
     shown = page_edges(prompt) if edges is None else edges
     with steps_reported(STEPS, on_step, "knocking out") as begin:
         begin("knocking out")  # first, since it finds whatever does not fit
-        knockout = attention_knockout(model, prompt, shown, window, total=True)
+        knockout = attention_knockout(model, prompt, shown, window, metric=metric, total=True)
         begin("answering")
         answer = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
         begin("answer by layer")
@@ -106,27 +113,32 @@ def flow_study(
     edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES),
     window: Window = None,
     *,
+    metric: MetricName = "relative_change",
     seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
     """Knockout and the answer's probability by layer of every question of a table, for `study_page`.
 
     The probabilities are `answer_probability` [question, norm, stream, form], where stream l enters layer l; the rest is
-    what `knockout_study` gives. `options` are those of `datasets.study`; raises as these functions.
+    what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does. `options` are those
+    of `datasets.study`; raises as these functions.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
     >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
     ['edge', 'form', 'layer', 'norm', 'question', 'stream']
     """
-    about = {"edges": [e.name for e in edges_of(edges)], "window": window, "seed": seed, "analysis": "flow_study"}
+    about = study_settings(model, edges, window, metric, seed) | {"analysis": "flow_study"}
 
     def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
-        found = attention_knockout(model, inputs, edges, window, total=True, missing="skip", seed=seed)
+        how = {"metric": metric, "total": True, "missing": "skip", "seed": seed}
+        found = attention_knockout(model, inputs, edges, window, **how)
         options = [row.false_option for row in asked]
         probability = answer_probability(model, inputs, [row.answer for row in asked], options)
         found["answer_probability"] = probability.rename(layer="stream").drop_attrs()
-        return found.assign_attrs(n_forward=found.n_forward + probability.n_forward)
+        return found.assign_attrs(
+            {name: found.attrs[name] + probability.attrs[name] for name in ("n_forward", "seconds")}
+        )
 
     return study(model, rows, run, about=about, **options)
 
@@ -162,9 +174,10 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
         "counts": counts,
         "provenance": {
             "Model": result.attrs.get("model") or "unnamed",
-            "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured",
+            "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured"
+            + _unseen(result),
             "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
-            "Cost": f"{result.attrs.get('runs', 0)} runs a prompt batch, {result.attrs.get('seconds', 0.0):.0f} s",
+            "Cost": _cost(result.attrs),
             "Made": made_with(),
         },
         **_shown(means, means.get("answer_probability")),
@@ -174,24 +187,39 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
     return KnockoutPage(question=heading, answer="", html=html, results=results)
 
 
+def _cost(attrs: Mapping[str, Any]) -> str:
+    """What all batches of questions cost together."""
+    forwards = attrs.get("n_forward", 0) + attrs.get("work", 0.0)
+    seconds = f"{attrs.get('seconds', 0.0):.0f} s"
+    return f"{attrs.get('runs', 0)} runs for {forwards:.1f} forward passes, each of a batch of questions, {seconds}"
+
+
+def _unseen(result: xr.Dataset) -> str:
+    """Questions of which some object's box was cut away before the model saw the picture."""
+    n = int((result["boxes_lost"] > 0).sum()) if "boxes_lost" in result.coords else 0
+    return f"; {n} with an object that the model does not see (cut away, or too small)" if n else ""
+
+
 def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, Any]:
     """Figures and tables of a knockout, by kind or not."""
     several = "kind" in knockout.dims
     summary = flow_summary(knockout)
     kinds = [str(k) for k in knockout["kind"].values] if several else [""]
     edges = [str(edge) for edge in knockout["edge"].values]
+    units = str(knockout["effect"].attrs.get("units", "change of the metric"))
+    digits, full = (1, 100.0) if units.startswith("%") else (3, float(abs(knockout["total_effect"]).max()) or 1.0)
     rows = []
     for edge in edges:
         cells = []
         for kind in kinds:
             at: Mapping[str, str] = {"edge": edge, **({"kind": kind} if several else {})}
-            cells.append(_cell(knockout.sel(at), summary.sel(at)))
+            cells.append(_cell(knockout.sel(at), summary.sel(at), digits, full))
         rows.append({"edge": shown_edge(edge), "cells": cells})
     return {
         "curves": figure_uri(knockout_curves(knockout)),
         "probabilities": None if probability is None else figure_uri(probability_curves(probability)),
         "window": knockout.attrs.get("window"),
-        "units": knockout["effect"].attrs.get("units", "change of the metric"),
+        "units": units,
         "kinds": kinds,
         "rows": rows,
         "has_object": any("object" in edge or "random" in edge for edge in edges),
@@ -199,23 +227,23 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
     }
 
 
-def _cell(knockout: xr.Dataset, summary: xr.Dataset) -> dict[str, str]:
-    """Total effect with its interval, and the curve in numbers."""
+def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -> dict[str, str]:
+    """Total effect with its interval, and the curve in numbers; `full` is the drop that is coloured most."""
     total = knockout["total_effect"]
     mean = float(total.sel(statistic="mean")) if "statistic" in total.dims else float(total)
     if not np.isfinite(mean):
         return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0"}
     interval = ""
     if "statistic" in total.dims:
-        interval = f"{_number(total.sel(statistic='low'), 0)} to {_number(total.sel(statistic='high'), 0)}"
+        interval = " to ".join(_number(total.sel(statistic=end), digits - 1) for end in ("low", "high"))
     depth, peak, width, stages = (float(summary[n]) for n in ("depth", "peak_layer", "half_width", "stages"))
     found = f"layer {peak:.0f}, {width:.0f} wide" + (f", {stages:.0f} stages" if stages > 1 else "")
     return {
-        "total": _number(mean, 1),
+        "total": _number(mean, digits),
         "interval": interval,
-        "depth": _number(depth, 1),
-        "peak": found if width and _number(depth, 1) != "0.0" else "",
-        "deep": f"{min(100.0, max(0.0, -mean)):.0f}",
+        "depth": _number(depth, digits),
+        "peak": found if width and float(f"{depth:.{digits}f}") else "",
+        "deep": f"{100 * min(1.0, max(0.0, -mean / full)):.0f}",
     }
 
 

@@ -62,6 +62,17 @@ def test_equal_to_the_formula_by_layer_and_form() -> None:
                 np.testing.assert_allclose(cells, expected(row, token, norm), rtol=1e-4, atol=1e-9)
 
 
+def test_in_half_precision_raw_logits_are_taken_in_single() -> None:
+    half = HookedLLaVA.from_hf(pair("plain", torch.bfloat16).hf, processor=make_processor())
+    asked = half.prepare("What color is the star?", PICTURE)
+    _, cache = half.run_with_cache(asked, names_filter="resid_pre", positions="last")
+    found = answer_probability(half, asked, "yes").sel(norm="none", form="lower")
+    token, unembed = half.to_single_token("yes"), half.unembed.weight.float()
+    for layer in range(half.cfg.n_layers):
+        exact = (cache["resid_pre", layer][0, 0].float() @ unembed.T).softmax(-1)[token].item()
+        assert found[layer].item() == pytest.approx(exact, rel=1e-5)
+
+
 def test_one_prompt_and_no_false_option() -> None:
     found = answer_probability(model(), prompts()[0], "yes")
     assert found.dims == ("norm", "layer", "form")
@@ -83,7 +94,7 @@ def test_the_models_own_answer_by_default(tiny_shapes: HookedLLaVA) -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    with pytest.raises(InputError, match="answer= has 1 words for 2 prompts"):
+    with pytest.raises(InputError, match="answer= names 1 answers for 2 prompts"):
         answer_probability(model(), prompts(), ["red"])
     with pytest.raises(InputError, match="no tokenizer"):
         answer_probability(pair().ours, pair().prompt(), "red")

@@ -10,7 +10,7 @@ import torch
 
 from hooked_llava.analysis import deletion_curves
 from hooked_llava.errors import InputError
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 
 def exact() -> Any:
@@ -54,8 +54,27 @@ def test_tokens_are_taken_away_after_the_vision_tower() -> None:
     np.testing.assert_allclose(curves.probability[:, 0], [[base, without], [without, base]], atol=1e-6)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_a_single_direction_and_what_it_cost() -> None:
     models, prompt = exact(), exact().prompt()
+    both = deletion_curves(models.ours, prompt, {"a": np.eye(3)}, 7, shares=(0, 1 / 3, 1))
+    one = deletion_curves(models.ours, prompt, {"a": np.eye(3)}, 7, directions="insertion", shares=(0, 1 / 3, 1))
+    assert one.direction.values.tolist() == ["insertion"]
+    np.testing.assert_allclose(one.probability[0], both.probability.sel(direction="insertion"), atol=1e-9)
+    # Runs with patches taken away: all, none, and a third or two thirds. The one without any is the kept run; another
+    # runs again from the first picture's position on.
+    assert (one.runs, both.runs) == (3, 4)
+    assert 2 < one.n_forward < 1 + 2
+    assert (both.n_forward - 1) / (one.n_forward - 1) == pytest.approx(3 / 2)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, prompt = exact(), exact().prompt()
+    monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    monkeypatch.setattr(models.ours.vision, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with as_users_run(), pytest.raises(InputError, match="directions='both'; expected 'deletion' or 'insertion', or a"):
+        deletion_curves(models.ours, prompt, {"a": np.eye(3)}, directions="both")
+    with as_users_run(), pytest.raises(InputError, match="where='pixels'; expected 'picture' or 'tokens'"):
+        deletion_curves(models.ours, prompt, {"a": np.eye(3)}, where="pixels")
     with pytest.raises(InputError, match=r"Map 'a' has the shape \(2, 2\); expected one number per patch, \(3, 3\)"):
         deletion_curves(models.ours, prompt, {"a": np.eye(2)})
     with pytest.raises(InputError, match="at least two numbers from 0 to 1 that increase"):

@@ -81,6 +81,8 @@ def test_what_does_not_fit_is_refused() -> None:
     models = exact()
     with pytest.raises(InputError, match="mean over one prompt is what the head does there"):
         ablate_heads(models.ours, models.prompt(), [(1, 2)])
+    with pytest.raises(InputError, match="named 'none', as the run with all heads is"):
+        ablate_heads(models.ours, models.prompt(batch=2), {"none": [(1, 0)], "a": [(1, 1)]})
     with pytest.raises(InputError, match="There are no heads"):
         ablate_heads(models.ours, models.prompt(batch=2), {"a": [(3, 0)]})
     with as_users_run(), pytest.raises(InputError, match="replace='median'"):

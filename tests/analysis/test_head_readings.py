@@ -11,8 +11,10 @@ import torch
 
 from hooked_llava.analysis import attention_to_object, head_readings, position_scores
 from hooked_llava.errors import InputError
+from hooked_llava.model import HookedLLaVA
+from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores
-from tests.pairs import as_users_run, pair
+from tests.pairs import as_users_run, batch, pair
 
 
 def exact() -> Any:
@@ -64,6 +66,18 @@ def test_the_best_positions_come_first_with_their_scores() -> None:
     assert read.token.values[0, 0, 0].startswith("#")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_none_of_the_best_positions(side: Any) -> None:
+    models = exact()
+    short = models.prompt(n_text=4, seed=1)
+    padded = models.ours.as_inputs(batch([models.prompt(n_text=12), short], side))[1]
+    alone = head_readings(models.ours, short, 1, 3, 7, top=50)
+    read = head_readings(models.ours, padded, 1, 3, 7, top=50)
+    real = padded.token_map.real
+    assert read.position.values.tolist() == [real.start + p for p in alone.position.values]
+    np.testing.assert_allclose(read.score, alone.score, atol=1e-9)
+
+
 def test_words_in_the_space_of_input_embeddings() -> None:
     models = exact()
     inner, cosine = (
@@ -109,7 +123,23 @@ def test_what_does_not_fit_is_refused() -> None:
         head_readings(models.ours, models.prompt(), 1, 6)
     with pytest.raises(InputError, match="one prompt at a time, got 2"):
         head_readings(models.ours, models.prompt(batch=2), 1, 1)
+    for top in (0, -1):
+        with pytest.raises(InputError, match=f"top={top} positions; expected a whole number, at least 1"):
+            head_readings(models.ours, models.prompt(), 1, 1, top=top)
+    two = models.prompt(batch=2)
+    with pytest.raises(InputError, match="2 prompts ask about the object and 1 about another"):
+        attention_to_object(models.ours, two, models.prompt(), [2])
     with pytest.raises(InputError, match="k=0 words"):
         head_readings(models.ours, models.prompt(), 1, 1, k=0)
     with as_users_run(), pytest.raises(InputError, match="space='words'; expected one of unembed, embed, cosine"):
         head_readings(models.ours, models.prompt(), 1, 1, space="words")
+
+
+def test_words_and_spaces_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
+    inputs = model.prepare("What color is the star?")
+    monkeypatch.setattr(model.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="give a target of one token"):
+        head_readings(model, inputs, 1, 1, "red star")
+    with as_users_run(), pytest.raises(InputError, match="space='words'"):
+        head_readings(model, inputs, 1, 1, space="words")

@@ -27,7 +27,7 @@ from hooked_llava.model import HookedLLaVA
 from hooked_llava.saliency.decision import decide
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores
-from tests.pairs import batch, pair
+from tests.pairs import as_users_run, batch, pair
 
 GEOMETRIES = ["grouped", "biases"]
 
@@ -103,6 +103,9 @@ def test_the_models_own_token_is_the_default_and_words_are_taken() -> None:
     model = talking()
     inputs = model.prepare("What color is the star?", images=torch.zeros(3, 16, 16))
     red = head_scores(model, inputs, "red")
+    token = model.to_single_token("red")
+    for same in (np.int64(token), torch.tensor(token), np.array([token]), [torch.tensor(token)]):
+        np.testing.assert_array_equal(head_scores(model, inputs, same), red)
     assert red.target == "red"
     np.testing.assert_allclose(red, head_scores(model, inputs, model.to_single_token("red")))
     spelled = head_scores(model, inputs, Answer("red", (model.to_single_token("red"), model.to_single_token("blue"))))
@@ -177,6 +180,35 @@ def test_each_of_several_prompts_has_its_own_best_heads() -> None:
     np.testing.assert_allclose(read.score.sel(prompt=1), alone[1].score, atol=1e-9)
 
 
+def test_positions_of_a_decision_and_padding_that_scores_nothing() -> None:
+    models = exact()
+    prompts = batch([models.prompt(n_text=7), models.prompt(n_text=4, seed=1)], "right")
+    decision = decide(models.ours, prompts, [7, 8])
+    shared = position_scores(models.ours, decision, heads=2)
+    alone = position_scores(models.ours, prompts, [7, 8], heads=2)
+    xr.testing.assert_allclose(shared, alone)
+    assert shared.layer_head.values.tolist() == alone.layer_head.values.tolist()
+    assert (shared.n_forward, alone.n_forward) == (0, 2)
+    short = position_scores(models.ours, models.prompt(n_text=4, seed=1), 8, heads=2)
+    n = short.sizes["position"]
+    np.testing.assert_allclose(alone.score[1, :, :n], short.score, atol=1e-9)
+    assert np.isnan(alone.score[1, :, n:]).all()
+    assert np.isfinite(alone.score[0]).all()
+    with pytest.raises(InputError, match="bring its own target"):
+        position_scores(models.ours, decision, 8)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_under_an_answer_of_several_tokens_are_those_of_the_prompt(side: Any) -> None:
+    model = talking()
+    both = model.prepare(["What color is the star?", "Is it red?"], padding_side=side)
+    alone = position_scores(model, model.prepare("Is it red?"), "red star", heads=[(1, 2)])
+    padded = position_scores(model, both[1], "red star", heads=[(1, 2)])
+    real = both[1].padded_left().token_map.real
+    np.testing.assert_allclose(padded.score[0, list(real)], alone.score[0], atol=1e-5)
+    assert padded.label.values[list(real)].tolist() == alone.label.values.tolist()
+
+
 def test_only_a_little_is_kept() -> None:
     models = exact()
     prompts = models.ours.as_inputs(models.prompt())
@@ -214,6 +246,18 @@ def test_overlap_and_ranking_by_attention() -> None:
     np.testing.assert_allclose(mass.sel(layer=1), pattern[:, image].sum(-1), atol=1e-6)
 
 
+def test_each_prompt_attends_to_a_span_of_its_own_length() -> None:
+    model = talking()
+    questions = ["What color is the star?", "Is it red?"]
+    both = heads_by_attention(model, model.prepare(questions), "question")
+    assert both.dims == ("prompt", "layer", "head")
+    for i, question in enumerate(questions):
+        alone = heads_by_attention(model, model.prepare(question), "question")
+        np.testing.assert_allclose(both.sel(prompt=i), alone, atol=1e-5)
+    shared = heads_by_attention(model, decide(model, model.prepare(questions), parts=("pattern",)), "question")
+    np.testing.assert_array_equal(shared, both)
+
+
 def test_scores_of_several_prompts_are_ranked_by_their_mean() -> None:
     scores = xr.DataArray([[[0.0, 4.0]], [[3.0, 0.0]]], dims=("prompt", "layer", "head"), coords={"layer": [5]})
     assert top_heads(scores, 1) == [(5, 1)]
@@ -241,6 +285,13 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
     monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
     with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
         head_scores(models.ours, models.prompt(), 99)
+    with as_users_run(), pytest.raises(InputError, match="target=1.5; expected a word, a token id"):
+        head_scores(models.ours, two, 1.5)
+    for heads in (2.0, True):
+        with as_users_run(), pytest.raises(InputError, match=f"heads={heads}; expected a whole number, 'all'"):
+            position_scores(models.ours, models.prompt(), 7, heads=heads)
+    with as_users_run(), pytest.raises(InputError, match=r"heads=\[1, 2\]; expected \(layer, head\) pairs"):
+        position_scores(models.ours, models.prompt(), 7, heads=[1, 2])
     with pytest.raises(InputError, match="target= names 3 answers for 2 prompts"):
         head_scores(models.ours, two, [7, 8, 9])
     with pytest.raises(InputError, match="different numbers of spellings"):

@@ -12,8 +12,9 @@ import torch
 from hooked_llava.analysis import head_scores, information_storage, position_scores, reciprocal_rank, top_heads
 from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.saliency import decide
 from tests.oracles.naive_scores import NaiveScores
-from tests.pairs import as_users_run, pair
+from tests.pairs import as_users_run, batch, pair
 
 
 def exact() -> Any:
@@ -58,6 +59,55 @@ def test_the_best_heads_best_positions_are_the_default() -> None:
     assert stored.position.values.tolist() == np.argsort(-scores.values)[:3].tolist()
 
 
+def test_the_best_of_the_heads_that_are_named_chooses_the_positions() -> None:
+    models = exact()
+    scores = head_scores(models.ours, models.prompt())
+    order = top_heads(scores, scores.size)
+    for heads in ([order[5], order[2], order[9]], "all"):
+        best = order[2] if heads != "all" else order[0]
+        stored = information_storage(models.ours, models.prompt(), 7, 8, top=3, heads=heads)
+        wanted = information_storage(models.ours, models.prompt(), 7, 8, top=3, heads=[best])
+        assert stored.position.values.tolist() == wanted.position.values.tolist()
+    last = information_storage(models.ours, models.prompt(), 7, 8, top=3, heads=[order[9]])
+    assert last.position.values.tolist() != wanted.position.values.tolist(), "another head chooses others"
+
+
+def test_the_best_of_the_positions_that_are_named() -> None:
+    models = exact()
+    image = list(models.ours.as_inputs(models.prompt()).token_map["image"])
+    score = position_scores(models.ours, models.prompt(), heads=1, positions="image").score[0]
+    whole = information_storage(models.ours, models.prompt(), 7, 8, positions="image")
+    assert whole.position.values.tolist() == image, "all, in their order"
+    best = information_storage(models.ours, models.prompt(), 7, 8, positions="image", top=2)
+    assert best.position.values.tolist() == [image[i] for i in np.argsort(-score.values)[:2]]
+    same = whole.logit_difference.sel(position=best.position)
+    np.testing.assert_allclose(best.logit_difference, same, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_none_of_the_best_positions(side: Any) -> None:
+    models = exact()
+    short = models.prompt(n_text=4, seed=1)
+    padded = models.ours.as_inputs(batch([models.prompt(n_text=12), short], side))[1]
+    alone = information_storage(models.ours, short, 7, 8)
+    stored = information_storage(models.ours, padded, 7, 8)
+    assert stored.position.values.tolist() == [padded.token_map.real.start + p for p in alone.position.values]
+    np.testing.assert_allclose(stored.logit_difference, alone.logit_difference, atol=1e-9)
+
+
+def test_a_decision_stands_in_for_its_prompts() -> None:
+    models = exact()
+    two = models.ours.as_inputs(models.prompt(batch=2))
+    decision = decide(models.ours, two)
+    shared = information_storage(models.ours, decision, [7, 9], 8, top=3)
+    alone = information_storage(models.ours, two, [7, 9], 8, top=3)
+    np.testing.assert_allclose(shared.logit_difference, alone.logit_difference, atol=1e-9)
+    assert (shared.n_forward, alone.n_forward) == (2, 4)
+    other = information_storage(models.ours, decide(models.ours, two[0], 7), 7, 8, top=3, heads=[(1, 2)])
+    scores = position_scores(models.ours, two[0], 7, heads=[(1, 2)]).score[0]
+    assert other.position.values.tolist() == np.argsort(-scores.values)[:3].tolist(), "for the decision's own target"
+
+
 def test_prompts_have_words_of_their_own_and_ranks_are_averaged() -> None:
     models = exact()
     both = information_storage(models.ours, models.prompt(batch=2), [7, 9], 8, positions=[2, 3])
@@ -93,5 +143,9 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         information_storage(models.ours, models.prompt(), 7, 99)
     with pytest.raises(InputError, match="There are no heads"):
         information_storage(models.ours, models.prompt(), 7, 8, heads=[(9, 0)])
-    with as_users_run(), pytest.raises(InputError, match="expected some of unembed, embed, cosine"):
+    with pytest.raises(InputError, match="top=0 positions"):
+        information_storage(models.ours, models.prompt(), 7, 8, positions="image", top=0)
+    with pytest.raises(InputError, match="distractor= names 3 answers for 1 prompts"):
+        information_storage(models.ours, models.prompt(), 7, [8, 9, 10])
+    with as_users_run(), pytest.raises(InputError, match="space='words'; expected one of unembed, embed, cosine"):
         information_storage(models.ours, models.prompt(), 7, 8, spaces=["words"])

@@ -139,6 +139,14 @@ def test_what_the_answer_is_can_differ_from_prompt_to_prompt() -> None:
     result = attention_knockout(ours, joined, ["rest->last"], 1, answer=[7, 8])
     logits = ours(joined)[:, -1].softmax(-1).detach()
     np.testing.assert_allclose(result.base, [logits[0, 7], logits[1, 8]], rtol=1e-4)
+    of_numpy = attention_knockout(ours, joined, ["rest->last"], 1, answer=np.array([7, 8]))
+    of_torch = attention_knockout(ours, joined, ["rest->last"], 1, answer=[torch.tensor(7), np.int64(8)])
+    for same in (of_numpy, of_torch):
+        np.testing.assert_array_equal(same.base, result.base)
+    for one in (np.int64(7), torch.tensor(7)):
+        np.testing.assert_allclose(
+            attention_knockout(ours, joined, ["rest->last"], 1, answer=one).base[0], result.base[0]
+        )
     own = attention_knockout(ours, joined, ["rest->last"], 1)
     assert own.attrs["answer"] == [f"#{int(i)}" for i in logits.argmax(-1)]
 
@@ -198,6 +206,11 @@ def test_edges_that_a_prompt_does_not_have_can_be_left_out(tiny_shapes: HookedLL
     assert np.isfinite(result.effect[1]).all()
     with pytest.raises(SpanError, match="no span 'image'"):
         attention_knockout(tiny_shapes, text, ["image->last"])
+    for misspelt in ("iamge->last", "question->lsat"):
+        with pytest.raises(SpanError, match="which no prompt has. Did you mean"):
+            attention_knockout(tiny_shapes, text, [misspelt], missing="skip")
+    own = text.with_spans(mine=[3])
+    assert np.isfinite(attention_knockout(tiny_shapes, own, ["mine->last"], missing="skip").effect).all()
 
 
 def test_six_edges_at_620_positions_cost_two_forwards() -> None:
@@ -227,7 +240,7 @@ def test_bfloat16_and_files(tmp_path: Any) -> None:
     exact = attention_knockout(
         pair("plain").ours, prepared(pair("plain").ours, prompt()), ["image->question", "question->last"], 1
     )
-    np.testing.assert_allclose(result.effect, exact.effect, atol=30)
+    np.testing.assert_allclose(result.effect, exact.effect, atol=6)  # percent, of effects up to 70
     assert result.effect.attrs["units"] == "% of the answer's probability"
     save(result, tmp_path / "r.safetensors")
     assert load(tmp_path / "r.safetensors").equals(result)
@@ -254,6 +267,53 @@ def test_a_study_by_kind_as_numbers(tiny_shapes: HookedLLaVA, tmp_path: Any) -> 
     assert (summary.depth <= by_kind(result).effect.sel(statistic="mean").min("layer") + 1e-9).all()
     with pytest.raises(InputError, match="holds another study"):
         knockout_study(tiny_shapes, rows, ["image->question", "object->question"], 1, out=tmp_path / "flow")
+
+
+def test_an_edge_of_the_same_name_between_other_spans_is_another_study(tiny_shapes: HookedLLaVA, tmp_path: Any) -> None:
+    from hooked_llava.toy.gqa_tables import gqa_rows
+
+    rows, how = gqa_rows(1, kinds=["QueryAttr"]), {"out": tmp_path / "flow", "window": "all", "total": False}
+    mine = knockout_study(tiny_shapes, rows, {"mine": ("image", "last")}, **how)
+    for edges, further in (
+        ({"mine": ("question", "last")}, {}),
+        ({"mine": ("image", "last")}, {"metric": "probability"}),
+    ):
+        with pytest.raises(InputError, match="holds another study"):
+            knockout_study(tiny_shapes, rows, edges, **how, **further)
+    assert knockout_study(tiny_shapes, rows, {"mine": ("image", "last")}, **how).equals(mine)
+
+
+def test_a_study_of_another_metric(tiny_shapes: HookedLLaVA) -> None:
+    from hooked_llava.toy.gqa_tables import gqa_rows
+
+    rows = gqa_rows(1, kinds=["QueryAttr"])
+    percent, shares = (
+        knockout_study(tiny_shapes, rows, ["image->question"], 1, metric=metric)
+        for metric in ("relative_change", "probability")
+    )
+    np.testing.assert_allclose(shares.effect, percent.effect / 100 * percent.base, atol=1e-5)
+    assert shares.effect.attrs["units"] == "probability"
+
+
+@pytest.mark.parametrize(
+    ("edges", "options", "error", "message"),
+    [
+        (["questoin->last"], {}, SpanError, "the span 'questoin', which no prompt has. Did you mean: question"),
+        (["image->question|rset"], {}, SpanError, "the span 'rset', which no prompt has. Did you mean: rest"),
+        ({"mine": ([3, 4], "last")}, {}, InputError, r"'mine' names positions by number \(\[3, 4\]\)"),
+        ({"mine": ("image", 7)}, {}, InputError, r"'mine' names positions by number \(7\)"),
+        (["image->last"], {"window": 0}, InputError, "window of 0 layers"),
+        (["image->last"], {"metric": "logit_difference"}, InputError, "need no word but the model's answer"),
+    ],
+)
+def test_what_does_not_fit_a_study_is_said_before_anything_is_asked(
+    tiny_shapes: HookedLLaVA, monkeypatch: Any, edges: Any, options: Any, error: Any, message: str
+) -> None:
+    from hooked_llava.toy.gqa_tables import gqa_rows
+
+    monkeypatch.setattr(tiny_shapes.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(error, match=message):
+        knockout_study(tiny_shapes, gqa_rows(1, kinds=["QueryAttr"]), edges, **options)
 
 
 def test_curves_as_numbers() -> None:
@@ -286,7 +346,8 @@ def test_curves_as_numbers() -> None:
         (["image->last"], {"metric": "kl"}, "metric='kl'; expected relative_change"),
         (["image->last"], {"metric": "logit_difference"}, "belong together"),
         (["image->last"], {"baseline": 3}, "belong together"),
-        (["image->last"], {"answer": [1, 2]}, "2 entries for 1 prompts"),
+        (["image->last"], {"answer": [1, 2]}, "answer= names 2 answers for 1 prompts"),
+        (["image->last"], {"answer": 2.0}, "answer=2.0; expected a word, a token id"),
         (["image->last"], {"missing": "ignore"}, "expected 'raise' or 'skip'"),
         ({"mine": ([99], "last")}, {}, r"Positions \[99\] lie outside"),
     ],

@@ -125,6 +125,24 @@ def test_integrated_gradients_sum_to_what_the_picture_adds(vision: bool) -> None
     assert (found.n_forward, found.n_backward) == (40, 40)
 
 
+def test_gradients_of_a_model_in_half_precision_are_added_up_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a sum stops growing where a summand is less than half of its last place: here after 256 steps."""
+    from hooked_llava.saliency import gradients
+
+    half = pair("grouped", torch.bfloat16)
+    inputs = half.ours.as_inputs(half.prompt())
+
+    def constant(log_p: Any, at: torch.Tensor, ids: Any) -> Any:
+        assert at.dtype == torch.bfloat16
+        return torch.ones_like(at), ids
+
+    monkeypatch.setattr(gradients, "_gradient", constant)
+    read, ids = inputs.last[:, None], torch.tensor([[[7]]])
+    found, _ = gradients.integrated_gradients(half.ours, inputs, read, ids, steps=400, vision=True)
+    expected = gradients.sum_pixels(half.ours, inputs.pixel_values.float(), gradients.patch_positions(inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("geometry", ["grouped", "full"])
 def test_rollout_is_the_product_of_whole_matrices(geometry: str) -> None:
     models = exact(geometry)
@@ -260,5 +278,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
         patch_importance(models.ours, models.prompt(), 7, method="occlusion", window=3)
     with pytest.raises(InputError, match="steps=0"):
         patch_importance(models.ours, models.prompt(), 7, method="integrated_gradients", steps=0)
+    for heads in (2.0, True):
+        for method in ("log_increase", "attention"):
+            with as_users_run(), pytest.raises(InputError, match=f"heads={heads}; expected a whole number"):
+                patch_importance(models.ours, models.prompt(), 7, method=method, heads=heads)
     with pytest.raises(InputError, match="There are no heads"):
         patch_importance(models.ours, models.prompt(), 7, heads=[(0, 99)])

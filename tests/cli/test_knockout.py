@@ -51,6 +51,28 @@ def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
     assert "holds another study" in said
 
 
+def test_an_edge_that_no_question_has_is_a_dash(checkpoint, tmp_path):
+    page = ("-o", str(tmp_path / "page.html"), "-m", checkpoint)
+    folder = write_gqa(tmp_path / "gqa", 1, kinds=["QueryAttr"])
+    edges = ("--edge", "constraint->last", "--edge", "image->last")
+    result = run("knockout", "--dataset", str(folder), "--images", str(folder), "--all", *edges, *page)
+    assert result.exit_code == 0, result.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if "->" in line}
+    assert lines["constraint->last"] == ["–", "–"]
+    assert lines["image->last"][0][0] in "+-"
+
+
+def test_another_metric(checkpoint, tmp_path):
+    page = ("-o", str(tmp_path / "page.html"), "-m", checkpoint)
+    result = run("knockout", QUESTION, "--edge", "question->last", "--metric", "log_probability", *page)
+    assert result.exit_code == 0, result.stderr
+    line = next(line.split() for line in result.stdout.splitlines() if "->" in line)
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    inputs = model.prepare(QUESTION)
+    expected = attention_knockout(model, inputs, ["question->last"], "all", metric="log_probability")
+    assert float(line[1]) == pytest.approx(float(expected.effect[0]), abs=0.00051)
+
+
 def test_the_embedded_table(tmp_path):
     result = run("knockout", "--dataset", "tiny-shapes", "--limit", "1", "-o", str(tmp_path / "page.html"))
     assert result.exit_code == 0, result.stderr
@@ -67,5 +89,12 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
     assert "a table has the boxes" in refused("knockout", "--dataset", "tiny-shapes", "--box", "1,2,3,4", *options)
     assert "is no file and no folder" in refused("knockout", "--dataset", "nowhere", *options)
     folder = write_gqa(tmp_path / "gqa", 1, kinds=["QueryAttr"])
+    own = ("--dataset", "tiny-shapes")
+    for option in (("--max-new-tokens", "3"), ("--no-image",)):
+        assert f"{option[0]} belongs to one question" in refused("knockout", *own, *option, *options)
+    assert "--batch-size belongs to a table" in refused("knockout", picture, QUESTION, "--batch-size", "3", *options)
+    assert "tiny-shapes draws its own" in refused("knockout", *own, "--images", str(folder), *options)
+    nowhere = ("--dataset", str(folder), "--images", str(tmp_path / "nowhere"))
+    assert "there is no such folder" in refused("knockout", *nowhere, *options)
     assert "say where they are with --images" in refused("knockout", "--dataset", str(folder), *options)
     assert not Path(options[-1]).exists()

@@ -55,6 +55,8 @@ def test_the_kind_is_known_by_the_types(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no kind 'ChooseAtr'. Did you mean: ChooseAttr"):
         read_gqa(REAL, kinds=["ChooseAtr"])
+    with pytest.raises(InputError, match="limit=0 questions of each kind; expected at least 1"):
+        read_gqa(REAL, limit=0)
     with pytest.raises(InputError, match="is no file and no folder"):
         read_gqa(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds none of GQA_val"):

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from PIL import Image
 
-from hooked_llava.datasets.rows import StudyRow, prepare_rows, row_picture
+from hooked_llava.datasets.rows import StudyRow, boxes_lost, prepare_rows, row_picture
+from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model import HookedLLaVA
+from tests.fixtures_processor import make_processor
+from tests.pairs import pair
 
 RED = np.full((64, 64, 3), 200, dtype=np.uint8)
 
@@ -45,21 +49,32 @@ def test_template_tail_and_prefix_are_those_of_prepare(tiny_shapes: HookedLLaVA)
         prepare_rows(tiny_shapes, [row(answer_prefix="The"), row()])
 
 
-def test_boxes_that_the_model_does_not_see_are_left_out(tiny_shapes: HookedLLaVA) -> None:
+def test_boxes_that_the_model_does_not_see_are_left_out_and_counted(tiny_shapes: HookedLLaVA) -> None:
+    cropping = HookedLLaVA.from_hf(pair().hf, processor=make_processor())  # the middle square of a picture
     wide = np.full((64, 200, 3), 200, dtype=np.uint8)
-    processor = tiny_shapes.processor.image_processor
-    if not getattr(processor, "do_center_crop", False):
-        assert "object" in prepare_rows(tiny_shapes, [row(picture=wide, boxes=((0, 0, 8, 8),))]).token_map
-    small = prepare_rows(tiny_shapes, [row(boxes=((0, 0, 2, 2),))], coverage=0.9)
-    assert "object" not in small.token_map  # too small for the coverage
-    with pytest.raises(SpanError, match="no box|expected"):
+    left, middle = (0, 0, 8, 8), (80, 0, 112, 32)
+    rows = [
+        row(id=str(i), picture=wide, boxes=boxes) for i, boxes in enumerate([(left,), (middle,), (left, middle), ()])
+    ]
+    inputs = prepare_rows(cropping, rows)
+    assert ["object" in m for m in inputs.token_maps] == [False, True, True, False]
+    assert inputs.token_maps[2]["object"] == inputs.token_maps[1]["object"]
+    assert boxes_lost(inputs, rows) == [1, 0, 1, 0]
+    found = study(
+        cropping, rows, lambda inputs, rows: xr.DataArray(np.zeros(len(rows)), dims="prompt"), only_correct=False
+    )
+    assert found.boxes_lost.to_series().to_dict() == {"0": 1, "1": 0, "2": 1, "3": 0}
+    small = [row(boxes=((0, 0, 2, 2),))]
+    assert "object" not in prepare_rows(tiny_shapes, small, coverage=0.9).token_map  # too small for the coverage
+    assert boxes_lost(prepare_rows(tiny_shapes, small, coverage=0.9), small, 0.9) == [1]
+    with pytest.raises(SpanError, match=r"Row 7: \(9, 9, 3, 3\) is not a box"):
         prepare_rows(tiny_shapes, [row(boxes=((9, 9, 3, 3),))])
     with pytest.raises(InputError, match="coverage=2 is not a share"):
         prepare_rows(tiny_shapes, [row()], coverage=2)
 
 
 def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA) -> None:
-    with pytest.raises(SpanError, match="'the ring' does not occur"):
+    with pytest.raises(SpanError, match="Row 7: 'the ring' does not occur"):
         prepare_rows(tiny_shapes, [row(constraint="the ring")])
 
 

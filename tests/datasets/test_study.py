@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from PIL import Image
 
 from hooked_llava.datasets import StudyRow, by_kind, study
 from hooked_llava.datasets.study import answers_match
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load
 from hooked_llava.toy.gqa_tables import gqa_rows
+from tests.fixtures_processor import make_processor
+from tests.pairs import fresh_pair
 
 
 class Counting:
@@ -31,7 +36,8 @@ class Counting:
         self.asked += [row.id for row in rows]
         lengths = [len(m.real) for m in inputs.token_maps]
         values = np.array([[n, 2.0 * n] for n in lengths])
-        result = xr.DataArray(values, dims=("prompt", "layer"), name="length", attrs={"n_forward": 1, "model": "m"})
+        attrs = {"n_forward": 1, "model": "m", "prompt": " | ".join(r.question for r in rows), "first": rows[0].id}
+        result = xr.DataArray(values, dims=("prompt", "layer"), name="length", attrs=attrs)
         return result[0] if len(rows) == 1 else result
 
 
@@ -39,8 +45,6 @@ ROWS = gqa_rows(4, kinds=["ChooseAttr", "QueryAttr"])
 
 
 def wrong(row: StudyRow) -> StudyRow:
-    from dataclasses import replace
-
     return replace(row, answer="nonsense")
 
 
@@ -54,6 +58,8 @@ def test_every_question_with_its_kind_and_what_was_said(tiny_shapes: HookedLLaVA
     assert result.attrs["asked"] == result.attrs["correct"] == {"ChooseAttr": 4, "QueryAttr": 4}
     assert result.attrs["n_forward"] == 3
     assert result.attrs["model"] == "m"
+    assert not {"prompt", "first", "rows"} & set(result.attrs), "what only one of the batches has"
+    assert result.boxes_lost.values.tolist() == [0] * 8
     assert {name: result.attrs[name] for name in ("template", "tail", "coverage", "only_correct")} == {
         "template": "default",
         "tail": "template",
@@ -79,17 +85,20 @@ def test_only_what_is_answered_correctly_is_measured(tiny_shapes: HookedLLaVA) -
         study(tiny_shapes, rows[-2:], Counting())
 
 
-def test_an_interrupted_study_goes_on_where_it_stopped(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_an_interrupted_study_goes_on_where_it_stopped(
+    tiny_shapes: HookedLLaVA, tmp_path: Path, batch_size: int
+) -> None:
     out = tmp_path / "study.safetensors"
     with pytest.raises(KeyboardInterrupt):
         study(tiny_shapes, ROWS, Counting(fail_at=4), out=out, batch_size=2)
     assert not out.exists()
     assert [p.name for p in sorted((tmp_path / "study.safetensors.parts").iterdir())] == [
         "000000.safetensors",
-        "000001.safetensors",
+        "000002.safetensors",
     ]
     again = Counting()
-    result = study(tiny_shapes, ROWS, again, out=out, batch_size=2)
+    result = study(tiny_shapes, ROWS, again, out=out, batch_size=batch_size)
     assert again.asked == [row.id for row in ROWS[4:]]
     assert [p.name for p in tmp_path.iterdir()] == ["study.safetensors"]
     assert result.length.equals(study(tiny_shapes, ROWS, Counting(), batch_size=2).length)
@@ -97,6 +106,19 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tiny_shapes: HookedLLaVA,
     never = Counting()
     assert study(tiny_shapes, ROWS, never, out=out, batch_size=2).equals(result)
     assert never.asked == []
+
+
+def test_what_an_interrupted_study_left_out_takes_its_place_in_the_table(
+    tiny_shapes: HookedLLaVA, tmp_path: Path
+) -> None:
+    """Rows of two kinds of prompt take turns, and are asked in the table's order whatever was finished before."""
+    text = [StudyRow(id=f"t{i}", question="Who made the star?", answer="?", kind="fact") for i in range(2)]
+    rows = [ROWS[0], text[0], ROWS[1], text[1]]
+    with pytest.raises(KeyboardInterrupt):
+        study(tiny_shapes, rows, Counting(fail_at=2), out=tmp_path / "a", only_correct=False)
+    (tmp_path / "a.parts" / "000000.safetensors").unlink()
+    result = study(tiny_shapes, rows, Counting(), out=tmp_path / "a", only_correct=False)
+    assert result.question.values.tolist() == [row.id for row in rows]
 
 
 @pytest.mark.parametrize("stage", ["finished", "interrupted"])
@@ -116,6 +138,69 @@ def test_a_file_of_another_study_is_not_touched(tiny_shapes: HookedLLaVA, tmp_pa
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_another_model_pictures_or_answers_make_another_study(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    rows = [StudyRow(id="1", question="What color is the star?", answer="red", picture=Image.fromarray(pixels))]
+    named = [replace(rows[0], picture="1.png", size=(16, 16))]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "1.png")
+
+    def talking(dtype: torch.dtype = torch.float32) -> HookedLLaVA:
+        return HookedLLaVA.from_hf(fresh_pair(dtype=dtype).hf, processor=make_processor())
+
+    def ask(rows: list[StudyRow], out: str, model: HookedLLaVA, **options: Any) -> list[str]:
+        run = Counting()
+        study(model, rows, run, out=tmp_path / out, only_correct=False, **options)
+        return run.asked
+
+    assert ask(rows, "own", talking()) == ["1"]
+    assert ask(rows, "own", talking()) == [], "the same again: read back"
+    assert ask([replace(rows[0], picture=pixels)], "own", talking()) == [], "the same pixels in another form"
+    edited = talking()
+    edited.blocks[0].mlp.W_in[0, 0] += 1e-4
+    other = [replace(rows[0], picture=Image.fromarray(pixels + 1))]
+    for again in (
+        lambda: ask(rows, "own", edited),
+        lambda: ask(rows, "own", talking(torch.float64)),
+        lambda: ask(other, "own", talking()),
+        lambda: ask(rows, "own", talking(), max_new_tokens=3),
+    ):
+        with pytest.raises(InputError, match="holds another study"):
+            again()
+    assert ask(named, "files", talking(), images=tmp_path / "a") == ["1"]
+    (tmp_path / "a" / "1.png").unlink()
+    assert ask(named, "files", talking(), images=tmp_path / "a") == [], "what is finished needs no pictures"
+    for rows, images in ((named, "b"), ([replace(named[0], size=None)], "a")):
+        with pytest.raises(InputError, match="holds another study"):
+            ask(rows, "files", talking(), images=tmp_path / images)
+
+
+def test_pictures_and_boxes_of_all_rows_are_looked_at_before_any_is_asked(
+    tiny_shapes: HookedLLaVA, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "there.png")
+    first = StudyRow(id="1", question="What color is the star?", answer="red", picture="there")
+    last = replace(first, id="2", boxes=((0, 0, 8, 8),), size=(64, 64))
+    for row, error, message in (
+        (replace(last, picture="gone"), InputError, "Row 2 needs the picture 'gone', which is not in"),
+        (
+            replace(last, size=(500, 333)),
+            InputError,
+            "picture of row 2 is 64 x 64 pixels, and its boxes were drawn in 500",
+        ),
+        (replace(last, boxes=((9, 9, 3, 3),)), SpanError, r"Row 2: \(9, 9, 3, 3\) is not a box"),
+        (replace(last, picture=None), InputError, "Row 2 has boxes and no picture"),
+    ):
+        run = Counting()
+        with pytest.raises(error, match=message):
+            study(tiny_shapes, [first, row], run, images=tmp_path, only_correct=False, batch_size=1)
+        assert run.asked == []
+    with pytest.raises(InputError, match="There is no folder '.*nowhere', in which row 1 should find"):
+        study(tiny_shapes, [first, last], Counting(), images=tmp_path / "nowhere")
+    assert len(study(tiny_shapes, [first, last], Counting(), images=tmp_path, only_correct=False).question) == 2
+
+
 def test_questions_without_picture_are_asked_apart(tiny_shapes: HookedLLaVA) -> None:
     text = [StudyRow(id=f"t{i}", question="Who made the star?", answer="?", kind="fact") for i in range(2)]
     result = study(tiny_shapes, [ROWS[0], *text, ROWS[1]], Counting(), only_correct=False)
@@ -131,6 +216,10 @@ def test_what_does_not_fit_is_said(tiny_shapes: HookedLLaVA, tmp_path: Path) -> 
         study(tiny_shapes, ROWS, Counting(), batch_size=0)
     with pytest.raises(InputError, match="there is no folder"):
         study(tiny_shapes, ROWS, Counting(), out=tmp_path / "none" / "study")
+    never = Counting()
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        study(tiny_shapes, ROWS, never, out=tmp_path)
+    assert never.asked == []
     with pytest.raises(InputError, match="expected an axis 'prompt' of 2"):
         study(tiny_shapes, ROWS[:2], lambda inputs, rows: xr.DataArray([1.0], dims="layer"))
     sizes = iter([2, 3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.interventions.edges import Edge, edges_of, marked, span
+from hooked_llava.interventions.edges import STANDARD, Edge, edges_of, marked, span, study_edges
 from hooked_llava.token_map import TokenMap
 from tests.pairs import pair
 
@@ -55,7 +55,7 @@ def test_names_of_ones_own_come_first() -> None:
 
 def test_spans_that_are_not_there() -> None:
     with pytest.raises(SpanError, match="no span 'object', which 'other' needs. Say where the object is: inputs.with_"):
-        span(TEXT, "other->question".split("->", maxsplit=1)[0])
+        span(TEXT, ["other", "question"][0])
     with pytest.raises(SpanError, match="no span 'object'. Say where"):
         span(TEXT, "object")
     with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
@@ -95,3 +95,13 @@ def test_marked_prompts_have_both_ends_of_every_edge() -> None:
         marked(inputs, edges)
     with pytest.raises(InputError, match="every source lies behind every target"):
         marked(inputs, edges_of({"back": ("last", "question")}), missing="skip")
+
+
+def test_edges_of_a_study_mean_the_same_in_every_question() -> None:
+    every = [f"{name}->last" for name in STANDARD]
+    assert [edge.name for edge in study_edges(every)] == every
+    assert study_edges({"whole": (None, "last")})[0].source is None
+    with pytest.raises(SpanError, match="'patches', which no prompt has"):
+        study_edges(["image&patches->last"])
+    with pytest.raises(InputError, match="names positions by number"):
+        study_edges({"mine": (range(3), "last")})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hooked_llava.datasets import StudyRow
-from hooked_llava.errors import SpanError
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.results import load, save
 from hooked_llava.viz.knockout_page import STEPS, flow_study, knockout_page, page_edges, study_page
 
@@ -54,6 +54,23 @@ def test_without_a_picture_the_edges_of_text_remain(model, text_inputs):
         knockout_page(model, text_inputs, ["image->last"])
 
 
+def test_a_page_of_two_prompts_is_refused(model):
+    two = model.prepare(["Is the star red?", "What color is it?"])
+    with pytest.raises(InputError, match=r"knockout_page takes one prompt, got 2; call it once for each"):
+        knockout_page(model, two)
+
+
+def test_another_metric_is_given_in_its_own_units(model, inputs, table):
+    page = knockout_page(model, inputs, ["image->last"], 1, metric="probability", max_new_tokens=1)
+    total = float(page.results["knockout"].total_effect[0])
+    assert float(rows_of(page.html, "totals")[1][1].replace("\u2212", "-")) == pytest.approx(total, abs=0.00051)
+    assert "The change (probability) with" in page.html
+    result = flow_study(model, table, ["image->last"], 1, metric="log_probability", only_correct=False)
+    assert "The change (nats) with" in study_page(result, n_boot=5).html
+    with pytest.raises(SpanError, match="'imgae', which no prompt has. Did you mean: image"):
+        flow_study(model, table, ["imgae->last"])
+
+
 def test_a_page_of_a_table(model, table, tmp_path):
     result = flow_study(model, table, ["image->last", "object->question"], 1, only_correct=False, batch_size=3)
     assert result.answer_probability.dims == ("question", "norm", "stream", "form")
@@ -70,7 +87,12 @@ def test_a_page_of_a_table(model, table, tmp_path):
     means = result.total_effect.mean("question").values
     for row, mean in zip(totals[1:3], means, strict=True):
         assert float(row[-1].split()[0].replace("\u2212", "-")) == pytest.approx(mean, abs=0.051)
-    assert "4 asked, 0 answered correctly, 4 measured" in page.html
+    assert "4 asked, 0 answered correctly, 4 measured<" in page.html
+    runs, forwards = result.attrs["runs"], result.attrs["n_forward"] + result.attrs["work"]
+    assert runs == 2 * 2 * (result.sizes["layer"] + 1), "two batches, two edges"
+    assert f"{runs} runs for {forwards:.1f} forward passes, each of a batch of questions" in page.html
+    unseen = result.assign_coords(boxes_lost=("question", [0, 1, 0, 2]))
+    assert "; 2 with an object that the model does not see" in study_page(unseen, n_boot=5).html
     assert "<i>&" not in page.html
     assert page.save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
