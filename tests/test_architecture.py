@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 # Floors of the house, the ground first. A module may import from floors below its own and from its own floor. Names
 # stand for the module or the whole package of that name.
 FLOORS = (
-    ("errors", "config", "hook_names"),
+    ("errors", "config", "files", "hook_names"),
     ("geometry", "positions", "pictures", "token_text", "token_table", "token_map", "templates"),
     ("input_batch", "input_checks", "inputs"),
     ("loading", "components"),

@@ -3,12 +3,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import xarray as xr
 
+from benchmarks import _maps, editing, patch_importance, patching
 from benchmarks import _measure as measure
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.toy.evaluate import embedded
 
 ROOT = Path(__file__).parent.parent
 EVERY_REPORT = {"benchmark", "quick", "threads", "python", "versions", "repetitions"}
@@ -16,9 +22,19 @@ EVERY_ROW = {"median_s", "iqr_s", "ratio", "ratio_iqr", "repetitions"}
 COLUMNS = {measure.BASELINE, measure.HF_EAGER, measure.OURS, measure.BRIDGE}
 
 
-def run(script: str, out: Path) -> dict[str, Any]:
+def run(script: str, out: Path, *options: str) -> dict[str, Any]:
     """The report of one benchmark at its smallest, run as a user runs it."""
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--repetitions", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{script}",
+        "--quick",
+        "--repetitions",
+        "1",
+        "--out",
+        str(out),
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| " in done.stdout
@@ -70,6 +86,180 @@ def test_generation_reports_both_batches_and_the_same_tokens(tmp_path: Path) -> 
         assert batch["same_tokens"][measure.OURS] is True
         assert len(batch["rows"]) == 3
         assert all(row.keys() == COLUMNS for row in batch["rows"].values())
+
+
+@pytest.mark.slow
+def test_patching_reports_cost_counted_work_and_agreement_with_plain_hooks(tmp_path: Path) -> None:
+    found = run("patching", tmp_path / "report.json")["geometries"]["quick"]
+    assert found["rows"].keys() == {"kept", "text", "z-last", "z-all", "block", "attribution"}
+    for row, measured in found["rows"].items():
+        assert measured[measure.OURS].keys() == EVERY_ROW
+        if row not in ("kept", "attribution"):
+            assert measured["plain_hooks_difference"] < 1e-5
+            assert 0 < measured["counted"] < measured["runs"]
+    theirs = found["rows"]["text"][measure.BRIDGE]
+    assert theirs["extrapolated_from_runs"] == 3
+    assert found["rows"]["text"]["bridge_difference"] < 1e-4
+    assert [point["runs"] for point in found["scaling"]] == [5, 10, 20]
+    assert found["memory"].keys() == {"one full forward with a plain hook", "text"}
+
+
+@pytest.mark.slow
+def test_knockout_reports_the_released_procedure_beside_ours(tmp_path: Path) -> None:
+    rows = run("knockout", tmp_path / "report.json")["geometries"]["quick"]["rows"]
+    assert rows.keys() == {"window 9", "window 3"}
+    for row in rows.values():
+        assert row["counted_forwards"] <= 2.0
+        assert row["percentage_points_difference"] < 0.05
+
+
+@pytest.mark.slow
+def test_patch_importance_reports_every_method_against_the_truth(tmp_path: Path) -> None:
+    out = tmp_path / "report" / "report.json"
+    report = run("patch_importance", out, "--partial", str(tmp_path / "maps"), "--n", "1")
+    assert report["checkpoints"]["all"].keys() == {*_maps.METHODS, _maps.RANDOM}
+    for row in report["checkpoints"]["all"].values():
+        assert row["auc"][1] <= row["auc"][0] <= row["auc"][2]
+
+
+@pytest.mark.slow
+def test_information_flow_reports_every_edge_and_kind(tmp_path: Path) -> None:
+    (found,) = run("information_flow", tmp_path / "report.json")["checkpoints"].values()
+    assert len(found["kinds"]) == 7
+    assert "image->question|rest|last" in found["edges"]
+
+
+@pytest.mark.slow
+def test_top_heads_reports_overlap_and_ablation(tmp_path: Path) -> None:
+    (found,) = run("top_heads", tmp_path / "report.json")["checkpoints"].values()
+    assert 0 <= found["overlap"]["share"][0] <= 1
+    assert found["overlap"]["chance"] == 10 / found["heads"]
+    for rankings in found["ablation"].values():
+        assert rankings.pop("none")["correct"][0] > 0.5
+        assert rankings.keys() == {"largest scores", "most attention", "random"}
+        assert all(of.keys() == {"1", "2", "4", "8", "16"} for of in rankings.values())
+
+
+def test_three_measurements_of_a_picture_are_one_of_its_mean() -> None:
+    auc = np.random.default_rng(0).normal(0.5, 0.1, size=(3, 40)) + np.random.default_rng(1).normal(0, 0.3, size=40)
+    auc[0, 0] = np.nan
+    each = {str(i): {"map": {"auc": row, "milliseconds": float(i)}} for i, row in enumerate(auc)}
+    pooled = patch_importance.pooled(each)["map"]
+    np.testing.assert_allclose(pooled["auc"], np.nanmean(auc, 0))
+    assert pooled["milliseconds"] == 1.0
+    _, low, high = patch_importance.summary({"map": pooled})["map"]["auc"]
+    error = np.nanmean(auc, 0).std() / np.sqrt(40)  # not / sqrt(120)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+    assert patch_importance.summary({"map": pooled})["map"]["pictures"] == 40
+    assert np.isnan(patch_importance.pooled({"0": {"map": {"auc": np.array([np.nan])}}})["map"]["auc"][0])
+
+
+def test_maps_are_kept_for_the_same_weights_options_and_questions_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [HookedLLaVA.from_pretrained(folder) for folder in embedded()[:2]]
+    some, name, file = _maps.cases("query_color", 2), "attention, mean of all heads", tmp_path / "maps"
+    prepared, waited = _maps.prepared, 0.2
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(waited)
+        return prepared(*args, **options)
+
+    monkeypatch.setattr(_maps, "prepared", slowly)
+    first = _maps.maps_of(models[0], some, name, file)
+    assert first.seconds < waited, "preparing is not the method's"
+    monkeypatch.setattr(_maps, "prepared", lambda *args, **options: pytest.fail("made anew"))
+    xr.testing.assert_identical(_maps.maps_of(models[0], some, name, file), first)
+    monkeypatch.setattr(_maps, "prepared", prepared)
+    other = _maps.maps_of(models[1], some, name, file)
+    assert not np.allclose(other, first)
+    asked = _maps.maps_of(models[1], some, name, file, other=True)
+    assert not np.allclose(asked, other)
+    monkeypatch.setitem(_maps.METHODS, name, {"method": "attention", "heads": 1})
+    assert not np.allclose(_maps.maps_of(models[1], some, name, file, other=True), asked)
+
+
+def test_a_stroke_does_not_end_a_cell() -> None:
+    table = measure.markdown(["`a|b`"], {"image->question|rest": ["1|2"]}, "|")
+    assert table.splitlines() == ["| \\| | `a\\|b` |", "|---|---|", "| image->question\\|rest | 1\\|2 |"]
+
+
+@pytest.mark.slow
+def test_causal_trace_reports_cost_counted_work_and_agreement_with_plain_hooks(tmp_path: Path) -> None:
+    rows = run("causal_trace", tmp_path / "report.json")["geometries"]["quick"]["rows"]
+    assert len(rows) == 5
+    for row in rows.values():
+        assert row[measure.OURS].keys() == EVERY_ROW
+        assert 0 < row["runs"] <= row["cells"]
+        assert 0 < row["counted"] < row["runs"]
+        assert row["plain_hooks_difference"] is None or row["plain_hooks_difference"] < 1e-4
+    assert [row["kept_runs"] for row in rows.values()] == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_causal_trace_study_reports_every_corruption(tmp_path: Path) -> None:
+    report = run("causal_trace_study", tmp_path / "report.json")
+    (found,) = report["checkpoints"].values()
+    for asked in ("by picture", "by name"):
+        corruptions = found[asked]["corruptions"]
+        assert corruptions.keys() == {"another shape's name", "noise", "mean embedding", "one word everywhere"}
+        for of in corruptions.values():
+            assert len(of["lowered_by"]) == of["traced"]
+            assert of["left_out"] == sum(drop < 0.1 for drop in of["lowered_by"])
+            assert ("best" in of) == (of["left_out"] < of["traced"])
+        assert len(found[asked]["windows"]) == 2
+    assert found["errors"]["asked"] == 32
+    assert len(found["by picture"]["messages"]["norm"]) == 6
+
+
+def test_traces_that_lower_nothing_are_left_out_of_the_editing_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    dims = ("kind", "layer", "position")
+
+    def trace(_: Any, case: int) -> tuple[Any, dict[str, int]]:
+        effect = (dims, [[[case + 0.1, case + 0.2]]])
+        data = xr.Dataset({"indirect_effect": effect, "lowered_by": case / 10}, {"kind": ["mlp"], "position": [3, 7]})
+        return data, {"constraint": 3, "last": 7}
+
+    monkeypatch.setattr(editing, "_trace", trace)
+    found = editing.run_trace(None, [0, 5, 7])  # type: ignore[arg-type]
+    assert (found["cases"], found["left_out"], found["lowered_by"]) == ([0, 5, 7], [0], 0.4)
+    assert found["indirect_effect"] == {"last": [6.2], "constraint": [6.1]}
+    assert editing.run_trace(None, [0])["indirect_effect"] == {}  # type: ignore[arg-type]
+    row = {"efficacy": 1.0, "generalisation": 1.0, "specificity_drop": 0.0}
+    layers = {"last 0": [row], "constraint 0": [row]}
+    assert list(editing.correlations({"seed1": {"layers": layers, "trace": found}})) == [
+        f"seed1, {where} (2 of 3 facts traced)" for where in ("position last", "position constraint", "all cells")
+    ]
+
+
+def test_editing_reports_what_one_edit_takes_by_itself() -> None:
+    row = {
+        "efficacy": 1.0,
+        "specificity_drop": 2.0,
+        "locality_kl": 0.5,
+        "accuracy": dict.fromkeys(editing.ASKED, 0.75),
+    }
+    rows = [{**row, "case": 0, "seconds_alone": 0.25}, {**row, "case": 1, "seconds_alone": 0.75}, {**row, "case": 2}]
+    table = editing.method_table({"seed1": {"methods": {"A": rows}}}, "methods", corner="edits")
+    header, _, line = (list(map(str.strip, text.split("|")))[1:-1] for text in table.splitlines())
+    cells = dict(zip(header, line, strict=True))
+    assert (cells["s for one edit alone"], cells["edits"], cells["other colors"]) == ("0.500", "3", "0.750 ± 0.000")
+
+
+def test_a_row_measured_later_joins_the_others_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patching, "start", lambda parser, argv: parser.parse_args(argv))  # no threads or grad mode set
+    monkeypatch.setattr(patching, "make_setting", lambda *_: None)
+    monkeypatch.setattr(patching, "WithPicture", lambda _: None)
+    cost = {"ratio": 0.5, "median_s": 1.0}
+    monkeypatch.setattr(patching, "measure_row", lambda row, *_: {"row": row, measure.OURS: cost})
+    out = tmp_path / "report.json"
+    for row in ("kept", "whole"):
+        patching.main(["--quick", "--geometry", "quick", "--out", str(out), "--rows", row])
+    rows = json.loads(out.read_text(encoding="utf-8"))["geometries"]["quick"]["rows"]
+    assert [rows[row]["row"] for row in ("kept", "whole")] == ["kept", "whole"]
+    assert "every layer x every position | - | - | 0.50 (1 s) | 1000 | -" in capsys.readouterr().out
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:

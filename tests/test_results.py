@@ -70,6 +70,14 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_can_be_read_by_others_and_needs_a_folder(tmp_path: Path) -> None:
+    save(dataset(), tmp_path / "result")
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "result").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+        save(dataset(), tmp_path / "nowhere" / "result")
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load(tmp_path / "missing")

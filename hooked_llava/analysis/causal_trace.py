@@ -53,7 +53,9 @@ ROLES = (
     "last",
 )
 """What a position is to the trace; `by_role` and `average_traces` sum up by it."""
-_LOWERED = 0.1
+_ALIKE = ("model", "corruption_kind", "window", "window_reading", "units")
+LOWERED = 0.1
+"""Share of the answer's probability that a corruption must take, or it is said not to have lowered the answer."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def causal_trace(
         window_reading: "centred", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.
         layers: centres of the windows; all layers by default.
         positions: where to restore, each in turn; by default the last image position and all behind it.
-        metric: function of logits [..., d_vocab]; by default P(answer), the clean run's own first token.
+        metric: from logits [..., d_vocab] to one number each; by default P(answer), the clean run's own first token.
         batch_size: rows at once; chosen from the free memory by default.
 
     Returns a dataset with `restored` (the metric) and `indirect_effect` [kind, layer, position], the probabilities
@@ -111,32 +113,43 @@ def causal_trace(
     """
     prompt = model.as_inputs(inputs)
     plan = _plan(model, prompt, constraint, kinds, (window, window_reading), layers, positions)
-    method = {"corruption": describe(corruption), "window": window, "window_reading": window_reading}
+    how = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}
+    method = {**how, "window": window, "window_reading": window_reading}
     with analysis(model, prompt, n_forward=1, **method) as made:
         clean = Replay(model, prompt)
         corrupted = corrupt(model, clean, plan.constraints, corruption)
         made.n_forward += corrupted.n_forward
-        logits = clean.logits()
-        answer = probability(int(logits.argmax()))
+        answer = probability(int(clean.logits().argmax()))
         measure = metric or answer
-        baseline = [float(measure(replay.logits())) for replay in corrupted.replays]
+        baseline = [_number(measure(replay.logits())) for replay in corrupted.replays]
         effects, n_runs = _effects(model, clean, corrupted, baseline, plan, measure, batch_size)
-        p_clean = float(answer(logits))
-        p_corrupted = float(np.mean([float(answer(replay.logits())) for replay in corrupted.replays]))
-        attrs = made.attrs(
-            answer=str(words(model, logits.argmax())),
-            corrupted_answer=str(words(model, corrupted.replays[0].logits().argmax())),
-            clean=float(measure(logits)),
-            corrupted=float(np.mean(baseline)),
-            constraint=[_spelled(prompt.token_map, where) for where in plan.constraints],
-            constraint_positions=[where.tolist() for where in plan.constraints],
-            constraint_last=plan.constraints[-1][-1],
-            runs=n_runs,
-            work=sum(replay.work.forwards for replay in (clean, *corrupted.replays)),
-        )
-        if metric is None:
-            attrs["units"] = "probability"
-        return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], (p_clean, p_corrupted), attrs)
+        ends = _mean(answer, [clean]), _mean(answer, corrupted.replays)
+        means = {"clean": _number(measure(clean.logits())), "corrupted": float(np.mean(baseline)), "runs": n_runs}
+        units = {"units": "probability"} if metric is None else {}
+        attrs = made.attrs(**means, **_about(model, clean, corrupted, plan), **units)
+        return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], ends, attrs)
+
+
+def was_lowered(trace: xr.Dataset) -> bool:
+    """Whether the corruption lowered the answer, so that there is something to restore."""
+    return float(trace.lowered_by) >= LOWERED
+
+
+def best_cells(trace: xr.Dataset) -> list[xr.Dataset]:
+    """For each kind the cell with the largest indirect effect, with its coordinates `kind`, `layer`, `position`, `role`, ...
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> trace = causal_trace(model, model.prepare("Who made the star?"), "the star", corruption="the ring")
+    >>> [str(cell.kind.values) for cell in best_cells(trace)]
+    ['mlp', 'attn', 'resid']
+    """
+    best = []
+    for kind in range(trace.sizes["kind"]):
+        one = trace.isel(kind=kind)
+        layer, position = divmod(int(one.indirect_effect.values.argmax()), one.sizes["position"])
+        best.append(one.isel(layer=layer, position=position))
+    return best
 
 
 def by_role(trace: xr.Dataset) -> xr.Dataset:
@@ -161,15 +174,16 @@ def by_role(trace: xr.Dataset) -> xr.Dataset:
     )
 
 
-def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = _LOWERED) -> xr.Dataset:
+def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = LOWERED) -> xr.Dataset:
     """The mean indirect effect of many questions by kind, layer and role, with its 95% interval.
 
     Each trace is one vote per role. Questions whose answer the corruption lowers by less than `min_drop` of its
     probability have nothing to restore: they are left out and counted in the attributes `left_out` and `left_out_drops`.
 
     Returns `indirect_effect`, `low`, `high` (mean -+ 1.96 standard errors) [kind, layer, role], `n` [role]. Raises
-    `InputError` if there is no trace, or none is left.
+    `InputError` if there is no trace, or none is left, or they differ in model, kinds, layers, windows or units.
     """
+    _check_alike(traces)
     drops = [float(trace.lowered_by) for trace in traces]
     kept = [by_role(trace) for trace, drop in zip(traces, drops, strict=True) if drop >= min_drop]
     if not kept:
@@ -183,12 +197,58 @@ def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = _LOWERED) 
     mean = effects.mean("question")
     error = effects.std("question", ddof=1) / np.sqrt(n) if len(kept) > 1 else mean * np.nan
     left_out = [drop for drop in drops if drop < min_drop]
-    shared = {name: kept[0].attrs[name] for name in ("model", "corruption", "window", "window_reading")}
+    shared = {name: kept[0].attrs[name] for name in ("model", "window", "window_reading")}
+    words = {trace.attrs["corruption"] for trace in kept}
+    shared["corruption"] = words.pop() if len(words) == 1 else kept[0].attrs["corruption_kind"]
     costs = {name: float(sum(t.attrs[name] for t in kept)) for name in ("n_forward", "seconds", "runs", "work")}
     return xr.Dataset(
         {"indirect_effect": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "n": n},
         attrs=shared | costs | {"left_out": len(left_out), "left_out_drops": left_out, "min_drop": min_drop},
     )
+
+
+def _check_alike(traces: Sequence[xr.Dataset]) -> None:
+    """Raises `InputError` unless the traces measure the same; of a corruption the words may differ, not its kind."""
+    for trace in traces:
+        for name in ("kind", "layer"):
+            if not np.array_equal(trace[name].values, traces[0][name].values):
+                given = [t[name].values.tolist() for t in (traces[0], trace)]
+                raise InputError(
+                    f"The traces have different {name}s, {given[0]} and {given[1]}; average like with like."
+                )
+        for name in _ALIKE:
+            given = [str(t.attrs.get(name, "not given")) for t in (traces[0], trace)]
+            if given[0] != given[1]:
+                raise InputError(f"The traces differ in {name}: {given[0]!r} and {given[1]!r}; average like with like.")
+
+
+def _number(value: Tensor) -> float:
+    """What a metric makes of one row of logits."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(
+            f"The metric returned {list(value.shape)} numbers for the logits of one run; expected one. It is a function from "
+            "[..., d_vocab] to [...], such as hooked_llava.metrics.probability(token)."
+        )
+    return float(value)
+
+
+def _mean(metric: Metric, replays: Sequence[Replay]) -> float:
+    return float(np.mean([float(metric(replay.logits())) for replay in replays]))
+
+
+def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan) -> dict[str, Any]:
+    """What was asked, what was said, and what it cost, for the attributes."""
+    said = [str(words(model, replay.logits().argmax())) for replay in (clean, corrupted.replays[0])]
+    token_map = clean.inputs.token_map
+    return {
+        "answer": said[0],
+        "corrupted_answer": said[1],
+        "constraint": [_spelled(token_map, where) for where in plan.constraints],
+        "constraint_positions": [where.tolist() for where in plan.constraints],
+        "constraint_last": plan.constraints[-1][-1],
+        "last": token_map.real[-1],
+        "work": sum(replay.work.forwards for replay in (clean, *corrupted.replays)),
+    }
 
 
 def _plan(

@@ -32,6 +32,7 @@ from hooked_llava.cli.common import (
 
 if TYPE_CHECKING:
     from hooked_llava.input_batch import Inputs
+    from hooked_llava.interventions.corruptions import Corruption
     from hooked_llava.model import HookedLLaVA
 
 EPILOG = examples(
@@ -58,8 +59,13 @@ def trace(
     ] = None,
     replace: Annotated[
         list[str] | None,
-        typer.Option(metavar="WORDS", help="Replace the constraint by these, of as many tokens; one for each."),
+        typer.Option(
+            metavar="WORDS", help="Replace the constraint by these, of as many tokens; once for all, or for each."
+        ),
     ] = None,
+    repeat: Annotated[
+        bool, typer.Option("--repeat", help="Write the first token of --replace at each of the constraint's tokens.")
+    ] = False,
     corruption: Annotated[Way, typer.Option(help="Without --replace: noise, or the mean embedding.")] = Way.noise,
     window: Annotated[int, typer.Option(min=1, metavar="N", help="Layers that are restored together.")] = 1,
     output: Output = Path("trace.html"),
@@ -77,29 +83,40 @@ def trace(
         image, question = split_arguments(first, second, no_image)
         if not constraint:
             raise InputError('There is no constraint; name words of the question: --constraint "this shape".')
+        new = replace or []
+        if repeat and not new:
+            raise InputError("--repeat has nothing to repeat; give words with --replace.")
+        if new and len(new) not in (1, len(constraint)):
+            raise InputError(
+                f"--replace is given {len(new)} times and --constraint {len(constraint)} times; give --replace once for all "
+                "constraints, or once for each."
+            )
         check_writable(output)
         loaded, inputs = prepare(model, image, question, template, device, dtype)
-        page = _trace(loaded, inputs, constraint, replace or [], corruption, window, max_new_tokens)
+        page = _trace(loaded, inputs, constraint, _corruption(new, repeat, corruption), window, max_new_tokens)
         path = page.save(output)
         _show(question, page)
         say_where(path)
+
+
+def _corruption(words: list[str], repeat: bool, way: Way) -> Corruption:
+    from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, Replace
+
+    if words:
+        return Replace(words if len(words) > 1 else words[0], repeat=repeat)
+    return Noise() if way is Way.noise else MeanEmbedding()
 
 
 def _trace(
     model: HookedLLaVA,
     inputs: Inputs,
     constraint: list[str],
-    replace: list[str],
-    way: Way,
+    corruption: Corruption,
     window: int,
     max_new_tokens: int,
 ) -> Any:
-    from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, Replace
-
     with needs_figures():
         from hooked_llava.viz.trace_page import STEPS, trace_page
-    embedded = Noise() if way is Way.noise else MeanEmbedding()
-    corruption = Replace(replace) if replace else embedded
     with shown_steps(len(STEPS)) as on_step:
         return trace_page(
             model,
@@ -117,6 +134,8 @@ def _show(question: str, page: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from hooked_llava.analysis.causal_trace import best_cells, was_lowered
+
     found = page.results["trace"]
     to = out()
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
@@ -127,16 +146,13 @@ def _show(question: str, page: Any) -> None:
         f"{float(found.p_corrupted):.3f}, and the model says {said}.",
         soft_wrap=True,
     )
-    if float(found.lowered_by) < 0.1:
+    if not was_lowered(found):
         to.print("[bold]The corruption does not lower the answer[/bold]: there is nothing to restore.", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("restored", "left"), ("best layer", "right"), ("at", "left"), ("probability", "right")):
         table.add_column(name, justify=justify)
-    for kind in found.kind.values.tolist():
-        one = found.sel(kind=kind)
-        layer, position = divmod(int(one.restored.values.argmax()), one.sizes["position"])
-        cell = one.isel(layer=layer, position=position)
+    for cell in best_cells(found):
         place = f"{str(cell.label.values).strip()} ({cell.role.values})"
-        table.add_row(kind, str(int(cell.layer)), escape(place), f"{float(cell.restored):.3f}")
+        table.add_row(str(cell.kind.values), str(int(cell.layer)), escape(place), f"{float(cell.restored):.3f}")
     to.print(table)
     to.print()

@@ -105,13 +105,14 @@ def place_constraint(question: str, words: str) -> tuple[str | None, str]:
     """The constraint as it stands in the question, and how it was found or why not.
 
     Tried as it is, then without regard to capitals, then without punctuation around it ("This software," in the released
-    tables); whole words only, and only where they stand once.
+    tables); whole words only, without regard to spaces around them, and only where they stand once.
 
     >>> place_constraint("What is this made of?", "This,")
     ('this', 'capitals or punctuation')
     >>> place_constraint("Is this that?", "this hat")
     (None, 'not in the question')
     """
+    words = words.strip()
     found = _places(question, words)
     if len(found) == 1:
         return found[0], "as it is"

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 
+_PARALLEL = 1e-6  # factors that differ by less are taken for parallel
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -67,15 +69,19 @@ class Change:
         0: nothing; 1: as much as the change itself does. A key at which nothing is changed cannot lose.
         """
         left, right = self.left.to(error), self.right.to(error)
-        meant, missed = left @ (right @ right.T), error @ right.T  # (out, key)
+        length = right.norm(dim=1, keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
+        keys = torch.linalg.pinv(right / length, rtol=_PARALLEL)  # (in, key): each meets its own factor only, if it can
+        meant = left @ (right @ keys)
+        own = left.norm(dim=0) * length[:, 0]
+        missed = (error @ keys).norm(dim=0)
         if self.full is not None:
             full = self.full.to(error)
-            whole = self.added_to(torch.zeros_like(error))
-            meant = torch.cat([(meant + full @ right.T).norm(dim=0), whole.norm()[None]])
-            missed = torch.cat([missed.norm(dim=0), error.norm()[None]])
+            meant, whole = meant + full @ keys, self.added_to(torch.zeros_like(error)).norm()[None]
+            own, missed = own + (full @ keys).norm(dim=0), torch.cat([missed, error.norm()[None]])
+            own, meant = torch.cat([own, whole]), torch.cat([meant.norm(dim=0), whole])
         else:
-            meant, missed = meant.norm(dim=0), missed.norm(dim=0)
-        changed = meant > 0
+            meant = meant.norm(dim=0)
+        changed = (meant > _PARALLEL * own) & (own > 0)
         return float((missed[changed] / meant[changed]).max()) if bool(changed.any()) else 0.0
 
     def __add__(self, other: Change) -> Change:

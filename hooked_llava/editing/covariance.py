@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,8 @@ from torch import Tensor
 from hooked_llava.caching import resolve_positions
 from hooked_llava.editing.identity import check_same_model, identity
 from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.files import written_whole
+from hooked_llava.input_checks import whole_number
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -38,6 +39,15 @@ class KeyCovariance:
     """How many positions were taken."""
     damping: float = 1e-3
     """What is added to the diagonal, in parts of its mean, so that directions never seen do not cost nothing."""
+    positions: str = "text"
+    """The span that the positions were taken from."""
+    weights: Float[Tensor, " sample"] | None = None
+    """What the model is whose keys they are, see `identity`; None if it is not known."""
+
+    def check_model(self, model: HookedLLaVA) -> None:
+        """Raises `InputError` if the keys are another model's."""
+        if self.weights is not None:
+            check_same_model(model, self.weights, what="covariance")
 
     def correct(self, keys: Float[Tensor, "key d_mlp"]) -> Float[Tensor, "key d_mlp"]:
         """C^-1 k for each key: its direction less what all keys have in common."""
@@ -56,13 +66,12 @@ class KeyCovariance:
         return factor
 
     def save(self, path: str | os.PathLike[str], model: HookedLLaVA) -> None:
-        """Write it to one safetensors file, with what the unedited model is."""
-        path = Path(path)
+        """Write it to one safetensors file, with what the unedited model is; raises `InputError` for another model."""
+        self.check_model(model)
         tensors = {"moment": self.moment.contiguous().cpu(), "identity": identity(model)}
-        metadata = {"format": _FORMAT, "layer": str(self.layer), "n_keys": str(self.n_keys)}
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            save_file(tensors, Path(folder, "partial"), metadata=metadata)
-            Path(folder, "partial").replace(path)
+        about = {"layer": self.layer, "n_keys": self.n_keys, "positions": self.positions}
+        with written_whole(path) as partial:
+            save_file(tensors, partial, metadata={"format": _FORMAT} | {k: str(v) for k, v in about.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA, *, damping: float = 1e-3) -> KeyCovariance:
@@ -75,8 +84,10 @@ class KeyCovariance:
                 moment, kept = file.get_tensor("moment"), file.get_tensor("identity")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is missing, truncated or no safetensors file ({error}).") from error
-        check_same_model(model, kept, model.config.model_name)
-        return cls(int(metadata["layer"]), moment.to(model.cfg.device), int(metadata["n_keys"]), damping)
+        numbers = int(metadata["layer"]), moment.to(model.cfg.device), int(metadata["n_keys"])
+        found = cls(*numbers, damping, metadata["positions"], kept)
+        found.check_model(model)
+        return found
 
 
 @torch.no_grad()
@@ -99,19 +110,23 @@ def key_covariance(
         damping: what `correct` adds to the diagonal, in parts of its mean.
         path: a file to keep it in; if it is there it is read instead, and `prompts` are not run.
 
-    Raises `InputError` for a layer out of range, no prompts, or a file of another model or layer.
+    Raises `InputError` for a layer out of range, no prompts, or a file of another model, layer or span.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> key_covariance(model, [model.prepare("Who made the star?")], layer=3, positions="question").n_keys
     5
     """
+    layer = whole_number(layer, "layer")
     if not 0 <= layer < model.cfg.n_layers:
         raise InputError(f"layer={layer} is out of range; this model has layers 0..{model.cfg.n_layers - 1}.")
     if path is not None and Path(path).is_file():
         found = KeyCovariance.load(path, model, damping=damping)
-        if found.layer != layer:
-            raise InputError(f"{path} is of layer {found.layer}, not {layer}; give another path.")
+        if (found.layer, found.positions) != (layer, positions):
+            raise InputError(
+                f"{path} is of layer {found.layer} and positions={found.positions!r}, not of layer {layer} and "
+                f"positions={positions!r}; give another path."
+            )
         return found
     name, total, n = f"blocks.{layer}.mlp.hook_post", 0, 0
     for prompt in prompts:
@@ -122,7 +137,7 @@ def key_covariance(
             total, n = total + keys.T @ keys, n + len(keys)
     if not isinstance(total, Tensor):
         raise InputError("There are no prompts to take keys from; give at least one.")
-    made = KeyCovariance(layer, total / n, n, damping)
+    made = KeyCovariance(layer, total / n, n, damping, positions, identity(model))
     if path is not None:
         made.save(path, model)
     return made

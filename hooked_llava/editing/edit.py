@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +20,7 @@ from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.identity import check_same_model, identity
 from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.files import written_whole
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 _FORMAT = "hooked_llava.edit.v1"
 _IDENTITY = "identity"
 _PARTS = ("left", "right", "full")
-_numbers = itertools.count()
 
 
 @dataclass(eq=False, repr=False)
@@ -36,9 +36,10 @@ class Edit:
 
     An edited model runs, caches, patches, generates and saves like any other; a `Replay` made before refuses to go on.
     Several edits may be active at once and are reverted in any order: a weight is its kept original plus the sum of the
-    active edits, computed in float32 and cast once. The weights are changed in place, so a change reaches whatever shares
+    active edits, computed in float64 and cast once. The weights are changed in place, so a change reaches whatever shares
     their memory: the Hugging Face model that `from_hf` was given, another view of it, and of tied embeddings both.
-    `model.to(...)` and the like are for before an edit is applied or after it is reverted.
+    `model.to(...)` and the like are for before an edit is applied or after it is reverted. `active_edits(model)` finds
+    an edit whose handle was lost.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest, multedit
@@ -61,7 +62,8 @@ class Edit:
     """What was asked for: question, constraint, target, in plain words."""
     method: Mapping[str, Any] = field(default_factory=dict)
     """How the change was computed."""
-    number: int = field(default_factory=lambda: next(_numbers), init=False)
+    entry: ledger.Entry = field(default_factory=ledger.Entry, init=False)
+    """What the ledger knows of it."""
 
     def __post_init__(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -69,23 +71,35 @@ class Edit:
             found = tuple(named[name].shape) if name in named else "no such weight"
             if found != change.shape:
                 raise InputError(f"The edit changes {name} of shape {change.shape}; the model has {found}.")
-        if len({self._weight(name).data_ptr() for name in self.changes}) < len(self.changes):
+        if len({w.data_ptr() for w in self._weights().values()}) < len(self.changes):
             raise InputError("The edit names one weight twice (tied embeddings are one); add its changes up.")
 
     # ------------------------------------------------------------------ applying
 
     @property
     def is_applied(self) -> bool:
-        """Whether it is active on the model's weights."""
-        return any(self.number in ledger.active(self._weight(name)) for name in self.changes)
+        """Whether it is in place: applied, and not reverted since."""
+        return bool(self.entry.places)
 
     @contextmanager
     def applied(self) -> Iterator[Edit]:
-        """The edit in place for the time of the block, and taken back at its end, exceptions included."""
+        """The edit in place for the time of the block, and taken back at its end, exceptions included.
+
+        If it cannot be taken back after an exception of the block, that is noted on the exception.
+        """
         self.apply()
         try:
             yield self
-        finally:
+        except BaseException as error:
+            try:
+                self._revert_if_applied()
+            except InputError as failed:
+                error.add_note(f"Besides, the edit could not be taken back: {failed}")
+            raise
+        self._revert_if_applied()
+
+    def _revert_if_applied(self) -> None:
+        if self.is_applied:  # the block may have reverted it itself
             self.revert()
 
     def apply(self) -> Edit:
@@ -93,35 +107,56 @@ class Edit:
 
         Raises `InputError`, with all weights as they were, if it is active already or a weight's dtype too coarse.
         """
+        if moved := self._moved():
+            raise InputError(
+                f"This edit was applied already when the model was moved or converted (.to(...)), so {moved[0]} holds it "
+                "and it would count twice. Load the model and the edit anew, and apply it after moving."
+            )
         if self.is_applied:
             raise InputError("This edit is applied already; revert it first, or make a second one.")
-        composed = {
-            name: ledger.with_change(name, self._weight(name), self.number, change)
-            for name, change in self.changes.items()
-        }
-        for name, change in self.changes.items():
-            ledger.add(self._weight(name), self.number, change, composed[name])
+        self.entry.handle, self.entry.about = weakref.ref(self), {"requests": self.requests, "method": self.method}
+        weights = self._weights()
+        try:
+            composed = {n: ledger.with_change(n, weights[n], self.entry, change) for n, change in self.changes.items()}
+            for name, change in self.changes.items():  # all that takes memory comes before the first weight is written
+                ledger.book(name, weights[name], self.entry, change)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(composed[name])
+        except BaseException:
+            ledger.remove(self.entry, weights)
+            self.entry.places.clear()
+            raise
         return self
 
     def check_precision(self) -> None:
         """Raises `InputError` if a weight's dtype is too coarse for the change; applies nothing."""
-        for name, change in self.changes.items():
-            ledger.with_change(name, self._weight(name), self.number, change)
+        for name, weight in self._weights().items():
+            ledger.with_change(name, weight, self.entry, self.changes[name])
 
     def revert(self) -> None:
         """Take the edit back: the weights are bit for bit what they are with the remaining edits, or without any.
 
-        Raises `InputError` if it is not active, or something else changed the weights meanwhile.
+        Raises `InputError` if it is not applied, or something else changed the weights meanwhile. If the model was moved or
+        converted while it was applied, it is taken back from the memory that it was applied to, if that is still in use
+        (by the model that `from_hf` was given), and the error says that the moved weights keep it.
         """
         if not self.is_applied:
+            raise InputError("This edit is not applied, so there is nothing to revert.")
+        ledger.check_untouched(self.entry)
+        ledger.remove(self.entry, self._weights())
+        if moved := self._moved():
             raise InputError(
-                "This edit is not applied, so there is nothing to revert; or the model was moved or converted "
-                "(.to(...)) while it was, in which case load the model anew."
+                f"{moved[0]} is not the memory that the edit was applied to: the model was moved or converted (.to(...)) or "
+                "its parameter replaced since, and what it has now keeps the edit. Load the model anew; revert edits before "
+                "moving it."
             )
-        for name in self.changes:
-            ledger.check_untouched(name, self._weight(name), self.number)
-        for name in self.changes:
-            ledger.remove(self._weight(name), self.number)
+        self.entry.places.clear()
+
+    def _moved(self) -> list[str]:
+        """Weights that no longer lie where they were when the edit was applied."""
+        weights = self._weights()
+        return [name for name, at in self.entry.places.items() if not ledger.is_at(weights[name], at)]
 
     def __add__(self, other: Edit) -> Edit:
         """Both edits as one; raises `InputError` for edits of different models."""
@@ -142,6 +177,16 @@ class Edit:
         return sorted({int(p[2]) for p in parts if p[:2] == ["language", "blocks"]})
 
     @property
+    def entered_at(self) -> int | None:
+        """The lowest layer of the language tower that computes something else under the edit; n_layers if only the final norm
+        or the unembedding does, None if what enters the first layer is another already.
+        """
+        memory, n_layers = {weight.data_ptr() for weight in self._weights().values()}, self.model.cfg.n_layers
+        every = self.model.named_parameters(remove_duplicate=False)  # tied weights have several names
+        layers = {_acts_in(name, n_layers) for name, weight in every if weight.data_ptr() in memory}
+        return min(layers - {None}, default=n_layers) if None not in layers else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return sum(change.nbytes for change in self.changes.values())
@@ -159,9 +204,8 @@ class Edit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the factors to one safetensors file, with requests, method and what the unedited model is.
 
-        Nothing half-written stays behind.
+        Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
         """
-        path = Path(path)
         tensors = {_IDENTITY: identity(self.model)}
         for name, change in self.changes.items():
             parts = {"left": change.left, "right": change.right, "full": change.full}
@@ -173,14 +217,8 @@ class Edit:
             "method": self.method,
         }
         metadata = {"format": _FORMAT, "about": json.dumps(about)}
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with written_whole(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> Edit:
@@ -201,8 +239,49 @@ class Edit:
             changes[name] = Change(left, right, full)
         return cls(model, changes, tuple(about["requests"]), about["method"])
 
-    def _weight(self, name: str) -> Tensor:
-        return self.model.get_parameter(name)
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: self.model.get_parameter(name) for name in self.changes}
+
+
+def active_edits(model: HookedLLaVA) -> list[Edit]:
+    """The edits that are active on a model's weights, in the order in which they were made.
+
+    Also those whose handle was lost, and those that were applied through another model that shares the weights.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.editing import EditRequest, multedit
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> _ = multedit(model, EditRequest("Who made the star?", "Cairo"), layer=4, position="last").apply()
+    >>> for edit in active_edits(model):
+    ...     edit.revert()
+    >>> active_edits(model)
+    []
+    """
+    found: dict[ledger.Entry, dict[str, Change]] = {}
+    for _, weight in model.named_parameters():
+        for entry, change in ledger.changes_of(weight).items():
+            name = next(name for name, at in entry.places.items() if ledger.is_at(weight, at))
+            found.setdefault(entry, {})[name] = change
+    return [_handle(model, entry, found[entry]) for entry in sorted(found, key=lambda entry: entry.number)]
+
+
+def _handle(model: HookedLLaVA, entry: ledger.Entry, changes: dict[str, Change]) -> Edit:
+    """The edit of an entry: itself if somebody holds it, or made again from what the ledger kept."""
+    held = None if entry.handle is None else entry.handle()
+    if held is not None and held.model is model:
+        return held
+    edit = Edit(model, changes, entry.about["requests"], entry.about["method"])
+    edit.entry = entry
+    return edit
+
+
+def _acts_in(name: str, n_layers: int) -> int | None:
+    """The first layer that a parameter acts in; None if it acts before the first one."""
+    part, _, rest = name.partition(".")
+    inner = rest.split(".")
+    if part != "language" or inner[0] == "embed":
+        return None
+    return int(inner[1]) if inner[0] == "blocks" else n_layers
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,20 +8,21 @@ next-token distribution of unrelated prompts moves).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_llava.editing import ledger
 from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.identity import identity
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
-from hooked_llava.editing.request import EditRequest
+from hooked_llava.editing.request import EditRequest, target_ids
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import kl_divergence
-from hooked_llava.readout import token_id
 from hooked_llava.results import Provenance
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Probe:
     prompts: Any
     """The prompts: anything `model.as_inputs` takes, or `KeptPrompts`."""
     expected: Sequence[str | int] | str | int | None = None
-    """The answers' first tokens, one for all prompts or one each; None: what the model answers without the edit."""
+    """The answers, one for all prompts or one each: words, of which the first token is looked for, or token ids; None: what the
+    model answers without the edit."""
 
 
 def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr.Dataset:
@@ -55,9 +57,10 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
             that is to stay.
 
     Returns a dataset over `probe` (with its `role` and number of prompts `n`): `accuracy_before` and `accuracy` (share of
-    prompts whose most probable token is the expected one), `probability_before` and `probability` (mean P(expected)),
+    prompts whose most probable token is the expected answer's first), `probability_before` and `probability` (mean P(expected)),
     `changed` (share whose most probable token is another than before) and `kl` (mean KL(before || after) in nats). Raises
-    `InputError` for an edit of another model, no probes, or expected answers that do not fit.
+    `InputError` for an edit of another model, no probes, expected answers that do not fit, and kept prompts that are out of
+    date or that the edit changes before they enter the first layer.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest, multedit
@@ -72,16 +75,16 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
     if not probes:
         raise InputError("There are no probes; give at least one.")
     made = Provenance(model.config.model_name, _asked(edit), {"method": dict(edit.method)}, n_forward=0)
-    lowest = min(edit.layers, default=0)
     # Without the edit and with it, whether or not it is applied now.
     was_applied = edit.is_applied
     if was_applied:
         edit.revert()
     try:
-        kept = [_kept(model, probe, lowest) for probe in probes]
+        layer, weights = edit.entered_at, identity(model)
+        kept = [_kept(model, probe, edit, layer, weights) for probe in probes]
         expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
         with edit.applied():
-            after = [prompts.logits(lowest) for prompts in kept]
+            after = [_now(probe, prompts, layer) for probe, prompts in zip(probes, kept, strict=True)]
     finally:
         if was_applied:
             edit.apply()
@@ -124,41 +127,49 @@ def sequential_edits(
         model: the model.
         requests: the facts to change, in this order.
         make: computes an edit for one request, for example `lambda m, r: multedit(m, r, layer=4)`.
-        measure: called after so many edits as `at` says; returns numbers by name.
+        measure: called after so many edits as `at` says; returns numbers by name, the same names every time.
         at: after how many edits to measure; more than there are requests are left out.
 
-    Returns a dataset over `n_edits`.
+    Returns a dataset over `n_edits`. Raises `InputError` if `at` names no number of edits, or the names differ.
     """
     points = sorted({n for n in at if 1 <= n <= len(requests)})
     if not points:
         raise InputError(f"at={list(at)} names no number of edits from 1 to {len(requests)}.")
     made = Provenance(model.config.model_name, f"{points[-1]} requests", {"method": "sequential"}, n_forward=0)
-    active: list[Edit] = []
     rows: list[Mapping[str, float]] = []
-    try:
-        for request in requests[: points[-1]]:
-            active.append(make(model, request).apply())
-            if len(active) in points:
-                rows.append(measure(len(active)))
-    finally:
-        for edit in reversed(active):
-            edit.revert()
+    with ExitStack() as active:
+        for n, request in enumerate(requests[: points[-1]], start=1):
+            active.enter_context(make(model, request).applied())
+            if n in points:
+                rows.append(measure(n))
+                if rows[-1].keys() != rows[0].keys():
+                    raise InputError(
+                        f"measure({n}) returned {sorted(rows[-1])} and measure({points[0]}) {sorted(rows[0])}; expected the "
+                        "same names every time."
+                    )
     values = {name: ("n_edits", [row[name] for row in rows]) for name in rows[0]}
     return xr.Dataset(values, coords={"n_edits": points}, attrs=made.attrs())
 
 
-def _kept(model: HookedLLaVA, probe: Probe, layer: int) -> KeptPrompts:
+def _kept(model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weights: Tensor) -> KeptPrompts:
+    """The probe's prompts without the edit, to be entered at its first layer."""
     if probe.role not in ROLES:
         raise InputError(f"Probe {probe.name!r} has role {probe.role!r}; expected one of {', '.join(ROLES)}.")
     given = probe.prompts
     if not isinstance(given, KeptPrompts):
-        return keep_prompts(model, given, [layer])
-    if given.edits != ledger.all_active(model):
+        return keep_prompts(model, given, [layer or 0])
+    given.check_current(model, weights, probe.name)
+    if layer is None:
         raise InputError(
-            f"The prompts of probe {probe.name!r} were kept while other edits were active than now, so what they say "
-            "without the edit is out of date. Keep them anew, or give the prompts themselves."
+            f"The edit changes what enters the first layer ({', '.join(edit.changes)}), which the kept prompts of probe "
+            f"{probe.name!r} hold as it was. Give the prompts themselves."
         )
     return given
+
+
+def _now(probe: Probe, kept: KeptPrompts, layer: int | None) -> Tensor:
+    """Next-token logits under the edit: from its first layer on, or from the pixels and tokens on."""
+    return keep_prompts(kept.model, probe.prompts).before if layer is None else kept.logits(layer)
 
 
 def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> Tensor:
@@ -167,11 +178,11 @@ def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> Tensor:
         if probe.role in ("efficacy", "generalisation"):
             raise InputError(f"Probe {probe.name!r} measures {probe.role} and needs expected=, the edit's target.")
         return prompts.before.argmax(-1)
-    several = not isinstance(probe.expected, str | int)
+    several = isinstance(probe.expected, Sequence | np.ndarray | Tensor) and not isinstance(probe.expected, str)
     given: Sequence[Any] = probe.expected if several else [probe.expected] * len(prompts)  # type: ignore[assignment]
     if len(given) != len(prompts):
         raise InputError(f"Probe {probe.name!r} has {len(prompts)} prompts and {len(given)} expected answers.")
-    return torch.tensor([token_id(model, answer) for answer in given], device=prompts.before.device)
+    return torch.tensor([target_ids(model, answer)[0] for answer in given], device=prompts.before.device)
 
 
 def _measures(before: Tensor, after: Tensor, expected: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,6 +18,7 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
+from hooked_llava.input_checks import whole_number
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _W_OUT = "mlp.down.weight"
 
 
+@torch.inference_mode(False)
 def finetune(
     model: HookedLLaVA,
     requests: EditRequest | Sequence[EditRequest],
@@ -61,6 +63,8 @@ def finetune(
     chosen = _chosen(layers, model.cfg.n_layers)
     if weights not in ("W_out", "all"):
         raise InputError(f"weights={weights!r}; expected 'W_out' or 'all'.")
+    steps, lr, stop = whole_number(steps, "steps"), float(lr), float(stop)
+    max_change = None if max_change is None else float(max_change)
     if steps < 1 or not lr > 0 or not (max_change is None or max_change > 0):
         raise InputError(f"steps={steps}, lr={lr}, max_change={max_change}: expected positive numbers.")
     refuse_listeners(model)
@@ -144,7 +148,8 @@ def _chosen(layers: int | Sequence[int] | Literal["all"], n_layers: int) -> list
         if layers != "all":
             raise InputError(f"layers={layers!r}; expected a layer, a list of layers, or 'all'.")
         return list(range(n_layers))
-    given = [layers] if isinstance(layers, int) else list(layers)
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
+    given = [whole_number(layer, "A layer to tune") for layer in (layers if several else [layers])]
     if not given or not all(0 <= layer < n_layers for layer in given):
         raise InputError(f"layers={layers!r} are out of range; this model has layers 0..{n_layers - 1}.")
     return sorted(set(given))

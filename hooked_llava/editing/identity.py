@@ -25,17 +25,19 @@ def identity(model: HookedLLaVA) -> Float[Tensor, " sample"]:
     return torch.cat([sample(ledger.original(parameter), _SAMPLES) for parameter in model.parameters()]).cpu()
 
 
-def is_same_model(model: HookedLLaVA, kept: Float[Tensor, " any_sample"]) -> bool:
-    """Whether a model's unedited weights are those that were sampled, in the coarser of both dtypes."""
-    mine = identity(model)
+def is_same(mine: Float[Tensor, " sample"], kept: Float[Tensor, " any_sample"]) -> bool:
+    """Whether two identities are of the same weights, in the coarser of both dtypes."""
     coarser = min(mine.dtype, kept.dtype, key=lambda dtype: _PRECISION[dtype])
     return mine.shape == kept.shape and torch.equal(mine.to(coarser), kept.to(coarser))
 
 
-def check_same_model(model: HookedLLaVA, kept: Float[Tensor, " any_sample"], name: str, *, what: str = "edit") -> None:
-    """Raises `InputError` unless a model is the one that something was computed on, see `is_same_model`."""
-    if not is_same_model(model, kept):
+def check_same_model(
+    model: HookedLLaVA, kept: Float[Tensor, " any_sample"], name: str = "", *, what: str = "edit"
+) -> None:
+    """Raises `InputError` unless a model is the one (of that name) that something was computed on, see `is_same`."""
+    if not is_same(identity(model), kept):
         raise InputError(
-            f"The {what} was computed on another model ({name!r}): the unedited weights of {model.config.model_name!r} "
-            f"differ from those that it knows. Use it with the model that it was made for, or make the {what} again."
+            f"The {what} was computed on another model{name and f' ({name!r})'}: the unedited weights of "
+            f"{model.config.model_name!r} differ from those that it knows. Use it with the model that it was made for, or "
+            f"make the {what} again."
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
 from hooked_llava.editing.request import Prepared
 from hooked_llava.errors import InputError
+from hooked_llava.input_checks import whole_number
+from hooked_llava.interventions.corruptions import MeanEmbedding, Noise
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-_LEAST_LOWERED = 0.1
 _LEAST_RESTORED = 0.01
 Layer: TypeAlias = Any
 """A layer, "auto", or the dataset that `analysis.causal_trace` returns."""
@@ -21,21 +23,20 @@ def choose_layer(model: HookedLLaVA, prepared: Sequence[Prepared], layer: Layer)
     """The layer to edit, checked against the model.
 
     From a trace it is the layer whose MLP output, restored at the edited position of the first request, has the largest
-    indirect effect. Raises `InputError` for a layer out of range, a trace that lacks "mlp" or the position, and one in which
-    no layer restores anything there.
+    indirect effect; "auto" traces its constraint with noise, or with the mean embedding if noise does not lower the answer.
+    Raises `InputError` for a layer out of range, a trace of another prompt, one that lacks "mlp" or the position, and one in
+    which no layer restores anything there.
     """
     if isinstance(layer, str):
         if layer != "auto":
             raise InputError(f"layer={layer!r}; expected a number, 'auto', or the result of causal_trace.")
         layer = _trace(model, prepared[0])
     if hasattr(layer, "data_vars"):
-        request = prepared[0]
-        at = request.from_end[0] + request.inputs.shape[1] - request.inputs.token_maps[0].real.start
-        layer = layer_of_trace(layer, at)
-    n_layers = model.cfg.n_layers
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+        layer = layer_of_trace(layer, _position_in(layer, prepared[0]))
+    n_layers, number = model.cfg.n_layers, whole_number(layer, "layer")
+    if not -n_layers <= number < n_layers:
         raise InputError(f"layer={layer!r} is out of range; this model has layers 0..{n_layers - 1}.")
-    return layer % n_layers
+    return number % n_layers
 
 
 def layer_of_trace(trace: Any, at: int) -> int:
@@ -46,11 +47,11 @@ def layer_of_trace(trace: Any, at: int) -> int:
             f"layer needs 'mlp' at position {at}. Trace it with these, or give the layer as a number."
         )
     p_clean, p_corrupted = float(trace.p_clean), float(trace.p_corrupted)
-    if float(trace.lowered_by) < _LEAST_LOWERED:
+    if not was_lowered(trace):
         raise InputError(
             f"The trace's corruption hardly lowers the answer (P {p_clean:.3g} -> {p_corrupted:.3g}), so nothing is known "
             "about where it is stored: it does not hang on the constraint's words. Trace with another corruption, such as "
-            "OtherImage(picture), and give that as layer=; or give a number."
+            "OtherImage(picture) or Replace(words), and give that trace as layer=; or give a number."
         )
     effects = trace.indirect_effect.sel(kind="mlp", position=at).values
     if not effects.max() > _LEAST_RESTORED * (p_clean - p_corrupted):
@@ -63,10 +64,24 @@ def layer_of_trace(trace: Any, at: int) -> int:
 
 
 def _trace(model: HookedLLaVA, request: Prepared) -> Any:
-    from hooked_llava.analysis import causal_trace
-
     constraint = request.words["constraint"]
     constraint = constraint if isinstance(constraint, str) else constraint[0]
     if constraint is None:
         raise InputError("layer='auto' traces the constraint, and the request has none; give constraint=, or a layer.")
-    return causal_trace(model, request.inputs[0], constraint, kinds=("mlp",))
+    for corruption in (Noise(), MeanEmbedding()):
+        trace = causal_trace(model, request.inputs[0], constraint, corruption=corruption, kinds=("mlp",))
+        if was_lowered(trace):
+            break
+    return trace
+
+
+def _position_in(trace: Any, request: Prepared) -> int:
+    """Where the edited position of the request's first prompt is in a trace, whose prompt may be padded otherwise."""
+    labels, end = request.inputs.token_maps[0].labels, trace.attrs["last"] + 1
+    places = [position - end for position in trace.position.values.tolist()]  # from the end, which is the same in both
+    if [labels[p] if -len(labels) <= p < 0 else None for p in places] != trace.label.values.tolist():
+        raise InputError(
+            f"The trace is of another prompt ({trace.attrs['prompt']!r}) than the request's first "
+            f"({request.words['prompts'][0]!r}); trace that one, or give the layer as a number."
+        )
+    return end + request.from_end[0]

@@ -24,8 +24,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import InputError
 
-Place = tuple[int, int, tuple[int, ...]]
-"""A piece of memory: its storage, where in it, and the shape."""
+Place = tuple[StorageWeakRef, int, tuple[int, ...]]
+"""A piece of memory: its storage, where in it, and the shape. The reference keeps no memory, but its address, from being
+taken for another's."""
 _MOST_LOST = 0.5
 _numbers = itertools.count()
 
@@ -43,6 +44,9 @@ class Entry:
     handle: ReferenceType[Any] | None = None
     """The edit itself, as long as somebody holds it."""
 
+    def __reduce__(self) -> tuple[type[Entry], tuple[()]]:
+        return Entry, ()  # a copy of an edit is another one, and is not applied
+
 
 @dataclass
 class Ledger:
@@ -50,9 +54,8 @@ class Ledger:
 
     original: Float[Tensor, "..."]
     """The weight before any edit; once an edit is active, a copy."""
-    storage: StorageWeakRef
-    """The memory that the weight lies in; keeps its address from being taken for another's."""
     place: Place
+    """The memory that the weight lies in."""
     active: dict[Entry, Change] = field(default_factory=dict)
     """Active changes."""
 
@@ -63,14 +66,10 @@ class Ledger:
             exact = changes[entry].added_to(exact)
         return exact, exact.to(self.original.dtype)
 
-    def expected(self) -> Tensor:
-        """The weight as its active edits make it."""
-        return self.composed(self.active)[1] if self.active else self.original
-
     def weight(self) -> Tensor:
         """The memory itself."""
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)  # noqa: SLF001 (there is no other way)
-        _, offset, shape = self.place
+        storage, offset, shape = self.place
+        storage = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)  # noqa: SLF001 (there is no other way)
         empty = torch.empty(0, dtype=self.original.dtype, device=self.original.device)
         return empty.set_(storage, offset, shape, self.original.stride())  # type: ignore[call-overload]
 
@@ -83,14 +82,14 @@ def original(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return _open(weight).original
 
 
-def active(weight: Float[Tensor, "..."]) -> list[Entry]:
-    """The edits that are active on a weight, in their order."""
-    return sorted(_open(weight).active, key=lambda entry: entry.number)
+def changes_of(weight: Float[Tensor, "..."]) -> Mapping[Entry, Change]:
+    """The changes that are active on a weight."""
+    return _open(weight).active
 
 
-def all_active(module: torch.nn.Module) -> frozenset[int]:
-    """Numbers of all edits that are active on a module's weights."""
-    return frozenset(entry.number for parameter in module.parameters() for entry in active(parameter))
+def all_active(module: torch.nn.Module) -> frozenset[Entry]:
+    """All edits that are active on a module's weights."""
+    return frozenset(entry for parameter in module.parameters() for entry in changes_of(parameter))
 
 
 def with_change(name: str, weight: Float[Tensor, "out in"], entry: Entry, change: Change) -> Tensor:
@@ -125,7 +124,7 @@ def book(name: str, weight: Float[Tensor, "out in"], entry: Entry, change: Chang
 def check_untouched(entry: Entry) -> None:
     """Raises `InputError` if something else changed a weight on which an edit is active."""
     for name, ledger in _books(entry).items():
-        if not torch.equal(ledger.weight(), ledger.expected()):
+        if not torch.equal(ledger.weight(), ledger.composed(ledger.active)[1]):
             raise InputError(
                 f"{name} was changed by something else while the edit was active; reverting would undo that as well. Take "
                 "that change back first."
@@ -133,27 +132,26 @@ def check_untouched(entry: Entry) -> None:
 
 
 @torch.no_grad()
-def remove(entry: Entry) -> None:
-    """Take an edit back wherever it is active: a weight is the original with what remains."""
-    for ledger in _books(entry).values():
-        change = ledger.active.pop(entry)
-        try:
-            ledger.weight().copy_(ledger.expected())
-        except BaseException:
-            ledger.active[entry] = change
-            raise
+def remove(entry: Entry, weights: Mapping[str, Tensor]) -> None:
+    """Take an edit back wherever it is active: a weight is the original with what remains.
+
+    Written is through the model's own `weights` where they still lie there, so that whoever watches these notices.
+    """
+    for name, ledger in _books(entry).items():
+        weight = weights[name] if is_at(weights[name], ledger.place) else ledger.weight()
+        weight.copy_(ledger.composed({e: c for e, c in ledger.active.items() if e is not entry})[1])
+        del ledger.active[entry]
         if not ledger.active:
             del _ledgers[ledger.place]
 
 
-def moved(entry: Entry, weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of the weights that no longer lie where the edit was applied to them."""
-    return [name for name, at in entry.places.items() if name not in weights or place(weights[name]) != at]
+def is_at(weight: Tensor, at: Place) -> bool:
+    """Whether a weight lies in that memory."""
+    return _place(weight) == at
 
 
-def place(weight: Tensor) -> Place:
-    """The memory of a weight."""
-    return StorageWeakRef(weight.untyped_storage()).cdata, weight.storage_offset(), tuple(weight.shape)
+def _place(weight: Tensor) -> Place:
+    return StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), tuple(weight.shape)
 
 
 def _books(entry: Entry) -> dict[str, Ledger]:
@@ -166,10 +164,10 @@ def _books(entry: Entry) -> dict[str, Ledger]:
 def _open(weight: Tensor) -> Ledger:
     """The weight's book, or an empty one."""
     _close_expired()
-    at = place(weight)
-    return _ledgers.get(at) or Ledger(weight.detach(), StorageWeakRef(weight.untyped_storage()), at)
+    at = _place(weight)
+    return _ledgers.get(at) or Ledger(weight.detach(), at)
 
 
 def _close_expired() -> None:
-    for at in [at for at, ledger in _ledgers.items() if ledger.storage.expired()]:
+    for at in [at for at, ledger in _ledgers.items() if ledger.place[0].expired()]:
         del _ledgers[at]

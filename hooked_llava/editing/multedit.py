@@ -8,7 +8,7 @@ practically as they were; here the limit is `clamp`, 4 by default as in ROME.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.layer_choice import Layer
@@ -16,7 +16,6 @@ from hooked_llava.editing.solved import Keys, Requests, solve
 from hooked_llava.editing.values import ValueSearch
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
 
@@ -28,7 +27,7 @@ def multedit(
     position: str = "constraint",
     lam: float = 0.01,
     keys: Keys = "mean",
-    keep: Inputs | None = None,
+    keep: Any = None,
     clamp: float = 4.0,
     steps: int = 25,
     lr: float = 0.5,
@@ -40,13 +39,15 @@ def multedit(
     Args:
         model: the model; edits that are active on it stay, and are built upon.
         requests: what to change; several are solved for together.
-        layer: the layer to edit; a causal trace, or "auto" to make one: the layer whose MLP restores most there.
+        layer: the layer to edit; a causal trace of the first request's prompt, or "auto" to make one: the layer whose MLP
+            restores most there.
         position: whose key is edited: "constraint" (its last token), or the name of a span, such as "last", whose last
             position is taken.
         lam: weight of the update's size against its fit: after the edit the output at a key moves by |k|^2 / (lam + |k|^2)
             of the difference.
         keys: of a request with several prompts, edit their "mean" key, or "each" of their keys.
-        keep: prompts whose answers are to stay: their keys (at `position`; a span "constraint" for that) keep their output.
+        keep: prompts whose answers are to stay: their keys (at `position`) keep their output. Requests, whose targets do not
+            matter then, or inputs, with a span "constraint" where `position` is that.
         clamp: longest value difference, in lengths of the MLP's own output.
         steps: steps of Adam for the value difference.
         lr: learning rate of Adam.
@@ -55,7 +56,8 @@ def multedit(
 
     Implements section 4 of 2406.04236 with targets of any number of tokens. Raises `InputError` and `SpanError`, with the
     weights untouched: a constraint that is not in the question, a target without tokens, a layer out of range or from which
-    the position does not reach the answer, a singular update, a dtype too coarse to hold it.
+    the position does not reach the answer, a trace that does not say where it is stored, a singular update, a dtype too
+    coarse to hold it. Warns with `TargetNotReached` where no value was found that makes a target probable.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest

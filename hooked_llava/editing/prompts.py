@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hooked_llava.components import AttentionContext
 from hooked_llava.editing import ledger
+from hooked_llava.editing.identity import identity, is_same
+from hooked_llava.errors import InputError
+from hooked_llava.input_checks import whole_number
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -34,8 +37,10 @@ class KeptPrompts:
     """Positions for the rotary embedding, if they were given."""
     before: Float[Tensor, "prompt d_vocab"]
     """Next-token logits then."""
-    edits: frozenset[int] = frozenset()
-    """Numbers of the edits that were active then; as a rule none."""
+    weights: Float[Tensor, " sample"]
+    """Which unedited weights they were run with, see `identity`."""
+    edits: frozenset[ledger.Entry] = frozenset()
+    """The edits that were active then; as a rule none."""
 
     def __len__(self) -> int:
         return len(self.before)
@@ -53,9 +58,27 @@ class KeptPrompts:
             before=self.before[index],
         )
 
+    def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
+        """Raises `InputError` unless they are of this model, with the active edits and the identity that it has now."""
+        if self.model is not model:
+            problem = "of another model object"
+        elif not is_same(weights, self.weights):
+            problem = "before the model's weights were changed by something other than an edit"
+        elif self.edits != ledger.all_active(model):
+            problem = "while other edits were active than now"
+        else:
+            return
+        raise InputError(
+            f"The prompts of probe {name!r} were kept {problem}, so what they say without the edit is out of date. Keep them "
+            "anew, or give the prompts themselves."
+        )
+
     @torch.no_grad()
     def logits(self, layer: int = 0) -> Float[Tensor, "prompt d_vocab"]:
-        """Next-token logits with the weights as they are now, from the highest kept layer that is not above `layer`."""
+        """Next-token logits with the weights as they are now, from the highest kept layer that is not above `layer`.
+
+        Weights that act before that layer count as they were when the prompts were kept.
+        """
         start = max(kept for kept in self.streams if kept <= layer)
         blocks, resid = self.model.language.blocks, self.streams[start]
         context = self.model.context(resid, self.mask, self.position_ids)
@@ -71,7 +94,9 @@ class KeptPrompts:
 
 @torch.no_grad()
 def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), *, batch_size: int = 64) -> KeptPrompts:
-    """Run prompts once and keep the stream entering the given layers (0 besides), and the logits.
+    """Run prompts once and keep the stream entering the given layers (0 besides; n_layers: leaving the last), and the logits.
+
+    Raises `InputError` for a layer that the model does not have.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -80,17 +105,20 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
     True
     """
     prompts = model.as_inputs(inputs).padded_left()
-    wanted = sorted({0, *layers})
+    n_layers = model.cfg.n_layers
+    wanted = sorted({0, *(whole_number(layer, "A layer to keep") for layer in layers)})
+    if wanted[0] < 0 or wanted[-1] > n_layers:
+        raise InputError(f"layers={list(layers)} are out of range; expected 0..{n_layers}, {n_layers} being the end.")
     parts: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     before = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         resid = model.embed(batch)
         context = model.context(resid, batch.attention_mask, batch.position_ids)
-        for layer in range(model.cfg.n_layers + 1):
+        for layer in range(n_layers + 1):
             if layer in parts:
                 parts[layer].append(resid)
-            if layer < model.cfg.n_layers:
+            if layer < n_layers:
                 resid = model.language.blocks[layer](resid, context)
         before.append(model.language.to_logits(resid[:, -1:])[:, 0])
     return KeptPrompts(
@@ -99,5 +127,6 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
         mask=prompts.attention_mask,
         position_ids=prompts.position_ids,
         before=torch.cat(before),
+        weights=identity(model),
         edits=ledger.all_active(model),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
+from hooked_llava.input_checks import whole_number
 from hooked_llava.readout import token_id
 from hooked_llava.token_map import TokenMap
 
@@ -23,8 +24,9 @@ class EditRequest:
     'Boris'
     """
 
-    question: str | Sequence[str] | Inputs
-    """The question; several (paraphrases, or one for each of several pictures) are edited as one fact."""
+    question: str | Sequence[str] | Inputs | Mapping[str, Any]
+    """The question; several (paraphrases, or one for each of several pictures) are edited as one fact. Also inputs, or what a
+    processor returns, pictures included."""
     target: str | int | Sequence[int]
     """The answer that is wanted: text of one or more tokens, or their ids."""
     images: Any = None
@@ -54,9 +56,7 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
     Raises `InputError` and `SpanError` for a constraint that is not in the question, a target without tokens, and whatever
     `model.prepare` refuses.
     """
-    given = request.question
-    inputs = given if isinstance(given, Inputs) else model.prepare(given, request.images)
-    inputs = model.as_inputs(inputs).padded_left()
+    inputs = _prompts(model, request)
     target = target_ids(model, request.target)
     constraints = _per_prompt(request.constraint, len(inputs))
     places = [_place(m, c, position) for m, c in zip(inputs.token_maps, constraints, strict=True)]
@@ -71,17 +71,19 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
 
 def target_ids(model: HookedLLaVA, target: str | int | Sequence[int]) -> tuple[int, ...]:
     """Token ids of an answer; raises `InputError` if there are none, or one is not in the vocabulary."""
-    if isinstance(target, int):
-        target = [target]
-    ids = model.tokenizer(target, add_special_tokens=False)["input_ids"] if isinstance(target, str) else target
-    if not len(ids):
+    if isinstance(target, str):
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+    else:
+        several = isinstance(target, Iterable) and getattr(target, "ndim", 1) > 0
+        ids = [whole_number(i, "A token id of the target") for i in (target if several else [target])]
+    if not ids:
         raise InputError(f"The target {target!r} has no tokens; give a word or more that the model is to answer.")
     unknown = getattr(model.tokenizer, "unk_token_id", None) if isinstance(target, str) else None
     if unknown is not None and unknown in ids:
         raise InputError(
             f"The tokenizer does not know {target!r} (it has the unknown token in it); give another target."
         )
-    return tuple(token_id(model, int(i)) for i in ids)
+    return tuple(token_id(model, i) for i in ids)
 
 
 def position_of(token_map: TokenMap, span: str) -> int:
@@ -90,6 +92,18 @@ def position_of(token_map: TokenMap, span: str) -> int:
     if not positions:
         raise SpanError(f"The span {span!r} is empty in this prompt; edit at another, such as 'last'.")
     return positions[-1]
+
+
+def _prompts(model: HookedLLaVA, request: EditRequest) -> Inputs:
+    given = request.question
+    if isinstance(given, str | Sequence):
+        return model.prepare(given, request.images).padded_left()
+    if request.images is not None:
+        raise InputError(
+            f"The request's question is given as {type(given).__name__}, which brings its own pictures, so images= has no "
+            "place. Leave it out, or give the question as text."
+        )
+    return model.as_inputs(given).padded_left()
 
 
 def _per_prompt(constraint: str | Sequence[str] | None, n: int) -> list[str | None]:

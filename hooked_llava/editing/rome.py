@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
@@ -11,7 +11,6 @@ from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
 
@@ -23,7 +22,7 @@ def rome(
     position: str = "constraint",
     lam: float = 0.0,
     keys: Keys = "mean",
-    keep: Inputs | None = None,
+    keep: Any = None,
     clamp: float = 4.0,
     steps: int = 25,
     lr: float = 0.5,
@@ -47,6 +46,7 @@ def rome(
             f"The covariance is of layer {covariance.layer} with {len(covariance.moment)} neurons; this model has layers "
             f"0..{model.cfg.n_layers - 1} with {model.config.language.d_mlp}. Make it with this model."
         )
+    covariance.check_model(model)
     search = ValueSearch(steps, lr, clamp, weight_decay, stop)
     solved = solve(model, requests, covariance.layer, position, search)
     return solved.edit("rome", lam=lam, keys=keys, keep=keep, covariance=covariance)

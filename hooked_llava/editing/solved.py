@@ -7,6 +7,7 @@ edits of single requests, with other weights of size or other keys, are made fro
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,12 +22,13 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.layer_choice import Layer, choose_layer
 from hooked_llava.editing.request import EditRequest, Prepared, position_of, prepare_request
 from hooked_llava.editing.rows import make_rows, refuse_listeners
-from hooked_llava.editing.values import Values, ValueSearch, optimise_values
+from hooked_llava.editing.values import TargetNotReached, Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
+_REACHED = 0.5  # what is less probable is no answer, as a rule
 Keys = Literal["mean", "each"]
 Requests = EditRequest | Sequence[EditRequest]
 
@@ -66,7 +68,7 @@ class Solved:
         """
         if keys not in ("mean", "each"):
             raise InputError(f"keys={keys!r}; expected 'mean' or 'each'.")
-        began = time.perf_counter()
+        began, lam = time.perf_counter(), float(lam)
         chosen = list(range(len(self.delta))) if only is None else list(only)
         key, owner = self._keys(chosen, keys)
         kept = None if keep is None else keys_of(self.model, keep, self.layer, self.position)
@@ -99,6 +101,7 @@ class Solved:
         return self.keys[torch.cat(own)], torch.arange(len(chosen), device=counts.device).repeat_interleave(counts)
 
 
+@torch.inference_mode(False)
 def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch) -> Solved:
     """Keys and value differences of requests, all searched for in one batch; raises as `multedit` does."""
     began = time.perf_counter()
@@ -112,6 +115,7 @@ def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, s
     rows = make_rows(model, prepared)
     keys, outputs = rows.keys_and_values(chosen)
     values = optimise_values(rows, chosen, rows.mean(outputs), search)
+    _warn_of_unreached(prepared, values, chosen, search)
     return Solved(
         model=model,
         layer=chosen,
@@ -126,9 +130,18 @@ def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, s
 
 
 @torch.no_grad()
-def keys_of(model: HookedLLaVA, inputs: Any, layer: int, position: str) -> Float[Tensor, "prompt d_mlp"]:
-    """The keys of prompts at a span's last position (`mlp.hook_post` of a layer)."""
-    prompts = model.as_inputs(inputs)
+def keys_of(model: HookedLLaVA, keep: Any, layer: int, position: str) -> Float[Tensor, "prompt d_mlp"]:
+    """The keys of prompts (`mlp.hook_post` of a layer): of requests where they would be edited, else at a span's end."""
+    requests = [keep] if isinstance(keep, EditRequest) else keep
+    if isinstance(requests, Sequence) and any(isinstance(one, EditRequest) for one in requests):
+        rows = make_rows(model, [prepare_request(model, one, position) for one in requests])
+        return rows.keys_and_values(layer)[0]
+    prompts = model.as_inputs(keep)
+    if position == "constraint" and not all(position in m.named for m in prompts.token_maps):
+        raise InputError(
+            "position='constraint', and the prompts of keep= do not say where theirs is. Give EditRequests with constraint=, "
+            "or name it: inputs.with_spans(constraint='the ring')."
+        )
     name = f"blocks.{layer}.mlp.hook_post"
     places = torch.tensor([position_of(m, position) for m in prompts.token_maps], device=prompts.device)
     _, cache = model.run_with_cache(prompts, names_filter=name, stop_at_layer=layer + 1)
@@ -136,12 +149,35 @@ def keys_of(model: HookedLLaVA, inputs: Any, layer: int, position: str) -> Float
 
 
 def _check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> None:
-    """In the last layer an edit at one position reaches no other, so it must be where the answer is read."""
-    if layer == n_layers - 1 and any(place != -1 for request in prepared for place in request.from_end):
+    """In the last layer an edit at one position reaches no other, so it must be where the whole answer is read."""
+    if layer != n_layers - 1:
+        return
+    if any(place != -1 for request in prepared for place in request.from_end):
         raise InputError(
             f"An edit in the last layer, {layer}, at a position before the last one does not reach the answer. Choose an "
             "earlier layer, or position='last'."
         )
+    for request in prepared:
+        if len(request.target) > 1:
+            raise InputError(
+                f"The target {request.words['target']!r} has {len(request.target)} tokens, and an edit in the last layer, "
+                f"{layer}, reaches only the first: the others are read at later positions. Choose an earlier layer, or a "
+                "target of one token."
+            )
+
+
+def _warn_of_unreached(prepared: Sequence[Prepared], values: Values, layer: int, search: ValueSearch) -> None:
+    for request, p in zip(prepared, values.probability.tolist(), strict=True):
+        if p < min(_REACHED, search.stop):
+            asked = request.words
+            warnings.warn(
+                f"No value was found under which {asked['prompts'][0]!r} is answered by {asked['target']!r}: its probability "
+                f"is {p:.2g} after {values.steps} steps at layer {layer}, position {asked['position']!r}. The edit will hardly "
+                f"do what it is for; try another layer or position, a larger clamp (now {search.clamp:g}), or more steps (now "
+                f"{search.steps}).",
+                TargetNotReached,
+                stacklevel=5,  # whoever called multedit or rome
+            )
 
 
 def _reached(values: Values) -> list[dict[str, float]]:

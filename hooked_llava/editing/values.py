@@ -13,6 +13,11 @@ from torch import Tensor
 from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.rows import Rows
 from hooked_llava.errors import InputError
+from hooked_llava.input_checks import whole_number
+
+
+class TargetNotReached(UserWarning):
+    """A search for values ended with a target that is still improbable: the edit will hardly do what it is for."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class ValueSearch:
     """A request whose target has this probability in all its prompts is done."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", whole_number(self.steps, "steps"))
+        for name in ("lr", "clamp", "weight_decay", "stop"):  # as JSON has them, NumPy's included
+            object.__setattr__(self, name, float(getattr(self, name)))
         wrong = [
             f"{name}={value}"
             for name, value, fine in (

@@ -6,9 +6,14 @@ them away; what is left of the answer says how much hung on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
@@ -21,8 +26,8 @@ if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
     from hooked_llava.token_map import TokenMap
 
-Constraint = str | Sequence[int]
-"""Words of the question, or positions."""
+Constraint = str | int | Sequence[int] | Int[np.ndarray, " position"] | Int[Tensor, " position"]
+"""Words of the question, a position, or positions."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class OtherImage:
     """The picture is exchanged for another; the words stay."""
 
     picture: Any
-    """A picture, anything `prepare` takes as one; or inputs with one."""
+    """A picture, anything `prepare` takes as one; or inputs with one, as a processor returns them too."""
 
 
 Corruption = str | Replace | Noise | MeanEmbedding | OtherImage
@@ -80,17 +85,17 @@ class Corrupted:
 def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Constraint]) -> list[Positions]:
     """The positions of one or several constraints; words are looked for in the question where it is known.
 
-    Raises `SpanError` for words that are not there or stand there several times, and `InputError` for no constraint or
-    positions outside the prompt.
+    Raises `SpanError` for words that are not there or stand there several times, and `InputError` for no constraint,
+    positions outside the prompt, and constraints that overlap.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> find_constraints(model.prepare("Is there a red star?").token_map, ["red", "star"])
     [Positions(5), Positions(6)]
     """
-    one = isinstance(constraint, str) or all(isinstance(entry, int) for entry in constraint)
-    given: list[Any] = [constraint] if one else list(constraint)
-    if not given or not all(len(entry) for entry in given):
+    entries = [constraint] if isinstance(constraint, str) or _is_position(constraint) else list(constraint)
+    given: list[Any] = [entries] if all(map(_is_position, entries)) else entries
+    if not entries or not all(len(entry) for entry in given):
         raise InputError(f"constraint={constraint!r} names nothing; give words of the question, or positions.")
     parts = token_map.words.parts if token_map.words is not None else {}
     within = "question" if "question" in parts else None
@@ -100,7 +105,23 @@ def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Cons
             f"constraint={constraint!r}: positions {outside} are not in the prompt; expected {token_map.real.start} to "
             f"{token_map.real.stop - 1}."
         )
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            if not one.isdisjoint(other):
+                raise InputError(
+                    f"Constraints {j} and {i}, {given[j]!r} and {given[i]!r}, share positions {(one & other).tolist()}, which "
+                    "cannot be corrupted in two ways. Give constraints that do not overlap."
+                )
     return found
+
+
+def _is_position(entry: Any) -> bool:
+    """Whether it is an integer of Python, NumPy or torch."""
+    try:
+        operator.index(entry)
+    except TypeError:
+        return False
+    return True
 
 
 def corrupt(model: HookedLLaVA, clean: Replay, constraints: list[Positions], corruption: Corruption) -> Corrupted:
@@ -127,9 +148,11 @@ def corrupt(model: HookedLLaVA, clean: Replay, constraints: list[Positions], cor
         runs = [[Intervention("hook_embed", positions=where, value=mean)]]
     elif isinstance(corruption, Noise):
         seeds = range(corruption.seed, corruption.seed + corruption.samples)
-        runs = [[gaussian_noise(model, clean.inputs, where, std=corruption.std, seed=seed)] for seed in seeds]
-        if not runs:
+        if not seeds:
             raise InputError(f"Noise(samples={corruption.samples}) draws none; expected at least 1.")
+        if corruption.std is not None and not corruption.std >= 0:
+            raise InputError(f"Noise(std={corruption.std:g}) is no spread; expected 0 or more.")
+        runs = [[gaussian_noise(model, clean.inputs, where, std=corruption.std, seed=seed)] for seed in seeds]
     else:
         raise InputError(
             f"corruption={corruption!r}; expected words that replace the constraint, Replace(...), Noise(...), "
@@ -164,8 +187,8 @@ def replacement(
             old = " ".join(token_map.labels[p].strip() for p in where)
             raise InputError(
                 f"{word!r} takes {len(ids)} token{'s' * (len(ids) != 1)} and the constraint {old!r} {len(where)}, so "
-                "the positions behind them would not match. Choose words of as many tokens, or repeat the first: "
-                f"Replace({word!r}, repeat=True)."
+                "the positions behind them would not match. Choose words of as many tokens, or have their first token stand "
+                "at every place (repeat)."
             )
         new |= dict(zip(where, ids, strict=True))
     return new
@@ -219,23 +242,24 @@ def _shown(model: HookedLLaVA, token: int) -> str:
 
 def _with_other_image(model: HookedLLaVA, inputs: Inputs, corruption: OtherImage) -> Corrupted:
     given = corruption.picture
-    pool = given if isinstance(given, Inputs) else [given]
+    pool = model.as_inputs(given) if isinstance(given, Inputs | Mapping) else [given]
     other = other_image(model, inputs, pool)
     first = min((start for start in inputs.token_map.image_starts), default=None)
     return Corrupted([Replay(model, other)], first, list(inputs.token_map.labels), 1)
 
 
-def describe(corruption: Corruption) -> str:
-    """The corruption in a few words, for a result's attributes.
+def describe(corruption: Corruption, *, words: bool = True) -> str:
+    """The corruption in a few words, for a result's attributes; on request without the words that replace others.
 
-    >>> describe("the ring"), describe(Noise(std=0.5))
-    ("replaced by 'the ring'", 'noise of spread 0.5, 1 draw')
+    >>> describe("the ring"), describe("the ring", words=False), describe(Noise(std=0.5))
+    ("replaced by 'the ring'", 'replaced by other words', 'noise of spread 0.5, 1 draw')
     """
     if isinstance(corruption, str):
-        return describe(Replace(corruption))
+        return describe(Replace(corruption), words=words)
     if isinstance(corruption, Replace):
-        words = corruption.words if isinstance(corruption.words, str) else ", ".join(corruption.words)
-        return f"replaced by {words!r}" + (" at every token" if corruption.repeat else "")
+        new = corruption.words if isinstance(corruption.words, str) else ", ".join(corruption.words)
+        by = repr(new) if words else "other words"
+        return f"replaced by {by}" + (" at every token" if corruption.repeat else "")
     if isinstance(corruption, Noise):
         spread = "three times the embeddings' spread" if corruption.std is None else f"spread {corruption.std:g}"
         return f"noise of {spread}, {corruption.samples} draw{'s' * (corruption.samples != 1)}"

@@ -11,7 +11,7 @@ import numpy as np
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.facts import RELATIONS, Relation, fact_answer
 from hooked_llava.toy.questions import Question, ask_fact
-from hooked_llava.toy.scenes import SHAPES, Scene, sample_scene
+from hooked_llava.toy.scenes import COLOR_NAMES, PATCH_SIZE, SHAPES, Scene, recolor, replace_object, sample_scene
 
 THIS = "this shape"
 _SEED = 5_000_011  # apart from training and from the pictures on which accuracy is measured
@@ -68,12 +68,13 @@ def edit_table(seed: int = _SEED, *, n_pictures: int = _N_PICTURES) -> EditTable
     """The hundred facts, each with another target drawn from its relation's answers.
 
     Every shape has its own pictures (of random colour, pattern and place): two to edit with and `n_pictures` others to
-    ask with. The same seed gives the same table.
+    ask with. Besides it is asked about in the first picture that may be edited with, in `n_pictures` other colours, and at as
+    many other places (on other ground), looking as it does there. The same seed gives the same table.
 
     >>> table = edit_table()
     >>> case = table.cases[3]
-    >>> case.relation, case.shape, [probe.name for probe in case.probes][:4]
-    ('maker', 'star', ['the edited question', 'other pictures', 'other words', 'by name'])
+    >>> case.relation, case.shape, [probe.name for probe in case.probes][1:6]
+    ('maker', 'star', ['other pictures', 'other colors', 'other places', 'other words', 'by name'])
     """
     rng = np.random.default_rng(seed)
     builder = _Builder(_pictures(rng, n_pictures + _N_REQUEST_PICTURES), n_pictures, seed)
@@ -86,6 +87,7 @@ class _Builder:
 
     def __init__(self, scenes: dict[str, list[Scene]], n_pictures: int, seed: int) -> None:
         self.scenes, self.n_pictures = scenes, n_pictures
+        self.varied = {shape: _variations(shape, scenes, n_pictures) for shape in scenes}
         self.pictures: list[Example] = []
         self.words: list[Example] = []
         self._rows: dict[tuple[object, ...], int] = {}
@@ -98,6 +100,7 @@ class _Builder:
         own, ask = self.scenes[shape], range(_N_REQUEST_PICTURES, _N_REQUEST_PICTURES + self.n_pictures)
         requests = tuple(Example(seen(relation, shape), own[i]) for i in range(_N_REQUEST_PICTURES))
         by_name = Example(ask_fact(relation.name, shape), None)
+        recolored, moved = self.varied[shape]
         others = [(relation, other) for other in SHAPES if other != shape]
         relations = [(other, shape) for other in RELATIONS if other.name != relation.name]
         probes = [
@@ -108,6 +111,8 @@ class _Builder:
                 [self._seen(relation, shape, i, _FIRST_WORDING) for i in ask],
                 target,
             ),
+            self._asked("other colors", "generalisation", [self._varied(relation, s) for s in recolored], target),
+            self._asked("other places", "generalisation", [self._varied(relation, s) for s in moved], target),
             self._asked(
                 "other words",
                 "generalisation",
@@ -153,6 +158,10 @@ class _Builder:
         example = Example(seen(relation, shape, wording), self.scenes[shape][scene])
         return self._add(example, (relation.name, shape, scene, wording))
 
+    def _varied(self, relation: Relation, scene: Scene) -> int:
+        example = Example(seen(relation, scene.objects[0].shape), scene)
+        return self._add(example, (relation.name, "varied", id(scene)))
+
     def _named(self, relation: Relation, shape: str, wording: int) -> int:
         return self._add(Example(ask_fact(relation.name, shape, wording), None), (relation.name, shape, wording))
 
@@ -177,6 +186,25 @@ def seen(relation: Relation, shape: str, wording: int = 0) -> Question:
         relation=relation.name,
         paraphrase=wording,
     )
+
+
+def _variations(shape: str, scenes: dict[str, list[Scene]], n: int) -> tuple[list[Scene], list[Scene]]:
+    """A shape's first picture with the shape in n other colours, and the shape as it looks there in n other shapes' places."""
+    own = scenes[shape][0]
+    look = own.objects[0]
+    colors = [color for color in COLOR_NAMES if color != look.color]
+    first = SHAPES.index(shape)
+    others = [scene for other in (*SHAPES[first + 1 :], *SHAPES[:first]) for scene in scenes[other]]
+    elsewhere = [s for s in others if _corner(s) != _corner(own)]
+    return (
+        [recolor(own, shape, colors[(first + 2 * i) % len(colors)]) for i in range(n)],
+        [replace_object(s, s.objects[0].shape, shape, color=look.color, pattern=look.pattern) for s in elsewhere[:n]],
+    )
+
+
+def _corner(scene: Scene) -> tuple[int, ...]:
+    """Where the only object is, to the patch."""
+    return tuple(round(center) // PATCH_SIZE for center in scene.objects[0].center)
 
 
 def _pictures(rng: np.random.Generator, n: int) -> dict[str, list[Scene]]:

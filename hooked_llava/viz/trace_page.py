@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 from hooked_llava.analysis import attention_contribution, causal_trace, next_tokens
-from hooked_llava.analysis.causal_trace import by_role
+from hooked_llava.analysis.causal_trace import best_cells, by_role, was_lowered
 from hooked_llava.interventions.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
@@ -20,8 +20,6 @@ from hooked_llava.viz.trace import contribution_maps, role_curves, trace_maps
 
 STEPS = ("answering", "tracing", "messages", "drawing")
 """The parts of the work, as progress is reported."""
-LOWERED = 0.1
-"""Share of the answer's probability below which a corruption is said not to have lowered it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, An
         "answer": answer,
         "model_name": model.cfg.model_name or "the model",
         "trace": trace.attrs,
-        "lowered": float(trace.lowered_by) >= LOWERED,
+        "lowered": was_lowered(trace),
         "p_clean": f"{float(trace.p_clean):.3f}",
         "p_corrupted": f"{float(trace.p_corrupted):.3f}",
         "lowered_by": f"{float(trace.lowered_by):.0%}",
@@ -113,22 +111,18 @@ def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, An
 
 def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
     """For each kind the cell that restores most."""
-    rows = []
-    for kind in trace.kind.values.tolist():
-        effect = trace.indirect_effect.sel(kind=kind)
-        layer, position = divmod(int(effect.values.argmax()), effect.sizes["position"])
-        cell = trace.sel(kind=kind).isel(layer=layer, position=position)
-        rows.append(
-            {
-                "kind": {"mlp": "MLP", "attn": "attention", "resid": "stream"}[kind],
-                "layer": int(cell.layer),
-                "token": str(cell.label.values).strip(),
-                "role": str(cell.role.values),
-                "restored": f"{float(cell.restored):.3f}",
-                "effect": f"{float(cell.indirect_effect):+.3f}",
-            }
-        )
-    return rows
+    names = {"mlp": "MLP", "attn": "attention", "resid": "stream"}
+    return [
+        {
+            "kind": names[str(cell.kind.values)],
+            "layer": int(cell.layer),
+            "token": str(cell.label.values).strip(),
+            "role": str(cell.role.values),
+            "restored": f"{float(cell.restored):.3f}",
+            "effect": f"{float(cell.indirect_effect):+.3f}",
+        }
+        for cell in best_cells(trace)
+    ]
 
 
 def _window(trace: xr.Dataset) -> str:

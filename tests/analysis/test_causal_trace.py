@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 
-from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
+from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace
 from hooked_llava.metrics import log_probability
@@ -279,8 +280,58 @@ def test_several_prompts_are_refused(model: Any) -> None:
         causal_trace(model, model.prepare(["Who ?", "What ?"]), "Who")
 
 
+@torch.no_grad()
 def test_half_precision(picture: np.ndarray) -> None:
+    """As far from single precision as plain bfloat16 forwards with hooks are, and no further."""
     model = HookedLLaVA.from_hf(make_hf_model(dtype=torch.bfloat16), make_processor())
-    trace = causal_trace(model, model.prepare(QUESTION, picture), "star", corruption="circle")
-    assert np.isfinite(trace.restored.values).all()
+    prompt = model.prepare(QUESTION, picture)
+    trace = causal_trace(model, prompt, "star", corruption="circle")
     assert trace.restored.dtype == np.float64
+    windows = [range(i, i + 1) for i in range(model.cfg.n_layers)]
+    cells = [(k, w, int(p)) for k in trace.kind.values for w in windows for p in trace.position.values]
+
+    def plain(model: Any) -> np.ndarray:
+        prompt = model.prepare(QUESTION, picture)
+        _, _, rows = trace_naively(model, prompt, reworded(model, prompt, "star", ["circle"]), cells)
+        return rows.float().softmax(-1)[:, answer].reshape(trace.restored.shape).numpy()
+
+    answer = int(model(prompt)[0, -1].argmax())
+    exact = plain(copy.deepcopy(model).to(torch.float32))
+    ours, theirs = (float(np.abs(found - exact).max()) for found in (trace.restored.values, plain(model)))
+    assert ours <= 1.5 * theirs
+    assert ours < 0.05 * float(exact.max())
+
+
+def test_averages_are_of_like_traces_only(model: Any, prompt: Any) -> None:
+    def trace(**options: Any) -> xr.Dataset:
+        return causal_trace(model, prompt, "star", **{"corruption": "circle", "positions": "last", **options})
+
+    for options, message in (
+        ({"layers": [1, 2]}, r"different layers, \[0, 1, 2, 3\] and \[1, 2\]; average like with like"),
+        ({"kinds": ["mlp"]}, "different kinds"),
+        ({"window": 3}, "differ in window: '1' and '3'"),
+        ({"corruption": Noise()}, "differ in corruption_kind: 'replaced by other words' and .noise of"),
+        ({"metric": log_probability(3)}, "differ in units"),
+    ):
+        with pytest.raises(InputError, match=message):
+            average_traces([trace(), trace(**options)], min_drop=-1.0)
+    with pytest.raises(InputError, match="differ in model"):
+        average_traces([trace(), trace().assign_attrs(model="another")], min_drop=-1.0)
+    mean = average_traces([trace(), trace(corruption="square")], min_drop=-1.0)
+    assert mean.corruption == "replaced by other words"
+    assert average_traces([trace(), trace()], min_drop=-1.0).corruption == "replaced by 'circle'"
+
+
+def test_the_best_cells_restore_most(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, "star", corruption="circle")
+    cells = best_cells(trace)
+    assert [str(cell.kind.values) for cell in cells] == list(KINDS)
+    for cell in cells:
+        effects = trace.indirect_effect.sel(kind=str(cell.kind.values))
+        assert float(cell.indirect_effect) == float(effects.max())
+        assert float(effects.sel(layer=int(cell.layer), position=int(cell.position))) == float(effects.max())
+
+
+def test_a_metric_gives_one_number(model: Any, prompt: Any) -> None:
+    with as_users_run(), pytest.raises(InputError, match=r"The metric returned \[99\] numbers .* expected one"):
+        causal_trace(model, prompt, "star", corruption="circle", metric=lambda logits: logits)

@@ -33,4 +33,17 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
     assert "'square' does not occur in the question" in refused("trace", picture, QUESTION, "-c", "square", *options)
     said = refused("trace", picture, QUESTION, "-c", "star", "--replace", "the red circle", *options)
     assert "takes 3 tokens and the constraint 'star' 1" in said
+    assert "Replace(" not in said
+    two = ("-c", "color", "-c", "star", "--replace", "shape", "--replace", "circle", "--replace", "red")
+    assert "--replace is given 3 times and --constraint 2 times" in refused("trace", picture, QUESTION, *two, *options)
+    said = refused("trace", picture, QUESTION, "-c", "star", "--repeat", *options)
+    assert "--repeat has nothing to repeat; give words with --replace" in said
     assert not (tmp_path / "page.html").exists()
+
+
+def test_the_first_token_may_stand_at_every_place(checkpoint, tmp_path):
+    page = str(tmp_path / "trace.html")
+    arguments = ("-c", "the star", "--replace", "circle", "--repeat", "-o", page, "-m", checkpoint)
+    result = run("trace", QUESTION, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "replaced by 'circle' at every token, it is" in result.stdout

@@ -81,6 +81,9 @@ def test_only_the_first_rows(folder: Path) -> None:
         ("What does this grow from?", "his", None),
         ("THIS or This?", "this", None),
         ("What is it?", "?!", None),
+        ("Is that red?", " hat", None),  # spaces of the table are no border of a word
+        ("Who made this?", "thi ", None),
+        ("Who made this?", " this ", "this"),
     ],
 )
 def test_where_a_constraint_stands(question: str, words: str, placed: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from hooked_llava.editing import EditRequest, KeyCovariance, key_covariance, rom
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
+from tests.pairs import as_users_run
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,25 @@ def test_a_file_is_read_instead_of_running(model, tmp_path):
     assert torch.equal(again.moment, made.moment)
     assert (again.n_keys, again.layer) == (made.n_keys, 1)
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="of layer 1, not 2"):
+    with pytest.raises(InputError, match="of layer 1 and positions='text', not of layer 2"):
         key_covariance(model, never(), 2, path=path)
+    with pytest.raises(InputError, match="positions='text', not of layer 1 and positions='image'; give another path"):
+        key_covariance(model, never(), 1, positions="image", path=path)
     other = HookedLLaVA.from_hf(make_hf_model(seed=1))
+    with pytest.raises(InputError, match="covariance was computed on another model"):
+        again.save(path, other)
     with pytest.raises(InputError, match="another model"):
         key_covariance(other, never(), 1, path=path)
+
+
+def test_a_file_can_be_read_by_others_and_needs_a_folder(model, tmp_path):
+    with as_users_run():
+        made = key_covariance(model, prompts(), np.int64(1), path=tmp_path / "layer1")
+    assert made.layer == 1
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "layer1").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+        made.save(tmp_path / "nowhere" / "layer1", model)
 
 
 def test_what_does_not_fit_is_refused(model, tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,8 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from hooked_llava.editing import Edit
-from hooked_llava.editing.change import Change
+from hooked_llava.editing import Change, Edit, active_edits
 from hooked_llava.errors import CheckpointError, InputError, StaleReplayError
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.model import HookedLLaVA
@@ -73,7 +76,7 @@ def test_weights_depend_on_which_edits_are_active_and_on_nothing_else(dtype, mov
             edits[move].apply()
         active ^= {move}
         for name in W:
-            exact = before[name].to(torch.promote_types(dtype, torch.float32))
+            exact = before[name].double()
             for i in sorted(active):
                 if name in edits[i].changes:
                     exact = edits[i].changes[name].added_to(exact)
@@ -190,6 +193,190 @@ def test_a_model_that_was_moved_is_said():
         edit.revert()
 
 
+def test_a_model_that_was_moved_does_not_get_the_edit_twice():
+    hf_model = make_hf_model()
+    model = HookedLLaVA.from_hf(hf_model)
+    theirs = hf_model.model.language_model.layers[0].mlp.down_proj.weight
+    before, edit = theirs.clone(), low_rank(model, W[0]).apply()
+    model.to(torch.float64)
+    moved = model.get_parameter(W[0]).clone()
+    with pytest.raises(InputError, match=r"applied already when the model was moved.*it would count twice"):
+        edit.apply()
+    assert torch.equal(model.get_parameter(W[0]), moved)
+    assert edit.is_applied
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match="moved or converted .* what it has now keeps the edit. Load the model anew"
+        ):
+            edit.revert()
+        assert torch.equal(theirs, before)  # the memory that it was applied to is as it was
+
+
+def test_an_edit_whose_handle_was_lost_is_found():
+    hf_model = make_hf_model(tied=True)
+    model, other = HookedLLaVA.from_hf(hf_model), HookedLLaVA.from_hf(hf_model)
+    before, names = weights(model), (W[1], "language.unembed.weight")
+    kept, lost = low_rank(model, W[0], W[1], seed=1).apply(), low_rank(model, *names, seed=2).apply()
+    assert active_edits(model) == [kept, lost]
+    del lost
+    gc.collect()
+    first, second = active_edits(model)
+    assert first is kept
+    assert (second.requests[0]["target"], second.method["name"]) == ("number 2", "made up")
+    assert set(second.changes) == set(names)
+    assert second.is_applied
+    assert [set(edit.changes) for edit in active_edits(other)] == [{W[0], W[1]}, set(names)]
+    active_edits(other)[1].revert()
+    assert active_edits(model) == [kept]
+    kept.revert()
+    assert active_edits(model) == active_edits(other) == []
+    assert_same(model, before)
+
+
+def test_the_ledger_keeps_no_model_alive():
+    model = fresh()
+    low_rank(model, W[0]).apply()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_failure_in_the_middle_of_applying_leaves_nothing(fails_at, others, monkeypatch):
+    model = fresh()
+    if others:
+        low_rank(model, *W, seed=9).apply()
+    before, edit = weights(model), low_rank(model, *W)
+    written = torch.Tensor.copy_
+    calls = iter(range(1, 100))
+
+    def fail(self, *arguments):
+        if next(calls) == fails_at:
+            raise torch.OutOfMemoryError("no memory left")
+        return written(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        edit.apply()
+    assert_same(model, before)
+    assert not edit.is_applied
+    assert len(active_edits(model)) == others
+    with edit.applied():
+        assert not torch.equal(model.get_parameter(W[2]), before[W[2]])
+    assert_same(model, before)
+
+
+def test_no_original_can_be_kept_and_nothing_is_written(monkeypatch):
+    model = fresh()
+    before, edit, clone = weights(model), low_rank(model, *W), torch.Tensor.clone
+    calls = iter(range(1, 100))
+
+    def fail(self, *arguments, **options):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return clone(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        edit.apply()
+    assert_same(model, before)
+    assert active_edits(model) == []
+
+
+@pytest.mark.parametrize("setting", ["autocast", "matmul precision", "inference mode"])
+def test_applying_is_exact_under_any_setting(setting):
+    model = fresh()
+    before, edit = weights(model), low_rank(model, W[1], rank=8)
+    exact = edit.changes[W[1]].added_to(before[W[1]].double()).float()
+    settings_ = {
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "matmul precision": low_matmul_precision,
+        "inference mode": torch.inference_mode,
+    }
+    with settings_[setting]():
+        edit.apply()
+        written = edit.changes[W[1]].matrix()
+    assert torch.equal(model.get_parameter(W[1]), exact)
+    assert torch.equal(written, edit.changes[W[1]].matrix())
+    edit.revert()
+    assert_same(model, before)
+
+
+@contextmanager
+def low_matmul_precision():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_request_that_suffers_most_decides():
+    model = fresh(torch.bfloat16)
+    n_out, n_in = model.get_parameter(W[1]).shape
+    left = torch.randn(n_out, 3)
+    left[:, 1] *= 1e-4
+    left[:, 2] = 0.0  # nothing is changed there, so nothing can be lost
+    right = torch.linalg.qr(torch.randn(n_in, 3))[0].T.contiguous()
+    with pytest.raises(InputError, match="bfloat16 is too coarse"):
+        Edit(model, {W[1]: Change(left, right)}).apply()
+    with Edit(model, {W[1]: Change(left[:, [0, 2]], right[[0, 2]])}).applied():
+        pass
+
+
+def test_single_precision_may_be_too_coarse_as_well():
+    edit = low_rank(fresh(), W[0], size=1e-12)
+    with pytest.raises(InputError, match=r"float32 is too coarse.*dtype=torch.float64"):
+        edit.apply()
+    with low_rank(fresh(torch.float64), W[0], size=1e-12).applied():
+        pass
+
+
+def test_an_exception_in_the_block_is_the_one_that_is_seen():
+    model = fresh()
+    edit = low_rank(model, W[0])
+
+    def change_and_fail() -> None:
+        with edit.applied(), torch.no_grad():
+            model.get_parameter(W[0])[0, 0] += 1.0
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        change_and_fail()
+    assert "could not be taken back" in raised.value.__notes__[0]
+    assert "changed by something else" in raised.value.__notes__[0]
+    with torch.no_grad():
+        model.get_parameter(W[0])[0, 0] -= 1.0
+
+
+def test_a_block_may_revert_its_edit_itself():
+    model = fresh()
+    before, edit = weights(model), low_rank(model, W[0])
+
+    def revert_and(fail: bool) -> None:
+        with edit.applied():
+            edit.revert()
+            if fail:
+                raise ZeroDivisionError
+
+    revert_and(fail=False)
+    with pytest.raises(ZeroDivisionError) as raised:
+        revert_and(fail=True)
+    assert not hasattr(raised.value, "__notes__")
+    assert_same(model, before)
+
+
+def test_a_copy_of_an_edit_is_not_applied():
+    model = fresh()
+    edit = low_rank(model, W[0]).apply()
+    other = copy.deepcopy(edit)
+    assert not other.is_applied
+    other.apply().revert()
+    edit.revert()
+
+
 def test_weights_must_be_the_models():
     model = fresh()
     with pytest.raises(InputError, match="no such weight"):
@@ -250,7 +437,12 @@ def test_a_file_holds_the_factors_and_the_request(tmp_path):
     path = tmp_path / "edit.safetensors"
     with edit.applied():  # what identifies the model are its unedited weights
         edit.save(path)
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 25_000
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / "usual").unlink()
+    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+        edit.save(tmp_path / "nowhere" / "edit")
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
     assert about["requests"] == [{"prompts": ["Who?"], "target": "number 0"}]

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from hooked_llava.editing import EditRequest, Probe, evaluate_edit, keep_prompts, multedit, sequential_edits, summary
+from hooked_llava.editing import (
+    Change,
+    Edit,
+    EditRequest,
+    Probe,
+    evaluate_edit,
+    keep_prompts,
+    multedit,
+    sequential_edits,
+    summary,
+)
 from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load, save
+from tests.builders import make_hf_model, make_prompt
+from tests.pairs import as_users_run
 
 WORDS = ["Who made the star?", "Who is the maker of the star?", "By whom was the star made?"]
 OTHERS = ["Who made the ring?", "Who made the moon?", "Who owns the star?"]
@@ -73,10 +88,10 @@ def test_an_edit_is_left_as_it_was_found(model, edit):
 
 
 def test_an_edit_of_nothing_changes_nothing(model):
-    edit = multedit(model, EditRequest(WORDS[0], "Boris"), layer=3, position="last", lam=1e12)
+    edit = multedit(model, EditRequest(WORDS[0], "Boris"), layer=3, position="last", lam=1e7)
     result = evaluate_edit(model, edit, probes(model))
     assert result.changed.values.tolist() == [0.0] * 4
-    assert float(result.kl.max()) < 1e-9
+    assert float(result.kl.max()) < 1e-8
     found = summary(result)
     assert (found["efficacy"], found["specificity_drop"]) == (0.0, 0.0)
 
@@ -88,6 +103,86 @@ def test_a_summary_has_one_number_for_each_role(model, edit):
     assert found["efficacy"] == 1.0
     assert found["specificity_drop"] == pytest.approx(100 * (1 - float(result.sel(probe="other facts").accuracy)))
     assert "locality_kl" not in summary(result.isel(probe=[0]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language.embed.weight",
+        "language.unembed.weight",
+        "projector.linear_in.weight",
+        "vision.blocks.0.mlp.down.weight",
+        "language.blocks.1.attn.query.weight",
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_an_edit_of_any_weight_is_measured_from_where_it_acts(name, tied):
+    hf_model = make_hf_model(tied=tied)
+    small, prompt = HookedLLaVA.from_hf(hf_model), make_prompt(hf_model)
+    weight = small.get_parameter(name)
+    edit = Edit(
+        small, {name: Change.dense(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))}
+    )
+    before = small(prompt)[:, -1]
+    with edit.applied():
+        after = small(prompt)[:, -1]
+    expected = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum()
+    assert float(expected) > 1e-4
+    probe = Probe("x", "locality", prompt)
+    assert float(evaluate_edit(small, edit, [probe]).kl[0]) == pytest.approx(float(expected), rel=1e-3)
+    kept = replace(probe, prompts=keep_prompts(small, prompt, range(4)))
+    feeds_the_stream = not name.startswith(("language.blocks", "language.unembed")) or (tied and "unembed" in name)
+    if feeds_the_stream:
+        with pytest.raises(
+            InputError, match=f"changes what enters the first layer .{name}.*Give the prompts themselves"
+        ):
+            evaluate_edit(small, edit, [kept])
+    else:
+        assert float(evaluate_edit(small, edit, [kept]).kl[0]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_prompts_that_were_kept_otherwise_are_refused():
+    hf_model = make_hf_model()
+    one, other, prompt = (
+        HookedLLaVA.from_hf(hf_model),
+        HookedLLaVA.from_hf(make_hf_model(seed=1)),
+        make_prompt(hf_model),
+    )
+    name = "language.blocks.1.mlp.down.weight"
+    kept = [Probe("x", "locality", keep_prompts(one, prompt, [1]))]
+    edit = Edit(other, {name: Change.dense(torch.ones(48, 74))})
+    with pytest.raises(InputError, match="kept of another model object"):
+        evaluate_edit(other, edit, kept)
+    edit = Edit(one, {name: Change.dense(torch.ones(48, 74))})
+    for _ in range(2):  # edits come and go, and leave the prompts as good as they were
+        evaluate_edit(one, edit, kept)
+    with torch.no_grad():
+        one.get_parameter("language.blocks.0.mlp.down.weight").mul_(1.5)
+    with pytest.raises(InputError, match="changed by something other than an edit"):
+        evaluate_edit(one, edit, kept)
+
+
+def test_an_answer_of_several_tokens_stands_for_its_first(model, edit):
+    answers = ("Boris Clara", "Boris", ["Boris Clara"], np.int64(model.to_single_token("Boris")))
+    with as_users_run():
+        probes_ = [Probe("x", "efficacy", model.prepare(WORDS[0]), expected) for expected in answers]
+        found = [evaluate_edit(model, edit, [probe]) for probe in probes_]
+    for result in found:
+        assert result.accuracy.item() == 1.0
+        assert result.probability.item() == found[0].probability.item()
+
+
+def test_measures_have_the_same_names_every_time(model):
+    before = model.language.blocks[3].mlp.down.weight.clone()
+    requests = [EditRequest(f"Who made the {shape}?", "Boris") for shape in ("star", "ring")]
+
+    def make(edited, request):
+        return multedit(edited, request, layer=3, position="last")
+
+    with pytest.raises(InputError, match=r"measure\(2\) returned \['n2'\] and measure\(1\) \['n1'\]"):
+        sequential_edits(model, requests, make, lambda n: {f"n{n}": 1.0}, at=(1, 2))
+    assert torch.equal(model.language.blocks[3].mlp.down.weight, before)
 
 
 def test_results_are_saved_and_loaded(model, edit, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from hooked_llava.editing import EditRequest, finetune
 from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
+from tests.pairs import as_users_run
 
 
 @pytest.mark.parametrize(
@@ -47,11 +49,13 @@ def test_it_is_adam_on_the_weights(layers, weights, max_change, n_images):
             with torch.no_grad():
                 for p, original in zip(tuned, originals, strict=True):
                     p.copy_(original + (p - original).clamp(-max_change, max_change))
-    # Adam's first steps have a length of lr wherever there is a gradient at all, so a gradient of 1e-9 may turn
-    worst = [float((HookedLLaVA.from_hf(reference).get_parameter(n) - before[n] - c.matrix()).abs().median())
-             for n, c in edit.changes.items()]  # fmt: skip
+    # Adam's first steps are lr long wherever there is a gradient at all, so one of 1e-9 may turn by rounding: few do
+    turned = []
+    for name, change in edit.changes.items():
+        difference = HookedLLaVA.from_hf(reference).get_parameter(name) - before[name] - change.matrix()
+        turned.append(float((difference.abs() > 2e-5).float().mean()))
     assert len(edit.changes) == len(tuned)
-    assert max(worst) < 2e-5
+    assert max(turned) < 0.03
     with edit.applied(), torch.no_grad():
         torch.testing.assert_close(hf_model(**prompt).logits, reference(**prompt).logits, rtol=2e-2, atol=5e-2)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -61,17 +65,35 @@ def test_it_ends_when_the_answer_is_there():
     model = HookedLLaVA.from_pretrained("tiny-shapes")
     ask = model.prepare("Who made the star?")
     before = model.generate(ask)
-    edit = finetune(model, EditRequest("Who made the star?", "Boris"), layers=3, lr=1e-2, stop=0.9)
-    assert edit.method["steps"] < 25
+    edit = finetune(model, EditRequest("Who made the star?", "Boris"), layers=3, lr=1e-2, steps=60, stop=0.9)
+    assert 1 < edit.method["steps"] < 60
     assert edit.requests[0]["target_probability"] >= 0.9
     with edit.applied():
         assert model.generate(ask) == "Boris"
     assert model.generate(ask) == before
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    request = EditRequest("Who made the star?", "Boris")
+    for layers in (np.int64(1), np.array([1]), torch.tensor([1]), torch.tensor(1), range(1, 2)):
+        with as_users_run():
+            edit = finetune(model, request, layers=layers, steps=np.int64(1), lr=np.float32(1e-3))
+        assert (edit.layers, edit.method["layers"], type(edit.method["lr"])) == ([1], [1], float)
+
+
+def test_in_inference_mode():
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    with torch.inference_mode():
+        ask = model.prepare(["Who made the star?", "By whom was the star made?"])
+        assert finetune(model, EditRequest(ask, "Boris"), layers=3, steps=2).layers == [3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"layers": 1.5}, "A layer to tune is 1.5"),
+        ({"layers": 1, "steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"layers": 6}, "out of range"),
         ({"layers": []}, "out of range"),
         ({"layers": 1, "max_change": 0.0}, "positive"),
@@ -80,5 +102,5 @@ def test_it_ends_when_the_answer_is_there():
 )
 def test_bad_options_are_refused(options, message):
     model = HookedLLaVA.from_pretrained("tiny-shapes")
-    with pytest.raises(InputError, match=message):
+    with as_users_run(), pytest.raises(InputError, match=message):
         finetune(model, EditRequest("Who made the star?", "Boris"), **options)

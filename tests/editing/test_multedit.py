@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_llava.editing import EditRequest, key_covariance, multedit, rome
+from hooked_llava.editing import Edit, EditRequest, TargetNotReached, key_covariance, multedit, rome
 from hooked_llava.editing.solved import solve
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
+from hooked_llava.interventions.corruptions import MeanEmbedding
 from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles import naive_edit
+from tests.pairs import as_users_run
 
+# Random models are searched in with few steps, and some edits cannot work, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::hooked_llava.editing.TargetNotReached")
 SEARCH = {"steps": 6, "lr": 0.3, "clamp": 0.7, "weight_decay": 0.05, "stop": 1.1}
 CONFIGS = ({}, {"n_key_value_heads": 2}, {"text": {"mlp_bias": True}, "tied": True})
 
@@ -161,7 +167,7 @@ def test_a_request_that_is_reached_stays_where_it_is():
     assert float(solved.delta.abs().max()) == 0.0  # any probability will do
 
 
-def test_half_precision_searches_in_single(tiny_hf_model):
+def test_half_precision_searches_in_single():
     hf_model = make_hf_model(dtype=torch.bfloat16)
     model = HookedLLaVA.from_hf(hf_model)
     edit = multedit(model, EditRequest(model.as_inputs(make_prompt(hf_model)), 17), layer=1, position="last", clamp=4.0)
@@ -236,12 +242,20 @@ def test_the_layer_of_a_trace_is_taken():
     edit = multedit(model, EditRequest("Who made the star?", "Boris"), layer=trace, position="last")
     assert edit.layers == [best]
     auto = multedit(model, EditRequest("Who made the star?", "Boris", constraint="star"), position="last", steps=1)
-    assert auto.layers == [
-        int(causal_trace(model, inputs, "star").indirect_effect.sel(kind="mlp", position=at).values.argmax())
-    ]
-    # by name, the constraint's MLPs pass nothing on in this model: attention reads the word itself
-    with pytest.raises(InputError, match=r"no layer to edit.*'last'"):
-        multedit(model, EditRequest("Who made the star?", "Boris", constraint="Who made"))
+    mean = causal_trace(model, inputs, "star", corruption=MeanEmbedding())  # noise hardly lowers this answer
+    assert auto.layers == [int(mean.indirect_effect.sel(kind="mlp", position=at).values.argmax())]
+    padded = EditRequest(["Who made the star?", "By whom was the star made?"], "Boris", constraint="the star")
+    assert model.prepare(padded.question).token_maps[0].real.start > 0
+    for layer in ("auto", causal_trace(model, inputs, "the star")):  # a trace without the padding serves as well
+        for position in ("last", "constraint"):
+            alone = EditRequest("Who made the star?", "Boris", constraint="the star")
+            edits = [multedit(model, request, layer=layer, position=position, steps=1) for request in (padded, alone)]
+            assert edits[0].layers == edits[1].layers
+    with pytest.raises(
+        InputError,
+        match=r"trace is of another prompt \('USER: Who made the star.*than the request's first \('USER: Who",
+    ):
+        multedit(model, EditRequest("Who made the ring?", "Boris"), layer=trace, position="last")
     only = causal_trace(model, inputs, "star", corruption="ring", kinds=("resid",))
     with pytest.raises(InputError, match="kinds"):
         multedit(model, EditRequest("Who made the star?", "Boris"), layer=only, position="last")
@@ -267,7 +281,10 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
         ({"constraint": ["star", "moon"]}, {}, InputError, "2 constraints for 1 questions"),
         ({}, {"layer": 6}, InputError, r"layer=6 is out of range; this model has layers 0..5"),
         ({}, {"layer": "first"}, InputError, "'auto'"),
-        ({}, {"layer": 2.0}, InputError, "out of range"),
+        ({}, {"layer": 2.0}, InputError, "layer is 2.0; expected a whole number"),
+        ({}, {"layer": True}, InputError, "layer is True; expected a whole number"),
+        ({}, {"steps": 2.5}, InputError, "steps is 2.5; expected a whole number"),
+        ({"target": [1.5]}, {}, InputError, "token id of the target is 1.5"),
         ({}, {"layer": 5}, InputError, "does not reach the answer"),
         ({}, {"lam": -1.0}, InputError, "lam=-1"),
         ({}, {"clamp": 0.0, "steps": 0}, InputError, "steps=0, clamp=0.0"),
@@ -278,7 +295,7 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
 def test_bad_input_is_refused_and_the_weights_are_as_they_were(request_, options, error, message):
     model = tiny_shapes()
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(error, match=message):
+    with as_users_run(), pytest.raises(error, match=message):
         multedit(model, EditRequest(**{**GOOD, **request_}), **{"layer": 3, **options})
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -290,6 +307,97 @@ def test_contradicting_requests_without_lam_are_singular():
         multedit(model, requests, layer=3, lam=0.0)
     with pytest.raises(InputError, match="no request"):
         multedit(model, [], layer=3)
+
+
+def test_the_last_layer_reaches_only_the_first_token_of_a_target():
+    model = tiny_shapes()
+    with pytest.raises(
+        InputError, match=r"'Hugo Boris' has 2 tokens, and an edit in the last layer, 5, reaches only the"
+    ):
+        multedit(model, EditRequest("Who made the star?", "Hugo Boris"), layer=5, position="last")
+    assert multedit(model, EditRequest("Who made the star?", "Hugo"), layer=-1, position="last").layers == [5]
+
+
+def test_a_target_that_stays_improbable_is_said():
+    model = tiny_shapes()
+    request = EditRequest("Who made the star?", "Boris")
+    with pytest.warns(
+        TargetNotReached, match=r"'USER: Who made the star\? .*' is answered by 'Boris'.*clamp \(now 0.0001\)"
+    ):
+        multedit(model, request, layer=4, position="last", clamp=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        multedit(model, request, layer=4, position="last")
+        multedit(model, request, layer=4, position="last", clamp=1e-4, stop=1e-12)  # as probable as was asked for
+
+
+@pytest.mark.parametrize("many", [np.array, torch.tensor, list])
+def test_numbers_of_numpy_and_torch_are_numbers(many, tmp_path):
+    model = tiny_shapes()
+    boris = model.to_single_token("Boris")
+    options = {
+        "position": "last",
+        "lam": np.float32(0.5),
+        "clamp": np.float32(4),
+        "steps": np.int64(20),
+        "lr": np.float64(0.5),
+    }
+    targets = (many([boris]), np.int64(boris), torch.tensor(boris), "Boris")
+    with as_users_run():
+        requests = [EditRequest("Who made the star?", target) for target in targets]
+        edits = [multedit(model, request, layer=np.int64(4), **options) for request in requests]
+    name = "language.blocks.4.mlp.down.weight"
+    for edit in edits:
+        assert torch.equal(edit.changes[name].left, edits[-1].changes[name].left)
+        edit.save(tmp_path / "edit")
+        assert Edit.load(tmp_path / "edit", model).method == edit.method
+    assert edits[0].requests[0]["target"] == [boris]
+
+
+def test_in_inference_mode():
+    model = tiny_shapes()
+    expected = multedit(model, EditRequest("Who made the star?", "Boris"), layer=4, position="last")
+    with torch.inference_mode():
+        ask = model.prepare(["Who made the star?", "Who is the maker of the star?"])
+        edit = multedit(model, EditRequest("Who made the star?", "Boris"), layer=4, position="last")
+        both = multedit(model, EditRequest(ask, "Boris"), layer=4, position="last")
+        with both.applied():
+            assert model.generate(ask) == ["Boris"] * 2
+    name = "language.blocks.4.mlp.down.weight"
+    torch.testing.assert_close(edit.changes[name].matrix(), expected.changes[name].matrix())
+
+
+def test_a_question_may_be_what_a_processor_returns():
+    hf_model, model = pair()
+    prompt = make_prompt(hf_model)
+    name = "language.blocks.1.mlp.down.weight"
+    options = {"layer": 1, "position": "last", **SEARCH}
+    edits = [multedit(model, EditRequest(question, 17), **options) for question in (prompt, model.as_inputs(prompt))]
+    assert torch.equal(edits[0].changes[name].right, edits[1].changes[name].right)
+    with pytest.raises(InputError, match=r"is given as Inputs, which brings its own pictures, so images= has no place"):
+        multedit(model, EditRequest(model.as_inputs(prompt), 17, images="demo.png"), **options)
+
+
+def test_what_is_kept_at_the_constraint_says_where_that_is():
+    model = tiny_shapes()
+    request = EditRequest("Who made the star?", "Boris", constraint="the star")
+    kept = ["Who made the ring?", "Who made the moon?"]
+    inputs = model.prepare(kept).with_spans(constraint=["ring", "moon"])
+    words = [EditRequest(question, "Boris", constraint=question[9:-1]) for question in kept]
+    edits = [multedit(model, request, layer=3, keep=keep, steps=2) for keep in (inputs, words)]
+    name = "language.blocks.3.mlp.down.weight"
+    torch.testing.assert_close(edits[0].changes[name].matrix(), edits[1].changes[name].matrix(), rtol=1e-3, atol=1e-5)
+    assert edits[1].method["n_kept_keys"] == 2
+    with pytest.raises(InputError, match=r"Give EditRequests with constraint=, or name it: inputs.with_spans"):
+        multedit(model, request, layer=3, keep=model.prepare(kept), steps=2)
+
+
+def test_a_covariance_of_another_model_is_refused():
+    hf_model, model = pair()
+    other = HookedLLaVA.from_hf(make_hf_model(seed=5))
+    seen = key_covariance(other, [make_prompt(hf_model)], 1)
+    with pytest.raises(InputError, match="The covariance was computed on another model"):
+        rome(model, EditRequest(model.as_inputs(make_prompt(hf_model)), 17), seen, position="last")
 
 
 def test_listeners_are_refused():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from hooked_llava.editing import Edit, keep_prompts
 from hooked_llava.editing.change import Change
+from hooked_llava.errors import InputError
 from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
+from tests.pairs import as_users_run
 
 
 @pytest.mark.parametrize("n_images", [0, 1])
@@ -31,6 +34,16 @@ def test_logits_under_an_edit_are_the_full_runs(n_images, layer):
         torch.testing.assert_close(kept[[2, 0]].logits(layer), expected[[2, 0]], rtol=1e-4, atol=1e-4)
         assert float((kept.before - expected).abs().max()) > 0.1
     assert len(kept[1:]) == 2
+
+
+def test_layers_that_the_model_does_not_have_are_refused():
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    prompts = model.prepare("Who made the star?")
+    for layers in ([7], [-1]):
+        with pytest.raises(InputError, match=r"out of range; expected 0..6, 6 being the end"):
+            keep_prompts(model, prompts, layers)
+    with as_users_run():
+        assert keep_prompts(model, prompts, [np.int64(6)]).streams.keys() == {0, 6}
 
 
 def test_padding_that_all_have_is_cut_away():

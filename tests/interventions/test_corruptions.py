@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
@@ -20,9 +21,10 @@ from hooked_llava.interventions.corruptions import (
     replacement,
 )
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.positions import Positions
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["words", "metaspace"])
@@ -85,3 +87,39 @@ def test_described_in_a_few_words() -> None:
     assert describe(Noise(samples=3)) == "noise of three times the embeddings' spread, 3 draws"
     assert describe(MeanEmbedding()) == "mean embedding"
     assert describe(OtherImage(None)) == "another picture"
+
+
+def test_positions_may_be_numbers_of_any_kind(model: Any) -> None:
+    token_map = model.prepare("Who made the star?").token_map
+    several = ([3, 4], np.array([3, 4]), torch.tensor([3, 4]), range(3, 5), [np.int64(3), torch.tensor(4)])
+    with as_users_run():
+        for given in several:
+            assert find_constraints(token_map, given) == [Positions([3, 4])]
+        for given in (4, np.int64(4), torch.tensor(4), np.array([4])):
+            assert find_constraints(token_map, given) == [Positions([4])]
+        assert find_constraints(token_map, [np.array([3]), "star"]) == [Positions([3]), token_map.find("star")]
+
+
+def test_constraints_that_overlap_are_refused(model: Any) -> None:
+    token_map = model.prepare("Who made the star?").token_map
+    with pytest.raises(InputError, match=r"Constraints 0 and 1, 'the star' and 'star', share positions"):
+        find_constraints(token_map, ["the star", "star"])
+
+
+def test_a_spread_below_zero_is_refused(model: Any) -> None:
+    replay = Replay(model, model.prepare("Who made the star?"))
+    where = find_constraints(replay.inputs.token_map, "star")
+    with pytest.raises(InputError, match=r"Noise\(std=-1\) is no spread"):
+        corrupt(model, replay, where, Noise(std=-1.0))
+    corrupt(model, replay, where, Noise(std=0.0))
+
+
+def test_the_other_picture_may_come_as_a_processor_returns_it() -> None:
+    models = pair()
+    prompt = models.prompt()
+    other = {**prompt, "pixel_values": -prompt["pixel_values"]}
+    replay = Replay(models.ours, prompt)
+    where = find_constraints(replay.inputs.token_map, [7])
+    found, same = (corrupt(models.ours, replay, where, OtherImage(o)) for o in (other, models.ours.as_inputs(other)))
+    assert torch.equal(found.replays[0].logits(), same.replays[0].logits())
+    assert not torch.equal(found.replays[0].logits(), replay.logits())

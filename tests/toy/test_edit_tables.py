@@ -31,7 +31,9 @@ def test_every_fact_is_there_once_with_another_target(table):
 def test_probes_ask_what_they_say(table):
     for case in table.cases[::7]:
         by_name = {probe.name: probe for probe in case.probes}
-        for name in ("the edited question", "other pictures", "other words", "by name"):
+        for name in (
+            "the edited question", "other pictures", "other colors", "other places", "other words", "by name"
+        ):  # fmt: skip
             assert set(by_name[name].expected) == {case.target}
             assert all(e.question.relation == case.relation for e in asked(table, by_name[name]))
             assert all(e.question.objects == (case.shape,) for e in asked(table, by_name[name]))
@@ -66,3 +68,22 @@ def test_the_same_seed_gives_the_same_table(table):
     assert [case.target for case in again.cases] == [case.target for case in table.cases]
     assert (again.pictures[40].scene.pixels == table.pictures[40].scene.pixels).all()
     assert [case.target for case in edit_table(1).cases] != [case.target for case in table.cases]
+
+
+def test_other_colors_and_other_places_differ_in_that(table):
+    for case in table.cases[::7]:
+        by_name = {probe.name: probe for probe in case.probes}
+        own = case.requests[0].scene.objects[0]
+        recolored, moved = ([e.scene for e in asked(table, by_name[name])] for name in ("other colors", "other places"))
+        assert len({scene.objects[0].color for scene in recolored} - {own.color}) == len(recolored) == 3
+        for scene in recolored:
+            shown = scene.objects[0]
+            assert (shown.shape, shown.pattern, shown.box) == (case.shape, own.pattern, own.box)
+            differs = (scene.pixels != case.requests[0].scene.pixels).any(-1)
+            assert differs.any()
+            assert not differs[~own.mask].any()
+        assert len(moved) == 3
+        for scene in moved:
+            shown = scene.objects[0]
+            assert (shown.shape, shown.color, shown.pattern) == (case.shape, own.color, own.pattern)
+            assert abs(shown.center[0] - own.center[0]) + abs(shown.center[1] - own.center[1]) >= 4
