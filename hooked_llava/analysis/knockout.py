@@ -138,7 +138,7 @@ def knockout_study(
         window: likewise.
         metric: a named one that needs no further word: "relative_change", "probability" or "log_probability", of the
             model's own answer.
-        total: also block all layers at once.
+        total: also block all layers at once; with window="all" that is done anyway, and not done twice.
         seed: of the random patches.
         options: of `datasets.study`: `images`, `out`, `only_correct`, `batch_size`, `template`, `tail`, `coverage`.
 
@@ -154,7 +154,7 @@ def knockout_study(
     about = study_settings(model, edges, window, metric, seed) | {"total": total, "analysis": "attention_knockout"}
 
     def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
-        how = {"metric": metric, "total": total, "missing": "skip", "seed": seed}
+        how = {"metric": metric, "total": total and window != "all", "missing": "skip", "seed": seed}
         return attention_knockout(model, inputs, edges, window, **how)
 
     return study(model, rows, run, about=about, **options)
@@ -171,16 +171,18 @@ def study_settings(model: HookedLLaVA, edges: Edges, window: Window, metric: Met
     return {"edges": ends, "window": window, "metric": metric, "seed": seed}
 
 
-def flow_summary(result: xr.Dataset | xr.DataArray) -> xr.Dataset:
+def flow_summary(result: xr.Dataset | xr.DataArray, *, least: float | None = None) -> xr.Dataset:
     """Knockout curves as numbers, for every edge (and kind of question).
 
     Args:
         result: what `attention_knockout` gives, or `by_kind` of a study (its means are taken).
+        least: a curve that falls by less than this nowhere has a peak; by default 1 where effects are percentages, else 0.
 
     Returns, without the axis layer: `peak_layer`, where the drop is largest; `depth`, the effect there; `half_width`,
     the number of layers around it in which the effect is at least half as deep; `stages`, how many separate stretches of
-    layers are that deep ("two stages" as a number). An edge whose blocking lowers the metric nowhere has half-width and
-    stages 0, and NaN stays NaN. Raises `InputError` for a result without the axes edge and layer.
+    layers are that deep ("two stages" as a number). An edge whose blocking lowers the metric by less than `least`
+    everywhere has no peak (NaN), and half-width and stages 0. Raises `InputError` for a result without the axes edge and
+    layer.
 
     >>> curve = xr.DataArray([[0.0, -8.0, -10.0, -1.0, -6.0]], dims=("edge", "layer"), coords={"layer": range(5)})
     >>> {name: float(v[0]) for name, v in flow_summary(curve).items()}
@@ -195,23 +197,26 @@ def flow_summary(result: xr.Dataset | xr.DataArray) -> xr.Dataset:
         curves = curves.sel(statistic="mean", drop=True)
     curves = curves.transpose(..., "layer")
     layers = curves["layer"].values if "layer" in curves.coords else np.arange(curves.sizes["layer"])
-    found = np.apply_along_axis(_peak, -1, curves.values.astype(float), layers)
+    if least is None:
+        least = 1.0 if str(curves.attrs.get("units", "")).startswith("%") else 0.0
+    found = np.apply_along_axis(_peak, -1, curves.values.astype(float), layers, least)
     dims = curves.dims[:-1]
     coords = {name: c for name, c in curves.coords.items() if "layer" not in c.dims}
     names = ("peak_layer", "depth", "half_width", "stages")
     return xr.Dataset({name: (dims, found[..., i]) for i, name in enumerate(names)}, coords, result.attrs)
 
 
-def _peak(curve: np.ndarray, layers: np.ndarray) -> np.ndarray:
+def _peak(curve: np.ndarray, layers: np.ndarray, least: float) -> np.ndarray:
     """Layer and depth of the deepest point, the width at half its depth, and the number of stretches that deep."""
     if not np.isfinite(curve).all():
         return np.full(4, np.nan)
     at = int(curve.argmin())
-    deep = (curve <= curve[at] / 2) & (curve < 0)
+    if not curve[at] < 0 or -curve[at] < least:
+        return np.array([np.nan, curve[at], 0, 0], dtype=float)
+    deep = curve <= curve[at] / 2
     starts = np.flatnonzero(deep & ~np.concatenate([[False], deep[:-1]]))
     stretch = np.cumsum(np.isin(np.arange(len(curve)), starts)) * deep  # 0 outside, else the stretch's number
-    width = int((stretch == stretch[at]).sum()) if deep[at] else 0
-    return np.array([layers[at], curve[at], width, len(starts)], dtype=float)
+    return np.array([layers[at], curve[at], (stretch == stretch[at]).sum(), len(starts)], dtype=float)
 
 
 def _windows(window: Window, centers: Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
@@ -322,7 +327,7 @@ def _labelled(
     present: np.ndarray,
 ) -> xr.Dataset:
     names = [edge.name for edge in edges]
-    table = numbers(values).astype(float)
+    table = numbers(values).astype(float) + 0.0  # no -0.0
     n = len(edges) * len(windows)
     parts = {"": table[:n].reshape(len(edges), len(windows), *table.shape[1:])}
     if None in windows:

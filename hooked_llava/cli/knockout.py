@@ -207,8 +207,8 @@ def _show(page: Any) -> None:
 
     found, summary = page.results["knockout"], page.results["summary"]
     if "kind" in found.dims:
-        found = found.isel(kind=-1)
-        summary = summary.isel(kind=-1)
+        every = {"kind": found.kind.values[-1]}  # all kinds together
+        found, summary = found.sel(every), summary.sel(every)
     if "statistic" in found.dims:
         found = found.sel(statistic="mean")
     to = out()
@@ -228,7 +228,7 @@ def _show(page: Any) -> None:
     for name in found.edge.values.tolist():
         total, depth = (float(x.sel(edge=name)) for x in (found.total_effect, summary.depth))
         layer = float(summary.peak_layer.sel(edge=name))
-        at = f"layer {layer:.0f}" if depth <= (-0.05 if percent else -0.0005) else ""
+        at = f"layer {layer:.0f}" if summary.half_width.sel(edge=name) > 0 else ""
         table.add_row(escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at)
     to.print(table)
     to.print()
@@ -238,4 +238,4 @@ def _shown(value: float, *, percent: bool) -> str:
     """A change with its sign; a dash for an edge that no question has."""
     if value != value:
         return "–"
-    return f"{value:+.1f} %" if percent else f"{value:+.3f}"
+    return f"{round(value, 1) + 0.0:+.1f} %" if percent else f"{round(value, 3) + 0.0:+.3f}"  # no -0.0

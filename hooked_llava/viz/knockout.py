@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
 from hooked_llava.viz.lens import layer_names
 from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot, tick_every
@@ -49,8 +50,8 @@ def knockout_curves(result: xr.Dataset, *, edges: Sequence[str] | None = None, t
         every = _grid(figure, len(panels))
         for axes, (kind, panel) in zip(every, panels.items(), strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
-            for index, edge in enumerate(names):
-                _line(axes, layers, panel.sel(edge=edge), index, shown_edge(edge))
+            for edge, (index, dash) in _looks(names).items():
+                _line(axes, layers, panel.sel(edge=edge), index, shown_edge(edge), dash)
             _layers(axes, layers)
             if kind:
                 axes.set_title(kind)
@@ -129,7 +130,22 @@ def _of(result: xr.Dataset, name: str, *dims: str) -> xr.DataArray:
 def _panels(values: xr.DataArray) -> dict[str, xr.DataArray]:
     if "kind" not in values.dims:
         return {"": values}
-    return {str(kind): values.sel(kind=kind) for kind in values["kind"].values}
+    return {kind: values.sel(kind=kind) for kind in kinds_in_order(values)}
+
+
+def kinds_in_order(values: xr.DataArray | xr.Dataset) -> list[str]:
+    """The kinds of question, that of all together first."""
+    kinds = [str(kind) for kind in values["kind"].values]
+    return sorted(kinds, key=lambda kind: kind != OF_ALL)  # the others as they come
+
+
+def _looks(edges: Sequence[str]) -> dict[str, tuple[int, object]]:
+    """Colour and dash of every edge: edges from one source share a colour."""
+    sources = [edge.partition("->")[0] for edge in edges]
+    colors = {source: i for i, source in enumerate(dict.fromkeys(sources))}
+    earlier = [sources[:i].count(source) for i, source in enumerate(sources)]
+    dashes = [_DASHES[n % len(_DASHES)] for n in earlier]
+    return {edge: (colors[s], dash) for edge, s, dash in zip(edges, sources, dashes, strict=True)}
 
 
 def _size(n_panels: int, names: Sequence[str]) -> tuple[float, float]:
@@ -150,16 +166,15 @@ def _grid(figure: Plot, n: int) -> list[Axes]:
     return grid[:n]
 
 
-def _line(axes: Axes, at: np.ndarray, values: xr.DataArray, index: int, label: str, dash: object = None) -> None:
+def _line(axes: Axes, at: np.ndarray, values: xr.DataArray, index: int, label: str, dash: object) -> None:
     """A curve, with its interval as a band if it has one; colours, dashes and markers tell curves apart."""
     color = SERIES[index % len(SERIES)]
-    style = _DASHES[index // len(SERIES) % len(_DASHES)] if dash is None else dash
     mean = values.sel(statistic="mean") if "statistic" in values.dims else values
     if "statistic" in values.dims:
         low, high = (values.sel(statistic=end).values for end in ("low", "high"))
         axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
     marker = _MARKERS[index % len(_MARKERS)]
-    axes.plot(at, mean.values, color=color, linestyle=style, linewidth=1.6, marker=marker, markersize=3.4, label=label)
+    axes.plot(at, mean.values, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3.4, label=label)
 
 
 def _layers(axes: Axes, layers: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from hooked_llava.inputs import Inputs
 from hooked_llava.interventions.edges import Edges
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
-from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
+from hooked_llava.viz.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
@@ -204,7 +204,7 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
     """Figures and tables of a knockout, by kind or not."""
     several = "kind" in knockout.dims
     summary = flow_summary(knockout)
-    kinds = [str(k) for k in knockout["kind"].values] if several else [""]
+    kinds = kinds_in_order(knockout) if several else [""]
     edges = [str(edge) for edge in knockout["edge"].values]
     units = str(knockout["effect"].attrs.get("units", "change of the metric"))
     digits, full = (1, 100.0) if units.startswith("%") else (3, float(abs(knockout["total_effect"]).max()) or 1.0)
@@ -223,6 +223,8 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
         "kinds": kinds,
         "rows": rows,
         "has_object": any("object" in edge or "random" in edge for edge in edges),
+        "has_itself": "last->last" in edges,
+        "has_false": probability is not None and bool(probability.sel(form=["false lower"]).notnull().any()),
         "scored": knockout.attrs.get("answer") if not several else None,
     }
 
@@ -232,7 +234,7 @@ def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -
     total = knockout["total_effect"]
     mean = float(total.sel(statistic="mean")) if "statistic" in total.dims else float(total)
     if not np.isfinite(mean):
-        return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0"}
+        return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0", "kept": ""}
     interval = ""
     if "statistic" in total.dims:
         interval = " to ".join(_number(total.sel(statistic=end), digits - 1) for end in ("low", "high"))
@@ -242,9 +244,17 @@ def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -
         "total": _number(mean, digits),
         "interval": interval,
         "depth": _number(depth, digits),
-        "peak": found if width and float(f"{depth:.{digits}f}") else "",
+        "peak": found if width else "",
+        "kept": _kept(knockout["total_answer_kept"]),
         "deep": f"{100 * min(1.0, max(0.0, -mean / full)):.0f}",
     }
+
+
+def _kept(kept: xr.DataArray) -> str:
+    """How often the answer is still the most probable token."""
+    if "statistic" in kept.dims:
+        return f"same answer {float(kept.sel(statistic='mean')):.0%}"
+    return "same answer" if float(kept) else "another answer"
 
 
 def _number(value: Any, digits: int) -> str:

@@ -22,7 +22,8 @@ from hooked_llava.errors import InputError
 INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
 """Text, secondary text, thin lines, background."""
 BLUE, ORANGE, GREEN, PURPLE = "#2b6cb0", "#c8622d", "#3f8f5f", "#7d5ba6"
-SERIES = (ORANGE, BLUE, GREEN, PURPLE, MUTED)
+TEAL, BROWN = "#3b9a9a", "#8a6d3b"
+SERIES = (ORANGE, BLUE, GREEN, PURPLE, TEAL, BROWN, MUTED)
 """Colours of lines and bars, in the order in which they are used."""
 DIVERGING, SEQUENTIAL = "RdBu_r", "heat"
 """Names of the colour maps: matplotlib's own, and one of ours from paper to dark wine."""

@@ -326,8 +326,12 @@ def test_curves_as_numbers() -> None:
     )
     found = flow_summary(curves)
     assert [float(v[0]) for v in found.values()] == [13, -10, 2, 2]
-    assert [float(v[1]) for v in found.values()] == [10, 1, 0, 0]
+    assert np.isnan(found.peak_layer[1])  # what only rises has none
+    assert [float(v[1]) for v in found.values()][1:] == [1, 0, 0]
     assert all(np.isnan(v[2]) for v in found.values())
+    assert np.isnan(flow_summary(curves, least=11.0).peak_layer[0])
+    tiny = (curves / 20).assign_attrs(units="% of the answer's probability")
+    assert flow_summary(tiny).half_width.values[:2].tolist() == [0, 0]  # half a percent is nothing
     with pytest.raises(InputError, match="needs the axes edge and layer; this result has layer"):
         flow_summary(curves[0])
 
