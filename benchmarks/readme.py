@@ -24,6 +24,7 @@ from benchmarks import (
     knockout,
     patch_importance,
     patching,
+    top_heads,
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
@@ -103,6 +104,11 @@ def importance(report: Report) -> list[str]:
     ]
 
 
+def ablations(report: Report) -> list[str]:
+    """What is lost when the best heads are taken away."""
+    return [top_heads.table(report["checkpoints"])]
+
+
 def flow(report: Report) -> list[str]:
     """Knockout in the embedded models."""
     return [information_flow.totals(report["checkpoints"]), information_flow.stages(report["checkpoints"])]
@@ -122,7 +128,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "overhead": {"hook_overhead": ratios, "generation": ratios},
     "patching": {"patching": sweeps},
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
-    "importance": {"patch_importance": importance},
+    "importance": {"patch_importance": importance, "top_heads": ablations},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},
     "editing": {"editing": edits},
