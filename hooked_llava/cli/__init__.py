@@ -1,12 +1,12 @@
 """The command `hooked-llava`: ask a model about pictures, explain its answers, and check it against Hugging Face.
 
-One file for each command, and `common.py` for what they share. Everything heavy is imported inside the commands, so
-that `--help` is quick.
+One file for each command, `common.py` for what they share, and `edit_probes.py` for what `edit` asks besides. Everything
+heavy is imported inside the commands, so that `--help` is quick.
 """
 
 import typer
 
-from hooked_llava.cli import ask, explain, knockout, patch, trace, verify
+from hooked_llava.cli import ask, edit, explain, knockout, patch, trace, verify
 from hooked_llava.cli.common import examples
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=patch.EPILOG)(patch.patch)
 app.command(epilog=knockout.EPILOG)(knockout.knockout)
 app.command(epilog=trace.EPILOG)(trace.trace)
+app.command(epilog=edit.EPILOG)(edit.edit)
 app.command(epilog=verify.EPILOG)(verify.verify)
 
 __all__ = ["app"]

@@ -8,6 +8,9 @@ except ModuleNotFoundError as error:
 from hooked_llava.viz.bars import contribution_bars, top_bars
 from hooked_llava.viz.contributions import plot_contributions
 from hooked_llava.viz.edges import edge_map
+from hooked_llava.viz.edit import answer_shift, edit_by_layer, probe_bars
+from hooked_llava.viz.edit_page import EditPage, edit_page
+from hooked_llava.viz.edit_sweep import edit_sweep
 from hooked_llava.viz.knockout import knockout_curves, probability_curves
 from hooked_llava.viz.knockout_page import KnockoutPage, flow_study, knockout_page, study_page
 from hooked_llava.viz.lens import answer_curve, lens_table
@@ -21,6 +24,7 @@ from hooked_llava.viz.trace_page import TracePage, trace_page
 
 __all__ = [
     "answer_curve",
+    "answer_shift",
     "as_the_model_sees_it",
     "by_patch",
     "cell_map",
@@ -28,6 +32,10 @@ __all__ = [
     "contribution_bars",
     "contribution_maps",
     "edge_map",
+    "edit_by_layer",
+    "edit_page",
+    "edit_sweep",
+    "EditPage",
     "explain",
     "flow_study",
     "knockout_curves",
@@ -45,6 +53,7 @@ __all__ = [
     "plot_contributions",
     "plot_patching",
     "probability_curves",
+    "probe_bars",
     "Report",
     "role_curves",
     "study_page",

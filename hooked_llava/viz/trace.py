@@ -82,7 +82,7 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", handlelength=1.4)
         if title:
-            figure.suptitle(title, fontsize=10, fontweight="semibold", x=0.01, ha="left")
+            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 
 

@@ -1,0 +1,171 @@
+"""Figures of an edit: what the model says to the edited question, what to others, and at which layers an edit works."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, Plot, only, plot, tick_every
+
+ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
+"""Colours of what a probe measures: warm where answers are to change, cold where they are to stay."""
+TO_CHANGE = ("efficacy", "generalisation")
+"""Roles whose answers are to become the target; of the others they are to stay."""
+WANTED = {
+    "efficacy": "to become the target",
+    "generalisation": "to become the target",
+    "specificity": "to stay",
+    "locality": "to stay",
+}
+"""What the answers of each role's prompts are to do."""
+_BEFORE, _AFTER = "#b8c1cb", ORANGE
+_MEASURES = {
+    "efficacy": ("the edited question", ORANGE),
+    "generalisation": ("other ways of asking", "#b98a5c"),
+    "specificity": ("answers that are to stay", BLUE),
+}
+
+
+def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
+    """Probabilities of an answer's first token, [state, token], two bars for each token: before the edit and after it.
+
+    Raises `InputError` for other axes, and for other states than "before" and "after".
+
+    >>> names = {"state": ["before", "after"], "token": ["Clara", "Boris"]}
+    >>> figure = answer_shift(xr.DataArray([[0.9, 0.1], [0.0, 1.0]], dims=("state", "token"), coords=names))
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['Clara', 'Boris']
+    """
+    answers = only(answers, "state", "token")
+    if set(answers["state"].values.tolist()) != {"before", "after"}:
+        raise InputError(f"The states are {answers['state'].values.tolist()}; expected before and after.")
+    tokens = [str(token) for token in answers["token"].values]
+    at = np.arange(len(tokens))
+    with plot(6.0, 1.1 + 0.42 * len(tokens)) as figure:
+        axes = figure.add_subplot()
+        for state, side, color in (("before", -0.2, _BEFORE), ("after", 0.2, _AFTER)):
+            values = answers.sel(state=state).values
+            axes.barh(at + side, values, 0.38, color=color, label=state)
+            for y, value in zip(at + side, values, strict=True):
+                axes.text(value + 0.012, y, f"{value:.3f}", va="center", fontsize=7.5, color=MUTED)
+        axes.set_yticks(at, [_plain(token) for token in tokens])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.1)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.tick_params("y", length=0)
+        axes.set_xlabel("probability of the answer's first token")
+        _grid(axes, "x")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
+        if title:
+            axes.set_title(title)
+    return figure
+
+
+def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
+    """How many prompts of each probe are answered as they should be: a bar after the edit, a line where it was before.
+
+    `probes` come from `evaluate_edit`; bars are coloured by role, and behind each stands the mean KL(before || after) in
+    nats. Raises `InputError` for other results.
+
+    >>> values = {name: ("probe", [0.5]) for name in ("accuracy_before", "accuracy", "kl", "n")}
+    >>> data = xr.Dataset(values, coords={"probe": ["other pictures"], "role": ("probe", ["generalisation"])})
+    >>> [float(bar.get_width()) for bar in probe_bars(data).axes[0].patches]
+    [0.5]
+    """
+    lacking = [name for name in ("accuracy_before", "accuracy", "kl", "n", "role") if name not in probes]
+    if lacking:
+        raise InputError(f"The result has no {', '.join(lacking)}; expected what evaluate_edit returns.")
+    at = np.arange(probes.sizes["probe"])
+    roles = [str(role) for role in probes.role.values]
+    with plot(7.6, 1.2 + 0.34 * len(at)) as figure:
+        axes = figure.add_subplot()
+        axes.barh(at, probes.accuracy.values, 0.62, color=[ROLE_COLORS[role] for role in roles])
+        before = probes.accuracy_before.values
+        line = axes.vlines(before, at - 0.42, at + 0.42, color=INK, linewidth=1.6, label="before the edit")
+        for y, (kl, n) in enumerate(zip(probes.kl.values, probes.n.values, strict=True)):
+            axes.text(1.03, y, f"n {int(n)}, KL {small(float(kl))}", va="center", fontsize=7.5, color=MUTED)
+        axes.set_yticks(at, [str(name) for name in probes.probe.values])
+        axes.invert_yaxis()
+        axes.set_xlim(-0.015, 1.26)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+        axes.tick_params("y", length=0)
+        axes.set_xlabel("answered as they should be")
+        _grid(axes, "x")
+        keys = [Patch(color=ROLE_COLORS[role], label=f"{role}: {WANTED[role]}") for role in dict.fromkeys(roles)]
+        figure.legend(handles=[line, *keys], loc="outside lower center", ncols=2, handlelength=1.2)
+        if title:
+            axes.set_title(title)
+    return figure
+
+
+def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
+    """Where an edit works: its measures by the layer that is edited, a panel for each position.
+
+    `sweep` comes from `edit_sweep`, or is the mean of several. Where it has the trace's `indirect_effect`, that is drawn
+    dashed, on the same axis: the share of the answer's probability that the layer's MLP output gives back. Raises
+    `InputError` for other results.
+
+    >>> values = {"efficacy": (("position", "layer"), [[0.0, 1.0]])}
+    >>> figure = edit_by_layer(xr.Dataset(values, coords={"position": ["last"], "layer": [0, 1]}))
+    >>> figure.axes[0].lines[0].get_ydata().tolist()
+    [0.0, 1.0]
+    """
+    shown = [name for name in _MEASURES if name in sweep]
+    if not shown or any(set(sweep[name].dims) != {"position", "layer"} for name in shown):
+        raise InputError(f"The result has {list(sweep.data_vars)}; expected efficacy, ... by position and layer.")
+    positions, layers = sweep["position"].values.tolist(), sweep["layer"].values
+    with plot(2.2 + 2.9 * len(positions), 2.9) as figure:
+        panels = figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
+        for axes, position in zip(panels, positions, strict=True):
+            one = sweep.sel(position=position)
+            for name in shown:
+                label, color = _MEASURES[name]
+                axes.plot(layers, one[name].values, color=color, linewidth=1.6, marker=".", label=label)
+            if "indirect_effect" in sweep:
+                effect = one.indirect_effect.values
+                axes.plot(layers, effect, color=PURPLE, linewidth=1.3, linestyle=(0, (4, 1.6)), label="trace's effect")
+            axes.set_title(f"position: {position}")
+            axes.set_xticks(layers[:: tick_every(len(layers), 8)])
+            axes.set_xlabel("edited layer")
+            _grid(axes, "y")
+        panels[0].set_ylim(min(-0.04, 1.1 * _lowest(sweep)), 1.06)
+        panels[0].set_ylabel("share")
+        _legend(figure, panels[0])
+        if title:
+            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def small(value: float) -> str:
+    """A number that is not below 0 but for rounding, in few letters.
+
+    >>> small(0.01234), small(0.000123), small(-1e-9)
+    ('0.012', '1e-4', '< 1e-6')
+    """
+    if value < 1e-6:
+        return "< 1e-6"
+    return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _lowest(sweep: xr.Dataset) -> float:
+    """How far below zero the trace's effect goes."""
+    return float(sweep["indirect_effect"].min()) if "indirect_effect" in sweep else 0.0
+
+
+def _legend(figure: Plot, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", handlelength=1.8)
+
+
+def _grid(axes: Axes, which: str) -> None:
+    axes.grid(axis=which, color=RULE, linewidth=0.6)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def _plain(token: str) -> str:
+    """A token as a label; `$` would begin a formula."""
+    return (token.strip(" ") or repr(token)).replace("\n", "\\n").replace("$", r"\$")

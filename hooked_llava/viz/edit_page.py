@@ -1,0 +1,337 @@
+"""One page that shows an edit: the answer before and after it, what was changed, and what changed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.editing import Edit, EditRequest, KeptPrompts, Probe, evaluate_edit, keep_prompts, ledger, summary
+from hooked_llava.editing.change import Change
+from hooked_llava.editing.request import Prepared, prepare_request, target_ids
+from hooked_llava.errors import InputError
+from hooked_llava.input_batch import Inputs
+from hooked_llava.metrics import kl_divergence
+from hooked_llava.model import HookedLLaVA
+from hooked_llava.readout import words
+from hooked_llava.viz.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.edit_sweep import own_probe
+from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
+from hooked_llava.viz.page import figure_uri, picture_uri, question_text, visible
+
+STEPS = ("asking", "answering", "drawing")
+"""The parts of the work, as progress is reported."""
+_TOP = 3
+_THUMBNAIL = 64  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditPage(HtmlPage):
+    """An edit as a page; `page.results` hold answers, probes, questions, and sweep if one was given."""
+
+    question: str
+    """What the edit was made for."""
+    answer_before: str
+    """What the model says to it without the edit."""
+    answer: str
+    """What it says with the edit."""
+
+
+def edit_page(
+    model: HookedLLaVA,
+    inputs: Any,
+    edit: Edit,
+    *,
+    probes: Sequence[Probe] = (),
+    sweep: xr.Dataset | None = None,
+    max_new_tokens: int = 20,
+    on_step: Callable[[str], None] | None = None,
+) -> EditPage:
+    """Ask the edited question and others without the edit and with it, and put what differs on one page.
+
+    Args:
+        model: the edit's model; its weights are afterwards as they were.
+        inputs: one prompt that the edit was made for, anything `model.as_inputs` takes.
+        edit: the edit, not applied.
+        probes: what else to ask, as for `evaluate_edit`, with the prompts themselves and not `KeptPrompts`.
+        sweep: what `edit_sweep` gives, to be shown besides.
+        max_new_tokens: length of the answers at most.
+        on_step: called with the name of each part of the work (`STEPS`) as it begins.
+
+    Raises `InputError` for an edit that is applied, that was not made for this prompt or model, and as `evaluate_edit`.
+
+    >>> from hooked_llava.editing import EditRequest, multedit
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> question = model.prepare("Who made the star?")
+    >>> edit = multedit(model, EditRequest(question, "Boris"), layer=3, position="last")
+    >>> page = edit_page(model, question, edit)
+    >>> page.answer_before, page.answer, page.html.startswith("<!doctype html>")
+    ('Clara', 'Boris', True)
+    """
+    prompt = model.as_inputs(inputs)
+    made = _made_for(model, prompt, edit)
+    every = [own_probe(prompt, made), *(replace(probe, prompts=_prompts(model, probe)) for probe in probes)]
+    with steps_reported(STEPS, on_step, "editing") as begin:
+        begin("asking")
+        results = _ask(model, edit, every)
+        if sweep is not None:
+            results["sweep"] = sweep
+        begin("answering")
+        before = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+        with edit.applied():
+            after = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+        begin("drawing")
+        context = {
+            "question": question_text(prompt),
+            "model_name": model.cfg.model_name or "the model",
+            "answers": [before, after],
+            "thumbnails": [picture_uri(picture) for picture in prompt.images or ()],
+            **_answers(model, made, results),
+            **_facts(edit, made, prompt),
+            **_elsewhere(every, results),
+            **_layers(sweep),
+        }
+        n = int(results["probes"].n.sum())
+        cost = (
+            f"{n} question{'' if n == 1 else 's'}, asked without the edit and with it; the edit took {_seconds(edit)}"
+        )
+        html = fill_template("edit.html.jinja", context | {"provenance": provenance(model, prompt, cost)})
+    return EditPage(question=context["question"], answer_before=before, answer=after, html=html, results=results)
+
+
+# ---------------------------------------------------------------------- asking
+
+
+def _made_for(model: HookedLLaVA, prompt: Inputs, edit: Edit) -> Prepared:
+    """The edit's request for this prompt."""
+    if edit.model is not model:
+        raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
+    if edit.is_applied:
+        raise InputError("The edit is applied, so there is no answer without it to show; revert it first.")
+    if len(prompt) != 1:
+        raise InputError(f"The page shows one edited question, and there are {len(prompt)} prompts; give one of them.")
+    own = prompt.prompts[0] if prompt.prompts else list(prompt.token_map.token_ids)
+    found = next((request for request in edit.requests if own in request["prompts"]), None)
+    if found is None:
+        asked = " | ".join(str(p) for request in edit.requests for p in request["prompts"]) or "nothing"
+        raise InputError(f"The edit was not made for the prompt {own!r}, but for {asked}. Give one of these as inputs.")
+    constraint = found["constraint"]
+    if constraint is not None and not isinstance(constraint, str):
+        constraint = constraint[found["prompts"].index(own)]
+    request = EditRequest(prompt, found["target"], constraint=constraint)
+    return prepare_request(model, request, found["position"])
+
+
+def _prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
+    if isinstance(probe.prompts, KeptPrompts):
+        raise InputError(
+            f"Probe {probe.name!r} holds kept prompts, which have no words to show; give the prompts themselves."
+        )
+    return model.as_inputs(probe.prompts)
+
+
+def _ask(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Measures of every probe, what is answered to every question, and the edited question's first tokens."""
+    layer = edit.entered_at
+    kept = [keep_prompts(model, probe.prompts, [layer or 0]) for probe in probes]
+    given = probes if layer is None else [replace(p, prompts=k) for p, k in zip(probes, kept, strict=True)]
+    found = evaluate_edit(model, edit, given)
+    with edit.applied():
+        if layer is None:
+            now = [keep_prompts(model, probe.prompts).before for probe in probes]
+        else:  # what is below the edit is known
+            now = [one.logits(layer) for one in kept]
+    before, after = torch.cat([k.before for k in kept]), torch.cat(now)
+    expected = torch.cat([_expected(model, p, k.before) for p, k in zip(probes, kept, strict=True)])
+    asked = [one for probe in probes for one in probe.prompts]
+    owner = [probe for probe in probes for _ in range(len(probe.prompts))]
+    questions = xr.Dataset(
+        {
+            "text": ("question", [question_text(one) for one in asked]),
+            "probe": ("question", [probe.name for probe in owner]),
+            "role": ("question", [probe.role for probe in owner]),
+            "expected": ("question", words(model, expected)),
+            "before": ("question", words(model, before.argmax(-1))),
+            "after": ("question", words(model, after.argmax(-1))),
+            "changed": ("question", (before.argmax(-1) != after.argmax(-1)).cpu().numpy()),
+            "as_expected": ("question", (after.argmax(-1) == expected).cpu().numpy()),
+            "probability_before": ("question", _probability(before, expected)),
+            "probability": ("question", _probability(after, expected)),
+            "kl": ("question", kl_divergence(before)(after).cpu().numpy()),
+        },
+        attrs=found.attrs,
+    )
+    return {"answers": _first_tokens(model, before[0], after[0], expected[0]), "probes": found, "questions": questions}
+
+
+def _expected(model: HookedLLaVA, probe: Probe, before: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
+    """First tokens of the answers a probe expects; without any those that the model gives without the edit."""
+    if probe.expected is None:
+        return before.argmax(-1)
+    one = isinstance(probe.expected, str | int)
+    given: Any = [probe.expected] * len(before) if one else probe.expected
+    return torch.tensor([target_ids(model, answer)[0] for answer in given], device=before.device)
+
+
+def _probability(logits: Float[Tensor, "n d_vocab"], ids: Int[Tensor, " n"]) -> np.ndarray:
+    return logits.float().softmax(-1).gather(-1, ids[:, None])[:, 0].cpu().numpy()
+
+
+def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Tensor) -> xr.DataArray:
+    """Probabilities [state, token] of the old answer, the target, and what else is most probable in either state."""
+    p = torch.stack([before, after]).float().softmax(-1)
+    top = p.topk(min(_TOP, p.shape[-1]), dim=-1).indices.flatten().tolist()
+    ids = list(dict.fromkeys([int(before.argmax()), int(target), *top]))
+    names = words(model, torch.tensor(ids))
+    coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids)}
+    return xr.DataArray(p[:, ids].cpu().numpy(), dims=("state", "token"), coords=coords, name="probability")
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dict[str, Any]:
+    """The edited question: first tokens before and after."""
+    answers: xr.DataArray = results["answers"]
+    wanted = made.words["target"]
+    ids = answers.token_id.values.tolist()
+    rows = [
+        {"token": visible(str(answers.token.values[i])), "p": [f"{p:.3f}" for p in answers.values[:, i].tolist()]}
+        for i in range(len(ids))
+    ]
+    return {
+        "target": wanted if isinstance(wanted, str) else "".join(words(model, torch.tensor(made.target))),
+        "n_target": len(made.target),
+        "old": rows[0],
+        "new": rows[ids.index(made.target[0])],
+        "said_already": ids[0] == made.target[0],
+        "reached": bool(results["questions"].as_expected[0]),
+        "own_kl": small(float(results["questions"].kl[0])),
+        "shift": figure_uri(answer_shift(answers)),
+    }
+
+
+def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
+    """How the edit was computed, and how large it is."""
+    at = prompt.shape[1] + made.from_end[0]
+    place = f"{made.words['position']} (“{visible(prompt.token_map.labels[at])}”, position {at})"
+    method = dict(edit.method)
+    tuned = not all(change.full is None for change in edit.changes.values())
+    request = next(r for r in edit.requests if made.words["prompts"][0] in r["prompts"])
+    rows = {
+        "method": method.get("name", "given"),
+        "layers" if len(edit.layers) > 1 else "layer": ", ".join(map(str, edit.layers)) or "none",
+        "weights": ", ".join(edit.changes) if len(edit.changes) <= 2 else f"{len(edit.changes)} matrices",
+        "size": f"{size_text(edit)}",
+    }
+    if not tuned:
+        rows |= {"position": place, "constraint": made.words["constraint"] or "none"}
+    if "lam" in method:
+        rows["λ"] = f"{method['lam']:g}"
+    if "clamp" in method:
+        rows["longest value difference"] = f"{method['clamp']:g} times the MLP's own output"
+    if "target_probability" in request:
+        rows["P(target) in the search"] = f"{request['target_probability']:.3f}"
+    if len(edit.requests) > 1:
+        rows["requests in this edit"] = str(len(edit.requests))
+    return {"facts": rows, "layer_text": rows.get("layer") or rows.get("layers"), "closed": not tuned}
+
+
+def size_text(edit: Edit) -> str:
+    """An edit's rank, bytes, and norm in parts of the weights' in words.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> size_text(Edit(model, {}))
+    'nothing'
+    """
+    if not edit.changes:
+        return "nothing"
+    ranks = {change.rank for change in edit.changes.values()}
+    rank = "full rank" if None in ranks else f"rank {max(r for r in ranks if r is not None)}"
+    return f"{rank}, {edit.nbytes / 1000:.1f} kB, {relative_size(edit):.2g} of the weights' norm"
+
+
+def relative_size(edit: Edit) -> float:
+    """Norm of an edit's update in parts of the norm of the weights that it changes, unedited; 0 if it changes none."""
+    weights = [ledger.original(edit.model.get_parameter(name)).detach() for name in edit.changes]
+    changed = float(np.linalg.norm([_norm(change) for change in edit.changes.values()]))
+    whole = float(np.linalg.norm([float(weight.float().norm()) for weight in weights]))
+    return changed / whole if whole else 0.0
+
+
+def _norm(change: Change) -> float:
+    """Frobenius norm, for factors without writing the product out."""
+    if change.full is not None:
+        return float(change.matrix().norm())
+    left, right = change.left.double(), change.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+
+def _seconds(edit: Edit) -> str:
+    return f"{edit.method['seconds']:.2f} s" if "seconds" in edit.method else "an unknown time"
+
+
+def _elsewhere(probes: Sequence[Probe], results: dict[str, Any]) -> dict[str, Any]:
+    """Every question besides the edited one, by probe."""
+    questions: xr.Dataset = results["questions"]
+    groups, at = [], 0
+    for probe in probes:
+        rows = [_row(one, questions.isel(question=at + i)) for i, one in enumerate(probe.prompts)]
+        at += len(rows)
+        wrong = sum(row["wrong"] for row in rows)
+        groups.append({"name": probe.name, "wanted": WANTED[probe.role], "rows": rows, "wrong": wrong})
+    found = results["probes"]
+    numbers = [
+        {
+            "name": str(one.probe.values),
+            "role": str(one.role.values),
+            "n": int(one.n),
+            "before": f"{float(one.accuracy_before):.2f}",
+            "after": f"{float(one.accuracy):.2f}",
+            "p": f"{float(one.probability_before):.3f} → {float(one.probability):.3f}",
+            "changed": f"{float(one.changed):.2f}",
+            "kl": small(float(one.kl)),
+        }
+        for one in (found.isel(probe=i) for i in range(found.sizes["probe"]))
+    ]
+    asked = len(probes) > 1
+    return {
+        "groups": groups[1:],
+        "numbers": numbers,
+        "bars": figure_uri(probe_bars(found)) if asked else None,
+        "summary": {name: f"{value:.3g}" for name, value in summary(found).items()},
+    }
+
+
+def _layers(sweep: xr.Dataset | None) -> dict[str, Any]:
+    if sweep is None:
+        return {"layers": None, "traced": False}
+    return {"layers": figure_uri(edit_by_layer(sweep)), "traced": "indirect_effect" in sweep}
+
+
+def _row(prompt: Inputs, question: xr.Dataset) -> dict[str, Any]:
+    changed, to_change = bool(question.changed), str(question.role.values) in TO_CHANGE
+    wrong = not bool(question.as_expected) if to_change else changed
+    verdict = ("not the target" if wrong else "the target") if to_change else ("changed" if changed else "the same")
+    return {
+        "text": str(question.text.values),
+        "pictures": [_thumbnail(picture) for picture in prompt.images or ()],
+        "before": visible(str(question.before.values)),
+        "after": visible(str(question.after.values)),
+        "p": f"{float(question.probability_before):.3f} → {float(question.probability):.3f}",
+        "kl": small(float(question.kl)),
+        "wrong": wrong,
+        "verdict": verdict,
+    }
+
+
+def _thumbnail(picture: Any) -> str:
+    small = picture.copy()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return picture_uri(small)
