@@ -5,6 +5,8 @@ STAMP := .venv/.installed
 LINT_STAMP := .venv/.installed-lint
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PICTURE ?= demo
+COSTS := hook_overhead generation cache_memory loading patching head_scores knockout causal_trace
+FINDINGS := patch_importance top_heads information_flow causal_trace_study editing
 QUESTION ?= What color is the star?
 
 .DEFAULT_GOAL := help
@@ -24,11 +26,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## ask the embedded model about a picture and write report.html
 	@$(BIN)/hooked-llava explain $(PICTURE) "$(QUESTION)" -o report.html
 
-test: $(STAMP)  ## run the tests, the doctests and the notebooks
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests, the doctests and the notebooks, on up to four cores
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-bench: $(STAMP)  ## run every benchmark (about an hour); prints ratios, writes JSON in benchmarks/results
-	@set -e; for name in hook_overhead generation cache_memory loading patching; do $(BIN)/python -m benchmarks.$$name; done
+bench: $(STAMP)  ## run every benchmark (some hours); prints ratios and findings, writes JSON in benchmarks/results
+	@set -e; for name in $(COSTS) $(FINDINGS); do $(BIN)/python -m benchmarks.$$name; done
 
 # pyright brings Node.js, which is larger than all the rest of the tools: only who lints waits for it.
 $(LINT_STAMP): $(STAMP)

@@ -79,9 +79,8 @@ def _cell(checkpoints: Mapping[str, Measured], edge: str, kind: str) -> str:
     if not values:
         return "-"
     mean, ends = sum(values) / len(values), (min(values), max(values))
-    shown = f"{mean + 0.0:.0f}"
-    spread = "" if round(ends[0]) == round(ends[1]) else f" ({ends[0]:.0f} to {ends[1]:.0f})"
-    return ("0" if shown == "-0" else shown) + spread
+    whole = [round(value) for value in (mean, *ends)]  # whole numbers have no -0
+    return f"{whole[0]}" + ("" if whole[1] == whole[2] else f" ({whole[1]} to {whole[2]})")
 
 
 def stages(checkpoints: Mapping[str, Measured]) -> str:

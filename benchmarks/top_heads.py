@@ -117,7 +117,7 @@ def _best(mean: np.ndarray) -> set[int]:
 
 
 def table(checkpoints: Mapping[str, Measured]) -> str:
-    """What the best heads share, and what is left of the answers without them."""
+    """What the best heads share, and what is left of the answers without them: means, lowest and highest checkpoint."""
     shared = {name: _overlap_cells(of["overlap"], of["heads"]) for name, of in checkpoints.items()}
     columns = [f"of the {TOP} best in common", "by chance", *(f"best {NAMES[kind]}" for kind in KINDS)]
     tables = [markdown(columns, shared, "heads for colours in words and in pictures")]
@@ -125,10 +125,10 @@ def table(checkpoints: Mapping[str, Measured]) -> str:
         rows = {}
         for kind in KINDS:
             for how in (SCORE, ATTENTION, RANDOM):
-                for name, of in checkpoints.items():
-                    found = of["ablation"][kind]
-                    cells = [found["none"], *(found[how][str(size)] for size in SIZES)]
-                    rows[f"{NAMES[kind]}, {how}, {name}"] = [_cell(cell[number]) for cell in cells]
+                each = [of["ablation"][kind] for of in checkpoints.values()]
+                cells = [[found["none"][number][0] for found in each]]
+                cells += [[found[how][str(size)][number][0] for found in each] for size in SIZES]
+                rows[f"{NAMES[kind]}, {how}"] = [_cell([sum(c) / len(c), min(c), max(c)]) for c in cells]
         tables.append(markdown(["none", *map(str, SIZES)], rows, corner))
     return "\n\n".join(tables)
 

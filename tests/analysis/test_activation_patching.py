@@ -182,7 +182,7 @@ def test_refuses_prompts_that_do_not_match_and_shows_both() -> None:
         ({"direction": "both"}, InputError, "expected 'denoise'"),
         ({"heads": [1]}, InputError, "has no heads"),
         ({"hook": "z", "heads": []}, InputError, r"\[\] chooses none of the heads of blocks.0.attn.hook_z"),
-        ({"hook": "z", "heads": [1.5]}, InputError, "no choice of heads"),
+        ({"hook": "z", "heads": [1.5]}, InputError, "expected whole numbers"),
         ({"layers": []}, InputError, r"\[\] chooses none of the layers of resid_pre"),
         ({"layers": [3]}, InputError, r"\[3\] are out of range for the layers of resid_pre; expected -3..2"),
         ({"hook": "hook_embed", "layers": 1}, HookNameError, "has no layers"),

@@ -63,7 +63,9 @@ def test_a_page_of_two_prompts_is_refused(model):
 def test_another_metric_is_given_in_its_own_units(model, inputs, table):
     page = knockout_page(model, inputs, ["image->last"], 1, metric="probability", max_new_tokens=1)
     total = float(page.results["knockout"].total_effect[0])
-    assert float(rows_of(page.html, "totals")[1][1].split()[0].replace("\u2212", "-")) == pytest.approx(total, abs=0.00051)
+    assert float(rows_of(page.html, "totals")[1][1].split()[0].replace("\u2212", "-")) == pytest.approx(
+        total, abs=0.00051
+    )
     assert "The change (probability) with" in page.html
     result = flow_study(model, table, ["image->last"], 1, metric="log_probability", only_correct=False)
     assert "The change (nats) with" in study_page(result, n_boot=5).html
