@@ -73,9 +73,6 @@ class Bench:
             **{name: round(value, 5) for name, value in summary(result).items()},
             "probability": round(float(result.sel(probe="the edited question").probability), 5),
             "accuracy": dict(zip(result.probe.values.tolist(), result.accuracy.values.round(4).tolist(), strict=True)),
-            "before": dict(
-                zip(result.probe.values.tolist(), result.accuracy_before.values.round(4).tolist(), strict=True)
-            ),
             "evaluation_seconds": round(time.perf_counter() - began, 4),
         }
 

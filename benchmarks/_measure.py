@@ -28,6 +28,7 @@ from hooked_llava.files import written_whole
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "HF sdpa"
 HF_EAGER, OURS, BRIDGE, NNSIGHT = "HF eager", "hooked_llava", "TransformerLens bridge", "nnsight"
+_READABLE = 2**19  # characters up to which a result file is laid out for reading
 _PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "nnsight")
 
 Work = Callable[[], object]
@@ -168,6 +169,9 @@ def write(name: str, options: argparse.Namespace, **measured: Any) -> Path:
         "repetitions": options.repetitions,
         **measured,
     }
+    text = json.dumps(report, indent=2)
+    if len(text) > _READABLE:
+        text = json.dumps(report)
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
     return path

@@ -172,7 +172,8 @@ def method_table(results: Found, part: str, *, corner: str, without: Sequence[in
         columns: list[list[float]] = [[row["efficacy"] for row in rows]]
         columns += [[row["accuracy"][asked] for row in rows] for asked in ASKED]
         cells = ["{:.3f} ± {:.3f}".format(*mean_and_half(values)) for values in columns]
-        cells.append("{:.1f} ± {:.1f}".format(*mean_and_half([row["specificity_drop"] for row in rows])))
+        drop, half = mean_and_half([row["specificity_drop"] for row in rows])
+        cells.append(f"{round(drop, 1) + 0.0:.1f} ± {half:.1f}")  # no minus before a zero
         cells.append(f"{statistics.fmean(row['locality_kl'] for row in rows):.3f}")
         seconds = [row["seconds_alone"] for row in rows if "seconds_alone" in row]
         cells.append(f"{statistics.median(seconds):.3f}" if seconds else "-")
