@@ -120,8 +120,9 @@ def traces(report: Report) -> list[str]:
 
 
 def edits(report: Report) -> list[str]:
-    """What edits change."""
-    return list(editing.tables(report).values())
+    """What edits change: the contestants, layers, many edits, and whether the trace says where."""
+    tables = editing.tables(report)
+    return [tables[name] for name in ("methods", "layers", "sequence", "trace") if name in tables]
 
 
 MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
