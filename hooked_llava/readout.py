@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Lens = Literal["final", "frozen", "none"]
 _CHUNK = 2**24  # logits held at once
-_SCORED = 2**22  # the same, where they are only summed up: small pieces cost no time and little memory
+_SCORED = 2**19  # the same, where they are only summed up: small pieces cost no time and little memory
 
 
 def lens(
@@ -144,6 +144,43 @@ def log_probabilities(
     whole = torch.stack(pieces).logsumexp(0).reshape(read.shape[:-1])
     spelled = (read[..., None, :] * weight[target].to(kind)).sum(-1)  # (*n, spelling)
     return spelled.logsumexp(-1) - whole
+
+
+def log_probabilities_along(
+    model: HookedLLaVA,
+    coordinates: Float[Tensor, "*n rank"],
+    basis: Float[Tensor, "rank d_model"],
+    base: Float[Tensor, "*base d_model"],
+    target: Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """`log_probabilities` of u + c B, for vectors given by their coordinates c in a small basis B.
+
+    What one head writes lies in the d_head directions of its output weights, so thousands of its messages meet the
+    vocabulary at that width instead of d_model's. `base`, `target` and `scale` broadcast against the vectors.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> basis, red = model.blocks[2].attn.W_O[3], torch.tensor([model.to_single_token("Red")])
+    >>> c, u, one = torch.randn(5, len(basis)), model.W_E[7], torch.ones(1)
+    >>> whole = log_probabilities(model, u + c @ basis, red, scale=one)
+    >>> torch.allclose(log_probabilities_along(model, c, basis, u, red, scale=one), whole, atol=1e-4)
+    True
+    """
+    weight, gain = model.unembed.weight, wide(model.ln_final.weight)
+    scale = wide(scale)
+    steps, start = wide(coordinates) / scale, wide(base) / scale * gain  # (*n, rank), (*base, d_model)
+    directions = wide(basis) * gain  # (rank, d_model)
+    per_piece = max(1, _SCORED // max(1, steps.numel() // steps.shape[-1]))
+    pieces = []
+    for part in weight.split(per_piece):
+        words_of = wide(part).T  # (d_model, piece)
+        pieces.append((steps @ (directions @ words_of) + start @ words_of).logsumexp(-1))
+    whole = torch.stack(pieces).logsumexp(0)
+    spelled = wide(weight[target])  # (*targets, spelling, d_model)
+    along = (steps[..., None, :] * (spelled @ directions.T)).sum(-1)  # (*n, spelling)
+    return (along + (start[..., None, :] * spelled).sum(-1)).logsumexp(-1) - whole
 
 
 def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:

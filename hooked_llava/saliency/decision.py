@@ -17,7 +17,14 @@ from hooked_llava.caching import saver
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
 from hooked_llava.metrics import Answer, one_each, teacher_forced
-from hooked_llava.readout import log_probabilities, log_probability_increase, token_id, wide, words
+from hooked_llava.readout import (
+    log_probabilities,
+    log_probabilities_along,
+    log_probability_increase,
+    token_id,
+    wide,
+    words,
+)
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -91,6 +98,18 @@ class Decision:
         target = self.target.reshape(*deeper, -1)
         scale, below = self.scale.reshape(*deeper, 1), base.reshape(*deeper, -1)
         return log_probability_increase(self.model, vectors, below.to(vectors.dtype), target, scale=scale).sum(1)
+
+    def score_along(
+        self,
+        coordinates: Float[Tensor, "prompt read key rank"],
+        basis: Float[Tensor, "rank d_model"],
+        base: Float[Tensor, "prompt read d_model"],
+    ) -> Float[Tensor, "prompt key"]:
+        """`score` of vectors that are given by their coordinates in a small basis."""
+        where = {"target": self.target[:, :, None], "scale": self.scale[:, :, None]}
+        after = log_probabilities_along(self.model, coordinates, basis, base[:, :, None], **where)
+        before = log_probabilities(self.model, base, self.target, scale=self.scale)
+        return (after - before[..., None]).sum(1)
 
 
 @torch.no_grad()

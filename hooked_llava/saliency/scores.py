@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.messages import attention_messages, summed_messages
+from hooked_llava.messages import summed_messages
 from hooked_llava.readout import wide
 from hooked_llava.saliency.decision import Decision
 
@@ -50,10 +50,15 @@ def score_heads(decision: Decision, layers: Sequence[int] | None = None) -> Floa
 def score_positions(
     decision: Decision, layer: int, head: int, positions: Int[Tensor, "prompt key"] | None = None
 ) -> Float[Tensor, "prompt key"]:
-    """S(message | stream entering the block) of every message of one head into the answer's positions."""
+    """S(message | stream entering the block) of every message of one head into the answer's positions.
+
+    A message is A v W_O: its coordinates A v in the head's own directions W_O are all that is made of it.
+    """
     pattern, value = _at(decision, layer, positions)
-    messages = attention_messages(decision.model, layer, pattern, value, heads=[head])[:, 0]
-    return decision.score(messages, decision.streams[layer])
+    cfg = decision.model.config.language
+    own = value[:, None, :, head // (cfg.n_heads // cfg.n_key_value_heads)]  # (prompt, 1, key, d_head)
+    coordinates = wide(pattern[:, head])[..., None] * wide(own)  # (prompt, read, key, d_head)
+    return decision.score_along(coordinates, decision.model.blocks[layer].attn.W_O[head], decision.streams[layer])
 
 
 def score_positions_of_layer(
