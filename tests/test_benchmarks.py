@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,15 +159,18 @@ def test_maps_are_kept_for_the_same_weights_options_and_questions_only(
 ) -> None:
     models = [HookedLLaVA.from_pretrained(folder) for folder in embedded()[:2]]
     some, name, file = _maps.cases("query_color", 2), "attention, mean of all heads", tmp_path / "maps"
-    prepared, waited = _maps.prepared, 0.2
+    prepared, clock = _maps.prepared, [0.0]
 
     def slowly(*args: Any, **options: Any) -> Any:
-        time.sleep(waited)
+        clock[0] += 5.0
         return prepared(*args, **options)
 
-    monkeypatch.setattr(_maps, "prepared", slowly)
-    first = _maps.maps_of(models[0], some, name, file)
-    assert first.seconds < waited, "preparing is not the method's"
+    with monkeypatch.context() as slow:
+        slow.setattr(_maps, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        slow.setattr(_maps, "prepared", slowly)
+        first = _maps.maps_of(models[0], some, name, file)
+    assert clock[0] > 0
+    assert first.seconds == 0, "preparing is not the method's"
     monkeypatch.setattr(_maps, "prepared", lambda *args, **options: pytest.fail("made anew"))
     xr.testing.assert_identical(_maps.maps_of(models[0], some, name, file), first)
     monkeypatch.setattr(_maps, "prepared", prepared)
