@@ -203,11 +203,12 @@ class TransformerLensSurface(nn.Module):
     ) -> Float[Tensor, "*shape d_model"]:
         """Direction whose dot product with (final stream / its scale) is the token's logit.
 
-        It is the token's unembedding times the final norm's weight; because that is part of the direction,
-        `ActivationCache.logit_attrs` sums to the logit on raw weights.
+        It is the token's unembedding times the final norm's weight (centred, where the norm is a LayerNorm); because that
+        is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights. A LayerNorm's bias has no
+        direction: the logit is that sum and `ln_final.b @ W_U`.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)] * self.ln_final.weight
+        return self.ln_final.direction(self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)])
 
     def to_tokens(
         self, text: str | Sequence[str], prepend_bos: bool = True, padding_side: str = "left"

@@ -2,6 +2,7 @@
 
 Three lenses are in use, and papers differ in which: `final` applies the final norm to the vector itself, `frozen` the
 final norm with the scale that the actual final stream had (so that parts add up to the logits), `none` no norm at all.
+A LayerNorm also subtracts the mean of every vector and adds its bias once, to the whole stream.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ def lens(
     *,
     norm: Lens = "final",
     scale: Float[Tensor, "*scale 1"] | None = None,
+    bias: bool = True,
 ) -> Float[Tensor, "*shape d_vocab"]:
     """Logits that vectors of the residual stream stand for.
 
     Args:
         model: the model whose final norm and unembedding are used; its hooks do not fire.
         vectors: in the residual stream.
-        norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U.
+        norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U. With a LayerNorm u
+            is centred first and the norm's bias added.
         scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
+        bias: for "frozen", False where the vectors are parts of the stream: the norm's bias belongs to the whole only.
 
     Raises `InputError` for an unknown norm, or "frozen" without a scale.
 
@@ -55,7 +59,7 @@ def lens(
         raise InputError(f"norm={norm!r} is no lens; expected 'final', 'frozen' or 'none'.")
     if scale is None:
         raise InputError("norm='frozen' needs scale=, the final norm's scale at the position of the answer.")
-    return model.unembed((vectors / scale).to(vectors.dtype) * model.ln_final.weight)
+    return model.unembed(model.ln_final.frozen(vectors, scale, bias=bias))
 
 
 def top_tokens(
@@ -65,10 +69,11 @@ def top_tokens(
     *,
     norm: Lens = "final",
     scale: Float[Tensor, "*scale 1"] | None = None,
+    bias: bool = True,
 ) -> tuple[Float[Tensor, "*shape k"], Int[Tensor, "*shape k"]]:
     """The k most probable tokens of each vector and their probabilities, without holding all logits at once.
 
-    `norm` and `scale` as for `lens`. Raises `InputError` as that, and for a k that the vocabulary does not have.
+    `norm`, `scale` and `bias` as for `lens`. Raises `InputError` as that, and for a k that the vocabulary does not have.
     """
     check_k(model, k)
     rows = vectors.reshape(-1, vectors.shape[-1])
@@ -77,7 +82,7 @@ def top_tokens(
     scales = [None] * len(chunks)
     if scale is not None:
         scales = scale.expand(*vectors.shape[:-1], 1).reshape(-1, 1).split(per_chunk)
-    logits = (lens(model, chunk, norm=norm, scale=by) for chunk, by in zip(chunks, scales, strict=True))
+    logits = (lens(model, chunk, norm=norm, scale=by, bias=bias) for chunk, by in zip(chunks, scales, strict=True))
     found = [own.float().softmax(-1).topk(k, dim=-1) for own in logits]
     shape = (*vectors.shape[:-1], k)
     return torch.cat([f.values for f in found]).reshape(shape), torch.cat([f.indices for f in found]).reshape(shape)
@@ -134,9 +139,8 @@ def log_probabilities(
     >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
     True
     """
-    read = wide(vectors)  # (*n, d_model)
+    read = model.ln_final.frozen(wide(vectors), scale)  # (*n, d_model)
     kind = read.dtype
-    read = read / scale.to(kind) * model.ln_final.weight.to(kind)
     weight = model.unembed.weight  # (d_vocab, d_model)
     rows = read.reshape(-1, read.shape[-1])
     per_piece = max(1, _SCORED // max(1, len(rows)))
@@ -168,10 +172,10 @@ def log_probabilities_along(
     >>> torch.allclose(log_probabilities_along(model, c, basis, u, red, scale=one), whole, atol=1e-4)
     True
     """
-    weight, gain = model.unembed.weight, wide(model.ln_final.weight)
-    scale = wide(scale)
-    steps, start = wide(coordinates) / scale, wide(base) / scale * gain  # (*n, rank), (*base, d_model)
-    directions = wide(basis) * gain  # (rank, d_model)
+    weight, norm = model.unembed.weight, model.ln_final
+    steps = wide(coordinates) / wide(scale)  # (*n, rank)
+    start = norm.frozen(wide(base), scale)  # (*base, d_model)
+    directions = norm.frozen(wide(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
     per_piece = max(1, _SCORED // max(1, steps.numel() // steps.shape[-1]))
     pieces = []
     for part in weight.split(per_piece):

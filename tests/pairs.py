@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jaxtyping
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from hooked_llava.config import LLaVAConfig
+from hooked_llava.loading.sharing import share_weights
 from hooked_llava.model import HookedLLaVA
-from tests.builders import PAD_TOKEN_ID, make_hf_model, make_prompt
+from tests.builders import PAD_TOKEN_ID, make_hf_model, make_prompt, randomise
 from tests.oracles.slow_llava import SlowLLaVA
 
 _LLAMA3 = {
@@ -71,6 +73,25 @@ def pair(geometry: str = "plain", dtype: torch.dtype = torch.float32, seed: int 
     """The same objects for every test that asks: read them, do not change them."""
     hf = make_hf_model(seed, dtype=dtype, **GEOMETRIES[geometry])
     return Pair(hf, HookedLLaVA.from_hf(hf))
+
+
+@functools.cache
+def layer_norm_pair(geometry: str = "plain", dtype: torch.dtype = torch.float64) -> Pair:
+    """A LLaVA whose language tower has LayerNorms, of which no family that loads is one: torch's own in Hugging Face's model."""
+    hf = make_hf_model(dtype=dtype, **GEOMETRIES[geometry])
+    text = hf.config.text_config
+    towers = hf.model.language_model
+    for owner, name in [(towers, "norm")] + [
+        (layer, name) for layer in towers.layers for name in ("input_layernorm", "post_attention_layernorm")
+    ]:
+        setattr(owner, name, torch.nn.LayerNorm(text.hidden_size, eps=text.rms_norm_eps, dtype=dtype))
+    randomise(hf.to(torch.float32), 1)
+    hf = hf.to(dtype).requires_grad_(False)
+    config = LLaVAConfig.from_hf(hf.config)
+    config = replace(config, language=replace(config.language, normalization_type="LN"))
+    ours = HookedLLaVA.build(config, device="meta", hf_config=hf.config)
+    share_weights(ours, hf, config)
+    return Pair(hf, ours)
 
 
 def fresh_pair(geometry: str = "plain", dtype: torch.dtype = torch.float32) -> Pair:

@@ -95,8 +95,10 @@ def _read(
     model, prompt = decision.model, decision.inputs
     pattern, value = decision.part(layer, "pattern")[0], decision.part(layer, "v")[0]
     message = attention_messages(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
-    vectors = torch.cat([_vectors(model, prompt, layer, index), message[None]])
-    values, ids = project(model, vectors, space, decision.scale[0, 0]).topk(k, dim=-1)
+    stream, *parts = [*_vectors(model, prompt, layer, index), message]
+    read = [project(model, stream, space, decision.scale[0, 0], bias=True)]  # the bias belongs to the whole stream
+    read.append(project(model, torch.stack(parts), space, decision.scale[0, 0]))
+    values, ids = torch.cat([read[0][None], read[1]]).topk(k, dim=-1)
     dims = ("reading", "position", "rank")
     return xr.Dataset(
         {

@@ -2,8 +2,8 @@
 
 Direct logit attribution (Elhage et al. 2021): the final stream is the sum of what the embedding, the heads and the MLPs
 added, and the final norm divides it by one number. So a logit is a sum of one term for each component: its output,
-divided by that scale, times the norm's weight and the token's unembedding. What a component does by way of later ones
-is not in its term.
+divided by that scale, times the norm's weight and the token's unembedding (a LayerNorm also centres it, and its bias is a
+term of its own). What a component does by way of later ones is not in its term.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import messages_along
-from hooked_llava.readout import token_id, words
+from hooked_llava.readout import token_id, wide, words
 from hooked_llava.results import analysis, stack
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ def logit_attribution(
         answer: token that is scored; the model's own next token by default.
         baseline: token whose logit is subtracted.
         by: what the logit is divided among:
-            "component" [component] (embed, 0_attn, 0_mlp, ...); "layer" [layer] (attention and MLP of each together);
+            "component" [component] (embed, 0_attn, 0_mlp, ..., and ln_final_bias of a LayerNorm);
+            "layer" [layer] (attention and MLP of each together);
             "head" [layer, head]; "neuron" [layer, neuron];
             "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its value-output
             message); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
         position: where the logit is read.
 
-    The parts and the attribute `rest` (what is divided no further: the embedding, output biases, for heads and neurons
+    The parts and the attribute `rest` (what is divided no further: the embedding, biases, for heads and neurons
     everything else, for components only the model's rounding) sum to the attribute `logit`. Attributes `answer` and
     `baseline` name the tokens. Raises `InputError` for several positions, a word that is not one token, or patches of a
     prompt without a picture.
@@ -92,6 +93,8 @@ def _one_prompt(
         direction = _direction(model, answer, baseline) / scale  # (d_model)
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
         result = _DIVIDE[by](model, cache, direction, prompt)
+        if by == "component" and model.ln_final.bias is not None:
+            result = xr.concat([result, _norm_bias(model, answer, baseline)], "component")
         attrs = {"logit": total, "answer": _word(model, answer), "baseline": _word(model, baseline)}
         return result.assign_attrs(made.attrs(**attrs, rest=total - float(result.sum())))
 
@@ -114,7 +117,7 @@ def _direction(model: HookedLLaVA, answer: int, baseline: int | None) -> Float[T
     direction = model.tokens_to_residual_directions(answer)
     if baseline is not None:
         direction = direction - model.tokens_to_residual_directions(baseline)
-    return direction.to(torch.promote_types(direction.dtype, torch.float32))
+    return wide(direction)
 
 
 def _by_component(
@@ -125,6 +128,13 @@ def _by_component(
         names |= {f"{layer}_{part}": f"blocks.{layer}.hook_{part}_out" for part in ("attn", "mlp")}
     values = torch.stack([cache[name][0, 0].to(direction.dtype) @ direction for name in names.values()])
     return xr.DataArray(values.cpu().numpy(), dims="component", coords={"component": list(names)}, name="logit")
+
+
+def _norm_bias(model: HookedLLaVA, answer: int, baseline: int | None) -> xr.DataArray:
+    """What the final norm's bias gives the logit, whatever the prompt."""
+    reading = wide(model.W_U[:, answer]) - (0.0 if baseline is None else wide(model.W_U[:, baseline]))
+    value = float(reading @ model.ln_final.b.to(reading.dtype))
+    return xr.DataArray([value], dims="component", coords={"component": ["ln_final_bias"]}, name="logit")
 
 
 def _by_layer(

@@ -46,7 +46,8 @@ def logit_lens(
         inputs: one prompt, anything `model.as_inputs` takes; several give a first axis prompt.
         positions: span name, number, slice or list; image positions too.
         norm: "final" applies the final norm to the stream, "frozen" the scale that the final stream has at the same
-            position (so that a component's reading is its part of the logits), "none" reads it raw (Zhang et al.
+            position (so that a component's reading is its part of the logits; a LayerNorm's bias is in readings of the
+            whole stream only), "none" reads it raw (Zhang et al.
             2411.18620).
         answers: tokens whose probability is wanted in every layer.
         k: number of words kept.
@@ -83,7 +84,9 @@ def _one_prompt(
     extra = {} if hook is None else {"hook": hook}
     with analysis(model, prompt, n_forward=1, norm=norm, **extra) as made:
         vectors, scale = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
-        probability, ids = top_tokens(model, vectors, k, norm=norm, scale=scale)
+        whole = hook is None or names[0].rpartition("hook_")[2].startswith("resid_")
+        how: dict[str, Any] = {"norm": norm, "scale": scale, "bias": whole}
+        probability, ids = top_tokens(model, vectors, k, **how)
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
             {
@@ -98,7 +101,7 @@ def _one_prompt(
             },
         )
         if answer_ids:
-            found = torch.stack([_probabilities(model, layer, answer_ids, norm, scale) for layer in vectors])
+            found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., answer_ids] for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=words(model, torch.tensor(answer_ids)))
         if hook is not None and not names[0].startswith("blocks."):
@@ -153,13 +156,3 @@ def _at_patches(
             f"positions={outside} hold no image embedding; give image positions, as positions='image' does."
         )
     return embeds.flatten(0, 1)[[places[p] for p in index.tolist()]]
-
-
-def _probabilities(
-    model: HookedLLaVA,
-    vectors: Float[Tensor, "position *head d_model"],
-    ids: list[int],
-    norm: Lens,
-    scale: Float[Tensor, "position *one 1"] | None,
-) -> Float[Tensor, "position *head answer"]:
-    return lens(model, vectors, norm=norm, scale=scale).float().softmax(-1)[..., ids]

@@ -42,11 +42,30 @@ class _Norm(nn.Module, ABC):
         """Normalize the last axis; the statistics are taken in float32 at least."""
         if not (self.hook_scale.listening or self.hook_normalized.listening):
             return self.fused(x)
-        wide = self.centred(x if x.dtype == torch.float64 else x.float())
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())  # (batch, pos, 1)
-        normalized = self.hook_normalized((wide / scale).to(x.dtype))  # (batch, pos, d_model)
+        scale = self.hook_scale(self.scale_of(x))  # (batch, pos, 1)
+        normalized = self.hook_normalized((self.centred(_wide(x)) / scale).to(x.dtype))  # (batch, pos, d_model)
         out = normalized * self.weight
         return out if self.bias is None else out + self.bias
+
+    def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """The number that each vector is divided by, in float32 at least: what `hook_scale` holds."""
+        return (self.centred(_wide(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def frozen(
+        self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*scale 1"], *, bias: bool = True
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The norm with a given scale in place of the vectors' own, past the hooks.
+
+        With its own scale a vector gets what the norm gives. With one scale for all the norm is a linear map and its bias:
+        the parts of a vector, each without the bias, sum to the vector's output less the bias.
+        """
+        centred = self.centred(_wide(x))
+        out = (centred / scale.to(centred.dtype)).to(x.dtype) * self.weight.to(x.dtype)
+        return out if self.bias is None or not bias else out + self.bias.to(x.dtype)
+
+    def direction(self, reading: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The vector d for which d . x / scale is `reading` . frozen(x, scale, bias=False)."""
+        return self.centred(reading * self.weight.to(reading.dtype))  # centring is a symmetric projection
 
 
 class RMSNorm(_Norm):
@@ -83,6 +102,10 @@ class LayerNorm(_Norm):
     def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """x less its mean."""
         return x - x.mean(-1, keepdim=True)
+
+
+def _wide(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def make_norm(cfg: TowerConfig) -> RMSNorm | LayerNorm:

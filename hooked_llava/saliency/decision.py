@@ -22,7 +22,6 @@ from hooked_llava.readout import (
     log_probabilities_along,
     log_probability_increase,
     token_id,
-    wide,
     words,
 )
 
@@ -133,7 +132,7 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
-    scale = (model.ln_final.centred(wide(last)).pow(2).mean(-1, keepdim=True) + model.ln_final.eps).sqrt()
+    scale = model.ln_final.scale_of(last)
     if ids is None:
         ids = model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True)  # (prompt, 1, 1)
         names = own_names(model, ids)

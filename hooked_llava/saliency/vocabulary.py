@@ -24,10 +24,13 @@ def project(
     vectors: Float[Tensor, "*shape d_model"],
     space: Space,
     scale: Float[Tensor, "1"] | None = None,
+    *,
+    bias: bool = False,
 ) -> Float[Tensor, "*shape d_vocab"]:
     """One number for every word of the vocabulary, in float32 at least.
 
-    "unembed": logits through the final norm with a given scale (frozen), as parts of the final stream are read.
+    "unembed": logits through the final norm with a given scale (frozen), as parts of the final stream are read; with
+    `bias` as the whole stream is, with a LayerNorm's bias.
     "embed": inner product with each word's input embedding; "cosine": their cosine, which does not favour long vectors.
 
     Raises `InputError` for another space, or "unembed" without a scale.
@@ -41,7 +44,7 @@ def project(
     if space == "unembed":
         if scale is None:
             raise InputError("space='unembed' needs scale=, the final norm's scale at the position of the answer.")
-        return rows / scale * model.ln_final.weight.to(rows.dtype) @ model.unembed.weight.T.to(rows.dtype)
+        return model.ln_final.frozen(rows, scale, bias=bias) @ model.unembed.weight.T.to(rows.dtype)
     check_spaces([space])
     table = model.W_E.to(rows.dtype)
     if space == "embed":

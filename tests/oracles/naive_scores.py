@@ -19,12 +19,21 @@ class NaiveScores:
         text = hf.config.text_config
         self.n_layers, self.n_heads = text.num_hidden_layers, text.num_attention_heads
         self.group = self.n_heads // text.num_key_value_heads
-        final = seen[f"blocks.{self.n_layers - 1}.hook_resid_post"][0, at]
+        norm = hf.model.language_model.norm
+        self.weight, self.bias, self.unembed = norm.weight, getattr(norm, "bias", None), hf.lm_head.weight
+        final = self.centred(seen[f"blocks.{self.n_layers - 1}.hook_resid_post"][0, at])
         self.sigma = ((final * final).mean() + text.rms_norm_eps) ** 0.5
-        self.weight, self.unembed = hf.model.language_model.norm.weight, hf.lm_head.weight
+
+    def centred(self, u: Tensor) -> Tensor:
+        """A LayerNorm (a norm with a bias) subtracts the mean."""
+        return u if self.bias is None else u - u.sum() / len(u)
+
+    def part(self, u: Tensor) -> Tensor:
+        """The logits that a part of the stream gives: all of them sum to the model's, less the bias's."""
+        return self.unembed @ (self.centred(u) / self.sigma * self.weight)
 
     def lens(self, u: Tensor) -> Tensor:
-        return self.unembed @ (u / self.sigma * self.weight)
+        return self.part(u) + (0 if self.bias is None else self.unembed @ self.bias)
 
     def log_p(self, u: Tensor) -> float:
         logits = self.lens(u)
