@@ -93,8 +93,9 @@ def _one_prompt(
         direction = _direction(model, answer, baseline) / scale  # (d_model)
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
         result = _DIVIDE[by](model, cache, direction, prompt)
-        if by == "component" and model.ln_final.bias is not None:
-            result = xr.concat([result, _norm_bias(model, answer, baseline)], "component")
+        bias = model.ln_final.bias
+        if by == "component" and bias is not None:
+            result = xr.concat([result, _norm_bias(model, bias, answer, baseline)], "component")
         attrs = {"logit": total, "answer": _word(model, answer), "baseline": _word(model, baseline)}
         return result.assign_attrs(made.attrs(**attrs, rest=total - float(result.sum())))
 
@@ -130,10 +131,10 @@ def _by_component(
     return xr.DataArray(values.cpu().numpy(), dims="component", coords={"component": list(names)}, name="logit")
 
 
-def _norm_bias(model: HookedLLaVA, answer: int, baseline: int | None) -> xr.DataArray:
+def _norm_bias(model: HookedLLaVA, bias: Float[Tensor, " d_model"], answer: int, baseline: int | None) -> xr.DataArray:
     """What the final norm's bias gives the logit, whatever the prompt."""
     reading = wide(model.W_U[:, answer]) - (0.0 if baseline is None else wide(model.W_U[:, baseline]))
-    value = float(reading @ model.ln_final.b.to(reading.dtype))
+    value = float(reading @ bias.to(reading.dtype))
     return xr.DataArray([value], dims="component", coords={"component": ["ln_final_bias"]}, name="logit")
 
 
