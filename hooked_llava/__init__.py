@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
     from hooked_llava.token_map import TokenMap
 
+__version__ = "0.1.0"
+"""The version of this library; setup.cfg reads it from here."""
+
 _HOMES = {
     "HookedLLaVA": "model",
     "Inputs": "inputs",
@@ -60,6 +63,7 @@ __all__ = [
     "SpanError",
     "StaleReplayError",
     "TokenMap",
+    "__version__",
 ]
 
 

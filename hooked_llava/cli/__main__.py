@@ -1,5 +1,5 @@
-"""`python -m hooked_llava.cli`."""
+"""`python -m hooked_llava.cli`: the command `hooked-llava`."""
 
 from hooked_llava.cli import app
 
-app()
+app(prog_name="python -m hooked_llava.cli")

@@ -1,0 +1,5 @@
+"""`python -m hooked_llava`: the command `hooked-llava`."""
+
+from hooked_llava.cli import app
+
+app(prog_name="python -m hooked_llava")
