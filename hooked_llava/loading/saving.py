@@ -20,6 +20,7 @@ from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
 from hooked_llava.loading.convert import TIED, expected_tensors, hf_name
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_GENERATION_CONFIG = "generation_config.json"
 _METADATA = {"format": "pt"}  # transformers refuses safetensors without it
 _ARCHITECTURE = "LlavaForConditionalGeneration"
 
@@ -111,7 +112,9 @@ def _write_configs(
     config.architectures = [_ARCHITECTURE]
     config.dtype = a_weight.dtype
     config.save_pretrained(folder)
-    (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(folder)
+    generation_config = generation_config or GenerationConfig.from_model_config(config)
+    # As it is. Its own save_pretrained refuses sampling parameters without do_sample, which Vicuna's checkpoints have.
+    generation_config.to_json_file(folder / _GENERATION_CONFIG, use_diff=True)
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:

@@ -104,6 +104,25 @@ def test_processor_and_generation_config_are_saved(tmp_path, hf_model):
     assert read_generation_config(folder).eos_token_id == [2, 7]
 
 
+VICUNA = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("fields", [VICUNA, {"top_k": 7}, {"num_beams": 1, "early_stopping": True}])
+@pytest.mark.parametrize("changed", [False, True])
+def test_generation_config_with_unused_parameters_is_saved_as_it_is(tmp_path, hf_model, fields, changed):
+    """What the published file says, whether it is as it was read or was changed since."""
+    generation_config = GenerationConfig(**fields)
+    if changed:
+        generation_config.max_new_tokens = 11
+    folder = save(our_state(hf_model), hf_model.config, None, tmp_path / "new", generation_config=generation_config)
+    written = json.loads((folder / "generation_config.json").read_text())
+    del written["transformers_version"]
+    assert written == fields | ({"max_new_tokens": 11} if changed else {})
+    plain = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert plain.generation_config.to_diff_dict().items() >= written.items()
+    assert not plain.generation_config.do_sample
+
+
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path, hf_model):
     folder = save(our_state(hf_model), hf_model.config, None, tmp_path / "new", max_shard_size="100KB")
     (folder / "stale.txt").write_text("from before")
