@@ -145,6 +145,14 @@ class Inputs:
             position_ids=None if positions is None else positions.to(device),
         )
 
+    def cpu(self) -> Inputs:
+        """All tensors on the CPU."""
+        return self.to("cpu")
+
+    def repeat(self, *sizes: int) -> Int[Tensor, "..."]:
+        """The token ids repeated along each axis, as of a tensor; TransformerLens's head detector asks."""
+        return self.input_ids.repeat(*sizes)
+
     def padded_left(self) -> Inputs:
         """A copy with each prompt's padding on its left, so that all end where decoding goes on."""
         shifts = [self.shape[1] - token_map.real.stop for token_map in self.token_maps]

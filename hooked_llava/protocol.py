@@ -18,6 +18,7 @@ from transformer_lens import FactoredMatrix
 from hooked_llava.components import LayerNorm, RMSNorm
 from hooked_llava.config import LLaVAConfig
 from hooked_llava.errors import InputError
+from hooked_llava.input_batch import Inputs
 from hooked_llava.language import LanguageTower
 
 
@@ -188,9 +189,38 @@ class TransformerLensSurface(nn.Module):
         """W_V W_O of every layer and head, [layer head d_model d_model]."""
         return FactoredMatrix(self._for_each_query_head(self.W_V), self.W_O)
 
-    def _for_each_query_head(self, weights: Tensor) -> Tensor:
+    def _for_each_query_head(self, weights: Tensor, dim: int = 1) -> Tensor:
         language = self.config.language
-        return weights.repeat_interleave(language.n_heads // language.n_key_value_heads, dim=1)
+        groups = language.n_heads // language.n_key_value_heads
+        return weights if groups == 1 else weights.repeat_interleave(groups, dim=dim)
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Weights under TransformerLens's names ("blocks.3.attn.W_V", "unembed.W_U"): views, as `SVDInterpreter` reads them.
+
+        Keys and values of a grouped-query model are repeated, one for each query head, in new tensors.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> weights = HookedLLaVA.from_pretrained("tiny-shapes").tl_parameters()
+        >>> weights["blocks.0.mlp.W_in"].shape
+        torch.Size([128, 384])
+        """
+        weights = {
+            "embed.W_E": self.W_E,
+            "unembed.W_U": self.W_U,
+            "unembed.b_U": self.b_U,
+            "ln_final.w": self.ln_final.w,
+        }
+        for i, block in enumerate(self.blocks):
+            weights |= {f"blocks.{i}.{norm}.w": getattr(block, norm).w for norm in ("ln1", "ln2")}
+            weights |= {f"blocks.{i}.attn.{name}": getattr(block.attn, name) for name in ("W_Q", "b_Q", "W_O", "b_O")}
+            for name in ("W_K", "b_K", "W_V", "b_V"):
+                weights[f"blocks.{i}.attn.{name}"] = self._for_each_query_head(getattr(block.attn, name), dim=0)
+            weights |= {
+                f"blocks.{i}.mlp.{name}": getattr(block.mlp, name) for name in ("W_in", "W_out", "b_in", "b_out")
+            }
+            if self.config.language.gated_mlp:
+                weights[f"blocks.{i}.mlp.W_gate"] = block.mlp.W_gate
+        return weights
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -211,9 +241,14 @@ class TransformerLensSurface(nn.Module):
         return self.ln_final.direction(self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)])
 
     def to_tokens(
-        self, text: str | Sequence[str], prepend_bos: bool = True, padding_side: str = "left"
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids of one or several texts, as the tokenizer makes them (images are not expanded; use `prepare`)."""
+        self, text: str | Sequence[str] | Inputs, prepend_bos: bool = True, padding_side: str = "left"
+    ) -> Int[Tensor, "batch pos"] | Inputs:
+        """Token ids of one or several texts, as the tokenizer makes them (images are not expanded; use `prepare`).
+
+        `Inputs` are returned as they are: they are what stands for tokens where a TransformerLens tool is given a prompt.
+        """
+        if isinstance(text, Inputs):
+            return text.to(self.cfg.device)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = self.tokenizer(
             texts,

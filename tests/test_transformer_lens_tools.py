@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformer_lens import patching
+from PIL import Image
+from transformer_lens import SVDInterpreter, patching
+from transformer_lens.head_detector import HEAD_NAMES, detect_head
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig
 from transformer_lens.tools.analysis.logit_lens import logit_lens as transformer_lens_logit_lens
@@ -207,3 +209,44 @@ def test_logit_lens() -> None:
     top = result.values.reshape(4, -1).softmax(-1).topk(3)
     assert found.token_id.values[:, 0].tolist() == top.indices.tolist()
     np.testing.assert_allclose(found.probability[:, 0], top.values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["plain", "grouped", "biases"])
+def test_singular_vectors(geometry: str) -> None:
+    """The directions that a head or an MLP writes most, as words; of grouped heads each query head has its own."""
+    model = pair(geometry).ours
+    cfg, interpreter = model.config.language, SVDInterpreter(model)
+    for layer, head in ((0, 0), (2, cfg.n_heads - 1)):
+        block = model.blocks[layer]
+        value = block.attn.W_V[head // (cfg.n_heads // cfg.n_key_value_heads)]
+        written = torch.linalg.svd(value @ block.attn.W_O[head])[2]
+        read = torch.linalg.svd(block.mlp.W_in.T * block.ln2.w)[2]
+        expected = {"OV": written, "w_in": read, "w_out": torch.linalg.svd(block.mlp.W_out)[2]}
+        for kind, vectors in expected.items():
+            found = interpreter.get_singular_vectors(kind, layer, 3, head_index=head)[:, 0]
+            close(found.abs(), (model.W_U.T @ vectors[:3].T).abs())  # the sign of a singular vector is free
+
+
+def test_weights_under_transformer_lens_names_are_views() -> None:
+    model = pair().ours
+    weights = model.tl_parameters()
+    memory = {parameter.data_ptr() for parameter in model.language.parameters()}
+    assert all(weight.data_ptr() in memory for name, weight in weights.items() if ".b_" not in name)
+    assert weights["blocks.1.attn.W_V"].shape == (4, 48, 12)
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+def test_head_detector(head: Any, tiny_shapes: Any) -> None:
+    """A prompt with an image, and one that is the same as text."""
+    text = "USER: Who made the star? Who made the ring? ASSISTANT:"
+    as_text = detect_head(tiny_shapes, text, head)
+    assert torch.equal(detect_head(tiny_shapes, tiny_shapes.as_inputs(text), head), as_text)
+    asked = tiny_shapes.prepare("Who made the star?", Image.new("RGB", (84, 84), "white"))
+    _, cache = tiny_shapes.run_with_cache(asked, names_filter="pattern")
+    found = detect_head(tiny_shapes, asked, head)
+    if head == "previous_token_head":
+        for layer in range(tiny_shapes.cfg.n_layers):
+            pattern = cache["pattern", layer][0]  # (head, query, key)
+            before = pattern.diagonal(-1, 1, 2).sum(-1) / pattern.sum((1, 2))
+            close(found[layer], before)
+    assert found.isfinite().all()
