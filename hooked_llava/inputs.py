@@ -30,7 +30,7 @@ from hooked_llava.templates import (
     image_token_of,
 )
 from hooked_llava.token_map import TokenMap
-from hooked_llava.token_text import TokenText, prompt_offsets
+from hooked_llava.token_text import TokenText, begins_with_bos, prompt_offsets
 
 InputsLike: TypeAlias = Inputs | str | Sequence[str] | Tensor | Mapping[str, Any]
 """What stands for inputs: themselves, one or more whole prompts, token ids, or what a processor returns."""
@@ -62,8 +62,13 @@ def prepare(
 
     `template` is a registered name, a `Template`, "chat" (the processor's own chat template), "default" (the one that
     suits the processor), or None: then the text is the whole prompt. `tail` replaces the instruction after the
-    question (None for none), `answer_prefix` is the beginning of the answer, already written ("The color of the star
-    is"). `options` names the answer options that stand in the question, for the span `options`.
+    question (None for none); spaces and line breaks at its beginning replace what the template puts between the two.
+    `answer_prefix` is the beginning of the answer, already written ("The color of the star is"), where the answer's
+    own text would begin: with a chat template as transformers continues a final message. `options` names the answer
+    options that stand in the question, for the span `options`.
+
+    Nothing is cut off, filled up or stripped, whatever the tokenizer was saved with. A prompt that begins with the
+    tokenizer's beginning-of-text token gets no second one, as in transformers' chats.
 
     Raises `InputError` for whatever does not fit, and `SpanError` for options that are not in the question.
     """
@@ -256,12 +261,23 @@ def _encode(
 ) -> dict[str, Tensor]:
     """What the processor makes of it, with each token's characters where the tokenizer knows them."""
     flat = [picture for own in pictures for picture in own]
+    tokenizer = processor.tokenizer
+    begun = [begins_with_bos(tokenizer, prompt.text) for prompt in prompts]
+    if any(begun) and not all(begun):
+        raise InputError(
+            f"Prompt {begun.index(True)} begins with {tokenizer.bos_token!r} and prompt {begun.index(False)} does not; "
+            "write it before all of them, or before none: then the tokenizer adds it."
+        )
+    # A tokenizer may have been saved with truncation or padding switched on: here a prompt is what it is.
     encoded = processor(
         text=[prompt.text for prompt in prompts],
         images=flat or None,
-        padding=len(prompts) > 1,
+        padding="longest" if len(prompts) > 1 else False,
         padding_side=padding_side,
-        return_offsets_mapping=processor.tokenizer.is_fast,
+        pad_to_multiple_of=None,
+        truncation=False,
+        add_special_tokens=not any(begun),
+        return_offsets_mapping=tokenizer.is_fast,
         return_tensors="pt",
     )
     return dict(encoded)

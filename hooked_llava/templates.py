@@ -1,12 +1,14 @@
 """Conversation templates: a question becomes a prompt, and stays findable in it by its characters.
 
-A template is data. Its text reads: system, user, one line per picture, question, tail, assistant, answer prefix.
+A template is data. Its text reads: system, user, one line per image, question, tail, assistant, answer prefix.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +19,15 @@ CHAT = "chat"
 """The name under which a processor's own chat template is used."""
 DEFAULT = "default"
 """The name under which the template that suits the processor is used."""
-_VICUNA_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+_ASSISTANT_SYSTEM = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
-_PROBE = "Is this a question?"
+_LLAMA_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_PROBE, _PROBE_PREFIX = "Is this a question?", "It is"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Template:
     """What stands before everything else, with its trailing space."""
     user: str = ""
     """What announces the user, with its trailing space."""
+    images_first: bool = False
+    """Whether the images stand before `user` rather than after it."""
     image_end: str = "\n"
     """What follows each image token."""
     tail: str = ""
@@ -55,7 +63,9 @@ class Template:
     tail_separator: str = "\n"
     """What stands between question and tail."""
     assistant: str = ""
-    """What announces the answer, with its leading space."""
+    """What ends the user's turn and announces the answer, with its leading space."""
+    answer_separator: str = " "
+    """What stands between `assistant` and the answer's first character."""
 
     def format(
         self, question: str, n_images: int = 0, *, answer_prefix: str = "", image_token: str = IMAGE_TOKEN
@@ -71,14 +81,14 @@ class Template:
         >>> prompt.text, prompt.spans["question"]
         ('USER: What is it? ASSISTANT: The color is', (6, 17))
         """
-        pictures = _picture_lines(question, n_images, image_token, self.image_end)
+        images = _image_lines(question, n_images, image_token, self.image_end)
         parts = [
             ("system", self.system),
-            ("", self.user + pictures),
+            ("", images + self.user if self.images_first else self.user + images),
             ("question", question),
             ("", self.tail_separator if self.tail else ""),
             ("tail", self.tail),
-            ("", self.assistant + (" " if answer_prefix else "")),
+            ("", self.assistant + (self.answer_separator if answer_prefix else "")),
             ("answer_prefix", answer_prefix),
         ]
         text, spans = "", {}
@@ -89,20 +99,65 @@ class Template:
         return Prompt(text, spans)
 
     def with_tail(self, tail: str | None) -> Template:
-        """The same template with another instruction after the question; None or "" for none.
+        r"""The same template with another instruction after the question; None or "" for none.
+
+        Spaces and line breaks at the beginning of the tail replace `tail_separator`.
 
         >>> TEMPLATES["tiny-shapes"].with_tail(None).format("Why?").text
         'USER: Why? ASSISTANT:'
+        >>> TEMPLATES["tiny-shapes"].with_tail(" \nOne word.").format("Why?").text
+        'USER: Why? \nOne word. ASSISTANT:'
         """
-        return replace(self, tail=tail or "")
+        instruction = (tail or "").lstrip()
+        separator = (tail or "").removesuffix(instruction) or self.tail_separator
+        return replace(self, tail=instruction, tail_separator=separator)
 
 
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
         Template(name="llava-1.5", user="USER: ", assistant=" ASSISTANT:"),
-        Template(name="vicuna-v1", system=_VICUNA_SYSTEM + " ", user="USER: ", assistant=" ASSISTANT:"),
-        Template(name="plain"),
+        # The conversations of LLaVA's and LLaVA-NeXT's own code (llava/conversation.py), character by character.
+        Template(
+            name="vicuna-v1",
+            system=_ASSISTANT_SYSTEM.format(who="user") + " ",
+            user="USER: ",
+            assistant=" ASSISTANT:",
+        ),
+        Template(
+            name="llava-v1",
+            system=_ASSISTANT_SYSTEM.format(who="human") + " ",
+            user="USER: ",
+            assistant=" ASSISTANT:",
+        ),
+        Template(name="mistral-instruct", user="[INST] ", assistant=" [/INST]"),
+        Template(
+            name="llava-llama-3",
+            system=f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{_LLAMA_SYSTEM}<|eot_id|>",
+            user="<|start_header_id|>user<|end_header_id|>\n\n",
+            assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            answer_separator="",
+        ),
+        Template(
+            name="chatml-direct",
+            system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+            user="<|im_start|>user\n",
+            assistant="<|im_end|><|im_start|>assistant\n",
+            answer_separator="",
+        ),
+        Template(name="plain", assistant="\n", answer_separator=""),
+        # Yu & Ananiadou (arXiv 2411.10950), whose prompts end with an answer prefix ("The color of the dog is").
+        Template(name="yu-2024", user="USER: ", assistant="\nASSISTANT:"),
+        # Basu et al. (arXiv 2406.04236). Their code writes a question mark after every question, also after one that has
+        # its own; so does this template. Leave the question's own mark off for a single one.
+        Template(
+            name="basu-2024",
+            user="USER: ",
+            images_first=True,
+            tail="Answer in a few words.",
+            tail_separator="? ",
+            assistant="\nASSISTANT:",
+        ),
         Template(
             name="tiny-shapes", user="USER: ", tail="Answer briefly.", tail_separator=" ", assistant=" ASSISTANT:"
         ),
@@ -150,27 +205,40 @@ def default_template(processor: Any) -> Template | None:
     """
     if not getattr(processor, "chat_template", None):
         return TEMPLATES["llava-1.5"]
-    wanted = _render_chat(processor, _PROBE, 1)
+    token = image_token_of(processor)
+    wanted = {"": format_chat(processor, _PROBE, 1).text}
+    with suppress(InputError):  # some chat templates know of no answers, and are compared by the question alone
+        wanted[_PROBE_PREFIX] = format_chat(processor, _PROBE, 1, answer_prefix=_PROBE_PREFIX).text
     for template in TEMPLATES.values():
-        # Spaces around line breaks and at the end differ between otherwise equal chat templates.
-        if template.format(_PROBE, 1, image_token=image_token_of(processor)).text == wanted.rstrip():
+        texts = {p: template.format(_PROBE, 1, answer_prefix=p, image_token=token).text for p in wanted}
+        if texts == wanted:
             return template
     return None
 
 
 def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_prefix: str = "") -> Prompt:
-    """The prompt that the processor's own chat template makes of a question.
+    """The prompt that the processor's own chat template makes of a question, up to the answer or with its beginning.
 
-    Raises `InputError` when the processor has no chat template, or one that does not keep the question's words.
+    The text is that of transformers: `apply_chat_template(..., add_generation_prompt=True)`, and with an answer prefix
+    `apply_chat_template(..., continue_final_message=True)` of the prefix as the assistant's message. Raises `InputError`
+    when the processor has no chat template, or one that does not keep the words of the question or of the prefix.
     """
     if not getattr(processor, "chat_template", None):
         raise InputError(
             f"template={CHAT!r} needs a processor with a chat template, and this one has none; "
             f"expected one of {', '.join(TEMPLATES)}."
         )
-    inline = _picture_lines(question, n_images, image_token_of(processor), "") == ""
-    text = _render_chat(processor, question, 0 if inline else n_images)
-    start = text.rfind(question)
+    token = image_token_of(processor)
+    inline = _image_lines(question, n_images, token, "") == ""
+    text = _render_chat(processor, question, 0 if inline else n_images, answer_prefix)
+    end = len(text) - len(answer_prefix)
+    if text[end:] != answer_prefix:
+        raise InputError(
+            f"The processor's chat template changes answer_prefix={answer_prefix!r}: the prompt ends with "
+            f"{text[-len(answer_prefix) - 1 :]!r}. Give the prefix as the template writes it (many drop spaces at its ends), "
+            "or the whole prompt with template=None."
+        )
+    start = text.rfind(question, 0, end)
     if start < 0:
         raise InputError(
             f"The processor's chat template changes the question {question!r} beyond recognition: {text!r}. "
@@ -178,9 +246,8 @@ def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_pref
         )
     spans = {"question": (start, start + len(question))}
     if answer_prefix:
-        text = text.rstrip() + " "
-        spans["answer_prefix"] = (len(text), len(text) + len(answer_prefix))
-    return Prompt(text + answer_prefix, spans)
+        spans["answer_prefix"] = (end, len(text))
+    return Prompt(text, spans)
 
 
 def image_token_of(processor: Any) -> str:
@@ -192,8 +259,8 @@ def image_token_of(processor: Any) -> str:
     return getattr(processor, "image_token", None) or IMAGE_TOKEN
 
 
-def _picture_lines(question: str, n_images: int, image_token: str, image_end: str) -> str:
-    """The text that introduces the pictures; empty if the question says itself where they go."""
+def _image_lines(question: str, n_images: int, image_token: str, image_end: str) -> str:
+    """The text that introduces the images; empty if the question says itself where they go."""
     if not question.strip():
         raise InputError("The question is empty; give at least one word to ask.")
     inline = len(re.findall(re.escape(image_token), question))
@@ -214,13 +281,24 @@ def count_message(in_text: int, given: int, image_token: str = IMAGE_TOKEN, wher
     )
 
 
-def _render_chat(processor: Any, question: str, n_images: int) -> str:
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    try:
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        raise InputError(
-            f"The processor's chat template cannot be filled in ({type(error).__name__}: {error}); "
-            f"name a template instead: {', '.join(TEMPLATES)}."
-        ) from error
+def _render_chat(processor: Any, question: str, n_images: int, answer_prefix: str = "") -> str:
+    """The chat template filled in by transformers; templates for text alone get the image tokens within the question."""
+    parts = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    lines = (image_token_of(processor) + "\n") * n_images + question
+    # With an answer to go on with there is no other to announce.
+    end = {"continue_final_message": True} if answer_prefix else {"add_generation_prompt": True}
+    failed: Exception | None = None
+    for asked, answer in ((parts, [{"type": "text", "text": answer_prefix}]), (lines, answer_prefix)):
+        messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+        messages += [{"role": "assistant", "content": answer}] if answer_prefix else []
+        try:
+            rendered = processor.apply_chat_template(messages, tokenize=False, **end)
+        except Exception as error:  # noqa: BLE001 - a chat template may raise anything
+            failed = failed or error
+            continue
+        if not any(written in rendered for written in (str(parts), json.dumps(parts))):
+            return rendered
+    raise InputError(
+        f"The processor's chat template cannot be filled in ({type(failed).__name__}: {failed}); "
+        f"name a template instead: {', '.join(TEMPLATES)}."
+    ) from failed

@@ -151,6 +151,17 @@ def prompt_offsets(offsets: Sequence[tuple[int, int]], prompt: str, image_token:
     return tuple(mapped)
 
 
+def begins_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a text has its beginning-of-text token written out, so that the tokenizer should not add another.
+
+    >>> from hooked_llava.toy.processor import build_tokenizer
+    >>> begins_with_bos(build_tokenizer(), "<s>USER: Why?"), begins_with_bos(build_tokenizer(), "USER: Why?")
+    (True, False)
+    """
+    bos = getattr(tokenizer, "bos_token", None)
+    return bool(bos) and text.startswith(bos)
+
+
 def roll(row: tuple[_T, ...], by: int) -> tuple[_T, ...]:
     """A row with everything `by` places further right, and what falls off at one end put on at the other.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
@@ -97,6 +98,77 @@ def test_templates() -> None:
         "star",
         "?",
     ]
+
+
+def saved_with(folder: Path, *, metaspace: bool = False, **settings: Any) -> Any:
+    """A processor whose tokenizer.json has truncation and padding switched on, saved and loaded again."""
+    processor = make_processor(metaspace=metaspace, **settings)
+    backend = processor.tokenizer.backend_tokenizer
+    backend.enable_truncation(max_length=8)
+    backend.enable_padding(length=40, pad_id=0, pad_token="<pad>", pad_to_multiple_of=16)
+    backend.save(str(folder / "tokenizer.json"))
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    processor.save_pretrained(folder)
+    return LlavaProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_prompts_are_neither_cut_nor_filled_up(metaspace: bool, tmp_path: Path) -> None:
+    processor, plain = saved_with(tmp_path, metaspace=metaspace), make_processor(metaspace=metaspace)
+    text = f"USER: <image>\n{QUESTION} ASSISTANT:"
+    cut = processor(text=text, images=PICTURE, return_tensors="pt")["input_ids"]
+    assert cut.shape[1] == 8  # what transformers makes of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for questions, images in ((QUESTION, PICTURE), (["Is it?", QUESTION], [PICTURE, None])):
+            ours, wanted = (prepare(questions, images, processor=p) for p in (processor, plain))
+            assert torch.equal(ours.input_ids, wanted.input_ids)
+            assert torch.equal(ours.attention_mask, wanted.attention_mask)
+            assert [m.spans for m in ours.token_maps] == [m.spans for m in wanted.token_maps]
+
+
+def test_a_tokenizer_that_would_cut_at_a_length_of_its_own_does_not() -> None:
+    processor = make_processor()
+    processor.tokenizer.model_max_length = 5
+    processor.tokenizer.init_kwargs["truncation"] = True
+    assert torch.equal(prepare(QUESTION, PICTURE, processor=processor).input_ids, prepare(QUESTION, PICTURE).input_ids)
+
+
+CHAT_WITH_BOS = "{{ '<s>' }}{% for m in messages %}" + (
+    "{{ m.role ~ '\\n' }}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{{ '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "The color is"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_chat_is_tokenized_as_transformers_does(bos: bool, prefix: str) -> None:
+    processor = make_processor(chat_template=CHAT_WITH_BOS if bos else CHAT_WITH_BOS.removeprefix("{{ '<s>' }}"))
+    messages = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": QUESTION}]}]
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": prefix}]}] if prefix else []
+    end: Any = {"continue_final_message": True} if prefix else {"add_generation_prompt": True}
+    wanted = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **end)
+    ours = prepare(QUESTION, PICTURE, processor=processor, answer_prefix=prefix)
+    assert ours.input_ids.tolist() == wanted["input_ids"].tolist()
+    assert ours.input_ids.tolist()[0].count(1) == 1
+    assert torch.equal(ours.pixel_values, wanted["pixel_values"])
+    assert [ours.token_map.labels[p] for p in ours.token_map["question"]] == ["What", "color", "is", "the", "star", "?"]
+
+
+def test_the_beginning_of_text_is_written_once() -> None:
+    bare = prepare("USER: a star", template=None)
+    assert torch.equal(prepare("<s>USER: a star", template=None).input_ids, bare.input_ids)
+    assert prepare("<s>USER: a star", template=None).prompts == ("<s>USER: a star",)
+    with says("Prompt 1 begins with '<s>' and prompt 0 does not; write it before all of them, or before none"):
+        prepare(["a star", "<s>a star"], template=None)
 
 
 def test_the_embedded_processor_brings_its_template() -> None:

@@ -59,8 +59,8 @@ TemplateName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Conversation template: default (the model's own), chat, llava-1.5, vicuna-v1, plain; none: the question "
-        "is the whole prompt, <image> included.",
+        help="Conversation template: default (the model's own), chat (the processor's), or llava-1.5, vicuna-v1 and the "
+        "others of hooked_llava.templates; none: the question is the whole prompt, <image> included.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the answer at most.")]

@@ -14,8 +14,11 @@ from pathlib import Path
 from hooked_llava.datasets.rows import PixelBox, StudyRow
 from hooked_llava.errors import InputError, did_you_mean
 
-GQA_TAIL = "Answer the question using a single word or phrase."
-"""The instruction that the paper puts after each question; for `model.prepare(..., tail=GQA_TAIL)`."""
+GQA_TAIL = " \nAnswer the question using a single word or phrase."
+"""What the paper's released code puts after each question; for `model.prepare(..., template="vicuna-v1", tail=GQA_TAIL)`.
+
+The space before the line break is the paper's; LLaVA's own evaluation has none (`GQA_TAIL.strip()`).
+"""
 NOTHING = "-"
 """What stands in a cell that has no value, such as the box of an object that is not in the picture."""
 _ASKED = ("question_id", "img_id", "question", "answer")

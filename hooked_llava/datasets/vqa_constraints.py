@@ -17,7 +17,7 @@ from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import InputError, did_you_mean
 
 CONSTRAINTS_TAIL = "Answer in a few words."
-"""The instruction that the paper puts after each question; for `model.prepare(..., tail=CONSTRAINTS_TAIL)`."""
+"""The instruction that the paper puts after each question; `model.prepare(..., template="basu-2024")` writes it."""
 FILES = {"OK-VQA": "okvqa.csv", "Movies": "multimodal_movies.csv", "Known": "multimodal_known.csv"}
 """Kind of question -> name of the released file."""
 SUBJECTS = {"Movies": "director", "Known": "subject"}

@@ -21,6 +21,7 @@ from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.pairs import gaussian_noise, other_image
 from hooked_llava.interventions.replay import Replay
 from hooked_llava.positions import Positions
+from hooked_llava.token_text import begins_with_bos
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -226,7 +227,8 @@ def _characters(token_map: TokenMap, where: Positions) -> tuple[int, int]:
 
 def _encoded(model: HookedLLaVA, text: str, n_features: int) -> list[int]:
     image = model.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    return list(model.tokenizer(text.replace(image, image * n_features))["input_ids"])
+    special = not begins_with_bos(model.tokenizer, text)
+    return list(model.tokenizer(text.replace(image, image * n_features), add_special_tokens=special)["input_ids"])
 
 
 def _alone(model: HookedLLaVA, word: str) -> list[int]:

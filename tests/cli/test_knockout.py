@@ -43,7 +43,7 @@ def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
     assert "Information flow over 4 questions" in result.stdout
     found = load(kept)
     assert found.question.values.tolist() == ["ChooseAttr-0", "ChooseAttr-1", "QueryAttr-0", "QueryAttr-1"]
-    assert found.attrs["tail"] == "Answer the question using a single word or phrase."
+    assert found.attrs["tail"] == " \nAnswer the question using a single word or phrase."
     assert found.attrs["only_correct"] is False
     few = run("knockout", "--dataset", str(folder), "--limit", "1", *options)
     assert "over 2 questions" in few.stdout
