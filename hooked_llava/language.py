@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_llava.components import AttentionContext, Block, HookPoint, KVCache, RotaryEmbedding, make_norm, start_graph
+from hooked_llava.components import (
+    AttentionContext,
+    Block,
+    Blocks,
+    HookPoint,
+    KVCache,
+    RotaryEmbedding,
+    make_norm,
+    start_graph,
+)
 from hooked_llava.config import LanguageConfig
 
 
@@ -18,7 +29,7 @@ class LanguageTower(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.rotary = RotaryEmbedding(cfg.rotary) if cfg.rotary is not None else None
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.tied_embeddings:
@@ -38,13 +49,16 @@ class LanguageTower(nn.Module):
         *,
         start_at_layer: int = 0,
         stop_at_layer: int | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream entering `stop_at_layer` (or leaving the last block), from that entering `start_at_layer`."""
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch any_pos d_model"]:
+        """The residual stream entering `stop_at_layer` (or leaving the last block), from that entering `start_at_layer`.
+
+        With `queries`, only at these positions.
+        """
         if start_at_layer == 0:
             resid = self.hook_embed(resid)
-        for block in self.blocks[start_at_layer:stop_at_layer]:
-            resid = block(resid, context)
-        return resid
+        layers = range(len(self.blocks))[start_at_layer:stop_at_layer]
+        return self.blocks.run(resid, context, layers=layers, queries=queries)
 
     def to_logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm and unembedding."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_llava.components import AttentionContext, Block, HookPoint, make_norm, start_graph
+from hooked_llava.components import AttentionContext, Block, Blocks, HookPoint, make_norm, start_graph
 from hooked_llava.config import VisionConfig
 
 
@@ -23,7 +23,7 @@ class VisionTower(nn.Module):
         self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.pos_embed = nn.Embedding(cfg.n_positions, cfg.d_model)
         self.ln_pre = make_norm(cfg)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_post = make_norm(cfg)
         self.hook_patch_embed = HookPoint()
         self.hook_pos_embed = HookPoint()
@@ -32,11 +32,12 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
         """Features as the projector reads them: chosen layers side by side, class token dropped or kept."""
-        states = [self.embed(pixels)]  # each (image, pos, d_model)
-        context = AttentionContext()
-        for block in self.blocks[: self.cfg.n_layers_run]:
-            states.append(block(states[-1], context))
-        return self.features(states)
+        return self.features(self.states([self.embed(pixels)]))
+
+    def states(self, entering: list[Float[Tensor, "image pos d_model"]]) -> list[Float[Tensor, "image pos d_model"]]:
+        """The stream entering every block that is run, and leaving the last; `entering` are those that are known already."""
+        layers = range(len(entering) - 1, self.cfg.n_layers_run)
+        return [*entering, *self.blocks.states(entering[-1], AttentionContext(), layers=layers)]
 
     def features(self, states: list[Float[Tensor, "image pos d_model"]]) -> Float[Tensor, "image feature d_features"]:
         """The feature layers side by side, given the stream entering every block and leaving the last."""

@@ -1,12 +1,12 @@
 """The parts of a transformer, each with its hook points; both towers are built from them."""
 
 from hooked_llava.components.attention import Attention, AttentionContext
-from hooked_llava.components.block import Block
+from hooked_llava.components.block import Block, Blocks
 from hooked_llava.components.hook_point import HookPoint, reads_only, start_graph
 from hooked_llava.components.kv_cache import KVCache
 from hooked_llava.components.mlp import MLP
 from hooked_llava.components.norm import LayerNorm, RMSNorm, make_norm
-from hooked_llava.components.prefix_attention import Prefix
+from hooked_llava.components.prefix_attention import Prefix, SharedPrefix
 from hooked_llava.components.rotary import RotaryEmbedding
 
 __all__ = [
@@ -14,12 +14,14 @@ __all__ = [
     "Attention",
     "AttentionContext",
     "Block",
+    "Blocks",
     "HookPoint",
     "KVCache",
     "LayerNorm",
     "Prefix",
     "RMSNorm",
     "RotaryEmbedding",
+    "SharedPrefix",
     "make_norm",
     "reads_only",
     "start_graph",

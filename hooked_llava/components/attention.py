@@ -7,7 +7,8 @@ is computed explicitly. The softmax runs in float32 either way.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from hooked_llava.components.hook_point import HookPoint
 from hooked_llava.components.kv_cache import KVCache
 from hooked_llava.components.norm import LayerNorm, RMSNorm
 from hooked_llava.components.prefix_attention import (
-    Prefix,
+    SharedPrefix,
     attend_with_prefix,
     average_with_prefix,
     scores_with_prefix,
@@ -43,7 +44,7 @@ class AttentionContext:
     """Rotary cosine and sine of the positions, or None."""
     kv_cache: KVCache | None = None
     """Earlier keys and values, when decoding."""
-    prefix: Prefix | None = None
+    prefix: SharedPrefix | None = None
     """Keys and values of earlier positions, shared by many rows of the batch."""
     queries: Int[Tensor, " query"] | None = None
     """Indices of the positions whose output is wanted; the others give keys and values only. None: all."""
@@ -51,6 +52,22 @@ class AttentionContext:
     def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
         """x at the positions whose output is wanted."""
         return x if self.queries is None else x.index_select(1, self.queries)
+
+    def at(self, queries: Sequence[int], n_positions: int, device: torch.device) -> AttentionContext:
+        """The same for a block of which only the output at `queries` is wanted, of `n_positions` positions that enter it."""
+        index = torch.tensor(list(queries), device=device)
+        allowed, causal = self.allowed, False
+        if allowed is not None:
+            allowed = allowed.index_select(2, index)
+        elif self.causal and list(queries) != [n_positions - 1]:  # the last position sees every key
+            allowed = (torch.arange(n_positions, device=device) <= index[:, None])[None, None]
+        return replace(self, queries=index, allowed=allowed, causal=causal)
+
+    def allowed_after_prefix(self, n: int, device: torch.device) -> Bool[Tensor, "batch 1 query key"] | None:
+        """Which of n keys behind a prefix each query may see; None where every query sees all."""
+        if self.allowed is not None or not self.causal or n == 1:
+            return self.allowed
+        return torch.ones(n, n, dtype=torch.bool, device=device).tril()[None, None]
 
     @functools.cached_property
     def blind(self) -> Bool[Tensor, "batch 1 query 1"] | None:
@@ -149,7 +166,8 @@ class Attention(nn.Module):
         if self.hook_attn_scores.listening or self.hook_pattern.listening or graph:
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
         if context.prefix is not None:
-            return attend_with_prefix(q, k, v, context.prefix, context.allowed, self.scale).transpose(1, 2)
+            allowed = context.allowed_after_prefix(k.shape[2], k.device)
+            return attend_with_prefix(q, k, v, context.prefix.layer(self.layer), allowed, self.scale).transpose(1, 2)
         z = F.scaled_dot_product_attention(
             q,
             k,
@@ -169,9 +187,10 @@ class Attention(nn.Module):
         context: AttentionContext,
     ) -> Float[Tensor, "batch head query d_head"]:
         """The same through scores and pattern, so that both can be read and changed."""
-        q, prefix = q * self.scale, context.prefix
-        if prefix is not None:
-            scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, context.allowed))
+        q = q * self.scale
+        if context.prefix is not None:
+            prefix, allowed = context.prefix.layer(self.layer), context.allowed_after_prefix(k.shape[2], k.device)
+            scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, allowed))
             pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, prefix and key)
             return average_with_prefix(pattern, v, prefix)
         groups = self.cfg.n_heads // self.cfg.n_key_value_heads

@@ -1,6 +1,8 @@
-"""One transformer block: two additions to the residual stream."""
+"""One transformer block, two additions to the residual stream; and the blocks of a tower, run in order."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -39,3 +41,42 @@ class Block(nn.Module):
         resid_mid = self.hook_resid_mid(context.read(resid_pre) + attn_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
         return self.hook_resid_post(resid_mid + mlp_out)
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a tower. Whatever goes through several of them goes through `states` or `run`."""
+
+    def states(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        *,
+        layers: range | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Iterator[Float[Tensor, "batch any_pos d_model"]]:
+        """The residual stream that leaves each block of `layers` (all by default), one after the other.
+
+        `resid` enters the first of them. With `queries`, only these positions leave the last one.
+        """
+        layers = range(len(self)) if layers is None else layers
+        for layer in layers:
+            if queries is not None and layer == layers[-1]:
+                context = context.at(queries, resid.shape[1], resid.device)
+            resid = self[layer](resid, context)
+            yield resid
+
+    def run(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        *,
+        layers: range | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch any_pos d_model"]:
+        """The residual stream that leaves the last block of `layers`, at all positions or at `queries`."""
+        layers = range(len(self)) if layers is None else layers
+        if not layers:
+            return resid if queries is None else resid[:, list(queries)]
+        for state in self.states(resid, context, layers=layers, queries=queries):
+            resid = state
+        return resid

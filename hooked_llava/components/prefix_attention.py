@@ -14,6 +14,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_llava.components.kv_cache import KVCache
+
 _FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """What torch's fused attention calls on a CPU; by this name it also gives the log-sum-exp."""
 
@@ -31,6 +33,27 @@ class Prefix:
     """Values."""
     allowed: Bool[Tensor, "prompt 1 1 key"] | None = None
     """False at padding; None where there is none."""
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The first positions of an earlier run, from which every layer reads its own `Prefix`."""
+
+    kv: KVCache
+    """Keys and values of all layers; they may lie on another device and in another dtype."""
+    stop: int
+    """How many of the positions belong to the prefix."""
+    allowed: Bool[Tensor, "prompt 1 1 key"] | None
+    """False at padding; None where there is none."""
+    device: torch.device
+    """Where attention runs."""
+    dtype: torch.dtype
+    """The dtype in which attention runs."""
+
+    def layer(self, layer: int) -> Prefix:
+        """Keys and values of one layer."""
+        k, v = (part[:, :, : self.stop].to(self.device, self.dtype) for part in self.kv.layer(layer))
+        return Prefix(k, v, self.allowed)
 
 
 def attend_with_prefix(

@@ -93,7 +93,7 @@ class _Tuned:
     """Blocks run with differences added to their weights, which themselves are left alone."""
 
     def __init__(self, rows: Rows, names: dict[int, list[str]], first: int) -> None:
-        self.rows, self.names, self.first = rows, names, first
+        self.rows, self.first = rows, first
         model = rows.model
         whole = (f"language.blocks.{layer}.{name}" for layer, own in names.items() for name in own)
         self.weights = {name: model.get_parameter(name).detach() for name in whole}
@@ -121,18 +121,14 @@ class _Tuned:
 
     def _log_probability(self, deltas: dict[str, Tensor]) -> Float[Tensor, " row"]:
         """log P(target) of every row with the differences in place: all positions, since the weights act on all."""
-        rows = self.rows
-        blocks, n_layers = rows.model.language.blocks, rows.model.cfg.n_layers
-        resid = rows.kept.stream(self.first)
-        for layer in range(self.first, n_layers):
-            context = rows.kept.context(layer, 0, 1, rows.read if layer == n_layers - 1 else None)
-            prefix = f"language.blocks.{layer}."
-            changed = {
-                name: (self.weights[prefix + name] + deltas[prefix + name]).to(self.weights[prefix + name].dtype)
-                for name in self.names.get(layer, [])
-            }
-            resid = functional_call(blocks[layer], changed, (resid, context))
-        return rows.log_probability(rows.model.language.to_logits(resid))
+        rows, language = self.rows, self.rows.model.language
+        changed = {
+            name.removeprefix("language."): (weight + deltas[name]).to(weight.dtype)
+            for name, weight in self.weights.items()
+        }
+        entering = rows.kept.stream(self.first), rows.kept.context()
+        where = {"start_at_layer": self.first, "queries": rows.read.tolist()}
+        return rows.log_probability(language.to_logits(functional_call(language, changed, entering, where)))
 
 
 def _names(model: HookedLLaVA, layers: list[int], weights: str) -> dict[int, list[str]]:

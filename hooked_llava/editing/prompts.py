@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.components import AttentionContext
 from hooked_llava.editing import ledger
 from hooked_llava.editing.identity import identity, is_same
 from hooked_llava.errors import InputError
 from hooked_llava.input_checks import whole_number
+from hooked_llava.interventions.kept_run import KeptRun, joined_runs, keep
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -29,12 +29,8 @@ class KeptPrompts:
     """
 
     model: HookedLLaVA
-    streams: dict[int, Float[Tensor, "prompt pos d_model"]]
-    """The stream entering each of the kept layers."""
-    mask: Bool[Tensor, "prompt pos"]
-    """False at padding, which is on the left."""
-    position_ids: Int[Tensor, "prompt pos"] | None
-    """Positions for the rotary embedding, if they were given."""
+    run: KeptRun
+    """The streams entering the kept layers; padding is on the left."""
     before: Float[Tensor, "prompt d_vocab"]
     """Next-token logits then."""
     weights: Float[Tensor, " sample"]
@@ -47,16 +43,8 @@ class KeptPrompts:
 
     def __getitem__(self, rows: Sequence[int] | slice) -> KeptPrompts:
         """Some of the prompts, without columns that are padding in all of them."""
-        index: Any = rows if isinstance(rows, slice) else list(rows)
-        mask = self.mask[index]
-        first = int(mask.any(0).nonzero()[0]) if len(mask) else 0
-        return replace(
-            self,
-            streams={layer: stream[index][:, first:] for layer, stream in self.streams.items()},
-            mask=mask[:, first:],
-            position_ids=None if self.position_ids is None else self.position_ids[index][:, first:],
-            before=self.before[index],
-        )
+        run = self.run[rows]
+        return replace(self, run=run, before=self.before[rows if isinstance(rows, slice) else list(rows)])
 
     def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
         """Raises `InputError` unless they are of this model, with the active edits and the identity that it has now."""
@@ -79,17 +67,10 @@ class KeptPrompts:
 
         Weights that act before that layer count as they were when the prompts were kept.
         """
-        start = max(kept for kept in self.streams if kept <= layer)
-        blocks, resid = self.model.language.blocks, self.streams[start]
-        context = self.model.context(resid, self.mask, self.position_ids)
-        for block in blocks[start:-1]:
-            resid = block(resid, context)
-        if start < len(blocks):  # of the last block only the last position is asked for; it sees every real key
-            last = torch.tensor([resid.shape[1] - 1], device=resid.device)
-            allowed = None if context.allowed is None else self.mask[:, None, None, :]
-            only = AttentionContext(allowed=allowed, rotation=context.rotation, queries=last)
-            resid = blocks[-1](resid, only)
-        return self.model.language.to_logits(resid[:, -1:])[:, 0]
+        start = max(kept for kept in self.run.streams if kept <= layer)
+        language, layers, last = self.model.language, range(start, self.model.cfg.n_layers), [self.run.n_positions - 1]
+        resid = language.blocks.run(self.run.stream(start), self.run.context(), layers=layers, queries=last)
+        return language.to_logits(resid)[:, 0]
 
 
 @torch.no_grad()
@@ -109,23 +90,15 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
     wanted = sorted({0, *(whole_number(layer, "A layer to keep") for layer in layers)})
     if wanted[0] < 0 or wanted[-1] > n_layers:
         raise InputError(f"layers={list(layers)} are out of range; expected 0..{n_layers}, {n_layers} being the end.")
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
-    before = []
+    runs, before = [], []
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        resid = model.embed(batch)
-        context = model.context(resid, batch.attention_mask, batch.position_ids)
-        for layer in range(n_layers + 1):
-            if layer in parts:
-                parts[layer].append(resid)
-            if layer < n_layers:
-                resid = model.language.blocks[layer](resid, context)
-        before.append(model.language.to_logits(resid[:, -1:])[:, 0])
+        run = keep(model, prompts[start : start + batch_size], layers={*wanted, n_layers}, keys_and_values=False)
+        before.append(model.language.to_logits(run.stream(n_layers)[:, -1:])[:, 0])
+        streams = {layer: stream for layer, stream in run.streams.items() if layer in wanted}
+        runs.append(replace(run, streams=streams))
     return KeptPrompts(
         model=model,
-        streams={layer: torch.cat(part) for layer, part in parts.items()},
-        mask=prompts.attention_mask,
-        position_ids=prompts.position_ids,
+        run=joined_runs(runs),
         before=torch.cat(before),
         weights=identity(model),
         edits=ledger.all_active(model),

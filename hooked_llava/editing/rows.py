@@ -63,11 +63,11 @@ class Rows:
 
     def logits(self, resid: Float[Tensor, "row suffix d_model"], layer: int) -> Float[Tensor, "row read d_vocab"]:
         """Logits where the targets are read, from the residual stream entering a layer; gradients pass."""
-        wanted, n_layers = self.read - self.start, len(self.model.language.blocks)
-        for index in range(layer, n_layers):
-            queries = wanted if index == n_layers - 1 else None
-            resid = self.model.language.blocks[index](resid, self.kept.context(index, self.start, 1, queries))
-        return self.model.language.to_logits(resid if layer < n_layers else resid[:, wanted])
+        language, wanted = self.model.language, (self.read - self.start).tolist()
+        layers = range(layer, len(language.blocks))
+        return language.to_logits(
+            language.blocks.run(resid, self.kept.context(self.start), layers=layers, queries=wanted)
+        )
 
     def log_probability(self, logits: Float[Tensor, "row read d_vocab"]) -> Float[Tensor, " row"]:
         """log P(target) in nats."""
@@ -80,7 +80,7 @@ class Rows:
         names = (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out")
         seen: dict[str, Tensor] = {}
         with self.model.hooks([(list(names), saver(seen, self.model.hooks_table))]):
-            self.model.language.blocks[layer](self.stream(layer), self.kept.context(layer, self.start, 1))
+            self.model.language.blocks[layer](self.stream(layer), self.kept.context(self.start))
         rows = torch.arange(len(self.edited), device=self.edited.device)
         key, value = (seen[name][rows, self.edited - self.start] for name in names)
         return key, value

@@ -32,8 +32,9 @@ def branched_run(replay: Replay, changes: list[Intervention], start: int) -> Kep
     _, (seen,) = replay.run_with_cache([changes], [*_KEPT, k_name], positions=list(range(start, kept.n_positions)))
     fresh = [seen[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)]
     fresh.append(seen[f"blocks.{n_layers - 1}.hook_resid_post"])
-    streams = tuple(_joined(old, new, start) for old, new in zip(kept.streams, fresh, strict=True))
+    streams = {layer: _joined(old, fresh[layer], start) for layer, old in kept.streams.items()}
     kv = copy.deepcopy(kept.kv)
+    assert kv is not None
     for layer in range(n_layers):
         k, v = kv.layer(layer)
         k[:, :, start:] = seen[f"blocks.{layer}.attn.hook_{k_name}"].transpose(1, 2).to(k)

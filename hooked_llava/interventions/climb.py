@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.caching import saver
+from hooked_llava.components import AttentionContext
 from hooked_llava.interventions.edits import Edit, edited
 from hooked_llava.interventions.plan import PlannedRun
 
@@ -40,6 +41,7 @@ class Climb:
         self.reads = self._all_from_start() if mix_at_the_end(runs, self.n_layers) else wanted
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
+        self._context: tuple[int, AttentionContext] | None = None  # for how many runs, and what attention needs then
         self._listen = set(listen or [])
 
     def _all_from_start(self) -> Int[Tensor, "prompt position"]:
@@ -76,9 +78,11 @@ class Climb:
     def _through(self, layer: int, x: Float[Tensor, "prompt run suffix d_model"]) -> Tensor:
         """One block; in the last one only the wanted positions give more than keys and values."""
         queries = self._queries() if layer == self.n_layers - 1 else None
-        context = self.kept.context(layer, self.start, len(self.active), queries)
+        if self._context is None or len(x[0]) != self._context[0]:
+            self._context = len(x[0]), self.kept.context(self.start, len(x[0]))
         with edited(self.model, self._edits(layer, queries), self._listeners(layer)):
-            out = self.model.language.blocks[layer](x.flatten(0, 1), context)
+            blocks, only = self.model.language.blocks, range(layer, layer + 1)
+            out = blocks.run(x.flatten(0, 1), self._context[1], layers=only, queries=queries)
         self.replay.work.token_layers += self._cost(layer)
         return out.unflatten(0, x.shape[:2])
 
@@ -113,8 +117,9 @@ class Climb:
 
     def _at_wanted(self, x: Tensor, fresh: Tensor) -> Tensor:
         """The stream at the positions that are read: re-run where it was, kept before the start."""
-        if self._queries() is not None:
-            places = {int(p): i for i, p in enumerate((self._queries() + self.start).tolist())}
+        queries = self._queries()
+        if queries is not None:
+            places = {p + self.start: i for i, p in enumerate(queries)}
         else:
             places = {p: p - self.start for p in range(self.start, self.kept.n_positions)}
         fresh = fresh.clone()
@@ -125,18 +130,18 @@ class Climb:
                 fresh[prompt][:, list(to)] = x[prompt][:, list(source)]
         return fresh
 
-    def _queries(self) -> Tensor | None:
+    def _queries(self) -> list[int] | None:
         """Suffix positions whose output the last block must give, if they are the same for all prompts and not all."""
         if not bool((self.reads == self.reads[:1]).all()):
             return None
         inside = sorted({int(p) - self.start for p in self.reads[0].tolist() if p >= self.start})
         if not inside or len(inside) == self.kept.n_positions - self.start:
             return None
-        return torch.tensor(inside, device=self.reads.device)
+        return inside
 
-    def _edits(self, layer: int, queries: Tensor | None) -> list[Edit]:
+    def _edits(self, layer: int, queries: list[int] | None) -> list[Edit]:
         """All edits inside a block, on the rows that are on their way."""
-        narrow = None if queries is None else {int(q) + self.start: i for i, q in enumerate(queries.tolist())}
+        narrow = None if queries is None else {q + self.start: i for i, q in enumerate(queries)}
         edits = []
         for i, run in enumerate(self.active):
             for resolved in run.language:

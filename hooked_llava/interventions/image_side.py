@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.components import AttentionContext
 from hooked_llava.interventions.edits import Edit, edited
 from hooked_llava.interventions.resolved import Resolved
 
@@ -39,12 +38,8 @@ class ImageSide:
     @cached_property
     def streams(self) -> list[Float[Tensor, "image pos d_model"]]:
         """Stream entering every block that is run, and leaving the last."""
-        vision = self.model.vision
         assert self._pixels is not None
-        states = [vision.embed(self._pixels)]
-        for block in vision.blocks[: vision.cfg.n_layers_run]:
-            states.append(block(states[-1], AttentionContext()))
-        return states
+        return self.model.vision.states([self.model.vision.embed(self._pixels)])
 
     @torch.no_grad()
     def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
@@ -81,15 +76,13 @@ class ImageSide:
 
     def _from(self, entry: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
         vision, n_runs = self.model.vision, len(runs)
-        cfg, n_images = vision.cfg, self.inputs.n_images
+        n_images = self.inputs.n_images
         with edited(self.model, self._edits(runs)):
             kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(entry, 0) + 1]]  # (run * image, ...)
             if entry < 0:
                 assert self._pixels is not None
                 kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
-            for block in vision.blocks[len(kept) - 1 : cfg.n_layers_run]:
-                kept.append(block(kept[-1], AttentionContext()))
-            features = vision.features(kept)
+            features = vision.features(vision.states(kept))
             embedding = self.model.hook_image_embed(self.model.projector(features))
         return embedding.unflatten(0, (n_runs, n_images))
 

@@ -97,7 +97,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return self.kept.kv.nbytes + sum(s.numel() * s.element_size() for s in self.kept.streams)
+        return self.kept.nbytes
 
     def logits(self, positions: Positions = "last") -> Float[Tensor, "*prompt_position d_vocab"]:
         """Logits of the kept run: [d_vocab] for one prompt, [prompt, d_vocab] for a batch, with a position axis unless "last"."""

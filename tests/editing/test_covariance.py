@@ -27,7 +27,8 @@ def test_batches_are_summed_as_one(model):
     whole = {name: torch.cat([one[name] for one in prompts()]) for name in prompts()[0]}
     apart, together = key_covariance(model, iter(prompts()), 1), key_covariance(model, [whole], 1)
     assert apart.n_keys == together.n_keys
-    torch.testing.assert_close(apart.moment, together.moment)
+    # keys are float32, and a batch of another size is summed in another order
+    torch.testing.assert_close(apart.moment, together.moment, rtol=1e-4, atol=1e-5 * float(together.moment.abs().max()))
     assert apart.moment.dtype == torch.float64
 
 

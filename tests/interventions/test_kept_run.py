@@ -23,7 +23,7 @@ def test_keeps_the_streams_and_re_enters_them(side: str) -> None:
     for layer, block in enumerate(models.ours.blocks):
         rows = kept.stream(layer, start).repeat_interleave(2, 0)
         with torch.no_grad():
-            out = block(rows, kept.context(layer, start, 2)).unflatten(0, (2, 2))
+            out = block(rows, kept.context(start, 2)).unflatten(0, (2, 2))
         for row in range(2):
             torch.testing.assert_close(out[:, row][real], kept.stream(layer + 1, start)[real], rtol=1e-4, atol=1e-4)
 
@@ -31,9 +31,10 @@ def test_keeps_the_streams_and_re_enters_them(side: str) -> None:
 def test_only_some_queries() -> None:
     models = pair()
     inputs = models.ours.as_inputs(models.prompt())
-    kept, queries = keep(models.ours, inputs), torch.tensor([1, 3])
+    kept = keep(models.ours, inputs)
     with torch.no_grad():
-        out = models.ours.blocks[2](kept.stream(2, 5), kept.context(2, 5, 1, queries))
+        blocks, only = models.ours.language.blocks, range(2, 3)
+        out = blocks.run(kept.stream(2, 5), kept.context(5), layers=only, queries=[1, 3])
     torch.testing.assert_close(out, kept.stream(3, 5)[:, [1, 3]], rtol=1e-4, atol=1e-4)
 
 

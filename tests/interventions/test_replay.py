@@ -298,9 +298,9 @@ def test_keeps_what_was_forecast_and_survives_hooks_that_write_in_place() -> Non
     inputs = prompts(model, 1, batch=2, n_images=1, padding="none")
     replay = Replay(model, inputs)
     assert replay.nbytes == Replay.forecast(model, inputs)
-    before = [stream.clone() for stream in replay.kept.streams]
+    before = [stream.clone() for stream in replay.kept.streams.values()]
     replay.run([[Intervention(f"blocks.{i}.hook_resid_pre", fn=lambda t: t.mul_(0.0))] for i in range(3)])
-    assert all(torch.equal(a, b) for a, b in zip(before, replay.kept.streams, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, replay.kept.streams.values(), strict=True))
 
 
 def test_half_precision_keeps_half_as_much_and_stays_close() -> None:
