@@ -7,6 +7,8 @@ built-in exception that a user would catch without knowing this library, so `exc
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 
 
@@ -46,6 +48,30 @@ class SpanError(HookedLLaVAError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class PromptWithoutTemplate(UserWarning):
+    """Text that is taken as the whole prompt, though the model answers questions in a conversation template."""
+
+
+_BETWEEN = (
+    "hooked_llava",
+    "torch",
+    "transformer_lens",
+    "contextlib",
+    "functools",
+    "jaxtyping",
+    "beartype",
+    "typeguard",
+)
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside this library (and its decorators) that led here, however deep the call."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def did_you_mean(given: str, known: Iterable[str], *, n: int = 3) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_llava import input_checks as check
 from hooked_llava.config import LLaVAConfig
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, PromptWithoutTemplate, warn_user
 from hooked_llava.geometry import ImageGeometry
 from hooked_llava.input_batch import Inputs
 from hooked_llava.pictures import Picture, load_picture
@@ -23,6 +23,7 @@ from hooked_llava.templates import (
     DEFAULT,
     Prompt,
     Template,
+    conversation_marks,
     count_message,
     default_template,
     find_template,
@@ -101,7 +102,8 @@ def as_inputs(
 ) -> Inputs:
     """Whatever stands for inputs, as `Inputs` on that device: ids [position] or [batch position], text, or a dict.
 
-    Text is the whole prompt, without template and pictures. A dict is what a Hugging Face processor returns:
+    Text is the whole prompt, without template and pictures; warns with `PromptWithoutTemplate` where it looks like a bare
+    question to a model that answers in a conversation template. A dict is what a Hugging Face processor returns:
     input_ids, pixel_values, attention_mask, position_ids. Token ids without a mask are all real. Raises `InputError`
     before anything is computed if they do not fit the model or each other.
 
@@ -117,7 +119,25 @@ def as_inputs(
     if isinstance(value, Mapping):
         tokenizer = getattr(processor, "tokenizer", None)
         return from_tensors(value, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
-    return prepare(value, template=None, config=config, processor=processor, device=device, dtype=dtype)
+    whole = prepare(value, template=None, config=config, processor=processor, device=device, dtype=dtype)
+    _warn_of_bare(whole.prompts or (), processor)
+    return whole
+
+
+def _warn_of_bare(prompts: Sequence[str], processor: Any) -> None:
+    """Warn of the first prompt in which nothing says that it was written as a whole prompt."""
+    marks = conversation_marks(processor)
+    written = (*marks, image_token_of(processor), *processor.tokenizer.all_special_tokens)
+    for row, text in enumerate(prompts):
+        if marks and not any(mark in text for mark in written):
+            which = f"Prompt {row}, " if len(prompts) > 1 else ""
+            warn_user(
+                f"{which}{text!r} is taken as the whole prompt, without the conversation template ({' ... '.join(marks)}) "
+                "in which this model answers questions. Give model.prepare(text), which writes it; or, if this is meant, "
+                "model.prepare(text, template=None).",
+                PromptWithoutTemplate,
+            )
+            return
 
 
 def from_tensors(

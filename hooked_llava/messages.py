@@ -42,7 +42,7 @@ def attention_messages(
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> _, cache = model.run_with_cache("Who made the star?", names_filter=["pattern", "v", "attn_out"])
+    >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v", "attn_out"])
     >>> messages = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
     >>> torch.allclose(messages.sum((1, 3)), cache["attn_out", 3], atol=1e-4)
     True
@@ -65,7 +65,7 @@ def summed_messages(
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> _, cache = model.run_with_cache("Who made the star?", names_filter=["pattern", "v"], remove_batch_dim=True)
+    >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)
     >>> each = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
     >>> torch.allclose(summed_messages(model, 3, cache["pattern", 3], cache["v", 3]), each.sum(0), atol=1e-4)
     True
@@ -88,7 +88,7 @@ def messages_along(
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> _, cache = model.run_with_cache("Who made the star?", names_filter=["pattern", "v"], remove_batch_dim=True)
+    >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)
     >>> word = model.tokens_to_residual_directions(model.to_single_token("Red"))
     >>> each = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
     >>> torch.allclose(messages_along(model, 3, cache["pattern", 3], cache["v", 3], word), each @ word, atol=1e-4)

@@ -216,6 +216,24 @@ def default_template(processor: Any) -> Template | None:
     return None
 
 
+def conversation_marks(processor: Any) -> tuple[str, ...]:
+    """Words by which a prompt shows that it is in the conversation template that `prepare` would use, as "USER:".
+
+    None if that template has no such words.
+
+    >>> class Processor: chat_template = None
+    >>> conversation_marks(Processor())
+    ('USER:', 'ASSISTANT:')
+    """
+    template = default_template(processor)
+    if template is not None:
+        return tuple(word for part in (template.user, template.assistant) if (word := part.strip()))
+    before, _, after = _render_chat(processor, _PROBE, 0).partition(_PROBE)
+    beside = [*before.split()[-1:], *after.split()[:1], *after.split()[-1:]]
+    pieces = [piece for word in beside for piece in re.split(r"(<\|.*?\|>)", word)]  # tags as "<|eot_id|>" apart
+    return tuple(dict.fromkeys(piece for piece in pieces if piece and not piece.isalnum()))
+
+
 def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_prefix: str = "") -> Prompt:
     """The prompt that the processor's own chat template makes of a question, up to the answer or with its beginning.
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError, PromptWithoutTemplate, SpanError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.inputs import as_inputs
 from hooked_llava.inputs import prepare as prepare_inputs
@@ -363,7 +363,55 @@ def test_as_inputs_takes_what_stands_for_inputs() -> None:
     assert as_inputs("USER: a star ASSISTANT:", config=CONFIG, processor=PROCESSOR).prompts == (
         "USER: a star ASSISTANT:",
     )
-    assert len(as_inputs(["a", "is it"], config=CONFIG, processor=PROCESSOR)) == 2
+    assert len(as_inputs(["USER: a", "is it ASSISTANT:"], config=CONFIG, processor=PROCESSOR)) == 2
+
+
+def chat(template: str | None) -> Any:
+    processor = make_processor()
+    processor.chat_template = template
+    return processor
+
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>\n' }}{% endfor %}{{ '<|eot_id|>' }}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+MISTRAL = (
+    "{% for m in messages %}[INST] {% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>\n' }}"
+    "{% endfor %} [/INST]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "bare", "whole"),
+    [
+        (None, "Who made the star?", "USER: Who made the star?"),
+        (None, "Is it user: or assistant:?", "Is it red? ASSISTANT:"),
+        (LLAMA3, "USER: Is it? ASSISTANT:", "<|start_header_id|>user<|end_header_id|>\n\nIs it?<|eot_id|>"),
+        (MISTRAL, "Is it?", "[INST] Is it? [/INST]"),
+        (MISTRAL, "Is the INST it?", "Is it?</s> No"),  # a special token: written by somebody who writes whole prompts
+    ],
+)
+def test_a_bare_question_to_a_conversational_model_warns(template: str | None, bare: str, whole: str) -> None:
+    processor = chat(template)
+    given = {"config": CONFIG, "processor": processor}
+    with pytest.warns(PromptWithoutTemplate, match=re.escape(repr(bare)) + ".*prepare") as caught:
+        inputs = as_inputs(bare, **given)
+    assert [Path(w.filename) for w in caught] == [Path(__file__)], "at the user's line"
+    assert inputs.prompts == (bare,), "a string stays a whole prompt"
+    with pytest.warns(PromptWithoutTemplate, match="Prompt 1.*" + re.escape(repr(bare))):
+        as_inputs([whole, bare], **given)
+    as_inputs(whole, **given)
+    prepare(bare, processor=processor)
+    prepare(bare, processor=processor, template=None)
+    as_inputs(prepare(bare, processor=processor, template=None), **given)
+
+
+def test_no_warning_where_a_conversation_adds_nothing() -> None:
+    as_inputs(
+        "a star", config=CONFIG, processor=chat("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}")
+    )
 
 
 def test_as_inputs_of_processor_output() -> None:

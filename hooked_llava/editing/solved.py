@@ -7,7 +7,6 @@ edits of single requests, with other weights of size or other keys, are made fro
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,7 @@ from hooked_llava.editing.layer_choice import Layer, choose_layer
 from hooked_llava.editing.request import EditRequest, Prepared, position_of, prepare_request
 from hooked_llava.editing.rows import make_rows, refuse_listeners
 from hooked_llava.editing.values import TargetNotReached, Values, ValueSearch, optimise_values
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, warn_user
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -170,13 +169,12 @@ def _warn_of_unreached(prepared: Sequence[Prepared], values: Values, layer: int,
     for request, p in zip(prepared, values.probability.tolist(), strict=True):
         if p < min(_REACHED, search.stop):
             asked = request.words
-            warnings.warn(
+            warn_user(
                 f"No value was found under which {asked['prompts'][0]!r} is answered by {asked['target']!r}: its probability "
                 f"is {p:.2g} after {values.steps} steps at layer {layer}, position {asked['position']!r}. The edit will hardly "
                 f"do what it is for; try another layer or position, a larger clamp (now {search.clamp:g}), or more steps (now "
                 f"{search.steps}).",
                 TargetNotReached,
-                stacklevel=5,  # whoever called multedit or rome
             )
 
 
