@@ -17,7 +17,7 @@ class HookedLLaVAError(Exception):
 
 
 class ConfigError(HookedLLaVAError, ValueError):
-    """A model configuration that this library cannot build."""
+    """A model, or a model's configuration, that this library cannot build or wrap."""
 
 
 class CheckpointError(HookedLLaVAError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.config import LLaVAConfig
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.errors import ConfigError, InputError, did_you_mean
+from hooked_llava.geometry import ImageGeometry
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
@@ -170,6 +172,49 @@ def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image ch
     if not bool(finite.all()):
         raise InputError(f"pixel_values of picture {int((~finite).nonzero()[0])} are not all finite (NaN or infinity).")
     return pixels
+
+
+def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
+    """Raises `InputError` for what is no processor, and for one that makes images of another size, or writes another number
+    of image tokens, than the model takes; what it does not say is not compared.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> check_processor_fits(model.processor, model.config)
+    """
+    vision, name = config.vision, type(processor).__name__
+    if getattr(processor, "tokenizer", None) is None:
+        raise InputError(f"The processor is a {name}, which has no tokenizer; expected a LlavaProcessor.")
+    patch_size = getattr(processor, "patch_size", None)
+    side, made = (vision.image_size, vision.image_size), None
+    with suppress(ConfigError):  # a way of resizing that is not known here is told where an image is prepared
+        image_processor = getattr(processor, "image_processor", None)
+        if image_processor is not None:
+            of_this_size = {"height": side[0], "width": side[1], "patch_size": patch_size or vision.patch_size}
+            made = ImageGeometry.from_processor(image_processor, **of_this_size).canvas_size
+    if made not in (None, side):
+        raise InputError(
+            f"The {name} makes images of {made[0]} x {made[1]} pixels and the model takes {side[0]} x {side[1]} "
+            "(vision_config.image_size). Pass the processor of this checkpoint."
+        )
+    if patch_size not in (None, vision.patch_size):
+        raise InputError(
+            f"The {name} has patch_size={patch_size} and the model's vision tower {vision.patch_size}. Pass the processor of "
+            f"this checkpoint, or set processor.patch_size = {vision.patch_size}."
+        )
+    strategy = getattr(processor, "vision_feature_select_strategy", None)
+    extra = getattr(processor, "num_additional_image_tokens", None)
+    if patch_size is None or strategy is None or extra is None:
+        return
+    written = vision.n_patches + extra - (strategy == "default")
+    if written != vision.n_features:
+        expected = "default" if vision.drop_class_token else "full"
+        raise InputError(
+            f"The {name} writes {written} <image> tokens for an image (num_additional_image_tokens={extra}, "
+            f"vision_feature_select_strategy={strategy!r}) and the model takes {vision.n_features}. Pass the processor of this "
+            "checkpoint, or set processor.num_additional_image_tokens = 1 and processor.vision_feature_select_strategy = "
+            f"{expected!r}."
+        )
 
 
 def check_pictures(n_per_row: list[int], n_given: int | None) -> None:

@@ -203,6 +203,7 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
             f"processor.patch_size = {config.vision.patch_size}, processor.num_additional_image_tokens = 1 and "
             "processor.vision_feature_select_strategy as in the model's config."
         )
+    check.check_processor_fits(processor, config)
     if n_prompts > 1 and tokenizer.pad_token is None:
         raise InputError(
             f"{n_prompts} prompts need padding and the tokenizer has no padding token; set "

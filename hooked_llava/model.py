@@ -23,10 +23,12 @@ from hooked_llava.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.hook_names import HookTable
 from hooked_llava.hooked_module import HookedModule, gather_fields, is_stream, layer_index
-from hooked_llava.input_checks import check_mask, check_position_ids
+from hooked_llava.input_checks import check_mask, check_position_ids, check_processor_fits
 from hooked_llava.inputs import Inputs
 from hooked_llava.language import LanguageTower
 from hooked_llava.loading import (
+    as_dtype,
+    check_model,
     load_into,
     load_processor,
     read_config,
@@ -213,23 +215,39 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         cls,
         name: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> HookedLLaVA:
         """Load "tiny-shapes" (embedded, offline), a local folder in Hugging Face format, or a name on the hub.
 
-        Weights are streamed into place one tensor at a time, so loading takes once their memory. `dtype` is the
-        checkpoint's unless given. Raises `CheckpointError` naming the tensor and the file, and `ConfigError` for another
-        architecture.
+        Weights are streamed into place one tensor at a time, so loading takes once their memory.
+
+        Args:
+            name: an embedded name, a folder, or the hub's owner/name.
+            dtype: of the weights, such as torch.bfloat16 or "bfloat16"; the checkpoint's by default and for "auto".
+            device: where the weights go.
+            revision: branch, tag or commit on the hub.
+            token: for the hub's gated and private models, unless you are logged in.
+            cache_dir: where what comes from the hub is kept.
+
+        Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, quantized
+        weights, the original code's layout); `ConfigError` for another architecture or a dtype that is not floating point.
+
+        >>> HookedLLaVA.from_pretrained("tiny-shapes", dtype="bfloat16").cfg.dtype
+        torch.bfloat16
         """
-        folder = resolve(name)
+        wanted = as_dtype(dtype)
+        folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
         hf_config = read_config(folder)
         config = LLaVAConfig.from_hf(hf_config, model_name=str(name))
         processor, why_none = load_processor(folder)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
         model.no_processor = why_none
         model.generation_config = read_generation_config(folder)
-        load_into(model, folder, config, dtype=dtype, device=device)
+        load_into(model, folder, config, dtype=wanted, device=device)
         return model
 
     @classmethod
@@ -237,9 +255,14 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         """A view of a `LlavaForConditionalGeneration`: the same storage, in parameters of its own.
 
         A later `.to(...)` of this model leaves the user's alone; an edit of the weights in place reaches both. Without a
-        processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture.
+        processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture, and for
+        what is no plain model in memory (adapters, quantized or offloaded weights, wrappers), saying how to come to one;
+        and `InputError` for a processor that is another model's.
         """
+        check_model(hf_model)
         config = LLaVAConfig.from_hf(hf_model.config)
+        if processor is not None:
+            check_processor_fits(processor, config)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_model.config)
         model.generation_config = hf_model.generation_config
         share_weights(model, hf_model, config)
@@ -253,7 +276,7 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
                 "or load the model with from_pretrained or from_hf."
             )
         options.setdefault("generation_config", self.generation_config)
-        save(self.state_dict(), self.hf_config, self.processor, folder, **options)
+        save(self.state_dict(), self.hf_config, self.processor, os.fspath(folder), **options)
 
 
 @contextmanager

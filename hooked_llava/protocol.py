@@ -210,16 +210,13 @@ class TransformerLensSurface(nn.Module):
             "unembed.b_U": self.b_U,
             "ln_final.w": self.ln_final.w,
         }
+        mlp = ("W_in", "W_out", "b_in", "b_out") + (("W_gate",) if self.config.language.gated_mlp else ())
         for i, block in enumerate(self.blocks):
             weights |= {f"blocks.{i}.{norm}.w": getattr(block, norm).w for norm in ("ln1", "ln2")}
             weights |= {f"blocks.{i}.attn.{name}": getattr(block.attn, name) for name in ("W_Q", "b_Q", "W_O", "b_O")}
             for name in ("W_K", "b_K", "W_V", "b_V"):
                 weights[f"blocks.{i}.attn.{name}"] = self._for_each_query_head(getattr(block.attn, name), dim=0)
-            weights |= {
-                f"blocks.{i}.mlp.{name}": getattr(block.mlp, name) for name in ("W_in", "W_out", "b_in", "b_out")
-            }
-            if self.config.language.gated_mlp:
-                weights[f"blocks.{i}.mlp.W_gate"] = block.mlp.W_gate
+            weights |= {f"blocks.{i}.mlp.{name}": getattr(block.mlp, name) for name in mlp}
         return weights
 
     def accumulated_bias(

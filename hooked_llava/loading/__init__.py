@@ -12,9 +12,12 @@ from hooked_llava.loading.convert import expected_tensors, hf_name, our_name
 from hooked_llava.loading.embedded import EMBEDDED, resolve
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
+from hooked_llava.loading.supported import as_dtype, check_model
 
 __all__ = [
     "EMBEDDED",
+    "as_dtype",
+    "check_model",
     "expected_tensors",
     "hf_name",
     "load_into",

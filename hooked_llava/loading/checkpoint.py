@@ -22,10 +22,11 @@ from transformers import AutoProcessor, GenerationConfig, LlavaConfig, Processor
 from hooked_llava.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.convert import TIED, TIED_TO, expected_tensors, our_name
+from hooked_llava.loading.supported import check_folder, check_tensor_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F16", "BF16", "F32", "F64")
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _SHOWN = 4  # names listed in a message before "and n more"
 _CHUNK = 2**20  # elements checked at once: the check must not need memory of the tensor's own size
 
@@ -33,14 +34,17 @@ _CHUNK = 2**20  # elements checked at once: the check must not need memory of th
 def read_config(folder: str | Path) -> LlavaConfig:
     """The Hugging Face config of a checkpoint folder.
 
-    Raises `CheckpointError` if config.json is missing or unreadable, describes another architecture, or says that the
-    weights are quantised.
+    Raises `CheckpointError` if config.json is missing or unreadable or describes another architecture, and for folders of
+    another kind (`supported.FOLDERS`): original LLaVA code, adapters, quantized weights.
 
     >>> from hooked_llava.loading import resolve
     >>> read_config(resolve("tiny-shapes")).model_type
     'llava'
     """
     path = Path(folder) / "config.json"
+    check_folder(
+        Path(folder), _read_json(path) if path.is_file() else {}
+    )  # an adapter's folder may have no config.json
     fields = _read_json(path)
     model_type = fields.get("model_type")
     if model_type != "llava":
@@ -48,25 +52,19 @@ def read_config(folder: str | Path) -> LlavaConfig:
             f"{path} describes a model of type {model_type!r}; expected 'llava' (LlavaForConditionalGeneration). "
             "Load a LLaVA-1.5 checkpoint in Hugging Face format, such as those of llava-hf on the hub."
         )
-    text_fields = fields.get("text_config") or {}
-    if "quantization_config" in fields or "quantization_config" in text_fields:
-        raise CheckpointError(
-            f"{path} says that the weights are quantised (quantization_config); only floating-point weights load. "
-            "Load the checkpoint it was made from, with dtype=torch.bfloat16 if memory is short."
-        )
     try:
         return LlavaConfig.from_dict(fields)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{path} is not a LLaVA config that transformers can read: {error}") from error
 
 
-def stored_dtype(hf_config: LlavaConfig) -> torch.dtype:
-    """The dtype that a config says its weights have, float32 if it says nothing.
+def stored_dtype(hf_config: LlavaConfig) -> torch.dtype | None:
+    """The dtype that a config says its weights have, None if it says nothing.
 
     >>> stored_dtype(LlavaConfig(dtype="bfloat16"))
     torch.bfloat16
     """
-    dtype = hf_config.dtype or getattr(hf_config.text_config, "dtype", None) or torch.float32
+    dtype = hf_config.dtype or getattr(hf_config.text_config, "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once the config has been saved
 
 
@@ -141,10 +139,10 @@ def load_into(
 ) -> None:
     """Replace every parameter of a module (built on the meta device) by the checkpoint's, at one times their memory.
 
-    dtype None means the one in config.json. Parameters do not ask for gradients. Raises `CheckpointError` as
-    `stream_tensors` does; the module is then half filled and should be thrown away.
+    dtype None means the one in config.json, or where it names none, that of the first tensor. Parameters do not ask for
+    gradients. Raises `CheckpointError` as `stream_tensors` does; the module is then half filled and should be thrown away.
     """
-    dtype = dtype or stored_dtype(read_config(folder))
+    dtype = dtype or stored_dtype(read_config(folder)) or _first_dtype(Path(folder))
     for name, tensor in stream_tensors(folder, config, dtype=dtype, device=device):
         set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
     if config.language.tied_embeddings:
@@ -155,6 +153,11 @@ def load_into(
             f"The module has parameters that the checkpoint's config does not call for: {_some(empty)}. "
             "Build it from the same config."
         )
+
+
+def _first_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first tensor that is floating point, by which transformers goes as well."""
+    return next((_FLOATS[entry.dtype] for entry in _entries(folder) if entry.dtype in _FLOATS), torch.float32)
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -182,12 +185,12 @@ class _Entry:
 def _matched_entries(folder: Path, config: LLaVAConfig) -> dict[str, _Entry]:
     """The checkpoint's tensors by our names, after comparison with what the config asks for."""
     entries: dict[str, _Entry] = {}
-    surplus: list[str] = []
+    surplus: list[_Entry] = []
     for entry in _entries(folder):
         try:
             name = our_name(entry.hf_name)
         except CheckpointError:
-            surplus.append(f"{entry.hf_name} in {entry.path.name}")
+            surplus.append(entry)
             continue
         if name is None:
             continue
@@ -197,16 +200,17 @@ def _matched_entries(folder: Path, config: LLaVAConfig) -> dict[str, _Entry]:
                 f"{entry.hf_name} in {entry.path.name}. Remove one, or convert the checkpoint again."
             )
         entries[name] = entry
+    check_tensor_names(folder, (entry.hf_name for entry in surplus))
     _compare(folder, entries, surplus, config)
     return entries
 
 
-def _compare(folder: Path, entries: dict[str, _Entry], surplus: list[str], config: LLaVAConfig) -> None:
+def _compare(folder: Path, entries: dict[str, _Entry], surplus: list[_Entry], config: LLaVAConfig) -> None:
     expected = expected_tensors(config)
     if config.language.tied_embeddings and TIED in entries:
         expected = {**expected, TIED: expected[TIED_TO]}
     missing = [name for name in expected if name not in entries]
-    surplus += [f"{e.hf_name} in {e.path.name}" for name, e in entries.items() if name not in expected]
+    surplus += [entry for name, entry in entries.items() if name not in expected]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(expected)} tensors that its config.json calls for: "
@@ -214,7 +218,8 @@ def _compare(folder: Path, entries: dict[str, _Entry], surplus: list[str], confi
         )
     if surplus:
         raise CheckpointError(
-            f"{folder} holds {len(surplus)} tensors that its config.json does not call for: {_some(surplus)}. "
+            f"{folder} holds {len(surplus)} tensors that its config.json does not call for: "
+            f"{_some([f'{entry.hf_name} in {entry.path.name}' for entry in surplus])}. "
             "The config.json belongs to another model, or the checkpoint is of another architecture."
         )
     for name, shape in expected.items():
@@ -227,7 +232,7 @@ def _compare(folder: Path, entries: dict[str, _Entry], surplus: list[str], confi
         if entry.dtype not in _FLOATS:
             raise CheckpointError(
                 f"Tensor {entry.hf_name} in {entry.path} is stored as {entry.dtype}; expected floating point "
-                f"({', '.join(_FLOATS)}). Quantised checkpoints do not load: use the one it was made from."
+                f"({', '.join(_FLOATS)}). Quantized checkpoints do not load: use the one it was made from."
             )
 
 
@@ -256,14 +261,21 @@ def _entries(folder: Path) -> Iterator[_Entry]:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+    pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    if not pickles:
         return (
-            f"{folder} holds its weights as pickle files only ({_some(pickles)}), which can run any code when opened "
-            "and are never read. Convert them once, in a place you trust, with transformers: "
-            "LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(new_folder)."
+            f"{folder} holds no weights; expected {WEIGHTS}, or {INDEX} with the files it names. Pickle files (*.bin) are "
+            "neither read nor downloaded."
         )
-    return f"{folder} holds no weights; expected {WEIGHTS}, or {INDEX} with the files it names."
+    for index in folder.glob("*.bin.index.json"):
+        check_tensor_names(folder, _read_json(index).get("weight_map") or {})
+    return (
+        f"{folder} holds its weights as pickle files only ({_some(pickles)}), which can run any code when opened "
+        "and are never read. Convert them once, in a place you trust, with transformers: model, found = "
+        "LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True), and if found['missing_keys'] is "
+        "empty (what is missing would be drawn at random), model.save_pretrained(new_folder)."
+    )
 
 
 def _header(path: Path) -> dict[str, _Entry]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from hooked_llava.errors import CheckpointError, did_you_mean
 
@@ -22,16 +24,23 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_SKIPPED = ("*/*",)
 
 
-def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """The folder of a model: an embedded name, a local folder, or a hub name, which is downloaded once and kept.
 
-    An embedded name comes before a local folder of the same name; write `./tiny-shapes` for the folder. Raises
+    An embedded name comes before a local folder of the same name; write `./tiny-shapes` for the folder. `revision` (a
+    branch, tag or commit), `token` and `cache_dir` are the hub's and count for hub names only, as in transformers. Raises
     `CheckpointError` for a name that is none of the three, or a hub that cannot be reached.
 
     >>> resolve("tiny-shapes").parent.name
     'checkpoint'
     """
-    name = str(name_or_path)
+    name = os.fspath(name_or_path)
     if name in EMBEDDED:
         return embedded_folder(name)
     path = Path(name).expanduser()
@@ -42,13 +51,13 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
             f"{name!r} is a file; expected the folder that holds config.json and the safetensors files. "
             f"Give its folder, {str(path.parent)!r}."
         )
-    looks_local = isinstance(name_or_path, Path) or name.startswith((".", "~", "/"))
+    looks_local = not isinstance(name_or_path, str) or name.startswith((".", "~", "/"))
     if looks_local or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
             f"There is no model {name!r}: neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder, "
             f"nor a hub name of the form owner/name.{did_you_mean(name, EMBEDDED)}"
         )
-    return _download(name, revision)
+    return _download(name, revision, {"token": token, "cache_dir": cache_dir})
 
 
 def embedded_folder(name: str) -> Path:
@@ -66,7 +75,7 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -81,14 +90,18 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIPPED)
+                name,
+                revision=revision,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_SKIPPED),
+                **options,
             )
         )
     except GatedRepoError as error:
-        reason = "it is gated: accept its terms on its hub page and log in with `hf auth login`"
+        reason = "it is gated: accept its terms on its hub page and log in with `hf auth login`, or give token="
         cause = error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        reason = "the hub has no such model (or it is private and needs `hf auth login`)"
+        reason = "the hub has no such model (or it is private and needs `hf auth login` or token=)"
         cause = error
     except RevisionNotFoundError as error:
         reason, cause = f"it has no revision {revision!r}", error

@@ -20,8 +20,8 @@ def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -
         if name not in given or tuple(given[name].shape) != shape:
             found = tuple(given[name].shape) if name in given else "nothing"
             raise CheckpointError(
-                f"The model's {name!r} has shape {found}; its config calls for {shape}. Pass an unmodified "
-                "LlavaForConditionalGeneration (adapters merged, not quantised)."
+                f"The model's {name!r} has shape {found}; its config calls for {shape}. Pass a "
+                "LlavaForConditionalGeneration whose layers are those that its config describes."
             )
         set_parameter(module, name, nn.Parameter(given[name], requires_grad=False))
     if config.language.tied_embeddings:
