@@ -53,7 +53,7 @@ class Inputs:
     prompts: tuple[str, ...] | None = None
     """The texts, with one image token per picture, if they are known."""
     images: tuple[Image.Image, ...] | None = None
-    """The original pictures as RGB, if they are known."""
+    """The original images as the model's image processor got them (RGB, upright, on white), if they are known."""
 
     @property
     def shape(self) -> torch.Size:

@@ -58,8 +58,10 @@ def prepare(
     """Dress questions in the conversation template, tokenize them and process their pictures, all checked.
 
     For one question, `images` is a picture or a list of its pictures; for a list of questions, a list with one entry
-    each (a picture, a list of pictures, or None). Pictures are paths, PIL pictures, arrays [height, width, 3] or
-    tensors [3, height, width].
+    each (a picture, a list of pictures, or None). Pictures are paths, PIL images, arrays [height, width, 3] or tensors
+    [3, height, width]. The model sees them, and `inputs.images` holds them, as a person does: upright by their EXIF data
+    and with white under what is transparent (`hooked_llava.pictures`), where transformers' processors take a file's
+    pixels as they are stored. What a processor made already is taken as it is (`as_inputs`).
 
     `template` is a registered name, a `Template`, "chat" (the processor's own chat template), "default" (the one that
     suits the processor), or None: then the text is the whole prompt. `tail` replaces the instruction after the
@@ -229,7 +231,7 @@ def _pictures(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.I
     else:
         nested = [_entries(entry) for entry in images]
     return [
-        [load_picture(picture, f"Picture {i} of prompt {row}") for i, picture in enumerate(entries)]
+        [load_picture(picture, f"Image {i} of prompt {row}") for i, picture in enumerate(entries)]
         for row, entries in enumerate(nested)
     ]
 

@@ -250,12 +250,12 @@ def test_device_and_dtype() -> None:
         (
             "A?",
             "no/such.png",
-            "Picture 0 of prompt 0 is the path 'no/such.png', where there is no file; check the path.",
+            "Image 0 of prompt 0 is the path 'no/such.png', where there is no file; check the path.",
         ),
         (
             ["A?", "B?"],
             [None, [PICTURE, np.zeros((5, 7, 9))]],
-            "Picture 1 of prompt 1 is an array of 5 x 7 x 9; expected",
+            "Image 1 of prompt 1 is an array of 5 x 7 x 9; expected",
         ),
         ("is " * 300, None, "Prompt 0 has 303 tokens, image tokens included; the model was made for at most 256."),
     ],

@@ -13,7 +13,7 @@ from PIL import Image
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.geometry import Number, checked_box
 from hooked_llava.inputs import TEMPLATE_TAIL
-from hooked_llava.pictures import Picture, load_picture
+from hooked_llava.pictures import Picture, load_picture, upright_size
 from hooked_llava.positions import Positions
 from hooked_llava.templates import DEFAULT
 
@@ -128,7 +128,8 @@ def boxes_lost(inputs: Inputs, rows: Sequence[StudyRow], coverage: Number = 0) -
 def check_rows(rows: Sequence[StudyRow], images: str | Path | None = None) -> None:
     """What can be known of pictures and boxes before anything runs: that they are there, and fit.
 
-    Of a picture's file only the beginning is read. Raises `InputError` and `SpanError`, which name the row.
+    Of most pictures' files only the beginning is read (of a PNG all, which may say at its end how it is turned).
+    Raises `InputError` and `SpanError`, which name the row.
     """
     for row in rows:
         _check_boxes(row)
@@ -159,10 +160,10 @@ def _located(row: StudyRow, images: str | Path | None) -> Any:
 
 
 def _size(row: StudyRow, picture: Any) -> tuple[int, int]:
-    """Width and height, from the beginning of the file where it is one."""
+    """Width and height of the upright picture, without decoding it where that is possible."""
     if isinstance(picture, Path):
         with suppress(OSError), Image.open(picture) as opened:
-            return opened.size
+            return upright_size(opened)
     return load_picture(picture, _name(row)).size
 
 

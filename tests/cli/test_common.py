@@ -44,7 +44,7 @@ def test_unknown_pictures_get_a_suggestion():
 def test_a_file_that_is_no_picture_is_refused_before_the_model_is_loaded(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
-    assert "is not a picture that PIL can read" in refused("ask", str(text), QUESTION, "-m", "nowhere")
+    assert "is not an image that PIL can read" in refused("ask", str(text), QUESTION, "-m", "nowhere")
 
 
 def test_unknown_models_get_a_suggestion():

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from hooked_llava.datasets.rows import StudyRow, boxes_lost, prepare_rows, row_picture
+from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows, row_picture
 from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model import HookedLLaVA
@@ -71,6 +71,27 @@ def test_boxes_that_the_model_does_not_see_are_left_out_and_counted(tiny_shapes:
         prepare_rows(tiny_shapes, [row(boxes=((9, 9, 3, 3),))])
     with pytest.raises(InputError, match="coverage=2 is not a share"):
         prepare_rows(tiny_shapes, [row()], coverage=2)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    """A photo stored on its side: size and boxes are those of the image as a person sees it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((80, 64, 3), dtype=np.uint8)).save(tmp_path / f"12.{kind}", exif=exif)
+    asked = row(picture="12", size=(80, 64), boxes=((8, 0, 16, 8),))
+    named = [row(picture=f"12.{kind}", size=(80, 64), boxes=((8, 0, 16, 8),))]
+    check_rows(named, tmp_path)
+    shown = row_picture(named[0], tmp_path)
+    assert shown is not None
+    assert shown.size == (80, 64)
+    token_map = prepare_rows(tiny_shapes, named, tmp_path).token_map
+    assert token_map.geometry().original_size == (64, 80)
+    assert token_map["object"].tolist() == [token_map.patch_to_position(0, 0)]
+    if kind != "tif":  # an ending that must be given
+        assert prepare_rows(tiny_shapes, [asked], tmp_path).token_map["object"] == token_map["object"]
+    with pytest.raises(InputError, match="is 80 x 64 pixels, and its boxes were drawn in 64 x 80"):
+        check_rows([row(picture=f"12.{kind}", size=(64, 80), boxes=((8, 0, 16, 8),))], tmp_path)
 
 
 def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA) -> None:
