@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,36 +15,64 @@ from hooked_llava.components import HookPoint, reads_only
 from hooked_llava.config import TowerConfig
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookTable
+from hooked_llava.input_checks import whole_numbers
 from hooked_llava.inputs import Inputs
+from hooked_llava.spans import span
+from hooked_llava.token_map import TokenMap
 
-Positions = str | int | slice | Sequence[int]
-"""Sequence positions: the name of a span ("image", "last"), a number, a slice, or a list of numbers."""
+Positions = str | SupportsIndex | slice | Sequence[int] | np.ndarray | Tensor
+"""Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers."""
+Where = Positions | None
+"""Positions, or None for all."""
+_PLACES = "whole numbers, a slice, or the name of one span ('image|last' joins two)"
+
+
+def positions_of(
+    where: Any, token_map: TokenMap | None, n_positions: int, *, what: str = "positions", seed: int = 0
+) -> list[int]:
+    """The positions that a user's `Where` means in one prompt: what every `positions=` and every end of an edge goes by.
+
+    A span or spans joined ("question|last", see `spans.span`), one index or several (from the end where negative, padding
+    counted), a slice, or None for all real positions. `seed` is of the span "random". Raises `SpanError` for spans that
+    are not there, and `InputError` for what is no position, lies outside, or is a span where no token map is known.
+
+    >>> from hooked_llava.token_map import TokenMap
+    >>> token_map = TokenMap(token_ids=(1, 9, 9, 9, 9, 5, 0), real=range(6), image_starts=(1,), grid=(2, 2))
+    >>> positions_of("image|last", token_map, 7), positions_of(None, token_map, 7), positions_of([-1], token_map, 7)
+    ([1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [6])
+    """
+    if isinstance(where, slice):
+        return list(range(n_positions)[where])
+    if where is None or isinstance(where, str):
+        if token_map is None:
+            if where is None:
+                return list(range(n_positions))
+            raise InputError(f"A residual stream has no spans, so {what}={where!r} means nothing; give numbers.")
+        return list(token_map.real) if where is None else span(token_map, where, seed=seed).tolist()
+    given = whole_numbers(where, what, _PLACES)
+    if outside := [p for p in given if not -n_positions <= p < n_positions]:
+        raise InputError(
+            f"{what}={outside} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, a slice, or "
+            "a span such as 'last'."
+        )
+    return [p % n_positions for p in given]
 
 
 def resolve_positions(positions: Positions, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:
-    """The same number of positions in every row, as indices; raises `InputError` or `SpanError` for what is not there."""
-    n_positions = inputs.shape[1]
-    if isinstance(positions, str) and isinstance(inputs, Tensor):
-        raise InputError(f"A residual stream has no spans, so positions={positions!r} means nothing; give numbers.")
-    if isinstance(positions, str):
-        rows = [[int(p) for p in token_map[positions]] for token_map in inputs.token_maps]
-        if len({len(row) for row in rows}) != 1:
-            raise InputError(
-                f"Span {positions!r} has {[len(row) for row in rows]} positions in the rows of the batch; activations of "
-                "different lengths do not stack. Run the prompts one at a time."
-            )
-        return torch.tensor(rows, dtype=torch.long)
-    if isinstance(positions, slice):
-        row = list(range(n_positions))[positions]
-    else:
-        row = [positions] if isinstance(positions, int) else [int(p) for p in positions]
-    outside = [p for p in row if not -n_positions <= p < n_positions]
-    if outside or not row:
+    """The same number of positions in every row, as indices; raises as `positions_of`, and for none or unequally many."""
+    token_maps = [None] * len(inputs) if isinstance(inputs, Tensor) else inputs.token_maps
+    rows = [positions_of(positions, token_map, inputs.shape[1]) for token_map in token_maps]
+    if not any(rows):
         raise InputError(
-            f"positions={outside or row} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, "
-            "a slice, or the name of a span such as 'last'."
+            f"positions={positions!r} do not lie in the prompt, or name none; expected numbers in "
+            f"{-inputs.shape[1]}..{inputs.shape[1] - 1}, a slice, or a span such as 'last'."
         )
-    return torch.tensor([p % n_positions for p in row]).expand(len(inputs), -1)
+    if len({len(row) for row in rows}) != 1:
+        raise InputError(
+            f"Span {positions!r} has {[len(row) for row in rows]} positions in the rows of the batch; activations of "
+            "different lengths do not stack. Run the prompts one at a time."
+        )
+    return torch.tensor(rows, dtype=torch.long)
 
 
 def take_positions(tensor: Tensor, index: Int[Tensor, "batch n_positions"], axis: int) -> Tensor:

@@ -8,11 +8,12 @@ below is the single list of them, and a test holds it against the model.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hooked_llava.errors import HookNameError, did_you_mean
+from hooked_llava.errors import HookNameError, InputError, did_you_mean
 
 if TYPE_CHECKING:
     from hooked_llava.config import LLaVAConfig
@@ -144,6 +145,13 @@ LANGUAGE_HOOKS: tuple[HookSpec, ...] = (
     HookSpec("hook_logits", ("batch", "pos", "d_vocab"), "logits"),
 )
 
+# TransformerLens's other words, as its get_act_name has them.
+_SHORT = {
+    "attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v",
+    "mlp_pre": "mlp.pre", "mlp_post": "mlp.post",
+}  # fmt: skip
+_LAYER_TYPES = {"a": "attn", "m": "mlp", "b": "", "block": "", "blocks": "", "attention": "attn"}
+
 
 def _is_image_side(name: str) -> bool:
     return name.startswith(IMAGE_SIDE)
@@ -222,6 +230,22 @@ class HookTable:
             )
         return [name for name in self.specs if name in found]
 
+    def one(self, hook: object, *, with_image: bool = True) -> str:
+        """The full name of the one hook that a spelling means, any that `resolve` or `cache[...]` understands.
+
+        Raises `HookNameError` as `resolve`, and `InputError` for what is no name, or means several hooks.
+        """
+        if not isinstance(hook, (str, tuple)):
+            raise InputError(f"hook={hook!r}; expected the name of a hook, such as 'blocks.3.attn.hook_z' or ('z', 3).")
+        names = self.resolve(hook, with_image=with_image)
+        outside = [name for name in names if "blocks." not in name]  # "scale" is ln_final.hook_scale, as in a cache
+        if len(names) != 1 and len(outside) != 1:
+            short = names[0].rpartition("hook_")[2]
+            raise InputError(
+                f"{hook!r} means {len(names)} hooks; an intervention changes one. Name its layer: ({short!r}, 3)."
+            )
+        return (outside or names)[0]
+
     def _match(self, item: str | tuple, fires: dict[str, None], with_image: bool) -> list[str]:
         if not isinstance(item, (str, tuple)):
             raise HookNameError(
@@ -249,7 +273,11 @@ class HookTable:
                 f"{pair!r} is no hook: a tuple is (short name, layer), for example ('pattern', 3). Give several names "
                 "as a list."
             )
-        names = self._from_string(short if len(pair) < 3 else f"{pair[2]}.hook_{short}")
+        if len(pair) == 3 and pair[2] is not None:
+            part = _LAYER_TYPES.get(pair[2], pair[2])
+            names = self._from_string(f"{part}.hook_{short.removeprefix('hook_')}" if part else short)
+        else:
+            names = self._from_string(short)
         if layer is None:
             return names
         tower = self.config.vision if str(short).startswith("vision.") else self.config.language
@@ -270,7 +298,7 @@ class HookTable:
             found += [full for alias, full in self.aliases.items() if fnmatch.fnmatchcase(alias, name)]
             found = found or self._short(name)
         else:
-            found = self._short(name)
+            found = self._short(name) or self._with_layer(name)
         if not found:
             raise HookNameError(self._unknown(name))
         return found
@@ -278,9 +306,7 @@ class HookTable:
     def _short(self, name: str) -> list[str]:
         """Hooks of every layer that a short name means: "resid_post", "pattern", "mlp.post", "vision.pattern"."""
         tower, short = ("vision.", name.removeprefix("vision.")) if name.startswith("vision.") else ("", name)
-        short = {"attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v"}.get(
-            short, short
-        )
+        short = _SHORT.get(short, short)
         head, _, tail = short.rpartition(".")
         ending = f"{head}.hook_{tail.removeprefix('hook_')}" if head else f"hook_{tail.removeprefix('hook_')}"
         return [
@@ -288,6 +314,16 @@ class HookTable:
             for full in self.specs
             if full.startswith("vision.") == bool(tower) and (full == tower + ending or full.endswith("." + ending))
         ]
+
+    def _with_layer(self, name: str) -> list[str]:
+        """The hook that a name with its layer in it means, as `cache[...]` understands it: "k6", "scale4ln1", "pre5"."""
+        match = re.fullmatch(r"([a-z]+(?:_[a-z]+)*)(\d+)([a-z]*\d?)", name)
+        if match is None:
+            return []
+        short, layer, part = match.groups()
+        if not self._short(short) or int(layer) >= self.config.language.n_layers:
+            return []
+        return self._from_pair((short, int(layer), part or None))
 
     def _unknown(self, name: str) -> str:
         parts = name.split(".")

@@ -14,7 +14,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.interventions.choices import chosen
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -47,10 +47,10 @@ def attention_messages(
     >>> torch.allclose(messages.sum((1, 3)), cache["attn_out", 3], atol=1e-4)
     True
     """
-    chosen = _heads(model, heads)
-    per_head = _each_head(model, layer, value)[..., chosen, :]  # (*batch, key, head, d_head)
-    written = einsum("... k h d, h d m -> ... h k m", per_head, _output(model, layer, per_head)[chosen])
-    return pattern[..., chosen, :, :].to(written.dtype)[..., None] * written[..., None, :, :]
+    wanted = _heads(model, heads)
+    per_head = _each_head(model, layer, value)[..., wanted, :]  # (*batch, key, head, d_head)
+    written = einsum("... k h d, h d m -> ... h k m", per_head, _output(model, layer, per_head)[wanted])
+    return pattern[..., wanted, :, :].to(written.dtype)[..., None] * written[..., None, :, :]
 
 
 def summed_messages(
@@ -105,8 +105,7 @@ def _each_head(
 ) -> Float[Tensor, "*batch key head d_head"]:
     """The value that every query head reads, in float32 at least."""
     cfg = model.config.language
-    if not 0 <= layer < cfg.n_layers:
-        raise InputError(f"There is no layer {layer}; expected 0..{cfg.n_layers - 1}.")
+    chosen(layer, cfg.n_layers, "layers")
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     return wide.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=-2)
 
@@ -117,7 +116,4 @@ def _output(model: HookedLLaVA, layer: int, like: Tensor) -> Float[Tensor, "head
 
 def _heads(model: HookedLLaVA, heads: Sequence[int] | None) -> list[int]:
     n_heads = model.config.language.n_heads
-    chosen = list(range(n_heads)) if heads is None else [int(head) for head in heads]
-    if outside := [head for head in chosen if not 0 <= head < n_heads]:
-        raise InputError(f"There are no heads {outside}; expected 0..{n_heads - 1}.")
-    return chosen
+    return list(range(n_heads)) if heads is None else chosen(heads, n_heads, "heads")

@@ -33,6 +33,7 @@ from torch import Tensor
 from hooked_llava.errors import SpanError, did_you_mean
 from hooked_llava.geometry import Box, BoxLike, ImageGeometry, Number
 from hooked_llava.positions import PatchPositions, Positions, format_runs
+from hooked_llava.spans import is_joined, span
 from hooked_llava.token_table import format_token_map
 from hooked_llava.token_text import TokenText, roll
 
@@ -55,8 +56,8 @@ class TokenMap:
     >>> token_map = TokenMap(token_ids=(1, 7, 9, 9, 9, 9, 5, 6), real=range(1, 8), image_starts=(2,), grid=(2, 2))
     >>> token_map["image"], token_map["system"], token_map["last"]
     (Positions(2..5), Positions(1), Positions(7))
-    >>> token_map["text"] - token_map["last"]
-    Positions(1, 6)
+    >>> token_map["text"] - token_map["last"], token_map["text-last"], token_map["system|image"]
+    (Positions(1, 6), Positions(1, 6), Positions(1..5))
     >>> token_map.patch_to_position(1, 0), token_map.position_to_patch(4)
     (4, (0, 1, 0))
     """
@@ -84,7 +85,7 @@ class TokenMap:
         return len(self.token_ids)
 
     def __getitem__(self, name: str | tuple[str, int]) -> Positions:
-        """The positions of a span; `token_map["image", i]` for picture i.
+        """The positions of a span, or of spans joined by | & and - ("question|last"); `token_map["image", i]` for picture i.
 
         Raises `SpanError` for an unknown name, and for a span that this prompt does not have.
         """
@@ -93,6 +94,8 @@ class TokenMap:
                 raise SpanError(f"token_map[{name[0]!r}, {name[1]}]: only 'image' takes a number; drop the {name[1]}.")
             return self.image(name[1])
         if name not in (*SPANS, *self.named):
+            if is_joined(name):
+                return span(self, name)
             known = (*SPANS, *(own for own in self.named if own not in SPANS))
             raise SpanError(
                 f"There is no span {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "

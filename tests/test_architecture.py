@@ -21,7 +21,7 @@ MAX_FUNCTION_LINES = 60
 # stand for the module or the whole package of that name.
 FLOORS = (
     ("errors", "config", "files", "hook_names"),
-    ("geometry", "positions", "pictures", "token_text", "token_table", "token_map", "templates"),
+    ("geometry", "positions", "pictures", "token_text", "token_table", "spans", "token_map", "templates"),
     ("input_batch", "input_checks", "inputs"),
     ("loading", "components"),
     ("vision", "projector", "language"),
@@ -176,6 +176,7 @@ NOT_MIRRORED = (
     "test_promises",
     "test_transformer_lens_tools",
     "test_golden",
+    "test_spellings",
     "test_known_mechanism",
     "test_known_mechanism_papers",
     "test_layer_norm",

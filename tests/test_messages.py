@@ -73,8 +73,9 @@ def test_half_precision_is_multiplied_in_single() -> None:
 def test_layers_and_heads_that_are_not_there_are_refused() -> None:
     ours = pair("grouped", torch.float64).ours
     pattern, value, _ = seen("grouped")
-    for wrong in (3, -1):
-        with pytest.raises(InputError, match=f"There is no layer {wrong}; expected 0..2"):
+    for wrong in (3, -4):
+        with pytest.raises(InputError, match=rf"{wrong}.* layers.*-3\.\.2"):
             summed_messages(ours, wrong, pattern, value)
-    with pytest.raises(InputError, match=r"There are no heads \[6, -1\]; expected 0..5"):
-        attention_messages(ours, 1, pattern, value, heads=[0, 6, -1])
+    assert torch.equal(summed_messages(ours, -1, pattern, value), summed_messages(ours, 2, pattern, value))
+    with pytest.raises(InputError, match=r"\[6, -7\].* heads.*-6\.\.5"):
+        attention_messages(ours, 1, pattern, value, heads=[0, 6, -7])

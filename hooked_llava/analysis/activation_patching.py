@@ -50,7 +50,7 @@ def activation_patching(
     clean: Any,
     corrupted: Any,
     *,
-    hook: str = "resid_pre",
+    hook: str | tuple[Any, ...] = "resid_pre",
     layers: int | Sequence[int] | None = None,
     positions: Each = "each",
     heads: Each = "each",
@@ -65,7 +65,8 @@ def activation_patching(
         model: the model.
         clean: one prompt, anything `model.as_inputs` takes; or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
-        hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it.
+        hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it; or
+            one hook in any of its spellings, such as ("z", 3).
         layers: layer or layers to patch, all by default.
         positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn; the
             name of a span within a list means its positions together: ["image", "question", "last"] are three cells.
@@ -107,7 +108,7 @@ def _one_pair(
     clean: Inputs,
     corrupted: Inputs,
     metric: Metric | None,
-    hook: str,
+    hook: str | tuple[Any, ...],
     names: list[str],
     axes: _Axes,
     *,
@@ -129,7 +130,9 @@ def _one_pair(
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
 
-def _names(model: HookedLLaVA, prompt: Inputs, hook: str, layers: int | Sequence[int] | None) -> list[str]:
+def _names(
+    model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...], layers: int | Sequence[int] | None
+) -> list[str]:
     """Full names of one hook in the chosen layers."""
     names = model.hooks_table.resolve(hook, with_image=prompt.pixel_values is not None)
     kinds = {model.hooks_table[name].name for name in names}
@@ -139,6 +142,8 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str, layers: int | Sequence
         return names
     vision, language = model.config.vision, model.config.language
     n_layers = vision.n_layers_run if names[0].startswith("vision.") else language.n_layers
+    if not isinstance(hook, str):
+        raise InputError(f"hook={hook!r} names its layer, so layers={layers!r} has no place; leave one of them out.")
     pairs = [(hook, layer) for layer in chosen(layers, n_layers, f"layers of {hook}")]
     return [name for pair in pairs for name in model.hooks_table.resolve(pair)]
 
@@ -149,12 +154,13 @@ def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each,
     if names[0].startswith(IMAGE_SIDE):
         axes["image"] = list(range(prompt.n_images))
         axes["patch"] = _numbers(positions, model.config.vision.n_patches, f"positions (patches) of {names[0]}")
-    elif positions == "each":
+    elif isinstance(positions, str) and positions == "each":
         axes["position"] = list(prompt.token_map.real)
     else:
-        axes["position"] = [None] if positions == "all" else _places(positions, prompt)
+        together = isinstance(positions, str) and positions == "all"
+        axes["position"] = [None] if together else _places(positions, prompt)
     n_heads = _n_heads(model, names[0], spec)
-    if not n_heads and heads not in ("each", "all"):
+    if not n_heads and not (isinstance(heads, str) and heads in ("each", "all")):
         raise InputError(f"heads={heads!r}, but {names[0]} has no heads; leave heads= out.")
     kind = "kv_head" if "kv_head" in spec.axes else "head"
     axes[kind] = _numbers(heads, n_heads, f"heads of {names[0]}") if n_heads else [None]
@@ -163,8 +169,10 @@ def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each,
 
 def _places(positions: Each, prompt: Inputs) -> list[Any]:
     """Positions, and spans that stand in a list as one."""
-    if isinstance(positions, (str, int, slice)) or not any(isinstance(entry, str) for entry in positions):
+    if isinstance(positions, str) or not isinstance(positions, Sequence):
         return resolve_positions(positions, prompt)[0].tolist()
+    if not any(isinstance(entry, str) for entry in positions):
+        return resolve_positions([entry for entry in positions if not isinstance(entry, str)], prompt)[0].tolist()
     found = [(entry, resolve_positions(entry, prompt)[0].tolist()) for entry in positions]
     return [_Together(entry, tuple(where)) if isinstance(entry, str) else where[0] for entry, where in found]
 
@@ -175,11 +183,11 @@ def _n_heads(model: HookedLLaVA, name: str, spec: HookSpec) -> int:
 
 
 def _numbers(given: Each, n: int, what: str) -> list[int | None]:
-    if given == "each":
-        return list(range(n))
-    if given == "all":
-        return [None]
     if isinstance(given, str):
+        if given == "each":
+            return list(range(n))
+        if given == "all":
+            return [None]
         raise InputError(f"{given!r} is no choice of {what}; expected 'each', 'all' or numbers.")
     return list(chosen(given, n, what))
 

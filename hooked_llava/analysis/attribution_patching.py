@@ -43,7 +43,7 @@ def attribution_patching(
     clean: Any,
     corrupted: Any,
     *,
-    hooks: str | Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
+    hooks: str | tuple[str, int] | Sequence[str | tuple[str, int]] = ("resid_pre", "attn_out", "mlp_out"),
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
@@ -55,8 +55,8 @@ def attribution_patching(
         model: the model.
         clean: one prompt, or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
-        hooks: short name or names of hooks of the language tower, every layer of each; all together cost one backward
-            pass.
+        hooks: short name or names of hooks of the language tower, every layer of each, or pairs such as ("z", 3); all
+            together cost one backward pass.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
         direction: "denoise": effect of clean activations in the corrupted run; "noise": the reverse.
@@ -76,7 +76,11 @@ def attribution_patching(
     >>> sorted(attribution_patching(model, *pair, hooks=["z", "mlp_out"], metric=red))
     ['mlp_out', 'z']
     """
-    by_hook = {hook: _checked(model, hook) for hook in ([hooks] if isinstance(hooks, str) else hooks)}
+    one = isinstance(hooks, str) or (
+        isinstance(hooks, tuple) and len(hooks) > 1 and not isinstance(hooks[1], str | tuple)
+    )
+    listed = [hooks] if one else list(hooks)
+    by_hook = {hook if isinstance(hook, str) else model.hooks_table.one(hook): _checked(model, hook) for hook in listed}
     names = [name for several in by_hook.values() for name in several]
     if not names:
         raise InputError(f"hooks={hooks!r} names no hook; give for example ['resid_pre', 'z'].")
@@ -239,7 +243,7 @@ def _run(
         return _Run(held, logits.reshape(*final.shape[:-1], -1))
 
 
-def _checked(model: HookedLLaVA, hook: str) -> list[str]:
+def _checked(model: HookedLLaVA, hook: Any) -> list[str]:
     names = model.hooks_table.resolve(hook)
     for name in names:
         if name.startswith((*IMAGE_SIDE, *_OUTSIDE)) or "key" in model.hooks_table[name].axes:

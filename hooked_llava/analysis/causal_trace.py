@@ -20,6 +20,7 @@ from hooked_llava.caching import Positions as Where
 from hooked_llava.caching import resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.corruptions import (
     Constraint,
     Corrupted,
@@ -78,7 +79,7 @@ def causal_trace(
     kinds: Sequence[str] = ("mlp", "attn", "resid"),
     window: int = 1,
     window_reading: Literal["centred", "released"] = "centred",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Where | None = None,
     metric: Metric | None = None,
     batch_size: int | None = None,
@@ -257,19 +258,19 @@ def _plan(
     constraint: Constraint | Sequence[Constraint],
     kinds: Sequence[str],
     window: tuple[int, str],
-    layers: Sequence[int] | None,
+    layers: int | Sequence[int] | None,
     positions: Where | None,
 ) -> _Plan:
     if len(prompt) != 1:
         raise InputError(f"causal_trace takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
-    chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not chosen or set(chosen) - set(KINDS):
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not kinds or set(kinds) - set(KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, KINDS))}.")
     width, reading = window
     if reading not in ("centred", "released"):
         raise InputError(f"window_reading={reading!r}; expected 'centred' or 'released' (2w + 1 layers).")
     n_layers = model.cfg.n_layers
-    centres = list(range(n_layers)) if layers is None else [int(layer) for layer in layers]
+    centres = list(range(n_layers)) if layers is None else chosen(layers, n_layers, "layers")
     around = centred_window if reading == "centred" else released_window
     windows = [around(centre, width, n_layers) for centre in centres]
     token_map = prompt.token_map
@@ -278,9 +279,7 @@ def _plan(
         where = list(range(first, token_map.real.stop))
     else:
         where = sorted(set(resolve_positions(positions, prompt)[0].tolist()))
-    return _Plan(
-        find_constraints(token_map, constraint), where, chosen, [centre % n_layers for centre in centres], windows
-    )
+    return _Plan(find_constraints(token_map, constraint), where, kinds, centres, windows)
 
 
 def _effects(

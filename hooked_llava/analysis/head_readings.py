@@ -72,7 +72,7 @@ def head_readings(
     if len(prompt) != 1:
         raise InputError(f"head_readings reads one prompt at a time, got {len(prompt)}; take inputs[i].")
     cfg = model.config.language
-    check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)
+    layer, head = check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)[0]
     check_k(model, k)
     check_spaces([space])
     top = check_top(top)

@@ -26,6 +26,7 @@ from hooked_llava import metrics
 from hooked_llava.datasets import StudyRow, study
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
+from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
 from hooked_llava.interventions.windows import centred_window, paper_width
 from hooked_llava.metrics import Answer, Metric, one_each
@@ -58,7 +59,7 @@ def attention_knockout(
     edges: Edges = PAPER_EDGES,
     window: Window = None,
     *,
-    centers: Sequence[int] | None = None,
+    centers: int | Sequence[int] | None = None,
     answer: Word | Sequence[Word] | None = None,
     baseline: Word | Sequence[Word] | None = None,
     metric: MetricName | Metric = "relative_change",
@@ -74,7 +75,8 @@ def attention_knockout(
         inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
         edges: "source->target", spans of the token map, joined from left to right by | (union), & and -. Besides: `other`
             is the picture less the span `object` (see `inputs.with_boxes`, `inputs.with_spans`), `random` as many other
-            patches drawn at random. Or a mapping from names to (source, target), spans or positions.
+            patches drawn at random. An edge may also be a pair (source, target) of spans or positions; one edge may stand
+            by itself, and a mapping gives edges names of one's own.
         window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
             at once; by default the paper's share of the layers (9 of 40), at least 3.
         centers: centres of the window, all layers by default.
@@ -219,7 +221,7 @@ def _peak(curve: np.ndarray, layers: np.ndarray, least: float) -> np.ndarray:
     return np.array([layers[at], curve[at], (stretch == stretch[at]).sum(), len(starts)], dtype=float)
 
 
-def _windows(window: Window, centers: Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
+def _windows(window: Window, centers: int | Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
     """Layers that are blocked together, by the centre of their window."""
     if window == "all":
         if centers is not None:
@@ -228,8 +230,8 @@ def _windows(window: Window, centers: Sequence[int] | None, n_layers: int) -> di
     if isinstance(window, bool) or not isinstance(window, int | None):
         raise InputError(f"window={window!r}; expected a number of layers, or 'all'.")
     width = paper_width(n_layers) if window is None else window
-    chosen = range(n_layers) if centers is None else centers
-    return {centre % n_layers: centred_window(centre, width, n_layers) for centre in chosen}
+    centres = range(n_layers) if centers is None else chosen(centers, n_layers, "layers, as centers")
+    return {centre: centred_window(centre, width, n_layers) for centre in centres}
 
 
 def _answers(model: HookedLLaVA, prompts: Inputs, given: Any, what: str) -> list[Answer] | None:

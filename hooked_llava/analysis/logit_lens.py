@@ -34,7 +34,7 @@ def logit_lens(
     norm: Lens = "final",
     answers: Sequence[str | int] | None = None,
     k: int = 5,
-    hook: str | None = None,
+    hook: str | tuple[Any, ...] | None = None,
 ) -> xr.Dataset:
     """Words in the residual stream by layer: `token`, `token_id`, `probability`, each [layer, position, rank].
 
@@ -77,7 +77,7 @@ def _one_prompt(
     norm: Lens,
     answer_ids: list[int],
     k: int,
-    hook: str | None,
+    hook: str | tuple[Any, ...] | None,
 ) -> xr.Dataset:
     index = resolve_positions(positions, prompt)[0]
     names = _names(model, prompt, hook)
@@ -109,7 +109,7 @@ def _one_prompt(
         return result.assign_attrs(made.attrs())
 
 
-def _names(model: HookedLLaVA, prompt: Inputs, hook: str | None) -> list[str]:
+def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | None) -> list[str]:
     """Full names of what is read, layer by layer."""
     if hook is None:
         return [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
@@ -123,7 +123,7 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str | None) -> list[str]:
     return names
 
 
-def _layers(names: list[str], hook: str | None) -> list[int]:
+def _layers(names: list[str], hook: str | tuple[Any, ...] | None) -> list[int]:
     if hook is None:
         return list(range(len(names)))
     return [int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in names]

@@ -20,6 +20,7 @@ from hooked_llava.editing.identity import check_same_model, identity
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.files import written_whole
 from hooked_llava.input_checks import whole_number
+from hooked_llava.interventions.choices import chosen
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -117,9 +118,7 @@ def key_covariance(
     >>> key_covariance(model, [model.prepare("Who made the star?")], layer=3, positions="question").n_keys
     5
     """
-    layer = whole_number(layer, "layer")
-    if not 0 <= layer < model.cfg.n_layers:
-        raise InputError(f"layer={layer} is out of range; this model has layers 0..{model.cfg.n_layers - 1}.")
+    layer = chosen(whole_number(layer, "layer"), model.cfg.n_layers, "layers")[0]
     if path is not None and Path(path).is_file():
         found = KeyCovariance.load(path, model, damping=damping)
         if (found.layer, found.positions) != (layer, positions):

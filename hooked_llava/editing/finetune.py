@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +19,7 @@ from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
 from hooked_llava.input_checks import whole_number
+from hooked_llava.interventions.choices import chosen
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -60,7 +61,7 @@ def finetune(
     """
     began = time.perf_counter()
     requests = [requests] if isinstance(requests, EditRequest) else list(requests)
-    chosen = _chosen(layers, model.cfg.n_layers)
+    numbers = _chosen(layers, model.cfg.n_layers)
     if weights not in ("W_out", "all"):
         raise InputError(f"weights={weights!r}; expected 'W_out' or 'all'.")
     steps, lr, stop = whole_number(steps, "steps"), float(lr), float(stop)
@@ -71,11 +72,11 @@ def finetune(
     prepared = [prepare_request(model, request, "last") for request in requests]
     if not prepared:
         raise InputError("There is no request; give at least one EditRequest.")
-    tuned = _Tuned(make_rows(model, prepared), _names(model, chosen, weights), min(chosen))
+    tuned = _Tuned(make_rows(model, prepared), _names(model, numbers, weights), min(numbers))
     reached, made = tuned.descend(steps, lr, stop, max_change)
     method = {
         "name": "finetune",
-        "layers": chosen,
+        "layers": numbers,
         "weights": weights,
         "max_change": max_change,
         "steps": made,
@@ -144,8 +145,4 @@ def _chosen(layers: int | Sequence[int] | Literal["all"], n_layers: int) -> list
         if layers != "all":
             raise InputError(f"layers={layers!r}; expected a layer, a list of layers, or 'all'.")
         return list(range(n_layers))
-    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
-    given = [whole_number(layer, "A layer to tune") for layer in (layers if several else [layers])]
-    if not given or not all(0 <= layer < n_layers for layer in given):
-        raise InputError(f"layers={layers!r} are out of range; this model has layers 0..{n_layers - 1}.")
-    return sorted(set(given))
+    return sorted(set(chosen(layers, n_layers, "layers")))

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hooked_llava.caching import Where, positions_of
 from hooked_llava.errors import InputError, SpanError, did_you_mean
-from hooked_llava.interventions.intervention import SCORES, Intervention, Where
+from hooked_llava.interventions.intervention import SCORES, Intervention
 from hooked_llava.positions import Positions
+from hooked_llava.spans import BY_OBJECT, split_edge, split_expression
 from hooked_llava.token_map import SPANS
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.token_map import TokenMap
 
-Edges = Sequence[str] | Mapping[str, tuple[Where, Where]]
-"""Names "source->target", or names with their source and target."""
-_OPERATORS: dict[str, Callable[[Positions, Positions], Positions]] = {
-    "|": Positions.__or__,
-    "&": Positions.__and__,
-    "-": Positions.__sub__,
-}
-STANDARD = (*SPANS, "object", "other", "random", "constraint")
+OneEdge = str | tuple[Where, Where]
+"""A name "source->target", or the pair (source, target)."""
+Edges = OneEdge | Sequence[OneEdge] | Mapping[str, OneEdge]
+"""One edge, several, or several by names of one's own."""
+STANDARD = (*SPANS, *BY_OBJECT, "constraint")
 """Spans that a prompt has or has not: where one is missing an edge may be left out. Any other name must be known."""
 
 
@@ -42,18 +39,17 @@ class Edge:
     """Likewise."""
 
     @classmethod
-    def of(cls, edge: str) -> Edge:
-        """The edge of a name "source->target"; raises `InputError`.
+    def of(cls, edge: OneEdge, name: str | None = None) -> Edge:
+        """The edge of a name "source->target" or a pair (source, target), under a name of one's own; raises `InputError`.
 
-        >>> Edge.of("question|rest->last").source
-        'question|rest'
+        >>> Edge.of("question|rest->last").source, Edge.of(("image", [7])).name
+        ('question|rest', 'image->[7]')
         """
-        source, arrow, target = edge.partition("->")
-        if not arrow or not source.strip() or not target.strip():
-            raise InputError(
-                f"{edge!r} is no edge; expected 'source->target' with spans of the token map, such as 'image->last'."
-            )
-        return cls(edge, source.strip(), target.strip())
+        if isinstance(edge, str):
+            return cls(name or edge, *split_edge(edge))
+        if not isinstance(edge, Sequence) or len(edge) != 2:
+            raise InputError(f"{edge!r} is no edge; expected 'source->target', or a pair such as ('image', 'last').")
+        return cls(name or "->".join(map(_named, edge)), *edge)
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -66,18 +62,52 @@ class Edge:
 
 
 def edges_of(edges: Edges) -> list[Edge]:
-    """The edges that names, or a mapping of names to (source, target), stand for; raises `InputError`.
+    """The edges that are meant: one or several, each a name or a pair, or a mapping to them; raises `InputError`.
 
-    >>> [edge.target for edge in edges_of({"mine": ("image", [7])})]
-    [[7]]
+    >>> [edge.target for edge in edges_of({"mine": ("image", [7]), "other": "image->last"})]
+    [[7], 'last']
+    >>> edges_of(("image", "last")) == edges_of("image->last") == edges_of(["image->last"])
+    True
     """
-    if isinstance(edges, str):
-        raise InputError(f"edges={edges!r}; expected a list of edges, [{edges!r}] for a single one.")
     if isinstance(edges, Mapping):
-        return [Edge(name, *ends) for name, ends in edges.items()]
-    if repeated := [edge for i, edge in enumerate(edges) if edge in list(edges)[:i]]:
+        return [Edge.of(edge, name) for name, edge in edges.items()]
+    found = [Edge.of(edge) for edge in ([edges] if _is_one(edges) else edges)]  # type: ignore[list-item] (told apart)
+    names = [edge.name for edge in found]
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InputError(f"The edge {repeated[0]!r} is given twice.")
-    return [Edge.of(edge) for edge in edges]
+    return found
+
+
+def _is_one(edges: OneEdge | Sequence[OneEdge]) -> bool:
+    """Whether this is one edge: a name, or a pair whose entries are no edges themselves."""
+    if isinstance(edges, str):
+        return True
+    return isinstance(edges, tuple) and len(edges) == 2 and not any(_is_edge(entry) for entry in edges)
+
+
+def _is_edge(entry: object) -> bool:
+    if isinstance(entry, str):
+        return "->" in entry
+    return isinstance(entry, tuple) and len(entry) == 2 and not all(hasattr(end, "__index__") for end in entry)
+
+
+def edge_names(edges: Edges) -> list[str]:
+    """What results call these edges; a string may also be a name of one's own.
+
+    >>> edge_names([("image", "last"), "mine"])
+    ['image->last', 'mine']
+    """
+    if isinstance(edges, Mapping):
+        return list(edges)
+    listed = [edges] if _is_one(edges) else edges
+    return [edge if isinstance(edge, str) else Edge.of(edge).name for edge in listed]  # type: ignore[arg-type]
+
+
+def _named(where: Where) -> str:
+    """An end of an edge in words."""
+    if isinstance(where, str) or where is None:
+        return where or "all"
+    return str(list(where) if isinstance(where, Iterable) else where)
 
 
 def study_edges(edges: Edges) -> list[Edge]:
@@ -97,25 +127,6 @@ def study_edges(edges: Edges) -> list[Edge]:
             )
     _check_names(named, STANDARD)
     return named
-
-
-def span(token_map: TokenMap, expression: str, *, seed: int = 0) -> Positions:
-    """Positions of spans joined from left to right by |, & and -.
-
-    Besides the token map's own spans there are `other`, the pictures' patches that are not in the user's span `object`,
-    and `random`, as many of those as the object has, drawn at random. Raises `SpanError` for spans that the prompt does
-    not have.
-
-    >>> from hooked_llava.token_map import TokenMap
-    >>> token_map = TokenMap(token_ids=(1, 9, 9, 9, 9, 5), real=range(6), image_starts=(1,), grid=(2, 2))
-    >>> span(token_map.with_spans(object=[2]), "other|last")
-    Positions(1, 3..5)
-    """
-    first, *rest = _split(expression)
-    found = _one_span(token_map, first, seed)
-    for operator, name in zip(rest[::2], rest[1::2], strict=True):
-        found = _OPERATORS[operator](found, _one_span(token_map, name, seed))
-    return found
 
 
 def marked(
@@ -148,16 +159,11 @@ def marked(
     return replace(prompts, token_maps=tuple(token_maps)), present
 
 
-def _split(expression: str) -> list[str]:
-    """Names and the operators between them."""
-    return re.split(r"\s*([|&-])\s*", expression.strip())
-
-
 def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
     known = list(known)
     for edge in edges:
         for where in (edge.source, edge.target):
-            for name in _split(where)[::2] if isinstance(where, str) else ():
+            for name in split_expression(where)[::2] if isinstance(where, str) else ():
                 if name not in known:
                     raise SpanError(
                         f"The edge {edge.name!r} names the span {name!r}, which no prompt has.{did_you_mean(name, known)} "
@@ -165,35 +171,8 @@ def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
                     )
 
 
-def _one_span(token_map: TokenMap, name: str, seed: int) -> Positions:
-    if name in token_map.named or name not in ("other", "random", "object"):
-        return token_map[name]
-    if "object" not in token_map.named:
-        raise SpanError(
-            f"This prompt has no span 'object'{'' if name == 'object' else f', which {name!r} needs'}. Say where the object "
-            "is: inputs.with_boxes(object=[(x0, y0, x1, y1)]) or inputs.with_spans(object=positions)."
-        )
-    wanted = token_map["object"]
-    others = Positions(p for i in range(token_map.n_images) for p in token_map.patches(i)) - wanted
-    if name == "other":
-        return others
-    if len(others) < len(wanted):
-        raise SpanError(
-            f"The object covers {len(wanted)} patches and leaves {len(others)}: too few for as many others."
-        )
-    # The same patches however the prompt is padded or batched, and others for another prompt or object.
-    start = token_map.real.start
-    about = [[token_map.token_ids[p] for p in token_map.real], [p - start for p in wanted]]
-    drawn = np.random.default_rng([seed, zlib.crc32(repr(about).encode())])
-    return Positions(drawn.choice(others.tolist(), len(wanted), replace=False).tolist())
-
-
 def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:
-    if isinstance(where, str):
-        return span(token_map, where, seed=seed)
-    if where is None:
-        return Positions(token_map.real)
-    given = Positions([where] if isinstance(where, int) else where)
+    given = Positions(positions_of(where, token_map, len(token_map), seed=seed))
     if outside := given - token_map.real:
         raise InputError(
             f"Positions {outside.tolist()} lie outside the prompt, whose tokens are at {token_map.real.start} to "

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-
-Where = str | int | slice | Sequence[int] | None
-"""A span of the token map, one index, a slice, several indices (a list, an array, a tensor), or None for all."""
+from hooked_llava.spans import split_edge
 
 ACTIONS = ("value", "add", "scale", "zero", "mean", "block", "fn")
 SCORES = "attn.hook_attn_scores"
@@ -30,7 +28,7 @@ class Intervention:
     """
 
     hook: Any
-    """Name of the hook, or a short name that means one hook."""
+    """Name of the hook, or any other spelling of it: ("z", 3), a short name that means one hook, all that a cache takes."""
     _: KW_ONLY
     positions: Any = None
     """`Where`: sequence positions (query rows, for scores and pattern); on image hooks patch indices. None: all."""
@@ -51,7 +49,7 @@ class Intervention:
     mean: bool = False
     """Replace by the mean over the positions that are cut out."""
     block: Any = None
-    """(source, target), each a `Where`: target may not attend to source; on `hook_attn_scores`, before the softmax."""
+    """An edge, (source, target) or "source->target": target may not attend to source; on `hook_attn_scores`."""
     fn: Callable[[Tensor], Tensor] | None = None
     """Replace by fn(cut), where cut is the tensor at the intervention's positions and heads."""
 
@@ -64,7 +62,9 @@ class Intervention:
             )
         if self.block is not None and self.positions is not None:
             raise InputError("block=(source, target) names its positions itself; leave positions= out.")
-        if self.block is not None and (isinstance(self.block, str) or len(self.block) != 2):
+        if isinstance(self.block, str):
+            object.__setattr__(self, "block", split_edge(self.block))
+        if self.block is not None and (not isinstance(self.block, Sequence) or len(self.block) != 2):
             raise InputError(f"block={self.block!r}; expected two places, (source, target), such as ('image', 'last').")
         if self.scale is not None and not isinstance(self.scale, Real) and getattr(self.scale, "ndim", None) != 0:
             raise InputError(f"scale={self.scale!r}; expected one number. To multiply by a tensor, use fn=.")

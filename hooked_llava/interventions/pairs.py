@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hooked_llava.caching import resolve_positions
+from hooked_llava.caching import Where, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.geometry import BoxLike, ImageGeometry, checked_box
 from hooked_llava.inputs import Inputs
-from hooked_llava.interventions.intervention import Intervention, Where
+from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.metrics import Metric
 from hooked_llava.pictures import load_picture
 

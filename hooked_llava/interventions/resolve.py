@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hooked_llava.caching import axis_sizes
+from hooked_llava.caching import axis_sizes, positions_of
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
 from hooked_llava.interventions.choices import whole_numbers
@@ -14,9 +14,6 @@ from hooked_llava.interventions.resolved import POSITION_AXES, Resolved, spread
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
-
-_PLACES = "whole numbers, a slice, or the name of one span (token_map[a] | token_map[b] joins two)"
 
 
 def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
@@ -27,14 +24,8 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
     """
     if not isinstance(intervention, Intervention):
         raise InputError(f"A run holds {intervention!r}; expected Interventions: Intervention(hook, ...).")
-    if not isinstance(intervention.hook, str):
-        raise InputError(f"hook={intervention.hook!r}; expected the name of a hook.")
-    names = model.hooks_table.resolve(intervention.hook, with_image=inputs.pixel_values is not None)
-    if len(names) != 1:
-        raise InputError(
-            f"{intervention.hook!r} means {len(names)} hooks; an intervention changes one. Name its layer."
-        )
-    name, spec = names[0], model.hooks_table[names[0]]
+    name = model.hooks_table.one(intervention.hook, with_image=inputs.pixel_values is not None)
+    spec = model.hooks_table[name]
     on_image_side = name.startswith(IMAGE_SIDE)
     if intervention.block is not None and (on_image_side or not name.endswith(SCORES)):
         raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
@@ -45,17 +36,15 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
     n_heads = tower.n_key_value_heads if "kv_head" in spec.axes else tower.n_heads
     has_heads = bool({"head", "kv_head"} & set(spec.axes))
     source, target = intervention.block or (None, intervention.positions)
-    if on_image_side:
-        positions = tuple(_patches(target, spec, model) for _ in inputs.token_maps)
-    else:
-        positions = tuple(_sequence(target, token_map, inputs.shape[1]) for token_map in inputs.token_maps)
+    patches = _patches(target, spec, model) if on_image_side else ()
+    positions = tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs)
     resolved = Resolved(
         intervention,
         spec,
         name,
         _layer(name, model),
         positions,
-        tuple(() if intervention.block is None else _sequence(source, m, inputs.shape[1]) for m in inputs.token_maps),
+        tuple(() for _ in positions) if intervention.block is None else _sequence(source, inputs),
         _indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
         _indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
     )
@@ -72,17 +61,9 @@ def _layer(name: str, model: HookedLLaVA) -> int:
     return tower_layers if after else 0
 
 
-def _sequence(where: Any, token_map: TokenMap, n_positions: int) -> tuple[int, ...]:
-    if where is None:
-        return tuple(int(p) for p in token_map.real)
-    if isinstance(where, str):
-        return tuple(int(p) for p in token_map[where])
-    if isinstance(where, slice):
-        return tuple(range(n_positions)[where])
-    given = whole_numbers(where, "positions", _PLACES)
-    if outside := [p for p in given if not -n_positions <= p < n_positions]:
-        raise InputError(f"Positions {outside} lie outside the prompt; expected {-n_positions}..{n_positions - 1}.")
-    return tuple(p % n_positions for p in given)
+def _sequence(where: Any, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    """Sequence positions in every prompt."""
+    return tuple(tuple(positions_of(where, token_map, inputs.shape[1])) for token_map in inputs.token_maps)
 
 
 def _check_image(image: Any, inputs: Inputs, name: str) -> None:

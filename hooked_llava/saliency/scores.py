@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.input_checks import whole_numbers
 from hooked_llava.messages import summed_messages
 from hooked_llava.readout import wide
 from hooked_llava.saliency.decision import Decision
@@ -100,7 +101,7 @@ def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]
     if isinstance(heads, str):
         pairs = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     else:
-        pairs = [(int(layer), int(head)) for layer, head in heads]
+        pairs = check_heads(heads, cfg.n_layers, cfg.n_heads)
     return [pairs] * len(decision.inputs)
 
 
@@ -134,16 +135,27 @@ def named_heads(chosen: list[list[tuple[int, int]]]) -> list[list[str]]:
 
 
 def check_heads(heads: Iterable[Any], n_layers: int, n_heads: int) -> list[tuple[int, int]]:
-    """(layer, head) pairs, checked; raises `InputError`."""
+    """(layer, head) pairs, either counted from the end where negative; raises `InputError` for heads that are not there.
+
+    >>> check_heads([(-1, 2), (0, -4)], 6, 4)
+    [(5, 2), (0, 0)]
+    """
+    listed = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads]
     try:
-        pairs = [(int(layer), int(head)) for layer, head in heads]
-    except (TypeError, ValueError):
-        raise InputError(f"heads={heads!r}; expected (layer, head) pairs, such as [(2, 1)].") from None
-    if outside := [pair for pair in pairs if not (0 <= pair[0] < n_layers and 0 <= pair[1] < n_heads)]:
-        raise InputError(f"There are no heads {outside}; expected (0..{n_layers - 1}, 0..{n_heads - 1}).")
+        pairs = [whole_numbers(pair, "heads") for pair in listed]
+    except InputError:
+        pairs = [[]]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise InputError(f"heads={heads!r}; expected (layer, head) pairs, such as [(2, 1)].")
+    if outside := [
+        (layer, head) for layer, head in pairs if not (-n_layers <= layer < n_layers and -n_heads <= head < n_heads)
+    ]:
+        raise InputError(
+            f"There are no heads {outside}; expected ({-n_layers}..{n_layers - 1}, {-n_heads}..{n_heads - 1})."
+        )
     if not pairs:
         raise InputError("No heads are named; give at least one (layer, head).")
-    return pairs
+    return [(layer % n_layers, head % n_heads) for layer, head in pairs]
 
 
 def _at(

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
+from hooked_llava.interventions.edges import Edges, edge_names
 from hooked_llava.viz.lens import layer_names
 from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot, tick_every
 
@@ -26,12 +27,12 @@ _FORMS = {
 }
 
 
-def knockout_curves(result: xr.Dataset, *, edges: Sequence[str] | None = None, title: str | None = None) -> Figure:
+def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: str | None = None) -> Figure:
     """The effect of blocking each edge, by the centre of the window: a line for each edge, a panel for each kind.
 
     Args:
         result: what `attention_knockout` gives for one prompt, or `by_kind` of a study, whose intervals become bands.
-        edges: which edges, all by default.
+        edges: which edges, named as for `attention_knockout`; all by default.
         title: instead of none.
 
     Raises `InputError` for a result with other axes than edge, layer, kind and statistic.
@@ -42,7 +43,7 @@ def knockout_curves(result: xr.Dataset, *, edges: Sequence[str] | None = None, t
     [0.0, -9.0]
     """
     effect = _of(result, "effect", "edge", "layer")
-    effect = effect if edges is None else effect.sel(edge=list(edges))
+    effect = effect if edges is None else effect.sel(edge=edge_names(edges))
     names = [str(edge) for edge in effect["edge"].values]
     layers = effect["layer"].values
     panels = _panels(effect)

@@ -264,7 +264,7 @@ def test_the_work_at_the_size_of_a_real_prompt() -> None:
         ({"kinds": ["mlps"]}, InputError, "expected some of 'mlp', 'attn', 'resid'"),
         ({"window": 0}, InputError, "at least 1"),
         ({"window_reading": "wide"}, InputError, "expected 'centred' or 'released'"),
-        ({"layers": [4]}, InputError, "Layer 4 is out of range"),
+        ({"layers": [4]}, InputError, r"4.* out of range for the layers"),
         ({"positions": [99]}, InputError, "99"),
     ],
 )

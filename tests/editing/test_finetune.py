@@ -92,10 +92,10 @@ def test_in_inference_mode():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 1.5}, "A layer to tune is 1.5"),
+        ({"layers": 1.5}, r"layers=1\.5"),
         ({"layers": 1, "steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"layers": 6}, "out of range"),
-        ({"layers": []}, "out of range"),
+        ({"layers": []}, "none of the layers"),
         ({"layers": 1, "max_change": 0.0}, "positive"),
         ({"layers": 1, "steps": 0}, "positive"),
     ],

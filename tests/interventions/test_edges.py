@@ -5,63 +5,31 @@ from __future__ import annotations
 import pytest
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.interventions.edges import STANDARD, Edge, edges_of, marked, span, study_edges
+from hooked_llava.interventions.edges import STANDARD, Edge, edge_names, edges_of, marked, study_edges
 from hooked_llava.token_map import TokenMap
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 # <s> picture(2 x 2) text | question question | rest | last
 TEXT = TokenMap(token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), grid=(2, 2))
 TOKENS = TEXT.with_spans(question=[6, 7], object=[2])
 
 
-@pytest.mark.parametrize(
-    ("expression", "positions"),
-    [
-        ("image", [1, 2, 3, 4]),
-        ("question|rest", [5, 6, 7, 8]),
-        ("question | rest|last", [5, 6, 7, 8, 9]),
-        ("image-object", [1, 3, 4]),
-        ("image - object & image", [1, 3, 4]),
-        ("text-system-last", [5, 6, 7, 8]),
-        ("text - question | image", [0, 1, 2, 3, 4, 5, 8, 9]),  # from left to right
-        ("other", [1, 3, 4]),
-        ("image&object", [2]),
-        ("question&image", []),
-    ],
-)
-def test_spans_are_joined_from_left_to_right(expression: str, positions: list[int]) -> None:
-    assert span(TOKENS, expression) == positions
-
-
-def test_random_patches_are_as_many_and_none_of_the_objects() -> None:
-    big = TokenMap(token_ids=(1, *[5] * 64, 9, 10), real=range(67), image_starts=(1,), grid=(8, 8))
-    big = big.with_spans(object=[10, 11, 18, 19])
-    draws = {tuple(span(big, "random", seed=seed)) for seed in range(20)}
-    assert len(draws) > 15
-    for drawn in draws:
-        assert len(drawn) == len(set(drawn)) == 4
-        assert set(drawn) <= set(big["image"]) - set(big["object"])
-    assert span(big, "random") == span(big, "random")
-    padded = TokenMap(token_ids=(0, 0, 0, *big.token_ids), real=range(3, 70), image_starts=(4,), grid=(8, 8))
-    padded = padded.with_spans(object=[13, 14, 21, 22])
-    assert [p - 3 for p in span(padded, "random")] == list(span(big, "random"))
-    other = TokenMap(token_ids=(1, *[5] * 64, 9, 11), real=range(67), image_starts=(1,), grid=(8, 8))
-    assert span(other.with_spans(object=big["object"]), "random") != span(big, "random")
-
-
-def test_names_of_ones_own_come_first() -> None:
-    assert span(TOKENS.with_spans(random=[3], other=[4]), "random|other") == [3, 4]
-
-
-def test_spans_that_are_not_there() -> None:
-    with pytest.raises(SpanError, match="no span 'object', which 'other' needs. Say where the object is: inputs.with_"):
-        span(TEXT, ["other", "question"][0])
-    with pytest.raises(SpanError, match="no span 'object'. Say where"):
-        span(TEXT, "object")
-    with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
-        span(TOKENS, "imge|question")
-    with pytest.raises(SpanError, match="covers 3 patches and leaves 1: too few"):
-        span(TEXT.with_spans(object=[1, 2, 3]), "random")
+def test_edges_in_every_spelling() -> None:
+    pair = [Edge("image->last", "image", "last")]
+    for spelling in ("image->last", ["image->last"], ("image", "last"), [("image", "last")], (("image", "last"),)):
+        assert edges_of(spelling) == pair, spelling
+    assert edges_of({"image->last": ("image", "last")}) == edges_of({"image->last": "image->last"}) == pair
+    two = edges_of((("image", "last"), "question->last"))
+    assert [edge.name for edge in two] == ["image->last", "question->last"]
+    assert edges_of([([3, 4], None)]) == [Edge("[3, 4]->all", [3, 4], None)]
+    assert edges_of(([3, 4], [5]))[0].source == [3, 4]
+    assert edge_names(("image", "last")) == edge_names("image->last") == ["image->last"]
+    assert edge_names({"mine": ("image", "last")}) == edge_names(["mine"]) == ["mine"]
+    for wrong in (("image", "last", "text"), [3], [("image",)]):
+        with as_users_run(), pytest.raises(InputError, match="is no edge"):
+            edges_of(wrong)
+    with pytest.raises(InputError, match="given twice"):
+        edges_of([("image", "last"), "image->last"])
 
 
 def test_edges_by_name_or_with_their_ends() -> None:

@@ -319,7 +319,7 @@ def test_half_precision_keeps_half_as_much_and_stays_close() -> None:
     [
         ({"hook": "blocks.0.hook_resid_prae", "zero": True}, HookNameError, "Did you mean"),
         ({"hook": "resid_pre", "zero": True}, InputError, "means 3 hooks"),
-        ({"hook": "blocks.0.hook_mlp_out", "zero": True, "positions": [99]}, InputError, "outside the prompt"),
+        ({"hook": "blocks.0.hook_mlp_out", "zero": True, "positions": [99]}, InputError, r"positions=\[99\]"),
         ({"hook": "blocks.0.attn.hook_z", "zero": True, "heads": 4}, InputError, "out of range"),
         ({"hook": "blocks.0.hook_mlp_out", "zero": True, "heads": 0}, InputError, "has no heads"),
         ({"hook": "blocks.0.hook_mlp_out", "block": ("image", "last")}, InputError, "attn_scores"),

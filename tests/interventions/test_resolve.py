@@ -34,7 +34,7 @@ def test_positions_may_be_any_whole_numbers(positions: Any) -> None:
         ({"positions": [1.7]}, r"positions=\[1.7\]; expected whole numbers, a slice, or the name of one span"),
         ({"positions": torch.tensor([True] * 5)}, "A mask is turned into numbers"),
         ({"positions": [True, False]}, "expected whole numbers"),
-        ({"positions": ["last", "image"]}, r"token_map\[a\] \| token_map\[b\] joins two"),
+        ({"positions": ["last", "image"]}, r"'image\|last' joins two"),
         ({"heads": [1.5]}, r"heads=\[1.5\]; expected whole numbers\."),
         ({"heads": "all"}, "heads='all'; expected whole numbers"),
         ({"hook": "hook_image_embed", "image": 5}, r"image=5 on 'hook_image_embed' is out of range; expected 0..0"),
@@ -50,7 +50,8 @@ def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"block": "image->last"}, r"block='image->last'; expected two places, \(source, target\)"),
+        ({"block": "image"}, r"'image' is no edge; expected 'source->target'"),
+        ({"block": 3}, r"block=3; expected two places, \(source, target\)"),
         ({"block": ("image", "text", "last")}, "expected two places"),
         ({"scale": "2"}, "scale='2'; expected one number"),
         ({"value": "red"}, "value='red'; expected a tensor, an array or numbers"),
