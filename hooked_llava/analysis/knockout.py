@@ -73,10 +73,9 @@ def attention_knockout(
     Args:
         model: the model.
         inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
-        edges: "source->target", spans of the token map, joined from left to right by | (union), & and -. Besides: `other`
-            is the picture less the span `object` (see `inputs.with_boxes`, `inputs.with_spans`), `random` as many other
-            patches drawn at random. An edge may also be a pair (source, target) of spans or positions; one edge may stand
-            by itself, and a mapping gives edges names of one's own.
+        edges: one or several, each "source->target" or a pair (source, target) of spans (joined by |, & and -) or positions;
+            a mapping gives them names. `other` is the image less the span `object` (see `inputs.with_boxes`,
+            `inputs.with_spans`), `random` as many other patches drawn at random.
         window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
             at once; by default the paper's share of the layers (9 of 40), at least 3.
         centers: centres of the window, all layers by default.
