@@ -165,7 +165,7 @@ def _on_white(picture: Image.Image, key: int | bytes | tuple[int, ...] | None, n
             "RGB"
         )
     if picture.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(space)) for space in ("LAB", "sRGB"))
         return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(picture)
     if picture.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
         picture = picture.convert({"La": "LA", "RGBa": "RGBA"}[picture.mode])

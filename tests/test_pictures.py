@@ -125,8 +125,8 @@ def test_grey_arrays(pixels: np.ndarray) -> None:
 def test_color_modes(mode: str, pixels: np.ndarray, tmp_path: Path) -> None:
     smooth = Image.fromarray(pixels)
     if mode == "LAB":
-        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        given = ImageCms.ImageCmsTransform(*profiles, "RGB", "LAB").apply(smooth)
+        srgb, lab = (ImageCms.ImageCmsProfile(ImageCms.createProfile(space)) for space in ("sRGB", "LAB"))
+        given = ImageCms.ImageCmsTransform(srgb, lab, "RGB", "LAB").apply(smooth)
     else:
         given = smooth.convert(mode)
     # 8 bits in another colour space lose a little, most in LAB's saturated colours; in CMYK and RGB nothing.
