@@ -317,7 +317,9 @@ def _with_texts(
     """The token maps with the characters of their prompts, the question's span, and the pictures' geometry."""
     mapped = []
     for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, pictures, strict=True)):
-        words = replace(token_map.words, prompt=prompt.text, parts=prompt.spans)
+        assert token_map.words is not None  # a processor has a tokenizer
+        separator = prompt.answer_separator
+        words = replace(token_map.words, prompt=prompt.text, parts=prompt.spans, answer_separator=separator)
         if offsets is not None:
             pairs = [(start, stop) for start, stop in offsets[row].tolist()]
             token = image_token_of(processor)

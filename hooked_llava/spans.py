@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,6 +66,18 @@ def split_edge(edge: str) -> tuple[str, str]:
             f"{edge!r} is no edge; expected 'source->target' with spans of the token map, such as 'image->last'."
         )
     return source.strip(), target.strip()
+
+
+def edge_end(where: Any, token_map: TokenMap) -> Any:
+    """An end of an edge, where `last` is where the answer is read: with an appended answer all positions that predict it.
+
+    >>> from hooked_llava.token_map import TokenMap
+    >>> edge_end("rest|last", TokenMap(token_ids=(1, 7, 8, 5), real=range(4), grid=(2, 2), n_answer=2))
+    'rest|predicting'
+    """
+    if not isinstance(where, str) or not token_map.n_answer or where in token_map.named:
+        return where
+    return "".join("predicting" if part == "last" else part for part in split_expression(where))
 
 
 def is_joined(expression: str) -> bool:

@@ -38,6 +38,8 @@ class Prompt:
     """The prompt, with one image token per picture."""
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Name of a part (system, question, tail, answer_prefix) -> its first character and the one after its last."""
+    answer_separator: str | None = None
+    """What stands between the text and the answer; None where no template says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Template:
             if name and part:
                 spans[name] = (len(text), len(text) + len(part))
             text += part
-        return Prompt(text, spans)
+        return Prompt(text, spans, None if answer_prefix else self.answer_separator)
 
     def with_tail(self, tail: str | None) -> Template:
         r"""The same template with another instruction after the question; None or "" for none.

@@ -14,7 +14,8 @@ The named spans of a prompt (padding belongs to none):
 
 [1] Where a prompt ends with a picture, `last` is the picture's last position, and so part of `image` instead.
 
-An answer behind the prompt (`metrics.teacher_forced`) is its span `answer` and in none of these: `last` stays in front of it.
+An answer appended to the prompt (`metrics.teacher_forced`) is its span `answer` and in none of these: `last` stays the
+prompt's own last position. `predicting` are the positions that predict the answer's tokens, from `last` on.
 
 Otherwise `system`, `image`, `question`, `rest` and `last` are disjoint, and together they cover the prompt. Tokens that
 reach across the border of a span (a word piece with the question's first letter and the space before it) belong to it.
@@ -114,6 +115,11 @@ class TokenMap:
         """Every span that this prompt has and that is not empty, the user's own included."""
         names = (*SPANS, *(own for own in self.named if own not in SPANS))
         return {name: positions for name in names if (positions := self._positions(name))}
+
+    @property
+    def own(self) -> range:
+        """The prompt's own positions: real ones, without an appended answer."""
+        return self.real[: len(self.real) - self.n_answer]
 
     @property
     def n_images(self) -> int:
@@ -290,7 +296,7 @@ class TokenMap:
     @cached_property
     def _partition(self) -> dict[str, Positions]:
         """All built-in spans, empty where the prompt does not have them."""
-        prompt = self.real[: len(self.real) - self.n_answer]
+        prompt = self.own
         last = Positions(prompt[-1:])
         image = Positions(p for start in self.image_starts for p in range(start, start + self.n_features))
         text = Positions(prompt) - image

@@ -37,6 +37,8 @@ class TokenText:
     """For every position the first character in `prompt` and the one after the last, (0, 0) for added tokens."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Characters of the template's parts (system, question, tail, answer_prefix)."""
+    answer_separator: str | None = None
+    """What the template puts between the prompt and its answer; None where it is not known."""
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_answer() -> None:
     ):
         with pytest.raises(InputError, match=r"The tokenizer does not know '(red )?zebra': it becomes \[.*'<unk>'\]"):
             attempt()
-    with pytest.raises(InputError, match="not a single token"):
+    with pytest.raises(InputError, match="'' has no tokens"):
         Answer.of(model(), "", first_token=True)
 
 
@@ -174,6 +174,7 @@ def test_a_forced_answer_lies_behind_all_other_spans() -> None:
     forced = teacher_forced(model(), inputs, "red star").inputs
     spans = dict(forced.token_map.spans)
     assert spans.pop("answer").tolist() == [inputs.shape[1], inputs.shape[1] + 1]
+    assert spans.pop("predicting").tolist() == [inputs.shape[1] - 1, inputs.shape[1]]
     assert spans == inputs.token_map.spans
     assert forced.last.tolist() == inputs.last.tolist()
     assert forced.to(dtype=torch.float64)[0].token_map["last"] == inputs.token_map["last"]

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
 from hooked_llava.results import analysis, numbers
-from hooked_llava.saliency.decision import Target, one_or_all, own_names, resolve_target
-from hooked_llava.saliency.occlusion import WHERE, Where, answer_metric, blank, forwards_of, mean_embedding
+from hooked_llava.saliency.decision import Target, resolve_target
+from hooked_llava.saliency.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -67,19 +67,20 @@ def deletion_curves(
     if len(prompt) != 1 or not 0 <= image < prompt.n_images or not grids:
         got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(grids)} maps, and image={image}"
         raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
-    longer, read, ids, names = resolve_target(model, prompt, target)
+    found = resolve_target(model, prompt, target)
+    longer = found.inputs
     with analysis(model, prompt, n_forward=1, where=where) as made:
-        replay, positions = Replay(model, longer), read[0].tolist()
-        ids = replay.logits(positions).argmax(-1)[None, :, None] if ids is None else ids
+        replay, positions = Replay(model, longer), found.read[0].tolist()
+        found = found.with_own(model, replay.logits(positions).argmax(-1)[None, :, None])
         fill = mean_embedding(model, longer, image) if where == "tokens" else None
         gone = [_gone(values, share, way) for way in ways for values in grids.values() for share in steps]
         different = list(dict.fromkeys(gone))  # all curves share their ends, and similar maps more
         runs = [[blank(model, longer, p, image=image, where=where, fill=fill)] if p else [] for p in different]
-        once = replay.run(runs, answer_metric(ids), positions=positions)
+        once = replay.run(runs, found.metric(0), positions=positions)
         log_p = once[[different.index(p) for p in gone]]
         values = numbers(log_p.exp()).reshape(len(ways), len(grids), len(steps))
         made.n_forward = forwards_of(replay)  # its runs included
-        attrs = made.attrs(target=one_or_all(names or own_names(model, ids)), runs=len(runs))
+        attrs = made.attrs(**found.attrs(model, "target"), runs=len(runs))
     area = np.trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0])
     return xr.Dataset(
         {"probability": (("direction", "map", "share"), values), "area": (("direction", "map"), area)},

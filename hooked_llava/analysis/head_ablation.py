@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.answers import answer_is_said
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.results import analysis, numbers
-from hooked_llava.saliency.decision import Target, decide, one_or_all, resolve_target
-from hooked_llava.saliency.occlusion import answer_metric
+from hooked_llava.saliency.decision import Target, decide, resolve_target
 from hooked_llava.saliency.scores import check_heads
 
 if TYPE_CHECKING:
@@ -67,24 +66,24 @@ def ablate_heads(
     others = prompts if reference is None else model.as_inputs(reference)
     if replace == "mean" and len(others) < 2:
         raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")
-    longer, read, ids, names = resolve_target(model, prompts, target)
-    if read.shape[1] != 1:
+    found = resolve_target(model, prompts, target)
+    if found.read.shape[1] != 1:
         raise InputError("ablate_heads scores answers of one token; give a word that is one, or its first token.")
     with analysis(model, prompts, n_forward=1, replace=replace) as made:
         means = _means(model, others) if replace == "mean" else None
-        replay = Replay(model, longer)
+        replay = Replay(model, found.inputs)
         kept = replay.kept_logits("last")  # (prompt, 1, d_vocab)
-        ids = kept.argmax(-1, keepdim=True) if ids is None else ids
+        found = found.with_own(model, kept.argmax(-1, keepdim=True))
+        assert found.ids is not None
         runs = [[_replacement(layer, head, means) for layer, head in pairs] for pairs in sets.values()]
         logits = replay.run(runs).reshape(len(sets), len(prompts), 1, -1)
-        log_p = torch.stack([answer_metric(ids[i : i + 1])(logits[:, i]) for i in range(len(prompts))], 1)
-        right = (logits[:, :, 0].argmax(-1)[..., None] == ids[:, 0]).any(-1)
+        log_p, right = found.log_probability(logits), answer_is_said(logits, found.ids)
         made.n_forward = 1 + (means is not None)
         dims = ("set", "prompt")
         return xr.Dataset(
             {"log_probability": (dims, numbers(log_p)), "correct": (dims, right.cpu().numpy())},
             coords={"set": list(sets), "n_heads": ("set", [len(set(pairs)) for pairs in sets.values()])},
-            attrs=made.attrs(target=one_or_all(names or ("own",)), work=replay.work.forwards),
+            attrs=made.attrs(**found.attrs(model, "target"), work=replay.work.forwards),
         )
 
 

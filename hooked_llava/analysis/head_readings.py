@@ -19,7 +19,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
 from hooked_llava.readout import check_k, wide, words
 from hooked_llava.results import analysis, numbers
-from hooked_llava.saliency.decision import Decision, Target, decide, one_or_all, resolve_target
+from hooked_llava.saliency.decision import Decision, Target, decide, resolve_target
 from hooked_llava.saliency.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.saliency.vocabulary import Space, check_spaces, project
 
@@ -77,7 +77,7 @@ def head_readings(
     check_spaces([space])
     top = check_top(top)
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
-    if resolve_target(model, prompt, target)[1].shape[1] != 1:
+    if resolve_target(model, prompt, target).read.shape[1] != 1:
         raise InputError("head_readings reads one message from each position; give a target of one token.")
     with analysis(model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
         decision = decide(model, prompt, target, parts=("pattern", "v"))
@@ -85,7 +85,7 @@ def head_readings(
         result = _read(decision, layer, head, index, k, space)
         scores = score_positions(decision, layer, head, index[None].to(prompt.device))[0]
         result["score"] = ("position", numbers(scores))
-        return result.assign_attrs(made.attrs(target=one_or_all(decision.names)))
+        return result.assign_attrs(made.attrs(**decision.target_attrs()))
 
 
 def _read(

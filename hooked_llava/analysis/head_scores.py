@@ -45,9 +45,10 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
         inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them
             (`hooked_llava.saliency.decide`), so that several analyses share one forward pass.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
-            teacher forcing, as the sum over its tokens; a list has one word for each prompt.
+            teacher forcing, as the sum over its tokens; a list has one for each prompt.
 
-    Attribute `target` names what was scored. Raises `InputError` for a target that does not fit. Method (a) of the paper.
+    Attributes `target`, `answer_tokens` and `measured` ("whole answer", or "first token" of the model's own) say what was
+    scored. Raises `InputError` for a target that does not fit. Method (a) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -207,7 +208,7 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
 
 
 def _target(decision: Decision) -> dict[str, Any]:
-    return {"target": one_or_all(decision.names)}
+    return decision.target_attrs()
 
 
 def _labelled(values: torch.Tensor, dims: Sequence[str], name: str, attrs: dict[str, Any]) -> xr.DataArray:

@@ -8,12 +8,15 @@ window; Replay does them together, re-running only what an edge can reach.
 The paper's released code knows image, question and last position, but not the text around them (instruction, "ASSISTANT:").
 Blocking "image->question" and "image->last" there leaves the way image -> rest -> last open. Here that text is the span
 `rest`; "image->question|rest|last" closes every way.
+
+An answer of several tokens is appended to the prompt, and `last` then stands for every position that predicts one of its
+tokens (see `interventions.edges`): "image->last" keeps the image from wherever the answer is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
@@ -22,15 +25,15 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava import metrics
+from hooked_llava.answer_tokens import Answer
+from hooked_llava.answers import AnswerReading, answer_is_first, read_answer
 from hooked_llava.datasets import StudyRow, study
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
 from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
 from hooked_llava.interventions.windows import centred_window, paper_width
-from hooked_llava.metrics import Answer, Metric, one_each
-from hooked_llava.readout import words
+from hooked_llava.metrics import Metric, logit_difference
 from hooked_llava.results import analysis, numbers
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 OBJECT_EDGES = ("object->question", "other->question", "random->question")
 """What they block where the object is known, and as many random patches for comparison."""
 Window = int | Literal["all"] | None
-Word = str | SupportsIndex | Answer
+Word = str | SupportsIndex | Answer | Sequence[SupportsIndex]
 MetricName = Literal["relative_change", "probability", "log_probability", "logit_difference"]
 _UNITS = {
     "relative_change": "% of the answer's probability",
@@ -79,19 +82,20 @@ def attention_knockout(
         window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
             at once; by default the paper's share of the layers (9 of 40), at least 3.
         centers: centres of the window, all layers by default.
-        answer: word (its first token) or token id to follow, one or one for each prompt; the model's own by default.
-        baseline: for "logit_difference", the token whose logit is subtracted.
-        metric: "relative_change" is 100 (P - P_before) / P_before; the others, and any function of logits
-            [..., d_vocab], are given as their change.
+        answer: text, a token id, or a list with one for each prompt (in it also lists of ids), measured as a whole under
+            teacher forcing; by default what the inputs have appended (`teacher_forced`), else the model's own first token.
+        baseline: for "logit_difference", the token whose logit is subtracted; both must be single tokens.
+        metric: "relative_change" is 100 (P - P_before) / P_before; the others, and any function of logits [..., d_vocab]
+            (of an appended answer [..., position, d_vocab], where its tokens are predicted), are given as their change.
         total: also block every layer at once, once for each edge.
         missing: "skip" gives NaN for edges of known spans that a prompt does not have, "raise" an error.
         seed: of the random patches.
-        batch_size: rows at once; chosen from the free memory by default.
+        batch_size: rows at once; by free memory if not given.
 
-    Returns `effect` and `answer_kept` (1 where the answer is still the most probable token) [edge, layer], or [edge]
-    for window="all"; with `total` also `total_effect` and `total_answer_kept` [edge]; and the metric before, `base`.
-    Raises `SpanError` for spans that are not there, and `InputError` for edges that causal attention does not have, and
-    for answers that do not fit.
+    Returns `effect` and `answer_kept` (1 where each of the answer's tokens still comes first) [edge, layer], or [edge] for
+    window="all"; with `total` also `total_effect` and `total_answer_kept` [edge]; and the metric before, `base`. Attributes:
+    `answer`, `answer_tokens`, `measured` ("whole answer" or "first token"), and `last_is`, what `last` means. Raises
+    `SpanError` for spans that are not there, and `InputError` for what does not fit.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -99,18 +103,17 @@ def attention_knockout(
     >>> dict(result.effect.sizes) == {"edge": 2, "layer": model.cfg.n_layers}
     True
     """
-    prompts, named = model.as_inputs(inputs), edges_of(edges)
-    with_ends, present = marked(prompts, named, missing=missing, seed=seed)
-    windows = _windows(window, centers, model.cfg.n_layers)
-    given, against = _answers(model, prompts, answer, "answer"), _answers(model, prompts, baseline, "baseline")
-    _check_metric(metric, against)
-    shown = {"window": paper_width(model.cfg.n_layers) if window is None else window}
-    shown["metric"] = metric if isinstance(metric, str) else "custom"
-    with analysis(model, prompts, n_forward=1, **shown) as made:
+    named, windows = edges_of(edges), _windows(window, centers, model.cfg.n_layers)
+    reading = read_answer(model, inputs, answer)
+    with_ends, present = marked(reading.inputs, named, missing=missing, seed=seed)
+    against = None if baseline is None else read_answer(model, inputs, baseline, "baseline")
+    _check_metric(metric, reading, against)
+    width = paper_width(model.cfg.n_layers) if window is None else window
+    plan = [(edge, layers) for edge in named for layers in windows.values()]
+    plan += [(edge, range(model.cfg.n_layers)) for edge in named if total]
+    with analysis(model, with_ends, n_forward=1, window=width, metric=_named(metric)) as made:
         replay = Replay(model, with_ends)
-        scores = _Scores.of(replay, given, against, metric)
-        plan = [(edge, layers) for edge in named for layers in windows.values()]
-        plan += [(edge, range(model.cfg.n_layers)) for edge in named if total]
+        scores = _Scores.of(replay, reading, against, metric)
         result = _labelled(_run(replay, plan, scores, batch_size), scores, named, windows, present)
         return result.assign_attrs(made.attrs(**scores.attrs(model), work=replay.work.forwards, runs=len(plan)))
 
@@ -233,19 +236,22 @@ def _windows(window: Window, centers: int | Sequence[int] | None, n_layers: int)
     return {centre: centred_window(centre, width, n_layers) for centre in centres}
 
 
-def _answers(model: HookedLLaVA, prompts: Inputs, given: Any, what: str) -> list[Answer] | None:
-    """For each prompt its answer."""
-    if given is None:
-        return None
-    return [Answer.of(model, word, first_token=True) for word in one_each(given, len(prompts), what)]
+def _named(metric: MetricName | Metric) -> str:
+    return metric if isinstance(metric, str) else "custom"
 
 
-def _check_metric(metric: Any, baseline: list[Answer] | None) -> None:
+def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading | None) -> None:
     if not callable(metric) and metric not in _UNITS:
         raise InputError(f"metric={metric!r}; expected {', '.join(_UNITS)}, or a function of logits [..., d_vocab].")
     if (metric == "logit_difference") != (baseline is not None):
         raise InputError(
             "metric='logit_difference' and baseline= belong together: the logit of which token is subtracted?"
+        )
+    several = [one.texts for one in (reading, baseline) if one is not None and one.read.shape[1] > 1]
+    if metric == "logit_difference" and several:
+        raise InputError(
+            f"metric='logit_difference' compares the logits of two single tokens, and {several[0]} has several after its "
+            "prompt. Give token ids, or take metric='log_probability'."
         )
 
 
@@ -253,69 +259,72 @@ def _check_metric(metric: Any, baseline: list[Answer] | None) -> None:
 class _Scores:
     """What is read off the logits: the metric's change, and whether the answer still comes first."""
 
-    answers: list[Answer]
-    changes: list[Metric]
-    """One for each prompt."""
+    reading: AnswerReading
+    baseline: AnswerReading | None
+    metric: MetricName | Metric
     base: Float[Tensor, " prompt"]
     """The metric before."""
-    baselines: list[Answer] | None
-    units: str
 
     @classmethod
-    def of(cls, replay: Replay, answers: list[Answer] | None, baseline: list[Answer] | None, metric: Any) -> _Scores:
-        logits = replay.logits().reshape(len(replay.inputs), -1)  # (prompt, d_vocab)
-        own = [Answer.of(replay.model, int(row.argmax())) for row in logits] if answers is None else answers
-        against = own if baseline is None else baseline
-        measures = [_measure(metric, *words) for words in zip(own, against, strict=True)]
-        base = torch.stack([measure(row) for measure, row in zip(measures, logits, strict=True)])
-        if metric == "relative_change":
-            changes = [metrics.relative_change(word, row) for word, row in zip(own, logits, strict=True)]
-        else:
-            changes = [lambda x, m=m, b=b: m(x) - b for m, b in zip(measures, base, strict=True)]
-        return cls(own, changes, base, baseline, _UNITS.get(metric, _OTHER) if isinstance(metric, str) else _OTHER)
+    def of(cls, replay: Replay, reading: AnswerReading, baseline: AnswerReading | None, metric: Any) -> _Scores:
+        logits = reading.shaped(replay.logits(reading.positions))
+        own = reading.with_own(replay.model, logits.argmax(-1, keepdim=True))
+        unmeasured = cls(own, baseline, metric, logits.new_zeros(len(logits)))
+        return replace(unmeasured, base=unmeasured.value(logits))
+
+    def value(self, logits: Float[Tensor, "*run prompt read d_vocab"]) -> Float[Tensor, "*run prompt"]:
+        """The metric; of "relative_change", the probability."""
+        if not isinstance(self.metric, str):
+            return self.metric(logits[..., 0, :] if self.reading.positions == "last" else logits)
+        if self.metric == "logit_difference":
+            assert self.baseline is not None
+            pairs = zip(self.reading.as_answers(), self.baseline.as_answers(), strict=True)
+            parts = [logit_difference(*pair)(logits[..., i, 0, :]) for i, pair in enumerate(pairs)]
+            return torch.stack(parts, -1)
+        log_p = self.reading.log_probability(logits)
+        return log_p if self.metric == "log_probability" else log_p.exp()
+
+    def change(self, logits: Float[Tensor, "run prompt read d_vocab"]) -> Float[Tensor, "run prompt"]:
+        """What the metric has changed by."""
+        difference = self.value(logits) - self.base
+        return 100 * difference / self.base if self.metric == "relative_change" else difference
 
     def attrs(self, model: HookedLLaVA) -> dict[str, Any]:
-        """What a result says of the answers."""
-        against = {} if self.baselines is None else {"baseline": _said(model, self.baselines)}
-        return {"answer": _said(model, self.answers), **against}
+        """What a result says of the answers, and of `last`."""
+        several = self.reading.read.shape[1] > 1
+        last = "the positions that predict the answer's tokens" if several else "the prompt's last position"
+        against = {} if self.baseline is None else {"baseline": self.baseline.attrs(model)["answer"]}
+        return {**self.reading.attrs(model), **against, "last_is": last}
+
+    @property
+    def units(self) -> str:
+        """What the effect is measured in."""
+        return _UNITS.get(self.metric, _OTHER) if isinstance(self.metric, str) else _OTHER
 
     def __call__(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "run prompt 2"]:
-        rows = logits.reshape(len(logits), len(self.answers), -1)  # (run, prompt, d_vocab)
-        changes = [change(rows[:, i]) for i, change in enumerate(self.changes)]
-        first = [metrics.rank(word)(rows[:, i]) == 0 for i, word in enumerate(self.answers)]
-        return torch.stack([torch.stack(changes, 1), torch.stack(first, 1).to(changes[0].dtype)], dim=-1)
-
-
-def _said(model: HookedLLaVA, answers: Sequence[Answer]) -> str | list[str]:
-    """The answers as words; ids are spelt out."""
-    said = [str(words(model, torch.tensor(a.ids[0]))) if a.text.isdigit() else a.text for a in answers]
-    return said[0] if len(said) == 1 else said
-
-
-def _measure(metric: Any, answer: Answer, baseline: Answer) -> Metric:
-    if callable(metric):
-        return metric
-    if metric == "logit_difference":
-        return metrics.logit_difference(answer, baseline)
-    return metrics.log_probability(answer) if metric == "log_probability" else metrics.probability(answer)
+        rows, ids = self.reading.shaped(logits, len(logits)), self.reading.ids
+        assert ids is not None
+        changes = self.change(rows)
+        return torch.stack([changes, answer_is_first(rows, ids).to(changes.dtype)], dim=-1)
 
 
 def _run(
     replay: Replay, plan: Sequence[tuple[Edge, range]], scores: _Scores, batch_size: int | None
 ) -> Float[Tensor, "run prompt 2"]:
     """The scores of every planned run; runs that are the same are done once."""
-    n_layers = replay.model.cfg.n_layers
+    n_layers, reading = replay.model.cfg.n_layers, scores.reading
+    predicting = reading.read.tolist()
     keys = []
     for edge, window in plan:
-        ends = [
-            (int(last), m[edge.ends[1]]) for last, m in zip(replay.inputs.last, replay.inputs.token_maps, strict=True)
-        ]
-        # In the last layer only the last position still feeds the answer.
-        stop = n_layers if any(last in target for last, target in ends) else n_layers - 1
+        # In the last layer only the positions that predict the answer still feed it.
+        feeds = any(m[edge.ends[1]] & read for m, read in zip(replay.inputs.token_maps, predicting, strict=True))
+        stop = n_layers if feeds else n_layers - 1
         keys.append((edge.name, range(window.start, min(window.stop, stop))))
     by_name = {edge.name: edge for edge, _ in plan}
     distinct = list(dict.fromkeys(keys))
-    values = replay.run([by_name[name].blocked(window) for name, window in distinct], scores, batch_size=batch_size)
+    values = replay.run(
+        [by_name[name].blocked(window) for name, window in distinct], scores, reading.positions, batch_size
+    )
     index = {key: i for i, key in enumerate(distinct)}
     return values[[index[key] for key in keys]]
 

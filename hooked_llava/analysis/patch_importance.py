@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.answer_tokens import one_each
+from hooked_llava.answers import AnswerReading
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
 from hooked_llava.results import analysis, numbers, stack
@@ -24,9 +26,7 @@ from hooked_llava.saliency.decision import (
     Decision,
     Target,
     as_decision,
-    one_each,
     one_or_all,
-    own_names,
     prompts_of,
     resolve_target,
 )
@@ -137,7 +137,7 @@ class _Found:
     """Maps, what they speak for, and what they cost."""
 
     maps: Float[Tensor, "prompt image patch"]
-    names: tuple[str, ...]
+    target: dict[str, Any]
     n_forward: int | float = 1
     n_backward: int = 0
     heads: Any = None
@@ -150,7 +150,7 @@ def _importance(
     prompts = prompts_of(model, inputs)
     with analysis(model, prompts, n_forward=1, method=method, units=_METHODS[method].units, **said) as made:
         found = _METHODS[method].run(model, inputs, target, **options)
-        attrs = {"target": one_or_all(found.names), "n_backward": found.n_backward}
+        attrs = found.target | {"n_backward": found.n_backward}
         attrs |= {} if found.heads is None else {"heads": one_or_all(found.heads)}
         grid = model.config.vision.grid
         return xr.DataArray(
@@ -167,14 +167,14 @@ def _log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads 
     where = patch_positions(decision.inputs)
     if heads == "all":
         layers = [score_positions_of_layer(decision, i, where.flatten(1)) for i in range(decision.n_layers)]
-        return _Found(torch.stack(layers).sum(0).reshape(where.shape), decision.names, n_forward, heads="all")
+        return _Found(torch.stack(layers).sum(0).reshape(where.shape), decision.target_attrs(), n_forward, heads="all")
     chosen = chosen_heads(decision, 1 if heads is None else heads)
     maps = torch.zeros(where.shape, device=where.device)
     for layer, head in sorted({pair for row in chosen for pair in row}):
         rows = [i for i, row in enumerate(chosen) if (layer, head) in row]
         scores = score_positions(decision.take(rows), layer, head, where[rows].flatten(1))
         maps[rows] += scores.float().reshape(len(rows), *where.shape[1:])
-    return _Found(maps, decision.names, n_forward, heads=named_heads(chosen))
+    return _Found(maps, decision.target_attrs(), n_forward, heads=named_heads(chosen))
 
 
 def _attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> _Found:
@@ -186,42 +186,53 @@ def _attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | N
     chosen = chosen_heads(decision, heads)
     rows = [torch.stack([row[pair] for pair in pairs]).mean(0) for row, pairs in zip(pattern, chosen, strict=True)]
     maps = at_patches(torch.stack(rows), where)
-    return _Found(maps, decision.names, n_forward, heads="all" if heads == "all" else named_heads(chosen))
+    return _Found(maps, decision.target_attrs(), n_forward, heads="all" if heads == "all" else named_heads(chosen))
 
 
 def _gradient(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    longer, read, ids, names = resolve_target(model, prompts, target)
-    maps, ids = gradient_times_input(model, longer, read, ids, vision=vision)
-    return _Found(maps, names or own_names(model, ids), n_backward=1)
+    found = resolve_target(model, prompts, target)
+    maps, ids = gradient_times_input(model, found.inputs, found.read, found.ids, vision=vision)
+    return _Found(maps, _said(model, found, ids), n_backward=1)
 
 
 def _integrated(model: HookedLLaVA, prompts: Inputs, target: Target, steps: int, vision: bool) -> _Found:
-    longer, read, wanted, names = resolve_target(model, prompts, target)
-    maps, ids = integrated_gradients(model, longer, read, wanted, steps=steps, vision=vision)
-    return _Found(maps, names or own_names(model, ids), n_forward=steps + (wanted is None), n_backward=steps)
+    found = resolve_target(model, prompts, target)
+    maps, ids = integrated_gradients(model, found.inputs, found.read, found.ids, steps=steps, vision=vision)
+    return _Found(maps, _said(model, found, ids), n_forward=steps + (found.ids is None), n_backward=steps)
 
 
 def _rollout(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    longer, read, _, names = resolve_target(model, prompts, target)
-    return _Found(attention_rollout(model, longer, read, vision=vision), names or ("any",) * len(prompts))
+    found = resolve_target(model, prompts, target)
+    own = {"target": one_or_all(("any",) * len(prompts)), "measured": found.measured}  # it asks for no answer
+    return _Found(
+        attention_rollout(model, found.inputs, found.read, vision=vision),
+        found.attrs(model, "target") if found.texts else own,
+    )
 
 
 def _relevancy(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    longer, read, ids, names = resolve_target(model, prompts, target)
-    maps, ids = relevancy(model, longer, read, ids, vision=vision)
-    return _Found(maps, names or own_names(model, ids), n_backward=1)
+    found = resolve_target(model, prompts, target)
+    maps, ids = relevancy(model, found.inputs, found.read, found.ids, vision=vision)
+    return _Found(maps, _said(model, found, ids), n_backward=1)
 
 
 def _occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int) -> _Found:
-    longer, read, ids, names = resolve_target(model, prompts, target)
-    maps, ids, n_forward = occlusion(model, longer, read, ids, window=window)
-    return _Found(maps[None], names or own_names(model, ids), n_forward=n_forward)
+    found = resolve_target(model, prompts, target)
+    maps, ids, n_forward = occlusion(model, found.inputs, found.read, found.ids, window=window)
+    return _Found(maps[None], _said(model, found, ids), n_forward=n_forward)
 
 
 def _token_ablation(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, fill: Tensor | None) -> _Found:
-    longer, read, ids, names = resolve_target(model, prompts, target)
-    maps, ids, n_forward = occlusion(model, longer, read, ids, where="tokens", window=window, fill=fill)
-    return _Found(maps[None], names or own_names(model, ids), n_forward=n_forward)
+    found = resolve_target(model, prompts, target)
+    maps, ids, n_forward = occlusion(
+        model, found.inputs, found.read, found.ids, where="tokens", window=window, fill=fill
+    )
+    return _Found(maps[None], _said(model, found, ids), n_forward=n_forward)
+
+
+def _said(model: HookedLLaVA, found: AnswerReading, ids: Int[Tensor, "prompt read variant"]) -> dict[str, Any]:
+    """What a result says of the target, be it the model's own."""
+    return found.with_own(model, ids).attrs(model, "target")
 
 
 @dataclass(frozen=True)

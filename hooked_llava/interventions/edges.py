@@ -1,4 +1,10 @@
-"""Edges between spans of a prompt, by name: "image->last", "question|rest->last", "object->question"."""
+"""Edges between spans of a prompt, by name: "image->last", "question|rest->last", "object->question".
+
+As an end of an edge, `last` is where the answer is read: as a rule the prompt's last position. Where an answer is appended to
+the prompt (`metrics.teacher_forced`), it is the span `predicting`: every position that predicts one of the answer's tokens,
+since an edge into the first of them alone would leave the others open. `token_map["last"]` stays the prompt's last position;
+give it as positions, {"image->prompt's last": ("image", token_map["last"])}, to block that one alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ from hooked_llava.caching import Where, positions_of
 from hooked_llava.errors import InputError, SpanError, did_you_mean
 from hooked_llava.interventions.intervention import SCORES, Intervention
 from hooked_llava.positions import Positions
-from hooked_llava.spans import BY_OBJECT, split_edge, split_expression
+from hooked_llava.spans import BY_OBJECT, edge_end, split_edge, split_expression
 from hooked_llava.token_map import SPANS
 
 if TYPE_CHECKING:
@@ -172,7 +178,7 @@ def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
 
 
 def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:
-    given = Positions(positions_of(where, token_map, len(token_map), seed=seed))
+    given = Positions(positions_of(edge_end(where, token_map), token_map, len(token_map), seed=seed))
     if outside := given - token_map.real:
         raise InputError(
             f"Positions {outside.tolist()} lie outside the prompt, whose tokens are at {token_map.real.start} to "

@@ -10,6 +10,7 @@ from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
 from hooked_llava.interventions.choices import whole_numbers
 from hooked_llava.interventions.intervention import SCORES, Intervention
 from hooked_llava.interventions.resolved import POSITION_AXES, Resolved, spread
+from hooked_llava.spans import edge_end
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -35,16 +36,19 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
     tower = model.config.vision if name.startswith("vision.") else model.config.language
     n_heads = tower.n_key_value_heads if "kv_head" in spec.axes else tower.n_heads
     has_heads = bool({"head", "kv_head"} & set(spec.axes))
+    of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
     patches = _patches(target, spec, model) if on_image_side else ()
-    positions = tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs)
+    positions = (
+        tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
+    )
     resolved = Resolved(
         intervention,
         spec,
         name,
         _layer(name, model),
         positions,
-        tuple(() for _ in positions) if intervention.block is None else _sequence(source, inputs),
+        tuple(() for _ in positions) if not of_edge else _sequence(source, inputs, of_edge=True),
         _indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
         _indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
     )
@@ -61,9 +65,11 @@ def _layer(name: str, model: HookedLLaVA) -> int:
     return tower_layers if after else 0
 
 
-def _sequence(where: Any, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
-    """Sequence positions in every prompt."""
-    return tuple(tuple(positions_of(where, token_map, inputs.shape[1])) for token_map in inputs.token_maps)
+def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
+    ends = [edge_end(where, token_map) if of_edge else where for token_map in inputs.token_maps]
+    both = zip(ends, inputs.token_maps, strict=True)
+    return tuple(tuple(positions_of(end, token_map, inputs.shape[1])) for end, token_map in both)
 
 
 def _check_image(image: Any, inputs: Inputs, name: str) -> None:

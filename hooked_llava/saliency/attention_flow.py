@@ -48,7 +48,7 @@ def attention_rollout(
 
 def relevancy(
     model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, *, vision: bool = False
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read spelling"]]:
+) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
     """R <- R + E_h[(dA * A)+] R from the first layer to the last (Chefer et al., arXiv 2103.15679), the answer's rows;
     and the answer's tokens.
 

@@ -13,24 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.answer_tokens import Answer, one_each
+from hooked_llava.answers import AnswerReading, about_answers, read_answer
 from hooked_llava.caching import saver
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
-from hooked_llava.metrics import Answer, one_each, teacher_forced
-from hooked_llava.readout import (
-    log_probabilities,
-    log_probabilities_along,
-    log_probability_increase,
-    token_id,
-    words,
-)
+from hooked_llava.readout import log_probabilities, log_probabilities_along, log_probability_increase
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
 Target = str | SupportsIndex | Answer | Sequence[str | SupportsIndex | Answer] | None
-"""What is scored: None for the model's own next token; a word or text (of several tokens: under teacher forcing), a
-token id, an `Answer` with its spellings; or a list with one of one token for each prompt."""
+"""What is scored: None for the answer that the inputs have appended, else the model's own next token; text (of several
+tokens: under teacher forcing), a token id, an `Answer` with its variants; or a list with one for each prompt."""
 
 PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
 
@@ -41,13 +36,15 @@ class Decision:
 
     model: HookedLLaVA
     inputs: Inputs
-    """The prompts, with the answer behind them if it has several tokens."""
+    """The prompts, with the answer appended if it has several tokens."""
     read: Int[Tensor, "prompt read"]
     """Where the answer's tokens are predicted."""
-    target: Int[Tensor, "prompt read spelling"]
+    target: Int[Tensor, "prompt read variant"]
     """The tokens that are scored there."""
     names: tuple[str, ...]
     """The target of each prompt in words."""
+    measured: str
+    """Whether the target is the "whole answer", or the "first token" of one."""
     streams: tuple[Float[Tensor, "prompt read d_model"], ...]
     """What enters every block, and what leaves the last."""
     scale: Float[Tensor, "prompt read 1"]
@@ -63,6 +60,10 @@ class Decision:
     def part(self, layer: int, name: str) -> Tensor:
         """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
         return self.held[f"blocks.{layer}.{'hook_' if name.endswith('_out') else 'attn.hook_'}{name}"]
+
+    def target_attrs(self) -> dict[str, Any]:
+        """What a result says of the target: `target` in words, `answer_tokens` and `measured`."""
+        return about_answers(self.model, self.names, self.target, self.measured, "target")
 
     def take(self, prompts: Sequence[int]) -> Decision:
         """The same for some of the prompts; `inputs` stays that of all."""
@@ -122,7 +123,8 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     >>> decide(model, model.prepare("Who made the star?"), "Red").part(3, "pattern").shape[1] == model.cfg.n_heads
     True
     """
-    prompts, read, ids, names = resolve_target(model, inputs, target)
+    found = resolve_target(model, inputs, target)
+    prompts, read = found.inputs, found.read
     store: dict[str, Tensor] = {}
     table, layers = model.hooks_table, range(model.cfg.n_layers)
     here = [*table.resolve("resid_pre"), *(n for part in parts if part != "v" for n in table.resolve(part))]
@@ -133,11 +135,11 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     assert final is not None
     last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
     scale = model.ln_final.scale_of(last)
-    if ids is None:
-        ids = model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True)  # (prompt, 1, 1)
-        names = own_names(model, ids)
+    if found.ids is None:
+        found = found.with_own(model, model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True))
+    assert found.ids is not None
     streams = (*(store.pop(f"blocks.{i}.hook_resid_pre") for i in layers), last)
-    return Decision(model, prompts, read, ids, names, streams, scale, store)
+    return Decision(model, prompts, read, found.ids, found.texts, found.measured, streams, scale, store)
 
 
 def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[Decision, int]:
@@ -169,44 +171,20 @@ def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
     return inputs.inputs if isinstance(inputs, Decision) else model.as_inputs(inputs)
 
 
-def resolve_target(
-    model: HookedLLaVA, inputs: Any, target: Target
-) -> tuple[Inputs, Int[Tensor, "prompt read"], Int[Tensor, "prompt read spelling"] | None, tuple[str, ...]]:
-    """The prompts (with an answer of several tokens behind them), where it is read, its tokens (None: the model's own).
+def resolve_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerReading:
+    """The prompts (with an answer of several tokens appended), where it is read, and its tokens (None: the model's own).
 
-    Raises `InputError` for a list that has not one target for each prompt, or for one of several tokens in a list.
+    Raises `InputError` for a list that has not one target for each prompt, or targets of different numbers of tokens.
     """
-    prompts = model.as_inputs(inputs)
-    last = prompts.last[:, None]
-    if target is None:
-        return prompts, last, None, ()
-    if isinstance(target, str):
-        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            forced = teacher_forced(model, prompts, target)
-            several = torch.tensor(ids, device=prompts.device).expand(len(prompts), -1)[..., None]
-            read = torch.tensor(forced.positions, device=prompts.device).expand(len(prompts), -1)
-            return forced.inputs, read, several, (target,) * len(prompts)
-    answers = [_answer(model, one) for one in one_each(target, len(prompts))]
-    longest = max(len(answer.ids) for answer in answers)
-    if any(len(answer.ids) != longest for answer in answers):
-        raise InputError("The answers in target= have different numbers of spellings; give them as single tokens.")
-    tokens = torch.tensor([answer.ids for answer in answers], device=prompts.device)[:, None]
-    return prompts, last, tokens, tuple(answer.text for answer in answers)
-
-
-def own_names(model: HookedLLaVA, ids: Int[Tensor, "prompt read spelling"]) -> tuple[str, ...]:
-    """The model's own answers in words, one token each."""
-    return tuple(words(model, ids[:, 0, 0]).tolist())
+    found = read_answer(model, inputs, target, "target")
+    if found.ids is not None and bool((found.ids < 0).any()):
+        raise InputError(
+            f"The answers in target={target!r} have different numbers of tokens or of variants after their prompts; ask "
+            "prompt by prompt, or give them as single tokens."
+        )
+    return found
 
 
 def one_or_all(values: Sequence[Any]) -> Any:
     """What an attribute says: the only prompt's value, or the list of all."""
     return values if isinstance(values, str) else values[0] if len(values) == 1 else list(values)
-
-
-def _answer(model: HookedLLaVA, target: str | SupportsIndex | Answer) -> Answer:
-    if isinstance(target, Answer):
-        return target
-    token = token_id(model, target)
-    return Answer(str(words(model, torch.tensor(token))), (token,))

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.answers import answer_log_probability
 from hooked_llava.components import reads_only
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
@@ -24,20 +25,20 @@ from hooked_llava.saliency.patches import at_patches, patch_positions, sum_pixel
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-Ids = Int[Tensor, "prompt read spelling"] | None
+Ids = Int[Tensor, "prompt read variant"] | None
 Read = Int[Tensor, "prompt read"]
 
 
-def answer_log_probability(
+def log_probability_of_run(
     model: HookedLLaVA, inputs: Inputs, entering: Float[Tensor, "prompt pos d_model"], read: Read, ids: Ids
-) -> tuple[Float[Tensor, " prompt"], Int[Tensor, "prompt read spelling"]]:
+) -> tuple[Float[Tensor, " prompt"], Int[Tensor, "prompt read variant"]]:
     """log P(answer) of every prompt given what enters the language tower, and the answer's tokens.
 
     With `ids` None the answer is the model's own next token.
     """
     logits = _read_logits(model, inputs, entering, read)
     target = logits.argmax(-1, keepdim=True) if ids is None else ids
-    return logits.log_softmax(-1).gather(-1, target).logsumexp(-1).sum(-1), target
+    return answer_log_probability(logits, target), target
 
 
 def _read_logits(
@@ -51,7 +52,7 @@ def _read_logits(
 
 def gradient_times_input(
     model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, *, vision: bool = False
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read spelling"]]:
+) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
     """d log P / d x . x of every patch, and the answer's tokens; x is the image embedding or, with `vision`, the pixels.
 
     Pixels are normalised, so that 0 is the colour that the processor subtracts.
@@ -70,7 +71,7 @@ def integrated_gradients(
     steps: int = 16,
     vision: bool = False,
     baseline: Tensor | None = None,
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read spelling"]]:
+) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
     """(x - x0) . mean gradient on the line from the baseline x0 to x, over the midpoints of `steps` equal parts.
 
     The model's own answer is the one that it gives at x.
@@ -104,12 +105,12 @@ def _path(model: HookedLLaVA, inputs: Inputs, read: Read, *, vision: bool) -> tu
 
         def of_pixels(pixels: Tensor, ids: Ids) -> tuple[Tensor, Tensor]:
             embedding = model.embed(replace(inputs, pixel_values=pixels))
-            return answer_log_probability(model, inputs, embedding, read, ids)
+            return log_probability_of_run(model, inputs, embedding, read, ids)
 
         return inputs.pixel_values, of_pixels
     with torch.no_grad():
         end = model.embed(inputs)
-    return end, lambda entering, ids: answer_log_probability(model, inputs, entering, read, ids)
+    return end, lambda entering, ids: log_probability_of_run(model, inputs, entering, read, ids)
 
 
 def _gradient(log_p: _LogP, at: Tensor, ids: Ids) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ def _by_patch(
 
 def with_gradients(
     model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, names: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Int[Tensor, "prompt read spelling"]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Int[Tensor, "prompt read variant"]]:
     """Activations of one forward pass, the gradients of the answer's logit there, and the answer's tokens.
 
     The logit, since the gradient of log P vanishes where the model is sure, and products of such gradients even more.

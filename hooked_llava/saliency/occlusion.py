@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from hooked_llava.answers import answer_log_probability
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
 from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.metrics import Metric
 from hooked_llava.saliency.gradients import Ids, Read
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def occlusion(
     window: int = 1,
     fill: Tensor | None = None,
     batch_size: int | None = None,
-) -> tuple[Float[Tensor, "image patch"], Int[Tensor, "prompt read spelling"], float]:
+) -> tuple[Float[Tensor, "image patch"], Int[Tensor, "prompt read variant"], float]:
     """log P(answer) less what it is without each patch of one prompt (Zeiler & Fergus 2014).
 
     Also the answer's tokens, and what it cost in forward passes, as `forwards_of` counts them.
@@ -86,7 +85,11 @@ def occlusion(
         runs += [[blank(model, inputs, square, image=image, where=where, fill=mean)] for square in squares]
     positions = read[0].tolist()
     ids = replay.logits(positions).argmax(-1)[None, :, None] if ids is None else ids
-    metric = answer_metric(ids)
+    answer = ids[0]
+
+    def metric(logits: Tensor) -> Tensor:
+        return answer_log_probability(logits, answer)
+
     lost = metric(replay.logits(positions)) - replay.run(runs, metric, positions=positions, batch_size=batch_size)
     per_square = lost.float().reshape(inputs.n_images, len(squares))
     total, times = per_square.new_zeros(inputs.n_images, grid * grid), per_square.new_zeros(grid * grid)
@@ -100,19 +103,3 @@ def forwards_of(replay: Replay) -> float:
     """What a kept run of one prompt and its runs cost in forward passes through the blocks of both towers."""
     language = replay.work.n_layers * replay.work.n_positions
     return 1 + replay.work.token_layers / (language + replay.image_side.cost_of_all)
-
-
-def answer_metric(ids: Int[Tensor, "prompt read spelling"]) -> Metric:
-    """log P of one prompt's answer of one or more tokens, of logits [..., read, d_vocab].
-
-    Taken from the odds, log P = -log(1 + sum of the others' exp / the answer's): where the model is sure, log P lies so near
-    to 0 that log_softmax would round away what a single patch changes.
-    """
-
-    def metric(logits: Tensor) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        index = ids[0].to(logits.device).expand(*wide.shape[:-1], -1)
-        others = wide.scatter(-1, index, float("-inf")).logsumexp(-1)
-        return -softplus(others - wide.gather(-1, index).logsumexp(-1)).sum(-1)
-
-    return metric

@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
         position_scores(models.ours, models.prompt(), 7, heads=[1, 2])
     with pytest.raises(InputError, match="target= names 3 answers for 2 prompts"):
         head_scores(models.ours, two, [7, 8, 9])
-    with pytest.raises(InputError, match="different numbers of spellings"):
+    with pytest.raises(InputError, match="different numbers of tokens or of variants"):
         head_scores(models.ours, two, [Answer("a", (7, 8)), Answer("b", (9,))])
     with pytest.raises(InputError, match="do not lie in the prompt"):
         position_scores(models.ours, models.prompt(), 7, positions=[99])

@@ -15,10 +15,11 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.inputs import Inputs
 from hooked_llava.interventions import Replay
 from hooked_llava.interventions.edges import edges_of, marked
+from hooked_llava.metrics import teacher_forced
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load, save
 from tests.builders import make_hf_model, make_prompt
-from tests.oracles.plain_knockout import knocked_out, relative_change, window_of
+from tests.oracles.plain_knockout import appended, knocked_out, log_probability, relative_change, window_of
 from tests.pairs import batch, pair
 
 # <s> image image image image text | question question question | rest | last
@@ -100,6 +101,111 @@ def test_other_metrics_are_given_as_their_change() -> None:
     after = knocked_out(hf, given, window_of(3, 2, 5), *EDGES[edges[0]])
     assert float(mine.effect[0, 0]) == pytest.approx((after[answer] - before[answer]).item(), abs=1e-4)
     assert mine.attrs["metric"] == "custom"
+
+
+WHOLE = [20, 31, 7]  # three tokens: predicted at 10, 11 and 12
+PREDICTING = [10, 11, 12]
+OF_WHOLE = {
+    "question->last": (QUESTION, PREDICTING),
+    "image->question": ([1, 2, 3, 4], QUESTION),
+    "last->last": (PREDICTING, PREDICTING),
+    "question|rest->last": ([5, 6, 7, 8, 9], PREDICTING),
+    "question->answer": (QUESTION, [11, 12, 13]),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped"])
+def test_an_answer_of_several_tokens_is_measured_as_a_whole(name: str) -> None:
+    """`last` is every position that predicts one of its tokens: full forward passes of the prompt with the answer."""
+    hf, ours = deep(name)
+    given = make_prompt(hf, n_text=6)
+    longer = appended(given, WHOLE)
+    inputs = prepared(ours, given)
+    before = knocked_out(hf, longer, [], [], [], PREDICTING)
+    base = log_probability(before, WHOLE)
+    for metric in ("log_probability", "relative_change", "probability"):
+        result = attention_knockout(ours, inputs, list(OF_WHOLE), 2, answer=[WHOLE], metric=metric, total=True)
+        for edge, ends in OF_WHOLE.items():
+            for layer in (*range(5), None):
+                window = range(5) if layer is None else window_of(layer, 2, 5)
+                logits = knocked_out(hf, longer, window, *ends, PREDICTING)
+                log_p = log_probability(logits, WHOLE)
+                cell = result.sel(edge=edge, **({} if layer is None else {"layer": layer}))
+                effect, kept = (
+                    (cell.effect, cell.answer_kept)
+                    if layer is not None
+                    else (
+                        cell.total_effect,
+                        cell.total_answer_kept,
+                    )
+                )
+                expected = {
+                    "log_probability": log_p - base,
+                    "relative_change": 100 * np.expm1(log_p - base),
+                    "probability": np.exp(log_p) - np.exp(base),
+                }[metric]
+                assert float(effect) == pytest.approx(expected, rel=2e-3, abs=1e-5)
+                assert bool(kept) == (logits.argmax(-1).tolist() == WHOLE)
+        assert result.attrs["measured"] == "whole answer"
+        assert result.attrs["answer_tokens"] == [f"#{i}" for i in WHOLE]
+        assert result.attrs["last_is"] == "the positions that predict the answer's tokens"
+        assert result.attrs["n_forward"] == 1
+
+
+def test_inputs_with_an_answer_are_measured_on_it() -> None:
+    hf, ours = deep("plain")
+    inputs = prepared(ours, make_prompt(hf, n_text=6))
+    forced = teacher_forced(ours, inputs, WHOLE)
+    expected = attention_knockout(ours, inputs, list(OF_WHOLE), 2, answer=[WHOLE], metric="log_probability")
+    for metric in ("log_probability", forced.metric):
+        found = attention_knockout(ours, forced.inputs, list(OF_WHOLE), 2, metric=metric)
+        np.testing.assert_allclose(found.effect, expected.effect, atol=1e-5)
+        assert found.attrs["answer_tokens"] == expected.attrs["answer_tokens"]
+    with pytest.raises(InputError, match="answer=7"):
+        attention_knockout(ours, forced.inputs, ["question->last"], answer=7)
+    only = {"question->the prompt's last": (QUESTION, forced.inputs.token_map["last"])}
+    there = knocked_out(hf, appended(make_prompt(hf, n_text=6), WHOLE), range(5), QUESTION, [10], PREDICTING)
+    found = attention_knockout(ours, forced.inputs, only, "all", metric="log_probability")
+    assert float(found.base + found.effect[0]) == pytest.approx(log_probability(there, WHOLE), abs=1e-4)
+
+
+def test_one_token_as_a_whole_is_the_first_token() -> None:
+    hf, ours = deep("plain")
+    inputs, edges = prepared(ours, make_prompt(hf, n_text=6)), ["question->last", "last->last"]
+    alone = attention_knockout(ours, inputs, edges, 2, answer=20)
+    np.testing.assert_allclose(
+        attention_knockout(ours, inputs, edges, 2, answer=[[20]]).effect, alone.effect, atol=1e-4
+    )
+    forced = attention_knockout(ours, teacher_forced(ours, inputs, 20).inputs, edges, 2)
+    np.testing.assert_allclose(forced.effect, alone.effect, rtol=1e-3, atol=1e-3)
+    assert alone.attrs["measured"] == "whole answer"
+    own = attention_knockout(ours, inputs, edges, 2)
+    assert own.attrs["measured"] == "first token"
+
+
+def test_answers_of_different_lengths_in_a_batch() -> None:
+    ours = pair("grouped").ours
+    singles = [pair("grouped").prompt(seed=seed, n_text=n) for seed, n in ((0, 6), (1, 9), (2, 7))]
+    joined = ours.as_inputs(batch(singles, "right"))
+    marks = [[m.real.start + p for p in QUESTION] for m in joined.token_maps]
+    things = [[m.real.start + p for p in OBJECT] for m in joined.token_maps]
+    edges, answers = ["image->question", "question->last", "object->last", "last->last"], [[7, 9], 8, [20, 31, 8]]
+    together = attention_knockout(ours, joined.with_spans(question=marks, object=things), edges, 2, answer=answers)
+    for row, single in enumerate(singles):
+        alone = attention_knockout(ours, prepared(ours, single), edges, 2, answer=[answers[row]])
+        for name in alone.data_vars:
+            np.testing.assert_allclose(together[name][row], alone[name], atol=5e-3, err_msg=str(name))
+    assert together.attrs["answer_tokens"] == [["#7", "#9"], ["#8"], ["#20", "#31", "#8"]]
+
+
+def test_logits_of_several_tokens_have_no_difference() -> None:
+    hf, ours = deep("plain")
+    inputs = prepared(ours, make_prompt(hf, n_text=6))
+    for answer, baseline in (([WHOLE], 7), (7, [WHOLE])):
+        with pytest.raises(InputError, match="logit_difference.*#20 #31 #7.*token ids"):
+            attention_knockout(
+                ours, inputs, ["question->last"], answer=answer, baseline=baseline, metric="logit_difference"
+            )
 
 
 def test_all_layers_at_once() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.interventions import Intervention
 from hooked_llava.interventions.edges import STANDARD, Edge, edge_names, edges_of, marked, study_edges
+from hooked_llava.interventions.resolve import resolve
+from hooked_llava.metrics import teacher_forced
 from hooked_llava.token_map import TokenMap
 from tests.pairs import as_users_run, pair
 
@@ -73,3 +76,19 @@ def test_edges_of_a_study_mean_the_same_in_every_question() -> None:
         study_edges(["image&patches->last"])
     with pytest.raises(InputError, match="names positions by number"):
         study_edges({"mine": (range(3), "last")})
+
+
+def test_last_is_where_an_appended_answer_is_read() -> None:
+    """In edges alone: as a span of its own it stays the prompt's last position."""
+    ours = pair().ours
+    asked = ours.as_inputs(pair().prompt(n_text=6)).with_spans(question=[6, 7, 8])
+    forced = teacher_forced(ours, asked, [7, 8, 9]).inputs
+    for end, positions in (("last", [10, 11, 12]), ("question|last", [6, 7, 8, 10, 11, 12]), ([10], [10])):
+        for inputs, found in ((forced, positions), (asked, [p for p in positions if p < 11])):
+            [edge] = edges_of({"mine": ("image", end)})
+            assert marked(inputs, [edge])[0].token_map[edge.ends[1]] == found
+            block = resolve(Intervention("blocks.1.attn.hook_attn_scores", block=("image", end)), ours, inputs)
+            assert list(block.positions[0]) == found
+            named = resolve(Intervention("blocks.1.hook_mlp_out", positions=end, zero=True), ours, inputs)
+            assert list(named.positions[0]) == [p for p in positions if p < 11]
+    assert forced.token_map["predicting"] == [10, 11, 12]

@@ -15,9 +15,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def knocked_out(
-    hf: Any, prompt: dict[str, Tensor], layers: Iterable[int], source: Sequence[int], target: Sequence[int]
+    hf: Any,
+    prompt: dict[str, Tensor],
+    layers: Iterable[int],
+    source: Sequence[int],
+    target: Sequence[int],
+    read: Any = -1,
 ) -> Tensor:
-    """Logits [d_vocab] at the last position of one unpadded prompt, with an edge blocked in some layers."""
+    """Logits [d_vocab] at the last position (or others) of one unpadded prompt, with an edge blocked in some layers."""
     n = prompt["input_ids"].shape[1]
     lowest = torch.finfo(hf.dtype).min
     causal = torch.zeros(n, n, dtype=hf.dtype)
@@ -39,7 +44,7 @@ def knocked_out(
 
         handles.append(layer.self_attn.register_forward_pre_hook(put, with_kwargs=True))
     try:
-        return hf(**prompt).logits[0, -1]
+        return hf(**prompt).logits[0, read]
     finally:
         for handle in handles:
             handle.remove()
@@ -55,3 +60,17 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     token = int(before.argmax())
     p1, p2 = before.softmax(-1)[token].item(), after.softmax(-1)[token].item()
     return 100 * (p2 - p1) / p1
+
+
+def appended(prompt: dict[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
+    """One unpadded prompt with token ids at its end."""
+    ids = torch.cat([prompt["input_ids"], torch.tensor([list(answer)])], dim=1)
+    return {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def log_probability(logits: Tensor, answer: Sequence[int]) -> float:
+    """log P of an answer whose tokens are predicted by the rows of some logits, one after the other."""
+    total = 0.0
+    for row, token in zip(logits.double(), answer, strict=True):
+        total += row[token].item() - math.log(sum(math.exp(x) for x in row.tolist()))
+    return total
