@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHARE = "share recovered"
 """Units of `recovered`: 0 corrupted, 1 clean."""
+_TIED = 1e-3  # of the largest value
 _FORMAT = "hooked_llava.result.v1"
 _ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
 _LISTED = ("clean", "corrupted", "prompt", "logit", "rest")  # attributes that each prompt or pair has its own of
@@ -171,6 +172,27 @@ def _along_pairs(end: float | Sequence[float], result: Any) -> Any:
     import xarray as xr
 
     return xr.DataArray(end, dims="pair" if isinstance(end, (list, tuple)) else ())
+
+
+def stream_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
+    """Coordinates of an axis of residual streams: the number of the layer that each enters, and its name, last "final".
+
+    The name stays with its stream where some layers are chosen, which a number by itself does not say.
+
+    >>> stream_coords(2)
+    {'layer': [0, 1, 2], 'layer_name': ('layer', ['0', '1', 'final'])}
+    """
+    return {dim: list(range(n_layers + 1)), "layer_name": (dim, [*map(str, range(n_layers)), "final"])}
+
+
+def n_tied(values: np.ndarray) -> int:
+    """How many further values are as large as the largest, but for a thousandth of it: what a "best" must say.
+
+    >>> n_tied(np.array([0.5, 0.9, 0.9, 0.8995])), n_tied(np.array([0.1, 0.9]))
+    (2, 0)
+    """
+    largest = np.nanmax(values)
+    return int((values >= largest - _TIED * abs(largest)).sum()) - 1
 
 
 def numbers(values: Tensor) -> np.ndarray:

@@ -244,5 +244,6 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
     if "patch" in taken:
         grid = [divmod(patch, base.token_map.grid[1]) for patch in taken["patch"]]
         rows, columns = zip(*grid, strict=True)
+        result.attrs["patch_grid"] = list(base.token_map.grid)
         return result.assign_coords(patch_row=("patch", list(rows)), patch_col=("patch", list(columns)))
     return result

@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import one_each
 from hooked_llava.readout import lens, wide
-from hooked_llava.results import analysis, numbers
+from hooked_llava.results import analysis, numbers, stream_coords
 from hooked_llava.saliency.streams import streams_at
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def answer_probability(
         result = xr.DataArray(
             found,
             dims=("prompt", "norm", "layer", "form"),
-            coords={"norm": list(_READINGS), "layer": range(len(streams)), "form": list(FORMS)},
+            coords={"norm": list(_READINGS), **stream_coords(len(streams) - 1), "form": list(FORMS)},
             name="probability",
         )
         attrs = {"answer": answers if len(answers) > 1 else answers[0]}

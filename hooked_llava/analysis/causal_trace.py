@@ -34,7 +34,7 @@ from hooked_llava.interventions.windows import centred_window, released_window
 from hooked_llava.metrics import Metric, probability
 from hooked_llava.positions import Positions
 from hooked_llava.readout import words
-from hooked_llava.results import analysis, numbers
+from hooked_llava.results import analysis, n_tied, numbers
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -139,6 +139,9 @@ def was_lowered(trace: xr.Dataset) -> bool:
 def best_cells(trace: xr.Dataset) -> list[xr.Dataset]:
     """For each kind the cell with the largest indirect effect, with its coordinates `kind`, `layer`, `position`, `role`, ...
 
+    Of several cells with the same effect (but for a thousandth of it) it is the largest, the first of equal ones, and its
+    `n_tied` says how many others there are.
+
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> trace = causal_trace(model, model.prepare("Who made the star?"), "the star", corruption="the ring")
@@ -148,8 +151,9 @@ def best_cells(trace: xr.Dataset) -> list[xr.Dataset]:
     best = []
     for kind in range(trace.sizes["kind"]):
         one = trace.isel(kind=kind)
-        layer, position = divmod(int(one.indirect_effect.values.argmax()), one.sizes["position"])
-        best.append(one.isel(layer=layer, position=position))
+        effects = one.indirect_effect.transpose("layer", "position").values
+        layer, position = divmod(int(effects.argmax()), effects.shape[1])
+        best.append(one.isel(layer=layer, position=position).assign(n_tied=n_tied(effects)))
     return best
 
 

@@ -166,9 +166,9 @@ def top_heads(scores: xr.DataArray, k: int = 10) -> list[tuple[int, int]]:
     others = [dim for dim in scores.dims if dim not in ("layer", "head")]
     mean = scores.mean(others) if others else scores
     values = mean.transpose("layer", "head").values.astype(np.float64)
-    layers = scores.coords["layer"].values if "layer" in scores.coords else range(len(values))
+    layers, heads = (scores[axis].values for axis in ("layer", "head"))  # of chosen ones, not their places
     best = best_heads(torch.from_numpy(values)[None], k)[0]
-    return [(int(layers[row]), head) for row, head in best]
+    return [(int(layers[row]), int(heads[column])) for row, column in best]
 
 
 def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, int]]) -> float:

@@ -19,7 +19,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
 from hooked_llava.metrics import one_each
 from hooked_llava.readout import token_id, words
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.results import analysis, numbers, stack, stream_coords
 from hooked_llava.saliency.decision import Decision, as_decision, one_by_one, prompts_of
 from hooked_llava.saliency.scores import (
     Heads,
@@ -141,7 +141,7 @@ def _one_prompt(
             },
             coords={
                 "space": list(spaces),
-                "layer": range(len(streams)),
+                **stream_coords(len(streams) - 1),
                 "head": range(len(pairs)),
                 "position": index.tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),

@@ -19,7 +19,7 @@ from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.readout import Lens, check_k, lens, token_id, top_tokens, words
-from hooked_llava.results import analysis, stack
+from hooked_llava.results import analysis, stack, stream_coords
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -95,7 +95,7 @@ def _one_prompt(
                 "probability": ((*dims, "rank"), probability.cpu().numpy()),
             },
             coords={
-                "layer": _layers(names, hook),
+                **_layers(names, hook),
                 "position": index.tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
             },
@@ -123,10 +123,11 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | Non
     return names
 
 
-def _layers(names: list[str], hook: str | tuple[Any, ...] | None) -> list[int]:
+def _layers(names: list[str], hook: str | tuple[Any, ...] | None) -> dict[str, Any]:
+    """Coordinates of the axis layer: streams have names, another hook's layers their numbers."""
     if hook is None:
-        return list(range(len(names)))
-    return [int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in names]
+        return stream_coords(len(names) - 1)
+    return {"layer": [int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in names]}
 
 
 def _vectors(

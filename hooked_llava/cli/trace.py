@@ -152,7 +152,8 @@ def _show(question: str, page: Any) -> None:
     for name, justify in (("restored", "left"), ("best layer", "right"), ("at", "left"), ("probability", "right")):
         table.add_column(name, justify=justify)
     for cell in best_cells(found):
-        place = f"{str(cell.label.values).strip()} ({cell.role.values})"
+        tied = f", and {int(cell.n_tied)} other{'' if cell.n_tied == 1 else 's'} as much" if cell.n_tied else ""
+        place = f"{str(cell.label.values).strip()} ({cell.role.values}){tied}"
         table.add_row(str(cell.kind.values), str(int(cell.layer)), escape(place), f"{float(cell.restored):.3f}")
     to.print(table)
     to.print()

@@ -243,6 +243,8 @@ class _Parts:
                 f"None of the {sum(asked.values())} questions was answered correctly, so nothing was measured. "
                 "Check template= and tail=, or measure all with only_correct=False."
             )
+        known = set.intersection(*(set(part.coords) for part in found))  # parts of earlier versions have fewer
+        found = [part.drop_vars(set(part.coords) - known) for part in found]
         try:
             joined = xr.concat(found, dim="question", join="exact", coords="minimal", compat="override")
         except ValueError as error:

@@ -19,7 +19,8 @@ _NAMES = {"attn": "attention", "mlp": "MLP"}
 def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figure:
     """Direct contributions, [component], a bar each: attention and MLP of a layer side by side, the rest to the left.
 
-    The thin line is the sum of everything up to and including a layer; it ends at the total. Raises `InputError` for
+    The thin line is the sum of everything up to and including a layer; it ends at the total. Of chosen components only
+    these are drawn and added up, each at its own layer. Raises `InputError` for
     a result without the axis `component`.
 
     >>> parts = xr.DataArray([1.0, 2.0, -0.5], dims="component", coords={"component": ["embed", "0_attn", "0_mlp"]})
@@ -30,21 +31,23 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
     result = only(result, "component")
     values = dict(zip((str(name) for name in result["component"].values), result.values.tolist(), strict=True))
     others = [name for name in values if not _OF_LAYER.fullmatch(name)]
-    n_layers = 1 + max((int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))), default=-1)
-    with plot(min(11.0, 3.4 + 0.42 * (n_layers + len(others))), 3.1) as figure:
+    layers = sorted({int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))})
+    before = list(range(layers[0] - len(others), layers[0]) if layers else range(len(others)))
+    with plot(min(11.0, 3.4 + 0.42 * (len(layers) + len(others))), 3.1) as figure:
         axes = figure.add_subplot()
         if others:
-            axes.bar(range(-len(others), 0), [values[name] for name in others], 0.5, color=MUTED)
+            axes.bar(before, [values[name] for name in others], 0.5, color=MUTED)
         for side, kind in ((-1, "attn"), (1, "mlp")):
-            heights = [values.get(f"{layer}_{kind}", 0.0) for layer in range(n_layers)]
-            at = np.arange(n_layers) + side * 0.2
-            axes.bar(at, heights, 0.36, color=_COLORS[kind], label=_NAMES[kind])
-        ends, sums = _running_sum(values, others, n_layers)
-        axes.plot(ends, sums, color=INK, linewidth=1.0, marker=".", markersize=4, label="sum so far")
+            there = [layer for layer in layers if f"{layer}_{kind}" in values]
+            heights = [values[f"{layer}_{kind}"] for layer in there]
+            axes.bar(np.array(there) + side * 0.2, heights, 0.36, color=_COLORS[kind], label=_NAMES[kind])
+        sums = _running_sum(values, others, layers)
+        whole = _is_whole(values, layers)
+        label = "sum so far" if whole else "sum of these bars so far"
+        axes.plot([*before, *layers], sums, color=INK, linewidth=1.0, marker=".", markersize=4, label=label)
         axes.axhline(0, color=MUTED, linewidth=0.8)
-        step = tick_every(n_layers) if n_layers else 1
-        layers = list(range(0, n_layers, step))
-        axes.set_xticks([*range(-len(others), 0), *layers], [*others, *map(str, layers)])
+        named = layers[:: tick_every(len(layers))] if layers else []
+        axes.set_xticks([*before, *named], [*others, *map(str, named)])
         axes.set_xlabel("layer")
         axes.set_ylabel(unit_of(result))
         axes.grid(axis="y", color=RULE, linewidth=0.6)
@@ -85,9 +88,13 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
     return figure
 
 
-def _running_sum(values: dict[str, float], others: list[str], n_layers: int) -> tuple[list[int], list[float]]:
-    """Where the sum so far is marked, and how large it is there."""
-    rests = np.cumsum([values[name] for name in others]).tolist()
-    start = rests[-1] if rests else 0.0
-    layers = [values.get(f"{layer}_attn", 0.0) + values.get(f"{layer}_mlp", 0.0) for layer in range(n_layers)]
-    return list(range(-len(others), n_layers)), rests + (start + np.cumsum(layers)).tolist()
+def _running_sum(values: dict[str, float], others: list[str], layers: list[int]) -> list[float]:
+    """How large the sum so far is, behind each bar that is of no layer and behind each layer."""
+    by_layer = [values.get(f"{layer}_attn", 0.0) + values.get(f"{layer}_mlp", 0.0) for layer in layers]
+    return np.cumsum([*(values[name] for name in others), *by_layer]).tolist()
+
+
+def _is_whole(values: dict[str, float], layers: list[int]) -> bool:
+    """Whether every layer from 0 on has both its bars, and the embedding its own."""
+    both = all(f"{layer}_{kind}" in values for layer in layers for kind in _COLORS)
+    return both and "embed" in values and layers == list(range(len(layers)))

@@ -25,7 +25,7 @@ def plot_contributions(
     | layer | a row of cells |
     | head | a cell for each head |
     | neuron | bars of the neurons that contribute most, either way |
-    | source | layer by token, summed over the heads; each picture one column, the sum of its patches |
+    | source | layer by token, summed over the heads; each image one column, the sum of its patches |
     | patch | the picture with its patches, a panel a layer, summed over the heads |
 
     Args:

@@ -48,7 +48,8 @@ def edge_map(result: xr.DataArray | Mapping[str, xr.DataArray], *, title: str | 
         axes.set_xlabel("receiver (in each layer queries, keys, values by head, then the MLP)")
         axes.set_ylabel("sender (heads, then the MLP)")
         axes.set_title("Edges" if title is None else title)
-        add_color_bar(figure, axes, scale, "change of the metric" if unit_of(first) in _ESTIMATES else unit_of(first))
+        unit = "change of the metric" if unit_of(first) in _ESTIMATES else unit_of(first)
+        add_color_bar(figure, axes, scale, unit, values)
     return figure
 
 

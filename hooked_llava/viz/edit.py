@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hooked_llava.errors import InputError
+from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, Plot, only, plot, tick_every
 
 ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
@@ -40,7 +41,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['Clara', 'Boris']
     """
-    answers = only(answers, "state", "token")
+    answers = only(check_array(answers, "answer_shift", "edit_page(...).results['answers']"), "state", "token")
     if set(answers["state"].values.tolist()) != {"before", "after"}:
         raise InputError(f"The states are {answers['state'].values.tolist()}; expected before and after.")
     tokens = [str(token) for token in answers["token"].values]
@@ -76,9 +77,7 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     >>> [float(bar.get_width()) for bar in probe_bars(data).axes[0].patches]
     [0.5]
     """
-    lacking = [name for name in ("accuracy_before", "accuracy", "kl", "n", "role") if name not in probes]
-    if lacking:
-        raise InputError(f"The result has no {', '.join(lacking)}; expected what evaluate_edit returns.")
+    check_dataset(probes, ("accuracy_before", "accuracy", "kl", "n", "role"), "probe_bars", "evaluate_edit")
     at = np.arange(probes.sizes["probe"])
     roles = [str(role) for role in probes.role.values]
     with plot(7.6, 1.2 + 0.34 * len(at)) as figure:
@@ -114,6 +113,7 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
     >>> figure.axes[0].lines[0].get_ydata().tolist()
     [0.0, 1.0]
     """
+    check_dataset(sweep, ("efficacy",), "edit_by_layer", "edit_sweep")
     shown = [name for name in _MEASURES if name in sweep]
     if not shown or any(set(sweep[name].dims) != {"position", "layer"} for name in shown):
         raise InputError(f"The result has {list(sweep.data_vars)}; expected efficacy, ... by position and layer.")

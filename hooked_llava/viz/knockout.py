@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
 from hooked_llava.interventions.edges import Edges, edge_names
-from hooked_llava.viz.lens import layer_names
-from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot, tick_every
+from hooked_llava.viz.kinds import check_array, check_dataset
+from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
+from hooked_llava.viz.maps import names_along
+from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot
 
 _DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
-_MARKERS = ("o", "s", "^", "D", "v")
 _COLUMNS = 3
 _LEAST_PERCENT = 10.0  # how far the axis of a relative change reaches at least
 _FORMS = {
@@ -42,18 +43,22 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     >>> [float(y) for y in knockout_curves(result).axes[0].lines[1].get_ydata()]
     [0.0, -9.0]
     """
+    check_dataset(result, ("effect",), "knockout_curves", "attention_knockout, or by_kind of a study,")
     effect = _of(result, "effect", "edge", "layer")
     effect = effect if edges is None else effect.sel(edge=edge_names(edges))
+    effect = effect.sortby("layer")
     names = [str(edge) for edge in effect["edge"].values]
+    curves = apart({e: effect.sel(edge=e).values for e in names}, shown={e: shown_edge(e) for e in names})
+    looks = {edge: (index, dash, at) for at, (edge, (index, dash)) in enumerate(_looks(names).items())}
     layers = effect["layer"].values
     panels = _panels(effect)
-    with plot(*_size(len(panels), names)) as figure:
+    with plot(*_size(len(panels), [curve.label for curve in curves])) as figure:
         every = _grid(figure, len(panels))
         for axes, (kind, panel) in zip(every, panels.items(), strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
-            for edge, (index, dash) in _looks(names).items():
-                _line(axes, layers, panel.sel(edge=edge), index, shown_edge(edge), dash)
-            _layers(axes, layers)
+            for curve in curves:
+                _line(axes, layers, panel.sel(edge=curve.first), curve, *looks[curve.first])
+            name_layers(axes, layers, names_along(effect, "layer"), 8)
             if kind:
                 axes.set_title(kind)
         _outer(figure, every, effect, result)
@@ -76,24 +81,21 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     >>> figure.axes[0].lines[0].get_ydata().tolist()
     [0.25, 0.5]
     """
+    result = check_array(result, "probability_curves", "answer_probability")
     if "stream" in result.dims:
         result = result.rename(stream="layer")
-    values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm)
-    panels = _panels(values)
-    with plot(*_size(len(panels), ["false capitalised"])) as figure:
+    values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm).sortby("layer")
+    panels, layers = _panels(values), values["layer"].values
+    forms = [f for f in map(str, values["form"].values) if np.isfinite(values.sel(form=f).values).any()]
+    curves = apart({form: values.sel(form=form).values for form in forms})
+    with plot(*_size(len(panels), [curve.label for curve in curves])) as figure:
         every = _grid(figure, len(panels))
         for axes, (kind, panel) in zip(every, panels.items(), strict=True):
-            for form in (str(f) for f in values["form"].values):
-                curve = panel.sel(form=form)
-                if np.isfinite(curve.values).any():
-                    color, dash = _FORMS.get(form, (4, "-"))
-                    _line(axes, np.arange(values.sizes["layer"]), curve, color, form, dash)
-            names = layer_names(values.sizes["layer"])
-            step = tick_every(len(names), 8)
-            kept = [*range(0, len(names) - 1, step), len(names) - 1]
-            if len(kept) > 1 and kept[-1] - kept[-2] < step:
-                del kept[-2]
-            axes.set_xticks(kept, [names[i] for i in kept])
+            for curve in curves:
+                color, dash = _FORMS.get(curve.first, (4, "-"))
+                if np.isfinite(panel.sel(form=curve.first).values).any():
+                    _line(axes, layers, panel.sel(form=curve.first), curve, color, dash, forms.index(curve.first))
+            name_layers(axes, layers, names_along(values, "layer"), 8)
             axes.set_ylim(-0.02, 1.04)
             if kind:
                 axes.set_title(kind)
@@ -115,8 +117,6 @@ def shown_edge(edge: str) -> str:
 
 def _of(result: xr.Dataset, name: str, *dims: str) -> xr.DataArray:
     """The variable with these axes, and of others only kind and statistic."""
-    if name not in result:
-        raise InputError(f"The result has no {name!r}; expected what attention_knockout gives, or by_kind of a study.")
     values = result[name]
     missing = [dim for dim in dims if dim not in values.dims]
     surplus = [str(d) for d in values.dims if d not in (*dims, "kind", "statistic")]
@@ -154,9 +154,11 @@ def _size(n_panels: int, names: Sequence[str]) -> tuple[float, float]:
     rows = -(-n_panels // columns)
     width = 5.6 if columns == 1 else 2.9 * columns
     below = 0.24 * -(-len(names) // 3) if n_panels > 1 else 0.0
-    return width + (0.09 * max(map(len, names)) + 0.5 if n_panels == 1 else 0.3), (
-        2.9 if rows == 1 else 2.3 * rows
-    ) + below
+    return width + (
+        0.09 * max((len(line) for name in names for line in name.split("\n")), default=0) + 0.5
+        if n_panels == 1
+        else 0.3
+    ), (2.9 if rows == 1 else 2.3 * rows) + below
 
 
 def _grid(figure: Plot, n: int) -> list[Axes]:
@@ -167,20 +169,25 @@ def _grid(figure: Plot, n: int) -> list[Axes]:
     return grid[:n]
 
 
-def _line(axes: Axes, at: np.ndarray, values: xr.DataArray, index: int, label: str, dash: object) -> None:
+def _line(
+    axes: Axes, at: np.ndarray, values: xr.DataArray, curve: Curve, color_index: int, dash: object, index: int
+) -> None:
     """A curve, with its interval as a band if it has one; colours, dashes and markers tell curves apart."""
-    color = SERIES[index % len(SERIES)]
+    color = SERIES[color_index % len(SERIES)]
     mean = values.sel(statistic="mean") if "statistic" in values.dims else values
     if "statistic" in values.dims:
         low, high = (values.sel(statistic=end).values for end in ("low", "high"))
         axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
-    marker = _MARKERS[index % len(_MARKERS)]
-    axes.plot(at, mean.values, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3.4, label=label)
-
-
-def _layers(axes: Axes, layers: np.ndarray) -> None:
-    step = tick_every(len(layers), 8)
-    axes.set_xticks(layers[::step])
+    axes.plot(
+        at,
+        mean.values,
+        color=color,
+        linestyle=dash,
+        linewidth=curve.width,
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=curve.marker_size,
+        label=curve.label,
+    )
 
 
 def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dataset) -> None:

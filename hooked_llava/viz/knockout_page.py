@@ -17,6 +17,7 @@ from hooked_llava.inputs import Inputs
 from hooked_llava.interventions.edges import Edges
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
+from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text
 
@@ -151,11 +152,14 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
         title: the page's heading; by default how many questions there are.
         n_boot: samples of the bootstrap.
 
+    Raises `InputError` for another result, and for a study without totals.
+
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
     >>> study_page(flow_study(model, [row], ["question->last"]), n_boot=10).question
     'Information flow over 1 question'
     """
+    _check_study(result)
     means = by_kind(result, n_boot=n_boot)
     n = result.sizes["question"]
     heading = title or f"Information flow over {n} question{'' if n == 1 else 's'}"
@@ -185,6 +189,21 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
     html = fill_template("knockout.html.jinja", context)
     results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
     return KnockoutPage(question=heading, answer="", html=html, results=results)
+
+
+def _check_study(result: xr.Dataset) -> None:
+    """Raise `InputError` unless the page can be made from the result."""
+    check_dataset(result, ("effect",), "study_page", "flow_study or knockout_study")
+    if "question" not in result.dims or "layer" not in result["effect"].dims:
+        raise InputError(
+            f"study_page shows the effect by question, edge and layer; got {described(result)}. Make it with flow_study or "
+            "knockout_study and a window of some layers, not window='all'; of one prompt knockout_page makes a page."
+        )
+    if "total_effect" not in result:
+        raise InputError(
+            "The study has no totals (total_effect), which the page's table shows; measure it again with total=True, as "
+            "flow_study does."
+        )
 
 
 def _cost(attrs: Mapping[str, Any]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.maps import draw_cells
+from hooked_llava.viz.kinds import check_dataset
+from hooked_llava.viz.lines import MARKERS, apart, name_layers
+from hooked_llava.viz.maps import draw_cells, names_along
 from hooked_llava.viz.style import (
     INK,
     RULE,
@@ -17,7 +21,6 @@ from hooked_llava.viz.style import (
     ColorScale,
     add_color_bar,
     plot,
-    tick_every,
 )
 
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
@@ -35,7 +38,9 @@ def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
     >>> [text.get_text() for text in lens_table(read).axes[0].texts]
     ['Red']
     """
-    words, probability, columns, label = _cells(result)
+    words, probability, columns, label = _cells(
+        check_dataset(result, ("token", "probability"), "lens_table", "logit_lens")
+    )
     n_layers, n_columns = words.shape
     with plot(max(4.2, 1.7 + 0.86 * n_columns), max(2.4, 0.9 + 0.27 * n_layers)) as figure:
         axes = figure.add_subplot()
@@ -44,12 +49,12 @@ def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
             color = _PROBABILITY.ink(float(probability[row, column]))
             axes.text(column + 0.5, row + 0.5, _shown(word), ha="center", va="center", fontsize=7.5, color=color)
         axes.set_xticks(np.arange(n_columns) + 0.5, columns, rotation=90 if label == "position" else 0)
-        axes.set_yticks(np.arange(n_layers) + 0.5, layer_names(n_layers))
+        axes.set_yticks(np.arange(n_layers) + 0.5, names_along(result, "layer"))
         axes.tick_params(length=0)
         axes.set_xlabel(label)
-        axes.set_ylabel("stream entering layer")
+        axes.set_ylabel(_axis(result))
         axes.set_title(f"Logit lens: most probable words by {label}" if title is None else title)
-        add_color_bar(figure, axes, _PROBABILITY, "probability")
+        add_color_bar(figure, axes, _PROBABILITY, "probability", probability)
     return figure
 
 
@@ -64,28 +69,32 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
     >>> answer_curve(read).axes[0].lines[0].get_ydata().tolist()
     [0.1, 0.9]
     """
-    if "answer_probability" not in result or result.sizes.get("position", 1) != 1:
+    check_dataset(result, ("answer_probability",), "answer_curve", "logit_lens(..., answers=[...])")
+    if result.sizes.get("position", 1) != 1:
         raise InputError(
             "answer_curve draws answer_probability at one position; make it with "
             "logit_lens(model, inputs, positions='last', answers=[...]), or choose one with result.isel(position=[-1])."
         )
-    curves = result["answer_probability"].isel(position=0)
-    n_layers = curves.sizes["layer"]
+    curves = result["answer_probability"].isel(position=0).transpose("answer", "layer").sortby("layer")
+    layers, words = curves["layer"].values, [_shown(name) for name in curves["answer"].values]
     with plot(6.4, 2.6) as figure:
         axes = figure.add_subplot()
-        for index, name in enumerate(curves["answer"].values):
-            color, width = SERIES[min(index, len(SERIES) - 1)], 2.2 if index == 0 else 1.3
-            values = curves.isel(answer=index).values
-            axes.plot(values, color=color, linewidth=width, marker="o", markersize=3.2, label=_shown(name))
-        step = tick_every(n_layers)
-        names = layer_names(n_layers)
-        kept = sorted({*range(0, n_layers - 1, step), n_layers - 1})
-        if len(kept) > 1 and kept[-1] - kept[-2] < step:
-            del kept[-2]
-        axes.set_xticks(kept, [names[i] for i in kept])
-        axes.set_xlim(-0.2, n_layers - 0.8)
+        by_word = dict(zip(_different(words), curves.values, strict=True))
+        for curve in apart(by_word):
+            index = list(by_word).index(curve.first)
+            look: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+            axes.plot(
+                layers,
+                by_word[curve.first],
+                **look,
+                linewidth=curve.width,
+                markersize=curve.marker_size,
+                label=curve.label,
+            )
+        name_layers(axes, layers, names_along(curves, "layer"))
+        axes.margins(x=0.03)
         axes.set_ylim(-0.02, 1.04)
-        axes.set_xlabel("stream entering layer")
+        axes.set_xlabel(_axis(result))
         axes.set_ylabel("probability")
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_title("Logit lens: probability of answers by layer" if title is None else title)
@@ -93,13 +102,15 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
     return figure
 
 
-def layer_names(n_streams: int) -> list[str]:
-    """Names of the streams of `logit_lens`: the layer each enters, and "final" for the last.
+def _axis(result: xr.Dataset) -> str:
+    """What the lens read by layer: the stream, or another hook."""
+    hook = result.attrs.get("hook")
+    return f"{hook}, layer" if hook else "stream entering layer"
 
-    >>> layer_names(3)
-    ['0', '1', 'final']
-    """
-    return [*map(str, range(n_streams - 1)), "final"]
+
+def _different(words: list[str]) -> list[str]:
+    """Words as names of curves: one that stands twice, as spellings cut short do, is numbered."""
+    return [word if words.count(word) == 1 else f"{word} ({words[:i].count(word) + 1})" for i, word in enumerate(words)]
 
 
 def _cells(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray, list[str], str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from hooked_llava.errors import InputError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.viz.style import (
+    ORANGE,
     PAPER,
     ColorScale,
     add_color_bar,
@@ -25,10 +27,12 @@ from hooked_llava.viz.style import (
     unit_of,
 )
 
-COLLAPSES = ("mean", "sum", "max")
-"""What may stand for all patches of a picture: their mean, their sum, or the one farthest from 0."""
+Collapse = Literal["mean", "sum", "max"]
+"""What may stand for all patches of an image: their mean, their sum, or the one farthest from what does nothing."""
 _MOST_CELLS_WITH_NUMBERS = 144
 _LONGEST_LABEL = 14
+_IMAGE_WIDTH = 24  # of a text token's column: what the patches of an image take together, at most
+_NARROW = 0.9  # of a text token's column: what leaves no room for gaps
 
 
 def layer_head_map(result: xr.DataArray, *, title: str | None = None) -> Figure:
@@ -69,28 +73,29 @@ def cell_maps(results: Mapping[str, xr.DataArray], rows: str, columns: str) -> F
     cell, n = min(0.46, 9.0 / n_columns), len(panels)
     width, height = max(4.2, 1.9 + cell * n_columns), max(1.5 if n > 1 else 2.4, 0.9 + 0.82 * cell * n_rows)
     with plot(width, n * height) as figure:
-        scale = _common_scale(panels, [panel.values for panel in panels])
+        scale = scale_of(panels[0], _all(panel.values for panel in panels))
         all_axes = figure.subplots(n, squeeze=False)[:, 0]
         for axes, panel, title in zip(all_axes, panels, results, strict=True):
             draw_cells(axes, panel.values, scale)
             if panel.size <= _MOST_CELLS_WITH_NUMBERS:
                 _write_numbers(axes, panel.values, scale)
-            label_axis(axes, "x", _names(panel, columns), _axis_label(columns))
-            label_axis(axes, "y", _names(panel, rows), _axis_label(rows))
+            label_axis(axes, "x", names_along(panel, columns), _axis_label(columns))
+            label_axis(axes, "y", names_along(panel, rows), _axis_label(rows))
             axes.set_title(title)
-        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]))
+        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), _all(panel.values for panel in panels))
     return figure
 
 
 def layer_position_map(
-    result: xr.DataArray, inputs: Inputs | None = None, *, collapse: str = "mean", title: str | None = None
+    result: xr.DataArray, inputs: Inputs | None = None, *, collapse: Collapse | None = None, title: str | None = None
 ) -> Figure:
     """A cell for every layer and token, [layer, position], with the tokens written along the axis.
 
-    With `inputs` (one prompt) each picture is one column: the "mean" of its patches, their "sum", or the one farthest
-    from what does nothing ("max"). Without, and where the result holds positions patched together, tokens are named by
-    the result's own `label` coordinate, or numbered. Raises `InputError` if the result has other axes longer than one,
-    and for an unknown `collapse`.
+    With `inputs` (one prompt) the patches of each image stand side by side, row by row, in columns narrower than those of
+    the text. With `collapse` an image is one column, which says what it shows: the "mean" of its patches, their "sum", or
+    the one farthest from what does nothing ("max"). Without inputs, and where the result holds positions patched
+    together, tokens are named by the result's own `label` coordinate, or numbered. Raises `InputError` if the result has
+    other axes longer than one, and for an unknown `collapse`.
 
     >>> figure = layer_position_map(xr.DataArray([[0.5, 1.0]], dims=("layer", "position"), name="probability"))
     >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
@@ -102,41 +107,57 @@ def layer_position_map(
 
 
 def layer_position_maps(
-    results: Mapping[str, xr.DataArray], inputs: Inputs | None = None, *, collapse: str = "mean"
+    results: Mapping[str, xr.DataArray],
+    inputs: Inputs | None = None,
+    *,
+    collapse: Collapse | None = None,
+    marked: Sequence[int] = (),
 ) -> Figure:
     """Several results [layer, position] of the same positions below each other, on one colour scale.
 
-    Each stands under its name; the tokens are written below the last. Otherwise as `layer_position_map`.
+    Each stands under its name; the tokens are written below the last, those at `marked` positions in orange. Otherwise as
+    `layer_position_map`.
 
     >>> parts = xr.DataArray(np.eye(2), dims=("layer", "position"))
     >>> figure = layer_position_maps({"attn_out": parts, "mlp_out": -parts})
     >>> [axes.get_title(loc="left") for axes in figure.axes[:2]]
     ['attn_out', 'mlp_out']
     """
+    if collapse not in (None, *get_args(Collapse)):
+        raise InputError(f"collapse={collapse!r}; expected None, 'mean', 'sum' or 'max'.")
     panels = [only(result, "layer", "position") for result in results.values()]
     if any(panel["position"].values.tolist() != panels[0]["position"].values.tolist() for panel in panels):
         raise InputError("The results are about different positions; draw them one at a time with layer_position_map.")
-    labels, columns = zip(*(_columns(panel, inputs, collapse) for panel in panels), strict=True)
-    n_layers, n_columns, n = max(values.shape[0] for values in columns), len(labels[0]), len(panels)
+    groups = _groups(panels[0], inputs, collapse)
+    values = [_drawn(panel, groups, collapse) for panel in panels]
+    edges, n_layers, n = _edges(groups), max(panel.sizes["layer"] for panel in panels), len(panels)
     each = max(1.6 if n > 1 else 2.0, 0.35 + min(0.24, (9.0 if n == 1 else 5.0) / n_layers) * n_layers)
-    with plot(min(12.0, max(4.6, 1.9 + 0.3 * n_columns)), n * each + 1.0) as figure:
-        scale = _common_scale(panels, list(columns))
+    with plot(min(12.0, max(4.6, 1.9 + 0.3 * edges[-1])), n * each + 1.0) as figure:
+        scale = scale_of(panels[0], _all(values))
         all_axes = figure.subplots(n, squeeze=False, sharex=True)[:, 0]
-        for axes, panel, values, title in zip(all_axes, panels, columns, results, strict=True):
-            draw_cells(axes, values, scale)
+        for axes, panel, drawn, title in zip(all_axes, panels, values, results, strict=True):
+            draw_cells(axes, drawn, scale, columns=edges)
             axes.tick_params("x", length=0)
-            label_axis(axes, "y", panel["layer"].values, "layer")
+            label_axis(axes, "y", names_along(panel, "layer"), "layer")
             axes.set_title(title)
-        size = 8 if n_columns <= 40 else 6
-        all_axes[-1].set_xticks(np.arange(n_columns) + 0.5, labels[0], rotation=90, fontsize=size)
-        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]))
+        _name_groups(all_axes[-1], groups, marked)
+        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), _all(values))
     return figure
 
 
-def draw_cells(axes: Axes, values: np.ndarray, scale: ColorScale) -> QuadMesh:
-    """Values [row, column] as cells with thin gaps, row 0 on top; cell (r, c) covers c to c + 1 and r to r + 1."""
-    gap = 0.8 if values.size <= 2000 else 0.0
-    mesh = axes.pcolormesh(values, cmap=scale.map, norm=scale.norm(), edgecolors=PAPER, linewidth=gap)
+def draw_cells(
+    axes: Axes, values: np.ndarray, scale: ColorScale, *, columns: Sequence[float] | np.ndarray | None = None
+) -> QuadMesh:
+    """Values [row, column] as cells with thin gaps, row 0 on top; cell (r, c) covers r to r + 1 and c to c + 1.
+
+    `columns` are other borders of the columns, one more than there are columns.
+    """
+    across = np.arange(values.shape[1] + 1) if columns is None else np.asarray(columns, dtype=float)
+    narrow = bool((np.diff(across) < _NARROW).any())
+    gap = 0.8 if values.size <= 2000 and not narrow else 0.0
+    down = np.arange(values.shape[0] + 1)
+    mesh = axes.pcolormesh(across, down, values, cmap=scale.map, norm=scale.norm(), edgecolors=PAPER, linewidth=gap)
+    mesh.set_rasterized(narrow)  # as vectors, narrow neighbours would show seams
     axes.invert_yaxis()
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -147,7 +168,7 @@ def label_axis(axes: Axes, which: Literal["x", "y"], names: Sequence[object] | n
     """Names at the middle of the cells along one axis, thinned out where there are many."""
     step = tick_every(len(names))
     at = np.arange(0, len(names), step)
-    texts = [str(names[i]) for i in at]
+    texts = [str(names[i]) for i in at.tolist()]
     if which == "x":
         axes.set_xticks(at + 0.5, texts)
         axes.set_xlabel(label)
@@ -157,13 +178,19 @@ def label_axis(axes: Axes, which: Literal["x", "y"], names: Sequence[object] | n
     axes.tick_params(which, length=0)
 
 
-def _common_scale(panels: Sequence[xr.DataArray], values: Sequence[np.ndarray]) -> ColorScale:
-    return scale_of(panels[0], np.concatenate([drawn.ravel() for drawn in values]))
+def names_along(result: xr.DataArray | xr.Dataset, axis: str) -> list[str]:
+    """What stands at the places of an axis, by the result's own coordinates: `label` of positions, `layer_name` of streams.
+
+    >>> names_along(xr.DataArray([1.0, 2.0], dims="layer", coords={"layer": [3, 5]}), "layer")
+    ['3', '5']
+    """
+    of = {"position": "label", "layer": "layer_name", "stream": "layer_name"}.get(axis)
+    named = of in result.coords and result[of].dims == (axis,)
+    return [str(name) for name in result[of if named else axis].values]
 
 
-def _names(result: xr.DataArray, axis: str) -> np.ndarray:
-    """What stands at the places of an axis."""
-    return result["label"].values if axis == "position" and "label" in result.coords else result[axis].values
+def _all(values: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([panel.ravel() for panel in values])
 
 
 def _axis_label(axis: str) -> str:
@@ -180,41 +207,93 @@ def _write_numbers(axes: Axes, values: np.ndarray, scale: ColorScale) -> None:
             )
 
 
-def _columns(result: xr.DataArray, inputs: Inputs | None, collapse: str) -> tuple[list[str], np.ndarray]:
-    """Labels and values [layer, column], with each picture's patches in one column."""
-    positions = result["position"].values.tolist()
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring columns under one name: a token, or an image."""
+
+    name: str
+    positions: list[int]
+    indices: list[int]
+    """Where the result has them."""
+    n_columns: int
+    """As many as positions, or one."""
+
+    @property
+    def width(self) -> float:
+        """In columns of text."""
+        return float(min(self.n_columns, _IMAGE_WIDTH))
+
+
+def _groups(result: xr.DataArray, inputs: Inputs | None, collapse: Collapse | None) -> list[_Group]:
+    """What the columns are: tokens in their order, with the patches of each image together."""
+    positions = [int(p) for p in result["position"].values]
     if inputs is None or "n_positions" in result.coords:
-        names = result["label"].values if "label" in result.coords else positions
-        return [_short(str(name)) for name in names], result.values
+        names = names_along(result, "position")
+        return [_Group(_short(name), [p], [i], 1) for i, (name, p) in enumerate(zip(names, positions, strict=True))]
     token_map = inputs.token_map
     if max(positions) >= len(token_map):
         raise InputError(
             f"The result has position {max(positions)} and the prompt {len(token_map)} positions; "
             "give the inputs that the result was made from."
         )
-    picture_of = {p: i for i in range(token_map.n_images) for p in token_map.image(i)}
-    labels, columns = [], []
-    groups: dict[object, list[int]] = {}
+    image_of = {p: i for i in range(token_map.n_images) for p in token_map.image(i)}
+    found: dict[object, list[int]] = {}
     for index, position in enumerate(positions):
-        groups.setdefault(("picture", picture_of[position]) if position in picture_of else position, []).append(index)
-    for key, indices in groups.items():
-        block = result.values[:, indices]
-        if isinstance(key, tuple):
-            number = f" {key[1]}" if token_map.n_images > 1 else ""
-            labels.append(f"picture{number} ({collapse} of {len(indices)})")
-            columns.append(_collapsed(block, collapse, float(result.attrs.get("neutral", 0.0))))
-        else:
-            labels.append(_short(token_map.labels[positions[indices[0]]]))
-            columns.append(block[:, 0])
-    return labels, np.stack(columns, axis=1)
+        found.setdefault(("image", image_of[position]) if position in image_of else position, []).append(index)
+    groups = []
+    for key, indices in found.items():
+        here = [positions[i] for i in indices]
+        if not isinstance(key, tuple):
+            groups.append(_Group(_short(token_map.labels[here[0]]), here, indices, 1))
+            continue
+        whole = token_map.n_features == len(indices)
+        count = str(len(indices)) if whole else f"{len(indices)} of {token_map.n_features}"
+        name = f"image {key[1]}" if token_map.n_images > 1 else "image"
+        how = (
+            f"{count} patch{'' if count == '1' else 'es'}, row by row" if collapse is None else f"{collapse} of {count}"
+        )
+        groups.append(_Group(f"{name} ({how})", here, indices, 1 if collapse else len(indices)))
+    return groups
 
 
-def _collapsed(block: np.ndarray, collapse: str, neutral: float) -> np.ndarray:
+def _drawn(result: xr.DataArray, groups: Sequence[_Group], collapse: Collapse | None) -> np.ndarray:
+    """Values [layer, column] in the order of the groups, an image collapsed where it is one column."""
+    neutral = float(result.attrs.get("neutral", 0.0))
+    blocks = []
+    for group in groups:
+        block = result.values[:, group.indices]
+        one = collapse is not None and group.n_columns < len(group.indices)
+        blocks.append(_collapsed(block, collapse, neutral)[:, None] if one and collapse else block)
+    return np.concatenate(blocks, axis=1)
+
+
+def _edges(groups: Sequence[_Group]) -> np.ndarray:
+    """Borders of the columns, in columns of text."""
+    widths = [group.width / group.n_columns for group in groups for _ in range(group.n_columns)]
+    return np.concatenate([[0.0], np.cumsum(widths)])
+
+
+def _name_groups(axes: Axes, groups: Sequence[_Group], marked: Sequence[int]) -> None:
+    """Names below the columns: along them for tokens, across for an image that has room."""
+    ends = np.cumsum([group.width for group in groups])
+    middles = ends - [group.width / 2 for group in groups]
+    size = 8 if ends[-1] <= 40 else 6
+    axes.set_xticks(middles, [group.name for group in groups], rotation=90, fontsize=size)
+    for label, group in zip(axes.get_xticklabels(), groups, strict=True):
+        if group.n_columns > 1 and 3 * group.width >= len(group.name):
+            label.set_rotation(0)
+        if set(group.positions) & set(marked):
+            label.set(color=ORANGE, fontweight="bold")
+    for group, end in zip(groups, ends, strict=True):
+        if group.n_columns > 1:
+            for border in {end - group.width, end} - {0.0, ends[-1]}:
+                axes.axvline(border, color=PAPER, linewidth=1.2)
+
+
+def _collapsed(block: np.ndarray, collapse: Collapse, neutral: float) -> np.ndarray:
     """One value for all patches; sums are of what each differs from the neutral value by."""
     if collapse == "max":
         return np.take_along_axis(block, np.abs(block - neutral).argmax(axis=1, keepdims=True), axis=1)[:, 0]
-    if collapse not in COLLAPSES:
-        raise InputError(f"collapse={collapse!r}; expected 'mean', 'sum' or 'max'.")
     return block.mean(axis=1) if collapse == "mean" else neutral + (block - neutral).sum(axis=1)
 
 

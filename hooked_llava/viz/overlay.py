@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -36,6 +36,8 @@ from hooked_llava.viz.style import (
 
 Grid = xr.DataArray | np.ndarray | Tensor
 """Values by patch: [patch_row, patch_col]."""
+Underlay = Literal["grey", "color"]
+"""How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
 _SMALL = 160
 _FADE = 0.75
 _MOST_OPAQUE = 0.92
@@ -48,13 +50,15 @@ def patch_overlay(
     *,
     image: int = 0,
     geometry: ImageGeometry | None = None,
+    underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
     """One number for each patch, [patch_row, patch_col], laid over the original picture.
 
     With `Inputs` every patch is drawn where the processor's resizing and cropping took it from
     (`token_map.patch_box`), and what was cut away is dimmed. With a picture alone the patches divide all of it, unless
-    `geometry` says otherwise. The picture is faded, and the more opaque a patch the larger its value.
+    `geometry` says otherwise. The image is faded to grey, so that every color in the figure is a value; underlay="color"
+    keeps its colors, faded. A patch is the more opaque the larger its value.
 
     Raises `InputError` if the grid is not two-dimensional or not the picture's grid.
 
@@ -68,10 +72,10 @@ def patch_overlay(
     width, height = _panel_size(original, 3.6)
     with plot(width + 0.9, height + 0.4) as figure:
         axes = figure.add_subplot()
-        draw_overlay(axes, original, values, scale, geometry)
+        draw_overlay(axes, original, values, scale, geometry, underlay)
         subject, unit = (subject_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
         axes.set_title(subject if title is None else title)
-        add_color_bar(figure, axes, scale, unit, colors=_as_overlaid(scale))
+        add_color_bar(figure, axes, scale, unit, values, colors=_as_overlaid(scale))
     return figure
 
 
@@ -82,6 +86,7 @@ def patch_overlays(
     image: int = 0,
     geometry: ImageGeometry | None = None,
     columns: int = 4,
+    underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
     """Small multiples of `patch_overlay` on one colour scale: result has one axis besides patch_row and patch_col.
@@ -108,22 +113,31 @@ def patch_overlays(
     with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if title else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
-            draw_overlay(axes, original, values, scale, geometry)
+            draw_overlay(axes, original, values, scale, geometry, underlay)
             label = str(name) if isinstance(name, str) else f"{over[0]} {name}"
             axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
         if title:
             figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-        add_color_bar(figure, panels, scale, unit_of(result), colors=_as_overlaid(scale))
+        add_color_bar(figure, panels, scale, unit_of(result), result.values, colors=_as_overlaid(scale))
     return figure
 
 
 def draw_overlay(
-    axes: Axes, original: Image.Image, values: np.ndarray, scale: ColorScale, geometry: ImageGeometry | None
+    axes: Axes,
+    original: Image.Image,
+    values: np.ndarray,
+    scale: ColorScale,
+    geometry: ImageGeometry | None,
+    underlay: Underlay = "grey",
 ) -> QuadMesh:
-    """A picture in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
-    draw_picture(axes, np.asarray(original), fade=_FADE)
+    """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
+    if underlay not in get_args(Underlay):
+        raise InputError(f"underlay={underlay!r}; expected 'grey' or 'color'.")
+    draw_picture(
+        axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE
+    )
     x_edges, y_edges = patch_edges(original, values.shape, geometry)
     mesh = axes.pcolormesh(
         x_edges,

@@ -19,8 +19,8 @@ from hooked_llava.input_batch import Inputs
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.token_map import TokenMap
 from hooked_llava.viz.bars import contribution_bars
-from hooked_llava.viz.lens import answer_curve, layer_names
-from hooked_llava.viz.maps import layer_head_map
+from hooked_llava.viz.lens import answer_curve
+from hooked_llava.viz.maps import layer_head_map, names_along
 from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot
 
@@ -231,9 +231,10 @@ def _ranked(result: xr.Dataset) -> list[dict[str, Any]]:
 def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     """Every layer's most probable words, each with the colours of its cell."""
     one = result.isel(position=0).transpose("layer", "rank", ...)
-    names = layer_names(one.sizes["layer"])
     rows = []
-    for name, words, probabilities in zip(names, one["token"].values, one["probability"].values, strict=True):
+    for name, words, probabilities in zip(
+        names_along(one, "layer"), one["token"].values, one["probability"].values, strict=True
+    ):
         cells = [
             {
                 "token": visible(str(word)),

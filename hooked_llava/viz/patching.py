@@ -15,6 +15,7 @@ from hooked_llava.pictures import Picture
 from hooked_llava.results import recovered
 from hooked_llava.viz.contributions import plot_contributions
 from hooked_llava.viz.edges import edge_map
+from hooked_llava.viz.kinds import check_not_another
 from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import patch_overlay, patch_overlays
 
@@ -35,7 +36,7 @@ def plot_patching(
 
     | axes | figure |
     |---|---|
-    | layer, position | tokens along the axis, each picture one column; with `unfold` the picture, a panel a layer |
+    | layer, position | tokens along the axis, an image's patches side by side; with `unfold` the image, a panel a layer |
     | layer, head (or kv_head) | a cell for each head |
     | patch; layer, patch | the picture with its patches; a panel a layer |
     | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver; of many, senders by receivers |
@@ -57,6 +58,7 @@ def plot_patching(
     >>> plot_patching(result).axes[0].get_xlabel()
     'head'
     """
+    check_not_another(result, ("plot_patching", "edge_map"))
     if isinstance(result, Mapping):
         shares = recovered(result) if isinstance(result, xr.Dataset) and _has_ends(result, share) else result
         return _several({str(name): _bare(_shared(part, share)) for name, part in shares.items()}, inputs)
@@ -90,7 +92,8 @@ def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, im
     Patches that the result does not have are NaN. Raises `InputError` without positions of the picture, and for a
     result by position without its inputs.
 
-    >>> result = xr.DataArray([1.0, 2.0], dims="patch", coords={"patch_row": ("patch", [0, 1]), "patch_col": ("patch", [1, 0])})
+    >>> places = {"patch_row": ("patch", [0, 1]), "patch_col": ("patch", [1, 0])}
+    >>> result = xr.DataArray([1.0, 2.0], dims="patch", coords=places, attrs={"patch_grid": [2, 2]})
     >>> by_patch(result).values.tolist()
     [[nan, 1.0], [2.0, nan]]
     """
@@ -102,7 +105,12 @@ def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, im
         axis = "position"
         indices, places = _patches_of(result, prompt, image)
     rows, columns = np.array(places).T
-    grid = prompt.token_map.grid if prompt is not None else (int(rows.max()) + 1, int(columns.max()) + 1)
+    grid = tuple(prompt.token_map.grid if prompt is not None else result.attrs.get("patch_grid", ()))
+    if not grid:
+        raise InputError(
+            "The result does not say how many patches the image has (attribute patch_grid), so where these patches lie is "
+            "not known; give the inputs that it was made from."
+        )
     others = [str(dim) for dim in result.dims if dim != axis]
     values = np.full((*(result.sizes[dim] for dim in others), *grid), np.nan)
     values[..., rows, columns] = result.transpose(*others, axis).values[..., indices]

@@ -14,7 +14,7 @@ from hooked_llava.analysis import agreement
 from hooked_llava.input_batch import Inputs
 from hooked_llava.interventions.pairs import Direction
 from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import recovered
+from hooked_llava.results import n_tied, recovered
 from hooked_llava.viz.html_page import provenance
 from hooked_llava.viz.maps import layer_head_map, layer_position_maps
 from hooked_llava.viz.overlay import model_view, patch_overlays
@@ -134,9 +134,15 @@ def _found(shares: dict[str, Any], n_images: int) -> list[str]:
         best = between.where(between == between.max(), drop=True).isel(layer=0, position=0)
         said.append(
             f"Of the other words, “{visible(str(best['label'].item()))}” decides most: {float(best):.2f}, "
-            f"entering layer {int(best['layer'])}."
+            f"entering layer {int(best['layer'])}{_tied(between.values)}."
         )
     return said
+
+
+def _tied(values: np.ndarray) -> str:
+    """What to add to a largest value that others equal."""
+    n = n_tied(values)
+    return f" (and {n} other cell{'s' if n > 1 else ''} as much)" if n else ""
 
 
 def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hooked_llava.errors import InputError
 
 INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
 """Text, secondary text, thin lines, background."""
-BLUE, ORANGE, GREEN, PURPLE = "#2b6cb0", "#c8622d", "#3f8f5f", "#7d5ba6"
-TEAL, BROWN = "#3b9a9a", "#8a6d3b"
-SERIES = (ORANGE, BLUE, GREEN, PURPLE, TEAL, BROWN, MUTED)
-"""Colours of lines and bars, in the order in which they are used."""
+BLUE, ORANGE, GREEN, PURPLE = "#1d4f91", "#c8622d", "#2fa37c", "#8e5bb5"
+SKY, GOLD, SLATE = "#5fb4e6", "#e0b030", "#3b4450"
+SERIES = (ORANGE, BLUE, GREEN, PURPLE, SKY, GOLD, SLATE)
+"""Colours of lines and bars, in the order in which they are used: as far apart for colour-blind eyes as for others."""
 DIVERGING, SEQUENTIAL = "RdBu_r", "heat"
 """Names of the colour maps: matplotlib's own, and one of ours from paper to dark wine."""
 UNITS = {"logit": "logits", "attention": "share of attention", "probability": "probability"}
@@ -175,12 +177,52 @@ def plot(width: float, height: float) -> Iterator[Plot]:
         yield Plot(figsize=(width, height), layout="constrained")
 
 
-def add_color_bar(figure: Plot, axes: Any, scale: ColorScale, label: str, *, colors: Colormap | None = None) -> None:
-    """A thin color bar to the right of one or several axes, its unit written along it; `colors` replace the scale's."""
-    mappable = ScalarMappable(scale.norm(), colors or scale.map)
-    bar = figure.colorbar(mappable, ax=axes, shrink=0.8, aspect=24, pad=0.02)
-    bar.set_label(label)
+def add_color_bar(
+    figure: Plot, axes: Any, scale: ColorScale, label: str, values: np.ndarray, *, colors: Colormap | None = None
+) -> None:
+    """A thin color bar to the right of one or several axes, its unit written along it; `colors` replace the scale's.
+
+    It shows the part of the scale that occurs in `values`, and names its ends.
+    """
+    low, high = _occurring(values, scale)
+    shown = (colors or scale.map)(scale.norm()(np.linspace(low, high, 256)))
+    same = high - low <= 1e-9 * max(abs(low), abs(high), 1e-30)
+    ends = (low - 0.5, high + 0.5) if same else (low, high)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(*ends), ListedColormap(shown)), ax=axes, shrink=0.8, aspect=24, pad=0.02
+    )
+    ticks = [low] if same else _bar_ticks(low, high)
+    bar.set_ticks(ticks, labels=[_tick(tick, high - low) for tick in ticks])
+    bar.set_label(f"{label} (the same everywhere)" if same else label)
     bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def _occurring(values: np.ndarray, scale: ColorScale) -> tuple[float, float]:
+    """The smallest and the largest value that is a number, within the scale; the scale's ends if there is none."""
+    numbers = np.asarray(values, dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return scale.low, scale.high
+    low, high = np.clip([numbers.min(), numbers.max()], scale.low, scale.high)
+    return float(low), float(high)
+
+
+def _bar_ticks(low: float, high: float) -> list[float]:
+    """Both ends, and round numbers between that do not touch them."""
+    margin = 0.12 * (high - low)
+    between = MaxNLocator(5).tick_values(low, high)
+    return [low, *(float(t) for t in between if low + margin < t < high - margin), high]
+
+
+def _tick(value: float, span: float) -> str:
+    """A tick's number with as many digits as tell the range's parts apart, and a real minus sign."""
+    magnitude = max(abs(value), span)
+    if magnitude and not 1e-3 <= magnitude < 1e5:
+        return f"{value:.1e}".replace("-", "\u2212")
+    digits = 0 if not span else max(0, 2 - math.floor(math.log10(span)))
+    text = f"{value + 0.0:.{digits}f}" if span else f"{value:.3g}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return ("0" if text in ("-0", "") else text).replace("-", "\u2212")
 
 
 def unit_of(result: xr.DataArray) -> str:
@@ -204,6 +246,11 @@ def only(result: xr.DataArray, *dims: str) -> xr.DataArray:
     >>> only(xr.DataArray(np.zeros((1, 2, 3)), dims=("image", "head", "layer")), "layer", "head").shape
     (3, 2)
     """
+    if not isinstance(result, xr.DataArray):
+        raise InputError(
+            f"Expected one array with the axes {', '.join(dims)}; got a {type(result).__name__}. Take one of its arrays, for "
+            "example result['effect'], or let plot_patching choose the figure."
+        )
     missing = [dim for dim in dims if dim not in result.dims]
     surplus = [str(dim) for dim in result.dims if dim not in dims and result.sizes[dim] != 1]
     if missing or surplus:

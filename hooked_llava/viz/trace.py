@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -9,8 +12,10 @@ from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
 from hooked_llava.input_batch import Inputs
+from hooked_llava.viz.kinds import check_dataset
+from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.maps import layer_position_maps
-from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, plot, tick_every
+from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, plot
 
 KIND_NAMES = {
     "mlp": "MLP output restored",
@@ -25,7 +30,7 @@ _ROLE_COLORS = {
     "rest": GREEN,
     "last": PURPLE,
     "before": MUTED,
-    "image": "#4f9d9d",
+    "image": SKY,
 }
 _FAINT = 0.01  # of the largest effect
 
@@ -33,7 +38,7 @@ _FAINT = 0.01  # of the largest effect
 def trace_maps(trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = "indirect_effect") -> Figure:
     """A cell for every layer and token, a panel for each kind, on one scale; the constraint's tokens are orange.
 
-    With `inputs` each picture is one column (the mean of its positions). Raises `InputError` for what is no causal trace.
+    With `inputs` the patches of each image stand side by side, named together. Raises `InputError` for what is no causal trace.
 
     >>> import numpy as np
     >>> data = xr.Dataset(
@@ -43,16 +48,15 @@ def trace_maps(trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = 
     >>> trace_maps(data).axes[0].get_title(loc="left")
     'MLP output restored'
     """
-    _check(trace, "kind", "layer", "position")
+    _check(trace, "trace_maps", "causal_trace", "kind", "layer", "position")
     effect = trace[value].assign_attrs(units=_unit(trace, value))
     panels = {KIND_NAMES[kind]: effect.sel(kind=kind, drop=True) for kind in trace.kind.values.tolist()}
-    figure = layer_position_maps(panels, inputs)
-    axes = figure.axes[len(panels) - 1]
-    if inputs is None or len(axes.get_xticklabels()) == trace.sizes["position"]:
-        for label, role in zip(axes.get_xticklabels(), trace.role.values.tolist(), strict=True):
-            if role.startswith("constraint"):
-                label.set(color=ORANGE, fontweight="bold")
-    return figure
+    asked = [
+        int(p)
+        for p, role in zip(trace.position.values, trace.role.values, strict=True)
+        if role.startswith("constraint")
+    ]
+    return layer_position_maps(panels, inputs, marked=asked)
 
 
 def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
@@ -69,14 +73,16 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
     >>> len(role_curves(data).axes)
     2
     """
-    _check(effects, "kind", "layer", "role")
+    _check(effects, "role_curves", "by_role(trace) or average_traces", "kind", "layer", "role")
     kinds = effects.kind.values.tolist()
     sizes = abs(effects.indirect_effect).max(("kind", "layer"))
     effects = effects.isel(role=np.flatnonzero((sizes >= _FAINT * sizes.max()).values))
+    effects = effects.sortby("layer")
+    curves = apart({str(role): effects.indirect_effect.sel(role=role).values for role in effects.role.values})
     with plot(2.0 + 2.5 * len(kinds), 2.9) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         for axes, kind in zip(panels, kinds, strict=True):
-            _draw_roles(axes, effects.sel(kind=kind))
+            _draw_roles(axes, effects.sel(kind=kind), curves)
             axes.set_title(KIND_NAMES[kind].removesuffix(" restored"))
         panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -91,24 +97,23 @@ def contribution_maps(contribution: xr.Dataset) -> Figure:
 
     Raises `InputError` for what is no attention contribution.
     """
-    if "constraint_to_last" not in contribution:
-        raise InputError(f"{list(contribution.data_vars)} is no result of attention_contribution.")
+    check_dataset(contribution, ("constraint_to_last",), "contribution_maps", "attention_contribution")
     values = contribution.constraint_to_last
     values = values.sum("head", keep_attrs=True) if "head" in values.dims else values
     return layer_position_maps({"From the constraint to the last position": values.rename(source="position")})
 
 
-def _draw_roles(axes: Axes, effects: xr.Dataset) -> None:
-    layers = effects.layer.values
+def _draw_roles(axes: Axes, effects: xr.Dataset, curves: Sequence[Curve]) -> None:
+    layers, roles = effects.layer.values, effects.role.values.tolist()
     axes.axhline(0, color=RULE, linewidth=0.8)
-    for role in effects.role.values.tolist():
-        one = effects.sel(role=role)
-        color = _ROLE_COLORS.get(role, INK)
-        axes.plot(layers, one.indirect_effect.values, color=color, linewidth=1.6, marker=".", label=role)
+    for curve in curves:
+        one, color = effects.sel(role=curve.first), _ROLE_COLORS.get(curve.first, INK)
+        look: dict[str, Any] = {"color": color, "marker": MARKERS[roles.index(curve.first) % len(MARKERS)]}
+        sizes: dict[str, Any] = {"linewidth": curve.width, "markersize": curve.marker_size}
+        axes.plot(layers, one.indirect_effect.values, **look, **sizes, label=curve.label)
         if "low" in one:
             axes.fill_between(layers, one.low.values, one.high.values, color=color, alpha=0.15, linewidth=0)
-    step = tick_every(len(layers), 8)
-    axes.set_xticks(layers[::step])
+    name_layers(axes, layers, [str(layer) for layer in layers], 8)
     axes.set_xlabel("layer")
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -118,8 +123,10 @@ def _unit(effects: xr.Dataset, value: str) -> str:
     return str(effects.attrs.get("units") or ("probability" if value != "restored" else "value"))
 
 
-def _check(effects: xr.Dataset, *dims: str) -> None:
-    effect = effects.get("indirect_effect") if isinstance(effects, xr.Dataset) else None
-    if effect is None or set(effect.dims) != set(dims):
-        found = "no indirect_effect" if effect is None else f"the axes {', '.join(map(str, effect.dims))}"
-        raise InputError(f"The result has {found}; expected indirect_effect by {', '.join(dims)}.")
+def _check(effects: xr.Dataset, figure: str, maker: str, *dims: str) -> None:
+    effect = check_dataset(effects, ("indirect_effect",), figure, maker).indirect_effect
+    if set(effect.dims) != set(dims):
+        raise InputError(
+            f"The result has the axes {', '.join(map(str, effect.dims))}; expected indirect_effect by {', '.join(dims)}, as "
+            f"{maker} returns it."
+        )

@@ -120,6 +120,7 @@ def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
             "role": str(cell.role.values),
             "restored": f"{float(cell.restored):.3f}",
             "effect": f"{float(cell.indirect_effect):+.3f}",
+            "tied": int(cell.n_tied),
         }
         for cell in best_cells(trace)
     ]

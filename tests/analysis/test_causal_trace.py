@@ -340,6 +340,16 @@ def test_the_best_cells_restore_most(model: Any, prompt: Any) -> None:
         effects = trace.indirect_effect.sel(kind=str(cell.kind.values))
         assert float(cell.indirect_effect) == float(effects.max())
         assert float(effects.sel(layer=int(cell.layer), position=int(cell.position))) == float(effects.max())
+        assert int(cell.n_tied) == int((effects >= 0.999 * effects.max()).sum()) - 1
+
+
+def test_ties_are_counted_on_chosen_layers_too(model: Any, prompt: Any) -> None:
+    trace = causal_trace(model, prompt, "star", corruption="circle", kinds=["resid"]).isel(layer=[2, 0])
+    trace["indirect_effect"] = trace.indirect_effect.transpose("position", "kind", "layer") * 0 + 0.25
+    trace["indirect_effect"][{"layer": 1, "position": 1}] = 0.2
+    (cell,) = best_cells(trace)
+    assert int(cell.n_tied) == trace.indirect_effect.size - 2
+    assert int(cell.layer) == 2
 
 
 def test_a_metric_gives_one_number(model: Any, prompt: Any) -> None:

@@ -298,3 +298,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
         head_scores(models.ours, two, [Answer("a", (7, 8)), Answer("b", (9,))])
     with pytest.raises(InputError, match="do not lie in the prompt"):
         position_scores(models.ours, models.prompt(), 7, positions=[99])
+
+
+def test_top_heads_of_chosen_ones_are_called_by_their_numbers() -> None:
+    coords = {"layer": [4, 2], "head": [7, 1, 3]}
+    scores = xr.DataArray([[0.1, 0.5, 0.2], [0.9, 0.0, 0.3]], dims=("layer", "head"), coords=coords)
+    assert top_heads(scores, 3) == [(2, 7), (4, 1), (2, 3)]

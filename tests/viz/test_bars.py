@@ -51,3 +51,14 @@ def test_the_neurons_that_contribute_most_either_way(model, inputs):
     assert axes.get_title(loc="left").endswith(f"5 of {parts.size} neurons")
     with pytest.raises(InputError, match="top=0; expected at least 1"):
         top_bars(parts, top=0)
+
+
+def test_chosen_components_are_drawn_at_their_layers_and_nothing_is_made_up(model, inputs):
+    parts = logit_attribution(model, inputs, "red").sel(component=["1_attn", "2_attn", "2_mlp"])
+    axes = contribution_bars(parts).axes[0]
+    bars = {round(bar.get_x() + bar.get_width() / 2, 1): bar.get_height() for c in axes.containers for bar in c}
+    expected = dict(zip([0.8, 1.8, 2.2], parts.values.tolist(), strict=True))
+    assert bars == pytest.approx(expected)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+    assert axes.lines[0].get_label() == "sum of these bars so far"
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([float(parts[0]), float(parts.sum())])

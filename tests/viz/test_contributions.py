@@ -34,7 +34,7 @@ def test_sources_are_summed_over_heads_and_pictures(model, inputs):
     image = inputs.token_map["image"].tolist()
     np.testing.assert_allclose(drawn(figure)[:, image[0]], by_layer.sel(source=image).sum("source"), atol=1e-6)
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert labels[image[0]] == "picture (sum of 16)"
+    assert labels[image[0]] == "image (sum of 16)"
     assert labels[image[0] + 1] == "What"
 
 

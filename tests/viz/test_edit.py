@@ -75,7 +75,7 @@ def test_a_bar_for_each_probe_in_the_colour_of_its_role(probes):
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert said[0] == "before the edit"
     assert "specificity: to stay" in said
-    with pytest.raises(InputError, match="no kl; expected what evaluate_edit returns"):
+    with pytest.raises(InputError, match="evaluate_edit .* lacks 'kl'"):
         probe_bars(probes.drop_vars("kl"))
 
 
@@ -95,7 +95,7 @@ def test_a_panel_for_each_position_with_the_trace_dashed(sweep):
 
 def test_other_sweeps_are_refused(sweep):
     for wrong in (sweep.rename(layer="depth"), sweep[["indirect_effect"]], sweep.isel(position=0)):
-        with pytest.raises(InputError, match="by position and layer"):
+        with pytest.raises(InputError, match="by position and layer|lacks 'efficacy'"):
             edit_by_layer(wrong)
 
 

@@ -5,7 +5,10 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
+from hooked_llava.results import stream_coords
+from hooked_llava.viz import answer_curve, lens_table, role_curves, trace_maps
 from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
+from tests.pairs import as_users_run
 
 EDGES = [
     "image->last",
@@ -70,7 +73,10 @@ def test_probabilities_by_form():
     values[:, :, 3] = np.nan
     forms = ["lower", "capitalised", "false lower", "false capitalised"]
     result = xr.DataArray(
-        values, coords={"norm": ["none", "final"], "form": forms}, dims=("norm", "stream", "form"), name="p"
+        values,
+        coords={"norm": ["none", "final"], "form": forms, **stream_coords(3, "stream")},
+        dims=("norm", "stream", "form"),
+        name="p",
     )
     for norm in ("none", "final"):
         axes = probability_curves(result, norm=norm).axes[0]
@@ -83,9 +89,57 @@ def test_probabilities_by_form():
 
 def test_what_does_not_fit_is_said():
     result = by_kind_result(["p"])
-    with pytest.raises(InputError, match="has no 'effect'"):
+    with pytest.raises(
+        InputError, match=r"knockout_curves draws 'effect' .* got a dataset with other \[kind, statistic, edge, layer\]"
+    ):
         knockout_curves(result.rename(effect="other"))
     with pytest.raises(InputError, match=r"result.isel\(prompt=0\), or average with by_kind"):
         knockout_curves(result.expand_dims("prompt"))
     with pytest.raises(InputError, match="expected norm, layer, form"):
         probability_curves(xr.DataArray(np.zeros((2, 2)), dims=("norm", "layer")))
+
+
+def test_chosen_streams_keep_their_names():
+    result = xr.DataArray(
+        np.arange(5.0)[None, :, None] / 5,
+        coords={"norm": ["none"], "form": ["lower"], **stream_coords(4)},
+        dims=("norm", "layer", "form"),
+        name="p",
+    )
+    axes = probability_curves(result.isel(layer=[1, 3])).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3"]
+    assert axes.lines[0].get_xdata().tolist() == [1, 3]
+    assert probability_curves(result.isel(layer=[2, 4])).axes[0].get_xticklabels()[-1].get_text() == "final"
+
+
+def curves_of(**values: list[float]) -> xr.Dataset:
+    edges = [name.replace("_", "->") for name in values]
+    effect = xr.DataArray(list(values.values()), coords={"edge": edges}, dims=("edge", "layer"), attrs={"units": "% p"})
+    return xr.Dataset({"effect": effect})
+
+
+def test_curves_that_coincide_are_told_apart():
+    result = curves_of(a_b=[0, -50, -90.0], c_b=[0, -50, -90.0], d_b=[0, -50, -90.01], e_b=[0, -50, 0], f_b=[0, -5, -7])
+    lines = knockout_curves(result).axes[0].lines[1:]
+    assert [line.get_label().replace("\n", " ") for line in lines] == ["a → b = c → b ≈ d → b", "e → b", "f → b"]
+    assert lines[0].get_linewidth() > lines[1].get_linewidth(), "the covered one stands out below the other"
+    assert len({line.get_marker() for line in lines}) == 3
+    panels = xr.concat(
+        [result, curves_of(a_b=[0, 0, 0], c_b=[0, -9, 0], d_b=[0, 0, 0], e_b=[0, 0, 0], f_b=[0, 0, 0])], "kind"
+    )
+    lines = knockout_curves(panels.assign_coords(kind=["p", "q"])).axes[0].lines[1:]
+    assert [line.get_label().replace("\n", " ") for line in lines][:2] == ["a → b ≈ d → b", "c → b"], (
+        "in one panel they differ"
+    )
+
+
+@pytest.mark.parametrize(
+    "draw", [knockout_curves, probability_curves, lens_table, answer_curve, role_curves, trace_maps]
+)
+def test_results_of_another_kind_are_refused_by_name(draw):
+    for result in (xr.DataArray([1.0], dims="x", name="y"), xr.Dataset({"y": ("x", [1.0])}), {"y": 1}):
+        with as_users_run(), pytest.raises(InputError, match=rf"{draw.__name__}|expected norm, layer, form"):
+            draw(result)
+    made = xr.Dataset({"y": ("x", [1.0])}, attrs={"analysis": "attribution_patching"})
+    with as_users_run(), pytest.raises(InputError, match=r"viz\.plot_patching"):
+        draw(made)

@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from hooked_llava.analysis import answer_probability, attention_knockout, knockout_study
 from hooked_llava.datasets import StudyRow
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.results import load, save
 from hooked_llava.viz.knockout_page import STEPS, flow_study, knockout_page, page_edges, study_page
+from tests.pairs import as_users_run
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,15 @@ def test_a_page_of_a_table(model, table, tmp_path):
 def test_a_table_without_probabilities_has_a_page_too(model, table):
     result = flow_study(model, table[:2], ["image->last"], only_correct=False).drop_vars("answer_probability")
     assert study_page(result, n_boot=5, title="Mine").html.count("data:image/svg+xml") == 1
+
+
+def test_results_that_make_no_page_say_what_to_do(model, table, inputs):
+    how = {"only_correct": False}
+    with pytest.raises(InputError, match=r"total_effect.*total=True"):
+        study_page(knockout_study(model, table[:2], ["image->last"], total=False, **how))
+    with pytest.raises(InputError, match=r"window='all'"):
+        study_page(knockout_study(model, table[:2], ["image->last"], "all", **how))
+    with pytest.raises(InputError, match=r"knockout_page makes a page"):
+        study_page(attention_knockout(model, inputs, ["image->last"], total=True))
+    with as_users_run(), pytest.raises(InputError, match=r"study_page draws 'effect' .* got the array"):
+        study_page(answer_probability(model, inputs))  # type: ignore[arg-type]

@@ -5,7 +5,11 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
+from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
+from tests.builders import make_hf_model
+from tests.fixtures_processor import make_processor
+from tests.pairs import as_users_run
 
 
 def heads(n_layers: int, n_heads: int) -> xr.DataArray:
@@ -72,7 +76,7 @@ def test_layer_position_map_gives_the_picture_one_column(inputs, collapse, reduc
     assert np.allclose(drawn[:, column], reduce(result.values[:, image.tolist()]))
     assert np.array_equal(drawn[:, column + 1 :], result.values[:, image[-1] + 1 :])
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels[column] == f"picture ({collapse} of {len(image)})"
+    assert labels[column] == f"image ({collapse} of {len(image)})"
     assert labels[column + 1 : column + 3] == ["What", "color"]
 
 
@@ -91,8 +95,64 @@ def test_layer_position_map_without_inputs_uses_the_labels_of_the_result(inputs)
 def test_layer_position_map_refuses_the_wrong_inputs_and_an_unknown_collapse(inputs, text_inputs):
     with pytest.raises(InputError, match=r"give the inputs that the result was made from"):
         layer_position_map(by_position(inputs), text_inputs)
-    with pytest.raises(InputError, match=r"collapse='median'; expected 'mean', 'sum' or 'max'"):
-        layer_position_map(by_position(inputs), inputs, collapse="median")
+    with as_users_run(), pytest.raises(InputError, match=r"collapse='median'; expected None, 'mean', 'sum' or 'max'"):
+        layer_position_map(by_position(inputs), inputs, collapse="median")  # type: ignore[arg-type]
+
+
+def test_patches_stand_side_by_side_in_narrow_columns(inputs):
+    """Nothing is averaged unless that is asked for: every value is drawn, under its token or its image."""
+    result = by_position(inputs)
+    axes = layer_position_map(result, inputs).axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_array(), result.values)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels.count("image (16 patches, row by row)") == 1
+    assert len(labels) == len(inputs.token_map["text"]) + 1
+    some = [*inputs.token_map["image"].tolist()[3:5], inputs.token_map["last"][0]]
+    labels = [
+        label.get_text() for label in layer_position_map(result.isel(position=some), inputs).axes[0].get_xticklabels()
+    ]
+    assert labels[0] == "image (2 of 16 patches, row by row)"
+
+
+def test_large_images_take_no_more_room_than_text():
+    processor = make_processor(image_size=336, patch_size=14)
+    model = HookedLLaVA.from_hf(
+        make_hf_model(image_size=336, patch_size=14, text={"max_position_embeddings": 1024}), processor
+    )
+    prompt = model.prepare("What is it?", np.zeros((336, 336, 3), np.uint8))
+    result = by_position(prompt)
+    axes = layer_position_map(result, prompt).axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_array(), result.values)
+    edges = axes.collections[0].get_coordinates()[0, :, 0]
+    image = prompt.token_map["image"].tolist()
+    assert edges[image[-1] + 1] - edges[image[0]] == pytest.approx(24)
+    np.testing.assert_allclose(np.diff(edges)[image[-1] + 1 :], 1.0)
+
+
+def test_color_bars_show_what_occurs():
+    for values, ends in (([[-1.0, 3.0]], (-1, 3)), ([[0.25, 0.5]], (0.25, 0.5)), ([[np.nan, -2.0, -5.0]], (-5, -2))):
+        figure = cell_map(xr.DataArray(values, dims=("layer", "head")), "layer", "head")
+        assert figure.axes[1].get_ylim() == pytest.approx(ends)
+        shown = [label.get_text().replace("\u2212", "-") for label in figure.axes[1].get_yticklabels()]
+        assert (float(shown[0]), float(shown[-1])) == pytest.approx(ends)
+    same = cell_map(xr.DataArray([[2.5, 2.5]], dims=("layer", "head"), name="x"), "layer", "head").axes[1]
+    assert [label.get_text() for label in same.get_yticklabels()] == ["2.5"]
+    assert same.get_ylabel() == "x (the same everywhere)"
+
+
+def test_colors_on_the_bar_are_those_of_the_cells():
+    result = xr.DataArray([[-1.0, 3.0, 1.0]], dims=("layer", "head"))
+    figure = cell_map(result, "layer", "head")
+    mesh, bar = figure.axes[0].collections[0], figure.axes[1].collections[-1]
+    for value in (-1.0, 1.0, 3.0):
+        np.testing.assert_allclose(bar.cmap(bar.norm(value)), mesh.cmap(mesh.norm(value)), atol=0.02)
+
+
+def test_chosen_layers_and_heads_keep_their_names():
+    result = heads(6, 8).isel(layer=[1, 4], head=[7, 2])
+    axes = layer_head_map(result).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "4"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["7", "2"]
 
 
 def test_tokens_that_look_like_formulas_are_drawn_as_they_are(inputs):

@@ -10,6 +10,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.geometry import ImageGeometry
 from hooked_llava.viz import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from tests.fixtures_processor import make_processor
+from tests.pairs import as_users_run
 
 
 def extents(mesh) -> np.ndarray:
@@ -137,3 +138,21 @@ def test_patches_that_do_nothing_or_are_unknown_are_clear(inputs):
     opacity = patch_overlay(inputs, share).axes[0].collections[0].get_alpha()
     assert opacity[0, 0] > opacity[0, 1] > 0.3
     assert np.count_nonzero(opacity) == 2
+
+
+def test_the_image_below_is_grey_unless_asked(inputs):
+    """A red object must not look like a large value."""
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[8:16, 8:16] = 255, 0, 0
+    maps = xr.DataArray(np.zeros((2, 4, 4)), dims=("layer", "patch_row", "patch_col"))
+    for figure in (
+        patch_overlay(red, np.zeros((4, 4))),
+        patch_overlays(red, maps),
+        patch_overlay(inputs, np.ones((4, 4))),
+    ):
+        shown = np.asarray(figure.axes[0].images[0].get_array())
+        assert (shown == shown[..., :1]).all()
+    shown = np.asarray(patch_overlay(red, np.zeros((4, 4)), underlay="color").axes[0].images[0].get_array())
+    assert not (shown == shown[..., :1]).all()
+    with as_users_run(), pytest.raises(InputError, match=r"underlay='red'; expected 'grey' or 'color'"):
+        patch_overlay(red, np.zeros((4, 4)), underlay="red")  # type: ignore[arg-type]

@@ -78,8 +78,7 @@ def test_the_positions_of_the_picture_unfold(model, pair):
     np.testing.assert_allclose(np.asarray(drawn(figure)).reshape(-1), embed, rtol=1e-4, atol=1e-5)
     assert figure.axes[0].get_title() == "layer 0"
     flat = plot_patching(result, pair[0])
-    mean = recovered(result).sel(position=pair[0].token_map["image"].tolist()).mean("position")
-    np.testing.assert_allclose(drawn(flat)[:, pair[0].token_map["image"][0]], mean, rtol=1e-6)
+    np.testing.assert_allclose(drawn(flat), recovered(result), rtol=1e-6)
 
 
 def test_estimates_are_panels_on_one_scale(estimate, pair):
@@ -131,3 +130,14 @@ def test_what_fits_no_figure_says_what_to_do(estimate, pair, model):
         plot_patching(together, pair[0], unfold=True)
     with pytest.raises(InputError, match="a result by patch, or by position together with its inputs"):
         by_patch(xr.DataArray([1.0], dims="layer"))
+
+
+def test_chosen_patches_lie_where_they_were_on_the_picture_alone(model, pair, wide_picture):
+    """The grid comes from the result, not from which of its patches are drawn."""
+    result = activation_patching(model, *pair, hook="hook_image_embed", positions=[5, 6], metric=metric)
+    grid = by_patch(recovered(result), wide_picture)
+    assert grid.shape == (4, 4)
+    np.testing.assert_allclose(grid.values.reshape(-1)[[5, 6]], recovered(result))
+    assert np.isnan(grid.values).sum() == 14
+    with pytest.raises(InputError, match="patch_grid.*give the inputs"):
+        by_patch(result.drop_attrs())

@@ -3,11 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_rgb
 
 from hooked_llava.errors import InputError
 from hooked_llava.viz.style import (
     DIVERGING,
     SEQUENTIAL,
+    SERIES,
     ColorScale,
     Plot,
     color_scale,
@@ -91,3 +93,23 @@ def test_another_value_than_zero_may_stand_for_nothing():
     growing = color_scale(np.array([1.0, 3.0]), neutral=1.0)
     assert growing == ColorScale(SEQUENTIAL, 1.0, 3.0)
     assert growing.neutral == 1.0
+
+
+_CONES = {  # severe colour blindness, Machado et al. 2009
+    "none": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", list(_CONES))
+def test_colour_blind_readers_tell_the_lines_apart(kind):
+    rgb = np.array([to_rgb(color) for color in SERIES])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(_CONES[kind]).T, 0, 1)
+    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    oklab = np.cbrt(seen @ np.array(to_lms).T) @ np.array(to_lab).T
+    apart = np.linalg.norm(oklab[:, None] - oklab[None], axis=-1)[np.triu_indices(len(SERIES), 1)]
+    assert apart.min() > 0.075

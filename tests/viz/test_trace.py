@@ -36,11 +36,14 @@ def test_a_panel_for_each_kind_with_the_constraint_in_orange(trace):
     assert figure.axes[3].get_ylabel() == "probability"
 
 
-def test_pictures_may_be_one_column(model, inputs):
+def test_patches_stand_side_by_side_under_one_name(model, inputs):
     whole = causal_trace(model, inputs, "star", corruption="circle", kinds=["mlp"], positions=range(inputs.shape[1]))
-    labels = [label.get_text() for label in trace_maps(whole, inputs).axes[0].get_xticklabels()]
-    assert "picture (mean of 16)" in labels
+    axes = trace_maps(whole, inputs).axes[0]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert "image (16 patches, row by row)" in labels
     assert len(labels) == inputs.shape[1] - 15
+    np.testing.assert_allclose(axes.collections[0].get_array(), whole.indirect_effect[0])
+    assert [label.get_text() for label in axes.get_xticklabels() if to_hex(label.get_color()) == ORANGE] == ["star"]
 
 
 def test_curves_by_role_with_bands_for_many_questions(trace):
@@ -63,9 +66,11 @@ def test_contributions_of_heads_are_added_up(model, inputs):
 def test_other_results_are_refused(trace):
     with pytest.raises(InputError, match="expected indirect_effect by kind, layer, role"):
         role_curves(trace)
-    with pytest.raises(InputError, match="no indirect_effect"):
+    with pytest.raises(InputError, match="trace_maps draws 'indirect_effect'"):
         trace_maps(trace.drop_vars("indirect_effect"))
-    with pytest.raises(InputError, match="is no result of attention_contribution"):
+    with pytest.raises(
+        InputError, match="contribution_maps draws 'constraint_to_last' of the dataset that attention_contribution"
+    ):
         contribution_maps(trace)
 
 

@@ -1,0 +1,90 @@
+"""Is this a result that the figure draws? If not, which figure does?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import xarray as xr
+
+from hooked_llava.errors import InputError
+
+_FIGURES = {
+    "activation_patching": "plot_patching",
+    "answer_probability": "probability_curves",
+    "attention_contribution": "contribution_maps",
+    "attention_knockout": "knockout_curves",
+    "attribution_patching": "plot_patching",
+    "causal_trace": "trace_maps (or role_curves(by_role(trace)))",
+    "edge_attribution": "edge_map",
+    "evaluate_edit": "probe_bars",
+    "head_scores": "layer_head_map",
+    "heads_by_attention": "layer_head_map",
+    "image_attention": "patch_overlays",
+    "logit_attribution": "plot_contributions",
+    "logit_lens": "lens_table or answer_curve",
+    "patch_importance": "patch_overlay",
+    "path_patching": "plot_patching",
+}
+"""Which function of `hooked_llava.viz` draws the result of an analysis."""
+
+
+def check_array(result: Any, figure: str, maker: str) -> xr.DataArray:
+    """The result, if it is one array; raises `InputError` that names what `figure` draws and what draws this instead.
+
+    >>> check_array(xr.DataArray([1.0], dims="layer"), "layer_head_map", "head_scores").dims
+    ('layer',)
+    """
+    if isinstance(result, xr.DataArray):
+        return result
+    raise InputError(
+        f"{figure} draws one array, as {maker} returns it; got {described(result)}.{_instead(result, figure)}"
+    )
+
+
+def check_dataset(result: Any, names: Sequence[str], figure: str, maker: str) -> xr.Dataset:
+    """The result, if it is a dataset that holds arrays of these names; raises `InputError` as `check_array` does.
+
+    >>> result = xr.Dataset({"effect": ("layer", [1.0])})
+    >>> check_dataset(result, ["effect"], "knockout_curves", "attention_knockout") is result
+    True
+    """
+    lacking = [name for name in names if not isinstance(result, xr.Dataset) or name not in result]
+    if not lacking:
+        return result
+    raise InputError(
+        f"{figure} draws {', '.join(map(repr, names))} of the dataset that {maker} returns; got {described(result)}, which "
+        f"lacks {', '.join(map(repr, lacking))}.{_instead(result, figure)}"
+    )
+
+
+def check_not_another(result: Any, figures: Sequence[str]) -> None:
+    """Raises `InputError` for a dataset of an analysis that has a figure of its own, which is none of `figures`.
+
+    >>> check_not_another(xr.Dataset(attrs={"analysis": "attribution_patching"}), ["plot_patching"])
+    """
+    own = _FIGURES.get(str(getattr(result, "attrs", {}).get("analysis")))
+    if isinstance(result, xr.Dataset) and own and own not in figures:
+        raise InputError(f"{figures[0]} does not draw {described(result)}.{_instead(result, figures[0])}")
+
+
+def described(result: Any) -> str:
+    """What a result is, in a few words for an error.
+
+    >>> described(xr.DataArray([[1.0]], dims=("layer", "head"), name="metric", attrs={"analysis": "activation_patching"}))
+    "the array 'metric' [layer, head] of activation_patching"
+    """
+    if not isinstance(result, (xr.DataArray, xr.Dataset)):
+        return f"a {type(result).__name__}"
+    made = f" of {result.attrs['analysis']}" if "analysis" in result.attrs else ""
+    if isinstance(result, xr.DataArray):
+        name = f" {result.name!r}" if result.name else ""
+        return f"the array{name} [{', '.join(map(str, result.dims))}]{made}"
+    parts = ", ".join(f"{name} [{', '.join(map(str, v.dims))}]" for name, v in result.data_vars.items())
+    return f"a dataset{made} with {parts or 'nothing'}"
+
+
+def _instead(result: Any, figure: str) -> str:
+    """Which figure to take, where another one draws the result."""
+    own = _FIGURES.get(str(getattr(result, "attrs", {}).get("analysis")))
+    return f" Draw it with viz.{own}." if own and figure not in own else ""
