@@ -184,7 +184,13 @@ class HookedModule(HookedRootModule):
         prompt = self.as_inputs(inputs)
         n_kept = prompt.shape[1] if positions is None else resolve_positions(positions, prompt).shape[1]
         names = self.hooks_table.resolve(names_filter, with_image=prompt.pixel_values is not None)
-        return sum(tensor_bytes(self.hooks_table, name, prompt, n_kept, self.cfg.dtype) for name in names)
+        return sum(tensor_bytes(self.hooks_table, name, prompt, n_kept, self.hook_dtype(name)) for name in names)
+
+    def hook_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the activation of that name is computed in, without autocast."""
+        part = name.partition(".")[0]
+        tower = self.get_submodule(part if f"{part}." in IMAGE_SIDE else "language")
+        return next(tower.parameters()).dtype
 
     def _plan(self, inputs: Any, options: dict[str, Any]) -> tuple[Inputs | Tensor, dict[str, Any]]:
         """What is run (taking a Hugging Face processor's fields out of `options`), and what of the model it reaches."""

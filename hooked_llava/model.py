@@ -128,9 +128,13 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         if inputs.pixel_values is None:
             self._refuse_image_hooks()
             return self.language.embed_tokens(inputs.input_ids)
-        projected = self.projector(self.vision(inputs.pixel_values))  # (image, feature, d_model)
+        projected = self.project(self.vision(inputs.pixel_values))  # (image, feature, d_model)
         text = self.language.embed_tokens(inputs.input_ids)  # (batch, pos, d_model)
         return text.masked_scatter(inputs.image_mask[..., None], self.hook_image_embed(projected))
+
+    def project(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
+        """Vision features as image embeddings, in the dtype of the token embeddings whatever the projector's is."""
+        return self.projector(features).to(self.cfg.dtype)
 
     def context(
         self,
@@ -167,14 +171,16 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         >>> model.prepare("Who made the star?").shape[0]
         1
         """
-        where = {"config": self.config, "processor": self.processor, "device": self.cfg.device, "dtype": self.cfg.dtype}
-        return inputs_module.prepare(question, images, **where, **options)
+        return inputs_module.prepare(question, images, **self._inputs_for(), **options)
 
     def as_inputs(self, value: Any) -> Inputs:
         """Inputs from inputs, text, token ids, or what a Hugging Face processor returns; raises `InputError`."""
-        return inputs_module.as_inputs(
-            value, config=self.config, processor=self.processor, device=self.cfg.device, dtype=self.cfg.dtype
-        )
+        return inputs_module.as_inputs(value, **self._inputs_for())
+
+    def _inputs_for(self) -> dict[str, Any]:
+        """What inputs are made for: pixels come in the vision tower's dtype, which may be finer than the language tower's."""
+        pixel_dtype = self.vision.patch_embed.weight.dtype
+        return {"config": self.config, "processor": self.processor, "device": self.cfg.device, "dtype": pixel_dtype}
 
     # ------------------------------------------------------------------ generation
 

@@ -113,7 +113,7 @@ def verify(
     with torch.no_grad():
         _, ours = model.run_with_cache(inputs, names_filter=list(theirs))
     if tolerance is None:
-        dtypes = {model.cfg.dtype, hf_model.dtype}
+        dtypes = {weight.dtype for weight in (*model.parameters(), *hf_model.parameters())}
         tolerance = max(TOLERANCE, _ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes))
     return ParityTable(
         tuple(_compare(hook, ours[hook], activation, inputs, tolerance) for hook, activation in theirs.items())
@@ -186,7 +186,7 @@ def _hf_activations(
         "position_ids": (counted if inputs.position_ids is None else inputs.position_ids).to(device),
     }
     if inputs.pixel_values is not None:
-        fields["pixel_values"] = inputs.pixel_values.to(device, hf_model.dtype)
+        fields["pixel_values"] = inputs.pixel_values.to(device)  # its vision tower casts them
     with _listening(taps) as heard, torch.no_grad():
         hf_model(**fields, use_cache=False)
     return {hook: heard[hook] for hook in taps}

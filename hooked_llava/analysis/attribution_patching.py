@@ -27,7 +27,7 @@ from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.interventions.ends import read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric
-from hooked_llava.results import analysis, check_sizes, stack
+from hooked_llava.results import analysis, check_sizes, numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -267,9 +267,9 @@ def _estimate(
     if len(dims) > 1:
         coords[dims[1]] = range(rows[0].shape[-1])
     if "blocks." not in names[0]:
-        return xr.DataArray(rows[0].cpu().numpy(), dims=dims, coords=coords, name="change")
+        return xr.DataArray(numbers(rows[0]), dims=dims, coords=coords, name="change")
     coords["layer"] = [int(name.split(".")[1]) for name in names]
-    return xr.DataArray(torch.stack(rows).cpu().numpy(), dims=("layer", *dims), coords=coords, name="change")
+    return xr.DataArray(numbers(torch.stack(rows)), dims=("layer", *dims), coords=coords, name="change")
 
 
 def _receivers(model: HookedLLaVA) -> list[list[str]]:
@@ -340,13 +340,13 @@ def _into_layer(
     cfg = model.config.language
     heads = np.full((len(reading), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
     mlps = heads[:, :, 0].copy()
-    embed = einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading).cpu().numpy()
+    embed = numbers(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
     for sender in range(min(layer + 1, cfg.n_layers)):
         hears = slice(None) if sender < layer else slice(-1, None)
         z = changes[f"blocks.{sender}.attn.hook_z"][0]  # (pos, head, d_head)
         wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
-        heads[hears, sender] = einsum("h p m, r p m -> r h", wrote, reading[hears]).cpu().numpy()
+        heads[hears, sender] = numbers(einsum("h p m, r p m -> r h", wrote, reading[hears]))
         if sender < layer:
             change = changes[f"blocks.{sender}.hook_mlp_out"][0].float()
-            mlps[:, sender] = einsum("p m, r p m -> r", change, reading).cpu().numpy()
+            mlps[:, sender] = numbers(einsum("p m, r p m -> r", change, reading))
     return heads, mlps, embed

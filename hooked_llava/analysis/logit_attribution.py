@@ -21,7 +21,7 @@ from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import messages_along
 from hooked_llava.readout import token_id, wide, words
-from hooked_llava.results import analysis, stack
+from hooked_llava.results import analysis, numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -128,7 +128,7 @@ def _by_component(
     for layer in range(model.cfg.n_layers):
         names |= {f"{layer}_{part}": f"blocks.{layer}.hook_{part}_out" for part in ("attn", "mlp")}
     values = torch.stack([cache[name][0, 0].to(direction.dtype) @ direction for name in names.values()])
-    return xr.DataArray(values.cpu().numpy(), dims="component", coords={"component": list(names)}, name="logit")
+    return xr.DataArray(numbers(values), dims="component", coords={"component": list(names)}, name="logit")
 
 
 def _norm_bias(model: HookedLLaVA, bias: Float[Tensor, " d_model"], answer: int, baseline: int | None) -> xr.DataArray:
@@ -205,7 +205,7 @@ def _messages(
 
 def _labelled(values: Tensor, *dims: str) -> xr.DataArray:
     coords = {dim: range(n) for dim, n in zip(dims, values.shape, strict=True)}
-    return xr.DataArray(values.cpu().numpy(), dims=dims, coords=coords, name="logit")
+    return xr.DataArray(numbers(values), dims=dims, coords=coords, name="logit")
 
 
 _PARTS: dict[str, tuple[str, ...]] = {

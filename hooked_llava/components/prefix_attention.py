@@ -68,6 +68,7 @@ def attend_with_prefix(
 
     `allowed` says which keys of the suffix each query may see (the prefix lies before all of them).
     """
+    q, k, v, prefix = _in_autocast_dtype(q, k, v, prefix)
     groups = q.shape[1] // k.shape[1]
     own_allowed = None if allowed is None else allowed.repeat(1, 1, groups, 1)
     own, own_sum = _average(_by_row(q, groups), k, v, own_allowed, scale)
@@ -105,6 +106,14 @@ def average_with_prefix(
     z_before = _by_prompt(before, prefix, groups) @ prefix.v  # (prompt, kv_head, row * group * query, d_head)
     z_own = rearrange(_by_row(own, groups) @ v, "r k (g n) d -> r (k g) n d", g=groups)
     return z_own + rearrange(z_before, "b k (r g n) d -> (b r) (k g) n d", g=groups, n=n_queries)
+
+
+def _in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor, Tensor, Prefix]:
+    """Everything in the dtype that autocast takes for attention, where it is on; by its inner name it does not see to it."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v, prefix
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype), Prefix(prefix.k.to(dtype), prefix.v.to(dtype), prefix.allowed)
 
 
 def _by_row(x: Tensor, groups: int) -> Float[Tensor, "row kv_head group_query any"]:

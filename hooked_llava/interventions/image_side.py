@@ -83,7 +83,7 @@ class ImageSide:
                 assert self._pixels is not None
                 kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
             features = vision.features(vision.states(kept))
-            embedding = self.model.hook_image_embed(self.model.projector(features))
+            embedding = self.model.hook_image_embed(self.model.project(features))
         return embedding.unflatten(0, (n_runs, n_images))
 
     def _edits(self, runs: list[Run]) -> list[Edit]:
