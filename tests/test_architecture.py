@@ -183,6 +183,7 @@ NOT_MIRRORED = (
     "test_readme",
     "test_notebooks",
     "test_benchmarks",
+    "test_baseline",
     "test_promises",
     "test_transformer_lens_tools",
     "test_golden",

@@ -1,0 +1,115 @@
+"""Where `benchmarks.baseline` finds what it runs: the only file of it to edit when something moves or is renamed.
+
+Names of the root package and those that `hooked_llava.analysis`, `editing`, `datasets` and `viz` export are imported where
+they are used.
+
+To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.interventions.edges.
+"""
+
+from hooked_llava.analysis.causal_trace import was_lowered
+from hooked_llava.cli import app
+from hooked_llava.datasets.rows import boxes_lost
+from hooked_llava.datasets.study import answers_match
+from hooked_llava.files import written_whole
+from hooked_llava.geometry import ImageGeometry
+from hooked_llava.input_batch import Inputs
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace, find_constraints
+from hooked_llava.interventions.pairs import (
+    blank_image,
+    gaussian_noise,
+    mean_embedding,
+    other_image,
+    other_question,
+    swapped_objects,
+    without_object,
+)
+from hooked_llava.interventions.windows import centred_window, paper_width, released_window
+from hooked_llava.map_quality import average_precision, bootstrap, map_quality, mean_intervals, roc_auc
+from hooked_llava.metrics import (
+    Answer,
+    at_last,
+    from_transformer_lens,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    own_answers,
+    probability,
+    rank,
+    relative_change,
+    teacher_forced,
+)
+from hooked_llava.results import load as load_result
+from hooked_llava.results import recovered
+from hooked_llava.results import save as save_result
+from hooked_llava.saliency.decision import decide
+from hooked_llava.spans import span as span_positions
+from hooked_llava.templates import find_template
+from hooked_llava.toy.compiled import compiled
+from hooked_llava.toy.gqa_tables import gqa_rows, write_gqa
+from hooked_llava.toy.pictures import picture_path
+from hooked_llava.viz.style import color_scale
+from tests.builders import make_hf_model  # noqa: TID251 (models and processors that tests have)
+from tests.fixtures_processor import make_processor  # noqa: TID251 (models and processors that tests have)
+from tests.known_mechanism import OBJECTS, RECOLORED, places  # noqa: TID251 (models and processors that tests have)
+from tests.pairs import GEOMETRIES  # noqa: TID251 (models and processors that tests have)
+
+__all__ = [
+    "GEOMETRIES",
+    "OBJECTS",
+    "RECOLORED",
+    "Answer",
+    "ImageGeometry",
+    "Inputs",
+    "Intervention",
+    "MeanEmbedding",
+    "Noise",
+    "OtherImage",
+    "Replace",
+    "Replay",
+    "answers_match",
+    "app",
+    "at_last",
+    "average_precision",
+    "blank_image",
+    "bootstrap",
+    "boxes_lost",
+    "centred_window",
+    "color_scale",
+    "compiled",
+    "decide",
+    "find_constraints",
+    "find_template",
+    "from_transformer_lens",
+    "gaussian_noise",
+    "gqa_rows",
+    "kl_divergence",
+    "load_result",
+    "log_probability",
+    "logit_difference",
+    "make_hf_model",
+    "make_processor",
+    "map_quality",
+    "mean_embedding",
+    "mean_intervals",
+    "other_image",
+    "other_question",
+    "own_answers",
+    "paper_width",
+    "picture_path",
+    "places",
+    "probability",
+    "rank",
+    "recovered",
+    "relative_change",
+    "released_window",
+    "roc_auc",
+    "save_result",
+    "span_positions",
+    "swapped_objects",
+    "teacher_forced",
+    "was_lowered",
+    "without_object",
+    "write_gqa",
+    "written_whole",
+]
