@@ -184,6 +184,7 @@ NOT_MIRRORED = (
     "test_notebooks",
     "test_benchmarks",
     "test_baseline",
+    "test_files_of_0_1",
     "test_promises",
     "test_transformer_lens_tools",
     "test_golden",
