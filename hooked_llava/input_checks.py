@@ -167,13 +167,30 @@ def _image_starts(row: int, positions: list[int], config: LLaVAConfig) -> tuple[
             whole, left = divmod(run, size)
             raise InputError(
                 f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is {whole} "
-                f"picture{'' if whole == 1 else 's'} and {left} tokens; expected {size} per picture. Use this "
-                "checkpoint's processor (its patch_size, vision_feature_select_strategy and "
-                "num_additional_image_tokens decide how many it writes), and do not cut prompts short."
+                f"picture{'' if whole == 1 else 's'} and {left} tokens; expected {size} per picture. A processor writes as "
+                f"many if you set {processor_settings(config)}; do not cut prompts short."
             )
         starts += range(start, start + run, size)
         positions = positions[run:]
     return tuple(starts)
+
+
+def processor_settings(config: LLaVAConfig) -> str:
+    """The settings with which a LLaVA processor writes as many image tokens as the model has features, as assignments.
+
+    Checkpoints from before the processor had them lack some.
+
+    >>> from transformers import LlavaConfig
+    >>> processor_settings(LLaVAConfig.from_hf(LlavaConfig())).split("; ")[1]
+    'processor.num_additional_image_tokens = 1'
+    """
+    vision = config.vision
+    settings = {
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": vision.n_positions - vision.n_patches,
+        "vision_feature_select_strategy": "default" if vision.drop_class_token else "full",
+    }
+    return "; ".join(f"processor.{name} = {value!r}" for name, value in settings.items())
 
 
 def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image channel height width"]:
@@ -222,7 +239,7 @@ def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
     if patch_size not in (None, vision.patch_size):
         raise InputError(
             f"The {name} has patch_size={patch_size} and the model's vision tower {vision.patch_size}. Pass the processor of "
-            f"this checkpoint, or set processor.patch_size = {vision.patch_size}."
+            f"this checkpoint, or set {processor_settings(config)}."
         )
     strategy = getattr(processor, "vision_feature_select_strategy", None)
     extra = getattr(processor, "num_additional_image_tokens", None)
@@ -230,12 +247,10 @@ def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
         return
     written = vision.n_patches + extra - (strategy == "default")
     if written != vision.n_features:
-        expected = "default" if vision.drop_class_token else "full"
         raise InputError(
             f"The {name} writes {written} <image> tokens for an image (num_additional_image_tokens={extra}, "
             f"vision_feature_select_strategy={strategy!r}) and the model takes {vision.n_features}. Pass the processor of this "
-            "checkpoint, or set processor.num_additional_image_tokens = 1 and processor.vision_feature_select_strategy = "
-            f"{expected!r}."
+            f"checkpoint, or set {processor_settings(config)}."
         )
 
 

@@ -35,6 +35,7 @@ from hooked_llava.token_text import TokenText, begins_with_bos, prompt_offsets
 
 InputsLike: TypeAlias = Inputs | str | Sequence[str] | Tensor | Mapping[str, Any]
 """What stands for inputs: themselves, one or more whole prompts, token ids, or what a processor returns."""
+_SET_LATER = "leave options= out and set the span afterwards: inputs.with_spans(options=positions)"
 TEMPLATE_TAIL = "template"
 """`tail=` of `prepare` for the instruction that the template brings along."""
 Pictures: TypeAlias = Picture | Sequence[Picture | Sequence[Picture] | None]
@@ -199,11 +200,13 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
             f"The processor writes {processor.image_token!r} as token {processor.image_token_id} and the model expects "
             f"pictures at token {config.image_token_id}; use the processor of this checkpoint."
         )
-    if processor.patch_size is None:
+    lacks_count = hasattr(processor, "vision_feature_select_strategy") and (
+        getattr(processor, "num_additional_image_tokens", None) is None
+    )
+    if getattr(processor, "patch_size", None) is None or lacks_count:
+        what = "how many tokens besides patches an image has" if lacks_count else "the model's patch size"
         raise InputError(
-            "The processor does not know the model's patch size and cannot write the image tokens; set "
-            f"processor.patch_size = {config.vision.patch_size}, processor.num_additional_image_tokens = 1 and "
-            "processor.vision_feature_select_strategy as in the model's config."
+            f"The processor does not know {what} and cannot write the image tokens; set {check.processor_settings(config)}."
         )
     check.check_processor_fits(processor, config)
     if n_prompts > 1 and tokenizer.pad_token is None:
@@ -357,7 +360,7 @@ def _find_options(token_map: TokenMap, words: Sequence[str]) -> Positions:
     within = "question" if token_map.words is not None and "question" in token_map.words.parts else None
     found = Positions()
     for word in words:
-        found |= token_map.find(word, within=within)
+        found |= token_map.find(word, within=within, advice=_SET_LATER)
     return found
 
 

@@ -41,6 +41,8 @@ from hooked_llava.token_text import TokenText, roll
 SPANS = ("system", "image", "question", "options", "rest", "text", "last")
 """The names of the spans, as in the table above."""
 _SETTABLE = ("question", "options")
+GIVE_POSITIONS = "give positions instead, from token_map.find(words, occurrence=..., whole_words=...)"
+"""Advice about words that are not found once, for functions that take positions as well as words."""
 _NOT_GIVEN = {
     "image": "the prompt has no picture. Give one with prepare(..., images=...)",
     "question": "where the question stands in the prompt was not given. Use prepare(question, template=...), or name "
@@ -154,25 +156,35 @@ class TokenMap:
         for name, where in spans.items():
             if name in SPANS and name not in _SETTABLE:
                 raise SpanError(f"The span {name!r} follows from the prompt and cannot be set; choose another name.")
-            named[name] = self._checked(name, self.find(where) if isinstance(where, str) else Positions(where))
+            positions = self.find(where, advice=GIVE_POSITIONS) if isinstance(where, str) else Positions(where)
+            named[name] = self._checked(name, positions)
         return replace(self, named=named)
 
     def find(
-        self, words: str, *, occurrence: int | None = None, within: str | None = None, whole_words: bool = True
+        self,
+        words: str,
+        *,
+        occurrence: int | None = None,
+        within: str | None = None,
+        whole_words: bool = True,
+        advice: str | None = None,
     ) -> Positions:
         """The positions of the tokens that spell some words of the prompt.
 
         `occurrence` chooses (from 0 on) where the words stand several times; `within` looks only inside one part of
         the prompt ("system", "question", "tail" or "answer_prefix", as the template wrote it); unless `whole_words`
-        is off, "red" is not found in "redder". Raises `SpanError` for words that are not there or stand there
-        several times, with the list of places.
+        is off, "red" is not found in "redder" (scripts without spaces between words have no such borders). `advice` is
+        what an error suggests instead of these options, for callers that do not have them. Raises `SpanError` for words
+        that are not there or stand there several times, with the list of places.
         """
         if self.words is None:
             raise SpanError(
                 f"Cannot look for {words!r}: the prompt was given as token ids and the model has no tokenizer. "
                 "Pass processor= to from_hf, or name positions yourself: token_map.with_spans(...)."
             )
-        start, stop = self.words.find(words, occurrence=occurrence, within=within, whole_words=whole_words)
+        start, stop = self.words.find(
+            words, occurrence=occurrence, within=within, whole_words=whole_words, advice=advice
+        )
         return self.locate(start, stop)
 
     def locate(self, start: int, stop: int) -> Positions:

@@ -10,6 +10,12 @@ from typing import Any, TypeVar
 
 from hooked_llava.errors import SpanError
 
+# Scripts that write words without spaces between them: there a word has no border that could be looked for.
+_UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"  # Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese
+)
+_LETTER = f"[^\\W{_UNSPACED}]"
 _CONTEXT = 20  # characters shown on each side of an occurrence in an error
 _T = TypeVar("_T")
 _Offsets = tuple[tuple[int, int], ...]
@@ -57,24 +63,35 @@ class TokenText:
         return self.prompt_offsets if self.prompt_offsets is not None else self._decoded[1]
 
     def find(
-        self, words: str, *, occurrence: int | None = None, within: str | None = None, whole_words: bool = True
+        self,
+        words: str,
+        *,
+        occurrence: int | None = None,
+        within: str | None = None,
+        whole_words: bool = True,
+        advice: str | None = None,
     ) -> tuple[int, int]:
-        """Characters of some words in `text`: the first one and the one after the last; as `TokenMap.find`."""
+        """Characters of some words in `text`: the first one and the one after the last; as `TokenMap.find`.
+
+        `advice` is what errors tell the user of another function to do about words that stand several times, or only inside
+        others; by default what this function's options can do.
+        """
         first, stop = self._part(within)
         matches = _pattern(words, whole_words).finditer(self.text)
         places = [match.span() for match in matches if first <= match.start() and match.end() <= stop]
         if not places:
-            raise SpanError(self._missing(words, first, stop, within))
+            raise SpanError(self._missing(words, first, stop, within, advice))
         if occurrence is None and len(places) > 1:
             listed = "\n".join(f"  occurrence={i}: {self._context(*place)}" for i, place in enumerate(places))
+            narrower = ", or look only within='question'" if within is None and "question" in self.parts else ""
             raise SpanError(
-                f"{words!r} occurs {len(places)} times in the prompt; choose one with occurrence=, or look only "
-                f"within='question':\n{listed}"
+                f"{words!r} occurs {len(places)} times in {_called(within)}; "
+                f"{advice or f'choose one with occurrence={narrower}'}:\n{listed}"
             )
         if not 0 <= (occurrence or 0) < len(places):
             raise SpanError(
                 f"occurrence={occurrence}, but {words!r} occurs {len(places)} time{'' if len(places) == 1 else 's'} "
-                f"in the prompt; expected 0 to {len(places) - 1}."
+                f"in {_called(within)}; expected 0 to {len(places) - 1}."
             )
         return places[occurrence or 0]
 
@@ -97,14 +114,14 @@ class TokenText:
             )
         return self.parts[within]
 
-    def _missing(self, words: str, first: int, stop: int, within: str | None) -> str:
+    def _missing(self, words: str, first: int, stop: int, within: str | None, advice: str | None) -> str:
         text = self.text[first:stop]
-        where = f"the {within}" if within else "the prompt"
+        where = _called(within)
         inside = re.search(rf"\w*{re.escape(words)}\w*", text) if words.strip() else None
         if inside:
             return (
-                f"{words!r} occurs in {where} only inside {inside.group()!r}; give the whole word, or set "
-                "whole_words=False."
+                f"{words!r} occurs in {where} only inside {inside.group()!r}; give the whole word, or "
+                f"{advice or 'set whole_words=False'}."
             )
         return f"{words!r} does not occur in {where} {text!r}; give words as they stand there, capitals included."
 
@@ -183,9 +200,26 @@ def _piece(tokenizer: Any, previous: int | None, token_id: int) -> str:
     return both[len(before) :] if both.startswith(before) else alone
 
 
+def _called(within: str | None) -> str:
+    return f"the {within}" if within else "the prompt"
+
+
 def _pattern(words: str, whole_words: bool) -> re.Pattern[str]:
     if not words.strip():
         raise SpanError("An empty string was given to find; expected words of the prompt.")
-    left = r"(?<!\w)" if whole_words and re.match(r"\w", words) else ""
-    right = r"(?!\w)" if whole_words and re.search(r"\w$", words) else ""
-    return re.compile(left + re.escape(words) + right)
+    before, after = word_borders(words) if whole_words else ("", "")
+    return re.compile(before + re.escape(words) + after)
+
+
+def word_borders(words: str) -> tuple[str, str]:
+    """Regular expressions for what must stand before and after words so that they are no part of longer ones.
+
+    Scripts without spaces between words (Chinese, Japanese, Thai, ...) have no such borders.
+
+    >>> before, after = word_borders("red")
+    >>> [bool(re.search(f"{before}red{after}", text)) for text in ("a red star", "redder", "这red星")]
+    [True, False, True]
+    """
+    before = f"(?<!{_LETTER})" if re.match(_LETTER, words) else ""
+    after = f"(?!{_LETTER})" if re.match(_LETTER, words[-1:]) else ""
+    return before, after

@@ -142,8 +142,9 @@ def test_image_tokens_come_in_whole_pictures() -> None:
     full = make_config(select_strategy="full")
     ids = torch.tensor([[1, *IMAGE]])
     with says(
-        "expected 5 per picture. Use this checkpoint's processor (its patch_size, vision_feature_select_strategy and "
-        "num_additional_image_tokens decide how many it writes), and do not cut prompts short."
+        "expected 5 per picture. A processor writes as many if you set "
+        "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
+        "processor.vision_feature_select_strategy = 'full'; do not cut prompts short."
     ):
         check.find_images(ids, torch.ones_like(ids, dtype=torch.bool), full)
 

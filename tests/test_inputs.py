@@ -202,7 +202,7 @@ def test_options_in_a_batch() -> None:
     assert whole.token_map["options"] == whole.token_map.find("red")
     with pytest.raises(SpanError, match="'green' does not occur in the question 'Is it red or blue"):
         prepare("Is it red or blue?", options=["red", "green"])
-    with pytest.raises(SpanError, match="'red' occurs 2 times in the prompt"):
+    with pytest.raises(SpanError, match="'red' occurs 2 times in the question"):
         prepare("Is the red star red or blue?", options=["red", "blue"])
     for options in (["red", "blue"], [["red"]], [["red"], "blue"]):
         with says(
@@ -302,7 +302,8 @@ def test_processors_that_do_not_fit() -> None:
     no_patch.patch_size = None
     with says(
         "The processor does not know the model's patch size and cannot write the image tokens; set "
-        "processor.patch_size = 8, processor.num_additional_image_tokens = 1 and "
+        "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
+        "processor.vision_feature_select_strategy = 'default'."
     ):
         prepare("a", PICTURE, processor=no_patch)
     with says("The LlavaProcessor writes 5 <image> tokens for an image"):
@@ -316,6 +317,35 @@ def test_processors_that_do_not_fit() -> None:
     ):
         prepare(["a", "is"], processor=no_padding)
     assert len(prepare("a", processor=no_padding)) == 1
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"num_additional_image_tokens": 0},
+        {"num_additional_image_tokens": None},
+        {"patch_size": None},
+        {"patch_size": 4},
+        {"vision_feature_select_strategy": None},
+        {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0},
+    ],
+)
+def test_the_advice_for_an_old_processor_works(lacking: dict[str, Any], strategy: str) -> None:
+    config = make_config(select_strategy=strategy)
+    processor, wanted = (make_processor(select_strategy=strategy) for _ in range(2))
+    for name, value in lacking.items():
+        setattr(processor, name, value)
+    if lacking == {"num_additional_image_tokens": None}:
+        del processor.num_additional_image_tokens
+    if strategy == "full" and lacking == {"vision_feature_select_strategy": None}:
+        pytest.skip("such a processor writes the right number all the same")
+    with pytest.raises(InputError, match="set processor") as caught:
+        prepare(QUESTION, PICTURE, processor=processor, config=config)
+    for name, value in re.findall(r"processor\.(\w+) = ('?\w+'?)", str(caught.value)):
+        setattr(processor, name, value.strip("'") if "'" in value else int(value))
+    ours = prepare(QUESTION, PICTURE, processor=processor, config=config)
+    assert torch.equal(ours.input_ids, prepare(QUESTION, PICTURE, processor=wanted, config=config).input_ids)
 
 
 def test_a_slow_tokenizer_gives_no_question_span() -> None:

@@ -114,6 +114,63 @@ def test_find_errors() -> None:
         words.find(" ")
 
 
+def plain(prompt: str) -> TokenText:
+    tokenizer = make_processor().tokenizer
+    return TokenText(
+        token_ids=(),
+        tokenizer=tokenizer,
+        image_token_id=5,
+        image_starts=(),
+        n_features=1,
+        real=range(0),
+        prompt=prompt,
+        prompt_offsets=(),
+        parts={"question": (0, len(prompt))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("这个形状是什么颜色?", "形"),
+        ("这个形状是什么颜色?", "形状"),
+        ("この形は何色ですか。", "形"),
+        ("このスターは赤いですか", "スター"),
+        ("รูปร่างนี้สีอะไร", "สี"),
+        ("这个star是红色吗", "star"),
+        ("形star", "star"),
+        ("是red吗? redder", "red"),
+        ("The 星 is red", "星"),
+    ],
+)
+def test_words_of_scripts_without_spaces(prompt: str, words: str) -> None:
+    assert plain(prompt).find(words) == (prompt.index(words), prompt.index(words) + len(words))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("Is it redder?", "red"), ("별은 red", "별"), ("Красный?", "Крас"), ("naïveté", "naïv"), ("star_3", "star")],
+)
+def test_words_of_scripts_with_spaces_are_whole(prompt: str, words: str) -> None:
+    with pytest.raises(SpanError, match="only inside"):
+        plain(prompt).find(words)
+    assert plain(prompt).find(words, whole_words=False) == (prompt.index(words), prompt.index(words) + len(words))
+
+
+def test_advice_is_the_callers() -> None:
+    words = make_text()
+    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the prompt; ask someone:\n  occurrence=0: "):
+        words.find("star", advice="ask someone")
+    with pytest.raises(SpanError, match=r"only inside 'color'; give the whole word, or ask someone\."):
+        words.find("colo", advice="ask someone")
+    # What is looked for in the question already is not sent there.
+    twice = plain("Is the star a star?")
+    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the question; choose one with occurrence=:\n"):
+        twice.find("star", within="question")
+    with pytest.raises(SpanError, match=r"choose one with occurrence=:\n"):
+        make_text(known=False).find("star")
+
+
 @given(pieces=st.lists(st.sampled_from(["<image>", "a", "bc", " ", "<s>"]), max_size=12), n_features=st.integers(1, 5))
 def test_offsets_in_the_long_text_lead_back_to_the_prompt(pieces: list[str], n_features: int) -> None:
     prompt = "".join(pieces)

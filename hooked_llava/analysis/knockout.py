@@ -144,7 +144,7 @@ def knockout_study(
             model's own answer.
         total: also block all layers at once; with window="all" that is done anyway, and not done twice.
         seed: of the random patches.
-        options: of `datasets.study`: `images`, `out`, `only_correct`, `batch_size`, `template`, `tail`, `coverage`.
+        options: of `datasets.study`: `images`, `out`, `only_correct`, `match`, `batch_size`, `template`, `tail`, `coverage`.
 
     `datasets.by_kind` averages the result, and `flow_summary` turns the curves into numbers. Raises as both functions, for
     misspelt spans and for edges of numbered positions before anything is asked.

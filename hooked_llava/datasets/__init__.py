@@ -2,7 +2,7 @@
 
 from hooked_llava.datasets.gqa import GQA_KINDS, GQA_TAIL, read_gqa
 from hooked_llava.datasets.rows import StudyRow, prepare_rows
-from hooked_llava.datasets.study import by_kind, study
+from hooked_llava.datasets.study import answers_match, answers_match_exactly, by_kind, study
 from hooked_llava.datasets.vqa_constraints import ConstraintTable, read_vqa_constraints
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "GQA_KINDS",
     "GQA_TAIL",
     "StudyRow",
+    "answers_match",
+    "answers_match_exactly",
     "by_kind",
     "prepare_rows",
     "read_gqa",

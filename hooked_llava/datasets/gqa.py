@@ -6,12 +6,11 @@ GQA. The pictures are Visual Genome's, by their ids; they are not part of the ta
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hooked_llava.datasets.rows import PixelBox, StudyRow
+from hooked_llava.datasets.tables import number, plain_id, read_table, whole
 from hooked_llava.errors import InputError, did_you_mean
 
 GQA_TAIL = " \nAnswer the question using a single word or phrase."
@@ -21,6 +20,7 @@ The space before the line break is the paper's; LLaVA's own evaluation has none 
 """
 NOTHING = "-"
 """What stands in a cell that has no value, such as the box of an object that is not in the picture."""
+_EMPTY = (NOTHING, "", "nan")
 _ASKED = ("question_id", "img_id", "question", "answer")
 _OPTIONS = ("true option", "false option")
 _TYPES = ("type_detailed", "type_semantic", "type_structural", "operations")
@@ -77,7 +77,13 @@ FILES = {
 """Kind of question -> name of the released file."""
 
 
-def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int | None = None) -> list[StudyRow]:
+def read_gqa(
+    path: str | Path,
+    *,
+    kinds: Iterable[str] | None = None,
+    limit: int | None = None,
+    encoding: str | None = None,
+) -> list[StudyRow]:
     """The questions of one released CSV file, or of all that are in a folder, with the objects' boxes.
 
     The box is the central object's where a table has one, and otherwise those of object 1 and object 2 as far as they
@@ -87,8 +93,10 @@ def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int
         path: a file, or a folder with some of the six files under their released names.
         kinds: kinds of question to read (`GQA_KINDS`); all that are there by default.
         limit: questions of each kind, the first ones, at least 1; all by default.
+        encoding: of the files' text; by default by its byte order mark, else UTF-8, else Windows-1252 with a warning.
 
-    Raises `InputError` for a file that is not there, that lacks columns, or that has a broken row, for unknown kinds, and
+    Tables that another program has saved again are read too: with numbers written as 64.0, other encodings, semicolons or
+    tabs. Raises `InputError` for a file that is not there, that lacks columns, or that has a broken row, for unknown kinds, and
     for a limit below 1.
 
     >>> import tempfile
@@ -103,34 +111,27 @@ def read_gqa(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int
         raise InputError(
             f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], GQA_KINDS)} Known: {', '.join(GQA_KINDS)}."
         )
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} questions of each kind; expected at least 1, or None for all.")
     path = Path(path)
     files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
     if not files:
         what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
         raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
-    rows = [row for file in files for row in _read(file, limit) if row.kind in wanted]
+    rows = [row for file in files for row in _read(file, limit, encoding) if row.kind in wanted]
     if not rows:
         raise InputError(f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}.")
     return rows
 
 
-def _read(file: Path, limit: int | None) -> list[StudyRow]:
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            table = csv.DictReader(lines)
-            cells = [row for row, _ in zip(table, range(limit or sys.maxsize), strict=False)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{str(file)!r} cannot be read as a table ({error}); expected a CSV file in UTF-8.") from error
+def _read(file: Path, limit: int | None, encoding: str | None) -> list[StudyRow]:
+    cells = read_table(file, encoding=encoding, limit=limit).rows
     rows = []
-    for number, row in enumerate(cells, start=1):
-        kind = _KIND_OF.get((row.get("type_structural"), row.get("type_semantic")))
+    for place, row in enumerate(cells, start=1):
+        kind = _KIND_OF.get((row.get("type_structural", ""), row.get("type_semantic", "")))
         if kind is None:
-            raise InputError(f"{str(file)!r}, question {number} is of none of the six kinds (by its columns type_...).")
+            raise InputError(f"{str(file)!r}, question {place} is of none of the six kinds (by its columns type_...).")
         if missing := sorted(_needed(kind) - set(row)):
             raise InputError(f"{str(file)!r} lacks the columns {missing} of a table of {kind}.")
-        rows.append(_row(row, kind, f"{str(file)!r}, question {number}"))
+        rows.append(_row(row, kind, f"{str(file)!r}, question {place}"))
     return rows
 
 
@@ -146,14 +147,14 @@ def _objects(kind: str) -> tuple[str, ...]:
 def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
     try:
         boxes = [_box(cells, name) for name in _objects(kind)]
-        size = (int(cells["image_w"]), int(cells["image_h"]))
+        size = (whole(cells["image_w"]), whole(cells["image_h"]))
     except (ValueError, TypeError) as error:
         raise InputError(f"{where} has a size or box that is not in pixels ({error}).") from None
     return StudyRow(
-        id=cells["question_id"],
+        id=plain_id(cells["question_id"]),
         question=cells["question"],
         answer=cells["answer"],
-        picture=cells["img_id"],
+        picture=plain_id(cells["img_id"]),
         false_option=cells.get("false option") or "",
         kind=kind,
         objects=tuple(cells[f"{name} name"] for name in _objects(kind)),
@@ -164,8 +165,8 @@ def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
 
 def _box(cells: dict[str, str], name: str) -> PixelBox | None:
     """(x0, y0, x1, y1) from x, y, width and height; None where the object is not in the picture."""
-    values = [cells[f"{name} {what}"] for what in "xywh"]
-    if NOTHING in values:
+    values = [cells[f"{name} {what}"].strip() for what in "xywh"]
+    if NOTHING in values or all(value.lower() in _EMPTY for value in values):
         return None
-    x, y, width, height = (int(float(value)) for value in values)
+    x, y, width, height = (number(value) for value in values)
     return (x, y, x + width, y + height)

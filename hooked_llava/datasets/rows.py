@@ -56,6 +56,8 @@ class StudyRow:
     """Width and height of the picture in which the boxes were drawn, if they are known."""
     constraint: str = ""
     """Words of the question that the answer depends on (Basu et al. 2406.04236); they become the span `constraint`."""
+    constraint_occurrence: int | None = None
+    """Which of several places the constraint is meant at, counted from 0; None where it stands only once."""
     answer_prefix: str = ""
     """How the answer begins, already written."""
 
@@ -78,7 +80,9 @@ def prepare_rows(
         template: as for `model.prepare`.
         tail: as for `model.prepare`.
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; 0 takes every patch
-            that they touch, as Zhang et al. (2411.18620) do.
+            that they touch. Zhang et al. (2411.18620) draw the boxes in red, let the image processor resize the drawing
+            (bicubic), and ask for one pixel of a patch that is still exactly red: patches that a box only grazes are not
+            theirs, and 0 may take one more at each side of a box.
 
     A prompt has no span `object` where its row has no box that the model sees; `boxes_lost` counts those that it does not.
     Raises `InputError` for pictures that are not there or have another size than the boxes, and `SpanError` for what is
@@ -221,7 +225,12 @@ def _with_spans(token_map: TokenMap, row: StudyRow, coverage: Number) -> TokenMa
     if row.constraint:
         asked = token_map.words is not None and "question" in token_map.words.parts
         with _naming(row):
-            found = token_map.find(row.constraint, within="question" if asked else None)
+            found = token_map.find(
+                row.constraint,
+                occurrence=row.constraint_occurrence,
+                within="question" if asked else None,
+                advice="choose one with the row's constraint_occurrence=, or take in more of the words around it",
+            )
         token_map = token_map.with_spans(constraint=found)
     return token_map
 

@@ -37,11 +37,33 @@ if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
+Match = Callable[[str, str], bool]
+"""From what the model said and the row's answer to whether it is right."""
 Run = Callable[["Inputs", Sequence[StudyRow]], Any]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""
 OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
 _PATIENCE = 2.0  # seconds before a progress bar appears
+
+
+def answers_match(said: str, answer: str) -> bool:
+    """Whether two answers are the same but for case, blanks around them and a final full stop.
+
+    >>> answers_match(" Red.", "red"), answers_match("Redder", "red")
+    (True, False)
+    """
+    return _plain(said) == _plain(answer)
+
+
+def answers_match_exactly(said: str, answer: str) -> bool:
+    """Whether what was said, in lower case and without blanks around it, is the answer: Zhang et al.'s (2411.18620) rule.
+
+    The answer is taken as it is; a full stop, or a capital in the table's answer, makes a difference.
+
+    >>> answers_match_exactly(" Red ", "red"), answers_match_exactly("Red.", "red"), answers_match_exactly("Red", "Red")
+    (True, False, False)
+    """
+    return said.strip().lower() == answer
 
 
 def study(
@@ -52,6 +74,7 @@ def study(
     images: str | Path | None = None,
     out: str | os.PathLike[str] | None = None,
     only_correct: bool = True,
+    match: Match = answers_match,
     batch_size: int = 8,
     max_new_tokens: int = 8,
     template: Any = DEFAULT,
@@ -69,13 +92,14 @@ def study(
         images: folder of the pictures that rows name.
         out: file to write the result to; an interrupted study that is started again with it goes on (with any
             `batch_size`), and a finished one is read back.
-        only_correct: measure only what the model answers correctly (without regard to case and a final full stop), as
-            Zhang et al. (2411.18620) do.
+        only_correct: measure only what the model answers correctly, as Zhang et al. (2411.18620) do.
+        match: what counts as correct: `answers_match` (without regard to case and a final full stop), the paper's own
+            `answers_match_exactly`, or any named function of what was said and the answer.
         batch_size: questions at once, at most.
         max_new_tokens: length of the answer at most.
         template: as for `model.prepare`.
         tail: as for `model.prepare`.
-        coverage: share of a patch that the objects' boxes must cover for it to be one of `object`.
+        coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; as for `prepare_rows`.
         about: what `run` does, in plain values: a file of which any of this differs is refused.
         progress: show a progress bar on anything longer than two seconds.
 
@@ -89,12 +113,14 @@ def study(
     if out is not None:
         _check_out(Path(out))
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
+    if match is not answers_match:
+        options["match"] = match.__name__
     settings = {"max_new_tokens": max_new_tokens, "images": _place(images), **options, "about": dict(about or {})}
     parts = _Parts(rows) if out is None else _Parts.open(rows, Path(out), _fingerprint(model, rows, settings))
     if parts.finished is not None:
         return parts.finished
     check_rows(parts.left(), images)
-    asked = _Asking(model, run, images, only_correct, max_new_tokens, template, tail, coverage)
+    asked = _Asking(model, run, images, only_correct, match, max_new_tokens, template, tail, coverage)
     hidden = None if progress else True
     with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
         left = parts.left()
@@ -113,6 +139,7 @@ class _Asking:
     run: Run
     images: str | Path | None
     only_correct: bool
+    match: Match
     max_new_tokens: int
     template: Any
     tail: str | None
@@ -125,7 +152,7 @@ class _Asking:
         inputs = self._prepare(rows)
         said = self.model.generate(inputs, max_new_tokens=self.max_new_tokens)
         said = [said] if isinstance(said, str) else said
-        right = [answers_match(text, row.answer) for text, row in zip(said, rows, strict=True)]
+        right = [self.match(text, row.answer) for text, row in zip(said, rows, strict=True)]
         kept = [i for i, ok in enumerate(right) if ok or not self.only_correct]
         counts = {
             "asked": dict(Counter(row.kind for row in rows)),
@@ -143,15 +170,6 @@ class _Asking:
         return prepare_rows(
             self.model, rows, self.images, template=self.template, tail=self.tail, coverage=self.coverage
         )
-
-
-def answers_match(said: str, answer: str) -> bool:
-    """Whether two answers are the same but for case, blanks around them and a final full stop.
-
-    >>> answers_match(" Red.", "red"), answers_match("Redder", "red")
-    (True, False)
-    """
-    return _plain(said) == _plain(answer)
 
 
 def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95, seed: int = 0) -> xr.Dataset:
@@ -314,7 +332,21 @@ def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping
     """A digest of the questions, of who is asked, and of how it is measured."""
     who = [model.config.model_name, str(model.cfg.dtype), weights_digest(model)]
     told = [
-        [r.id, r.question, r.answer, r.kind, r.boxes, r.size, r.constraint, r.answer_prefix, r.false_option, _shown(r)]
+        [
+            *(
+                r.id,
+                r.question,
+                r.answer,
+                r.kind,
+                r.boxes,
+                r.size,
+                r.constraint,
+                r.answer_prefix,
+                r.false_option,
+                _shown(r),
+            ),
+            *(() if r.constraint_occurrence is None else (r.constraint_occurrence,)),
+        ]
         for r in rows
     ]
     return _digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())

@@ -6,7 +6,6 @@ pictures are those of COCO's val2014 for OK-VQA, and photographs named by what t
 
 from __future__ import annotations
 
-import csv
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.datasets.tables import plain_id, read_table
 from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.token_text import word_borders
 
 CONSTRAINTS_TAIL = "Answer in a few words."
 """The instruction that the paper puts after each question; `model.prepare(..., template="basu-2024")` writes it."""
@@ -60,7 +61,11 @@ class ConstraintTable:
 
 
 def read_vqa_constraints(
-    path: str | Path, *, kinds: Iterable[str] | None = None, limit: int | None = None
+    path: str | Path,
+    *,
+    kinds: Iterable[str] | None = None,
+    limit: int | None = None,
+    encoding: str | None = None,
 ) -> ConstraintTable:
     """The questions of one released CSV file, or of all that are in a folder, with the words their answer depends on.
 
@@ -71,9 +76,11 @@ def read_vqa_constraints(
     Args:
         path: a file, or a folder with some of the three files under their released names.
         kinds: kinds of question to read (`CONSTRAINT_KINDS`); all that are there by default.
-        limit: rows of each file, the first ones; all by default.
+        limit: rows of each file, the first ones, at least 1; all by default.
+        encoding: of the files' text; by default by its byte order mark, else UTF-8, else Windows-1252 with a warning.
 
-    Raises `InputError` for a file that is not there, cannot be read or lacks columns, and for unknown kinds.
+    Tables that another program has saved again are read too, as by `read_gqa`. Raises `InputError` for a file that is not
+    there, cannot be read or lacks columns, for unknown kinds, and for a limit below 1.
 
     >>> import tempfile
     >>> from hooked_llava.toy.constraint_tables import write_constraints
@@ -93,7 +100,7 @@ def read_vqa_constraints(
     if not files:
         what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
         raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
-    tables = [_read(file, limit) for file in files]
+    tables = [_read(file, limit, encoding) for file in files]
     return ConstraintTable(
         [row for table in tables for row in table.rows if row.kind in wanted],
         [row for table in tables for row in table.unplaced],
@@ -128,32 +135,27 @@ def place_constraint(question: str, words: str) -> tuple[str | None, str]:
 
 
 def _places(question: str, words: str, flags: int = 0) -> list[str]:
-    before, after = (r"(?<!\w)" if words[:1].isalnum() else "", r"(?!\w)" if words[-1:].isalnum() else "")
+    before, after = word_borders(words)
     pattern = before + r"\s+".join(map(re.escape, words.split())) + after
     return [match.group() for match in re.finditer(pattern, question, flags)] if words.strip() else []
 
 
-def _read(file: Path, limit: int | None) -> ConstraintTable:
+def _read(file: Path, limit: int | None, encoding: str | None) -> ConstraintTable:
     rows, unplaced, adjusted = [], [], 0
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            table = csv.DictReader(lines)
-            kind = _kind(table.fieldnames or (), file)
-            for number, cells in enumerate(table):
-                if limit is not None and number >= limit:
-                    break
-                row_id = f"{kind}-{cells.get('') or number}"
-                if broken := [name for name in _ASKED if not (cells.get(name) or "").strip()]:
-                    unplaced.append(Unplaced(row_id, cells.get("question") or "", "", f"without {', '.join(broken)}"))
-                    continue
-                placed, how = place_constraint(cells["question"], cells["main_entity"])
-                if placed is None:
-                    unplaced.append(Unplaced(row_id, cells["question"], cells["main_entity"], how))
-                    continue
-                adjusted += how != "as it is"
-                rows.append(_row(row_id, kind, cells, placed))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{str(file)!r} cannot be read as a table ({error}); expected a CSV file in UTF-8.") from error
+    table = read_table(file, encoding=encoding, limit=limit)
+    kind = _kind(table.columns, file)
+    for place, cells in enumerate(table.rows):
+        # The released tables number their rows in a column without a name, which pandas calls so.
+        row_id = f"{kind}-{plain_id(cells.get('') or cells.get('Unnamed: 0') or '') or place}"
+        if broken := [name for name in _ASKED if not cells[name].strip()]:
+            unplaced.append(Unplaced(row_id, cells["question"], "", f"without {', '.join(broken)}"))
+            continue
+        placed, how = place_constraint(cells["question"], cells["main_entity"])
+        if placed is None:
+            unplaced.append(Unplaced(row_id, cells["question"], cells["main_entity"], how))
+            continue
+        adjusted += how != "as it is"
+        rows.append(_row(row_id, kind, cells, placed))
     return ConstraintTable(rows, unplaced, adjusted)
 
 

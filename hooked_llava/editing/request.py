@@ -35,6 +35,12 @@ class EditRequest:
     """Words of the question that name what the fact is about, such as "this place"; for several questions one or each."""
 
 
+_WIDEN = (
+    "take in more of the words around it; or give the question as inputs with a span of your own (inputs.with_spans) and "
+    "name that as the position to edit at"
+)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A request as the model takes it, checked."""
@@ -118,7 +124,7 @@ def _place(token_map: TokenMap, constraint: str | None, position: str) -> int:
     """The position that is edited."""
     if constraint is not None:
         parts = () if token_map.words is None else token_map.words.parts
-        words = token_map.find(constraint, within="question" if "question" in parts else None)
+        words = token_map.find(constraint, within="question" if "question" in parts else None, advice=_WIDEN)
     if position != "constraint":
         return position_of(token_map, position)
     if constraint is None:

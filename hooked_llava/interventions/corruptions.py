@@ -21,6 +21,7 @@ from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.pairs import gaussian_noise, other_image
 from hooked_llava.interventions.replay import Replay
 from hooked_llava.positions import Positions
+from hooked_llava.token_map import GIVE_POSITIONS
 from hooked_llava.token_text import begins_with_bos
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Cons
         raise InputError(f"constraint={constraint!r} names nothing; give words of the question, or positions.")
     parts = token_map.words.parts if token_map.words is not None else {}
     within = "question" if "question" in parts else None
-    found = [token_map.find(c, within=within) if isinstance(c, str) else Positions(c) for c in given]
+    found = [
+        token_map.find(c, within=within, advice=GIVE_POSITIONS) if isinstance(c, str) else Positions(c) for c in given
+    ]
     if outside := [p for positions in found for p in positions if p not in token_map.real]:
         raise InputError(
             f"constraint={constraint!r}: positions {outside} are not in the prompt; expected {token_map.real.start} to "

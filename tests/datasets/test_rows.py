@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows, row_picture
 from hooked_llava.datasets.study import study
+from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.interventions.corruptions import find_constraints
 from hooked_llava.model import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
@@ -97,6 +100,46 @@ def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaV
 def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA) -> None:
     with pytest.raises(SpanError, match="Row 7: 'the ring' does not occur"):
         prepare_rows(tiny_shapes, [row(constraint="the ring")])
+
+
+def test_a_constraint_that_stands_twice(tiny_shapes: HookedLLaVA) -> None:
+    twice = row(question="Is the star a red star?", constraint="star")
+    with pytest.raises(SpanError, match="Row 7: 'star' occurs 2 times in the question.*constraint_occurrence="):
+        prepare_rows(tiny_shapes, [twice])
+    places = [
+        prepare_rows(tiny_shapes, [replace(twice, constraint_occurrence=i)]).token_map["constraint"] for i in range(2)
+    ]
+    wider = prepare_rows(tiny_shapes, [replace(twice, constraint="red star")]).token_map
+    assert places[0][0] < places[1][0]
+    assert places[1] == wider["constraint"][-1:]
+    with pytest.raises(SpanError, match="Row 7: occurrence=2, but 'star' occurs 2 times"):
+        prepare_rows(tiny_shapes, [replace(twice, constraint_occurrence=2)])
+    with pytest.raises(SpanError, match=r"Row 7: 'sta' .* only inside 'star'.*take in more of the words around it"):
+        prepare_rows(tiny_shapes, [row(question="Is it a star?", constraint="sta")])
+
+
+def test_advice_is_what_the_function_takes(tiny_shapes: HookedLLaVA) -> None:
+    """Words that stand twice, in every function that takes words: what the error says can be done there."""
+    asked = "Is the star a red star?"
+    inputs = tiny_shapes.prepare(asked)
+    second = inputs.token_map.find("star", within="question", occurrence=1)
+    positions = r"occurs 2 times.*give positions instead, from token_map.find\(words, occurrence=..., whole_words=...\)"
+    for call in (
+        lambda words: inputs.token_map.with_spans(mine=words)["mine"],
+        lambda words: inputs.with_spans(mine=words).token_map["mine"],
+        lambda words: find_constraints(inputs.token_map, words)[0],
+    ):
+        with pytest.raises(SpanError, match=positions):
+            call("star")
+        assert call(second) == second
+    with pytest.raises(SpanError, match=r"occurs 2 times.*inputs.with_spans\(options=positions\)"):
+        tiny_shapes.prepare(asked, options=["star"])
+    assert inputs.with_spans(options=second).token_map["options"] == second
+    request = EditRequest(asked, "Boris", constraint="star")
+    with pytest.raises(SpanError, match="occurs 2 times.*name that as the position to edit at"):
+        prepare_request(tiny_shapes, request)
+    prepared = prepare_request(tiny_shapes, EditRequest(inputs.with_spans(mine=second), "Boris"), "mine")
+    assert prepared.from_end[0] + len(inputs.token_map) == second[-1]
 
 
 def test_pictures_are_found_with_or_without_their_ending(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from hooked_llava.datasets import StudyRow, by_kind, study
-from hooked_llava.datasets.study import answers_match
+from hooked_llava.datasets.study import answers_match, answers_match_exactly
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load
@@ -237,6 +237,34 @@ def test_answers_are_compared_without_case_and_full_stop() -> None:
     assert answers_match("cell phone", "Cell phone")
     assert not answers_match("Redder", "red")
     assert not answers_match("", "red")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("Red", "red", True),
+        (" red\n", "red", True),
+        ("Red.", "red", False),
+        ("Red", "Red", False),
+        ("red", " red", False),
+        ("", "red", False),
+    ],
+)
+def test_the_papers_own_comparison(said: str, answer: str, right: bool) -> None:
+    assert answers_match_exactly(said, answer) is right is (said.strip().lower() == answer)
+
+
+def test_a_study_may_compare_answers_in_another_way(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    out = tmp_path / "study.safetensors"
+    rows = [replace(ROWS[0], answer=ROWS[0].answer.capitalize()), *ROWS[1:]]  # as the exact comparison does not take it
+    loose = study(tiny_shapes, rows, Counting())
+    assert loose.question.values.tolist() == [row.id for row in rows]
+    assert "match" not in loose.attrs
+    exact = study(tiny_shapes, rows, Counting(), match=answers_match_exactly, out=out)
+    assert exact.question.values.tolist() == [row.id for row in rows[1:]]
+    assert exact.attrs["match"] == "answers_match_exactly"
+    with pytest.raises(InputError, match="holds another study"):
+        study(tiny_shapes, rows, Counting(), out=out)
 
 
 def test_means_and_intervals_by_kind() -> None:
