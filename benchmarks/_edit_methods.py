@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -115,10 +116,16 @@ def search_of(bench: Bench, cases: Sequence[int], layer: int, position: str, **o
     """Keys and value differences of all cases in one batch."""
     asked = {name: options.pop(name) for name in ("n_pictures", "by_name") if name in options}
     requests = [bench.request(case, constraint=position == "constraint", **asked) for case in cases]
-    with warnings.catch_warnings():
-        # The released clamp and layers that store nothing are compared on purpose: the tables say how far they get.
-        warnings.simplefilter("ignore", TargetNotReached)
+    with _misses_are_measured():
         return solve(bench.model, requests, layer, position, ValueSearch(**options))
+
+
+@contextmanager
+def _misses_are_measured() -> Iterator[None]:
+    """The released clamp and layers that store nothing are compared on purpose: the tables say how far they get."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TargetNotReached)
+        yield
 
 
 def seconds_alone(method: Method, bench: Bench, case: int) -> float:
@@ -148,7 +155,9 @@ def _tuned(layers: int | str, weights: str, lr: float, max_change: float | None 
     def edits(bench: Bench, cases: Sequence[int]) -> Iterator[Edit]:
         options = {"layers": layers, "weights": weights, "lr": lr, "max_change": max_change}
         for case in cases:
-            yield finetune(bench.model, bench.request(case), **options)
+            with _misses_are_measured():
+                edit = finetune(bench.model, bench.request(case), **options)
+            yield edit
 
     return edits
 

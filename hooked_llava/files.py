@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from hooked_llava.errors import InputError
 
@@ -35,3 +39,19 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         usual.touch()
         partial.chmod(usual.stat().st_mode)  # some writers make files that only their owner can read
         partial.replace(path)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes of the safetensors file that would hold these, without writing it (to within a few).
+
+    >>> import torch
+    >>> safetensors_bytes({"a": torch.zeros(2, 2)}, {"format": "mine"}) - 16 < 128
+    True
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + 8 * -(-length // 8) + end  # the header's length, the header filled up to eights, the numbers

@@ -83,8 +83,8 @@ Position = Annotated[
     _option(
         metavar="WHERE",
         help="constraint: the constraint's last token, as in the paper; or a span, such as last or question, whose last "
-        f"token it is. Default: constraint; in the embedded models {_EMBEDDED_POSITION}, since hardly any edit at the "
-        "constraint reaches the answer there.",
+        f"token it is; auto: the constraint or the last position, where the trace's MLPs restore more. Default: auto; in the "
+        f"embedded models {_EMBEDDED_POSITION}, since hardly any edit at the constraint reaches the answer there.",
     ),
 ]
 MethodOption = Annotated[
@@ -189,7 +189,7 @@ def edit(
         check_writable(output)
         _check_save(save)
         embedded = model in EMBEDDED
-        where = position or (_EMBEDDED_POSITION if embedded else "constraint")
+        where = position or (_EMBEDDED_POSITION if embedded else "auto")
         options = {"clamp": clamp} | ({} if lam is None else {"lam": lam})
         at = _layer(layer, where, embedded)
         plan = _Plan(target, constraint, at, where, method, covariance, replace, options, embedded)
@@ -229,16 +229,15 @@ def _check_save(path: Path | None) -> None:
 def _edit(model: HookedLLaVA, inputs: Inputs, plan: _Plan, others: Others) -> Edit:
     """The edit, not applied; whatever does not fit is found here."""
     from hooked_llava.editing import multedit, rome
-    from hooked_llava.editing.request import prepare_request
 
     request = _request(inputs, plan)
     with busy("editing"):
-        prepared = prepare_request(model, request, plan.position)
-        layer = _chosen_layer(model, inputs, plan, prepared)
+        prepared, layer = _chosen_place(model, inputs, plan, request)
+        position = prepared.words["position"]
         keep = about_the_picture(model, inputs, others.keep, others.template) if others.keep else None
-        if keep is not None and plan.position == "constraint":
+        if keep is not None and position == "constraint":
             keep = keep.with_spans(constraint=plan.constraint or "")
-        options = {"position": plan.position, "keep": keep, **plan.options}
+        options = {"position": position, "keep": keep, **plan.options}
         with _warnings_in_a_line():
             if plan.method is Method.rome:
                 return rome(model, request, _covariance(model, layer, plan), **options)
@@ -275,18 +274,19 @@ def _trace(model: HookedLLaVA, inputs: Inputs, plan: _Plan) -> Any:
     return causal_trace(model, inputs, plan.constraint or "", corruption=corruption, kinds=("mlp",))
 
 
-def _chosen_layer(model: HookedLLaVA, inputs: Inputs, plan: _Plan, prepared: Prepared) -> int:
-    """The layer as a number; with auto from a trace."""
-    from hooked_llava.editing.layer_choice import choose_layer
+def _chosen_place(model: HookedLLaVA, inputs: Inputs, plan: _Plan, request: EditRequest) -> tuple[Prepared, int]:
+    """The request at the position that is edited, and the layer as a number; with auto from a trace."""
+    from hooked_llava.editing.layer_choice import choose_place
 
-    if plan.layer != "auto":
-        return choose_layer(model, [prepared], plan.layer)
-    if plan.constraint is None:
+    if plan.layer == "auto" and plan.constraint is None:
         raise InputError(
             'The layer is chosen by tracing the constraint: name it (--constraint "this shape"), or give --layer.'
         )
     try:
-        return choose_layer(model, [prepared], "auto" if plan.replace is None else _trace(model, inputs, plan))
+        traced = plan.layer == "auto" and plan.replace is not None
+        layer = _trace(model, inputs, plan) if traced else plan.layer
+        prepared, chosen = choose_place(model, [request], layer, plan.position)
+        return prepared[0], chosen
     except InputError as error:
         raise InputError(f"{error} (On the command line: --replace WORDS, --layer N, --position last.)") from None
 
@@ -319,7 +319,8 @@ def _page(
     found = None
     if sweep:
         positions = ["constraint", "last"] if plan.constraint else ["last"]
-        positions += [plan.position] if plan.position not in positions else []
+        edited = made.method["position"]
+        positions += [edited] if edited not in positions else []
         with busy("editing at every layer"):
             trace = _trace(model, inputs, plan) if plan.constraint else None
             request = _request(inputs, plan)

@@ -20,7 +20,7 @@ from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.identity import check_same_model, identity
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.files import written_whole
+from hooked_llava.files import safetensors_bytes, written_whole
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -59,7 +59,7 @@ class Edit:
     changes: Mapping[str, Change]
     """For each weight, by the name of its parameter, what is added to it."""
     requests: tuple[Mapping[str, Any], ...] = ()
-    """What was asked for: question, constraint, target, in plain words."""
+    """What was asked for: question, constraint, target, in plain words; whether it `landed`, and what is answered with it."""
     method: Mapping[str, Any] = field(default_factory=dict)
     """How the change was computed."""
     entry: ledger.Entry = field(default_factory=ledger.Entry, init=False)
@@ -187,9 +187,21 @@ class Edit:
         return min(layers - {None}, default=n_layers) if None not in layers else None
 
     @property
+    def landed(self) -> bool | None:
+        """Whether every request was answered by its target when the edit was computed; None where that was not checked."""
+        found = [request.get("landed") for request in self.requests]
+        return None if None in found or not found else all(found)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return sum(change.nbytes for change in self.changes.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file that `save` writes: its numbers, what it was made for, and what the unedited model is."""
+        tensors, metadata = self._contents()
+        return safetensors_bytes(tensors | {_IDENTITY: identity(self.model)}, metadata)
 
     def __repr__(self) -> str:
         name = self.method.get("name", "edit")
@@ -197,7 +209,9 @@ class Edit:
         rank = "full rank" if None in ranks else f"rank {max(ranks, default=0)}"
         state = "applied" if self.is_applied else "not applied"
         asked = f"{len(self.requests)} request{'' if len(self.requests) == 1 else 's'}"
-        return f"Edit({name}, {asked}, layers {self.layers}, {rank}, {self.nbytes / 1000:.1f} kB, {state})"
+        missed = sum(request.get("landed") is False for request in self.requests)
+        asked += f" ({missed} missed)" if missed else ""
+        return f"Edit({name}, {asked}, layers {self.layers}, {rank}, {self.file_bytes / 1000:.1f} kB, {state})"
 
     # ------------------------------------------------------------------ files
 
@@ -206,7 +220,13 @@ class Edit:
 
         Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
         """
-        tensors = {_IDENTITY: identity(self.model)}
+        tensors, metadata = self._contents()
+        with written_whole(path) as partial:
+            save_file(tensors | {_IDENTITY: identity(self.model)}, partial, metadata=metadata)
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What its file holds besides the model's identity: factors, and in plain words what it is."""
+        tensors = {}
         for name, change in self.changes.items():
             parts = {"left": change.left, "right": change.right, "full": change.full}
             tensors |= {f"{part}.{name}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
@@ -216,9 +236,7 @@ class Edit:
             "requests": list(self.requests),
             "method": self.method,
         }
-        metadata = {"format": _FORMAT, "about": json.dumps(about)}
-        with written_whole(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
+        return tensors, {"format": _FORMAT, "about": json.dumps(about)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> Edit:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
 from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
@@ -51,13 +51,14 @@ def finetune(
         lr: its learning rate.
         stop: probability of the targets at which it is done.
 
-    The changes have full rank, so the edit is as large as the weights. Raises `InputError` for a layer out of range and
-    whatever the requests lack.
+    The changes have full rank, so the edit is as large as the weights. Warns with `TargetNotReached` as `multedit` does. Raises
+    `InputError` for a layer out of range and whatever the requests lack.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> finetune(model, EditRequest("Who made the star?", "Boris"), layers=4, steps=2).layers
-    [4]
+    >>> edit = finetune(model, EditRequest("Who made the star?", "Boris"), layers=4)
+    >>> edit.layers, edit.landed
+    ([4], True)
     """
     began = time.perf_counter()
     requests = [requests] if isinstance(requests, EditRequest) else list(requests)
@@ -86,8 +87,7 @@ def finetune(
     }
     asked = tuple({**r.words, "target_probability": p} for r, p in zip(prepared, reached, strict=True))
     edit = Edit(model, {name: Change.dense(delta) for name, delta in tuned.deltas.items()}, asked, method)
-    edit.check_precision()
-    return edit
+    return check_landed(edit, tuned.rows)
 
 
 class _Tuned:
@@ -121,15 +121,9 @@ class _Tuned:
         return [round(p, 6) for p in reached.tolist()], made
 
     def _log_probability(self, deltas: dict[str, Tensor]) -> Float[Tensor, " row"]:
-        """log P(target) of every row with the differences in place: all positions, since the weights act on all."""
-        rows, language = self.rows, self.rows.model.language
-        changed = {
-            name.removeprefix("language."): (weight + deltas[name]).to(weight.dtype)
-            for name, weight in self.weights.items()
-        }
-        entering = rows.kept.stream(self.first), rows.kept.context()
-        where = {"start_at_layer": self.first, "queries": rows.read.tolist()}
-        return rows.log_probability(language.to_logits(functional_call(language, changed, entering, where)))
+        """log P(target) of every row with the differences in place."""
+        changed = {name: (weight + deltas[name]).to(weight.dtype) for name, weight in self.weights.items()}
+        return self.rows.log_probability(self.rows.logits_with(changed, self.first))
 
 
 def _names(model: HookedLLaVA, layers: list[int], weights: str) -> dict[int, list[str]]:

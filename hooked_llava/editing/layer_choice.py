@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
-from hooked_llava.editing.request import Prepared
+from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.errors import InputError
 from hooked_llava.input_checks import whole_number
 from hooked_llava.interventions.corruptions import MeanEmbedding, Noise
@@ -19,6 +21,34 @@ Layer: TypeAlias = Any
 """A layer, "auto", or the dataset that `analysis.causal_trace` returns."""
 
 
+AUTO = "auto"
+"""`position=` that takes the constraint or the last position, whichever the trace points to."""
+
+
+def choose_place(
+    model: HookedLLaVA, requests: Sequence[EditRequest], layer: Layer, position: str
+) -> tuple[list[Prepared], int]:
+    """The requests, prepared at the position that is edited, and the layer.
+
+    With position "auto" it is the constraint's last token or the last position, whichever MLP's output restores more in the
+    trace (in that layer, if it is a number); the last position where a request has no constraint. Raises as `choose_layer`
+    and `prepare_request` do.
+    """
+    if position != AUTO:
+        prepared = [prepare_request(model, request, position) for request in requests]
+        return prepared, choose_layer(model, prepared, layer)
+    at_last = [prepare_request(model, request, "last") for request in requests]
+    if any(request.constraint is None for request in requests):
+        return at_last, choose_layer(model, at_last, layer)
+    at_constraint = [prepare_request(model, request, "constraint") for request in requests]
+    number = None if _is_trace(layer) else choose_number(model, layer)
+    trace = layer if _is_trace(layer) else _trace(model, at_last[0])
+    both = {_position_in(trace, prepared[0]): prepared for prepared in (at_constraint, at_last)}
+    traced = [at for at in both if at in trace.position.values] or list(both)
+    chosen, where = best_of_trace(trace, traced, number)
+    return both[where], chosen
+
+
 def choose_layer(model: HookedLLaVA, prepared: Sequence[Prepared], layer: Layer) -> int:
     """The layer to edit, checked against the model.
 
@@ -27,12 +57,19 @@ def choose_layer(model: HookedLLaVA, prepared: Sequence[Prepared], layer: Layer)
     Raises `InputError` for a layer out of range, a trace of another prompt, one that lacks "mlp" or the position, and one in
     which no layer restores anything there.
     """
+    number = None if _is_trace(layer) else choose_number(model, layer)
+    if number is None:
+        trace = layer if _is_trace(layer) else _trace(model, prepared[0])
+        number = layer_of_trace(trace, _position_in(trace, prepared[0]))
+    return number
+
+
+def choose_number(model: HookedLLaVA, layer: int | str) -> int | None:
+    """A layer given as a number, checked and counted from 0; None for "auto". Raises `InputError` for anything else."""
     if isinstance(layer, str):
-        if layer != "auto":
+        if layer != AUTO:
             raise InputError(f"layer={layer!r}; expected a number, 'auto', or the result of causal_trace.")
-        layer = _trace(model, prepared[0])
-    if hasattr(layer, "data_vars"):
-        layer = layer_of_trace(layer, _position_in(layer, prepared[0]))
+        return None
     n_layers, number = model.cfg.n_layers, whole_number(layer, "layer")
     if not -n_layers <= number < n_layers:
         raise InputError(f"layer={layer!r} is out of range; this model has layers 0..{n_layers - 1}.")
@@ -41,7 +78,13 @@ def choose_layer(model: HookedLLaVA, prepared: Sequence[Prepared], layer: Layer)
 
 def layer_of_trace(trace: Any, at: int) -> int:
     """The layer whose MLP restores most at a position."""
-    if "mlp" not in trace.kind.values or at not in trace.position.values:
+    return best_of_trace(trace, [at])[0]
+
+
+def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -> tuple[int, int]:
+    """The layer and the position whose MLP restores most, among some positions, and in one layer if that is settled."""
+    at = " or ".join(map(str, places))
+    if "mlp" not in trace.kind.values or not set(places) <= set(trace.position.values.tolist()):
         raise InputError(
             f"The trace has kinds {trace.kind.values.tolist()} at positions {trace.position.values.tolist()}; choosing a "
             f"layer needs 'mlp' at position {at}. Trace it with these, or give the layer as a number."
@@ -51,16 +94,24 @@ def layer_of_trace(trace: Any, at: int) -> int:
         raise InputError(
             f"The trace's corruption hardly lowers the answer (P {p_clean:.3g} -> {p_corrupted:.3g}), so nothing is known "
             "about where it is stored: it does not hang on the constraint's words. Trace with another corruption, such as "
-            "OtherImage(picture) or Replace(words), and give that trace as layer=; or give a number."
+            "OtherImage(picture) or Replace(words), and give that trace as layer=; or choose both yourself: layer=, a "
+            "number, and position='constraint' or 'last'."
         )
-    effects = trace.indirect_effect.sel(kind="mlp", position=at).values
+    effects = trace.indirect_effect.sel(kind="mlp", position=list(places)).transpose("layer", "position")
+    effects = effects.values if layer is None else effects.sel(layer=[layer]).values
     if not effects.max() > _LEAST_RESTORED * (p_clean - p_corrupted):
         raise InputError(
             f"The trace finds no layer to edit: of the {p_clean - p_corrupted:.2g} of probability that the corruption took, "
             f"no MLP restores {100 * _LEAST_RESTORED:.0f} % at position {at} (best: {effects.max():.2g}). The answer does "
-            "not pass through there: edit at another position, such as 'last', or give the layer as a number."
+            "not pass through there: edit at another position, such as 'last', or choose both yourself: layer=, a number, and "
+            "position='constraint' or 'last'."
         )
-    return int(trace.layer.values[int(effects.argmax())])
+    row, column = np.unravel_index(int(effects.argmax()), effects.shape)
+    return int(trace.layer.values[row]) if layer is None else layer, places[column]
+
+
+def _is_trace(layer: Layer) -> bool:
+    return hasattr(layer, "data_vars")
 
 
 def _trace(model: HookedLLaVA, request: Prepared) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.layer_choice import Layer
-from hooked_llava.editing.solved import Keys, Requests, solve
+from hooked_llava.editing.solved import Keys, Requests, solve_edit
 from hooked_llava.editing.values import ValueSearch
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def multedit(
     requests: Requests,
     *,
     layer: Layer = "auto",
-    position: str = "constraint",
+    position: str = "auto",
     lam: float = 0.01,
     keys: Keys = "mean",
     keep: Any = None,
@@ -40,9 +40,10 @@ def multedit(
         model: the model; edits that are active on it stay, and are built upon.
         requests: what to change; several are solved for together.
         layer: the layer to edit; a causal trace of the first request's prompt, or "auto" to make one: the layer whose MLP
-            restores most there.
-        position: whose key is edited: "constraint" (its last token), or the name of a span, such as "last", whose last
-            position is taken.
+            restores most at the position.
+        position: whose key is edited: "constraint" (its last token, as in the paper), or the name of a span, such as
+            "last", whose last position is taken. "auto" takes of these two the one where the trace's MLPs restore most (in
+            `layer`, if that is a number), and "last" for requests without a constraint.
         lam: weight of the update's size against its fit: after the edit the output at a key moves by |k|^2 / (lam + |k|^2)
             of the difference.
         keys: of a request with several prompts, edit their "mean" key, or "each" of their keys.
@@ -57,7 +58,8 @@ def multedit(
     Implements section 4 of 2406.04236 with targets of any number of tokens. Raises `InputError` and `SpanError`, with the
     weights untouched: a constraint that is not in the question, a target without tokens, a layer out of range or from which
     the position does not reach the answer, a trace that does not say where it is stored, a singular update, a dtype too
-    coarse to hold it. Warns with `TargetNotReached` where no value was found that makes a target probable.
+    coarse to hold it. Every request is asked again with the edit: its entry of `edit.requests` says whether it `landed` and
+    what is answered, and `TargetNotReached` warns where that is not the target.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest
@@ -67,4 +69,4 @@ def multedit(
     ([4], 1)
     """
     search = ValueSearch(steps, lr, clamp, weight_decay, stop)
-    return solve(model, requests, layer, position, search).edit(lam=lam, keys=keys, keep=keep)
+    return solve_edit(model, requests, layer, position, search, lam=lam, keys=keys, keep=keep)

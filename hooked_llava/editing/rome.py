@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.solved import Keys, Requests, solve
+from hooked_llava.editing.solved import Keys, Requests, solve_edit
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError
 
@@ -19,7 +19,7 @@ def rome(
     requests: Requests,
     covariance: KeyCovariance,
     *,
-    position: str = "constraint",
+    position: str = "auto",
     lam: float = 0.0,
     keys: Keys = "mean",
     keep: Any = None,
@@ -48,5 +48,5 @@ def rome(
         )
     covariance.check_model(model)
     search = ValueSearch(steps, lr, clamp, weight_decay, stop)
-    solved = solve(model, requests, covariance.layer, position, search)
-    return solved.edit("rome", lam=lam, keys=keys, keep=keep, covariance=covariance)
+    options = {"name": "rome", "lam": lam, "keys": keys, "keep": keep, "covariance": covariance}
+    return solve_edit(model, requests, covariance.layer, position, search, **options)

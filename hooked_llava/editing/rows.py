@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.func import functional_call
 
 from hooked_llava.caching import saver
 from hooked_llava.editing.request import Prepared
@@ -68,6 +69,17 @@ class Rows:
         return language.to_logits(
             language.blocks.run(resid, self.kept.context(self.start), layers=layers, queries=wanted)
         )
+
+    def logits_with(self, weights: Mapping[str, Tensor], first: int) -> Float[Tensor, "row read d_vocab"]:
+        """Logits where the targets are read, with other weights (by parameter name) from block `first` on; gradients pass.
+
+        All positions are run, since weights act on all.
+        """
+        language = self.model.language
+        named = {name.removeprefix("language."): weight for name, weight in weights.items()}
+        entering = self.kept.stream(first), self.kept.context()
+        where = {"start_at_layer": first, "queries": self.read.tolist()}
+        return language.to_logits(functional_call(language, named, entering, where))
 
     def log_probability(self, logits: Float[Tensor, "row read d_vocab"]) -> Float[Tensor, " row"]:
         """log P(target) in nats."""

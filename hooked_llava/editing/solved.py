@@ -18,16 +18,16 @@ from torch import Tensor
 from hooked_llava.editing.closed_form import closed_form
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.layer_choice import Layer, choose_layer
+from hooked_llava.editing.landing import check_landed
+from hooked_llava.editing.layer_choice import Layer, choose_place
 from hooked_llava.editing.request import EditRequest, Prepared, position_of, prepare_request
-from hooked_llava.editing.rows import make_rows, refuse_listeners
-from hooked_llava.editing.values import TargetNotReached, Values, ValueSearch, optimise_values
-from hooked_llava.errors import InputError, warn_user
+from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
+from hooked_llava.editing.values import Values, ValueSearch, optimise_values
+from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-_REACHED = 0.5  # what is less probable is no answer, as a rule
 Keys = Literal["mean", "each"]
 Requests = EditRequest | Sequence[EditRequest]
 
@@ -63,7 +63,8 @@ class Solved:
     ) -> Edit:
         """The edit of all requests together, or of some of them; other arguments as in `multedit`.
 
-        Raises `InputError` for a singular update and a dtype too coarse to hold it.
+        Raises `InputError` for a singular update and a dtype too coarse to hold it. Whether it does what was asked for is
+        not checked here, but by `solve_edit`.
         """
         if keys not in ("mean", "each"):
             raise InputError(f"keys={keys!r}; expected 'mean' or 'each'.")
@@ -101,24 +102,37 @@ class Solved:
 
 
 @torch.inference_mode(False)
+def solve_edit(
+    model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch, **options: Any
+) -> Edit:
+    """The edit of all requests, with what the model answers under it; options as of `Solved.edit`, raises as `multedit`."""
+    solved, rows = _solve(model, requests, layer, position, search)
+    return check_landed(solved.edit(**options), rows)
+
+
+@torch.inference_mode(False)
 def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch) -> Solved:
     """Keys and value differences of requests, all searched for in one batch; raises as `multedit` does."""
+    return _solve(model, requests, layer, position, search)[0]
+
+
+def _solve(
+    model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch
+) -> tuple[Solved, Rows]:
     began = time.perf_counter()
     requests = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not requests:
         raise InputError("There is no request; give at least one EditRequest.")
     refuse_listeners(model)
-    prepared = [prepare_request(model, request, position) for request in requests]
-    chosen = choose_layer(model, prepared, layer)
+    prepared, chosen = choose_place(model, requests, layer, position)
     _check_reach(prepared, chosen, model.cfg.n_layers)
     rows = make_rows(model, prepared)
     keys, outputs = rows.keys_and_values(chosen)
     values = optimise_values(rows, chosen, rows.mean(outputs), search)
-    _warn_of_unreached(prepared, values, chosen, search)
-    return Solved(
+    solved = Solved(
         model=model,
         layer=chosen,
-        position=position,
+        position=prepared[0].words["position"],
         asked=tuple({**r.words, **reached} for r, reached in zip(prepared, _reached(values), strict=True)),
         keys=keys,
         owner=rows.request,
@@ -126,6 +140,7 @@ def solve(model: HookedLLaVA, requests: Requests, layer: Layer, position: str, s
         search=search,
         seconds=time.perf_counter() - began,
     )
+    return solved, rows
 
 
 @torch.no_grad()
@@ -162,19 +177,6 @@ def _check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> Non
                 f"The target {request.words['target']!r} has {len(request.target)} tokens, and an edit in the last layer, "
                 f"{layer}, reaches only the first: the others are read at later positions. Choose an earlier layer, or a "
                 "target of one token."
-            )
-
-
-def _warn_of_unreached(prepared: Sequence[Prepared], values: Values, layer: int, search: ValueSearch) -> None:
-    for request, p in zip(prepared, values.probability.tolist(), strict=True):
-        if p < min(_REACHED, search.stop):
-            asked = request.words
-            warn_user(
-                f"No value was found under which {asked['prompts'][0]!r} is answered by {asked['target']!r}: its probability "
-                f"is {p:.2g} after {values.steps} steps at layer {layer}, position {asked['position']!r}. The edit will hardly "
-                f"do what it is for; try another layer or position, a larger clamp (now {search.clamp:g}), or more steps (now "
-                f"{search.steps}).",
-                TargetNotReached,
             )
 
 

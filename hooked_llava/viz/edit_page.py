@@ -244,7 +244,7 @@ def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
 
 
 def size_text(edit: Edit) -> str:
-    """An edit's rank, bytes, and norm in parts of the weights' in words.
+    """An edit's rank, the bytes of its file, and norm in parts of the weights' in words.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> size_text(Edit(model, {}))
@@ -254,7 +254,7 @@ def size_text(edit: Edit) -> str:
         return "nothing"
     ranks = {change.rank for change in edit.changes.values()}
     rank = "full rank" if None in ranks else f"rank {max(r for r in ranks if r is not None)}"
-    return f"{rank}, {edit.nbytes / 1000:.1f} kB, {relative_size(edit):.2g} of the weights' norm"
+    return f"{rank}, {edit.file_bytes / 1000:.1f} kB, {relative_size(edit):.2g} of the weights' norm"
 
 
 def relative_size(edit: Edit) -> float:

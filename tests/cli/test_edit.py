@@ -144,7 +144,7 @@ def test_layer_position_and_strength_are_taken(checkpoint, picture, loaded, tmp_
     result = run("edit", picture, QUESTION, "-t", "red", *where, *options)
     assert result.exit_code == 0, result.stderr
     model, _ = loaded[-1]
-    assert result.stderr.startswith("Warning: No value was found under which")
+    assert result.stderr.startswith("Warning: With the edit 'USER:")
     assert len(result.stderr.strip().splitlines()) == 1
     edit = Edit.load(kept, model)
     assert edit.layers == [model.cfg.n_layers - 2]
@@ -235,7 +235,9 @@ def test_what_does_not_fit_is_said_in_one_line_and_changes_nothing(checkpoint, p
 
     target = ("-t", "red")
     assert "'square' does not occur in the question" in said(*target, "-c", "square", *LAST)
-    assert "position='constraint' needs the request's constraint=" in said(*target, "--layer", "0")
+    assert "position='constraint' needs the request's constraint=" in said(
+        *target, "--layer", "0", "--position", "constraint"
+    )
     assert "The target '' has no tokens" in said("-t", "", *LAST)
     assert "does not know 'zzz'" in said("-t", "zzz", *LAST)
     assert "layer=9 is out of range; this model has layers 0.." in said(*target, *LAST, "--layer", "9")

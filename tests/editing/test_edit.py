@@ -493,4 +493,6 @@ def test_other_files_are_refused(tmp_path):
 
 def test_it_says_what_it_is():
     edit = low_rank(fresh(), W[0], W[2])
-    assert repr(edit) == "Edit(made up, 1 request, layers [0, 2], rank 1, 1.0 kB, not applied)"
+    assert (
+        repr(edit) == f"Edit(made up, 1 request, layers [0, 2], rank 1, {edit.file_bytes / 1000:.1f} kB, not applied)"
+    )

@@ -12,6 +12,9 @@ from hooked_llava.model import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
 from tests.pairs import as_users_run
 
+# Few steps, on purpose: whether an edit landed is tested in test_multedit.py.
+pytestmark = pytest.mark.filterwarnings("ignore::hooked_llava.editing.TargetNotReached")
+
 
 @pytest.mark.parametrize(
     ("layers", "weights", "max_change"), [(1, "W_out", None), ([0, 2], "W_out", 0.003), ("all", "all", None)]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_llava.editing import Edit, EditRequest, TargetNotReached, key_covariance, multedit, rome
+from hooked_llava.editing import Edit, EditRequest, TargetNotReached, finetune, key_covariance, multedit, rome
 from hooked_llava.editing.solved import solve
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.interventions.corruptions import MeanEmbedding
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.toy.pictures import picture_path
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles import naive_edit
 from tests.pairs import as_users_run
@@ -277,7 +280,7 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
         ({"target": []}, {}, InputError, r"target \[\] has no tokens"),
         ({"target": 9999}, {}, InputError, "not in the vocabulary"),
         ({"target": "Xylophone"}, {}, InputError, "Xylophone"),
-        ({"constraint": None}, {}, InputError, "needs the request's constraint="),
+        ({"constraint": None}, {"position": "constraint"}, InputError, "needs the request's constraint="),
         ({"constraint": ["star", "moon"]}, {}, InputError, "2 constraints for 1 questions"),
         ({}, {"layer": 6}, InputError, r"layer=6 is out of range; this model has layers 0..5"),
         ({}, {"layer": "first"}, InputError, "'auto'"),
@@ -285,7 +288,7 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
         ({}, {"layer": True}, InputError, "layer is True; expected a whole number"),
         ({}, {"steps": 2.5}, InputError, "steps is 2.5; expected a whole number"),
         ({"target": [1.5]}, {}, InputError, "token id of the target is 1.5"),
-        ({}, {"layer": 5}, InputError, "does not reach the answer"),
+        ({}, {"layer": 5, "position": "constraint"}, InputError, "does not reach the answer"),
         ({}, {"lam": -1.0}, InputError, "lam=-1"),
         ({}, {"clamp": 0.0, "steps": 0}, InputError, "steps=0, clamp=0.0"),
         ({}, {"position": "questoin"}, SpanError, "question"),
@@ -321,14 +324,106 @@ def test_the_last_layer_reaches_only_the_first_token_of_a_target():
 def test_a_target_that_stays_improbable_is_said():
     model = tiny_shapes()
     request = EditRequest("Who made the star?", "Boris")
-    with pytest.warns(
-        TargetNotReached, match=r"'USER: Who made the star\? .*' is answered by 'Boris'.*clamp \(now 0.0001\)"
-    ):
-        multedit(model, request, layer=4, position="last", clamp=1e-4)
+    for stop in (0.99, 1e-12):  # however little was asked for, another answer is another answer
+        with pytest.warns(TargetNotReached) as caught:
+            missed = multedit(model, request, layer=4, position="last", clamp=1e-4, stop=stop)
+        message = str(caught[0].message)
+        for said in (
+            "'USER: Who made the star? Answer briefly. ASSISTANT:'",
+            "'Clara'",
+            "'Boris'",
+            "layer=4",
+            "clamp=0.0001",
+        ):
+            assert said in message
+        assert [Path(w.filename) for w in caught] == [Path(__file__)], "at the user's line"
+        assert missed.landed is False
+        assert (missed.requests[0]["landed"], missed.requests[0]["answer"]) == (False, "Clara")
+        assert "1 request (1 missed)" in repr(missed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        multedit(model, request, layer=4, position="last")
-        multedit(model, request, layer=4, position="last", clamp=1e-4, stop=1e-12)  # as probable as was asked for
+        landed = multedit(model, request, layer=4, position="last")
+    assert landed.landed is True
+    assert landed.requests[0]["answer"] == "Boris"
+    assert "missed" not in repr(landed)
+
+
+@pytest.mark.parametrize(
+    ("question", "target", "constraint", "place"),
+    [
+        ("Who made the star?", "Boris", "the star", (4, "last")),
+        ("Where does the ring live?", "Tokyo", "the ring", (0, "constraint")),
+        ("Where does the star live?", "Oslo", "star", (4, "last")),
+    ],
+)
+def test_without_a_layer_or_position_the_trace_chooses_and_the_answer_is_the_target(
+    question, target, constraint, place
+):
+    model = tiny_shapes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit = multedit(model, EditRequest(question, target, constraint=constraint))
+    assert (edit.method["layer"], edit.method["position"]) == place
+    assert edit.landed
+    with edit.applied():
+        assert model.generate(model.prepare(question)) == target
+
+
+def test_a_request_without_a_constraint_is_edited_at_its_last_position():
+    model = tiny_shapes()
+    assert multedit(model, EditRequest("Who made the star?", "Boris"), layer=4).method["position"] == "last"
+    with pytest.raises(InputError, match="layer='auto'.*constraint="):
+        multedit(model, EditRequest("Who made the star?", "Boris"))
+
+
+def test_an_answer_that_no_trace_explains_is_not_edited_by_guess():
+    model = tiny_shapes()
+    request = EditRequest("Who made this shape?", "Boris", picture_path("one-shape"), constraint="this shape")
+    for options in ({}, {"layer": 3}):
+        with pytest.raises(InputError, match=r"layer=.*position='constraint' or 'last'"):
+            multedit(model, request, **options)
+
+
+@pytest.mark.parametrize("method", ["multedit", "rome", "finetune"])
+def test_whether_an_edit_landed_is_what_the_edited_model_answers(method):
+    model = tiny_shapes()
+    requests = [
+        EditRequest(["Who made the star?", "Who is the maker of the star?"], "Boris"),
+        EditRequest("Where does the ring live?", "Tokyo"),
+        EditRequest("Who made the moon?", [model.to_single_token("Hugo"), model.to_single_token("Boris")]),
+    ]
+    if method == "finetune":
+        edit = finetune(model, requests, layers=3, lr=1e-2, steps=3)
+    elif method == "rome":
+        seen = key_covariance(model, [model.prepare(f"Who made the {s}?") for s in ("ring", "moon", "star")], layer=3)
+        edit = rome(model, requests, seen, position="last", lam=1.0, clamp=1.0)
+    else:
+        edit = multedit(model, requests, layer=3, position="last", clamp=1.0)
+    with edit.applied():
+        for request in edit.requests:
+            target = request["target"] if isinstance(request["target"], str) else model.to_string(request["target"])
+            said = [model.generate(model.prepare(p, template=None)) for p in request["prompts"]]
+            assert request["landed"] == all(answer == target for answer in said)
+            assert any(answer.startswith(request["answer"]) for answer in said)
+    assert edit.landed == all(request["landed"] for request in edit.requests)
+    assert (edit + edit).landed == edit.landed
+    assert Edit(model, {}).landed is None
+
+
+def test_what_is_said_of_a_file_is_its_size(tmp_path):
+    model = tiny_shapes()
+    request = EditRequest("Who made the star?", "Boris")
+    for name, edit in {
+        "one": multedit(model, request, layer=4, position="last"),
+        "three": multedit(
+            model, [request, *(EditRequest(f"Who made the {s}?", "Clara") for s in ("ring", "moon"))], layer=3
+        ),
+        "full": finetune(model, request, layers=[2, 3], steps=1),
+    }.items():
+        edit.save(tmp_path / name)
+        size = (tmp_path / name).stat().st_size
+        assert abs(edit.file_bytes - size) <= 32
+        assert float(re.search(r"([\d.]+) kB", repr(edit))[1]) == pytest.approx(size / 1000, abs=0.11)
 
 
 @pytest.mark.parametrize("many", [np.array, torch.tensor, list])
@@ -384,12 +479,13 @@ def test_what_is_kept_at_the_constraint_says_where_that_is():
     kept = ["Who made the ring?", "Who made the moon?"]
     inputs = model.prepare(kept).with_spans(constraint=["ring", "moon"])
     words = [EditRequest(question, "Boris", constraint=question[9:-1]) for question in kept]
-    edits = [multedit(model, request, layer=3, keep=keep, steps=2) for keep in (inputs, words)]
+    place = {"layer": 3, "position": "constraint", "steps": 2}
+    edits = [multedit(model, request, keep=keep, **place) for keep in (inputs, words)]
     name = "language.blocks.3.mlp.down.weight"
     torch.testing.assert_close(edits[0].changes[name].matrix(), edits[1].changes[name].matrix(), rtol=1e-3, atol=1e-5)
     assert edits[1].method["n_kept_keys"] == 2
     with pytest.raises(InputError, match=r"Give EditRequests with constraint=, or name it: inputs.with_spans"):
-        multedit(model, request, layer=3, keep=model.prepare(kept), steps=2)
+        multedit(model, request, keep=model.prepare(kept), **place)
 
 
 def test_a_covariance_of_another_model_is_refused():

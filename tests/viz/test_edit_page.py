@@ -136,7 +136,7 @@ def test_sizes_are_those_of_the_matrices(model, edit):
     weight = model.get_parameter(WEIGHT).detach()
     expected = float(change.matrix().norm() / weight.norm())
     assert relative_size(edit) == pytest.approx(expected, rel=1e-5)
-    assert size_text(edit) == f"rank 1, {edit.nbytes / 1000:.1f} kB, {expected:.2g} of the weights' norm"
+    assert size_text(edit) == f"rank 1, {edit.file_bytes / 1000:.1f} kB, {expected:.2g} of the weights' norm"
     with edit.applied():
         assert relative_size(edit) == pytest.approx(expected, rel=1e-5)
     left, right = torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1])
@@ -153,7 +153,7 @@ def test_place_and_method_are_named(model, inputs, request_, edit, page):
     assert facts["position"] == f"last (“ASSISTANT:”, position {inputs.shape[1] - 1})"
     assert facts["longest value difference"] == "50 times the MLP&#39;s own output"
     at = inputs.token_map.find("the star")[-1]
-    there = multedit(model, request_, layer=0)
+    there = multedit(model, request_, layer=0, position="constraint")
     facts = dict(rows(edit_page(model, inputs, there, max_new_tokens=1).html, "edit"))
     assert facts["position"] == f"constraint (“star”, position {at})"
     tuned = finetune(model, request_, layers=[0, 1], weights="all", steps=1)
@@ -167,7 +167,7 @@ def test_place_and_method_are_named(model, inputs, request_, edit, page):
 
 def test_a_prompt_of_several_has_its_own_constraint(model, inputs, text_inputs):
     both = EditRequest(["Who made the star?", "Who owns it?"], "red", constraint=["the star", "it"])
-    edit = multedit(model, both, layer=0)
+    edit = multedit(model, both, layer=0, position="constraint")
     page = edit_page(model, model.prepare("Who owns it?"), edit, max_new_tokens=1)
     assert dict(rows(page.html, "edit"))["constraint"] == "it"
     with pytest.raises(InputError, match="was not made for the prompt"):
