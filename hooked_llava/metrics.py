@@ -45,6 +45,11 @@ __all__ = [
 
 Metric = Callable[[Tensor], Tensor]
 """From logits [..., d_vocab] where the answer is read to one number each."""
+_WHAT_A_METRIC_IS = (
+    "A metric turns logits [..., d_vocab] where the answer is read into [...]; where several positions are read, "
+    "[..., position, d_vocab] into [...], as that of teacher_forced does. One written for TransformerLens, "
+    "[batch pos d_vocab] -> number, is adapted by metrics.from_transformer_lens(metric)."
+)
 
 
 def log_probability(answer: Answer | SupportsIndex) -> Metric:
@@ -148,7 +153,47 @@ def value_of(metric: Metric, logits: Float[Tensor, "*shape d_vocab"]) -> float:
     >>> value_of(probability(0), torch.zeros(4))
     0.25
     """
-    return float(_only_number(metric(logits), logits))
+    return float(measured(metric, logits, 0, one_number=True))
+
+
+def measured(
+    metric: Metric, logits: Float[Tensor, "*shape d_vocab"], n_axes: int, *, one_number: bool = False
+) -> Float[Tensor, "*out"]:
+    """A metric's values for logits, checked: every function that takes `metric=` calls it here.
+
+    The first `n_axes` axes of the logits run over runs and prompts, which the metric keeps apart. One more axis before
+    d_vocab runs over the positions that are read: a metric keeps it, or sums it up as that of `teacher_forced` does; with
+    `one_number` it must. Raises `InputError`, naming `from_transformer_lens`, for a metric of another shape, and for one
+    that fails on logits of this shape.
+
+    >>> measured(probability(0), torch.zeros(3, 4), 1)
+    tensor([0.2500, 0.2500, 0.2500])
+    """
+    if not callable(metric):
+        raise InputError(
+            f"metric={metric!r}; expected a function of logits [..., d_vocab], such as probability(answer)."
+        )
+    try:
+        values = metric(logits)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        raise InputError(f"The metric failed on logits {tuple(logits.shape)} ({error}). {_WHAT_A_METRIC_IS}") from error
+    rows, shape = tuple(logits.shape[:n_axes]), tuple(getattr(values, "shape", ()))
+    expected = [rows] if one_number else [tuple(logits.shape[:-1]), rows]
+    own = tuple(getattr(metric, "own_axes", ()))  # of metrics that read several numbers off each row
+    if not isinstance(values, Tensor) or shape not in [(*axes, *own) for axes in expected]:
+        given = f"shape {shape}" if isinstance(values, Tensor) else type(values).__name__
+        if not rows and one_number:
+            raise InputError(
+                f"The metric returned {given} for the logits {tuple(logits.shape)} of one run; expected one number, as a "
+                f"tensor. {_WHAT_A_METRIC_IS}"
+            )
+        raise InputError(
+            f"The metric returned {given} for logits of shape {tuple(logits.shape)}; expected "
+            f"{' or '.join(map(str, dict.fromkeys(expected)))}: one number for each run and prompt. {_WHAT_A_METRIC_IS}"
+        )
+    return values
 
 
 def _ids(answer: Answer | SupportsIndex) -> list[int]:
@@ -175,12 +220,11 @@ def _of(values: Float[Tensor, "*shape d_vocab"], ids: list[int]) -> Float[Tensor
 
 
 def _only_number(value: Any, logits: Tensor) -> Any:
-    """What a metric returned for one run, if it is one number."""
+    """What a metric of TransformerLens's returned for one run, if it is one number."""
     shape = tuple(getattr(value, "shape", ()))
     if math.prod(shape) != 1:
         raise InputError(
-            f"The metric returned shape {shape} for the logits {tuple(logits.shape)} of one run; expected one number. A "
-            "metric turns logits [..., d_vocab] into [...]; where read= names several positions, [..., position, d_vocab] "
-            "into [...], as that of teacher_forced does."
+            f"The metric returned shape {shape} for the logits {tuple(logits.shape)} of one run; expected one number, as "
+            "metrics of TransformerLens, [batch pos d_vocab] -> number, give."
         )
     return value

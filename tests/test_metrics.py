@@ -12,8 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from hooked_llava import analysis
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.interventions import Intervention, Replay, sweep
+from hooked_llava.interventions.corruptions import Noise
 from hooked_llava.metrics import (
     Answer,
     at_last,
@@ -240,3 +242,90 @@ def test_the_value_of_a_metric_is_one_number() -> None:
     assert value_of(probability(2), LOGITS[0, 0]) == pytest.approx(softmax(LOGITS[0, 0].tolist())[2])
     with pytest.raises(InputError, match=r"returned shape \(3,\) for the logits \(3, 7\)"):
         value_of(probability(2), LOGITS[0])
+
+
+# ---------------------------------------------------------------------- metrics of the wrong shape
+
+RED = 7
+WRONG: dict[str, Any] = {
+    "TransformerLens's, one for each prompt": lambda x: x[:, -1, RED],
+    "TransformerLens's, averaged": lambda x: x[:, -1, RED].mean(),
+    "one number for all": lambda x: x[..., RED].mean(),
+    "one prompt of the batch": lambda x: x[..., 0, RED],
+    "several numbers": lambda x: x[..., [RED, RED + 1]],
+    "an axis too many": lambda x: x[..., [RED]],
+    "logits": lambda x: x,
+    "a float": lambda x: float(x.sum()),
+    "one run of all": lambda x: x[:1, ..., RED],
+}
+
+
+def two() -> tuple[Any, Any]:
+    models = pair()
+    return models.ours.as_inputs(models.prompt(seed=1)), models.ours.as_inputs(models.prompt(seed=2))
+
+
+def both() -> Any:
+    return pair().ours.as_inputs(pair().prompt(batch=2))
+
+
+def zero_mlp() -> list[list[Intervention]]:
+    return [[Intervention("blocks.1.hook_mlp_out", positions=p, zero=True)] for p in range(4)]
+
+
+TAKES_A_METRIC: dict[str, Any] = {
+    "Replay.run": lambda m: Replay(pair().ours, both()).run(zero_mlp(), m),
+    "Replay.sweep": lambda m: Replay(pair().ours, both()).sweep(zero_mlp(), m).run(),
+    "Replay.run of several positions": lambda m: Replay(pair().ours, both()).run(zero_mlp(), m, [3, 4, 5]),
+    "attention_knockout": lambda m: analysis.attention_knockout(pair().ours, both(), ["image->last"], metric=m),
+    "activation_patching": lambda m: analysis.activation_patching(pair().ours, *two(), positions="last", metric=m),
+    "attribution_patching": lambda m: analysis.attribution_patching(pair().ours, *two(), hooks="z", metric=m),
+    "edge_attribution": lambda m: analysis.edge_attribution(pair().ours, *two(), metric=m),
+    "path_patching": lambda m: analysis.path_patching(pair().ours, *two(), senders="mlps", metric=m),
+    "path_patching of a batch": lambda m: analysis.path_patching(
+        pair().ours, both(), both(), senders="mlps", metric=[probability(2), m]
+    ),
+    "causal_trace": lambda m: analysis.causal_trace(
+        pair().ours, two()[0], [7], corruption=Noise(), kinds="mlp", metric=m
+    ),
+}
+# What a metric may be where one run's logits are [d_vocab], or a position axis is there to be kept or taken up.
+FITS = {
+    "one number for all": ("attribution", "edge"),
+    "one prompt of the batch": ("Replay.run of several",),  # reads the first of the positions, as a metric may
+}
+
+
+@pytest.mark.parametrize("taker", TAKES_A_METRIC)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_metric_of_the_wrong_shape_is_refused_before_anything_is_run(
+    taker: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if taker.startswith(FITS.get(wrong, ())):
+        TAKES_A_METRIC[taker](WRONG[wrong])
+        return
+    ran: list[Any] = []
+    monkeypatch.setattr(sweep, "Climb", lambda *given: ran.append(given))
+    with as_users_run(), pytest.raises(InputError, match=r"metrics\.from_transformer_lens"):
+        TAKES_A_METRIC[taker](WRONG[wrong])
+    assert not ran
+
+
+@pytest.mark.parametrize("taker", TAKES_A_METRIC)
+def test_a_metric_that_is_none(taker: str) -> None:
+    with as_users_run(), pytest.raises(InputError, match="metric=.*logit"):
+        TAKES_A_METRIC[taker](3)
+
+
+def test_a_metric_that_fails_says_on_what() -> None:
+    with pytest.raises(InputError, match=r"logits \(3, 2, 99\).*out of bounds.*from_transformer_lens"):
+        Replay(pair().ours, both()).run(zero_mlp(), lambda x: x[..., 4, 7])
+    with pytest.raises(ZeroDivisionError):  # a fault of its own stays as it is
+        Replay(pair().ours, both()).run(zero_mlp(), lambda x: x[..., 7] / (1 // 0))
+
+
+def test_transformer_lenss_metric_adapted_reads_its_own_prompt() -> None:
+    adapted = from_transformer_lens(lambda x: x[:, -1, RED].mean())
+    assert torch.equal(
+        Replay(pair().ours, both()).run(zero_mlp(), adapted), Replay(pair().ours, both()).run(zero_mlp())[..., RED]
+    )

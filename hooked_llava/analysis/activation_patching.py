@@ -21,7 +21,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.ends import read_at, scored, source_and_base
+from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric
 from hooked_llava.results import analysis, check_sizes, numbers, stack
@@ -93,6 +93,7 @@ def activation_patching(
     """
     check_direction(direction)
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    check_metrics(model, pairs, read)
     plans = []
     for one, _, _ in pairs:
         names = _names(model, one, hook, layers)

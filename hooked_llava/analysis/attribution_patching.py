@@ -24,9 +24,9 @@ from hooked_llava.caching import Positions
 from hooked_llava.components import HookPoint, reads_only
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
-from hooked_llava.interventions.ends import read_at, scored, source_and_base
+from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric
+from hooked_llava.metrics import Metric, measured
 from hooked_llava.results import analysis, check_sizes, numbers, stack
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ class _Run:
 
     def gradients(self, names: list[str], metric: Metric) -> Activations:
         with torch.enable_grad():
-            value = metric(self.logits)
-        if not isinstance(value, Tensor) or not value.requires_grad:
+            value = measured(metric, self.logits, 0, one_number=True)
+        if not value.requires_grad:
             raise InputError(
                 "The metric has no gradient (a rank, or numbers taken out of torch); give a differentiable one."
             )
@@ -197,6 +197,7 @@ def _each_pair(
     check_direction(direction)
     if not isinstance(steps, Integral) or steps < 0:
         raise InputError(f"steps={steps!r}; expected 0 for a plain gradient, or the number of points of the path.")
+    check_metrics(model, pairs, read, swept=False)
     results = []
     for clean, corrupted, own_metric in pairs:
         source, base = source_and_base(clean, corrupted, direction)

@@ -31,7 +31,7 @@ from hooked_llava.interventions.corruptions import (
     find_constraints,
 )
 from hooked_llava.interventions.windows import centred_window, released_window
-from hooked_llava.metrics import Metric, probability
+from hooked_llava.metrics import Metric, probability, value_of
 from hooked_llava.positions import Positions
 from hooked_llava.readout import words
 from hooked_llava.results import analysis, n_tied, numbers
@@ -118,14 +118,15 @@ def causal_trace(
     method = {**how, "window": window, "window_reading": window_reading}
     with analysis(model, prompt, n_forward=1, **method) as made:
         clean = Replay(model, prompt)
+        answer = probability(int(clean.logits().argmax()))
+        measure = answer if metric is None else metric
+        value = value_of(measure, clean.logits())  # before anything else is run
         corrupted = corrupt(model, clean, plan.constraints, corruption)
         made.n_forward += corrupted.n_forward
-        answer = probability(int(clean.logits().argmax()))
-        measure = metric or answer
-        baseline = [_number(measure(replay.logits())) for replay in corrupted.replays]
+        baseline = [value_of(measure, replay.logits()) for replay in corrupted.replays]
         effects, n_runs = _effects(model, clean, corrupted, baseline, plan, measure, batch_size)
         ends = _mean(answer, [clean]), _mean(answer, corrupted.replays)
-        means = {"clean": _number(measure(clean.logits())), "corrupted": float(np.mean(baseline)), "runs": n_runs}
+        means = {"clean": value, "corrupted": float(np.mean(baseline)), "runs": n_runs}
         units = {"units": "probability"} if metric is None else {}
         attrs = made.attrs(**means, **_about(model, clean, corrupted, plan), **units)
         return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], ends, attrs)
@@ -227,18 +228,8 @@ def _check_alike(traces: Sequence[xr.Dataset]) -> None:
                 raise InputError(f"The traces differ in {name}: {given[0]!r} and {given[1]!r}; average like with like.")
 
 
-def _number(value: Tensor) -> float:
-    """What a metric makes of one row of logits."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise InputError(
-            f"The metric returned {list(value.shape)} numbers for the logits of one run; expected one. It is a function from "
-            "[..., d_vocab] to [...], such as hooked_llava.metrics.probability(token)."
-        )
-    return float(value)
-
-
 def _mean(metric: Metric, replays: Sequence[Replay]) -> float:
-    return float(np.mean([float(metric(replay.logits())) for replay in replays]))
+    return float(np.mean([value_of(metric, replay.logits()) for replay in replays]))
 
 
 def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from hooked_llava.interventions import Replay
 from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
 from hooked_llava.interventions.windows import centred_window, paper_width
-from hooked_llava.metrics import Metric, logit_difference
+from hooked_llava.metrics import Metric, logit_difference, measured
 from hooked_llava.results import analysis, numbers
 
 if TYPE_CHECKING:
@@ -275,7 +275,8 @@ class _Scores:
     def value(self, logits: Float[Tensor, "*run prompt read d_vocab"]) -> Float[Tensor, "*run prompt"]:
         """The metric; of "relative_change", the probability."""
         if not isinstance(self.metric, str):
-            return self.metric(logits[..., 0, :] if self.reading.positions == "last" else logits)
+            last = self.reading.positions == "last"
+            return measured(self.metric, logits[..., 0, :] if last else logits, logits.ndim - 2, one_number=True)
         if self.metric == "logit_difference":
             assert self.baseline is not None
             pairs = zip(self.reading.as_answers(), self.baseline.as_answers(), strict=True)
@@ -288,6 +289,11 @@ class _Scores:
         """What the metric has changed by."""
         difference = self.value(logits) - self.base
         return 100 * difference / self.base if self.metric == "relative_change" else difference
+
+    @property
+    def own_axes(self) -> tuple[int, ...]:
+        """Two numbers are read off each row of logits, which has an axis prompt also for one."""
+        return (1, 2) if len(self.base) == 1 else (2,)
 
     def attrs(self, model: HookedLLaVA) -> dict[str, Any]:
         """What a result says of the answers, and of `last`."""

@@ -21,7 +21,7 @@ from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.ends import read_at, scored, source_and_base
+from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric
 from hooked_llava.results import analysis, numbers, stack
@@ -82,6 +82,7 @@ def path_patching(
         raise InputError(f"senders={senders!r}; expected 'heads' or 'mlps'.")
     targets = [_target(model, receiver) for receiver in _listed(receivers)]
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
+    check_metrics(model, pairs, read)
     options = {"senders": senders, "positions": positions, "direction": direction, "read": read}
     options["batch_size"] = batch_size
     results = [_one_pair(model, *pair, targets, **options) for pair in pairs]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.interventions.pairs import Direction
-from hooked_llava.metrics import Metric, own_answers, value_of
+from hooked_llava.metrics import Metric, measured, own_answers, value_of
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -38,6 +40,22 @@ def read_at(
     return found[0] if isinstance(read, str) and read == "last" else found
 
 
+def check_metrics(
+    model: HookedLLaVA, pairs: Sequence[tuple[Inputs, Inputs, Metric | None]], read: Positions, *, swept: bool = True
+) -> None:
+    """Raise `InputError` for a metric that does not give one number a run, tried on zeros before the model is run.
+
+    `swept` if it will be called on many runs at once.
+    """
+    for prompt, _, metric in pairs:
+        n_read = [] if isinstance(read, str) and read == "last" else [resolve_positions(read, prompt).shape[1]]
+        zeros = torch.zeros(*n_read, model.config.language.d_vocab, device=model.cfg.device, dtype=model.cfg.dtype)
+        if metric is not None:
+            value_of(metric, zeros)
+        if metric is not None and swept:
+            measured(metric, zeros.expand(2 + len(zeros.shape), *zeros.shape).clone(), 1, one_number=True)
+
+
 def scored(
     model: HookedLLaVA, metric: Metric | None, there: Tensor, here: Tensor, direction: Direction
 ) -> tuple[Metric, dict[str, float]]:
@@ -47,5 +65,5 @@ def scored(
     runs have the same answer and no metric is given, and for a metric that gives more than one number.
     """
     clean, corrupted = source_and_base(there, here, direction)
-    metric = metric or own_answers(clean, corrupted, model)
+    metric = own_answers(clean, corrupted, model) if metric is None else metric
     return metric, {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}

@@ -63,7 +63,7 @@ def prompt_pairs(
         raise InputError(
             f"There are {len(sides[0])} clean and {len(sides[1])} corrupted prompts; expected equally many."
         )
-    metrics = [metric] * len(sides[0]) if metric is None or callable(metric) else list(metric)
+    metrics = list(metric) if isinstance(metric, list | tuple) else [metric] * len(sides[0])
     if len(metrics) != len(sides[0]):
         raise InputError(
             f"There are {len(metrics)} metrics for {len(sides[0])} pairs; give one for all, or one for each."

@@ -116,7 +116,7 @@ class Replay:
 
         Args:
             runs: a list of runs, each an `Intervention` or a list of those that it applies together.
-            metric: function of logits [..., d_vocab]; its values are returned instead of logits.
+            metric: function of logits [..., d_vocab], see `metrics.measured`; its values are returned instead of logits.
             positions: where logits are read; "last", another span, or positions.
             batch_size: rows (runs x prompts) at once; chosen from the free memory by default.
             progress: show a progress bar on anything longer than two seconds.

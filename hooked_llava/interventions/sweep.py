@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from hooked_llava.caching import Positions
 from hooked_llava.errors import InputError
 from hooked_llava.interventions.climb import Climb, mix_at_the_end
 from hooked_llava.interventions.plan import PlannedRun, Work, batches
+from hooked_llava.metrics import Metric, measured
 
 if TYPE_CHECKING:
     from hooked_llava.interventions.replay import Replay
@@ -31,7 +31,7 @@ class Sweep:
         self,
         replay: Replay,
         runs: list[PlannedRun],
-        metric: Callable[[Tensor], Tensor] | None,
+        metric: Metric | None,
         positions: Positions,
         batch_size: int | None,
         *,
@@ -68,6 +68,7 @@ class Sweep:
     def run(self) -> Tensor:
         """Do the batches that are left; returns one row for each run, in the order they were given."""
         self.replay.check_fresh()
+        self._check_metric()
         self._keep_unchanged()
         left = [batch for batch in self._batches if any(self._rows[run.index] is None for run in batch)]
         hidden = None if self.progress else True
@@ -81,6 +82,13 @@ class Sweep:
                 bar.update(len(batch))
         return torch.stack(self._rows) if self._rows else self._nothing()  # type: ignore[arg-type] (none is left)
 
+    def _check_metric(self) -> None:
+        """Refuse a metric of the wrong shape before anything is run: it is tried on copies of the kept logits."""
+        if self.metric is not None and self.runs:
+            kept = self.replay.kept_logits(self.positions)
+            n_copies = next(n for n in (3, 4, 5) if n not in kept.shape[:2])  # no axis is mistaken for another
+            self._finish(kept.expand(n_copies, *kept.shape).clone())
+
     def _keep_unchanged(self) -> None:
         """Runs that change nothing have the kept logits."""
         unchanged = [run for run in self.runs if not run.changes]
@@ -93,14 +101,7 @@ class Sweep:
         shaped = self.replay.shaped(logits, self.positions)
         if self.metric is None:
             return shaped
-        values = self.metric(shaped)
-        if not isinstance(values, Tensor) or values.shape[:1] != shaped.shape[:1]:
-            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(
-                f"The metric returned {given} for logits of shape {tuple(shaped.shape)}; expected a tensor with one entry "
-                f"for each of the {len(shaped)} runs first, as functions of logits [..., d_vocab] give."
-            )
-        return values
+        return measured(self.metric, shaped, 1 if len(self.replay.inputs) == 1 else 2)
 
     def _nothing(self) -> Tensor:
         return self._finish(self.replay.kept_logits(self.positions)[None])[:0]

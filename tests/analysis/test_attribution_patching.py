@@ -169,6 +169,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="no gradient"):
         attribution_patching(model, clean, corrupted, metric=rank(4))
     with pytest.raises(InputError, match="no gradient"):
+        attribution_patching(model, clean, corrupted, metric=lambda logits: logits[..., 4].detach())
+    with pytest.raises(InputError, match="returned float"):
         attribution_patching(model, clean, corrupted, metric=lambda logits: float(logits[..., 4].detach()))
     with pytest.raises(InputError, match=r"returned shape \(2,\) for the logits \(99,\) of one run"):
         attribution_patching(model, clean, corrupted, metric=lambda logits: logits[..., :2])

@@ -353,5 +353,5 @@ def test_ties_are_counted_on_chosen_layers_too(model: Any, prompt: Any) -> None:
 
 
 def test_a_metric_gives_one_number(model: Any, prompt: Any) -> None:
-    with as_users_run(), pytest.raises(InputError, match=r"The metric returned \[99\] numbers .* expected one"):
+    with as_users_run(), pytest.raises(InputError, match=r"returned shape \(99,\) .* expected one"):
         causal_trace(model, prompt, "star", corruption="circle", metric=lambda logits: logits)

@@ -368,7 +368,8 @@ def test_a_metric_that_fails_loses_no_run() -> None:
     runs = [[Intervention("blocks.0.hook_mlp_out", positions="last", scale=s)] for s in (0.0, 0.5, 1.5)]
     sweep = replay.sweep(runs, lambda logits: logits[:2, 0])
     for _ in range(2):
-        with pytest.raises(InputError, match=r"returned \(2,\) for logits .* one entry for each of the 3 runs"):
+        with pytest.raises(InputError, match=r"returned shape \(2,\) for logits of shape \(3, 99\); expected \(3,\)"):
             sweep.run()
+    assert replay.work.token_layers == 0
     with pytest.raises(InputError, match="returned float"):
         replay.run(runs, lambda logits: 1.0)  # type: ignore[arg-type,return-value]
