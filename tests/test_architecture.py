@@ -21,6 +21,7 @@ MAX_FUNCTION_LINES = 60
 # stand for the module or the whole package of that name.
 FLOORS = (
     ("errors", "config", "files", "hook_names"),
+    ("architecture",),
     ("geometry", "positions", "pictures", "token_text", "token_table", "spans", "token_map", "templates"),
     ("input_batch", "input_checks", "inputs"),
     ("loading", "components"),

@@ -1,0 +1,158 @@
+"""The layout of an image in each model of the LLaVA family, from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hooked_llava.architecture.grid import Grid, GridAxis
+from hooked_llava.architecture.image_axis import ImageAxis
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.resampling import Filter
+from hooked_llava.architecture.tiles import Size, best_resolution, pooled_grid, scaled_size, unpadding
+from hooked_llava.errors import ConfigError, InputError
+
+BASE, FINE = "base", "fine"
+"""The grid that shows the whole image on one tile, and the grid over the tiles of a canvas."""
+
+
+def llava_layout(
+    rows: ImageAxis | int, columns: ImageAxis | int, *, class_token: bool = False, resample: Filter = "bicubic"
+) -> ImageLayout:
+    """LLaVA-1.5: one grid, perhaps with the class token in front.
+
+    Rows and columns are the image's axes, as `processor_axes` gives them; or two numbers where the original is not known.
+
+    >>> llava_layout(2, 3, class_token=True).n_features
+    7
+    """
+    grid = Grid(name=BASE, rows=GridAxis.of(rows), columns=GridAxis.of(columns))
+    return ImageLayout(grids=(grid,), class_token=class_token, resample=resample)
+
+
+def llava_next_layout(
+    image_size: Size,
+    *,
+    tile_size: int,
+    patch_size: int,
+    pinpoints: Sequence[Sequence[int]],
+    resample: Filter = "bicubic",
+) -> ImageLayout:
+    """LLaVA-NeXT (1.6): the whole image squeezed onto one tile, then the patches of a canvas of tiles, row by row.
+
+    Sizes are (height, width) in pixels; `pinpoints` are the canvases to choose from. Raises `ConfigError` for a canvas
+    that is not made of whole tiles, and `InputError` for an image without pixels.
+
+    >>> layout = llava_next_layout((300, 500), tile_size=336, patch_size=14, pinpoints=[[336, 672], [672, 336]])
+    >>> [(grid.name, grid.shape) for grid in layout.grids], layout.n_features
+    ([('base', (24, 24)), ('fine', (24, 40))], 1560)
+    >>> layout.cut("fine")
+    0.0
+    """
+    _check_sizes(image_size, tile_size, patch_size)
+    fine = _fine_grid(image_size, tile_size, patch_size, pinpoints, max_tiles=None)
+    return ImageLayout(grids=(_base_grid(image_size, tile_size, patch_size), fine), resample=resample)
+
+
+def llava_onevision_layout(
+    image_size: Size,
+    *,
+    tile_size: int,
+    patch_size: int,
+    pinpoints: Sequence[Sequence[int]],
+    max_tiles: int,
+    several_images: bool = False,
+    resample: Filter = "bicubic",
+) -> ImageLayout:
+    """LLaVA-OneVision: as LLaVA-NeXT, the fine grid pooled where it has more patches than `max_tiles` tiles.
+
+    `max_tiles` is the number in the config's "anyres_max_9". In a prompt of several images each is padded to a square
+    and has its base grid alone, with one newline at the end. Raises as `llava_next_layout`, and `InputError` for an
+    image of which pooling leaves nothing.
+
+    >>> sizes = {"tile_size": 384, "patch_size": 14, "pinpoints": [[768, 768], [1152, 384]], "max_tiles": 2}
+    >>> [grid.shape for grid in llava_onevision_layout((600, 500), **sizes).grids]
+    [(27, 27), (41, 35)]
+    >>> llava_onevision_layout((600, 500), several_images=True, **sizes).n_features
+    730
+    """
+    _check_sizes(image_size, tile_size, patch_size)
+    if max_tiles < 1:
+        raise ConfigError(f"max_tiles={max_tiles}; expected 1 or more, the number in the config's 'anyres_max_9'.")
+    if several_images:
+        return ImageLayout(grids=(_squared_grid(image_size, tile_size, patch_size),), resample=resample)
+    fine = _fine_grid(image_size, tile_size, patch_size, pinpoints, max_tiles=max_tiles)
+    return ImageLayout(grids=(_base_grid(image_size, tile_size, patch_size), fine), resample=resample)
+
+
+def _check_sizes(image_size: Size, tile_size: int, patch_size: int) -> None:
+    if min(image_size) < 1:
+        raise InputError(f"image_size={image_size}; expected (height, width) of 1 pixel or more.")
+    if not 1 <= patch_size <= tile_size:
+        raise ConfigError(f"patch_size={patch_size}, tile_size={tile_size}; expected patches no larger than a tile.")
+
+
+def _base_grid(image_size: Size, tile_size: int, patch_size: int) -> Grid:
+    """The whole image resized to one tile, whatever its aspect ratio."""
+    rows, columns = (
+        ImageAxis(
+            original=length,
+            padded=length,
+            before=0,
+            resized=tile_size,
+            offset=0,
+            crop=tile_size,
+            canvas=tile_size,
+            patch_size=patch_size,
+        )
+        for length in image_size
+    )
+    return Grid(name=BASE, rows=GridAxis.of(rows), columns=GridAxis.of(columns))
+
+
+def _squared_grid(image_size: Size, tile_size: int, patch_size: int) -> Grid:
+    """The image padded to a square and resized to one tile."""
+    side = max(image_size)
+    rows, columns = (
+        ImageAxis(
+            original=length,
+            padded=side,
+            before=(side - length) // 2,
+            resized=tile_size,
+            offset=0,
+            crop=tile_size,
+            canvas=tile_size,
+            patch_size=patch_size,
+        )
+        for length in image_size
+    )
+    return Grid(name=BASE, rows=GridAxis.of(rows), columns=GridAxis.of(columns), newline="end")
+
+
+def _fine_grid(
+    image_size: Size, tile_size: int, patch_size: int, pinpoints: Sequence[Sequence[int]], *, max_tiles: int | None
+) -> Grid:
+    """The image resized into the middle of its canvas, the padding cut away again by whole patches, perhaps pooled."""
+    canvas = best_resolution(image_size, pinpoints)
+    if any(length < 1 or length % tile_size for length in canvas):
+        raise ConfigError(f"image_grid_pinpoints has {canvas}; expected multiples of the tile's {tile_size} pixels.")
+    scaled = scaled_size(image_size, canvas)
+    axes = [
+        ImageAxis(
+            original=image_size[axis],
+            padded=image_size[axis],
+            before=0,
+            resized=scaled[axis],
+            offset=-((canvas[axis] - scaled[axis]) // 2),
+            crop=canvas[axis],
+            canvas=canvas[axis],
+            patch_size=patch_size,
+            n_tiles=canvas[axis] // tile_size,
+        )
+        for axis in range(2)
+    ]
+    patches = axes[0].n_patches, axes[1].n_patches
+    first = unpadding(image_size, patches)
+    kept = patches[0] - 2 * first[0], patches[1] - 2 * first[1]
+    cells = kept if max_tiles is None else pooled_grid(kept, axes[0].patches_per_tile, max_tiles)
+    rows, columns = (GridAxis.of(axes[i], first=first[i], kept=kept[i], cells=cells[i]) for i in range(2))
+    return Grid(name=FINE, rows=rows, columns=columns, newline="row", first_tile=1)
