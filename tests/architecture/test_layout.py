@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from typing import Any
@@ -177,44 +176,6 @@ def test_shares_and_selections_by_hand() -> None:
         layout.box_to_features((0, 0, 3, 3), grid="fine")
     with pytest.raises(SpanError, match=r"coverage=1\.5"):
         layout.box_to_features((0, 0, 3, 3), coverage=1.5)
-
-
-def taps(axis: GridAxis, cell: int) -> list[tuple[int, float]]:
-    patches, weights = axis.taps
-    return list(zip(patches[cell].tolist(), weights[cell].tolist(), strict=True))
-
-
-def naive_shares(layout: ImageLayout, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Cell by cell, patch by patch: pixels of the mask over pixels shown, weighted as pooled."""
-    found = {}
-    for grid in layout.grids:
-        rows, columns = grid.rows.pixels, grid.columns.pixels
-        shares = np.zeros(grid.shape)
-        for row, col in itertools.product(*map(range, grid.shape)):
-            covered = area = 0.0
-            for (r, wr), (c, wc) in itertools.product(taps(grid.rows, row), taps(grid.columns, col)):
-                y0, y1, x0, x1 = rows.starts[r], rows.stops[r], columns.starts[c], columns.stops[c]
-                area += wr * wc * (y1 - y0) * (x1 - x0)
-                for y, x in itertools.product(range(int(y0), int(np.ceil(y1))), range(int(x0), int(np.ceil(x1)))):
-                    part = (min(y1, y + 1) - max(y0, y)) * (min(x1, x + 1) - max(x0, x))
-                    covered += wr * wc * part * mask[y, x]
-            shares[row, col] = covered / area if area else 0.0
-        found[grid.name] = shares
-    return found
-
-
-@given(kind=KINDS, shape=st.tuples(st.integers(6, 30), st.integers(6, 30)), tile=TILES, seed=st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
-def test_shares_of_masks_cell_by_cell(kind: str, shape: tuple[int, int], tile: int, seed: int) -> None:
-    layout = make_layout(kind, *shape, tile)
-    mask = np.random.default_rng(seed).random(shape) < 0.4
-    mask[shape[0] // 2, shape[1] // 2] = True
-    shares, outside = layout.mask_shares(mask)
-    for name, expected in naive_shares(layout, mask).items():
-        np.testing.assert_allclose(shares[name], expected, atol=1e-9)
-    within = (0.1, 0.5, 0.9)
-    points = [(x + dx, y + dy) for y, x in np.argwhere(mask) for dx in within for dy in within]
-    assert outside == pytest.approx(np.mean([not layout.pixel_to_cells(x, y) for x, y in points]), abs=0.15)
 
 
 @given(data=st.data(), kind=KINDS, shape=SHAPES, tile=TILES, grid=st.sampled_from(["all", "base"]))
