@@ -266,8 +266,13 @@ def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_pref
         )
     spans = {"question": (start, start + len(question))}
     if answer_prefix:
-        spans["answer_prefix"] = (end, len(text))
-    return Prompt(text, spans)
+        return Prompt(text, {**spans, "answer_prefix": (end, len(text))})
+    separator = None
+    with suppress(InputError):  # some chat templates know of no answers
+        answered = _render_chat(processor, question, 0 if inline else n_images, _PROBE_PREFIX)
+        if answered.startswith(text) and answered.endswith(_PROBE_PREFIX):
+            separator = answered[len(text) : -len(_PROBE_PREFIX)]
+    return Prompt(text, spans, separator)
 
 
 def image_token_of(processor: Any) -> str:

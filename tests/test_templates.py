@@ -34,11 +34,12 @@ LLAMA_3 = (
 )
 IMAGES = "{% for c in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
 TEXTS = "{% for c in message['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+SPACED_TEXTS = TEXTS.replace("c['text']", "c['text'] + ' '")
 # What llava-hf/llava-1.5-7b-hf carries as its chat template.
 LLAVA_CHAT = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     + IMAGES
-    + TEXTS.replace("c['text']", "c['text'] + ' '")
+    + SPACED_TEXTS
     + "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 LLAMA_3_CHAT = (
@@ -79,6 +80,8 @@ CHATS = {
     "spaced": LLAVA_CHAT.replace("'ASSISTANT:'", "'ASSISTANT: '"),
 }
 TEXT_CHATS = {"llama-3": LLAMA_3_TEXT_CHAT, "chatml": CHATML_TEXT_CHAT, "gemma": GEMMA_TEXT_CHAT}
+SILENT_CHAT = LLAVA_CHAT.replace(SPACED_TEXTS, f"{{% if message['role'] != 'assistant' %}}{SPACED_TEXTS}{{% endif %}}")
+"""Which leaves out what the assistant says."""
 OTHER_CHAT = (
     "{% for message in messages %}{{ '[INST] ' if message.role == 'user' else ' ' }}{% for c in message['content'] %}"
     "{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ ' [/ASK]' if message.role == 'user' }}"
@@ -260,8 +263,7 @@ def test_default_is_what_the_processor_writes() -> None:
     # What ends an answer's announcement counts too: this one goes on without a space.
     joined = MISTRAL_CHAT.replace("{{ ' ' }}", "")
     assert default_template(make_processor(chat_template=joined)) is None
-    silent = LLAVA_CHAT.replace(TEXTS, "{% if message['role'] != 'assistant' %}" + TEXTS + "{% endif %}")
-    assert default_template(make_processor(chat_template=silent)) is TEMPLATES["llava-1.5"]
+    assert default_template(make_processor(chat_template=SILENT_CHAT)) is TEMPLATES["llava-1.5"]
 
 
 @pytest.mark.parametrize("prefix", ["", "The color is", "It", "is it, and"])
@@ -281,6 +283,31 @@ def test_a_prefix_continues_the_chat_as_transformers_does(chat: str, n_images: i
     default = default_template(processor)
     if default is not None:
         assert default.format(QUESTION, n_images, answer_prefix=prefix).text == wanted
+
+
+@pytest.mark.parametrize(
+    ("chat", "separator"),
+    [
+        (LLAVA_CHAT, " "),
+        (CHATS["spaced"], ""),
+        (LLAMA_3_CHAT, ""),
+        (QWEN_CHAT, ""),
+        (MISTRAL_CHAT, " "),
+        (MISTRAL_CHAT.replace("{{ ' ' }}", ""), ""),
+        (MISTRAL_CHAT.replace("{{ ' ' }}", "{{ '\n> ' }}"), "\n> "),
+        (LLAMA_3_TEXT_CHAT, ""),
+        (SILENT_CHAT, None),
+    ],
+)
+def test_what_a_chat_puts_before_an_answer(chat: str, separator: str | None) -> None:
+    prompt = format_chat(make_processor(chat_template=chat), QUESTION)
+    assert prompt.answer_separator == separator
+    if separator is not None:
+        continued = format_chat(make_processor(chat_template=chat), QUESTION, answer_prefix="Red")
+        assert continued.text == prompt.text + separator + "Red"
+    assert (
+        format_chat(make_processor(chat_template=LLAMA_3_CHAT), QUESTION, answer_prefix="It").answer_separator is None
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "The color is"])
