@@ -1,8 +1,9 @@
 """Tables of questions: readers of the papers' released files, and a runner that takes an analysis over a table."""
 
 from hooked_llava.datasets.gqa import GQA_KINDS, GQA_TAIL, read_gqa
+from hooked_llava.datasets.matching import answers_match, answers_match_exactly
 from hooked_llava.datasets.rows import StudyRow, prepare_rows
-from hooked_llava.datasets.study import answers_match, answers_match_exactly, by_kind, study
+from hooked_llava.datasets.study import by_kind, study
 from hooked_llava.datasets.vqa_constraints import ConstraintTable, read_vqa_constraints
 
 __all__ = [

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.geometry import Number
@@ -37,33 +38,11 @@ if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
-Match = Callable[[str, str], bool]
-"""From what the model said and the row's answer to whether it is right."""
 Run = Callable[["Inputs", Sequence[StudyRow]], Any]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""
 OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
 _PATIENCE = 2.0  # seconds before a progress bar appears
-
-
-def answers_match(said: str, answer: str) -> bool:
-    """Whether two answers are the same but for case, blanks around them and a final full stop.
-
-    >>> answers_match(" Red.", "red"), answers_match("Redder", "red")
-    (True, False)
-    """
-    return _plain(said) == _plain(answer)
-
-
-def answers_match_exactly(said: str, answer: str) -> bool:
-    """Whether what was said, in lower case and without blanks around it, is the answer: Zhang et al.'s (2411.18620) rule.
-
-    The answer is taken as it is; a full stop, or a capital in the table's answer, makes a difference.
-
-    >>> answers_match_exactly(" Red ", "red"), answers_match_exactly("Red.", "red"), answers_match_exactly("Red", "Red")
-    (True, False, False)
-    """
-    return said.strip().lower() == answer
 
 
 def study(
@@ -93,12 +72,10 @@ def study(
         out: file to write the result to; an interrupted study that is started again with it goes on (with any
             `batch_size`), and a finished one is read back.
         only_correct: measure only what the model answers correctly, as Zhang et al. (2411.18620) do.
-        match: what counts as correct: `answers_match` (without regard to case and a final full stop), the paper's own
-            `answers_match_exactly`, or any named function of what was said and the answer.
+        match: what counts as correct, of what was said and the answer; the paper's own rule is `answers_match_exactly`.
         batch_size: questions at once, at most.
         max_new_tokens: length of the answer at most.
-        template: as for `model.prepare`.
-        tail: as for `model.prepare`.
+        template, tail: as for `model.prepare`.
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; as for `prepare_rows`.
         about: what `run` does, in plain values: a file of which any of this differs is refused.
         progress: show a progress bar on anything longer than two seconds.
@@ -113,8 +90,7 @@ def study(
     if out is not None:
         _check_out(Path(out))
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
-    if match is not answers_match:
-        options["match"] = match.__name__
+    options |= {} if match is answers_match else {"match": match.__name__}
     settings = {"max_new_tokens": max_new_tokens, "images": _place(images), **options, "about": dict(about or {})}
     parts = _Parts(rows) if out is None else _Parts.open(rows, Path(out), _fingerprint(model, rows, settings))
     if parts.finished is not None:
@@ -366,7 +342,3 @@ def _place(images: str | Path | None) -> str | None:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").strip().lower()

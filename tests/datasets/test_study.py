@@ -13,8 +13,7 @@ import torch
 import xarray as xr
 from PIL import Image
 
-from hooked_llava.datasets import StudyRow, by_kind, study
-from hooked_llava.datasets.study import answers_match, answers_match_exactly
+from hooked_llava.datasets import StudyRow, answers_match_exactly, by_kind, study
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load
@@ -230,28 +229,6 @@ def test_what_does_not_fit_is_said(tiny_shapes: HookedLLaVA, tmp_path: Path) -> 
 
     with pytest.raises(InputError, match="different axes and do not join"):
         study(tiny_shapes, ROWS[:2], uneven, batch_size=1)
-
-
-def test_answers_are_compared_without_case_and_full_stop() -> None:
-    assert answers_match(" Red.", "red")
-    assert answers_match("cell phone", "Cell phone")
-    assert not answers_match("Redder", "red")
-    assert not answers_match("", "red")
-
-
-@pytest.mark.parametrize(
-    ("said", "answer", "right"),
-    [
-        ("Red", "red", True),
-        (" red\n", "red", True),
-        ("Red.", "red", False),
-        ("Red", "Red", False),
-        ("red", " red", False),
-        ("", "red", False),
-    ],
-)
-def test_the_papers_own_comparison(said: str, answer: str, right: bool) -> None:
-    assert answers_match_exactly(said, answer) is right is (said.strip().lower() == answer)
 
 
 def test_a_study_may_compare_answers_in_another_way(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
