@@ -69,13 +69,13 @@ def study(
         rows: the questions, each with an id of its own.
         run: the analysis, of a batch of prompts and their rows; its results must all have the same other axes.
         images: folder of the pictures that rows name.
-        out: file to write the result to; an interrupted study that is started again with it goes on (with any
-            `batch_size`), and a finished one is read back.
+        out: file for the result; started again with it, an interrupted study goes on, and a finished one is read back.
         only_correct: measure only what the model answers correctly, as Zhang et al. (2411.18620) do.
         match: what counts as correct, of what was said and the answer; the paper's own rule is `answers_match_exactly`.
         batch_size: questions at once, at most.
         max_new_tokens: length of the answer at most.
-        template, tail: as for `model.prepare`.
+        template: as for `model.prepare`.
+        tail: as for `model.prepare`.
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; as for `prepare_rows`.
         about: what `run` does, in plain values: a file of which any of this differs is refused.
         progress: show a progress bar on anything longer than two seconds.
