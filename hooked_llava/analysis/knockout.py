@@ -9,6 +9,10 @@ The paper's released code knows image, question and last position, but not the t
 Blocking "image->question" and "image->last" there leaves the way image -> rest -> last open. Here that text is the span
 `rest`; "image->question|rest|last" closes every way.
 
+A position whose every key is blocked attends to nothing: its row of the pattern is zero, and its heads add only the output
+bias. The released code adds the dtype's most negative number to the scores and not minus infinity, so that such a row comes
+out uniform: there the position reads the average of what it was to be kept from.
+
 An answer of several tokens is appended to the prompt, and `last` then stands for every position that predicts one of its
 tokens (see `interventions.edges`): "image->last" keeps the image from wherever the answer is read.
 """
@@ -77,8 +81,8 @@ def attention_knockout(
         model: the model.
         inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
         edges: one or several, each "source->target" or a pair (source, target) of spans (joined by |, & and -) or positions;
-            a mapping gives them names. `other` is the image less the span `object` (see `inputs.with_boxes`,
-            `inputs.with_spans`), `random` as many other patches drawn at random.
+            a mapping gives them names. `other` is the image less the span `object` (see `inputs.with_boxes`), `random` as many
+            other patches. A position left without a key attends to nothing (in the released code, uniformly).
         window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
             at once; by default the paper's share of the layers (9 of 40), at least 3.
         centers: centres of the window, all layers by default.

@@ -112,7 +112,8 @@ def knockout(
 ) -> None:
     """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer.
 
-    The paper's prompts are those of LLaVA-1.5's older template: --template vicuna-v1.
+    The paper's prompts are those of LLaVA-1.5's older template: --template vicuna-v1. A position whose every key is blocked
+    attends to nothing; in the paper's released code it attends to all of them equally.
     """
     with clear_errors():
         check_writable(output)

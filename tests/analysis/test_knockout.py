@@ -474,3 +474,29 @@ def test_unknown_spans_are_named() -> None:
     ours = pair("plain").ours
     with pytest.raises(SpanError, match="Did you mean: question"):
         attention_knockout(ours, prepared(ours, prompt()), ["questoin->last"])
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped"])
+@pytest.mark.parametrize("at", [0, 7, 10])
+@torch.no_grad()
+def test_a_position_with_every_key_blocked_attends_to_nothing(name: str, at: int) -> None:
+    _, ours = deep(name)
+    inputs = ours.as_inputs(make_prompt(deep(name)[0], n_text=6))
+    answer = int(ours(inputs)[0, -1].argmax())
+    found = attention_knockout(ours, inputs, [(range(at + 1), [at])], "all", answer=answer, metric="log_probability")
+
+    def run(hook: str, replace: Any) -> float:
+        logits = ours.run_with_hooks(inputs, fwd_hooks=[(hook, replace)])
+        return float(logits[0, -1].log_softmax(-1)[answer])
+
+    def nothing(z: torch.Tensor, hook: Any) -> None:
+        z[:, at] = 0.0
+
+    def uniform(pattern: torch.Tensor, hook: Any) -> None:
+        pattern[:, :, at] = 1 / pattern.shape[-1]
+
+    base = float(ours(inputs)[0, -1].log_softmax(-1)[answer])
+    assert float(found.base) == pytest.approx(base, abs=1e-5)
+    effect, released = (run(hook, fill) - base for hook, fill in (("z", nothing), ("pattern", uniform)))
+    assert float(found.effect[0]) == pytest.approx(effect, abs=1e-4)
+    assert abs(effect - released) > 1e-2, "the released code's uniform row is another intervention"
