@@ -60,8 +60,11 @@ def positions_of(
 
 def resolve_positions(positions: Positions, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:
     """The same number of positions in every row, as indices; raises as `positions_of`, and for none or unequally many."""
-    token_maps = [None] * len(inputs) if isinstance(inputs, Tensor) else inputs.token_maps
-    rows = [positions_of(positions, token_map, inputs.shape[1]) for token_map in token_maps]
+    n_positions = inputs.shape[1]
+    if isinstance(inputs, Tensor):
+        rows = [positions_of(positions, None, n_positions) for _ in inputs]
+    else:
+        rows = inputs.each(lambda token_map: positions_of(positions, token_map, n_positions), inputs.token_maps)
     if not any(rows):
         raise InputError(
             f"positions={positions!r} do not lie in the prompt, or name none; expected numbers in "

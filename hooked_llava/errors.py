@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class HookedLLaVAError(Exception):
@@ -54,6 +55,7 @@ class PromptWithoutTemplate(UserWarning):
     """Text that is taken as the whole prompt, though the model answers questions in a conversation template."""
 
 
+_SHOWN = 60
 _BETWEEN = (
     "hooked_llava",
     "torch",
@@ -72,6 +74,24 @@ def warn_user(message: str, category: type[Warning]) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextmanager
+def naming_prompt(row: int, words: str | None = None) -> Iterator[None]:
+    """Errors of this library that the block raises say which prompt of a batch they are about, by number and words.
+
+    >>> with naming_prompt(1, "Who made it?"):
+    ...     raise SpanError("There is no star.")
+    Traceback (most recent call last):
+    hooked_llava.errors.SpanError: Prompt 1 ('Who made it?'): There is no star.
+    """
+    try:
+        yield
+    except (InputError, SpanError) as error:
+        if not str(error).startswith("Prompt "):
+            shown = "" if words is None else f" ({words if len(words) <= _SHOWN else words[: _SHOWN - 3] + '...'!r})"
+            error.args = (f"Prompt {row}{shown}: {error}",)
+        raise
 
 
 def did_you_mean(given: str, known: Iterable[str], *, n: int = 3) -> str:

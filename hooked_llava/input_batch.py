@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, naming_prompt
 from hooked_llava.geometry import Number
 from hooked_llava.positions import Positions
 from hooked_llava.token_map import TokenMap
 
 _ROWS_SHOWN = 8
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -108,7 +110,9 @@ class Inputs:
         token_maps = self.token_maps
         for name, where in spans.items():
             entries = self._per_prompt(name, where)
-            token_maps = tuple(m.with_spans(**{name: entry}) for m, entry in zip(token_maps, entries, strict=True))
+            token_maps = tuple(
+                self.each(lambda m, entry, name=name: m.with_spans(**{name: entry}), token_maps, entries)
+            )
         return replace(self, token_maps=token_maps)
 
     def with_boxes(self, *, coverage: Number = 0, **boxes: Sequence[Any]) -> Inputs:
@@ -127,9 +131,28 @@ class Inputs:
                     "expected a list of boxes (x0, y0, x1, y1) for each."
                 )
             token_maps = tuple(
-                _with_boxes(m, name, own, coverage) for m, own in zip(token_maps, per_prompt, strict=True)
+                self.each(lambda m, own, name=name: _with_boxes(m, name, own, coverage), token_maps, per_prompt)
             )
         return replace(self, token_maps=token_maps)
+
+    def naming(self, row: int) -> AbstractContextManager[None]:
+        """Errors of this library that the block raises say which prompt of several they are about."""
+        return naming_prompt(row, self._words_of(row)) if len(self) > 1 else nullcontext()
+
+    def each(self, function: Callable[..., _T], *columns: Iterable[Any]) -> list[_T]:
+        """What a function makes of every prompt's entries in some columns; its errors name the prompt."""
+        found = []
+        for row, entries in enumerate(zip(*columns, strict=True)):
+            with self.naming(row):
+                found.append(function(*entries))
+        return found
+
+    def _words_of(self, row: int) -> str | None:
+        """The question, or else the prompt, as far as it is known."""
+        words = self.token_maps[row].words
+        if words is None or words.prompt is None:
+            return None
+        return words.prompt[slice(*words.parts.get("question", (None, None)))]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inputs:
         """All tensors on the device, and the pixels in the dtype: itself if they are, otherwise a copy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hooked_llava import input_checks as check
 from hooked_llava.config import LLaVAConfig
-from hooked_llava.errors import InputError, PromptWithoutTemplate, warn_user
+from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
 from hooked_llava.geometry import ImageGeometry
 from hooked_llava.input_batch import Inputs
 from hooked_llava.pictures import Picture, load_picture
@@ -80,19 +81,16 @@ def prepare(
     _check_processor(processor, config, len(questions), padding_side)
     pictures = _pictures(images, len(questions), single=isinstance(question, str))
     chosen = _template(template, tail, answer_prefix, processor)
-    prompts = [
-        _prompt(text, len(own), chosen, answer_prefix, processor) for text, own in zip(questions, pictures, strict=True)
-    ]
+    prompts = _prompts(questions, pictures, chosen, answer_prefix, processor)
     _check_counts(prompts, pictures, image_token_of(processor))
     encoded = _encode(prompts, pictures, processor, padding_side)
     offsets = encoded.pop("offset_mapping", None)
     inputs = from_tensors(encoded, config=config, tokenizer=processor.tokenizer, device=device, dtype=dtype)
     token_maps = _with_texts(inputs.token_maps, prompts, pictures, offsets, processor, config)
-    if options is not None:
-        token_maps = _with_options(token_maps, options, single=isinstance(question, str))
     flat = tuple(picture for own in pictures for picture in own)
     texts = tuple(prompt.text for prompt in prompts)
-    return replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
+    inputs = replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
+    return inputs if options is None else _with_options(inputs, options, single=isinstance(question, str))
 
 
 def as_inputs(
@@ -266,6 +264,16 @@ def _template(template: str | Template | None, tail: str | None, answer_prefix: 
     return template
 
 
+def _prompts(
+    questions: list[str], pictures: list[list[Image.Image]], template: Any, answer_prefix: str, processor: Any
+) -> list[Prompt]:
+    made = []
+    for row, (text, own) in enumerate(zip(questions, pictures, strict=True)):
+        with naming_prompt(row, text) if len(questions) > 1 else nullcontext():
+            made.append(_prompt(text, len(own), template, answer_prefix, processor))
+    return made
+
+
 def _prompt(text: str, n_images: int, template: Template | str | None, answer_prefix: str, processor: Any) -> Prompt:
     if template is None:
         return Prompt(text)
@@ -340,19 +348,15 @@ def _with_texts(
     return tuple(mapped)
 
 
-def _with_options(
-    token_maps: tuple[TokenMap, ...], options: Sequence[str] | Sequence[Sequence[str]], *, single: bool
-) -> tuple[TokenMap, ...]:
+def _with_options(inputs: Inputs, options: Sequence[str] | Sequence[Sequence[str]], *, single: bool) -> Inputs:
     per_prompt: Sequence[Any] = [options] if single else options
-    if isinstance(options, str) or len(per_prompt) != len(token_maps) or any(isinstance(o, str) for o in per_prompt):
+    if isinstance(options, str) or len(per_prompt) != len(inputs) or any(isinstance(o, str) for o in per_prompt):
         raise InputError(
-            f"options={options!r} for {len(token_maps)} prompt{'' if len(token_maps) == 1 else 's'}; expected a list "
+            f"options={options!r} for {len(inputs)} prompt{'' if len(inputs) == 1 else 's'}; expected a list "
             "of words for one question, and a list of such lists, one per question, for several."
         )
-    return tuple(
-        token_map.with_spans(options=_find_options(token_map, words))
-        for token_map, words in zip(token_maps, per_prompt, strict=True)
-    )
+    found = inputs.each(lambda m, words: m.with_spans(options=_find_options(m, words)), inputs.token_maps, per_prompt)
+    return replace(inputs, token_maps=tuple(found))
 
 
 def _find_options(token_map: TokenMap, words: Sequence[str]) -> Positions:

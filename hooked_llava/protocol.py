@@ -6,7 +6,7 @@ directions in the residual stream, and strings to tokens and back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,11 +263,26 @@ class TransformerLensSurface(nn.Module):
             return self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
         return self.tokenizer.decode(ids.reshape(-1), clean_up_tokenization_spaces=False)
 
-    def to_str_tokens(self, tokens: str | Sequence[int] | Int[Tensor, "*shape"], prepend_bos: bool = True) -> list[str]:
-        """Each token of one text, or of one row of ids, as a string."""
-        ids = self.to_tokens(tokens, prepend_bos) if isinstance(tokens, str) else torch.as_tensor(tokens)
+    def to_str_tokens(
+        self, tokens: str | Sequence[int] | Int[Tensor, "*shape"] | Inputs | Mapping[str, Any], prepend_bos: bool = True
+    ) -> list[str]:
+        """Each token of one text, one row of ids, or one prompt's inputs (image tokens and padding included) as a string.
+
+        Raises `InputError` for several rows, and for what is no token.
+        """
+        given = tokens.get("input_ids") if isinstance(tokens, Mapping) else getattr(tokens, "input_ids", tokens)
+        try:
+            ids = self.to_tokens(given, prepend_bos) if isinstance(given, str) else torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"to_str_tokens takes one text, one row of token ids or the inputs of one prompt, got {tokens!r:.80}; call it "
+                "once for each."
+            ) from None
         if ids.ndim == 2 and ids.shape[0] != 1:
-            raise InputError(f"to_str_tokens takes one row of tokens, got {ids.shape[0]}; call it row by row.")
+            raise InputError(
+                f"to_str_tokens takes one row of tokens, got {ids.shape[0]}; call it row by row, such as "
+                "[model.to_str_tokens(row) for row in inputs]."
+            )
         return [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.reshape(-1).tolist()]
 
     def to_single_token(self, text: str) -> int:

@@ -23,6 +23,7 @@ reach across the border of a span (a word piece with the question's first letter
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -99,15 +100,26 @@ class TokenMap:
         if name not in (*SPANS, *self.named):
             if is_joined(name):
                 return span(self, name)
-            known = (*SPANS, *(own for own in self.named if own not in SPANS))
-            raise SpanError(
-                f"There is no span {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
-                "Find words in the prompt with token_map.find(...)."
-            )
+            raise SpanError(self._unknown(name))
         positions = self._positions(name)
         if not positions and name in _NOT_GIVEN:
             raise SpanError(f"This prompt has no span {name!r}: {_NOT_GIVEN[name]}.")
         return positions
+
+    def _unknown(self, name: str) -> str:
+        known = (*SPANS, *(own for own in self.named if own not in SPANS))
+        text = "" if self.words is None else self.words.text
+        if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text):
+            own = name if name.isidentifier() else "this"
+            return (
+                f"There is no span {name!r}; it is in the prompt's text. Words are not spans until they are given a name: "
+                f"inputs.with_spans({own}={name!r}), and then positions={own!r}; token_map.find({name!r}) gives their "
+                f"positions. Known spans: {', '.join(known)}."
+            )
+        return (
+            f"There is no span {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Words of the prompt become one "
+            "by inputs.with_spans(name='words'); token_map.find('words') gives their positions."
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.spans

@@ -7,11 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
+from hooked_llava.analysis import (
+    attention_knockout,
+    heads_by_attention,
+    logit_attribution,
+    logit_lens,
+    position_scores,
+)
+from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.inputs import as_inputs, prepare
+from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.model import HookedLLaVA
 from tests.builders import IMAGE_TOKEN_ID
 from tests.fixtures_processor import make_config, make_processor
+from tests.pairs import pair
 
 CONFIG, PROCESSOR = make_config(), make_processor()
 RED, BLUE, GREEN = (Image.new("RGB", (20, 30), color) for color in ("red", "blue", "green"))
@@ -167,3 +178,65 @@ def test_prints_its_prompts() -> None:
     assert str(make_inputs()[1]).startswith(f"1 prompt, {make_inputs().shape[1]} positions, no picture, on cpu\n")
     many = prepare(["What is it?"] * 10, config=CONFIG, processor=PROCESSOR)
     assert str(many).endswith("and 2 more prompts: print(inputs[8:])")
+
+
+# ---------------------------------------------------------------------- errors of one prompt among several
+
+
+MODEL = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
+ASKED = ["Who made the star?", "What color is the red circle, the blue square and the green star in this picture?"]
+SHOWN = "What color is the red circle, the blue square and the gre..."
+
+
+@pytest.mark.parametrize(
+    ("use", "row"),
+    [
+        (lambda inputs: inputs.with_spans(thing="made"), 1),
+        (lambda inputs: inputs.with_spans(thing=["star", [900]]), 1),
+        (lambda inputs: inputs.with_boxes(thing=[[], [(0, 0, 1, 1)]]), 1),
+        (lambda inputs: MODEL.run_with_cache(inputs, positions="made"), 0),
+        (lambda inputs: Replay(MODEL, inputs).run([[Intervention(("resid_pre", 1), positions="made", zero=True)]]), 0),
+        (lambda inputs: logit_lens(MODEL, inputs, positions=[900]), 0),
+        (lambda inputs: logit_attribution(MODEL, inputs, position="made"), 0),
+        (lambda inputs: position_scores(MODEL, inputs, positions="made"), 0),
+        (lambda inputs: heads_by_attention(MODEL, inputs, "made"), 0),
+        (lambda inputs: attention_knockout(MODEL, inputs, "object->last"), 0),
+        (lambda inputs: MODEL.prepare(ASKED, options=[["star"], ["two"]]), 1),
+        (lambda inputs: MODEL.prepare([ASKED[0], "Is it <image>?"]), 1),
+        (
+            lambda inputs: multedit(
+                MODEL, EditRequest(ASKED, "red", constraint="made"), layer=1, position="constraint"
+            ),
+            1,
+        ),
+    ],
+)
+def test_errors_name_the_prompt_by_number_and_words(use: Any, row: int) -> None:
+    inputs = MODEL.prepare(ASKED, padding_side="right")
+    with pytest.raises((InputError, SpanError), match=rf"^Prompt {row} \('") as caught:
+        use(inputs)
+    assert str(caught.value).count("Prompt ") == 1
+    if row == 0:
+        assert repr(ASKED[0]) in str(caught.value)
+    elif "<image>" not in str(caught.value):
+        assert repr(SHOWN) in str(caught.value)
+    assert str(caught.value) == str(caught.value.args[0])
+
+
+def test_a_single_prompt_is_not_numbered() -> None:
+    inputs = MODEL.prepare(ASKED[0])
+    for use in (lambda: inputs.with_spans(thing="red"), lambda: logit_lens(MODEL, inputs, positions="red")):
+        with pytest.raises(SpanError) as caught:
+            use()
+        assert "Prompt 0" not in str(caught.value)
+
+
+def test_prompts_without_words_are_named_by_number() -> None:
+    given = pair().prompt(batch=2)
+    with pytest.raises(SpanError, match=r"^Prompt 1: .*\[900\]"):
+        pair().ours.as_inputs(given).with_spans(thing=[[3], [900]])
+
+
+def test_each_gives_what_the_function_makes_of_every_entry() -> None:
+    inputs = MODEL.prepare(ASKED)
+    assert inputs.each(lambda prompt, name: (len(prompt), name), inputs, "ab") == [(1, "a"), (1, "b")]

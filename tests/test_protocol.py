@@ -21,7 +21,7 @@ from hooked_llava.inputs import Inputs
 from hooked_llava.model import HookedLLaVA
 from tests.builders import D_VOCAB
 from tests.fixtures_processor import make_processor
-from tests.pairs import fresh_pair, off, pair
+from tests.pairs import as_users_run, fresh_pair, off, pair
 
 WITH_BIASES = pair("biases")
 GROUPED = pair("grouped")
@@ -165,6 +165,23 @@ def test_several_texts_are_padded() -> None:
     assert left[0, 0] == right[0, -1] == pad
     with pytest.raises(InputError, match="takes one row of tokens, got 2"):
         model.to_str_tokens(left)
+
+
+def test_tokens_of_inputs_as_strings() -> None:
+    model = talking()
+    one = model.prepare("What color is the star?", images=torch.zeros(3, 16, 16))
+    expected = [model.tokenizer.decode([i]) for i in one.input_ids[0].tolist()]
+    assert len(expected) == one.shape[1]
+    assert expected.count("<image>") == model.config.vision.n_features
+    assert model.to_str_tokens(one) == model.to_str_tokens({"input_ids": one.input_ids}) == expected
+    two = model.prepare(["What is it?", "What color is the star?"])
+    assert [model.to_str_tokens(prompt)[-1] for prompt in two] == ["ASSISTANT:"] * 2
+    for several in (two, {"input_ids": two.input_ids}):
+        with pytest.raises(InputError, match=r"takes one row of tokens, got 2.*for row in inputs"):
+            model.to_str_tokens(several)
+    for wrong in (["What", "color"], None, {"pixel_values": one.pixel_values}):
+        with as_users_run(), pytest.raises(InputError, match="inputs of one prompt, got"):
+            model.to_str_tokens(wrong)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ def test_unknown_spans() -> None:
     token_map = make_map().with_spans(subject="star")
     message = (
         "There is no span 'questoin'. Did you mean: question, rest? Known: system, image, question, options, rest, "
-        "text, last, subject. Find words in the prompt with token_map.find(...)."
+        "text, last, subject. Words of the prompt become one by inputs.with_spans(name='words'); token_map.find('words') "
+        "gives their positions."
     )
     with pytest.raises(SpanError, match=re.escape(message)):
         token_map["questoin"]
@@ -358,3 +359,19 @@ def test_an_answer_behind_the_prompt_is_in_no_built_in_span() -> None:
     assert longer.spans == alone.spans
     assert longer["last"] == [7]
     assert TokenMap(**prompt, real=range(1, 9), n_answer=1).shifted(1)["last"] == [8]
+
+
+@pytest.mark.parametrize(("words", "name"), [("star", "star"), ("red star", "this"), ("What", "What")])
+def test_a_word_of_the_prompt_is_no_span_but_can_become_one(words: str, name: str) -> None:
+    token_map = make_map("What is the red star?")
+    with pytest.raises(SpanError, match=rf"with_spans\({name}='{words}'\).*find\('{words}'\)"):
+        token_map[words]
+    named = token_map.with_spans(**{name: words})
+    assert named[name] == token_map.find(words)
+
+
+@pytest.mark.parametrize("part", ["sta", "tar", "Star", "star red", "", " "])
+def test_parts_of_words_and_other_words_are_just_unknown(part: str) -> None:
+    token_map = make_map("What is the red star?")
+    with pytest.raises(SpanError, match=r"Known: .*with_spans\(name='words'\)"):
+        token_map[part]

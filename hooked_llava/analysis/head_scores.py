@@ -113,7 +113,8 @@ def position_scores(
     """
     heads = check_choice(model, heads)
     apart = one_by_one(model, inputs, target)
-    results = [_positions_of(model, prompt, wanted, heads, positions) for prompt, wanted in apart]
+    prompts = prompts_of(model, inputs)
+    results = prompts.each(lambda one: _positions_of(model, *one, heads, positions), apart)
     if len(results) == 1:
         return results[0]
     names = np.stack([result.layer_head.values for result in results])  # each prompt has its own best heads
@@ -198,7 +199,7 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
     True
     """
     prompts = prompts_of(model, inputs)
-    places = [resolve_positions(span, prompt)[0].to(prompts.device) for prompt in prompts]
+    places = prompts.each(lambda prompt: resolve_positions(span, prompt)[0].to(prompts.device), prompts)
     said = span if isinstance(span, str) else places[0].tolist()
     with analysis(model, prompts, n_forward=1, span=said, units="attention") as made:
         decision, made.n_forward = as_decision(model, inputs, None, ("pattern",))

@@ -72,7 +72,7 @@ def logit_attribution(
         None if answer is None else token_id(model, answer),
         None if baseline is None else token_id(model, baseline),
     )
-    results = [_one_prompt(model, prompt, *tokens, by, position) for prompt in prompts]
+    results = prompts.each(lambda one: _one_prompt(model, one, *tokens, by, position), prompts)
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 

@@ -66,7 +66,7 @@ def logit_lens(
     check_k(model, k)
     prompts = model.as_inputs(inputs)
     answer_ids = [token_id(model, answer) for answer in answers or ()]
-    results = [_one_prompt(model, prompt, positions, norm, answer_ids, k, hook) for prompt in prompts]
+    results = prompts.each(lambda one: _one_prompt(model, one, positions, norm, answer_ids, k, hook), prompts)
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 

@@ -111,7 +111,7 @@ def prepare_rows(
         tail=tail,
         answer_prefix=prefixes.pop(),
     )
-    maps = tuple(_with_spans(m, row, coverage) for m, row in zip(inputs.token_maps, rows, strict=True))
+    maps = tuple(inputs.each(lambda m, row: _with_spans(m, row, coverage), inputs.token_maps, rows))
     return replace(inputs, token_maps=maps)
 
 

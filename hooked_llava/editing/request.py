@@ -65,7 +65,7 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
     inputs = _prompts(model, request)
     target = target_ids(model, request.target)
     constraints = _per_prompt(request.constraint, len(inputs))
-    places = [_place(m, c, position) for m, c in zip(inputs.token_maps, constraints, strict=True)]
+    places = inputs.each(lambda m, c: _place(m, c, position), inputs.token_maps, constraints)
     words = {
         "prompts": list(inputs.prompts) if inputs.prompts else [list(m.token_ids) for m in inputs.token_maps],
         "constraint": request.constraint if isinstance(request.constraint, str) else constraints,

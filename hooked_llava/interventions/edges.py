@@ -152,17 +152,26 @@ def marked(
     for row, token_map in enumerate(prompts.token_maps):
         ends: dict[str, Positions] = {}
         for column, edge in enumerate(edges):
-            try:
-                source, target = (_positions(token_map, where, seed) for where in (edge.source, edge.target))
-            except SpanError:
-                if missing == "raise":
-                    raise
-                source = target = Positions()
-                present[row, column] = False
-            _check_causal(edge.name, source, target)
-            ends |= dict(zip(edge.ends, (source, target), strict=True))
+            with prompts.naming(row):
+                found = _both_ends(token_map, edge, seed, missing)
+            present[row, column] = found is not None
+            ends |= dict(zip(edge.ends, found or (Positions(), Positions()), strict=True))
         token_maps.append(replace(token_map, named={**token_map.named, **ends}))
     return replace(prompts, token_maps=tuple(token_maps)), present
+
+
+def _both_ends(
+    token_map: TokenMap, edge: Edge, seed: int, missing: Literal["raise", "skip"]
+) -> tuple[Positions, Positions] | None:
+    """Source and target of an edge in one prompt; None for spans that it does not have, where that is allowed."""
+    try:
+        source, target = (_positions(token_map, where, seed) for where in (edge.source, edge.target))
+    except SpanError:
+        if missing == "raise":
+            raise
+        return None
+    _check_causal(edge.name, source, target)
+    return source, target
 
 
 def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:

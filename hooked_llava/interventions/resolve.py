@@ -11,6 +11,7 @@ from hooked_llava.interventions.choices import whole_numbers
 from hooked_llava.interventions.intervention import SCORES, Intervention
 from hooked_llava.interventions.resolved import POSITION_AXES, Resolved, spread
 from hooked_llava.spans import edge_end
+from hooked_llava.token_map import TokenMap
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -67,9 +68,12 @@ def _layer(name: str, model: HookedLLaVA) -> int:
 
 def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
     """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
-    ends = [edge_end(where, token_map) if of_edge else where for token_map in inputs.token_maps]
-    both = zip(ends, inputs.token_maps, strict=True)
-    return tuple(tuple(positions_of(end, token_map, inputs.shape[1])) for end, token_map in both)
+
+    def of_prompt(token_map: TokenMap) -> tuple[int, ...]:
+        end = edge_end(where, token_map) if of_edge else where
+        return tuple(positions_of(end, token_map, inputs.shape[1]))
+
+    return tuple(inputs.each(of_prompt, inputs.token_maps))
 
 
 def _check_image(image: Any, inputs: Inputs, name: str) -> None:
