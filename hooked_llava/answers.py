@@ -18,6 +18,7 @@ from torch import Tensor
 from hooked_llava.answer_tokens import Answer, continued, is_index, one_answer, one_each, spelled_out, token_names
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
+from hooked_llava.metric_names import NamedMetric
 from hooked_llava.positions import Positions
 from hooked_llava.readout import wide
 
@@ -277,7 +278,8 @@ def teacher_forced(
     def metric(logits: Float[Tensor, "*shape d_vocab"]) -> Float[Tensor, "*out"]:
         return answer_log_probability(logits, same)
 
-    return TeacherForced(longer, list(range(length - n - 1, length - 1)), metric)
+    named = NamedMetric(metric, "log_probability of the whole answer", {})
+    return TeacherForced(longer, list(range(length - n - 1, length - 1)), named)
 
 
 def append_tokens(

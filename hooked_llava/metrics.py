@@ -20,6 +20,7 @@ from hooked_llava.answer_tokens import Answer, one_each
 from hooked_llava.answers import TeacherForced, answer_log_probability, teacher_forced
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
+from hooked_llava.metric_names import NamedMetric
 from hooked_llava.readout import wide, words
 
 if TYPE_CHECKING:
@@ -55,19 +56,25 @@ _WHAT_A_METRIC_IS = (
 def log_probability(answer: Answer | SupportsIndex) -> Metric:
     """log P(answer) in nats, over all its variants."""
     ids = torch.tensor([_ids(answer)])
-    return lambda logits: answer_log_probability(logits[..., None, :], ids)
+    return NamedMetric(
+        lambda logits: answer_log_probability(logits[..., None, :], ids), "log_probability", {"answer": _ids(answer)}
+    )
 
 
 def probability(answer: Answer | SupportsIndex) -> Metric:
     """P(answer), over all its variants."""
     ids = _ids(answer)
-    return lambda logits: _of(wide(logits).softmax(-1), ids).sum(-1)
+    return NamedMetric(lambda logits: _of(wide(logits).softmax(-1), ids).sum(-1), "probability", {"answer": ids})
 
 
 def logit_difference(answer: Answer | SupportsIndex, baseline: Answer | SupportsIndex) -> Metric:
     """Logit of the answer less that of the baseline; of several variants the logits' log-sum-exp is taken."""
     a, b = _ids(answer), _ids(baseline)
-    return lambda logits: wide(_of(logits, a)).logsumexp(-1) - wide(_of(logits, b)).logsumexp(-1)
+    return NamedMetric(
+        lambda logits: wide(_of(logits, a)).logsumexp(-1) - wide(_of(logits, b)).logsumexp(-1),
+        "logit_difference",
+        {"answer": a, "baseline": b},
+    )
 
 
 def own_answers(
@@ -94,20 +101,24 @@ def own_answers(
 def rank(answer: Answer | SupportsIndex) -> Metric:
     """How many tokens have a larger logit than the answer's best variant: 0 if it is the model's choice."""
     ids = _ids(answer)
-    return lambda logits: (logits > _of(logits, ids).amax(-1, keepdim=True)).sum(-1).float()
+    return NamedMetric(
+        lambda logits: (logits > _of(logits, ids).amax(-1, keepdim=True)).sum(-1).float(), "rank", {"answer": ids}
+    )
 
 
 def kl_divergence(reference: Float[Tensor, "*shape d_vocab"]) -> Metric:
     """KL(reference || changed) in nats, of next-token distributions, given the reference logits."""
     log_p = wide(reference).log_softmax(-1)
-    return lambda logits: (log_p.exp() * (log_p - wide(logits).log_softmax(-1))).sum(-1)
+    return NamedMetric(
+        lambda logits: (log_p.exp() * (log_p - wide(logits).log_softmax(-1))).sum(-1), "kl_divergence", {}
+    )
 
 
 def relative_change(answer: Answer | SupportsIndex, reference: Float[Tensor, "*shape d_vocab"]) -> Metric:
     """100 (P - P_reference) / P_reference, the percentage that Zhang et al. (2411.18620) plot."""
     p = probability(answer)
     before = p(reference)
-    return lambda logits: 100 * (p(logits) - before) / before
+    return NamedMetric(lambda logits: 100 * (p(logits) - before) / before, "relative_change", {"answer": _ids(answer)})
 
 
 def at_last(metric: Metric, inputs: Inputs | None = None) -> Callable[[Tensor], Tensor]:
@@ -144,7 +155,7 @@ def from_transformer_lens(metric: Callable[[Tensor], Tensor]) -> Metric:
         values = [_only_number(metric(row), row).reshape(()) for row in rows]
         return torch.stack(values).reshape(logits.shape[:-1]) if values else logits.new_zeros(logits.shape[:-1])
 
-    return adapted
+    return NamedMetric(adapted, f"from_transformer_lens({getattr(metric, '__name__', 'a function')})", {})
 
 
 def value_of(metric: Metric, logits: Float[Tensor, "*shape d_vocab"]) -> float:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,45 +19,15 @@ from hooked_llava.files import written_whole
 if TYPE_CHECKING:
     import xarray as xr
 
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-
 SHARE = "share recovered"
 """Units of `recovered`: 0 corrupted, 1 clean."""
 _TIED = 1e-3  # of the largest value
 _FORMAT = "hooked_llava.result.v1"
 _ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
-_LISTED = ("clean", "corrupted", "prompt", "logit", "rest")  # attributes that each prompt or pair has its own of
-
-
-@dataclass
-class Provenance:
-    """What a result's attributes say: model, prompt, method, cost."""
-
-    model: str
-    prompt: str
-    method: dict[str, Any]
-    n_forward: int
-    _started: float = field(default_factory=time.perf_counter)
-
-    def attrs(self, **more: Any) -> dict[str, Any]:
-        """Attributes for an array, with the seconds since the analysis began."""
-        return {
-            "model": self.model,
-            "prompt": self.prompt,
-            **self.method,
-            "n_forward": self.n_forward,
-            "seconds": round(time.perf_counter() - self._started, 4),
-            **more,
-        }
-
-
-@contextmanager
-def analysis(model: HookedLLaVA, inputs: Inputs, *, n_forward: int, **method: Any) -> Iterator[Provenance]:
-    """Run an analysis without gradients, and keep what its result must say about it."""
-    prompt = " | ".join(inputs.prompts) if inputs.prompts is not None else f"{tuple(inputs.shape)} token ids"
-    with torch.no_grad():
-        yield Provenance(model.config.model_name, prompt, method, n_forward)
+_LISTED = (  # attributes that each prompt or pair has its own of
+    *("clean", "corrupted", "prompt", "images", "corrupted_prompt", "corrupted_images"),
+    *("logit", "rest"),
+)
 
 
 def stack(results: Sequence[Any], dim: str) -> Any:

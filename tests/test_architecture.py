@@ -31,6 +31,8 @@ FLOORS = (
         "interventions",
         "map_quality",
         "messages",
+        "metric_names",
+        "provenance",
         "answer_tokens",
         "answers",
         "metrics",

@@ -24,7 +24,8 @@ from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric
-from hooked_llava.results import analysis, check_sizes, numbers, stack
+from hooked_llava.provenance import provenance
+from hooked_llava.results import check_sizes, numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -99,7 +100,8 @@ def activation_patching(
         names = _names(model, one, hook, layers)
         plans.append((names, _axes(model, names, one, positions, heads)))
     check_sizes([{axis: len(choices) for axis, choices in axes.items()} for _, axes in plans])
-    options = {"direction": direction, "read": read, "batch_size": batch_size}
+    options: dict[str, Any] = {"direction": direction, "read": read, "batch_size": batch_size}
+    options["asked"] = {"layers": layers, "positions": positions, "heads": heads}
     results = [_one_pair(model, *pair, hook, *plan, **options) for pair, plan in zip(pairs, plans, strict=True)]
     return stack(results, "pair") if several else results[0]
 
@@ -116,9 +118,11 @@ def _one_pair(
     direction: Direction,
     read: Positions,
     batch_size: int | None,
+    asked: dict[str, Any],
 ) -> xr.DataArray:
     source, base = source_and_base(clean, corrupted, direction)
-    with analysis(model, clean, n_forward=2, hook=hook, direction=direction) as made:
+    how = {"hook": hook, "direction": direction, "read": read, **asked}
+    with provenance("activation_patching", model, clean, corrupted=corrupted, n_forward=2, **how) as made:
         replay = Replay(model, base)
         logits, cache = model.run_with_cache(source, names_filter=names)
         assert logits is not None

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import one_each
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import lens, wide
-from hooked_llava.results import analysis, numbers, stream_coords
+from hooked_llava.results import numbers, stream_coords
 from hooked_llava.saliency.streams import streams_at
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def answer_probability(
         )
     answers = None if answer is None else one_each(answer, len(prompts), "answer")
     options = one_each(false_option or "", len(prompts), "false_option")
-    with analysis(model, prompts, n_forward=1) as made:
+    with provenance("answer_probability", model, prompts, n_forward=1) as made:
         streams = streams_at(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
         readings = [logits.softmax(-1) for logits in (_raw(model, streams), wide(lens(model, streams)))]
         if answers is None:

@@ -15,7 +15,7 @@ import xarray as xr
 
 from hooked_llava.errors import InputError
 from hooked_llava.map_quality import auroc, shares
-from hooked_llava.results import analysis
+from hooked_llava.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -55,7 +55,7 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
             f"{len(prompts)} prompts, {len(both[0])} maps and {len(both[1])} coverages; give one of each per prompt."
         )
     values, covered = both
-    with analysis(model, prompts, n_forward=1) as made:
+    with provenance("answer_signs", model, prompts, n_forward=1) as made:
         stream = model(prompts, stop_at_layer=model.cfg.n_layers)
         final = stream[torch.arange(len(prompts), device=stream.device), prompts.last]  # (prompt, d_model)
         log_p = model.unembed(model.ln_final.fused(final)).double().log_softmax(-1)
@@ -95,5 +95,5 @@ def predict_wrong(signs: xr.Dataset, wrong: Any) -> xr.DataArray:
         dims="sign",
         coords={"sign": names},
         name="auroc",
-        attrs={"n": len(is_wrong), "n_wrong": int(is_wrong.sum())},
+        attrs={**signs.attrs, "n": len(is_wrong), "n_wrong": int(is_wrong.sum())},
     )

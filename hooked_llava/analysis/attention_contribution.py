@@ -22,8 +22,9 @@ from hooked_llava.interventions.corruptions import Constraint, find_constraints
 from hooked_llava.map_quality import roc_auc
 from hooked_llava.messages import attention_messages, messages_along, summed_messages
 from hooked_llava.positions import Positions
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import token_id, words
-from hooked_llava.results import analysis, numbers
+from hooked_llava.results import numbers
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -70,7 +71,7 @@ def attention_contribution(
         raise InputError(f"measure={measure!r}; expected 'norm' or 'logit'.")
     token = None if answer is None else token_id(model, answer)
     constraints = find_constraints(prompt.token_map, constraint)
-    with analysis(model, prompt, n_forward=1, measure=measure) as made:
+    with provenance("attention_contribution", model, prompt, n_forward=1, measure=measure) as made:
         targets = [constraints[-1][-1], prompt.token_map.real[-1]]
         held, logits = _held(model, prompt, targets)
         token = int(logits.argmax()) if token is None else token

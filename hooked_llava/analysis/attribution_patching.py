@@ -27,7 +27,8 @@ from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric, measured
-from hooked_llava.results import analysis, check_sizes, numbers, stack
+from hooked_llava.provenance import provenance
+from hooked_llava.results import check_sizes, numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -91,7 +92,8 @@ def attribution_patching(
         gradients = point.gradients(names, metric)
         return xr.Dataset({hook: _estimate(model, base, own, changes, gradients) for hook, own in by_hook.items()})
 
-    results = _each_pair(model, pairs, names, names, estimate, direction, steps, read)
+    about = {"analysis": "attribution_patching", "hooks": list(by_hook)}
+    results = _each_pair(model, pairs, names, names, estimate, direction, steps, read, **about)
     return stack(results, "pair") if several else results[0]
 
 
@@ -133,7 +135,7 @@ def edge_attribution(
         return _edges(model, changes, point.held, point.gradients(behind, metric))
 
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
-    results = _each_pair(model, pairs, senders, held, estimate, direction, steps, read)
+    results = _each_pair(model, pairs, senders, held, estimate, direction, steps, read, analysis="edge_attribution")
     return stack(results, "pair") if several else results[0]
 
 
@@ -189,6 +191,9 @@ def _each_pair(
     direction: Direction,
     steps: int,
     read: Positions,
+    *,
+    analysis: str,
+    **about: Any,
 ) -> list[xr.Dataset]:
     """The estimate for each pair, from what changes between its runs and from the run (or path) that is patched.
 
@@ -198,10 +203,10 @@ def _each_pair(
     if not isinstance(steps, Integral) or steps < 0:
         raise InputError(f"steps={steps!r}; expected 0 for a plain gradient, or the number of points of the path.")
     check_metrics(model, pairs, read, swept=False)
-    results = []
+    results, how = [], {"direction": direction, "steps": steps, "read": read, **about}
     for clean, corrupted, own_metric in pairs:
         source, base = source_and_base(clean, corrupted, direction)
-        with analysis(model, clean, n_forward=2 + steps, direction=direction, steps=steps) as made:
+        with provenance(analysis, model, clean, corrupted=corrupted, n_forward=2 + steps, **how) as made:
             start, end = model.embed(base), model.embed(source)
             there = _run(model, source, end, changing, read)
             here = _run(model, base, start, changing if steps else [*changing, *at_points], read, graph=not steps)

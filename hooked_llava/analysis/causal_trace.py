@@ -31,10 +31,12 @@ from hooked_llava.interventions.corruptions import (
     find_constraints,
 )
 from hooked_llava.interventions.windows import centred_window, released_window
+from hooked_llava.metric_names import about_metric
 from hooked_llava.metrics import Metric, probability, value_of
 from hooked_llava.positions import Positions
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import words
-from hooked_llava.results import analysis, n_tied, numbers
+from hooked_llava.results import join_attrs, n_tied, numbers
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -116,7 +118,7 @@ def causal_trace(
     plan = _plan(model, prompt, constraint, kinds, (window, window_reading), layers, positions)
     how = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}
     method = {**how, "window": window, "window_reading": window_reading}
-    with analysis(model, prompt, n_forward=1, **method) as made:
+    with provenance("causal_trace", model, prompt, n_forward=1, **method) as made:
         clean = Replay(model, prompt)
         answer = probability(int(clean.logits().argmax()))
         measure = answer if metric is None else metric
@@ -127,7 +129,7 @@ def causal_trace(
         effects, n_runs = _effects(model, clean, corrupted, baseline, plan, measure, batch_size)
         ends = _mean(answer, [clean]), _mean(answer, corrupted.replays)
         means = {"clean": value, "corrupted": float(np.mean(baseline)), "runs": n_runs}
-        units = {"units": "probability"} if metric is None else {}
+        units = {"metric": about_metric(model, measure)["metric"]} | ({} if metric else {"units": "probability"})
         attrs = made.attrs(**means, **_about(model, clean, corrupted, plan), **units)
         return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], ends, attrs)
 
@@ -203,7 +205,8 @@ def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = LOWERED) -
     mean = effects.mean("question")
     error = effects.std("question", ddof=1) / np.sqrt(n) if len(kept) > 1 else mean * np.nan
     left_out = [drop for drop in drops if drop < min_drop]
-    shared = {name: kept[0].attrs[name] for name in ("model", "window", "window_reading")}
+    shared = join_attrs([trace.attrs for trace in kept], keep_differing=False)
+    shared |= {"model": kept[0].attrs["model"]}
     words = {trace.attrs["corruption"] for trace in kept}
     shared["corruption"] = words.pop() if len(words) == 1 else kept[0].attrs["corruption_kind"]
     costs = {name: float(sum(t.attrs[name] for t in kept)) for name in ("n_forward", "seconds", "runs", "work")}

@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Replay
-from hooked_llava.results import analysis, numbers
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers
 from hooked_llava.saliency.decision import Target, resolve_target
 from hooked_llava.saliency.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
 
@@ -69,7 +70,7 @@ def deletion_curves(
         raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
     found = resolve_target(model, prompt, target)
     longer = found.inputs
-    with analysis(model, prompt, n_forward=1, where=where) as made:
+    with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
         replay, positions = Replay(model, longer), found.read[0].tolist()
         found = found.with_own(model, replay.logits(positions).argmax(-1)[None, :, None])
         fill = mean_embedding(model, longer, image) if where == "tokens" else None

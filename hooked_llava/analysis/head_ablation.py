@@ -17,7 +17,8 @@ from torch import Tensor
 from hooked_llava.answers import answer_is_said
 from hooked_llava.errors import InputError
 from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.results import analysis, numbers
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers
 from hooked_llava.saliency.decision import Target, decide, resolve_target
 from hooked_llava.saliency.scores import check_heads
 
@@ -69,7 +70,7 @@ def ablate_heads(
     found = resolve_target(model, prompts, target)
     if found.read.shape[1] != 1:
         raise InputError("ablate_heads scores answers of one token; give a word that is one, or its first token.")
-    with analysis(model, prompts, n_forward=1, replace=replace) as made:
+    with provenance("ablate_heads", model, prompts, n_forward=1, replace=replace, heads=sets) as made:
         means = _means(model, others) if replace == "mean" else None
         replay = Replay(model, found.inputs)
         kept = replay.kept_logits("last")  # (prompt, 1, d_vocab)

@@ -17,8 +17,9 @@ from torch import Tensor
 from hooked_llava.caching import Positions, resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import check_k, wide, words
-from hooked_llava.results import analysis, numbers
+from hooked_llava.results import numbers
 from hooked_llava.saliency.decision import Decision, Target, decide, resolve_target
 from hooked_llava.saliency.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.saliency.vocabulary import Space, check_spaces, project
@@ -79,7 +80,7 @@ def head_readings(
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
     if resolve_target(model, prompt, target).read.shape[1] != 1:
         raise InputError("head_readings reads one message from each position; give a target of one token.")
-    with analysis(model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
+    with provenance("head_readings", model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
         decision = decide(model, prompt, target, parts=("pattern", "v"))
         index = best_positions(decision, (layer, head), top) if chosen is None else chosen
         result = _read(decision, layer, head, index, k, space)
@@ -163,7 +164,8 @@ def attention_to_object(
         )
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     pairs = None if heads is None else check_heads(heads, n_layers, n_heads)
-    with analysis(model, sides[0], n_forward=2, units="attention") as made:
+    where = {"heads": pairs, "positions": positions}
+    with provenance("attention_to_object", model, sides[0], n_forward=2, units="attention", **where) as made:
         mass = torch.stack([_mass(model, prompts, positions) for prompts in sides])  # (question, layer, head)
         attrs = made.attrs(other=list(sides[1].prompts or ()))
         if pairs is None:

@@ -17,7 +17,8 @@ import xarray as xr
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers, stack
 from hooked_llava.saliency.decision import Decision, Target, as_decision, one_by_one, one_or_all, prompts_of
 from hooked_llava.saliency.scores import (
     Heads,
@@ -56,7 +57,7 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
     >>> scores.dims, scores.units
     (('layer', 'head'), 'log-probability increase (nats)')
     """
-    with analysis(model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
+    with provenance("head_scores", model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
         decision, made.n_forward = as_decision(model, inputs, target, ("z",))
         scores = score_heads(decision)
         return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**_target(decision)))
@@ -76,7 +77,7 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
     >>> bool(abs(scores.sum() - gained) < 1e-3)
     True
     """
-    with analysis(model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
+    with provenance("layer_scores", model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
         decision, made.n_forward = as_decision(model, inputs, target, ("attn_out", "mlp_out"))
         ends = [decision.log_probability(decision.streams[i]).tolist() for i in (-1, 0)]
         attrs = {
@@ -127,7 +128,9 @@ def _positions_of(
 ) -> xr.Dataset:
     prompt, named = prompts_of(model, inputs), slice(None) if positions is None else positions
     index = resolve_positions(named, prompt)
-    with analysis(model, prompt, n_forward=1, units=_UNITS) as made:
+    with provenance(
+        "position_scores", model, prompt, n_forward=1, units=_UNITS, heads=heads, positions=positions
+    ) as made:
         decision, made.n_forward = as_decision(model, inputs, target, ("pattern", "v", "z"))
         if decision.read.shape[1] > 1 and not isinstance(inputs, Decision):  # the answer stands behind the prompt
             prompt = prompt.padded_left()
@@ -201,7 +204,7 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
     prompts = prompts_of(model, inputs)
     places = prompts.each(lambda prompt: resolve_positions(span, prompt)[0].to(prompts.device), prompts)
     said = span if isinstance(span, str) else places[0].tolist()
-    with analysis(model, prompts, n_forward=1, span=said, units="attention") as made:
+    with provenance("heads_by_attention", model, prompts, n_forward=1, span=said, units="attention") as made:
         decision, made.n_forward = as_decision(model, inputs, None, ("pattern",))
         rows = torch.stack([decision.part(i, "pattern").float().mean(2) for i in range(decision.n_layers)], 1)
         mass = torch.stack([row[..., where].sum(-1) for row, where in zip(rows, places, strict=True)])

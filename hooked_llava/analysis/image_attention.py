@@ -12,7 +12,7 @@ import xarray as xr
 
 from hooked_llava.caching import resolve_positions
 from hooked_llava.errors import InputError
-from hooked_llava.results import analysis
+from hooked_llava.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -40,7 +40,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; attention is read from one.")
-    with analysis(model, prompt, n_forward=1, position=where[0]) as made:
+    with provenance("image_attention", model, prompt, n_forward=1, position=where[0]) as made:
         _, cache = model.run_with_cache(
             prompt, names_filter="pattern", positions=where, stop_at_layer=model.cfg.n_layers, remove_batch_dim=True
         )

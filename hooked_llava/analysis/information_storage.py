@@ -18,8 +18,9 @@ from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
 from hooked_llava.metrics import one_each
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import token_id, words
-from hooked_llava.results import analysis, numbers, stack, stream_coords
+from hooked_llava.results import numbers, stack, stream_coords
 from hooked_llava.saliency.decision import Decision, as_decision, one_by_one, prompts_of
 from hooked_llava.saliency.scores import (
     Heads,
@@ -104,7 +105,8 @@ def reciprocal_rank(stored: xr.Dataset, *, dim: Sequence[str] = ("prompt", "posi
     ('space', 'layer', 'word')
     """
     over = [name for name in dim if name in stored.dims]
-    return xr.Dataset({"stream": (1 / stored["rank"]).mean(over), "message": (1 / stored["message_rank"]).mean(over)})
+    means = {"stream": (1 / stored["rank"]).mean(over), "message": (1 / stored["message_rank"]).mean(over)}
+    return xr.Dataset(means, attrs=stored.attrs)
 
 
 def _one_prompt(
@@ -118,7 +120,7 @@ def _one_prompt(
 ) -> xr.Dataset:
     prompt = prompts_of(model, inputs)
     index = among = None if positions is None else resolve_positions(positions, prompt)[0]
-    with analysis(model, prompt, n_forward=2, spaces=list(spaces)) as made:
+    with provenance("information_storage", model, prompt, n_forward=2, spaces=spaces, top=top) as made:
         decision, n_forward = as_decision(model, inputs, None, ("pattern", "v", "z"))
         made.n_forward = n_forward + 1
         pairs = chosen_heads(decision, heads)[0]

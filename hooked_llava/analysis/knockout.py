@@ -38,7 +38,8 @@ from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
 from hooked_llava.interventions.windows import centred_window, paper_width
 from hooked_llava.metrics import Metric, logit_difference, measured
-from hooked_llava.results import analysis, numbers
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -112,10 +113,10 @@ def attention_knockout(
     with_ends, present = marked(reading.inputs, named, missing=missing, seed=seed)
     against = None if baseline is None else read_answer(model, inputs, baseline, "baseline")
     _check_metric(metric, reading, against)
-    width = paper_width(model.cfg.n_layers) if window is None else window
     plan = [(edge, layers) for edge in named for layers in windows.values()]
     plan += [(edge, range(model.cfg.n_layers)) for edge in named if total]
-    with analysis(model, with_ends, n_forward=1, window=width, metric=_named(metric)) as made:
+    how = {"window": window or paper_width(model.cfg.n_layers), "metric": _named(metric), "seed": seed}
+    with provenance("attention_knockout", model, with_ends, n_forward=1, **how) as made:
         replay = Replay(model, with_ends)
         scores = _Scores.of(replay, reading, against, metric)
         result = _labelled(_run(replay, plan, scores, batch_size), scores, named, windows, present)

@@ -20,8 +20,9 @@ from torch import Tensor
 from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import messages_along
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import token_id, wide, words
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.results import numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -84,7 +85,7 @@ def _one_prompt(
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")
-    with analysis(model, prompt, n_forward=1, position=where[0]) as made:
+    with provenance("logit_attribution", model, prompt, n_forward=1, by=by, position=where[0]) as made:
         cache = _cache(model, prompt, where, by)
         final = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0, 0]  # (d_model)
         logits = model.unembed(model.ln_final.fused(final))  # (d_vocab)

@@ -18,8 +18,9 @@ from torch import Tensor
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import Lens, check_k, lens, token_id, top_tokens, words
-from hooked_llava.results import analysis, stack, stream_coords
+from hooked_llava.results import stack, stream_coords
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
@@ -81,8 +82,8 @@ def _one_prompt(
 ) -> xr.Dataset:
     index = resolve_positions(positions, prompt)[0]
     names = _names(model, prompt, hook)
-    extra = {} if hook is None else {"hook": hook}
-    with analysis(model, prompt, n_forward=1, norm=norm, **extra) as made:
+    extra: dict[str, Any] = {} if hook is None else {"hook": hook}
+    with provenance("logit_lens", model, prompt, n_forward=1, norm=norm, positions=positions, **extra) as made:
         vectors, scale = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
         whole = hook is None or names[0].rpartition("hook_")[2].startswith("resid_")
         how: dict[str, Any] = {"norm": norm, "scale": scale, "bias": whole}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from hooked_llava.provenance import provenance
 from hooked_llava.readout import check_k, words
-from hooked_llava.results import analysis
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -25,7 +25,7 @@ def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:
     """
     check_k(model, k)
     prompt = model.as_inputs(inputs)
-    with analysis(model, prompt, n_forward=1) as made:
+    with provenance("next_tokens", model, prompt, n_forward=1) as made:
         stream = model(prompt, stop_at_layer=model.cfg.n_layers)  # (batch, pos, d_model)
         final = stream[range(len(prompt)), prompt.last]  # (batch, d_model)
         probability, ids = model.language.to_logits(final[:, None])[:, 0].float().softmax(-1).topk(k, dim=-1)

@@ -20,7 +20,8 @@ from hooked_llava.answer_tokens import one_each
 from hooked_llava.answers import AnswerReading
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers, stack
 from hooked_llava.saliency.attention_flow import attention_rollout, relevancy
 from hooked_llava.saliency.decision import (
     Decision,
@@ -147,8 +148,9 @@ def _importance(
     model: HookedLLaVA, inputs: Any, target: Target, method: Method, options: dict[str, Any]
 ) -> xr.DataArray:
     said = {name: value for name, value in options.items() if name not in ("heads", "fill")}
+    said["units"] = _METHODS[method].units
     prompts = prompts_of(model, inputs)
-    with analysis(model, prompts, n_forward=1, method=method, units=_METHODS[method].units, **said) as made:
+    with provenance("patch_importance", model, prompts, n_forward=1, method=method, **said) as made:
         found = _METHODS[method].run(model, inputs, target, **options)
         attrs = found.target | {"n_backward": found.n_backward}
         attrs |= {} if found.heads is None else {"heads": one_or_all(found.heads)}

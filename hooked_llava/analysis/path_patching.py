@@ -24,7 +24,8 @@ from hooked_llava.interventions.choices import chosen
 from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
 from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.metrics import Metric
-from hooked_llava.results import analysis, numbers, stack
+from hooked_llava.provenance import provenance
+from hooked_llava.results import numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.cache import LLaVACache
@@ -105,7 +106,8 @@ def _one_pair(
 ) -> xr.DataArray:
     source, base = source_and_base(clean, corrupted, direction)
     where = list(base.token_map.real) if positions is None else resolve_positions(positions, base)[0].tolist()
-    with analysis(model, clean, n_forward=3, senders=senders, direction=direction) as made:
+    how = {"senders": senders, "positions": positions, "direction": direction, "read": read}
+    with provenance("path_patching", model, clean, corrupted=corrupted, n_forward=3, **how) as made:
         replay = Replay(model, base)
         kind = "z" if senders == "heads" else "mlp_out"
         logits, there = model.run_with_cache(source, names_filter=kind)

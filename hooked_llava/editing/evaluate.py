@@ -23,7 +23,7 @@ from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest, target_ids
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import kl_divergence
-from hooked_llava.results import Provenance
+from hooked_llava.provenance import Provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -74,7 +74,7 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
         raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
     if not probes:
         raise InputError("There are no probes; give at least one.")
-    made = Provenance(model.config.model_name, _asked(edit), {"method": dict(edit.method)}, n_forward=0)
+    made = Provenance.of("evaluate_edit", model, _asked(edit), n_forward=0, method=dict(edit.method))
     # Without the edit and with it, whether or not it is applied now.
     was_applied = edit.is_applied
     if was_applied:
@@ -135,7 +135,7 @@ def sequential_edits(
     points = sorted({n for n in at if 1 <= n <= len(requests)})
     if not points:
         raise InputError(f"at={list(at)} names no number of edits from 1 to {len(requests)}.")
-    made = Provenance(model.config.model_name, f"{points[-1]} requests", {"method": "sequential"}, n_forward=0)
+    made = Provenance.of("sequential_edits", model, f"{points[-1]} requests", n_forward=0, method="sequential")
     rows: list[Mapping[str, float]] = []
     with ExitStack() as active:
         for n, request in enumerate(requests[: points[-1]], start=1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.interventions.pairs import Direction
+from hooked_llava.metric_names import about_metric
 from hooked_llava.metrics import Metric, measured, own_answers, value_of
 
 if TYPE_CHECKING:
@@ -58,12 +59,15 @@ def check_metrics(
 
 def scored(
     model: HookedLLaVA, metric: Metric | None, there: Tensor, here: Tensor, direction: Direction
-) -> tuple[Metric, dict[str, float]]:
-    """The metric, by default the logit difference of the two own answers, and its value as `clean` and `corrupted`.
+) -> tuple[Metric, dict[str, Any]]:
+    """The metric, by default the logit difference of the two own answers, and attributes that say what it is.
+
+    Its values are `clean` and `corrupted`; `metric`, `answer` and `baseline` say what is measured, see `about_metric`.
 
     `there` and `here` are the logits of the source and the base run where the metric reads. Raises `InputError` if both
     runs have the same answer and no metric is given, and for a metric that gives more than one number.
     """
     clean, corrupted = source_and_base(there, here, direction)
     metric = own_answers(clean, corrupted, model) if metric is None else metric
-    return metric, {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}
+    ends = {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}
+    return metric, ends | about_metric(model, metric)

@@ -24,6 +24,7 @@ from hooked_llava.editing.request import Prepared, prepare_request
 from hooked_llava.errors import InputError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.provenance import Provenance
 
 EDITED = "the edited question"
 """Name of the probe that asks what the edit was made for."""
@@ -62,6 +63,7 @@ def edit_sweep(
     if not made:
         raise InputError("There are no positions to edit at; give at least one, such as 'last'.")
     first = next(iter(made.values()))
+    about = Provenance.of("edit_sweep", model, first.inputs, target=first.words["target"], **options)
     every = [own_probe(first.inputs, first), *probes]
     every = [p if isinstance(p.prompts, KeptPrompts) else _kept(model, p, range(n_layers)) for p in every]
     rows: dict[str, np.ndarray] = {}
@@ -86,8 +88,7 @@ def edit_sweep(
     if "specificity_drop" in rows:
         rows["specificity"] = 1 - rows.pop("specificity_drop") / 100
     coords = {"position": list(made), "layer": range(n_layers)}
-    about = {"model": model.config.model_name, "target": str(first.words["target"]), **options}
-    return xr.Dataset({name: (("position", "layer"), values) for name, values in rows.items()}, coords, about)
+    return xr.Dataset({name: (("position", "layer"), values) for name, values in rows.items()}, coords, about.attrs())
 
 
 def _kept(model: HookedLLaVA, probe: Probe, layers: Sequence[int]) -> Probe:

@@ -33,7 +33,8 @@ def test_the_metric_of_both_ends(direction: Any) -> None:
     clean, corrupted = torch.eye(5)[1], torch.eye(5)[3]
     there, here = source_and_base(clean, corrupted, direction)
     metric, ends = scored(pair().ours, None, there, here, direction)
-    assert ends == {"clean": 1.0, "corrupted": -1.0}
+    assert (ends["clean"], ends["corrupted"]) == (1.0, -1.0)
+    assert (ends["metric"], ends["answer_ids"], ends["baseline_ids"]) == ("logit_difference", [1], [3])
     assert float(metric(clean)) == float(logit_difference(1, 3)(clean))
     own = probability(1)
     assert scored(pair().ours, own, there, here, direction)[0] is own
