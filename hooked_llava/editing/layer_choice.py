@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.errors import InputError
@@ -106,7 +104,7 @@ def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -
             "not pass through there: edit at another position, such as 'last', or choose both yourself: layer=, a number, and "
             "position='constraint' or 'last'."
         )
-    row, column = np.unravel_index(int(effects.argmax()), effects.shape)
+    row, column = divmod(int(effects.argmax()), len(places))
     return int(trace.layer.values[row]) if layer is None else layer, places[column]
 
 
