@@ -19,10 +19,10 @@ from hooked_llava import results
 from hooked_llava.analysis import patch_importance
 from hooked_llava.errors import CheckpointError
 from hooked_llava.inputs import Inputs
-from hooked_llava.interventions.digest import weights_digest
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import Scene
+from hooked_llava.weights_id import weights_hash
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ def identity(model: HookedLLaVA, some: Sequence[Case], name: str, *, other: bool
         asked.update((case.other_question if other else case.example.prompt).encode())
         asked.update(case.scene.pixels.tobytes())
     options = json.dumps(METHODS.get(name, name), sort_keys=True)
-    return {"weights": weights_digest(model), "options": options, "questions": asked.hexdigest()[:16]}
+    return {"weights": weights_hash(model), "options": options, "questions": asked.hexdigest()[:16]}
 
 
 @torch.no_grad()

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 import hooked_llava
+from hooked_llava.weights_id import weights_stamp
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
-_SAMPLES = 16  # of each weight
 _LETTERS = 12  # of a hash
 
 
@@ -103,22 +102,6 @@ def described(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [described(entry) for entry in value]
     return str(value)
-
-
-@torch.no_grad()
-def weights_stamp(model: nn.Module) -> str:
-    """A short hash of some entries of every weight, the same in every process and on every device.
-
-    It tells models and edited weights apart at hardly any cost; that the weights are the same it does not prove.
-
-    >>> first, second = (torch.nn.Linear(3, 2) for _ in range(2))
-    >>> weights_stamp(first) == weights_stamp(first) != weights_stamp(second)
-    True
-    """
-    from hooked_llava.interventions.fingerprint import sample  # which needs metrics, which need this
-
-    entries = [sample(parameter, _SAMPLES).float() for parameter in model.parameters()]
-    return _hash(torch.cat(entries).cpu().numpy().tobytes())
 
 
 def image_hashes(inputs: Inputs) -> list[str]:

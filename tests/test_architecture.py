@@ -24,7 +24,7 @@ FLOORS = (
     ("architecture",),
     ("geometry", "positions", "pictures", "token_text", "token_table", "spans", "token_map", "templates"),
     ("input_batch", "input_checks", "inputs"),
-    ("loading", "components"),
+    ("loading", "components", "weights_id"),
     ("vision", "projector", "language"),
     ("caching", "cache", "hooked_module", "protocol", "generation", "model", "verify"),
     (
@@ -190,6 +190,7 @@ NOT_MIRRORED = (
     "test_files_of_0_1",
     "test_promises",
     "test_transformer_lens_tools",
+    "test_dtypes",
     "test_golden",
     "test_spellings",
     "test_known_mechanism",

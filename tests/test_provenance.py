@@ -27,8 +27,9 @@ from hooked_llava.metrics import (
     teacher_forced,
 )
 from hooked_llava.model import HookedLLaVA
-from hooked_llava.provenance import described, image_hashes, weights_stamp
+from hooked_llava.provenance import described, image_hashes
 from hooked_llava.results import load, recovered, save, stack
+from hooked_llava.weights_id import weights_stamp
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 

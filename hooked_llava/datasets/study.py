@@ -26,11 +26,11 @@ from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare
 from hooked_llava.errors import InputError
 from hooked_llava.geometry import Number
 from hooked_llava.inputs import TEMPLATE_TAIL
-from hooked_llava.interventions.digest import weights_digest
 from hooked_llava.map_quality import mean_intervals
 from hooked_llava.pictures import load_picture
 from hooked_llava.results import join_attrs, load, save
 from hooked_llava.templates import DEFAULT
+from hooked_llava.weights_id import weights_hash
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -306,7 +306,7 @@ def _check_out(out: Path) -> None:
 
 def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
     """A digest of the questions, of who is asked, and of how it is measured."""
-    who = [model.config.model_name, str(model.cfg.dtype), weights_digest(model)]
+    who = [model.config.model_name, str(model.cfg.dtype), weights_hash(model)]
     told = [
         [
             *(

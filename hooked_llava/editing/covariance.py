@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_llava.caching import resolve_positions
-from hooked_llava.editing.identity import check_same_model, identity
+from hooked_llava.editing import ledger
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.files import written_whole
 from hooked_llava.input_checks import whole_number
 from hooked_llava.interventions.choices import chosen
+from hooked_llava.weights_id import WeightsId, check_same_weights, samples
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-_FORMAT = "hooked_llava.key_covariance.v1"
+_FORMAT = "hooked_llava.key_covariance.v2"
+_SAMPLED = "hooked_llava.key_covariance.v1"  # version 0.1: some numbers of each weight in place of hashes
 
 
 @dataclass(eq=False)
@@ -42,13 +45,20 @@ class KeyCovariance:
     """What is added to the diagonal, in parts of its mean, so that directions never seen do not cost nothing."""
     positions: str = "text"
     """The span that the positions were taken from."""
-    weights: Float[Tensor, " sample"] | None = None
-    """What the model is whose keys they are, see `identity`; None if it is not known."""
+    weights: WeightsId | Float[Tensor, " sample"] | None = None
+    """The unedited weights of the model whose keys they are (samples of them, from a file of 0.1); None if not known."""
+    _checked: Float[Tensor, " sample"] | None = field(default=None, init=False, repr=False)
+    """Samples of the weights that were found to be those: to make all hashes anew for each of many edits would be slow."""
 
     def check_model(self, model: HookedLLaVA) -> None:
         """Raises `InputError` if the keys are another model's."""
-        if self.weights is not None:
-            check_same_model(model, self.weights, what="covariance")
+        if self.weights is None:
+            return
+        originals = ledger.originals(model)
+        sampled = samples(originals)
+        if self._checked is None or not torch.equal(sampled, self._checked):
+            check_same_weights(originals, self.weights, model_name=model.config.model_name, what="covariance")
+            self._checked = sampled
 
     def correct(self, keys: Float[Tensor, "key d_mlp"]) -> Float[Tensor, "key d_mlp"]:
         """C^-1 k for each key: its direction less what all keys have in common."""
@@ -69,10 +79,11 @@ class KeyCovariance:
     def save(self, path: str | os.PathLike[str], model: HookedLLaVA) -> None:
         """Write it to one safetensors file, with what the unedited model is; raises `InputError` for another model."""
         self.check_model(model)
-        tensors = {"moment": self.moment.contiguous().cpu(), "identity": identity(model)}
-        about = {"layer": self.layer, "n_keys": self.n_keys, "positions": self.positions}
+        made_with = json.dumps(WeightsId.of(ledger.originals(model)).as_json())
+        about = {"layer": self.layer, "n_keys": self.n_keys, "positions": self.positions, "made_with": made_with}
+        metadata = {"format": _FORMAT} | {name: str(value) for name, value in about.items()}
         with written_whole(path) as partial:
-            save_file(tensors, partial, metadata={"format": _FORMAT} | {k: str(v) for k, v in about.items()})
+            save_file({"moment": self.moment.contiguous().cpu()}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA, *, damping: float = 1e-3) -> KeyCovariance:
@@ -80,9 +91,12 @@ class KeyCovariance:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") not in (_FORMAT, _SAMPLED):
                     raise CheckpointError(f"{path} holds no key covariance (format {metadata.get('format')!r}).")
-                moment, kept = file.get_tensor("moment"), file.get_tensor("identity")
+                moment, sampled = file.get_tensor("moment"), metadata["format"] == _SAMPLED
+                kept = (
+                    file.get_tensor("identity") if sampled else WeightsId.from_json(json.loads(metadata["made_with"]))
+                )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is missing, truncated or no safetensors file ({error}).") from error
         numbers = int(metadata["layer"]), moment.to(model.cfg.device), int(metadata["n_keys"])
@@ -136,7 +150,7 @@ def key_covariance(
             total, n = total + keys.T @ keys, n + len(keys)
     if not isinstance(total, Tensor):
         raise InputError("There are no prompts to take keys from; give at least one.")
-    made = KeyCovariance(layer, total / n, n, damping, positions, identity(model))
+    made = KeyCovariance(layer, total / n, n, damping, positions, WeightsId.of(ledger.originals(model)))
     if path is not None:
         made.save(path, model)
     return made

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
-from hooked_llava.editing.identity import check_same_model, identity
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.files import safetensors_bytes, written_whole
+from hooked_llava.weights_id import WeightsId, check_same_weights
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
 
-_FORMAT = "hooked_llava.edit.v1"
-_IDENTITY = "identity"
+_FORMAT = "hooked_llava.edit.v2"
+_SAMPLED = "hooked_llava.edit.v1"  # version 0.1: some numbers of each weight in place of hashes
+_SAMPLES = "identity"
 _PARTS = ("left", "right", "full")
 
 
@@ -200,8 +201,7 @@ class Edit:
     @property
     def file_bytes(self) -> int:
         """Bytes of the file that `save` writes: its numbers, what it was made for, and what the unedited model is."""
-        tensors, metadata = self._contents()
-        return safetensors_bytes(tensors | {_IDENTITY: identity(self.model)}, metadata)
+        return safetensors_bytes(*self._contents(WeightsId.blank(ledger.originals(self.model))))
 
     def __repr__(self) -> str:
         name = self.method.get("name", "edit")
@@ -220,18 +220,19 @@ class Edit:
 
         Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
         """
-        tensors, metadata = self._contents()
+        tensors, metadata = self._contents(WeightsId.of(ledger.originals(self.model)))
         with written_whole(path) as partial:
-            save_file(tensors | {_IDENTITY: identity(self.model)}, partial, metadata=metadata)
+            save_file(tensors, partial, metadata=metadata)
 
-    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What its file holds besides the model's identity: factors, and in plain words what it is."""
+    def _contents(self, made_with: WeightsId) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What its file holds: factors, and in plain words what it is and which unedited weights it is for."""
         tensors = {}
         for name, change in self.changes.items():
             parts = {"left": change.left, "right": change.right, "full": change.full}
             tensors |= {f"{part}.{name}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
         about = {
             "model": self.model.config.model_name,
+            "made_with": made_with.as_json(),
             "weights": list(self.changes),
             "requests": list(self.requests),
             "method": self.method,
@@ -243,12 +244,16 @@ class Edit:
         """Read an edit for a model, not yet applied.
 
         Raises `CheckpointError` for a file that is no edit, and `InputError` if the model's unedited weights are not those
-        that it was computed on.
+        that it was computed on, in the coarser of both dtypes: a change of any number is noticed. A file of version 0.1 holds
+        some numbers of each weight only, and is read with those.
         """
         about, tensors = _read(Path(path))
-        if _IDENTITY not in tensors:
+        kept = tensors[_SAMPLES] if _SAMPLES in tensors else about.get("made_with")
+        if kept is None:
             raise CheckpointError(f"{path} does not say which model it is for. Save the edit again.")
-        check_same_model(model, tensors[_IDENTITY], about["model"])
+        kept = kept if isinstance(kept, Tensor) else WeightsId.from_json(kept)
+        weights, name = ledger.originals(model), model.config.model_name
+        check_same_weights(weights, kept, model_name=name, made_on=about["model"])
         changes = {}
         for name in about["weights"]:
             left, right, full = (tensors.get(f"{part}.{name}") for part in _PARTS)
@@ -311,7 +316,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or is no safetensors file ({error}).") from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in (_FORMAT, _SAMPLED):
         raise CheckpointError(
             f"{path} is of format {metadata.get('format')!r}; expected {_FORMAT!r}, as Edit.save writes."
         )

@@ -17,13 +17,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from hooked_llava.editing import ledger
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.identity import identity
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest, target_ids
 from hooked_llava.errors import InputError
 from hooked_llava.metrics import kl_divergence
 from hooked_llava.provenance import Provenance
+from hooked_llava.weights_id import samples
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -80,7 +81,7 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
     if was_applied:
         edit.revert()
     try:
-        layer, weights = edit.entered_at, identity(model)
+        layer, weights = edit.entered_at, samples(ledger.originals(model))
         kept = [_kept(model, probe, edit, layer, weights) for probe in probes]
         expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
         with edit.applied():

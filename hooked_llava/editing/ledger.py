@@ -82,6 +82,11 @@ def original(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return _open(weight).original
 
 
+def originals(module: torch.nn.Module) -> dict[str, Tensor]:
+    """All of a module's weights without their active edits, by name; no copies."""
+    return {name: original(parameter.detach()) for name, parameter in module.named_parameters()}
+
+
 def changes_of(weight: Float[Tensor, "..."]) -> Mapping[Entry, Change]:
     """The changes that are active on a weight."""
     return _open(weight).active

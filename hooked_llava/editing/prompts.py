@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.editing import ledger
-from hooked_llava.editing.identity import identity, is_same
 from hooked_llava.errors import InputError
 from hooked_llava.input_checks import whole_number
 from hooked_llava.interventions.kept_run import KeptRun, joined_runs, keep
+from hooked_llava.weights_id import same_samples, samples
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -34,7 +34,7 @@ class KeptPrompts:
     before: Float[Tensor, "prompt d_vocab"]
     """Next-token logits then."""
     weights: Float[Tensor, " sample"]
-    """Which unedited weights they were run with, see `identity`."""
+    """Which unedited weights they were run with, see `samples`."""
     edits: frozenset[ledger.Entry] = frozenset()
     """The edits that were active then; as a rule none."""
 
@@ -47,10 +47,10 @@ class KeptPrompts:
         return replace(self, run=run, before=self.before[rows if isinstance(rows, slice) else list(rows)])
 
     def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
-        """Raises `InputError` unless they are of this model, with the active edits and the identity that it has now."""
+        """Raises `InputError` unless they are of this model, with the active edits and the unedited weights that it has now."""
         if self.model is not model:
             problem = "of another model object"
-        elif not is_same(weights, self.weights):
+        elif not same_samples(weights, self.weights):
             problem = "before the model's weights were changed by something other than an edit"
         elif self.edits != ledger.all_active(model):
             problem = "while other edits were active than now"
@@ -100,6 +100,6 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
         model=model,
         run=joined_runs(runs),
         before=torch.cat(before),
-        weights=identity(model),
+        weights=samples(ledger.originals(model)),
         edits=ledger.all_active(model),
     )

@@ -27,7 +27,6 @@ from hooked_llava.errors import InputError, StaleReplayError
 from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.interventions.branch import EMBEDDINGS, branched_run
 from hooked_llava.interventions.climb import Climb
-from hooked_llava.interventions.fingerprint import fingerprint
 from hooked_llava.interventions.image_side import ImageSide
 from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.kept_run import keep
@@ -35,6 +34,7 @@ from hooked_llava.interventions.plan import PlannedRun, Work, plan_run
 from hooked_llava.interventions.resolve import resolve
 from hooked_llava.interventions.sweep import Sweep
 from hooked_llava.metrics import Metric
+from hooked_llava.weights_id import weights_version
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
@@ -71,7 +71,7 @@ class Replay:
         self.model = model
         self.inputs = model.as_inputs(inputs)
         _refuse_listeners(model, InputError)
-        self._fingerprint = fingerprint(model)
+        self._weights = weights_version(model)
         self._pictures_changed = False
         with torch.no_grad():
             self.kept = keep(model, self.inputs, dtype=dtype, device=device)
@@ -204,7 +204,7 @@ class Replay:
     def check_fresh(self) -> None:
         """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
         _refuse_listeners(self.model, StaleReplayError)
-        if fingerprint(self.model) != self._fingerprint:
+        if weights_version(self.model) != self._weights:
             raise StaleReplayError(
                 "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
                 "Replay, or revert the edit."

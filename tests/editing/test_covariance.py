@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hooked_llava.editing import EditRequest, KeyCovariance, key_covariance, rome
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.weights_id import samples
 from tests.builders import make_hf_model, make_prompt
 from tests.pairs import as_users_run
 
@@ -60,6 +62,31 @@ def test_a_file_is_read_instead_of_running(model, tmp_path):
         again.save(path, other)
     with pytest.raises(InputError, match="another model"):
         key_covariance(other, never(), 1, path=path)
+
+
+@torch.no_grad()
+def test_a_change_of_one_number_is_noticed_in_memory_and_in_the_file(tmp_path):
+    changed = HookedLLaVA.from_hf(make_hf_model())
+    made = key_covariance(changed, prompts(), 1, path=tmp_path / "file")
+    KeyCovariance.load(tmp_path / "file", changed)
+    for name in ("vision.blocks.1.mlp.up.weight", "language.blocks.2.attn.query.weight"):
+        number = changed.get_parameter(name).data[3:4, 5]
+        number += 0.1
+        with pytest.raises(InputError, match="covariance was computed on another model"):
+            KeyCovariance.load(tmp_path / "file", changed)
+        number -= 0.1
+        KeyCovariance.load(tmp_path / "file", HookedLLaVA.from_hf(make_hf_model())).check_model(changed)
+    made.check_model(changed)
+
+
+def test_a_file_of_version_0_1_is_read_with_the_numbers_that_it_holds(model, tmp_path):
+    made = key_covariance(model, prompts(), 1)
+    tensors = {"moment": made.moment, "identity": samples(dict(model.named_parameters()))}
+    about = {"format": "hooked_llava.key_covariance.v1", "layer": "1", "n_keys": str(made.n_keys), "positions": "text"}
+    save_file(tensors, tmp_path / "old", metadata=about)
+    assert torch.equal(KeyCovariance.load(tmp_path / "old", model).moment, made.moment)
+    with pytest.raises(InputError, match="another model"):
+        KeyCovariance.load(tmp_path / "old", HookedLLaVA.from_hf(make_hf_model(seed=1)))
 
 
 def test_a_file_can_be_read_by_others_and_needs_a_folder(model, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -20,6 +21,7 @@ from hooked_llava.editing import Change, Edit, active_edits
 from hooked_llava.errors import CheckpointError, InputError, StaleReplayError
 from hooked_llava.interventions import Intervention, Replay
 from hooked_llava.model import HookedLLaVA
+from hooked_llava.weights_id import samples
 from tests.builders import make_hf_model, make_prompt
 
 W = [f"language.blocks.{layer}.mlp.down.weight" for layer in range(3)]
@@ -479,6 +481,66 @@ def test_an_edit_loads_with_the_same_weights_in_another_dtype_only(tmp_path):
         Edit.load(tmp_path / "edit", edited)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_any_one_number_is_noticed(tmp_path, dtype):
+    """In every part of the model, and written past torch's count of writes."""
+    low_rank(model := fresh(dtype), W[0]).save(tmp_path / "edit")
+    for name, weight in model.named_parameters():
+        number = weight.data.view(-1)[weight.numel() * 2 // 3 : weight.numel() * 2 // 3 + 1]
+        kept = number.clone()
+        number.copy_(torch.nextafter(number, number + 1))
+        with pytest.raises(InputError, match="computed on another model"):
+            Edit.load(tmp_path / "edit", model)
+        number.copy_(kept)
+        assert name in dict(model.named_parameters())
+    Edit.load(tmp_path / "edit", model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made_in", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("used_in", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_edit_stays_loadable_where_a_dtype_holds_what_the_other_does(tmp_path, made_in, used_in):
+    """A checkpoint in float32, loaded in two dtypes; and one in bfloat16, which every dtype holds."""
+    finest_first = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    coarse, fine = sorted((made_in, used_in), key=finest_first.index, reverse=True)
+    low_rank(fresh(made_in), W[0]).save(tmp_path / "edit")
+    if (coarse, fine) == (torch.bfloat16, torch.float16):  # each rounds in its own way: not the same numbers
+        with pytest.raises(InputError, match="computed on another model"):
+            Edit.load(tmp_path / "edit", fresh(used_in))
+    else:
+        assert Edit.load(tmp_path / "edit", fresh(used_in)).layers == [0]
+    other = fresh(used_in)
+    other.get_parameter(W[2])[5, 7] *= 1.5
+    with pytest.raises(InputError, match="computed on another model"):
+        Edit.load(tmp_path / "edit", other)
+    rounded = [HookedLLaVA.from_hf(make_hf_model(dtype=torch.bfloat16)).to(dtype) for dtype in (made_in, used_in)]
+    low_rank(rounded[0], W[0]).save(tmp_path / "rounded")
+    if torch.float16 not in (made_in, used_in):  # which loses the smallest numbers of bfloat16
+        assert Edit.load(tmp_path / "rounded", rounded[1]).layers == [0]
+
+
+def test_a_file_of_version_0_1_is_read_with_the_numbers_that_it_holds(tmp_path):
+    edit = low_rank(fresh(), W[0])
+    edit.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["made_with"]
+    tensors["identity"] = samples(dict(edit.model.named_parameters()))
+    metadata = {"format": "hooked_llava.edit.v1", "about": json.dumps(about)}
+    save_file(tensors, tmp_path / "old", metadata=metadata)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = Edit.load(tmp_path / "old", fresh(dtype))
+        assert torch.equal(loaded.changes[W[0]].matrix(), edit.changes[W[0]].matrix())
+    with pytest.raises(InputError, match="computed on another model"):
+        Edit.load(tmp_path / "old", HookedLLaVA.from_hf(make_hf_model(seed=1)))
+    del tensors["identity"]
+    save_file(tensors, tmp_path / "neither", metadata=metadata)
+    with pytest.raises(CheckpointError, match="does not say which model it is for"):
+        Edit.load(tmp_path / "neither", fresh())
+
+
 def test_other_files_are_refused(tmp_path):
     model = fresh()
     with pytest.raises(CheckpointError, match="is not there"):
@@ -487,7 +549,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors file"):
         Edit.load(tmp_path / "text", model)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="format 'pt'; expected 'hooked_llava.edit.v1'"):
+    with pytest.raises(CheckpointError, match="format 'pt'; expected 'hooked_llava.edit.v2'"):
         Edit.load(tmp_path / "model" / "model.safetensors", model)
 
 
