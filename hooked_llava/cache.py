@@ -24,6 +24,7 @@ from hooked_llava.protocol import sum_biases
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
 
 _FORMAT = "hooked_llava.cache.v1"
 
@@ -67,6 +68,7 @@ class LLaVACache(NamedCache):
     `cache["pattern", 3]`, `cache["blocks.3.attn.hook_z"]` and `cache["projector.hook_out"]` give tensors;
     `cache.vision["pattern", 3]` those of the vision tower; `cache.image[...]` and `cache.text[...]` the same tensors
     of the language tower cut to the image's or the text's positions (scores and pattern: cut along the keys).
+    `token_maps` are those of the prompts, where they are known; `some_positions` says that only some are held.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class LLaVACache(NamedCache):
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
         self.spans = spans or {}
+        self.token_maps: tuple[TokenMap, ...] | None = None
+        self.some_positions = False
         self.aliases = model.hooks_table.aliases
 
     def __contains__(self, key: object) -> bool:

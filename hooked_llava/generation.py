@@ -18,12 +18,12 @@ from hooked_llava.cache import LLaVACache
 from hooked_llava.caching import saver, shared_spans
 from hooked_llava.components import KVCache
 from hooked_llava.errors import HookNameError, InputError
-from hooked_llava.hook_names import IMAGE_SIDE, HookTable, NamesFilter
+from hooked_llava.hook_names import IMAGE_SIDE, NamesFilter
 from hooked_llava.inputs import Inputs
 from hooked_llava.language import LanguageTower
+from hooked_llava.prompt_hooks import Hook, PromptHook, as_hook, with_answer_span
 
 if TYPE_CHECKING:
-    from hooked_llava.hooked_module import Hook
     from hooked_llava.model import HookedLLaVA
 
 Phase = Literal["prefill", "decode", "both"]
@@ -84,7 +84,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop_strings: str | Sequence[str] = (),
     stop_at_eos: bool = True,
-    fwd_hooks: Sequence[Hook] = (),
+    fwd_hooks: Sequence[Any] = (),
     hook_phase: Phase = "both",
     return_cache: bool = False,
     names_filter: NamesFilter = None,
@@ -97,18 +97,19 @@ def generate(
         inputs: anything `model.as_inputs` takes; rows padded on the right are moved to the left first.
         max_new_tokens: number of steps at most.
         do_sample: draw tokens instead of taking the most probable.
-        temperature: divides the logits before the softmax, when sampling.
+        temperature: divides the logits before the softmax.
         top_k: draw only among the k most probable tokens.
         top_p: draw only among the most probable tokens that together reach this probability.
         seed: makes sampling repeatable.
         generator: source of randomness on the model's device, instead of a seed.
         stop_strings: end a row once its text contains one of these (which stays in the text, as in transformers).
         stop_at_eos: end a row at the end-of-answer token, which is not part of the text.
-        fwd_hooks: functions attached while generating, as for `run_with_hooks`.
-        hook_phase: attach them in the run over the prompt ("prefill"), over new tokens ("decode"), or "both". In decode
-            runs activations have one position.
-        return_cache: also return the activations of prompt and generated tokens (the last one, which is never run,
-            left out).
+        fwd_hooks: functions and `Intervention`s attached while generating, as for `run_with_hooks`. The positions that an
+            intervention names are the prompt's (padded on the left); on new tokens it acts where it names none, or the span
+            "answer" (all that is generated), and `last` as an end of an edge is where every new token is predicted.
+        hook_phase: attach them in the run over the prompt ("prefill"), over new tokens, whose activations have one position
+            ("decode"), or "both".
+        return_cache: also return the activations of prompt and generated tokens, but the last one, which is never run.
         names_filter: which activations, as for `run_with_cache`.
         return_type: new text, or new token ids [batch new_tokens], rows that ended earlier filled with padding.
 
@@ -116,7 +117,7 @@ def generate(
     Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks
     that are not there or never fire.
     """
-    prompt = _padded_left(model.as_inputs(inputs))
+    prompt = with_answer_span(_padded_left(model.as_inputs(inputs)))
     _check_request(model, prompt, max_new_tokens, return_type)
     if seed is not None:
         generator = torch.Generator(prompt.input_ids.device).manual_seed(seed)
@@ -125,7 +126,7 @@ def generate(
     if return_type == "text" or stops:
         _ = model.tokenizer  # a model without one says so now, not after decoding
     stop = _Stop(model, prompt, stop_at_eos, stops)
-    hooks = _by_phase(model.hooks_table, fwd_hooks, hook_phase, with_image=prompt.pixel_values is not None)
+    hooks = _by_phase(model, prompt, fwd_hooks, hook_phase)
     record = _Record(model, names_filter, prompt) if return_cache else None
     tokens = _decode(model, prompt, max_new_tokens, sampling, stop, hooks, record)
     answer = tokens if return_type == "tokens" else _texts(model, tokens, stop.eos.tolist())
@@ -159,6 +160,7 @@ def _decode(
         phase = "prefill" if step == 0 else "decode"
         with ExitStack() as stack:
             stack.enter_context(model.hooks(hooks[phase]))
+            stack.enter_context(model.placing(prompt, step))
             if record is not None:
                 stack.enter_context(record.listen(phase))
             resid = model.embed(prompt) if step == 0 else language.embed_tokens(next_ids)  # (batch, pos, d_model)
@@ -234,25 +236,41 @@ class _Record:
         return parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
 
 
-def _by_phase(
-    table: HookTable, fwd_hooks: Sequence[Hook], hook_phase: str, *, with_image: bool
-) -> dict[str, list[Hook]]:
+def _by_phase(model: HookedLLaVA, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str) -> dict[str, list[Hook]]:
     """What is attached in each phase: over single new tokens the image side is not run."""
     if hook_phase not in ("prefill", "decode", "both"):
         raise InputError(f"hook_phase={hook_phase!r}; expected 'prefill', 'decode' or 'both'.")
-    prefill = [(table.resolve(names, with_image=with_image), fn) for names, fn in fwd_hooks]
-    decode = [([name for name in names if not name.startswith(IMAGE_SIDE)], fn) for names, fn in prefill]
-    if hook_phase == "decode":
-        for (all_names, _), (names, _) in zip(prefill, decode, strict=True):
-            if not names:
-                raise HookNameError(
-                    f"Hook {all_names[0]!r} does not fire over new tokens, when the image has been seen; use "
-                    "hook_phase='prefill' or 'both'."
-                )
-    return {
-        "prefill": [] if hook_phase == "decode" else prefill,
-        "decode": [] if hook_phase == "prefill" else [(names, fn) for names, fn in decode if names],
-    }
+    phases: dict[str, list[Hook]] = {"prefill": [], "decode": []}
+    entries = [as_hook(entry, model) for entry in fwd_hooks]
+    for names, fn in entries:
+        in_prompt = model.hooks_table.resolve(names, with_image=prompt.pixel_values is not None)
+        over_tokens = [name for name in in_prompt if not name.startswith(IMAGE_SIDE)]
+        if hook_phase == "decode" and not over_tokens:
+            raise HookNameError(
+                f"Hook {in_prompt[0]!r} does not fire over new tokens, when the image has been seen; use hook_phase='prefill' "
+                "or 'both'."
+            )
+        if hook_phase != "decode":
+            phases["prefill"].append((in_prompt, fn))
+        if hook_phase != "prefill" and over_tokens:
+            phases["decode"].append((over_tokens, fn))
+    prompt_hooks = [fn for _, fn in entries if isinstance(fn, PromptHook)]
+    _check_placed(prompt_hooks, prompt, hook_phase)
+    PromptHook.prepare_all(prompt_hooks)
+    return phases
+
+
+def _check_placed(hooks: Sequence[PromptHook], prompt: Inputs, hook_phase: str) -> None:
+    """Refuse interventions that do not fit the prompt, or do nothing in the phase that was asked for."""
+    for hook in hooks:
+        hook.place(prompt)
+        if hook_phase == "decode" and not hook.acts_on_new_tokens(prompt):
+            raise InputError(
+                f"{hook!r} names positions of the prompt, which are not run again over new tokens: with hook_phase='decode' "
+                "nothing would change. Leave positions= out, name the span 'answer', or use hook_phase='prefill' or 'both'."
+            )
+        if hook_phase != "prefill":
+            hook.place(prompt, 1)
 
 
 def _is_heard_at_the_end(language: LanguageTower) -> bool:

@@ -21,10 +21,7 @@ from hooked_llava.components import HookPoint
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookTable, NamesFilter
 from hooked_llava.inputs import Inputs
-
-Hook = tuple[NamesFilter, Callable[..., Any]]
-"""Which activations, and the function `fn(tensor, hook)` that reads or replaces them."""
-
+from hooked_llava.prompt_hooks import Hook, PromptHook, as_hook, placing
 
 _FIELDS = ("input_ids", "pixel_values", "attention_mask", "position_ids")
 
@@ -49,6 +46,7 @@ class HookedModule(HookedRootModule):
         self.mod_dict = {path.removeprefix("language."): module for path, module in self.named_modules() if path}
         for name, point in self.hook_dict.items():
             point.name = name
+        self._prompt_hooks: list[tuple[str, PromptHook]] = []
 
     def add_hook(self, name: NamesFilter, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Attach a function to every hook that the filter names, until `reset_hooks`; raises `HookNameError`."""
@@ -58,23 +56,29 @@ class HookedModule(HookedRootModule):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Sequence[Any] = (),
         bwd_hooks: Sequence[Hook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Self]:
-        """Functions attached inside the block; at its end exactly those are removed, exceptions included.
+        """Functions and `Intervention`s attached inside the block; at its end exactly those are removed, exceptions included.
 
-        Names are resolved before anything is attached, so a misspelt one (`HookNameError`) leaves no trace.
+        An entry of `fwd_hooks` is (names, function), the function fn(tensor) or fn(tensor, hook), or an `Intervention`, which
+        is placed in the prompt of every pass that begins in the block. Names are resolved before anything is attached, so a
+        misspelt one (`HookNameError`) leaves no trace.
         """
-        wanted = [(name, fn, "fwd") for names, fn in fwd_hooks for name in self.hooks_table.resolve(names)]
+        entries = [as_hook(entry, self) for entry in fwd_hooks]
+        wanted = [(name, fn, "fwd") for names, fn in entries for name in self.hooks_table.resolve(names)]
         wanted += [(name, fn, "bwd") for names, fn in bwd_hooks for name in self.hooks_table.resolve(names)]
+        PromptHook.prepare_all([fn for _, fn in entries])
         attached = []
         self.context_level += 1
         try:
             for name, fn, direction in wanted:
                 point = self.hook_dict[name]
                 attached.append((point, direction, point.add_hook(fn, direction, level=self.context_level)))
+                if isinstance(fn, PromptHook):
+                    self._prompt_hooks.append((name, fn))
             yield self
         finally:
             self.context_level -= 1
@@ -85,21 +89,45 @@ class HookedModule(HookedRootModule):
                     held[:] = [other for other in held if other is not handle]
                     if clear_contexts:
                         point.clear_context()
+                self._forget_detached()
+
+    def _forget_detached(self) -> None:
+        """Keep only prompt hooks whose function is still attached; `reset_hooks` may have removed some."""
+        self._prompt_hooks = [
+            (name, fn)
+            for name, fn in self._prompt_hooks
+            if any(held.user_hook is fn for held in self.hook_dict[name].fwd_hooks)
+        ]
+
+    @contextmanager
+    def placing(self, inputs: Inputs | None, n_new: int = 0) -> Iterator[None]:
+        """One pass over these prompts (None: over a residual stream), with attached `Intervention`s placed in them.
+
+        `n_new` tells a pass over the newest of so many generated tokens. Raises `InputError` or `SpanError` for
+        interventions that do not fit, before the pass.
+        """
+        if not self._prompt_hooks:
+            yield
+            return
+        self._forget_detached()
+        with placing([fn for _, fn in self._prompt_hooks], inputs, n_new):
+            yield
 
     def run_with_hooks(
         self,
         inputs: Any = None,
         *,
-        fwd_hooks: Sequence[Hook] = (),
+        fwd_hooks: Sequence[Any] = (),
         bwd_hooks: Sequence[Hook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **kwargs: Any,
     ) -> Tensor | None:
-        """`forward` with functions attached for this run; `kwargs` go to `forward`.
+        """`forward` with functions and `Intervention`s attached for this run, as by `hooks`; `kwargs` go to `forward`.
 
-        Raises `HookNameError` for hooks that are not there or do not fire in this run, and `InputError` for backward
-        functions that would be gone before any backward pass.
+        Raises `HookNameError` for hooks that are not there or do not fire in this run, `InputError` and `SpanError` for
+        interventions that do not fit the prompt, and `InputError` for backward functions that would be gone before any
+        backward pass.
         """
         if bwd_hooks and reset_hooks_end:
             raise InputError(
@@ -107,7 +135,7 @@ class HookedModule(HookedRootModule):
                 "bwd_hooks=...)` around both, or reset_hooks_end=False and model.reset_hooks() afterwards."
             )
         prompt, fires = self._plan(inputs, kwargs)
-        fwd_hooks = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in fwd_hooks]
+        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
         bwd_hooks = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in bwd_hooks]
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(prompt, **kwargs)
@@ -117,6 +145,7 @@ class HookedModule(HookedRootModule):
         inputs: Any = None,
         *,
         names_filter: NamesFilter = None,
+        fwd_hooks: Sequence[Any] = (),
         positions: Positions | None = None,
         device: torch.device | str | None = None,
         incl_bwd: bool = False,
@@ -130,6 +159,7 @@ class HookedModule(HookedRootModule):
         Args:
             inputs: as for `forward`.
             names_filter: name, glob, short name, (short name, layer), list of these, or function of the full name.
+            fwd_hooks: functions and `Intervention`s for this run, as for `run_with_hooks`; what they change is cached changed.
             positions: keep only these sequence positions of the language tower's activations (query rows of pattern).
             device: where to keep the activations.
             incl_bwd: also cache gradients, under name + "_grad", of the result (or of `metric(result)`), which must be a scalar.
@@ -147,11 +177,15 @@ class HookedModule(HookedRootModule):
         if remove_batch_dim and len(prompt) != 1:
             raise InputError(f"remove_batch_dim=True needs one prompt, got {len(prompt)}. Leave it out for a batch.")
         names = self.hooks_table.resolve(names_filter, **fires)
+        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
         index = None if positions is None else resolve_positions(positions, prompt)
         store: dict[str, Tensor] = {}
         fwd = saver(store, self.hooks_table, index, device)
         bwd = saver(store, self.hooks_table, index, device, suffix="_grad")
-        with torch.set_grad_enabled(incl_bwd), self.hooks([(names, fwd)], [(names, bwd)] if incl_bwd else []):
+        with (
+            torch.set_grad_enabled(incl_bwd),
+            self.hooks([*fwd_hooks, (names, fwd)], [(names, bwd)] if incl_bwd else []),
+        ):
             result = self(prompt, **kwargs)
             if incl_bwd:
                 result = _backward(result, metric)
@@ -159,6 +193,8 @@ class HookedModule(HookedRootModule):
             return result, store
         spans = shared_spans(prompt) if index is None and isinstance(prompt, Inputs) else {}
         cache = LLaVACache(store, self, spans=spans)
+        cache.some_positions = index is not None
+        cache.token_maps = prompt.token_maps if isinstance(prompt, Inputs) else None
         if remove_batch_dim:
             cache.remove_batch_dim(batch_size=1)
         return result, cache
@@ -201,6 +237,15 @@ class HookedModule(HookedRootModule):
             return inputs, {"with_image": False, "stages": range(start or -1, end)}
         prompt = self.as_inputs(gather_fields(inputs, *(options.pop(name, None) for name in _FIELDS)))
         return prompt, {"with_image": prompt.pixel_values is not None, "stages": range(-2, end)}
+
+    def _entries(self, fwd_hooks: Sequence[Any], prompt: Inputs | Tensor, fires: dict[str, Any]) -> list[Hook]:
+        """The entries of `fwd_hooks` by full names, checked against the run and the prompt."""
+        entries = [as_hook(entry, self) for entry in fwd_hooks]
+        found: list[Hook] = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in entries]
+        for _, fn in found:
+            if isinstance(fn, PromptHook) and isinstance(prompt, Inputs):
+                fn.place(prompt)
+        return found
 
     def _refuse_image_hooks(self) -> None:
         """Without an image the image side is not run; somebody listening there would wait in vain."""

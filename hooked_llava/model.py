@@ -110,14 +110,17 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
             _check_residual(inputs, self.config.language.d_model, return_type if stop_at_layer is None else None)
             like = inputs.new_zeros(inputs.shape[:2], dtype=torch.long)
             mask = None if attention_mask is None else check_mask(attention_mask.to(like.device), like)
-            resid, position_ids, prompt = inputs, check_position_ids(position_ids, like), None
+            position_ids, prompt = check_position_ids(position_ids, like), None
         else:
             prompt = self.as_inputs(gather_fields(inputs, input_ids, pixel_values, attention_mask, position_ids))
-            resid, mask, position_ids = self.embed(prompt), prompt.attention_mask, prompt.position_ids
-        resid = self.language(resid, self.context(resid, mask, position_ids), start_at_layer=start, stop_at_layer=stop)
-        if stop_at_layer is not None:
-            return resid
-        logits = self.language.to_logits(resid)
+            mask, position_ids = prompt.attention_mask, prompt.position_ids
+        with self.placing(prompt):
+            resid = inputs if prompt is None else self.embed(prompt)
+            context = self.context(resid, mask, position_ids)
+            resid = self.language(resid, context, start_at_layer=start, stop_at_layer=stop)
+            if stop_at_layer is not None:
+                return resid
+            logits = self.language.to_logits(resid)
         if return_type == "loss":
             assert prompt is not None
             return self.loss(logits, prompt)

@@ -26,7 +26,7 @@ FLOORS = (
     ("input_batch", "input_checks", "inputs"),
     ("loading", "components", "weights_id"),
     ("vision", "projector", "language"),
-    ("caching", "cache", "hooked_module", "protocol", "generation", "model", "verify"),
+    ("caching", "cache", "prompt_hooks", "hooked_module", "protocol", "generation", "model", "verify"),
     (
         "interventions",
         "map_quality",

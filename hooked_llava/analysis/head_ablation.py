@@ -16,10 +16,11 @@ from torch import Tensor
 
 from hooked_llava.answers import answer_is_said
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Intervention, Replay
+from hooked_llava.inputs import Inputs
+from hooked_llava.interventions import Intervention, Replay, reference_means
 from hooked_llava.provenance import provenance
 from hooked_llava.results import numbers
-from hooked_llava.saliency.decision import Target, decide, resolve_target
+from hooked_llava.saliency.decision import Target, resolve_target
 from hooked_llava.saliency.scores import check_heads
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def ablate_heads(
         inputs: prompts, anything `model.as_inputs` takes; several give a last axis prompt.
         heads: (layer, head) pairs taken away together, or several such sets by name, such as the 1, 2, 4, ... best.
         target: answer that is scored, one token each; the model's own by default.
-        reference: prompts over which each head's z is averaged, for "mean"; the inputs themselves by default, which then
-            must be several.
+        reference: prompts over which each head's z is averaged, for "mean", or what else `mean_of=` of an intervention takes;
+            the inputs themselves by default, which then must be several.
         replace: what takes the place of a head's z.
 
     Returns `log_probability` and `correct` (whether the answer is still the most probable token), [set, prompt], the
@@ -64,8 +65,8 @@ def ablate_heads(
     sets = _sets(model, heads)
     if replace not in ("mean", "zero"):
         raise InputError(f"replace={replace!r}; expected 'mean' or 'zero'.")
-    others = prompts if reference is None else model.as_inputs(reference)
-    if replace == "mean" and len(others) < 2:
+    others = prompts if reference is None else reference
+    if replace == "mean" and isinstance(others, Inputs) and len(others) < 2:
         raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")
     found = resolve_target(model, prompts, target)
     if found.read.shape[1] != 1:
@@ -123,8 +124,8 @@ def random_heads(model: HookedLLaVA, seed: int) -> list[tuple[int, int]]:
 
 def _means(model: HookedLLaVA, reference: Any) -> list[Float[Tensor, "head d_head"]]:
     """Every head's mean z at the answer's position."""
-    decision = decide(model, reference, parts=("z",))
-    return [decision.part(layer, "z")[:, 0].float().mean(0) for layer in range(decision.n_layers)]
+    places = [(("z", layer), "last") for layer in range(model.cfg.n_layers)]
+    return [mean[-1] if mean.ndim > 2 else mean for mean in reference_means(model, reference, places)]
 
 
 def _replacement(layer: int, head: int, means: list[Tensor] | None) -> Intervention:

@@ -8,6 +8,7 @@ what it wrote takes effect from here on.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,27 @@ def reads_only(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a hook function that never writes to its tensor, so that it is given the tensor itself, not a copy."""
     function.reads_only = True  # type: ignore[attr-defined]
     return function
+
+
+def with_hook(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """The function as one of (tensor, hook), whether it was written as fn(tensor) or fn(tensor, hook).
+
+    It gets the hook if it has a parameter of that name, takes any keywords, or needs a second argument.
+
+    >>> with_hook(lambda x: x + 1)(1, "the hook"), with_hook(lambda x, hook: hook)(1, "the hook")
+    (2, 'the hook')
+    """
+    asked = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        parameters = inspect.signature(asked).parameters.values()
+    except (TypeError, ValueError):  # built-in functions such as torch.relu do not say
+        return lambda tensor, hook: function(tensor)
+    if any((p.name == "hook" and p.kind is not p.POSITIONAL_ONLY) or p.kind is p.VAR_KEYWORD for p in parameters):
+        return lambda tensor, hook: function(tensor, hook=hook)
+    needed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    if len(needed) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return lambda tensor, hook: function(tensor, hook)  # noqa: PLW0108 (it is called with hook=)
+    return lambda tensor, hook: function(tensor)
 
 
 def start_graph(x: Tensor) -> Tensor:
@@ -51,8 +73,10 @@ class HookPoint(tl_hook_points.HookPoint):
         *args: Any,
         **kwargs: Any,
     ) -> tl_hook_points.LensHandle:
-        """Attach `hook(tensor, hook=hook_point)`; it may return a tensor of the same shape, or None to keep it."""
-        guarded = _guard(hook) if dir == "fwd" and not getattr(hook, "reads_only", False) else hook
+        """Attach `hook(tensor)` or `hook(tensor, hook)`; it may return a tensor of the same shape, or None to keep it."""
+        guarded = hook
+        if not getattr(hook, "reads_only", False):
+            guarded = _guard(hook) if dir == "fwd" else functools.wraps(hook)(with_hook(hook))
         handle = super().add_hook(guarded, dir, *args, **kwargs)
         handle.user_hook = hook
         return handle
@@ -60,13 +84,14 @@ class HookPoint(tl_hook_points.HookPoint):
 
 def _guard(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the function a private copy of the tensor and check what it returns."""
+    called = with_hook(function)
 
     @functools.wraps(function)
     def guarded(tensor: Tensor, hook: HookPoint) -> Tensor | None:
         private = tensor.clone()
         tracks_writes = not private.is_inference()
         version = private._version if tracks_writes else 0
-        returned = function(private, hook=hook)
+        returned = called(private, hook)
         if returned is None:
             # With gradients the copy itself goes on, so that those of a tensor that the function kept can be had.
             on_path = private.requires_grad or not tracks_writes or private._version != version

@@ -230,7 +230,7 @@ class Climb:
 def mix_at_the_end(runs: Iterable[PlannedRun], n_layers: int) -> bool:
     """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
     return any(
-        (r.intervention.mean or r.intervention.fn is not None)
+        (r.intervention.position_mean or r.intervention.fn is not None)
         and r.layer >= n_layers - 1
         and not (r.layer == n_layers - 1 and _sees_all(r.name))
         for run in runs

@@ -14,6 +14,7 @@ from hooked_llava.components import HookPoint, reads_only
 from hooked_llava.interventions.resolved import Resolved
 
 if TYPE_CHECKING:
+    from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
 
 
@@ -32,15 +33,29 @@ class Edit:
         self.resolved.apply(batch[self.row], self.where, self.prompt)
 
 
+def edited_copy(batch: Tensor, edits: Iterable[Edit]) -> Tensor:
+    """A copy of the batch with all edits made."""
+    changed = batch.clone()
+    for one in edits:
+        one.apply(changed)
+    return changed
+
+
+def images_of(inputs: Inputs, which: int | None) -> list[tuple[int, int]]:
+    """(prompt, index of the image in the batch) of every image, or of each prompt's image of that number."""
+    found, first = [], 0
+    for prompt, n in enumerate(inputs.images_per_prompt):
+        found += [(prompt, first + i) for i in range(n) if which is None or i == which]
+        first += n
+    return found
+
+
 def edit_function(edits: list[Edit]) -> Callable[..., Tensor]:
     """A hook function that makes all edits on a copy of the batch."""
 
     @reads_only  # it copies the tensor itself, so it needs no private copy
     def edit(tensor: Tensor, hook: HookPoint) -> Tensor:
-        changed = tensor.clone()
-        for one in edits:
-            one.apply(changed)
-        return changed
+        return edited_copy(tensor, edits)
 
     return edit
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.interventions.edits import Edit, edited
+from hooked_llava.interventions.edits import Edit, edited, images_of
 from hooked_llava.interventions.resolved import Resolved
 
 if TYPE_CHECKING:
@@ -90,17 +90,9 @@ class ImageSide:
         edits = []
         for row, run in enumerate(runs):
             for resolved in run:
-                for prompt, image in self._pictures(resolved.intervention.image):
+                for prompt, image in images_of(self.inputs, resolved.intervention.image):
                     edits.append(Edit(row * self.inputs.n_images + image, prompt, resolved, 0))
         return edits
-
-    def _pictures(self, which: int | None) -> list[tuple[int, int]]:
-        """(prompt, index of the picture in the batch) of the pictures that an intervention is about."""
-        found, first = [], 0
-        for prompt, n in enumerate(self.inputs.images_per_prompt):
-            found += [(prompt, first + i) for i in range(n) if which is None or i == which]
-            first += n
-        return found
 
     def first_positions(self, which: int | None) -> list[int]:
         """First sequence position of each of those pictures."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.spans import split_edge
 
-ACTIONS = ("value", "add", "scale", "zero", "mean", "block", "fn")
+ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
 SCORES = "attn.hook_attn_scores"
 
 
@@ -21,7 +21,8 @@ SCORES = "attn.hook_attn_scores"
 class Intervention:
     """One change at one hook.
 
-    Exactly one of `value`, `add`, `scale`, `zero`, `mean`, `block` and `fn` says what to do; `InputError` otherwise.
+    Exactly one of `value`, `add`, `scale`, `zero`, `position_mean`, `mean_of`, `block` and `fn` says what to do;
+    `InputError` otherwise.
 
     >>> Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)
     Intervention('blocks.3.attn.hook_z', positions='last', heads=[2], zero=True)
@@ -46,14 +47,22 @@ class Intervention:
     """Multiply by this number."""
     zero: Any = False
     """Set to zero."""
+    position_mean: bool = False
+    """Replace each of several positions by their mean, prompt by prompt; over a single one it would do nothing."""
     mean: bool = False
-    """Replace by the mean over the positions that are cut out."""
+    """Another word for `position_mean`, which it sets."""
+    mean_of: Any = None
+    """Replace by the mean over a reference: prompts, batches of them, a cache, a Replay, or the mean itself as a tensor. One
+    mean over all prompts and all positions that `positions` names in each; see `reference_means`."""
     block: Any = None
     """An edge, (source, target) or "source->target": target may not attend to source; on `hook_attn_scores`."""
-    fn: Callable[[Tensor], Tensor] | None = None
-    """Replace by fn(cut), where cut is the tensor at the intervention's positions and heads."""
+    fn: Callable[..., Tensor] | None = None
+    """Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the intervention's positions and heads."""
 
     def __post_init__(self) -> None:
+        if self.mean:
+            object.__setattr__(self, "mean", False)
+            object.__setattr__(self, "position_mean", True)
         actions = [name for name in ACTIONS if self._is_set(name)]
         if len(actions) != 1:
             raise InputError(
@@ -68,12 +77,14 @@ class Intervention:
             raise InputError(f"block={self.block!r}; expected two places, (source, target), such as ('image', 'last').")
         if self.scale is not None and not isinstance(self.scale, Real) and getattr(self.scale, "ndim", None) != 0:
             raise InputError(f"scale={self.scale!r}; expected one number. To multiply by a tensor, use fn=.")
+        if not isinstance(self.mean_of, Tensor) and hasattr(self.mean_of, "__array__"):
+            object.__setattr__(self, "mean_of", _as_tensor("mean_of", self.mean_of))
         for name in ("value", "add"):
             object.__setattr__(self, name, _as_tensor(name, getattr(self, name)))
 
     def _is_set(self, name: str) -> bool:
         value = getattr(self, name)
-        return bool(value) if name in ("zero", "mean") else value is not None
+        return bool(value) if name in ("zero", "mean", "position_mean") else value is not None
 
     @property
     def action(self) -> str:
@@ -85,7 +96,7 @@ class Intervention:
         return f"Intervention({', '.join([repr(self.hook), *(f'{n}={_show(getattr(self, n))}' for n in given)])})"
 
     def _key(self) -> tuple[Any, ...]:
-        return tuple(_comparable(getattr(self, f.name)) for f in fields(self))
+        return tuple(comparable(getattr(self, f.name)) for f in fields(self))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Intervention) and self._key() == other._key()
@@ -107,7 +118,7 @@ def _as_tensor(name: str, given: Any) -> Tensor | None:
         raise InputError(f"{name}={given!r}; expected a tensor, an array or numbers.") from None
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """A hashable stand-in that is equal exactly where the field is."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), str(value.dtype), value.detach().cpu().double().numpy().tobytes())
@@ -115,5 +126,9 @@ def _comparable(value: Any) -> Any:
         return (slice, value.start, value.stop, value.step)
     value = value.tolist() if hasattr(value, "tolist") else value  # arrays, and numbers that came out of one
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        try:
+            hash(value)
+        except TypeError:  # a dict of activations, say: the same only as itself
+            return id(value)
         return value
-    return tuple(_comparable(v) for v in value)
+    return tuple(comparable(v) for v in value)

@@ -16,6 +16,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.geometry import BoxLike, ImageGeometry, checked_box
 from hooked_llava.inputs import Inputs
 from hooked_llava.interventions.intervention import Intervention
+from hooked_llava.interventions.reference_mean import reference_means
 from hooked_llava.metrics import Metric
 from hooked_llava.pictures import load_picture
 
@@ -277,23 +278,18 @@ def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = Non
     Args:
         model: the model.
         positions: span, position or positions that are replaced; None for all.
-        reference: prompts (anything `model.as_inputs` takes) over whose same positions the mean is taken; without it
-            over the replaced positions themselves.
+        reference: prompts, or anything else that `mean_of=` of an intervention takes, over whose same positions the mean is
+            taken; without it over the replaced positions themselves, of which there must be several.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> mean_embedding(model, "image")
-    Intervention('hook_embed', positions='image', mean=True)
+    Intervention('hook_embed', positions='image', position_mean=True)
     """
     if reference is None:
-        return Intervention("hook_embed", positions=positions, mean=True)
-    prompts = model.as_inputs(reference)
-    with torch.no_grad():
-        rows = [
-            embedded[list(m.real) if positions is None else resolve_positions(positions, prompt)[0]]
-            for embedded, m, prompt in zip(model.embed(prompts), prompts.token_maps, prompts, strict=True)
-        ]
-    return Intervention("hook_embed", positions=positions, value=torch.cat(rows).mean(0))
+        return Intervention("hook_embed", positions=positions, position_mean=True)
+    value = reference_means(model, reference, [("hook_embed", positions)])[0][0]  # (d_model)
+    return Intervention("hook_embed", positions=positions, value=value.to(model.cfg.dtype))
 
 
 def _pixels(inputs: Inputs) -> Tensor:

@@ -31,6 +31,7 @@ from hooked_llava.interventions.image_side import ImageSide
 from hooked_llava.interventions.intervention import Intervention
 from hooked_llava.interventions.kept_run import keep
 from hooked_llava.interventions.plan import PlannedRun, Work, plan_run
+from hooked_llava.interventions.reference_mean import with_means
 from hooked_llava.interventions.resolve import resolve
 from hooked_llava.interventions.sweep import Sweep
 from hooked_llava.metrics import Metric
@@ -138,7 +139,7 @@ class Replay:
         progress: bool = True,
     ) -> Sweep:
         """The planned sweep, to be started with `.run()`; if interrupted, `.run()` again goes on where it stopped."""
-        planned = [self._plan(i, run) for i, run in enumerate(_listed(runs))]
+        planned = self._planned(runs)
         return Sweep(self, planned, metric, positions, batch_size, progress=progress)
 
     def run_with_cache(
@@ -150,7 +151,7 @@ class Replay:
         read); hooks below the layer where a run enters are not in its dict, because they are as in the kept run.
         """
         names = self._recordable(names_filter)
-        planned = [self._plan(i, run) for i, run in enumerate(_listed(runs))]
+        planned = self._planned(runs)
         self.check_fresh()
         results, caches = [self.kept_logits(positions)[None][:0]], []
         for run in planned:
@@ -186,6 +187,7 @@ class Replay:
         """
         interventions = [changes] if isinstance(changes, Intervention) else list(changes)
         planned = self._plan(0, interventions)
+        interventions = with_means(self.model, interventions)
         if wrong := [r.name for r in (*planned.image, *planned.language) if r.name not in EMBEDDINGS]:
             raise InputError(
                 f"A branch changes embeddings, {' or '.join(EMBEDDINGS)}, and {wrong[0]} was given; apply other "
@@ -214,9 +216,17 @@ class Replay:
         """Absolute positions at which logits are read, [prompt, position]."""
         return resolve_positions(positions, self.inputs).to(self.inputs.device)
 
-    def _plan(self, index: int, run: Any) -> PlannedRun:
-        interventions = [run] if isinstance(run, Intervention) else list(run)
-        resolved = [resolve(intervention, self.model, self.inputs) for intervention in interventions]
+    def _planned(self, runs: Any) -> list[PlannedRun]:
+        """The runs, all checked before a reference mean is taken for any."""
+        lists = [[run] if isinstance(run, Intervention) else list(run) for run in _listed(runs)]
+        planned = [self._plan(i, run) for i, run in enumerate(lists)]
+        if any(iv.mean_of is not None for run in lists for iv in run):
+            filled = iter(with_means(self.model, [iv for run in lists for iv in run]))
+            planned = [self._plan(i, [next(filled) for _ in run]) for i, run in enumerate(lists)]
+        return planned
+
+    def _plan(self, index: int, run: Sequence[Any]) -> PlannedRun:
+        resolved = [resolve(intervention, self.model, self.inputs) for intervention in run]
         planned = plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
         if planned.image and self._pictures_changed:
             raise InputError(

@@ -39,7 +39,7 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
     has_heads = bool({"head", "kv_head"} & set(spec.axes))
     of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
-    patches = _patches(target, spec, model) if on_image_side else ()
+    patches = patches_of(target, spec, model) if on_image_side else ()
     positions = (
         tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
     )
@@ -50,11 +50,26 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
         _layer(name, model),
         positions,
         tuple(() for _ in positions) if not of_edge else _sequence(source, inputs, of_edge=True),
-        _indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
-        _indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
+        indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
+        indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
+        model.hook_dict[name],
     )
-    _check_operand(resolved, model, inputs)
+    if intervention.position_mean:
+        _check_several(resolved)
+    check_operand(resolved, model, inputs)
     return resolved
+
+
+def _check_several(resolved: Resolved) -> None:
+    """Refuse a mean over the one position that is named, which changes nothing."""
+    for prompt, positions in enumerate(resolved.positions):
+        if len(set(positions)) == 1:
+            where = "" if len(resolved.positions) == 1 else f" in prompt {prompt}"
+            raise InputError(
+                f"position_mean=True (or mean=True) on {resolved.name!r} takes the mean over the positions that are named, and "
+                f"positions={resolved.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
+                "several positions, or give mean_of= a reference (prompts, a cache, a Replay or a tensor)."
+            )
 
 
 def _layer(name: str, model: HookedLLaVA) -> int:
@@ -82,8 +97,8 @@ def _check_image(image: Any, inputs: Inputs, name: str) -> None:
         raise InputError(f"image={image} on {name!r} is out of range; expected 0..{most - 1}.")
 
 
-def _patches(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
-    """Patch indices as indices of the hook's own position axis (in the tower the class token comes first)."""
+def patches_of(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
+    """Patch indices as indices of the hook's own position axis (in the tower the class token comes first); `InputError`."""
     vision = model.config.vision
     if spec.name == "vision.hook_out" or "feature" in spec.axes:
         n_all, shift = vision.n_features, 0 if vision.drop_class_token else 1
@@ -97,10 +112,11 @@ def _patches(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
         where = range(vision.n_patches)[where]
     if isinstance(where, str):
         raise InputError(f"positions={where!r} on {spec.name}: image hooks take patch indices, not spans.")
-    return tuple(i + shift for i in _indices(where, vision.n_patches, "positions", spec.name) or ())
+    return tuple(i + shift for i in indices(where, vision.n_patches, "positions", spec.name) or ())
 
 
-def _indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
+def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
+    """Heads, neurons or patches below n, None for all; raises `InputError` for those that hook `name` does not have."""
     if given is None:
         return None
     if n == 0:
@@ -111,7 +127,7 @@ def _indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None
     return tuple(i % n for i in values)
 
 
-def _check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:
+def check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:
     """Whether `value` or `add` fits the cut, found out before anything runs."""
     operand = resolved.intervention.value if resolved.intervention.value is not None else resolved.intervention.add
     if operand is None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
+from hooked_llava.components.hook_point import with_hook
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
 from hooked_llava.interventions.intervention import Intervention
@@ -33,6 +35,13 @@ class Resolved:
     """For each prompt, the blocked keys; empty unless `block`."""
     heads: tuple[int, ...] | None
     neurons: tuple[int, ...] | None
+    point: HookPoint | None = None
+    """The hook itself, for functions that ask for it."""
+
+    @property
+    def target(self) -> Any:
+        """Where the change is, as the user named it: the target of a block, else the positions."""
+        return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
 
     @property
     def on_image_side(self) -> bool:
@@ -90,10 +99,10 @@ class Resolved:
             return torch.zeros_like(cut)
         if change.scale is not None:
             return cut * change.scale
-        if change.mean:
+        if change.position_mean:
             return cut.mean(self._position_axis, keepdim=True).expand_as(cut)
         if change.fn is not None:
-            return _checked_result(change.fn(cut), cut, self.name)
+            return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.name)
         operand = change.value if change.value is not None else change.add
         assert operand is not None
         fitted = self._fit(operand.to(cut.device, cut.dtype), cut, kept, n_positions)

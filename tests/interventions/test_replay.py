@@ -86,7 +86,9 @@ def random_intervention(model: HookedLLaVA, inputs: Any, name: str, rng: random.
         return Intervention(name, block=block, **where)
     actions: list[dict[str, Any]] = [{"scale": 0.5}, {"scale": 1.7}]
     if not name.endswith("hook_scale"):
-        actions += [{"zero": True}, {"mean": True}, {"fn": lambda t: 0.5 * t.flip(-1)}]
+        actions += [{"zero": True}, {"fn": lambda t: 0.5 * t.flip(-1)}]
+        if where["positions"] is None or isinstance(where["positions"], list) or where["positions"] == "text":
+            actions += [{"mean": True}]
     if "key" not in spec.axes and spec.axes[-1] != "1":
         d = 3 if where.get("neurons") else axis_sizes(model.hooks_table, name, inputs)[spec.axes[-1]]
         vector = torch.randn(d, generator=torch.Generator().manual_seed(rng.randrange(10**6)))

@@ -99,7 +99,7 @@ def _new(iv: Any, cut: Tensor, p_axis: int) -> Tensor:
         return cut * 0
     if iv.scale is not None:
         return cut * iv.scale
-    if iv.mean:
+    if iv.position_mean:
         return cut.mean(p_axis, keepdim=True).expand(cut.shape)
     if iv.fn is not None:
         return iv.fn(cut)
