@@ -107,7 +107,7 @@ def answer_tokens(model: HookedLLaVA, inputs: Any, answer: Any, what: str = "ans
     """
     prompts = model.as_inputs(inputs)
     each = one_each(answer, len(prompts), what)
-    return [one_answer(model, prompt, one) for prompt, one in zip(prompts.token_maps, each, strict=True)]
+    return prompts.each(lambda token_map, one: one_answer(model, token_map, one), prompts.token_maps, each)
 
 
 def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any) -> AnswerTokens:
@@ -133,10 +133,27 @@ def single_token(model: HookedLLaVA, prompt: TokenMap | None, answer: str | Supp
 
     Raises `InputError` with the answer's tokens if they are several.
     """
-    found = one_answer(model, prompt, answer)
-    if len(found.ids) != 1:
-        raise InputError(_several(model, found.text, found.ids))
-    return found.ids[0]
+    return only_token(model, one_answer(model, prompt, answer))
+
+
+def only_token(model: HookedLLaVA, answer: AnswerTokens) -> int:
+    """The answer's token; raises `InputError` if it has several."""
+    if len(answer.ids) != 1:
+        raise InputError(_several(model, answer.text, answer.ids))
+    return answer.ids[0]
+
+
+def first_tokens(model: HookedLLaVA, prompt: TokenMap, answers: Sequence[str]) -> list[int | None]:
+    """The first token that each of several answers adds to a prompt; None for one that is empty or begins with unknown words.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> first_tokens(model, model.prepare("Who made the star?").token_map, ["", "zebra"])
+    [None, None]
+    """
+    context = _Context.of(model, prompt)
+    found = [_added(model, context, answer)[:1] if answer else [] for answer in answers]
+    return [ids[0] if ids and ids[0] != model.tokenizer.unk_token_id else None for ids in found]
 
 
 def one_each(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
@@ -245,16 +262,7 @@ class _Context:
 
 def _checked(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
     """The tokens that an answer adds; raises `InputError` as `answer_tokens`."""
-    text = context.separated(model, answer)
-    ids = context.added(model, text) if answer else []
-    if ids is None:
-        own = token_names(model, context.ids[-3:])
-        changed = token_names(model, _encode(model, context.text + text, special=context.whole))
-        raise InputError(
-            f"The answer {answer!r} would change the prompt's own last tokens {own} (the prompt ends in "
-            f"{context.text[-8:]!r}, and both together end in {changed[-len(own) - 1 :]}). End the prompt in another place, "
-            "for example without a space at its end, or give the answer as token ids."
-        )
+    ids = _added(model, context, answer) if answer else []
     if not ids:
         raise InputError(f"The answer {answer!r} has no tokens; give at least one.")
     unknown = model.tokenizer.unk_token_id
@@ -262,6 +270,21 @@ def _checked(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
         raise InputError(
             f"The tokenizer does not know {answer!r}: it becomes {token_names(model, ids)}. Give words of the model's "
             "vocabulary (mind capitals), or token ids."
+        )
+    return ids
+
+
+def _added(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
+    """The tokens that an answer adds, known or not; raises `InputError` if the prompt's own would change."""
+    text = context.separated(model, answer)
+    ids = context.added(model, text)
+    if ids is None:
+        own = token_names(model, context.ids[-3:])
+        changed = token_names(model, _encode(model, context.text + text, special=context.whole))
+        raise InputError(
+            f"The answer {answer!r} would change the prompt's own last tokens {own} (the prompt ends in "
+            f"{context.text[-8:]!r}, and both together end in {changed[-len(own) - 1 :]}). End the prompt in another place, "
+            "for example without a space at its end, or give the answer as token ids."
         )
     return ids
 

@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_llava.answer_tokens import Answer, continued, is_index, one_answer, one_each, spelled_out, token_names
+from hooked_llava.answer_tokens import (
+    Answer,
+    answer_tokens,
+    continued,
+    is_index,
+    one_answer,
+    one_each,
+    spelled_out,
+    token_names,
+)
 from hooked_llava.errors import InputError
 from hooked_llava.inputs import Inputs
 from hooked_llava.metric_names import NamedMetric
@@ -142,6 +151,12 @@ class AnswerReading:
         ids = self.ids[prompt]
         return lambda logits: answer_log_probability(logits, ids)
 
+    @property
+    def probability(self) -> NamedMetric:
+        """P of the only prompt's answer, a metric of logits that Replay read at `positions`."""
+        log_p, at_last = self.metric(0), self.positions == "last"
+        return NamedMetric(lambda x: log_p(x[..., None, :] if at_last else x).exp(), "probability", {})
+
     def attrs(self, model: HookedLLaVA, what: str = "answer") -> dict[str, Any]:
         """What a result says of its answers, see `about_answers`."""
         return about_answers(model, self.texts, self.ids, self.measured, what)
@@ -160,9 +175,16 @@ def about_answers(
     """
     rows = [] if ids is None else ids[..., 0].tolist()
     tokens = [token_names(model, [i for i in row if i >= 0]) for row in rows]
-    said = list(texts)
-    each = (said[0], tokens[0]) if len(said) == len(tokens) == 1 else (said, tokens)
-    return {what: each[0], "answer_tokens": each[1], "measured": measured}
+    return {what: unwrapped(list(texts)), "answer_tokens": unwrapped(tokens), "measured": measured}
+
+
+def unwrapped(values: list[Any]) -> Any:
+    """What an attribute says: the only prompt's value, or the list of all.
+
+    >>> unwrapped(["red"]), unwrapped(["red", "blue"])
+    ('red', ['red', 'blue'])
+    """
+    return values[0] if len(values) == 1 else values
 
 
 def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str = "answer") -> AnswerReading:
@@ -186,10 +208,7 @@ def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str =
         return _appended_already(model, prompts)
     if answer is None:
         return AnswerReading(prompts, prompts.last[:, None], None, (), FIRST)
-    found = [
-        one_answer(model, prompt, one)
-        for prompt, one in zip(prompts.token_maps, one_each(answer, len(prompts), what), strict=True)
-    ]
+    found = answer_tokens(model, prompts, answer, what)
     measured = WHOLE if all(one.whole for one in found) else FIRST
     table = _table([one.variants for one in found], prompts.device)
     texts = tuple(one.text for one in found)
@@ -269,7 +288,7 @@ def teacher_forced(
     prompt = model.as_inputs(inputs)
     one_for_all = isinstance(answer, str) or not isinstance(answer, Iterable) or all(is_index(i) for i in answer)
     given = [answer] * len(prompt) if one_for_all else one_each(answer, len(prompt))
-    found = [one_answer(model, m, one) for m, one in zip(prompt.token_maps, given, strict=True)]
+    found = prompt.each(lambda token_map, one: one_answer(model, token_map, one), prompt.token_maps, given)
     table = _table([one.variants for one in found], prompt.device)
     longer = append_tokens(model, prompt, table[..., 0], [one.text if one.from_text else None for one in found])
     n, length = table.shape[1], longer.shape[1]

@@ -82,7 +82,7 @@ def own_answers(
     corrupted: Float[Tensor, "*shape d_vocab"],
     model: HookedLLaVA | None = None,
 ) -> Metric:
-    """Logit difference of the answers that two runs give, from their logits [d_vocab].
+    """Logit difference of the answers that two runs give, from their logits [d_vocab]: of their first tokens.
 
     Raises `InputError` if both give the same; with the model it names the word.
     """

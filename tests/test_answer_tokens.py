@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from hooked_llava.analysis import (
+    ablate_heads,
+    answer_probability,
+    attention_contribution,
+    attention_knockout,
+    causal_trace,
+    deletion_curves,
+    head_scores,
+    information_storage,
+    logit_attribution,
+    logit_lens,
+    patch_importance,
+)
+from hooked_llava.analysis.answer_probability import _forms
 from hooked_llava.answer_tokens import Answer, answer_tokens, one_each, separator, single_token
 from hooked_llava.answers import teacher_forced
 from hooked_llava.errors import InputError
@@ -172,3 +187,54 @@ def test_a_prompt_that_writes_its_beginning_out(kind: Kind) -> None:
     asked = model.prepare("<s>Who made the star? ASSISTANT:", template=None)
     [found] = answer_tokens(model, asked, "2")
     assert [*asked.input_ids[0].tolist(), *found.ids] == ids_of(model, "<s>Who made the star? ASSISTANT: 2")
+
+
+@each_kind
+def test_every_analysis_follows_the_tokens_that_come_after_the_prompt(kind: Kind) -> None:
+    model = talking(kind)
+    image = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
+    asked = model.prepare("What color is the star?", image)
+    for word in ("2", " red", "Red star", "Red"):
+        [found] = answer_tokens(model, asked, word)
+        names = model.tokenizer.convert_ids_to_tokens(list(found.ids))
+        forced = teacher_forced(model, asked, word)
+        assert forced.inputs.input_ids[0].tolist() == [*asked.input_ids[0].tolist(), *found.ids]
+        edges = ["question->last"]
+        for result in (
+            attention_knockout(model, asked, edges, "all", answer=word),
+            causal_trace(model, asked, "star", answer=word, kinds=("mlp",), layers=[0], positions="last"),
+            head_scores(model, asked, word),
+            patch_importance(model, asked, word, method="grad_x_input"),
+            deletion_curves(model, asked, {"x": torch.eye(2).numpy()}, word, shares=(0, 1)),
+        ):
+            assert result.attrs["answer_tokens"] == names
+            assert result.attrs["measured"] == "whole answer"
+        by_layer = answer_probability(model, asked, word)
+        assert by_layer.attrs["measured"] == "first token"
+        first = answer_tokens(model, asked, word.strip().lower())[0].ids[0]
+        assert by_layer.attrs["answer_tokens"][0] == model.tokenizer.convert_ids_to_tokens(first)
+        last = model(asked)[0, -1].detach().softmax(-1)
+        assert float(by_layer.sel(norm="final", form="lower")[-1]) == pytest.approx(float(last[first]), rel=1e-3)
+        one_token = (
+            lambda given: logit_lens(model, asked, answers=[given]).answer_probability,
+            lambda given: logit_attribution(model, asked, given),
+            lambda given: (
+                attention_contribution(model, asked, "star", measure="logit", answer=given).constraint_to_last
+            ),
+            lambda given: information_storage(model, asked, given, 7, positions="question").logit_difference,
+            lambda given: ablate_heads(model, asked, [(0, 0)], given, replace="zero").log_probability,
+        )
+        for analysis in one_token:
+            if len(found.ids) > 1:
+                with pytest.raises(InputError, match="single token|one token"):
+                    analysis(word)
+            else:
+                np.testing.assert_array_equal(analysis(word), analysis(found.ids[0]))
+
+
+@each_kind
+def test_the_models_own_first_token_is_followed_even_if_it_spells_nothing(kind: Kind) -> None:
+    model = talking(kind)
+    asked = model.prepare("What color is the star?")
+    mark = model.tokenizer.convert_tokens_to_ids("Ġ" if kind == "byte-level" else "▁")
+    assert _forms(model, asked.token_map, model.to_string([mark]), mark) == [mark, mark]

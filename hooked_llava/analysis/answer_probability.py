@@ -16,8 +16,9 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.answer_tokens import first_tokens, one_each, token_names
+from hooked_llava.answers import FIRST, unwrapped
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import one_each
 from hooked_llava.provenance import provenance
 from hooked_llava.readout import lens, wide
 from hooked_llava.results import numbers, stream_coords
@@ -25,9 +26,10 @@ from hooked_llava.saliency.streams import streams_at
 
 if TYPE_CHECKING:
     from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
 
 FORMS = ("lower", "capitalised", "false lower", "false capitalised")
-"""The answer's two spellings, and those of the false option."""
+"""The answer in lower case and capitalised, and the false option likewise."""
 _READINGS = ("none", "final")
 _PIECE = 2**13  # words whose unembedding is widened at once
 
@@ -38,7 +40,7 @@ def answer_probability(
     answer: str | Sequence[str] | None = None,
     false_option: str | Sequence[str] | None = None,
 ) -> xr.DataArray:
-    """Probability of the answer's first token by layer, for its spellings and those of the false option.
+    """Probability of the answer's first token by layer, for its two forms and those of the false option.
 
     Layer l is the stream of the last position entering block l, and layer n_layers the final one. The axis `norm` says
     how it is read: "none" softmax(x W_U) as in the paper, "final" softmax(ln_final(x) W_U). (The paper's last point is
@@ -48,12 +50,13 @@ def answer_probability(
     Args:
         model: the model, with a tokenizer.
         inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
-        answer: one word for all prompts or one for each; the model's own first token by default. Of several tokens the
-            first counts.
+        answer: one word for all prompts or one for each; the model's own first token by default. Of several tokens (as it
+            is cut after this prompt) the first counts.
         false_option: the other option, likewise; "" or None where there is none.
 
-    Returns [norm, layer, form], NaN for forms that a prompt does not have or the tokenizer does not know. Raises
-    `InputError` for a model without tokenizer and for another number of words than prompts.
+    Returns [norm, layer, form], NaN for forms that a prompt does not have or the tokenizer does not know. Attributes:
+    `answer`, `answer_tokens`, the token that is followed of each form, and `measured`, "first token". Raises `InputError` for
+    a model without tokenizer and for another number of words than prompts.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -70,11 +73,15 @@ def answer_probability(
     with provenance("answer_probability", model, prompts, n_forward=1) as made:
         streams = streams_at(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
         readings = [logits.softmax(-1) for logits in (_raw(model, streams), wide(lens(model, streams)))]
-        if answers is None:
-            answers = [str(model.to_string(int(i))) for i in readings[1][-1].argmax(-1)]
+        own: list[int | None] = [None] * len(prompts) if answers else readings[1][-1].argmax(-1).tolist()
+        answers = answers or [str(model.to_string([token])) for token in own if token is not None]
+        tokens = [
+            _forms(model, prompt, word, token) + _forms(model, prompt, option)
+            for prompt, word, option, token in zip(prompts.token_maps, answers, options, own, strict=True)
+        ]
         found = np.full((len(prompts), len(_READINGS), len(streams), len(FORMS)), np.nan)
-        for row, (word, option) in enumerate(zip(answers, options, strict=True)):
-            for column, token in enumerate(_forms(model, word) + _forms(model, option)):
+        for row, forms in enumerate(tokens):
+            for column, token in enumerate(forms):
                 if token is not None:
                     found[row, :, :, column] = np.stack([numbers(reading[:, row, token]) for reading in readings])
         result = xr.DataArray(
@@ -83,19 +90,20 @@ def answer_probability(
             coords={"norm": list(_READINGS), **stream_coords(len(streams) - 1), "form": list(FORMS)},
             name="probability",
         )
-        attrs = {"answer": answers if len(answers) > 1 else answers[0]}
+        names = [["" if token is None else token_names(model, [token])[0] for token in forms] for forms in tokens]
+        attrs = {"answer": unwrapped(answers), "answer_tokens": unwrapped(names), "measured": FIRST}
         result = result.assign_attrs(made.attrs(**attrs))
         return result.isel(prompt=0) if len(prompts) == 1 else result.assign_coords(prompt=range(len(prompts)))
 
 
-def _forms(model: HookedLLaVA, word: str) -> list[int | None]:
-    """First tokens of a word in lower case and with a capital; None for what the tokenizer does not know."""
-    found: list[int | None] = []
-    for spelling in (word.strip().lower(), word.strip().lower().capitalize()):
-        ids = model.tokenizer(spelling, add_special_tokens=False)["input_ids"] if spelling else []
-        known = bool(ids) and ids[0] != model.tokenizer.unk_token_id
-        found.append(int(ids[0]) if known else None)
-    return found
+def _forms(model: HookedLLaVA, prompt: TokenMap, word: str, own: int | None = None) -> list[int | None]:
+    """First tokens of a word in lower case and with a capital, after the prompt; None for what the tokenizer does not know.
+
+    The model's own token counts as it is where it spells no word: a mark before a digit has neither case.
+    """
+    if own is not None and not word.strip():
+        return [own, own]
+    return first_tokens(model, prompt, [word.strip().lower(), word.strip().lower().capitalize()])
 
 
 def _raw(model: HookedLLaVA, streams: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_vocab"]:

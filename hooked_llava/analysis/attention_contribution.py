@@ -16,6 +16,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.answer_tokens import single_token
+from hooked_llava.answers import FIRST, WHOLE
 from hooked_llava.caching import saver
 from hooked_llava.errors import InputError
 from hooked_llava.interventions.corruptions import Constraint, find_constraints
@@ -23,7 +25,7 @@ from hooked_llava.map_quality import roc_auc
 from hooked_llava.messages import attention_messages, messages_along, summed_messages
 from hooked_llava.positions import Positions
 from hooked_llava.provenance import provenance
-from hooked_llava.readout import token_id, words
+from hooked_llava.readout import words
 from hooked_llava.results import numbers
 
 if TYPE_CHECKING:
@@ -51,11 +53,12 @@ def attention_contribution(
         measure: "norm" of the message (of the heads' sum, unless `by_head`), or "logit", its signed part along the
             answer's direction through the frozen final norm, in logits.
         by_head: every head's messages apart.
-        answer: token for "logit"; the model's own next token by default.
+        answer: for "logit", a token id, or a word that is one token after the prompt; the model's own next token by default.
 
     Returns a dataset with `constraint_to_last` [layer, source] over the constraint's tokens (`source` are positions,
     `label` their text), and with a picture `image_to_constraint` [layer, image, patch_row, patch_col]; an axis head
-    follows layer if `by_head`. Attributes: `answer` and `confidence`, the probability of the model's own next token.
+    follows layer if `by_head`. Attributes: `answer`, `measured` ("first
+    token" of the model's own answer, or "whole answer") and `confidence`, the probability of the model's own next token.
     Raises `InputError` and `SpanError` for what does not fit.
 
     >>> from hooked_llava import HookedLLaVA
@@ -69,15 +72,16 @@ def attention_contribution(
         raise InputError(f"attention_contribution takes one prompt, got {len(prompt)}; call it once for each.")
     if measure not in ("norm", "logit"):
         raise InputError(f"measure={measure!r}; expected 'norm' or 'logit'.")
-    token = None if answer is None else token_id(model, answer)
+    token = None if answer is None else single_token(model, prompt.token_map, answer)
     constraints = find_constraints(prompt.token_map, constraint)
     with provenance("attention_contribution", model, prompt, n_forward=1, measure=measure) as made:
-        targets = [constraints[-1][-1], prompt.token_map.real[-1]]
+        targets = [constraints[-1][-1], prompt.token_map["last"][0]]
         held, logits = _held(model, prompt, targets)
         token = int(logits.argmax()) if token is None else token
         sizes = _sizes(model, held, token, measure, by_head=by_head)
         attrs = made.attrs(
             answer=str(words(model, torch.tensor(token))),
+            measured=FIRST if answer is None else WHOLE,
             confidence=float(logits.float().softmax(-1).max()),
             constraint_positions=[where.tolist() for where in constraints],
         )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.answer_tokens import Answer
+from hooked_llava.answers import AnswerReading, read_answer
 from hooked_llava.caching import Positions as Where
 from hooked_llava.caching import resolve_positions
 from hooked_llava.errors import InputError
@@ -32,9 +34,9 @@ from hooked_llava.interventions.corruptions import (
 )
 from hooked_llava.interventions.windows import centred_window, released_window
 from hooked_llava.metric_names import about_metric
-from hooked_llava.metrics import Metric, probability, value_of
+from hooked_llava.metrics import Metric, value_of
 from hooked_llava.positions import Positions
-from hooked_llava.provenance import provenance
+from hooked_llava.provenance import Provenance, provenance
 from hooked_llava.readout import words
 from hooked_llava.results import join_attrs, n_tied, numbers
 
@@ -54,6 +56,7 @@ ROLES = (
     "rest of question",
     "rest",
     "last",
+    "answer",
 )
 """What a position is to the trace; `by_role` and `average_traces` sum up by it."""
 _ALIKE = ("model", "corruption_kind", "window", "window_reading", "units")
@@ -65,6 +68,8 @@ LOWERED = 0.1
 class _Plan:
     """What is restored, checked before anything runs."""
 
+    model: HookedLLaVA
+    reading: AnswerReading
     constraints: list[Positions]
     positions: list[int]
     kinds: tuple[str, ...]
@@ -83,6 +88,7 @@ def causal_trace(
     window_reading: Literal["centred", "released"] = "centred",
     layers: int | Sequence[int] | None = None,
     positions: Where | None = None,
+    answer: str | SupportsIndex | Answer | None = None,
     metric: Metric | None = None,
     batch_size: int | None = None,
 ) -> xr.Dataset:
@@ -98,15 +104,18 @@ def causal_trace(
         window: how many layers, centred on each layer and clipped at the ends, are restored together.
         window_reading: "centred", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.
         layers: centres of the windows; all layers by default.
-        positions: where to restore, each in turn; by default the last image position and all behind it.
-        metric: from logits [..., d_vocab] to one number each; by default P(answer), the clean run's own first token.
+        positions: where to restore, each in turn; by default from the last image position to the prompt's end.
+        answer: measured as a whole, under teacher forcing; by default what the inputs have appended
+            (`metrics.teacher_forced`), else the clean run's own first token.
+        metric: from logits [..., d_vocab] to one number each (of an appended answer [..., position, d_vocab], where its
+            tokens are predicted); by default P(answer).
         batch_size: rows at once; chosen from the free memory by default.
 
-    Returns a dataset with `restored` (the metric) and `indirect_effect` [kind, layer, position], the probabilities
-    `p_clean` and `p_corrupted` of the clean answer (attribute `answer`), `lowered_by` = (p_clean - p_corrupted) / p_clean,
-    and for each position its `role` and `constraint_index` (-1 outside). Positions before the first changed embedding
-    have effect exactly 0 and are not run. Raises `InputError` and `SpanError` for what does not fit, before anything is
-    computed but the clean run.
+    Returns a dataset with `restored` (the metric) and `indirect_effect` [kind, layer, position], the probabilities `p_clean`
+    and `p_corrupted` of the answer, `lowered_by` = (p_clean - p_corrupted) / p_clean, and for each position its `role` and
+    `constraint_index` (-1 outside); attributes `answer`, `answer_tokens`, `measured` ("whole answer" or "first token").
+    Positions before the first changed embedding have effect exactly 0 and are not run. Raises `InputError` and `SpanError`
+    for what does not fit, before anything is computed but the clean run.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -115,23 +124,35 @@ def causal_trace(
     (('kind', 'layer', 'position'), True)
     """
     prompt = model.as_inputs(inputs)
-    plan = _plan(model, prompt, constraint, kinds, (window, window_reading), layers, positions)
-    how = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}
-    method = {**how, "window": window, "window_reading": window_reading}
-    with provenance("causal_trace", model, prompt, n_forward=1, **method) as made:
-        clean = Replay(model, prompt)
-        answer = probability(int(clean.logits().argmax()))
-        measure = answer if metric is None else metric
-        value = value_of(measure, clean.logits())  # before anything else is run
-        corrupted = corrupt(model, clean, plan.constraints, corruption)
-        made.n_forward += corrupted.n_forward
-        baseline = [value_of(measure, replay.logits()) for replay in corrupted.replays]
-        effects, n_runs = _effects(model, clean, corrupted, baseline, plan, measure, batch_size)
-        ends = _mean(answer, [clean]), _mean(answer, corrupted.replays)
-        means = {"clean": value, "corrupted": float(np.mean(baseline)), "runs": n_runs}
-        units = {"metric": about_metric(model, measure)["metric"]} | ({} if metric else {"units": "probability"})
-        attrs = made.attrs(**means, **_about(model, clean, corrupted, plan), **units)
-        return _labelled(prompt, corrupted, plan, effects, attrs["corrupted"], ends, attrs)
+    if len(prompt) != 1:
+        raise InputError(f"causal_trace takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
+    reading = read_answer(model, prompt, answer)
+    plan = _plan(model, reading, constraint, kinds, (window, window_reading), layers, positions)
+    how: dict[str, Any] = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}
+    how |= {"window": window, "window_reading": window_reading}
+    with provenance("causal_trace", model, prompt, n_forward=1, **how) as made:
+        return _traced(plan, corruption, metric, batch_size, made)
+
+
+def _traced(
+    plan: _Plan, corruption: Corruption, metric: Metric | None, batch_size: int | None, made: Provenance
+) -> xr.Dataset:
+    model, clean = plan.model, Replay(plan.model, plan.reading.inputs)
+    own = clean.logits(plan.reading.positions)
+    reading = plan.reading.with_own(model, plan.reading.shaped(own).argmax(-1, keepdim=True))
+    p_answer = reading.probability
+    measure = p_answer if metric is None else metric
+    value = value_of(measure, own)  # before anything else is run
+    corrupted = corrupt(model, clean, plan.constraints, corruption)
+    made.n_forward += corrupted.n_forward
+    logits = [replay.logits(reading.positions) for replay in corrupted.replays]
+    baseline = [value_of(measure, each) for each in logits]
+    effects, n_runs = _effects(clean, corrupted, baseline, plan, measure, batch_size)
+    about = {"clean": value, "corrupted": float(np.mean(baseline)), "runs": n_runs, **reading.attrs(model)}
+    about |= _about(model, clean, corrupted, plan) | {"metric": about_metric(model, measure)["metric"]}
+    about |= {} if metric else {"units": "probability"}
+    ends = value_of(p_answer, own), [value_of(p_answer, each) for each in logits]
+    return _labelled(reading.inputs, corrupted, plan, effects, ends, made.attrs(**about))
 
 
 def was_lowered(trace: xr.Dataset) -> bool:
@@ -164,7 +185,8 @@ def by_role(trace: xr.Dataset) -> xr.Dataset:
     """A trace averaged over the positions of each role, [kind, layer, role], with `n_positions` [role].
 
     Roles: `image`; text `before` the first constraint; `constraint first`, `middle` and `last` token (a single token is
-    the last); `rest of question`; `rest` (template); `last`, the position that predicts the answer.
+    the last); `rest of question`; `rest` (template); `last`, the prompt's last position, which predicts the answer's first
+    token; `answer`, an appended answer's own.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -231,57 +253,48 @@ def _check_alike(traces: Sequence[xr.Dataset]) -> None:
                 raise InputError(f"The traces differ in {name}: {given[0]!r} and {given[1]!r}; average like with like.")
 
 
-def _mean(metric: Metric, replays: Sequence[Replay]) -> float:
-    return float(np.mean([value_of(metric, replay.logits()) for replay in replays]))
-
-
 def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan) -> dict[str, Any]:
     """What was asked, what was said, and what it cost, for the attributes."""
-    said = [str(words(model, replay.logits().argmax())) for replay in (clean, corrupted.replays[0])]
     token_map = clean.inputs.token_map
     return {
-        "answer": said[0],
-        "corrupted_answer": said[1],
-        "constraint": [_spelled(token_map, where) for where in plan.constraints],
+        "corrupted_answer": str(words(model, corrupted.replays[0].logits().argmax())),
+        "constraint": [" ".join(token_map.labels[p].strip() for p in where) for where in plan.constraints],
         "constraint_positions": [where.tolist() for where in plan.constraints],
         "constraint_last": plan.constraints[-1][-1],
-        "last": token_map.real[-1],
+        "last": token_map["last"][0],
         "work": sum(replay.work.forwards for replay in (clean, *corrupted.replays)),
     }
 
 
 def _plan(
     model: HookedLLaVA,
-    prompt: Inputs,
+    reading: AnswerReading,
     constraint: Constraint | Sequence[Constraint],
     kinds: Sequence[str],
     window: tuple[int, str],
     layers: int | Sequence[int] | None,
     positions: Where | None,
 ) -> _Plan:
-    if len(prompt) != 1:
-        raise InputError(f"causal_trace takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds or set(kinds) - set(KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, KINDS))}.")
-    width, reading = window
-    if reading not in ("centred", "released"):
-        raise InputError(f"window_reading={reading!r}; expected 'centred' or 'released' (2w + 1 layers).")
+    width, kind = window
+    if kind not in ("centred", "released"):
+        raise InputError(f"window_reading={kind!r}; expected 'centred' or 'released' (2w + 1 layers).")
     n_layers = model.cfg.n_layers
     centres = list(range(n_layers)) if layers is None else chosen(layers, n_layers, "layers")
-    around = centred_window if reading == "centred" else released_window
+    around = centred_window if kind == "centred" else released_window
     windows = [around(centre, width, n_layers) for centre in centres]
-    token_map = prompt.token_map
+    token_map = reading.inputs.token_map
     if positions is None:
         first = max(token_map["image"]) if "image" in token_map else token_map.real.start
-        where = list(range(first, token_map.real.stop))
+        where = list(range(first, token_map.own.stop))
     else:
-        where = sorted(set(resolve_positions(positions, prompt)[0].tolist()))
-    return _Plan(find_constraints(token_map, constraint), where, kinds, centres, windows)
+        where = sorted(set(resolve_positions(positions, reading.inputs)[0].tolist()))
+    return _Plan(model, reading, find_constraints(token_map, constraint), where, kinds, centres, windows)
 
 
 def _effects(
-    model: HookedLLaVA,
     clean: Replay,
     corrupted: Corrupted,
     baseline: list[float],
@@ -290,7 +303,7 @@ def _effects(
     batch_size: int | None,
 ) -> tuple[Float[np.ndarray, "kind layer position"], int]:
     """What each restored output adds to the corrupted runs' metric, averaged over them, and the number of runs."""
-    cells = _cells(plan, corrupted.first, clean.inputs.token_map.real[-1], model.cfg.n_layers)
+    cells = _cells(plan, corrupted.first, plan.reading.read[0].tolist(), clean.model.cfg.n_layers)
     table = np.zeros((len(baseline), len(plan.kinds), len(plan.layers), len(plan.positions)))
     if not cells:
         return table.mean(0), 0
@@ -298,14 +311,17 @@ def _effects(
     there = _clean_activations(clean, [f"blocks.*.{KINDS[kind]}" for kind in plan.kinds], first)
     runs = [_restoration(there, plan, first, *cell) for cell in cells]
     for effects, replay, without in zip(table, corrupted.replays, baseline, strict=True):
-        effects[tuple(np.array(cells).T)] = numbers(replay.run(runs, metric, batch_size=batch_size)) - without
+        effects[tuple(np.array(cells).T)] = (
+            numbers(replay.run(runs, metric, plan.reading.positions, batch_size)) - without
+        )
     return table.mean(0), len(runs) * len(baseline)
 
 
-def _cells(plan: _Plan, first: int | None, last: int, n_layers: int) -> list[tuple[int, int, int]]:
+def _cells(plan: _Plan, first: int | None, read: list[int], n_layers: int) -> list[tuple[int, int, int]]:
     """Indices of kind, layer and position where restoring can change anything.
 
-    Before the first changed embedding both runs are the same; and from the last layer no position reaches another.
+    Before the first changed embedding both runs are the same; and from the last layer no position reaches another, so that
+    only those count that predict the answer.
     """
     if first is None:
         return []
@@ -314,7 +330,7 @@ def _cells(plan: _Plan, first: int | None, last: int, n_layers: int) -> list[tup
         for kind in range(len(plan.kinds))
         for layer, window in enumerate(plan.windows)
         for i, position in enumerate(plan.positions)
-        if position >= first and (position == last or window[0] < n_layers - 1)
+        if position >= first and (position in read or window[0] < n_layers - 1)
     ]
 
 
@@ -338,16 +354,16 @@ def _labelled(
     corrupted: Corrupted,
     plan: _Plan,
     effects: np.ndarray,
-    baseline: float,
-    ends: tuple[float, float],
+    ends: tuple[float, list[float]],
     attrs: dict[str, Any],
 ) -> xr.Dataset:
-    dims, (p_clean, p_corrupted), token_map = ("kind", "layer", "position"), ends, prompt.token_map
+    dims, token_map = ("kind", "layer", "position"), prompt.token_map
+    p_clean, p_corrupted = ends[0], float(np.mean(ends[1]))
     owner = {p: i for i, where in enumerate(plan.constraints) for p in where}
     return xr.Dataset(
         {
             "indirect_effect": (dims, effects),
-            "restored": (dims, effects + baseline),
+            "restored": (dims, effects + attrs["corrupted"]),
             "p_clean": p_clean,
             "p_corrupted": p_corrupted,
             "lowered_by": (p_clean - p_corrupted) / p_clean,
@@ -370,7 +386,9 @@ def _role(token_map: TokenMap, constraints: list[Positions], position: int) -> s
         if position in where:
             place = "last" if position == where[-1] else "first" if position == where[0] else "middle"
             return f"constraint {place}"
-    if position == token_map.real[-1]:
+    if position not in token_map.own:
+        return "answer"
+    if position in token_map["last"]:
         return "last"
     spans = token_map.spans
     if position in spans.get("image", ()):
@@ -378,7 +396,3 @@ def _role(token_map: TokenMap, constraints: list[Positions], position: int) -> s
     if position < min(where[0] for where in constraints):
         return "before"
     return "rest of question" if position in spans.get("question", ()) else "rest"
-
-
-def _spelled(token_map: TokenMap, where: Positions) -> str:
-    return " ".join(token_map.labels[p].strip() for p in where)

@@ -14,12 +14,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.answer_tokens import one_each, single_token
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.messages import attention_messages
-from hooked_llava.metrics import one_each
 from hooked_llava.provenance import provenance
-from hooked_llava.readout import token_id, words
+from hooked_llava.readout import words
 from hooked_llava.results import numbers, stack, stream_coords
 from hooked_llava.saliency.decision import Decision, as_decision, one_by_one, prompts_of
 from hooked_llava.saliency.scores import (
@@ -37,6 +37,7 @@ from hooked_llava.saliency.vocabulary import Space, check_spaces, project
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
 
 Words = str | SupportsIndex | Sequence[str | SupportsIndex]
 
@@ -58,7 +59,8 @@ def information_storage(
         model: the model.
         inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them, with
             a target of one token.
-        correct: the word that should be stored (the colour, the object's name), one token; a list has one for each prompt.
+        correct: the word that should be stored (the colour, the object's name), one token where it follows the prompt; a list
+            has one for each prompt.
         distractor: a word of the same kind that should not, likewise.
         positions: where to read: a span or numbers; by default anywhere in the prompt.
         top: only so many of these positions: those with the largest scores for the best of the heads, the best first. All
@@ -86,7 +88,12 @@ def information_storage(
     heads = check_choice(model, heads)
     top = check_top(20 if top is None else top) if positions is None or top is not None else None
     given = [one_each(words, len(apart), what) for words, what in ((correct, "correct"), (distractor, "distractor"))]
-    ids = [(token_id(model, one), token_id(model, other)) for one, other in zip(*given, strict=True)]
+    maps = prompts_of(model, inputs).token_maps
+
+    def tokens(token_map: TokenMap, one: str | SupportsIndex, other: str | SupportsIndex) -> tuple[int, int]:
+        return single_token(model, token_map, one), single_token(model, token_map, other)
+
+    ids = prompts_of(model, inputs).each(tokens, maps, *given)
     if isinstance(inputs, Decision) and inputs.read.shape[1] != 1:
         raise InputError("information_storage reads one message from each position; give a decision of one token.")
     results = [

@@ -17,16 +17,19 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.answer_tokens import single_token
+from hooked_llava.answers import FIRST, WHOLE
 from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
 from hooked_llava.messages import messages_along
 from hooked_llava.provenance import provenance
-from hooked_llava.readout import token_id, wide, words
+from hooked_llava.readout import wide, words
 from hooked_llava.results import numbers, stack
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
 
 By = Literal["component", "layer", "head", "neuron", "source", "patch"]
 
@@ -45,8 +48,8 @@ def logit_attribution(
     Args:
         model: the model.
         inputs: one prompt, anything `model.as_inputs` takes; several give a first axis prompt.
-        answer: token that is scored; the model's own next token by default.
-        baseline: token whose logit is subtracted.
+        answer: a token id, or a word that is one token after the prompt; the model's own next token by default.
+        baseline: likewise, a token whose logit is subtracted.
         by: what the logit is divided among:
             "component" [component] (embed, 0_attn, 0_mlp, ..., and ln_final_bias of a LayerNorm);
             "layer" [layer] (attention and MLP of each together);
@@ -57,8 +60,8 @@ def logit_attribution(
 
     The parts and the attribute `rest` (what is divided no further: the embedding, biases, for heads and neurons
     everything else, for components only the model's rounding) sum to the attribute `logit`. Attributes `answer` and
-    `baseline` name the tokens. Raises `InputError` for several positions, a word that is not one token, or patches of a
-    prompt without a picture.
+    `baseline` name the tokens, `measured` says "first token" of the model's own answer. Raises `InputError` for several
+    positions, a word that is not one token, or patches of a prompt without an image.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -69,11 +72,13 @@ def logit_attribution(
     prompts = model.as_inputs(inputs)
     if by not in _PARTS:
         raise InputError(f"by={by!r}; expected one of {', '.join(map(repr, _PARTS))}.")
-    tokens = (
-        None if answer is None else token_id(model, answer),
-        None if baseline is None else token_id(model, baseline),
-    )
-    results = prompts.each(lambda one: _one_prompt(model, one, *tokens, by, position), prompts)
+    words_of = (answer, baseline)
+
+    def tokens(token_map: TokenMap) -> list[int | None]:
+        return [None if word is None else single_token(model, token_map, word) for word in words_of]
+
+    each = prompts.each(tokens, prompts.token_maps)  # all are checked before anything is run
+    results = prompts.each(lambda one, own: _one_prompt(model, one, own[0], own[1], by, position), prompts, each)
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 
@@ -89,6 +94,7 @@ def _one_prompt(
         cache = _cache(model, prompt, where, by)
         final = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0, 0]  # (d_model)
         logits = model.unembed(model.ln_final.fused(final))  # (d_vocab)
+        measured = FIRST if answer is None else WHOLE
         answer = int(logits.argmax()) if answer is None else answer
         scale = cache["ln_final.hook_scale"][0, 0]
         direction = _direction(model, answer, baseline) / scale  # (d_model)
@@ -97,7 +103,12 @@ def _one_prompt(
         bias = model.ln_final.bias
         if by == "component" and bias is not None:
             result = xr.concat([result, _norm_bias(model, bias, answer, baseline)], "component")
-        attrs = {"logit": total, "answer": _word(model, answer), "baseline": _word(model, baseline)}
+        attrs = {
+            "logit": total,
+            "answer": _word(model, answer),
+            "baseline": _word(model, baseline),
+            "measured": measured,
+        }
         return result.assign_attrs(made.attrs(**attrs, rest=total - float(result.sum())))
 
 

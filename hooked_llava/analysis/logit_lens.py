@@ -15,16 +15,18 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.answer_tokens import one_answer, only_token
 from hooked_llava.caching import Positions, resolve_positions
 from hooked_llava.errors import InputError
 from hooked_llava.hook_names import IMAGE_SIDE
 from hooked_llava.provenance import provenance
-from hooked_llava.readout import Lens, check_k, lens, token_id, top_tokens, words
+from hooked_llava.readout import Lens, check_k, lens, top_tokens, words
 from hooked_llava.results import stack, stream_coords
 
 if TYPE_CHECKING:
     from hooked_llava.inputs import Inputs
     from hooked_llava.model import HookedLLaVA
+    from hooked_llava.token_map import TokenMap
 
 
 def logit_lens(
@@ -50,7 +52,7 @@ def logit_lens(
             position (so that a component's reading is its part of the logits; a LayerNorm's bias is in readings of the
             whole stream only), "none" reads it raw (Zhang et al.
             2411.18620).
-        answers: tokens whose probability is wanted in every layer.
+        answers: tokens whose probability is wanted in every layer: ids, or words that are one token after the prompt.
         k: number of words kept.
         hook: short name of another hook to read, in all its layers: "attn_out", "mlp_out", "result" (an axis head
             follows position), "hook_image_embed" at image positions.
@@ -66,8 +68,13 @@ def logit_lens(
     """
     check_k(model, k)
     prompts = model.as_inputs(inputs)
-    answer_ids = [token_id(model, answer) for answer in answers or ()]
-    results = prompts.each(lambda one: _one_prompt(model, one, positions, norm, answer_ids, k, hook), prompts)
+
+    def followed(token_map: TokenMap) -> list[tuple[str, int]]:
+        found = [one_answer(model, token_map, answer) for answer in answers or ()]
+        return [(one.text, only_token(model, one)) for one in found]
+
+    each = prompts.each(followed, prompts.token_maps)  # all are checked before anything is run
+    results = prompts.each(lambda one, own: _one_prompt(model, one, positions, norm, own, k, hook), prompts, each)
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 
@@ -76,7 +83,7 @@ def _one_prompt(
     prompt: Inputs,
     positions: Positions,
     norm: Lens,
-    answer_ids: list[int],
+    answers: list[tuple[str, int]],
     k: int,
     hook: str | tuple[Any, ...] | None,
 ) -> xr.Dataset:
@@ -101,10 +108,11 @@ def _one_prompt(
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
             },
         )
-        if answer_ids:
-            found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., answer_ids] for layer in vectors])
+        if answers:
+            followed = [token for _, token in answers]
+            found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., followed] for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
-            result = result.assign_coords(answer=words(model, torch.tensor(answer_ids)))
+            result = result.assign_coords(answer=[text for text, _ in answers])
         if hook is not None and not names[0].startswith("blocks."):
             result = result.isel(layer=0, drop=True)
         return result.assign_attrs(made.attrs())

@@ -209,12 +209,12 @@ def _tokenized_in_place(
     for (start, stop), word in sorted(zip(spans, words, strict=True), reverse=True):
         changed = changed[:start] + word + changed[stop:]
     before, after = (_encoded(model, t, token_map.n_features) for t in (text.text, changed))
-    real = [token_map.token_ids[p] for p in token_map.real]
+    real = [token_map.token_ids[p] for p in token_map.own]
     if before != real or len(after) != len(real):
         return None
-    new = dict(zip(token_map.real, after, strict=True))
+    new = dict(zip(token_map.own, after, strict=True))
     inside = {p for where in constraints for p in where}
-    if any(new[p] != token_map.token_ids[p] for p in token_map.real if p not in inside):
+    if any(new[p] != token_map.token_ids[p] for p in token_map.own if p not in inside):
         return None
     return {p: new[p] for p in inside}
 

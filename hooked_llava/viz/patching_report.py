@@ -11,10 +11,11 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_llava.analysis import activation_patching, attribution_patching
+from hooked_llava.answer_tokens import single_token
 from hooked_llava.errors import InputError
 from hooked_llava.input_batch import Inputs
 from hooked_llava.interventions.pairs import Direction, check_direction, check_pair
-from hooked_llava.metrics import Answer, logit_difference
+from hooked_llava.metrics import logit_difference
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, steps_reported
 from hooked_llava.viz.patching_page import PatchingPage, build_patching_page
@@ -81,7 +82,7 @@ def patching_report(
     with steps_reported(STEPS, on_step, "patching") as begin:
         begin("answering")
         said = [model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens") for prompt in pair]
-        followed = _followed(model, said, answer, baseline)
+        followed = _followed(model, pair[0], said, answer, baseline)
         results = _results(model, pair, followed, direction, max_runs, begin)
         begin("drawing")
         page = PatchingPage(
@@ -101,11 +102,14 @@ def patching_report(
 
 
 def _followed(
-    model: HookedLLaVA, said: list[Tensor], answer: str | int | None, baseline: str | int | None
+    model: HookedLLaVA, clean: Inputs, said: list[Tensor], answer: str | int | None, baseline: str | int | None
 ) -> tuple[int, int]:
     """The two tokens whose logits are compared."""
     given = (answer, baseline)
-    ids = [int(said[i][0, 0]) if word is None else Answer.of(model, word).ids[0] for i, word in enumerate(given)]
+    ids = [
+        int(said[i][0, 0]) if word is None else single_token(model, clean.token_map, word)
+        for i, word in enumerate(given)
+    ]
     if ids[0] == ids[1]:
         same = model.to_string(ids[0])
         raise InputError(

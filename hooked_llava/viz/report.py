@@ -12,6 +12,7 @@ import xarray as xr
 from hooked_llava.analysis import image_attention, logit_attribution, logit_lens, next_tokens
 from hooked_llava.analysis.head_scores import head_scores
 from hooked_llava.analysis.patch_importance import Method, patch_importance
+from hooked_llava.answer_tokens import single_token
 from hooked_llava.errors import InputError, did_you_mean
 from hooked_llava.input_batch import Inputs
 from hooked_llava.model import HookedLLaVA
@@ -74,7 +75,8 @@ def explain(
     Args:
         model: the model.
         inputs: one prompt, anything `model.as_inputs` takes; those of `model.prepare` also show pictures as they were.
-        answer: the token whose logit is taken apart; the model's own first token by default.
+        answer: the token whose logit is taken apart, an id or a word that is one token after the prompt; the model's own
+            first token by default.
         baseline: a token whose logit is subtracted, to see why one answer and not the other.
         max_new_tokens: length of the answer at most.
         k: how many words the tables show.
@@ -143,7 +145,7 @@ def _results(
     results["next_tokens"] = next_tokens(model, prompt, k=wishes.k)
     likely = results["next_tokens"]["token_id"].values[0].tolist()
     answer, baseline = wishes.answer, wishes.baseline
-    scored = likely[0] if answer is None else model.to_single_token(answer) if isinstance(answer, str) else answer
+    scored = likely[0] if answer is None else single_token(model, prompt.token_map, answer)
     followed = [scored, *(token for token in likely if token != scored)][:_LENS_ANSWERS]
     on_step("logit lens")
     results["lens"] = logit_lens(model, prompt, answers=followed, k=wishes.k)

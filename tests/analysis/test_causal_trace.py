@@ -13,7 +13,7 @@ import xarray as xr
 from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace
-from hooked_llava.metrics import log_probability
+from hooked_llava.metrics import log_probability, teacher_forced
 from hooked_llava.model import HookedLLaVA
 from hooked_llava.results import load, save
 from tests.builders import make_hf_model
@@ -96,6 +96,58 @@ def test_windows_hold_the_layers_that_were_asked_for(
     )
     corrupted = reworded(model, prompt, "star", ["circle"])
     np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, windows), atol=2e-5)
+
+
+@pytest.mark.parametrize("corruption", ["the circle", Noise(std=1.0, seed=3)])
+def test_an_answer_of_several_tokens_is_followed_as_a_whole(model: Any, prompt: Any, corruption: Any) -> None:
+    """Held against full forward passes of the prompt with the answer; `last` stays the prompt's last position."""
+    forced = teacher_forced(model, prompt, "red star")
+    ids, last = forced.inputs.input_ids[0, -2:].tolist(), prompt.shape[1] - 1
+    where = [*prompt.token_map["question"], last, last + 1]
+    options = {"corruption": corruption, "positions": where}
+    trace = causal_trace(model, forced.inputs, "this star", **options)
+    corrupted = embeddings(model, forced.inputs).clone()
+    if isinstance(corruption, str):
+        for position, word in zip(prompt.token_map.find("this star"), ("the", "circle"), strict=True):
+            corrupted[0, position] = model.W_E[model.to_single_token(word)]
+    else:
+        noise = torch.randn(2, model.cfg.d_model, generator=torch.Generator().manual_seed(3))
+        corrupted[0, prompt.token_map.find("this star").tolist()] += noise
+    cells = [(k, w, p) for k in KINDS for w in single(model) for p in where]
+    clean, broken, rows = trace_naively(model, forced.inputs, corrupted, cells, read=forced.positions)
+
+    def p_of(logits: torch.Tensor) -> torch.Tensor:
+        p = logits.double().softmax(-1)
+        return p[..., 0, ids[0]] * p[..., 1, ids[1]]
+
+    assert float(trace.p_clean) == pytest.approx(float(p_of(clean)), rel=1e-4)
+    assert float(trace.p_corrupted) == pytest.approx(float(p_of(broken)), rel=1e-4)
+    scale = float(p_of(clean))
+    np.testing.assert_allclose(trace.restored / scale, p_of(rows).reshape(trace.restored.shape) / scale, atol=1e-3)
+    assert float(abs(trace.indirect_effect.sel(position=last + 1)).max()) > 0, "the second token is read there"
+    assert trace.role.values[-2:].tolist() == ["last", "answer"]
+    assert (trace.attrs["last"], trace.attrs["measured"]) == (last, "whole answer")
+    assert (trace.attrs["answer"], trace.attrs["answer_tokens"]) == ("red star", ["red", "star"])
+    asked = causal_trace(model, prompt, "this star", answer="red star", **options)
+    np.testing.assert_allclose(asked.restored, trace.restored, atol=1e-9)
+    log_p = causal_trace(model, forced.inputs, "this star", metric=forced.metric, **options)
+    np.testing.assert_allclose(np.exp(log_p.restored) / scale, trace.restored / scale, atol=1e-3)
+    usual = causal_trace(model, forced.inputs, "this star", corruption=corruption, kinds=("mlp",))
+    assert usual.position.values[-1] == last
+
+
+def test_an_answer_of_one_token_is_followed_as_before(model: Any, prompt: Any) -> None:
+    own = causal_trace(model, prompt, "this star", corruption="the circle")
+    assert own.attrs["measured"] == "first token"
+    token = int(model(prompt)[0, -1].argmax())
+    for same in (
+        causal_trace(model, prompt, "this star", corruption="the circle", answer=token),
+        causal_trace(model, teacher_forced(model, prompt, token).inputs, "this star", corruption="the circle"),
+    ):
+        np.testing.assert_allclose(same.restored, own.restored, atol=1e-6)
+        assert same.attrs["measured"] == "whole answer"
+    with pytest.raises(InputError, match="answer='red'"):
+        causal_trace(model, teacher_forced(model, prompt, "red").inputs, "this star", answer="red")
 
 
 def test_noise_is_averaged_over_its_draws(model: Any, prompt: Any) -> None:

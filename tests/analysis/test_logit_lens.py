@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused() -> None:
             logit_lens(model(), prompt(), hook=hook)
     with pytest.raises(InputError, match="hold no image embedding"):
         logit_lens(model(), prompt(), hook="hook_image_embed")
-    with pytest.raises(InputError, match="'zebra' is not in the vocabulary"):
+    with pytest.raises(InputError, match="does not know 'zebra'"):
         logit_lens(model(), prompt(), answers=["zebra"])
     with pytest.raises(InputError, match=r"positions=\[99\] do not lie in the prompt"):
         logit_lens(model(), prompt(), positions=99)

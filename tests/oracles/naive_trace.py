@@ -22,10 +22,11 @@ def embeddings(model: Any, prompt: Any) -> Tensor:
 
 
 def trace_naively(
-    model: Any, prompt: Any, corrupted: Tensor, cells: Sequence[tuple[str, Sequence[int], int]]
+    model: Any, prompt: Any, corrupted: Tensor, cells: Sequence[tuple[str, Sequence[int], int]], read: Any = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Last logits of the clean run, of the run whose block 0 gets `corrupted`, and of that run with each cell restored.
+    """Logits of the clean run, of the run whose block 0 gets `corrupted`, and of that run with each cell restored.
 
+    They are the last position's, or those of others.
     A cell is (kind, layers restored together, position).
     """
     names = [f"blocks.{i}.{hook}" for i in range(model.cfg.n_layers) for hook in HOOKS.values()]
@@ -45,5 +46,5 @@ def trace_naively(
                 return tensor
 
             hooks = [(f"blocks.{layer}.{HOOKS[kind]}", restore) for layer in layers]
-            rows.append(model.run_with_hooks(prompt, fwd_hooks=start + hooks)[0, -1])
-    return clean_logits[0, -1], corrupted_logits[0, -1], torch.stack(rows)
+            rows.append(model.run_with_hooks(prompt, fwd_hooks=start + hooks)[0, read])
+    return clean_logits[0, read], corrupted_logits[0, read], torch.stack(rows)
