@@ -9,7 +9,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, subject_of, tick_every, unit_of
+from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, tick_every, unit_of
+from hooked_llava.viz.titles import add_note, title_of
 
 _OF_LAYER = re.compile(r"(\d+)_(attn|mlp)")
 _COLORS = {"attn": BLUE, "mlp": ORANGE}
@@ -52,8 +53,9 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
         axes.set_ylabel(unit_of(result))
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_title(subject_of(result) if title is None else title)
+        axes.set_title(title_of(result) if title is None else title)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
+        add_note(figure, result.attrs, title)
     return figure
 
 
@@ -84,7 +86,8 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
         axes.grid(axis="x", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         shown = f"{len(order)} of {flat.size} neurons"
-        axes.set_title(f"{subject_of(result) if title is None else title}\n{shown}")
+        axes.set_title(f"{title_of(result) if title is None else title}\n{shown}")
+        add_note(figure, result.attrs, title)
     return figure
 
 

@@ -11,7 +11,7 @@ from hooked_llava.pictures import Picture
 from hooked_llava.viz.bars import contribution_bars, top_bars
 from hooked_llava.viz.maps import cell_map, layer_head_map, layer_position_map
 from hooked_llava.viz.overlay import patch_overlays
-from hooked_llava.viz.style import subject_of
+from hooked_llava.viz.titles import title_of
 
 
 def plot_contributions(
@@ -41,7 +41,7 @@ def plot_contributions(
     >>> [label.get_text() for label in plot_contributions(parts).axes[0].get_yticklabels()[:3]]
     ['L0 N0', 'L1 N1', 'L2 N2']
     """
-    title = subject_of(result) if title is None else title
+    title = title_of(result) if title is None else title
     axes = {str(dim) for dim in result.dims}
     if "patch_row" in axes:
         if inputs is None:

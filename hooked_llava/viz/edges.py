@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -13,17 +14,23 @@ from matplotlib.figure import Figure
 from hooked_llava.errors import InputError
 from hooked_llava.viz.maps import draw_cells
 from hooked_llava.viz.style import RULE, add_color_bar, plot, scale_of, tick_every, unit_of
+from hooked_llava.viz.titles import add_note, title_of
 
 _LAYER = re.compile(r"L(\d+)")
 _ESTIMATES = ("heads", "mlps", "embed")
 
 
-def edge_map(result: xr.DataArray | Mapping[str, xr.DataArray], *, title: str | None = None) -> Figure:
+def edge_map(
+    result: xr.DataArray | Mapping[str, xr.DataArray],
+    *,
+    title: str | None = None,
+    about: Mapping[Any, Any] | None = None,
+) -> Figure:
     """A cell for every edge, senders down and receivers across, both in the order in which the model computes them.
 
     The result is a dataset of `edge_attribution`, some of its arrays by name (`heads`, `mlps`, `embed`), or one array
     with the axes receiver, layer (and head) of `path_patching`. Where a sender does not lie before the receiver, and no
-    edge is, the map is empty. Raises `InputError` for other axes.
+    edge is, the map is empty. `about` are attributes of parts that have none. Raises `InputError` for other axes.
 
     >>> heads = xr.DataArray(np.ones((1, 2, 3)), dims=("receiver", "layer", "head"), coords={"receiver": ["L1 mlp"]})
     >>> edge_map(heads).axes[0].collections[0].get_array().shape
@@ -39,6 +46,7 @@ def edge_map(result: xr.DataArray | Mapping[str, xr.DataArray], *, title: str | 
     senders = ["embed" if layer < 0 else f"L{layer:.0f}" for (layer, _), _ in rows]
     receivers = [(m[0] if (m := _LAYER.match(label)) else label) for label in map(str, first["receiver"].values)]
     width, height = (min(11.0, max(4.4, 1.9 + 0.07 * n)) for n in values.shape[::-1])
+    attrs = getattr(result, "attrs", {}) if about is None else about
     with plot(width, max(2.8, height)) as figure:
         axes = figure.add_subplot()
         scale = scale_of(first, values)
@@ -47,7 +55,9 @@ def edge_map(result: xr.DataArray | Mapping[str, xr.DataArray], *, title: str | 
         _layers(axes, "y", senders)
         axes.set_xlabel("receiver (in each layer queries, keys, values by head, then the MLP)")
         axes.set_ylabel("sender (heads, then the MLP)")
-        axes.set_title("Edges" if title is None else title)
+        own = title_of(xr.Dataset(attrs=attrs)) if "analysis" in attrs else "Edges"
+        axes.set_title(own if title is None else title)
+        add_note(figure, attrs, title)
         unit = "change of the metric" if unit_of(first) in _ESTIMATES else unit_of(first)
         add_color_bar(figure, axes, scale, unit, values)
     return figure

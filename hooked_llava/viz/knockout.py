@@ -16,6 +16,7 @@ from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.maps import names_along
 from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot
+from hooked_llava.viz.titles import add_note, shown_title
 
 _DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
 _COLUMNS = 3
@@ -34,7 +35,7 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     Args:
         result: what `attention_knockout` gives for one prompt, or `by_kind` of a study, whose intervals become bands.
         edges: which edges, named as for `attention_knockout`; all by default.
-        title: instead of none.
+        title: instead of the result's own; "" for none.
 
     Raises `InputError` for a result with other axes than edge, layer, kind and statistic.
 
@@ -62,7 +63,8 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
             if kind:
                 axes.set_title(kind)
         _outer(figure, every, effect, result)
-        _legend(figure, every[0], title)
+        _legend(figure, every[0], shown_title(result, title))
+        add_note(figure, result.attrs, title)
     return figure
 
 
@@ -72,7 +74,7 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     Args:
         result: what `answer_probability` gives for one prompt, or its means by kind.
         norm: which reading, "none" or "final".
-        title: instead of none.
+        title: instead of the result's own; "" for none.
 
     Raises `InputError` for a result with other axes than norm, layer (or stream), form, kind and statistic.
 
@@ -102,7 +104,8 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
         for axes in every:
             axes.set_xlabel("stream entering layer")
         every[0].set_ylabel("probability")
-        _legend(figure, every[0], title)
+        _legend(figure, every[0], shown_title(result, title))
+        add_note(figure, result.attrs, title)
     return figure
 
 
@@ -208,7 +211,7 @@ def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dat
         figure.supylabel(label, fontsize=9, color=INK)
 
 
-def _legend(figure: Plot, axes: Axes, title: str | None) -> None:
+def _legend(figure: Plot, axes: Axes, title: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
     options = {"labelcolor": INK, "handlelength": 2.6}
     if len(figure.axes) == 1:

@@ -235,8 +235,8 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
             cells.append(_cell(knockout.sel(at), summary.sel(at), digits, full))
         rows.append({"edge": shown_edge(edge), "cells": cells})
     return {
-        "curves": figure_uri(knockout_curves(knockout)),
-        "probabilities": None if probability is None else figure_uri(probability_curves(probability)),
+        "curves": figure_uri(knockout_curves(knockout, title="")),
+        "probabilities": None if probability is None else figure_uri(probability_curves(probability, title="")),
         "window": knockout.attrs.get("window"),
         "units": units,
         "kinds": kinds,

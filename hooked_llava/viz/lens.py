@@ -22,6 +22,7 @@ from hooked_llava.viz.style import (
     add_color_bar,
     plot,
 )
+from hooked_llava.viz.titles import add_note, title_of
 
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
 _LONGEST_WORD = 12
@@ -53,7 +54,8 @@ def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.tick_params(length=0)
         axes.set_xlabel(label)
         axes.set_ylabel(_axis(result))
-        axes.set_title(f"Logit lens: most probable words by {label}" if title is None else title)
+        axes.set_title(f"{_called(result)}: most probable words by {label}" if title is None else title)
+        add_note(figure, result.attrs, title)
         add_color_bar(figure, axes, _PROBABILITY, "probability", probability)
     return figure
 
@@ -97,7 +99,8 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.set_xlabel(_axis(result))
         axes.set_ylabel("probability")
         axes.grid(axis="y", color=RULE, linewidth=0.6)
-        axes.set_title("Logit lens: probability of answers by layer" if title is None else title)
+        axes.set_title(f"{_called(result)}: probability of answers by layer" if title is None else title)
+        add_note(figure, result.attrs, title)
         _legend(axes)
     return figure
 
@@ -106,6 +109,13 @@ def _axis(result: xr.Dataset) -> str:
     """What the lens read by layer: the stream, or another hook."""
     hook = result.attrs.get("hook")
     return f"{hook}, layer" if hook else "stream entering layer"
+
+
+def _called(result: xr.Dataset) -> str:
+    """The lens and what it is held to, how it reads where that is not the final norm."""
+    hook, norm = result.attrs.get("hook"), result.attrs.get("norm", "final")
+    how = {"frozen": " with the final norm's scale held", "none": " without the final norm"}.get(str(norm), "")
+    return title_of(xr.Dataset(attrs={"analysis": "logit_lens"})) + (f" of {hook}" if hook else "") + how
 
 
 def _different(words: list[str]) -> list[str]:

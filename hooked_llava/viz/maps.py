@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -22,10 +22,10 @@ from hooked_llava.viz.style import (
     only,
     plot,
     scale_of,
-    subject_of,
     tick_every,
     unit_of,
 )
+from hooked_llava.viz.titles import add_note, title_of
 
 Collapse = Literal["mean", "sum", "max"]
 """What may stand for all patches of an image: their mean, their sum, or the one farthest from what does nothing."""
@@ -57,11 +57,16 @@ def cell_map(result: xr.DataArray, rows: str, columns: str, *, title: str | None
     'receiver'
     """
     result = only(result, rows, columns)
-    return cell_maps({subject_of(result) if title is None else title: result}, rows, columns)
+    name = title_of(result) if title is None else title
+    return cell_maps({name: result}, rows, columns, about={} if title == "" else result.attrs)
 
 
-def cell_maps(results: Mapping[str, xr.DataArray], rows: str, columns: str) -> Figure:
+def cell_maps(
+    results: Mapping[str, xr.DataArray], rows: str, columns: str, *, about: Mapping[str, Any] | None = None
+) -> Figure:
     """Several results of the same axes below each other, each under its name, on one colour scale.
+
+    `about` are attributes of the whole, as analyses give them, which a note below tells.
 
     >>> maps = xr.DataArray(np.eye(2), dims=("layer", "head"))
     >>> figure = cell_maps({"q": maps, "k": 2 * maps}, "layer", "head")
@@ -83,6 +88,7 @@ def cell_maps(results: Mapping[str, xr.DataArray], rows: str, columns: str) -> F
             label_axis(axes, "y", names_along(panel, rows), _axis_label(rows))
             axes.set_title(title)
         add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), _all(panel.values for panel in panels))
+        add_note(figure, about or {})
     return figure
 
 
@@ -102,8 +108,8 @@ def layer_position_map(
     ['0', '1']
     """
     result = only(result, "layer", "position")
-    name = subject_of(result) if title is None else title
-    return layer_position_maps({name: result}, inputs, collapse=collapse)
+    name = title_of(result) if title is None else title
+    return layer_position_maps({name: result}, inputs, collapse=collapse, about={} if title == "" else result.attrs)
 
 
 def layer_position_maps(
@@ -112,11 +118,12 @@ def layer_position_maps(
     *,
     collapse: Collapse | None = None,
     marked: Sequence[int] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> Figure:
     """Several results [layer, position] of the same positions below each other, on one colour scale.
 
-    Each stands under its name; the tokens are written below the last, those at `marked` positions in orange. Otherwise as
-    `layer_position_map`.
+    Each stands under its name; the tokens are written below the last, those at `marked` positions in orange. `about` are
+    attributes of the whole, which a note below tells. Otherwise as `layer_position_map`.
 
     >>> parts = xr.DataArray(np.eye(2), dims=("layer", "position"))
     >>> figure = layer_position_maps({"attn_out": parts, "mlp_out": -parts})
@@ -142,6 +149,7 @@ def layer_position_maps(
             axes.set_title(title)
         _name_groups(all_axes[-1], groups, marked)
         add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), _all(values))
+        add_note(figure, about or {})
     return figure
 
 

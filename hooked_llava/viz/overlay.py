@@ -30,9 +30,9 @@ from hooked_llava.viz.style import (
     color_scale,
     plot,
     scale_of,
-    subject_of,
     unit_of,
 )
+from hooked_llava.viz.titles import add_note, shown_title, title_of
 
 Grid = xr.DataArray | np.ndarray | Tensor
 """Values by patch: [patch_row, patch_col]."""
@@ -73,9 +73,10 @@ def patch_overlay(
     with plot(width + 0.9, height + 0.4) as figure:
         axes = figure.add_subplot()
         draw_overlay(axes, original, values, scale, geometry, underlay)
-        subject, unit = (subject_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
+        subject, unit = (title_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
         axes.set_title(subject if title is None else title)
         add_color_bar(figure, axes, scale, unit, values, colors=_as_overlaid(scale))
+        add_note(figure, grid.attrs if isinstance(grid, xr.DataArray) else {}, title)
     return figure
 
 
@@ -108,9 +109,9 @@ def patch_overlays(
     original, geometry = _original(picture, image, geometry, result.shape[1:])
     scale, n = scale_of(result), result.shape[0]
     columns = min(columns, n)
-    rows = -(-n // columns)
+    rows, heading = -(-n // columns), shown_title(result, title)
     width, height = _panel_size(original, 7.6 / max(columns, 3))
-    with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if title else 0.1)) as figure:
+    with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
             draw_overlay(axes, original, values, scale, geometry, underlay)
@@ -118,8 +119,9 @@ def patch_overlays(
             axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
-        if title:
-            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        if heading:
+            figure.suptitle(heading, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        add_note(figure, result.attrs, title)
         add_color_bar(figure, panels, scale, unit_of(result), result.values, colors=_as_overlaid(scale))
     return figure
 

@@ -18,6 +18,7 @@ from hooked_llava.viz.edges import edge_map
 from hooked_llava.viz.kinds import check_not_another
 from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from hooked_llava.viz.overlay import patch_overlay, patch_overlays
+from hooked_llava.viz.titles import title_of
 
 _MOST_PANELS = 12
 _OF_ONE_RUN = ("pair", "prompt", "image", "answer", "receiver", "position")  # dropped where they have one entry
@@ -61,11 +62,12 @@ def plot_patching(
     check_not_another(result, ("plot_patching", "edge_map"))
     if isinstance(result, Mapping):
         shares = recovered(result) if isinstance(result, xr.Dataset) and _has_ends(result, share) else result
-        return _several({str(name): _bare(_shared(part, share)) for name, part in shares.items()}, inputs)
+        parts = {str(name): _bare(_shared(part, share)) for name, part in shares.items()}
+        return _several(parts, inputs, getattr(result, "attrs", {}))
     if result.name == "logit":
         return plot_contributions(result, inputs, image=image, title=title)
     drawn = _bare(_shared(result, share))
-    title = _title(drawn) if title is None else title
+    title = title_of(drawn) if title is None else title
     if "patch" in drawn.dims or (unfold and "position" in drawn.dims):
         return _on_picture(drawn, inputs, image, title)
     return _by_axes(drawn, inputs, title)
@@ -76,7 +78,8 @@ def _by_axes(drawn: xr.DataArray, inputs: Inputs | Picture | None, title: str) -
     if "receiver" in axes and drawn.sizes["receiver"] > _MOST_PANELS:
         return edge_map(drawn, title=title)
     if axes == {"receiver", "layer", "head"}:
-        return _several({f"to {name}": drawn.sel(receiver=name) for name in drawn["receiver"].values}, inputs)
+        parts = {f"to {name}": drawn.sel(receiver=name) for name in drawn["receiver"].values}
+        return _several(parts, inputs, drawn.attrs)
     if axes & {"head", "kv_head"}:
         return layer_head_map(drawn, title=title)
     if axes in ({"receiver", "layer"}, {"layer"}):
@@ -143,7 +146,7 @@ def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tupl
     return list(indices), list(places)
 
 
-def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None) -> Figure:
+def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None, about: Mapping[Any, Any]) -> Figure:
     """Panels on one scale; of edges, that have another sender each, one map."""
     if not parts or len(parts) > _MOST_PANELS:
         raise InputError(f"There are {len(parts)} results to draw; expected 1 to {_MOST_PANELS}. Choose some of them.")
@@ -151,7 +154,7 @@ def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None)
     kinds = [("layer", "head"), ("layer", "kv_head"), ("receiver", "layer"), ("layer", "position")]
     fitting = [kind for kind in kinds if axes == {frozenset(kind)}]
     if not fitting and len(axes) == len(parts) and all("receiver" in part.dims for part in parts.values()):
-        return edge_map(parts)
+        return edge_map(parts, about=about)
     if not fitting:
         found = "; ".join(f"{name}: {', '.join(map(str, part.dims))}" for name, part in parts.items())
         raise InputError(
@@ -159,8 +162,8 @@ def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None)
             "layer and head. Draw one, for example plot_patching(recovered(result)['z'].sel(position=...))."
         )
     if fitting[0] == ("layer", "position"):
-        return layer_position_maps(parts, _prompt(inputs))
-    return cell_maps(parts, *fitting[0])
+        return layer_position_maps(parts, _prompt(inputs), about=about)
+    return cell_maps(parts, *fitting[0], about=about)
 
 
 def _on_picture(result: xr.DataArray, inputs: Inputs | Picture | None, image: int, title: str) -> Figure:
@@ -188,15 +191,6 @@ def _bare(result: xr.DataArray) -> xr.DataArray:
     if "layer" in result.dims and not set(result.dims) & {"head", "kv_head", "patch"}:
         dropped = [dim for dim in dropped if dim != "position"]  # a map of one column
     return result.squeeze(dropped, drop=True)
-
-
-def _title(result: xr.DataArray) -> str:
-    """The hook or the senders, and which way was patched."""
-    what = str(result.attrs.get("hook") or result.attrs.get("senders") or result.name or "value").replace("_", " ")
-    ways = {"denoise": "clean into the corrupted run", "noise": "corrupted into the clean run"}
-    way = ways.get(str(result.attrs.get("direction")))
-    what = str(result.attrs.get("hook", what)) if "hook" in result.attrs else what.capitalize()
-    return f"{what}, {way}" if way else what
 
 
 def _prompt(inputs: Inputs | Picture | None) -> Inputs | None:

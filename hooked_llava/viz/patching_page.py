@@ -168,8 +168,10 @@ def _picture(page: PatchingPage, shares: dict[str, Any], base: Inputs, image: in
     columns = 4 if page.model.cfg.n_layers <= 16 else 8
     return {
         "number": image + 1,
-        "patches": figure_uri(patch_overlays(canvas, both.rename("recovered"), image=image)),
-        "by_layer": figure_uri(patch_overlays(canvas, stream.rename("recovered"), image=image, columns=columns)),
+        "patches": figure_uri(patch_overlays(canvas, both.rename("recovered"), image=image, title="")),
+        "by_layer": figure_uri(
+            patch_overlays(canvas, stream.rename("recovered"), image=image, columns=columns, title="")
+        ),
     }
 
 

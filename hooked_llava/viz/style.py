@@ -230,14 +230,6 @@ def unit_of(result: xr.DataArray) -> str:
     return str(result.attrs.get("units") or UNITS.get(str(result.name), result.name or "value"))
 
 
-def subject_of(result: xr.DataArray) -> str:
-    """What a result is about, for titles: "direct contribution to the logit of 'red'", "attention", its name."""
-    answer, baseline = result.attrs.get("answer"), result.attrs.get("baseline")
-    if result.name == "logit" and answer:
-        return f"Direct contribution to the logit of {answer!r}" + (f" minus that of {baseline!r}" if baseline else "")
-    return str(result.name or "value").replace("_", " ").capitalize()
-
-
 def only(result: xr.DataArray, *dims: str) -> xr.DataArray:
     """The result with exactly these axes, in this order; axes of length one are dropped.
 

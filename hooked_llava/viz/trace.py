@@ -16,6 +16,7 @@ from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.maps import layer_position_maps
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, plot
+from hooked_llava.viz.titles import add_note, shown_title
 
 KIND_NAMES = {
     "mlp": "MLP output restored",
@@ -35,10 +36,13 @@ _ROLE_COLORS = {
 _FAINT = 0.01  # of the largest effect
 
 
-def trace_maps(trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = "indirect_effect") -> Figure:
+def trace_maps(
+    trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = "indirect_effect", note: bool = True
+) -> Figure:
     """A cell for every layer and token, a panel for each kind, on one scale; the constraint's tokens are orange.
 
-    With `inputs` the patches of each image stand side by side, named together. Raises `InputError` for what is no causal trace.
+    With `inputs` the patches of each image stand side by side, named together. A `note` below says what was traced.
+    Raises `InputError` for what is no causal trace.
 
     >>> import numpy as np
     >>> data = xr.Dataset(
@@ -56,7 +60,7 @@ def trace_maps(trace: xr.Dataset, inputs: Inputs | None = None, *, value: str = 
         for p, role in zip(trace.position.values, trace.role.values, strict=True)
         if role.startswith("constraint")
     ]
-    return layer_position_maps(panels, inputs, marked=asked)
+    return layer_position_maps(panels, inputs, marked=asked, about=trace.attrs if note else {})
 
 
 def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
@@ -87,8 +91,9 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
         panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", handlelength=1.4)
-        if title:
-            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        if heading := shown_title(effects, title):
+            figure.suptitle(heading, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        add_note(figure, effects.attrs, title)
     return figure
 
 

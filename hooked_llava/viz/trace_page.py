@@ -87,7 +87,7 @@ def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, An
     pictures = []
     for i in range(prompt.n_images if prompt.images is not None else 0):
         layers = contribution.image_to_constraint.isel(image=i)
-        figure = patch_overlays(prompt, layers, image=i, columns=4 if model.cfg.n_layers <= 16 else 8)
+        figure = patch_overlays(prompt, layers, image=i, columns=4 if model.cfg.n_layers <= 16 else 8, title="")
         pictures.append({"thumbnail": picture_uri(prompt.images[i]), "messages": _uri(figure)})
     return {
         "question": question_text(prompt),
@@ -101,8 +101,8 @@ def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, An
         "constraint": " and ".join(f"“{words}”" for words in trace.constraint),
         "layers": _window(trace),
         "best": _best(trace),
-        "map": _uri(trace_maps(trace)),
-        "curves": _uri(role_curves(results["roles"])),
+        "map": _uri(trace_maps(trace, note=False)),
+        "curves": _uri(role_curves(results["roles"], title="")),
         "to_last": _uri(contribution_maps(contribution)),
         "pictures": pictures,
         "n_heads": model.cfg.n_heads,

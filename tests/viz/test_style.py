@@ -16,9 +16,9 @@ from hooked_llava.viz.style import (
     only,
     plot,
     scale_of,
-    subject_of,
     unit_of,
 )
+from hooked_llava.viz.titles import title_of
 
 
 def test_signed_values_diverge_symmetrically_and_others_grow_from_zero():
@@ -69,10 +69,10 @@ def test_a_plot_shows_itself_as_png_and_svg():
 
 def test_subjects_and_units_follow_from_name_and_attributes():
     result = xr.DataArray([1.0], dims="x", name="logit", attrs={"answer": "Red", "baseline": "Blue"})
-    assert subject_of(result) == "Direct contribution to the logit of 'Red' minus that of 'Blue'"
+    assert title_of(result) == "Direct contribution to the logit of 'Red' minus that of 'Blue'"
     assert unit_of(result) == "logits"
     assert unit_of(result.assign_attrs(units="nats")) == "nats"
-    assert subject_of(xr.DataArray([1.0], dims="x", name="answer_probability")) == "Answer probability"
+    assert title_of(xr.DataArray([1.0], dims="x", name="answer_probability")) == "Answer probability"
 
 
 def test_only_refuses_missing_and_surplus_axes():

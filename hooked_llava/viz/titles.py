@@ -1,0 +1,139 @@
+"""What a figure is called, and the line below it that says what it shows: made from the result's attributes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import xarray as xr
+
+from hooked_llava.viz.style import MUTED, Plot
+
+_ANALYSES = {
+    "answer_probability": "Answer probability",
+    "attention_contribution": "Attention contributions",
+    "attention_knockout": "Attention knockout",
+    "causal_trace": "Causal trace",
+    "edge_attribution": "Edges",
+    "edit_sweep": "The edit at each layer and position",
+    "evaluate_edit": "The edit, asked",
+    "logit_lens": "Logit lens",
+}
+"""How the results of analyses are called whose arrays' names say less."""
+_SAY_LITTLE = ("", "value", "probability")
+_OF_LAYERS = ("attention_knockout", "causal_trace")  # whose windows are of layers
+_WAYS = {"denoise": "clean into the corrupted run", "noise": "corrupted into the clean run"}
+_LONGEST = 60  # letters of a prompt or a token
+_PER_INCH = 17.0  # letters of the note
+
+
+def title_of(result: xr.DataArray | xr.Dataset) -> str:
+    """What a result is called: the hook and which way was patched, the logit that was divided, the analysis, or its name.
+
+    >>> title_of(xr.DataArray([1.0], dims="x", attrs={"hook": "resid_pre", "direction": "noise"}))
+    'resid_pre, corrupted into the clean run'
+    >>> title_of(xr.DataArray([1.0], dims="x", name="head_score", attrs={"target": "Red"}))
+    "Head score for 'Red'"
+    """
+    attrs, name = result.attrs, str(getattr(result, "name", None) or "")
+    answer, baseline = attrs.get("answer"), attrs.get("baseline")
+    if name == "logit" and answer:
+        return f"Direct contribution to the logit of {_word(answer)}" + (
+            f" minus that of {_word(baseline)}" if baseline else ""
+        )
+    way = _WAYS.get(str(attrs.get("direction")))
+    if way:
+        return f"{_patched(attrs, name)}, {way}"
+    called = _ANALYSES.get(str(attrs.get("analysis"))) if name in _SAY_LITTLE else None
+    title = called or (name or "value").replace("_", " ").capitalize()
+    target = attrs.get("target")
+    return f"{title} for {_word(target)}" if isinstance(target, str) and target else title
+
+
+def shown_title(result: xr.DataArray | xr.Dataset, title: str | None) -> str:
+    """The title that was given, or the result's own where its attributes say what it is."""
+    if title is not None:
+        return title
+    return title_of(result) if "analysis" in result.attrs else ""
+
+
+def note_of(attrs: Mapping[str, Any]) -> str:
+    """What else a figure must say: the metric with its tokens, prompts, positions, heads, the model.
+
+    >>> about = {"metric": "logit_difference", "answer": "Red", "baseline": "Blue", "prompt": "What is it?", "model": "tiny"}
+    >>> note_of(about)
+    "logit difference, 'Red' minus 'Blue' · “What is it?” · tiny"
+    """
+    parts = [_metric(attrs), *_prompts(attrs)]
+    chosen = {name: attrs[name] for name in ("positions", "heads") if attrs.get(name) not in (None, "each", [], {})}
+    parts += [text for name, value in chosen.items() if len(text := f"{name} {_plain(value)}") <= _LONGEST]
+    window = attrs.get("window")
+    if attrs.get("analysis") in _OF_LAYERS and window not in (None, 1):
+        parts.append("all layers at once" if window == "all" else f"windows of {window} layers")
+    parts.append(str(attrs.get("corruption") or ""))
+    if attrs.get("model"):
+        parts.append(str(attrs["model"]))
+    return " · ".join(part for part in parts if part)
+
+
+def add_note(figure: Plot, attrs: Mapping[str, Any], title: str | None = None) -> None:
+    """The note below a figure; none for a figure without a title (""), whose surroundings say what it is."""
+    note = note_of(attrs) if "analysis" in attrs and title != "" else ""
+    if not note:
+        return
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(note, int(_PER_INCH * width))
+    figure.set_size_inches(width, height + 0.16 * len(lines) + 0.06)
+    text = "\n".join(lines).replace("$", r"\$")
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=MUTED, linespacing=1.3)
+
+
+def _patched(attrs: Mapping[str, Any], name: str) -> str:
+    """What was patched: the hook as it is written, or senders."""
+    if "hook" in attrs:
+        hook = attrs["hook"]
+        return str(hook) if isinstance(hook, str) else " ".join(map(str, hook))
+    what = attrs.get("senders") or _ANALYSES.get(str(attrs.get("analysis"))) or name or "value"
+    return str(what).replace("_", " ").capitalize()
+
+
+def _metric(attrs: Mapping[str, Any]) -> str:
+    """The metric, and what it is of."""
+    metric = str(attrs.get("metric") or "").replace("_", " ")
+    answer, baseline = attrs.get("answer"), attrs.get("baseline")
+    if isinstance(answer, list):
+        answer, baseline = "", ""
+    of = f"{_word(answer)}" + (f" minus {_word(baseline)}" if baseline else "") if answer else ""
+    of = of and (of if metric else f"answer {of}")
+    first = " (its first token)" if of and attrs.get("measured") == "first token" and attrs.get("answer_tokens") else ""
+    return ", ".join(part for part in (metric, of + first) if part)
+
+
+def _prompts(attrs: Mapping[str, Any]) -> list[str]:
+    """The prompt, and of a pair what differs: the other prompt, or the image."""
+    prompt, other = attrs.get("prompt"), attrs.get("corrupted_prompt")
+    if not isinstance(prompt, str):
+        return [f"{len(prompt)} prompts"] if prompt else []
+    shown = [f"“{_short(prompt)}”"]
+    if isinstance(other, str) and other != prompt:
+        shown = [f"{shown[0]} against “{_short(other)}”"]
+    elif other is not None and attrs.get("images") != attrs.get("corrupted_images"):
+        shown = [f"{shown[0]} about two images"]
+    return shown
+
+
+def _short(prompt: str) -> str:
+    words = " ".join(prompt.replace("<image>", " ").split())
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(".".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in value)
+    return str(value)
+
+
+def _word(word: Any) -> str:
+    text = str(word)
+    return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
