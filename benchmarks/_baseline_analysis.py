@@ -49,10 +49,9 @@ _MAPS = (
     "occlusion",
     "token_ablation",
 )
-_GOLDEN = ["grouped-float64"]
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def logit_lens(s: Subject) -> Made:
     several = {"positions": "question", "norm": "none", "answers": list(s.answers), "k": 2}
     return {
@@ -63,7 +62,7 @@ def logit_lens(s: Subject) -> Made:
     }
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def logit_attribution(s: Subject) -> Made:
     ways = ("component", "layer", "head", "neuron", "source", "patch")
     found = {by: lambda by=by: analysis.logit_attribution(s.model, s.one, by=by) for by in ways}
@@ -89,7 +88,7 @@ def image_attention(s: Subject) -> Made:
     }
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def scores(s: Subject) -> Made:
     """Log-probability increases of layers, heads and positions."""
     model = s.model
@@ -153,12 +152,13 @@ def readings(s: Subject) -> Made:
     """What heads find and send, and where words are stored."""
     model = s.model
     stored = analysis.information_storage(model, s.one, *s.answers, positions="image", top=5)
+    cosine = lambda: analysis.head_readings(model, s.one, 0, 1, space="cosine", top=2, k=2)  # noqa: E731
     return {
+        "cosine": None if s.has_ties else cosine,
         "head": lambda: analysis.head_readings(model, s.one, 1, 2),
         "embed": lambda: analysis.head_readings(
             model, s.one, 1, 0, s.answers[0], positions="question", space="embed", k=3
         ),
-        "cosine": lambda: analysis.head_readings(model, s.one, 0, 1, space="cosine", top=2, k=2),
         "stored": stored,
         "everywhere": lambda: analysis.information_storage(
             model, s.batch(), *s.answers, heads=2, spaces=["unembed", "cosine"]
@@ -244,7 +244,7 @@ def answer_probability(s: Subject) -> Made:
 # ---------------------------------------------------------------------- traces
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def causal_trace(s: Subject) -> Made:
     model = s.model
     trace = analysis.causal_trace(model, s.one, s.constraint, corruption=s.instead)

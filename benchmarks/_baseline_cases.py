@@ -33,29 +33,26 @@ class Case:
     run: Callable[[], Made]
     dtype: str
     quick: bool
-    golden: bool
 
 
 def once(*, quick: bool = False, dtype: str = "float64") -> Callable[[Callable[[], Made]], Callable[[], Made]]:
     """Register a function without arguments; `dtype` says in what precision it computes."""
 
     def register(function: Callable[[], Made]) -> Callable[[], Made]:
-        CASES[_name(function)] = Case(function, dtype, quick, golden=False)
+        CASES[_name(function)] = Case(function, dtype, quick)
         return function
 
     return register
 
 
 def on(
-    subjects: Iterable[str], *, quick: Iterable[str] = (), golden: Iterable[str] = ()
+    subjects: Iterable[str], *, quick: Iterable[str] = ()
 ) -> Callable[[Callable[[Subject], Made]], Callable[[Subject], Made]]:
-    """Register a function of a `Subject` for each of these names; some of them also for --quick and for the golden data."""
+    """Register a function of a `Subject` for each of these names; some of them also for --quick."""
 
     def register(function: Callable[[Subject], Made]) -> Callable[[Subject], Made]:
         for name in subjects:
-            case = Case(
-                lambda name=name: function(subject(name)), name.rpartition("-")[2], name in quick, name in golden
-            )
+            case = Case(lambda name=name: function(subject(name)), name.rpartition("-")[2], name in quick)
             CASES[f"{_name(function)}@{name}"] = case
         return function
 

@@ -48,8 +48,10 @@ def _kind(folder: Path) -> str:
 
 
 def _names(here: Mapping[str, Any] | list[str], there: Mapping[str, Any] | list[str], what: str) -> Iterator[str]:
-    yield from (f"{name}: {what} is only in OLD" for name in here if name not in there)
-    yield from (f"{name}: {what} is only in NEW" for name in there if name not in here)
+    """What only one of two has, on a line."""
+    for side, names in (("OLD", [n for n in here if n not in there]), ("NEW", [n for n in there if n not in here])):
+        if names:
+            yield f"only {side} has the {what}{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 # ---------------------------------------------------------------------- recordings
@@ -58,7 +60,7 @@ def _names(here: Mapping[str, Any] | list[str], there: Mapping[str, Any] | list[
 def _between_recordings(old: Path, new: Path, only: str, *, texts: bool) -> Iterator[str]:
     listed = [json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["cases"] for folder in (old, new)]
     listed = [[case for case in cases if only in case] for cases in listed]
-    yield from _names(*listed, "the case")
+    yield from _names(*listed, "case")
     for case in listed[0]:
         if case in listed[1]:
             found = between(Record.load(old / case), Record.load(new / case), texts=texts)
@@ -75,9 +77,9 @@ def between(old: Record, new: Record, *, texts: bool = True) -> Iterator[str]:
     ['x: differs by 0.25 of its scale 2 (limit 1e-09), 1 of 2 values, most at [1]: 2.0 -> 2.5']
     """
     said = (old.texts, new.texts) if texts else ({}, {})
-    yield from _names(old.arrays, new.arrays, "the array")
-    yield from _names(*said, "the text")
-    yield from _names(old.loose, new.loose, "the number")
+    yield from _names(old.arrays, new.arrays, "array")
+    yield from _names(*said, "text")
+    yield from _names(old.loose, new.loose, "number")
     for name, before in _in_both(old.arrays, new.arrays):
         if found := _array_difference(before, new.arrays[name], old.dtype):
             yield f"{name}: {found}"
@@ -143,7 +145,7 @@ def _between_results(old: Path, new: Path) -> Iterator[str]:
     files = [{path.name: path for path in folder.glob("*.json")} for folder in (old, new)]
     for name in sorted(files[0].keys() & files[1].keys()):
         here, there = (dict(_measured(json.loads(f[name].read_text(encoding="utf-8")))) for f in files)
-        yield from (f"{name}  {text}" for text in _names(here, there, "the number"))
+        yield from (f"{name}  {text}" for text in _names(here, there, "number"))
         for place in (place for place in here if place in there):
             (before, scatter), (after, more) = here[place], there[place]
             limit = max(before * (RATIO - 1), scatter, more) if place.endswith("ratio") else 1e-9 * abs(before)

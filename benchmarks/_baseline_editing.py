@@ -24,7 +24,7 @@ from hooked_llava.editing import (
     summary,
 )
 
-_GOLDEN = ["grouped-float64"]
+_QUICK = ["grouped-float64"]
 
 
 def request(s: Subject) -> EditRequest:
@@ -55,7 +55,7 @@ def _logits(model: HookedLLaVA, edit: Edit, s: Subject) -> dict[str, Any]:
     return {"before": before, "during": during, "said": said, "active": active, "reverted": same}
 
 
-@on(EDITED, quick=_GOLDEN, golden=_GOLDEN)
+@on(EDITED, quick=_QUICK)
 def mult_edit(s: Subject) -> Made:
     model, last = s.model, {"position": "last", "layer": s.model.cfg.n_layers - 2}
     edit = multedit(model, request(s), **last)
@@ -75,7 +75,7 @@ def mult_edit(s: Subject) -> Made:
     }
 
 
-@on(EDITED, quick=_GOLDEN)
+@on(EDITED, quick=_QUICK)
 def rome_edit(s: Subject) -> Made:
     model, layer = s.model, s.model.cfg.n_layers - 2
     covariance = key_covariance(model, [s.batch(), s.text], layer)
@@ -89,7 +89,7 @@ def rome_edit(s: Subject) -> Made:
     }
 
 
-@on([*EDITED, "direct-float64"], quick=_GOLDEN)
+@on([*EDITED, "direct-float64"], quick=_QUICK)
 def fine_tuned(s: Subject) -> Made:
     model = s.model
     edit = finetune(model, request(s), layers=[1], steps=4)
@@ -101,7 +101,7 @@ def fine_tuned(s: Subject) -> Made:
     }
 
 
-@on(EDITED, quick=_GOLDEN)
+@on(EDITED, quick=_QUICK)
 def evaluated(s: Subject) -> Made:
     model, last = s.model, {"position": "last", "layer": s.model.cfg.n_layers - 2}
     edit, second = (

@@ -33,7 +33,7 @@ _CONSTRAINTS = """,question,main_entity,image_url
 1,Name the type of plant this is?,this plant,./val2014/b.jpg
 2,Why would this cat do this?,this,./val2014/c.jpg
 """
-_VOLATILE = ("seconds", "transformers_version", "_name_or_path")
+_VOLATILE = ("seconds", "version", "weights", "transformers_version", "_name_or_path")
 
 
 def written(path: Path) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import torch
 from benchmarks._baseline_cases import Made, on, once
 from benchmarks._baseline_subjects import ALL, QUICK, SOME, Subject, named, subject
 
-_GOLDEN = ["grouped-float64"]
 _SMALL = [*named(("direct", "grouped", "biases", "several_layers_full")), "grouped-bfloat16"]
 
 
 @on(
     named(("seed1", "direct", "grouped", "several_layers_full"), ["float32"]),
     quick=["grouped-float32"],
-    golden=["grouped-float32"],
 )
 def hooks(s: Subject) -> Made:
     """Names in their order, which of them a filter means, and in which order they fire."""
@@ -52,7 +50,7 @@ def parameters(s: Subject) -> Made:
     }
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def logits(s: Subject) -> Made:
     """Of every kind of prompt; a padded row's are those of the prompt alone."""
     prompts = {"one": s.one, "left": s.batch(), "right": s.batch(padding_side="right"), "text": s.text}

@@ -25,6 +25,7 @@ from hooked_llava.interventions.pairs import (
     without_object,
 )
 from hooked_llava.interventions.windows import centred_window, paper_width, released_window
+from hooked_llava.loading.convert import expected_tensors
 from hooked_llava.map_quality import average_precision, bootstrap, map_quality, mean_intervals, roc_auc
 from hooked_llava.metrics import (
     Answer,
@@ -46,10 +47,12 @@ from hooked_llava.saliency.decision import decide
 from hooked_llava.spans import span as span_positions
 from hooked_llava.templates import find_template
 from hooked_llava.toy.compiled import compiled
+from hooked_llava.toy.constraint_tables import constraint_rows
+from hooked_llava.toy.edit_tables import edit_table
 from hooked_llava.toy.gqa_tables import gqa_rows, write_gqa
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.viz.style import color_scale
-from tests.builders import make_hf_model  # noqa: TID251 (models and processors that tests have)
+from tests.builders import make_hf_model, make_prompt  # noqa: TID251 (models and processors that tests have)
 from tests.fixtures_processor import make_processor  # noqa: TID251 (models and processors that tests have)
 from tests.known_mechanism import OBJECTS, RECOLORED, places  # noqa: TID251 (models and processors that tests have)
 from tests.pairs import GEOMETRIES  # noqa: TID251 (models and processors that tests have)
@@ -77,7 +80,10 @@ __all__ = [
     "centred_window",
     "color_scale",
     "compiled",
+    "constraint_rows",
     "decide",
+    "edit_table",
+    "expected_tensors",
     "find_constraints",
     "find_template",
     "from_transformer_lens",
@@ -89,6 +95,7 @@ __all__ = [
     "logit_difference",
     "make_hf_model",
     "make_processor",
+    "make_prompt",
     "map_quality",
     "mean_embedding",
     "mean_intervals",

@@ -32,7 +32,6 @@ from benchmarks._baseline_names import (
 from benchmarks._baseline_subjects import ALL, QUICK, SOME, Subject, with_boxes
 from hooked_llava import analysis
 
-_GOLDEN = ["grouped-float64"]
 _QUICK = ["grouped-float64"]
 _MOST_CELLS = 8  # positions in the maps of every position, which would take long otherwise
 
@@ -44,7 +43,7 @@ def _metric(s: Subject) -> Any:
 # ---------------------------------------------------------------------- replay
 
 
-@on(ALL, quick=QUICK, golden=_GOLDEN)
+@on(ALL, quick=QUICK)
 def replay(s: Subject) -> Made:
     """Every kind of change, read and counted in every way."""
     model, middle = s.model, s.model.cfg.n_layers // 2
@@ -121,7 +120,7 @@ def replay_of_a_batch(s: Subject) -> Made:
 # ---------------------------------------------------------------------- patching
 
 
-@on(ALL, quick=_QUICK, golden=_GOLDEN)
+@on(ALL, quick=_QUICK)
 def activation_patching(s: Subject) -> Made:
     model, pair, metric = s.model, (s.one, s.other), _metric(s)
     hooks = ("resid_pre", "attn_out", "mlp_out", "resid_mid", "z", "q", "k", "v", "pattern", "mlp.hook_post")
@@ -161,7 +160,7 @@ def activation_patching(s: Subject) -> Made:
     return found
 
 
-@on(ALL, quick=_QUICK, golden=_GOLDEN)
+@on(ALL, quick=_QUICK)
 def attribution_patching(s: Subject) -> Made:
     model, pair, metric = s.model, (s.one, s.other), _metric(s)
     hooks = ["z", "q", "k", "v", "mlp.hook_post"]

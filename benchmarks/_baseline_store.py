@@ -19,7 +19,8 @@ from benchmarks._baseline_figures import drawn
 from benchmarks._baseline_names import written_whole
 
 MANIFEST = "recording.json"
-_VOLATILE_ATTRS = {"seconds"}
+_VOLATILE_ATTRS = {"seconds", "version", "weights"}
+"""The last is a hash: of random and of compiled weights another machine may get another."""
 _IMAGE = re.compile(r"data:image/(\w+)[^\"')]*")
 _VOLATILE = (
     (re.compile(r"\b\d+(\.\d+)? ?(s|seconds)\b"), "N s"),

@@ -73,9 +73,9 @@ class Subject:
     """As many others."""
 
     @property
-    def is_embedded(self) -> bool:
-        """Whether the model comes with the package, trained."""
-        return self.name.startswith("seed")
+    def has_ties(self) -> bool:
+        """Whether most words are equally near to a vector, so that rounding decides which come first."""
+        return self.name.startswith(COMPILED)
 
     @property
     def text(self) -> Inputs:

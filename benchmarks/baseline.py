@@ -1,6 +1,6 @@
 """A safety net: record what everything computes, and compare two recordings, so that a change shows all that it changes.
 
-    python -m benchmarks.baseline record FOLDER [--only NAME] [--quick] [--golden]
+    python -m benchmarks.baseline record FOLDER [--only NAME] [--quick]
     python -m benchmarks.baseline compare OLD NEW [--only NAME] [--numbers]
 
 `record` runs every public analysis, edit, metric, generation, figure, page and command on the embedded checkpoints, the
@@ -26,8 +26,8 @@ What changed since a commit:
 copy benchmarks/baseline.py and benchmarks/_baseline_*.py there. Everything that is imported from a module that may move is
 in `_baseline_names.py`, which says what was elsewhere in version 0.1 (commit f8ca89f).
 
-The small recording that tests compare with is made by `record tests/data/baseline --golden`; make it again when a number
-or text in it is meant to change, and say so in the commit.
+The small recording that tests compare with is made by `record tests/data/baseline --only golden/`; make it again when a
+number or text in it is meant to change, and say so in the commit.
 """
 
 from __future__ import annotations
@@ -53,15 +53,14 @@ from benchmarks._baseline_cases import CASES, Case, record
 from benchmarks._baseline_compare import differences
 from benchmarks._baseline_store import MANIFEST
 
-GROUPS = ("model", "prompts", "analysis", "patching", "editing", "files", "viz", "cli")
+GROUPS = ("model", "prompts", "analysis", "patching", "editing", "kinds", "golden", "files", "viz", "cli")
 
 
-def cases(only: str = "", *, quick: bool = False, golden: bool = False) -> dict[str, Case]:
-    """All cases by name, or those whose name contains `only`, those of --quick, those of the golden recording."""
+def cases(only: str = "", *, quick: bool = False) -> dict[str, Case]:
+    """All cases by name, or those whose name contains `only`, or those of --quick."""
     for group in GROUPS:
         import_module(f"benchmarks._baseline_{group}")
-    chosen = {name: case for name, case in CASES.items() if only in name}
-    return {n: c for n, c in chosen.items() if (c.quick or not quick) and (c.golden or not golden)}
+    return {name: case for name, case in CASES.items() if only in name and (case.quick or not quick)}
 
 
 def write(folder: Path, chosen: dict[str, Case], *, tell: bool = False) -> None:
@@ -93,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     recording = commands.add_parser("record", help="run every case and keep what it gives")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--quick", action="store_true", help="only some cases, in seconds")
-    recording.add_argument("--golden", action="store_true", help="only the cases of tests/data/baseline")
     comparing = commands.add_parser("compare", help="print what differs; exit with 1 if anything does")
     comparing.add_argument("old", type=Path, metavar="OLD")
     comparing.add_argument("new", type=Path, metavar="NEW")
@@ -104,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "compare":
         found = differences(options.old, options.new, only=options.only, texts=not options.numbers)
         return int(show(found) > 0)
-    chosen = cases(options.only, quick=options.quick, golden=options.golden)
+    chosen = cases(options.only, quick=options.quick)
     if not chosen:
         parser.error(f"no case contains {options.only!r}; they are: {', '.join(cases())}")
     write(options.folder, chosen, tell=True)
