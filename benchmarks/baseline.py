@@ -8,8 +8,10 @@ models with a known mechanism, and random small ones (grouped-query, biases, sev
 padded on either side), with fixed seeds, in float64, float32 and some in bfloat16. A recording has two files for each
 case, named GROUP/FUNCTION@MODEL-DTYPE: labelled arrays, and texts. Texts are also the order of hooks and results' axes,
 counts of forward passes and work, exit codes, the names in written files, warnings, and errors: a case that fails is
-recorded as what it raises. Not recorded are times, dates, versions and the pixels of a page's figures (what figures draw
-is recorded figure by figure). All of it takes some minutes on one core; `--quick` some seconds, for a first look.
+recorded as what it raises. Not recorded are times, dates, versions and hashes of weights; the pixels of a page's figures
+(what figures draw is recorded figure by figure); the fingerprint of a study whose images are in a folder, which has the
+folder's path in it; and nearest words where most are equally near. The rest is the same in every run on one machine.
+All of it takes some minutes on one core; `--quick` some seconds, for a first look.
 
 `compare` prints what differs and exits with 1 if anything does: arrays by more than 1e-9 (float64), 1e-5 (float32) or
 1e-2 (bfloat16) of their scale, texts as a diff, memory by more than a factor 1.3. `--numbers` leaves out texts. OLD and
