@@ -12,8 +12,8 @@ import xarray as xr
 from benchmarks._maps import answers, batches
 from hooked_llava.analysis import answer_signs, patch_importance, predict_wrong
 from hooked_llava.analysis.answer_signs import SIGNS
-from hooked_llava.map_quality import auroc, bootstrap
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.map_quality import auroc, bootstrap
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import SHAPES, Scene
 

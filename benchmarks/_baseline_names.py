@@ -3,19 +3,16 @@
 Names of the root package and those that `hooked_llava.analysis`, `editing`, `datasets` and `viz` export are imported where
 they are used.
 
-To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.interventions.edges.
+To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.experiments.edges.
 """
 
 from hooked_llava.analysis.causal_trace import was_lowered
+from hooked_llava.architecture.tensors import expected_tensors
 from hooked_llava.cli import app
 from hooked_llava.datasets.rows import boxes_lost
 from hooked_llava.datasets.study import answers_match
-from hooked_llava.files import written_whole
-from hooked_llava.geometry import ImageGeometry
-from hooked_llava.input_batch import Inputs
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace, find_constraints
-from hooked_llava.interventions.pairs import (
+from hooked_llava.experiments.corruptions import MeanEmbedding, Noise, OtherImage, Replace, find_constraints
+from hooked_llava.experiments.pairs import (
     blank_image,
     gaussian_noise,
     mean_embedding,
@@ -24,10 +21,13 @@ from hooked_llava.interventions.pairs import (
     swapped_objects,
     without_object,
 )
-from hooked_llava.interventions.windows import centred_window, paper_width, released_window
-from hooked_llava.loading.convert import expected_tensors
-from hooked_llava.map_quality import average_precision, bootstrap, map_quality, mean_intervals, roc_auc
-from hooked_llava.metrics import (
+from hooked_llava.experiments.windows import centred_window, paper_width, released_window
+from hooked_llava.prompt.geometry import ImageGeometry
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.spans import span as span_positions
+from hooked_llava.prompt.templates import find_template
+from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.metrics import (
     Answer,
     at_last,
     from_transformer_lens,
@@ -40,12 +40,12 @@ from hooked_llava.metrics import (
     relative_change,
     teacher_forced,
 )
-from hooked_llava.results import load as load_result
-from hooked_llava.results import recovered
-from hooked_llava.results import save as save_result
-from hooked_llava.saliency.decision import decide
-from hooked_llava.spans import span as span_positions
-from hooked_llava.templates import find_template
+from hooked_llava.replay import Intervention, Replay
+from hooked_llava.results.arrays import load as load_result
+from hooked_llava.results.arrays import recovered
+from hooked_llava.results.arrays import save as save_result
+from hooked_llava.results.map_quality import average_precision, bootstrap, map_quality, mean_intervals, roc_auc
+from hooked_llava.storage import written_whole
 from hooked_llava.toy.compiled import compiled
 from hooked_llava.toy.constraint_tables import constraint_rows
 from hooked_llava.toy.edit_tables import edit_table

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks._measure import Work
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 ROWS = (
     "forward, nobody listening",

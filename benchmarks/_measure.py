@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks._models import POSITIONS
-from hooked_llava.files import written_whole
+from hooked_llava.storage import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "HF sdpa"

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformer_lens import patching
 
 from benchmarks._models import hf_config, make_bridge, random_hf_model, random_prompt
-from hooked_llava.inputs import Inputs
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.replay import Intervention, Replay
 
 TEXT = 20  # positions at the end of the prompt
 WINDOW = 5  # layers

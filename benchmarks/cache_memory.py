@@ -27,7 +27,7 @@ from benchmarks._measure import (
     write,
 )
 from benchmarks._models import POSITIONS, hf_config, make_bridge, random_hf_model, random_prompt, sizes
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 PLAIN = "forward, nobody listening"
 ROWS: dict[str, dict[str, Any]] = {

@@ -18,9 +18,9 @@ from benchmarks._measure import BASELINE, OURS, alternate, arguments, markdown, 
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes
 from benchmarks._sweeps import token_layers_of_a_forward
 from hooked_llava.analysis.causal_trace import KINDS, causal_trace
-from hooked_llava.interventions.corruptions import Noise, OtherImage
-from hooked_llava.interventions.pairs import gaussian_noise
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import Noise, OtherImage
+from hooked_llava.experiments.pairs import gaussian_noise
+from hooked_llava.model.llava import HookedLLaVA
 
 ROWS: dict[str, dict[str, Any]] = {
     "one kind: MLP": {"kinds": ("mlp",)},

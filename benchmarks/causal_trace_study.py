@@ -19,8 +19,8 @@ from benchmarks._measure import arguments, markdown, start, write
 from hooked_llava.analysis import attention_contribution, average_traces, causal_trace, error_auroc
 from hooked_llava.datasets.rows import StudyRow, prepare_rows
 from hooked_llava.errors import InputError
-from hooked_llava.interventions.corruptions import Corruption, MeanEmbedding, Noise, Replace
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import Corruption, MeanEmbedding, Noise, Replace
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.evaluate import embedded, held_out
 

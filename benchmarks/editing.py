@@ -35,8 +35,8 @@ from benchmarks._edit_methods import (
 from benchmarks._measure import arguments, markdown, result_path, start, write
 from hooked_llava.analysis.causal_trace import LOWERED, causal_trace, was_lowered
 from hooked_llava.editing import Edit, EditRequest, multedit, sequential_edits
-from hooked_llava.interventions.corruptions import OtherImage
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import OtherImage
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.edit_tables import THIS, edit_table
 
 CHECKPOINTS = ("tiny-shapes-seed0", "tiny-shapes-seed1", "tiny-shapes-seed2")

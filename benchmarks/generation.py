@@ -38,7 +38,7 @@ from benchmarks._models import (
     sizes,
     with_attention,
 )
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 _PAD_STEP = 3  # row i of a batch is i times this many tokens shorter
 

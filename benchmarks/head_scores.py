@@ -29,8 +29,8 @@ from benchmarks._measure import (
 )
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes
 from hooked_llava.analysis import head_scores, layer_scores, patch_importance
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.saliency import decide
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer_cache import decide
 
 FORWARD, HEADS, BOTH, ALL = "forward, all logits", "head scores", "head scores and a patch map", "map of all heads"
 _MB = 2**20

@@ -43,8 +43,8 @@ from benchmarks._models import (
     sizes,
     with_attention,
 )
-from hooked_llava.components import HookPoint, reads_only
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.components import HookPoint, reads_only
+from hooked_llava.model.llava import HookedLLaVA
 
 HF_OWN = "HF sdpa, own means"
 NOTES = """Hugging Face's own means: a forward hook on the layer module; output_hidden_states; eager attention with
@@ -116,7 +116,7 @@ def import_seconds(repetitions: int) -> dict[str, float]:
     for label, base in bases.items():
         code = (
             f"import time, torch, transformer_lens; {base}; start = time.perf_counter(); "
-            "import hooked_llava, hooked_llava.model; print(time.perf_counter() - start)"
+            "import hooked_llava, hooked_llava.model.llava; print(time.perf_counter() - start)"
         )
         command = [sys.executable, "-c", code]
         runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repetitions)]

@@ -21,7 +21,7 @@ from benchmarks._measure import arguments, markdown, start, write
 from hooked_llava.analysis import flow_summary
 from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES
 from hooked_llava.datasets import GQA_KINDS, by_kind
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
 from hooked_llava.toy.gqa_tables import gqa_rows
 from hooked_llava.viz.knockout_page import CLOSED_EDGES, flow_study

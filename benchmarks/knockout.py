@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks._measure import BASELINE, OURS, alternate, arguments, markdown, start, summarise, write
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes, with_attention
 from hooked_llava.analysis import attention_knockout
-from hooked_llava.interventions.windows import centred_window
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.windows import centred_window
+from hooked_llava.model.llava import HookedLLaVA
 
 EDGES = (
     "question->last",

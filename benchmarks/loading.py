@@ -31,9 +31,9 @@ from benchmarks._measure import (
     write,
 )
 from benchmarks._models import make_config, sizes
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.loading import expected_tensors, hf_name
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 HF = "Hugging Face"
 SIZES: dict[str, dict[str, int]] = {

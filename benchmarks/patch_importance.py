@@ -23,8 +23,8 @@ from benchmarks._maps import COSTLY, METHODS, RANDOM, SINGLE_PATCHES, Case, answ
 from benchmarks._measure import arguments, markdown, start, write
 from hooked_llava.analysis import agreement, deletion_curves
 from hooked_llava.analysis.answer_signs import SIGNS
-from hooked_llava.map_quality import MEASURES, bootstrap, map_quality
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.map_quality import MEASURES, bootstrap, map_quality
 from hooked_llava.toy.evaluate import embedded
 
 KIND = "query_color"

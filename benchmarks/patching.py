@@ -50,7 +50,7 @@ from benchmarks._sweeps import (
     z,
 )
 from hooked_llava.analysis import attribution_patching
-from hooked_llava.interventions import Replay
+from hooked_llava.replay import Replay
 
 ROWS = {
     "kept": "the kept run",

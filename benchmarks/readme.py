@@ -28,8 +28,8 @@ from benchmarks import (
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
+from hooked_llava.architecture.hooks import markdown_table
 from hooked_llava.errors import HookedLLaVAError
-from hooked_llava.hook_names import markdown_table
 
 SESSIONS = ("session", "replay", "patch", "heads", "flow", "edit")
 COLUMNS = (BASELINE, HF_OWN, HF_EAGER, OURS, BRIDGE, NNSIGHT)

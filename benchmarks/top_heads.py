@@ -28,9 +28,9 @@ from hooked_llava.analysis import (
     random_heads,
     top_heads,
 )
-from hooked_llava.inputs import Inputs
-from hooked_llava.map_quality import mean_intervals
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.results.map_quality import mean_intervals
 from hooked_llava.toy.evaluate import Example, embedded, held_out
 
 KINDS = {"color_tqa": "facts", "color_vqa": "image"}

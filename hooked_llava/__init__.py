@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hooked_llava.cache import LLaVACache
-    from hooked_llava.config import LLaVAConfig
+    from hooked_llava.architecture.config import LLaVAConfig
     from hooked_llava.errors import (
         CheckpointError,
         ConfigError,
@@ -21,22 +20,23 @@ if TYPE_CHECKING:
         SpanError,
         StaleReplayError,
     )
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.interventions import Intervention, Replay
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.cache import LLaVACache
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
+    from hooked_llava.replay import Intervention, Replay
 
 __version__ = "0.1.0"
 """The version of this library; setup.cfg reads it from here."""
 
 _HOMES = {
-    "HookedLLaVA": "model",
-    "Inputs": "inputs",
-    "TokenMap": "token_map",
-    "LLaVACache": "cache",
-    "Intervention": "interventions",
-    "Replay": "interventions",
-    "LLaVAConfig": "config",
+    "HookedLLaVA": "model.llava",
+    "Inputs": "prompt.inputs",
+    "TokenMap": "prompt.token_map",
+    "LLaVACache": "model.cache",
+    "Intervention": "replay",
+    "Replay": "replay",
+    "LLaVAConfig": "architecture.config",
     "HookedLLaVAError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -67,7 +67,12 @@ __all__ = [
 ]
 
 
+_MODULES = {"metrics": "readout.metrics"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"hooked_llava.{_MODULES[name]}")
     if name in _HOMES:
         return getattr(import_module(f"hooked_llava.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'hooked_llava' has no attribute {name!r}")

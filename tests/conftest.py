@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.builders import tiny_hf_config as build_tiny_hf_config
 

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from tests.builders import D_VOCAB, IMAGE_TOKEN_ID, PAD_TOKEN_ID, tiny_hf_config
 
 WORDS = [

@@ -23,7 +23,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 

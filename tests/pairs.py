@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.loading.sharing import share_weights
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import PAD_TOKEN_ID, make_hf_model, make_prompt, randomise
 from tests.oracles.slow_llava import SlowLLaVA
 

@@ -13,7 +13,7 @@ import xarray as xr
 
 from benchmarks import _maps, editing, patch_importance, patching
 from benchmarks import _measure as measure
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
 
 ROOT = Path(__file__).parent.parent

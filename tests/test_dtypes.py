@@ -12,8 +12,8 @@ from torch import Tensor
 from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.attribution_patching import attribution_patching, edge_attribution
 from hooked_llava.analysis.logit_attribution import logit_attribution
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.replay import Intervention, Replay
 from tests.builders import make_hf_model, make_prompt
 from tests.fixtures_processor import make_processor
 from tests.pairs import Pair, off

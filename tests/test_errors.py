@@ -13,7 +13,7 @@ import pytest
 from hooked_llava import HookedLLaVA
 from hooked_llava.analysis import head_scores, logit_attribution, logit_lens
 from hooked_llava.errors import PromptWithoutTemplate, warn_user
-from hooked_llava.interventions import Replay
+from hooked_llava.replay import Replay
 from hooked_llava.toy.pictures import picture_path
 
 BARE = "Who made the star?"

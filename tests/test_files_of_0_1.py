@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from hooked_llava import HookedLLaVA, HookedLLaVAError, LLaVACache
 from hooked_llava.datasets import study
 from hooked_llava.editing import Edit, KeyCovariance
-from hooked_llava.results import load
+from hooked_llava.results.arrays import load
 from hooked_llava.toy.compiled import compiled
 from tests.data.v0_1.write import BATCH, HERE, MODEL, QUESTION, ROWS, Lengths
 

@@ -21,7 +21,7 @@ from hooked_llava.analysis import (
     logit_lens,
     path_patching,
 )
-from hooked_llava.metrics import Answer, logit_difference, probability
+from hooked_llava.readout.metrics import Answer, logit_difference, probability
 from hooked_llava.toy.compiled import CompiledLLaVA, compiled
 from hooked_llava.toy.patch_world import UNKNOWN
 from tests.known_mechanism import (

@@ -23,7 +23,7 @@ from hooked_llava.analysis.knockout import attention_knockout, flow_summary, kno
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.datasets import StudyRow, by_kind
-from hooked_llava.interventions.corruptions import MeanEmbedding, OtherImage
+from hooked_llava.experiments.corruptions import MeanEmbedding, OtherImage
 from hooked_llava.toy.compiled import CompiledLLaVA
 from hooked_llava.toy.patch_world import GRID, UNKNOWN, picture, questions
 from tests.known_mechanism import ANSWERING, LOGIT, OBJECTS, RECOLORED, ROUTES, VARIANTS, model_of, places

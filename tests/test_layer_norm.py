@@ -21,11 +21,11 @@ from hooked_llava.analysis import (
     logit_lens,
     position_scores,
 )
-from hooked_llava.components import LayerNorm, RMSNorm
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.readout import lens, log_probabilities, log_probabilities_along, top_tokens
-from hooked_llava.saliency.vocabulary import project
-from tests.components.towers import with_weights
+from hooked_llava.model.components import LayerNorm, RMSNorm
+from hooked_llava.readout.lens import lens, log_probabilities, log_probabilities_along, top_tokens
+from hooked_llava.readout.vocabulary import project
+from hooked_llava.replay import Intervention, Replay
+from tests.model.components.towers import with_weights
 from tests.oracles.naive_scores import NaiveScores
 from tests.pairs import Pair, layer_norm_pair, off
 

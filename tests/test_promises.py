@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_llava.components import HookPoint
+from hooked_llava.model.components import HookPoint
 from tests.pairs import Pair, batch, off, pair
 
 EXACT = 1e-6

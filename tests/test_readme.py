@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.readme import README, SESSIONS, between, session
-from hooked_llava.hook_names import markdown_table
+from hooked_llava.architecture.hooks import markdown_table
 
 
 def test_the_session_prints_what_the_readme_says() -> None:

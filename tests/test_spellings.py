@@ -14,10 +14,10 @@ import xarray as xr
 from hooked_llava import analysis as do
 from hooked_llava.datasets import StudyRow
 from hooked_llava.editing import EditRequest, finetune, key_covariance, multedit, rome
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.interventions.pairs import gaussian_noise, mean_embedding
-from hooked_llava.metrics import Answer, probability
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.pairs import gaussian_noise, mean_embedding
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.metrics import Answer, probability
+from hooked_llava.replay import Intervention, Replay
 from hooked_llava.viz.knockout import knockout_curves
 from tests.pairs import as_users_run
 

@@ -21,7 +21,7 @@ from hooked_llava.analysis.attribution_patching import attribution_patching, edg
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.path_patching import path_patching
-from hooked_llava.metrics import at_last
+from hooked_llava.readout.metrics import at_last
 from tests.pairs import pair
 
 HEAD_TOOLS = [("z", "out"), ("q", "q"), ("k", "k"), ("v", "v"), ("pattern", "pattern")]

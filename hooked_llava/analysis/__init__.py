@@ -25,7 +25,7 @@ from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
-from hooked_llava.results import recovered
+from hooked_llava.results.arrays import recovered
 
 __all__ = [
     "ablate_heads",

@@ -16,20 +16,21 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.checks import chosen
 from hooked_llava.errors import InputError
-from hooked_llava.hook_names import IMAGE_SIDE, HookSpec
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
-from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric
-from hooked_llava.provenance import provenance
-from hooked_llava.results import check_sizes, numbers, stack
+from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.metrics import Metric
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import check_sizes, numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 Each = Literal["each", "all"] | str | int | Sequence[int | str]
 """Each in turn, all together, or a choice of which each is taken in turn."""
@@ -85,7 +86,7 @@ def activation_patching(
     answer and no metric is given, the metric gives more than one number, or a layer, position or head is out of range.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.metrics import Answer, probability
+    >>> from hooked_llava.readout.metrics import Answer, probability
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> star, ring = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
     >>> red = probability(Answer.of(model, "Red"))

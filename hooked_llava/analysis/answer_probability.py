@@ -16,17 +16,17 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answer_tokens import first_tokens, one_each, token_names
-from hooked_llava.answers import FIRST, unwrapped
 from hooked_llava.errors import InputError
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import lens, wide
-from hooked_llava.results import numbers, stream_coords
-from hooked_llava.saliency.streams import streams_at
+from hooked_llava.readout.answer import FIRST, unwrapped
+from hooked_llava.readout.answer_tokens import first_tokens, one_each, token_names
+from hooked_llava.readout.lens import lens, wide
+from hooked_llava.readout.streams import streams_at
+from hooked_llava.results.arrays import numbers, stream_coords
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.token_map import TokenMap
 
 FORMS = ("lower", "capitalised", "false lower", "false capitalised")
 """The answer in lower case and capitalised, and the false option likewise."""

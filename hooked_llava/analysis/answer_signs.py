@@ -14,11 +14,11 @@ import torch
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.map_quality import auroc, shares
-from hooked_llava.provenance import provenance
+from hooked_llava.results.map_quality import auroc, shares
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 SIGNS = {"confidence": -1, "entropy": 1, "mass_on_objects": -1, "map_entropy": 1, "map_peak": -1}
 """Each sign, and 1 where more of it should mean a wrong answer, -1 where less should."""

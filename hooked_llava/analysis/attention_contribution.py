@@ -16,21 +16,21 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answer_tokens import single_token
-from hooked_llava.answers import FIRST, WHOLE
-from hooked_llava.caching import saver
 from hooked_llava.errors import InputError
-from hooked_llava.interventions.corruptions import Constraint, find_constraints
-from hooked_llava.map_quality import roc_auc
-from hooked_llava.messages import attention_messages, messages_along, summed_messages
-from hooked_llava.positions import Positions
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import words
-from hooked_llava.results import numbers
+from hooked_llava.experiments.corruptions import Constraint, find_constraints
+from hooked_llava.model.cache_hooks import saver
+from hooked_llava.prompt.positions import Positions
+from hooked_llava.readout.answer import FIRST, WHOLE
+from hooked_llava.readout.answer_tokens import single_token
+from hooked_llava.readout.head_outputs import attention_messages, messages_along, summed_messages
+from hooked_llava.readout.lens import words
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.map_quality import roc_auc
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 Measure = Literal["norm", "logit"]
 

@@ -20,19 +20,19 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.caching import Positions
-from hooked_llava.components import HookPoint, reads_only
+from hooked_llava.architecture.hooks import IMAGE_SIDE
 from hooked_llava.errors import InputError
-from hooked_llava.hook_names import IMAGE_SIDE
-from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
-from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric, measured
-from hooked_llava.provenance import provenance
-from hooked_llava.results import check_sizes, numbers, stack
+from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.model.cache_hooks import Positions
+from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.readout.metrics import Metric, measured
+from hooked_llava.results.arrays import check_sizes, numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 Activations = dict[str, Tensor]
 _PROJECTED = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
@@ -70,7 +70,7 @@ def attribution_patching(
     without gradient.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.metrics import Answer, log_probability
+    >>> from hooked_llava.readout.metrics import Answer, log_probability
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
     >>> red = log_probability(Answer.of(model, "Red"))
@@ -118,7 +118,7 @@ def edge_attribution(
     does not lie before the receiver; receivers are "L3H2 q" (k, v), "L3 mlp" and "logits", as in `path_patching`.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.metrics import Answer, log_probability
+    >>> from hooked_llava.readout.metrics import Answer, log_probability
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
     >>> edges = edge_attribution(model, *pair, metric=log_probability(Answer.of(model, "Red")))

@@ -16,14 +16,9 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answer_tokens import Answer
-from hooked_llava.answers import AnswerReading, read_answer
-from hooked_llava.caching import Positions as Where
-from hooked_llava.caching import resolve_positions
+from hooked_llava.checks import chosen
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.corruptions import (
+from hooked_llava.experiments.corruptions import (
     Constraint,
     Corrupted,
     Corruption,
@@ -32,18 +27,24 @@ from hooked_llava.interventions.corruptions import (
     describe,
     find_constraints,
 )
-from hooked_llava.interventions.windows import centred_window, released_window
-from hooked_llava.metric_names import about_metric
-from hooked_llava.metrics import Metric, value_of
-from hooked_llava.positions import Positions
-from hooked_llava.provenance import Provenance, provenance
-from hooked_llava.readout import words
-from hooked_llava.results import join_attrs, n_tied, numbers
+from hooked_llava.experiments.windows import centred_window, released_window
+from hooked_llava.model.cache_hooks import Positions as Where
+from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.prompt.positions import Positions
+from hooked_llava.readout.answer import AnswerReading, read_answer
+from hooked_llava.readout.answer_tokens import Answer
+from hooked_llava.readout.lens import words
+from hooked_llava.readout.metric_names import about_metric
+from hooked_llava.readout.metrics import Metric, value_of
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import join_attrs, n_tied, numbers
+from hooked_llava.results.provenance import Provenance, provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
 
 KINDS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out", "resid": "hook_resid_post"}
 """What is restored: what a layer's MLP adds, what its attention adds, or the whole stream behind it."""
@@ -99,7 +100,7 @@ def causal_trace(
         inputs: one prompt, anything `model.as_inputs` takes.
         constraint: words of the question, positions, or a list of several constraints, corrupted together.
         corruption: words that replace the constraint ("the ring"), `Replace(...)`, `Noise(...)`, `MeanEmbedding()` or
-            `OtherImage(...)`, from `hooked_llava.interventions.corruptions`.
+            `OtherImage(...)`, from `hooked_llava.experiments.corruptions`.
         kinds: of "mlp", "attn" and "resid", each in turn.
         window: how many layers, centred on each layer and clipped at the ends, are restored together.
         window_reading: "centred", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.

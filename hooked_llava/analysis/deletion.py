@@ -13,15 +13,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from hooked_llava.analysis.maps.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Replay
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers
-from hooked_llava.saliency.decision import Target, resolve_target
-from hooked_llava.saliency.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
+from hooked_llava.readout.answer_cache import Target, resolve_target
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 Direction = Literal["deletion", "insertion"]
 DIRECTIONS = ("deletion", "insertion")

@@ -14,17 +14,19 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answers import answer_is_said
+from hooked_llava.analysis.maps.scores import check_heads
 from hooked_llava.errors import InputError
-from hooked_llava.inputs import Inputs
-from hooked_llava.interventions import Intervention, Replay, reference_means
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers
-from hooked_llava.saliency.decision import Target, resolve_target
-from hooked_llava.saliency.scores import check_heads
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.readout.answer import answer_is_said
+from hooked_llava.readout.answer_cache import Target, resolve_target
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.reference_mean import reference_means
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 Sets = Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]]
 

@@ -14,19 +14,19 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.caching import Positions, resolve_positions, saver
+from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.errors import InputError
-from hooked_llava.messages import attention_messages
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import check_k, wide, words
-from hooked_llava.results import numbers
-from hooked_llava.saliency.decision import Decision, Target, decide, resolve_target
-from hooked_llava.saliency.scores import best_positions, check_heads, check_top, score_positions
-from hooked_llava.saliency.vocabulary import Space, check_spaces, project
+from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver
+from hooked_llava.readout.answer_cache import Decision, Target, decide, resolve_target
+from hooked_llava.readout.head_outputs import attention_messages
+from hooked_llava.readout.lens import check_k, wide, words
+from hooked_llava.readout.vocabulary import Space, check_spaces, project
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 READINGS = ("layer_input", "key_input", "value_input", "value_output")
 

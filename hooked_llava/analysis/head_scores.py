@@ -15,12 +15,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from hooked_llava.caching import Positions, resolve_positions
-from hooked_llava.errors import InputError
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers, stack
-from hooked_llava.saliency.decision import Decision, Target, as_decision, one_by_one, one_or_all, prompts_of
-from hooked_llava.saliency.scores import (
+from hooked_llava.analysis.maps.scores import (
     Heads,
     best_heads,
     check_choice,
@@ -30,10 +25,15 @@ from hooked_llava.saliency.scores import (
     score_layers,
     score_positions,
 )
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.answer_cache import Decision, Target, as_decision, one_by_one, one_or_all, prompts_of
+from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 _UNITS = "log-probability increase (nats)"
 
@@ -44,7 +44,7 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
     Args:
         model: the model.
         inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them
-            (`hooked_llava.saliency.decide`), so that several analyses share one forward pass.
+            (`hooked_llava.analysis.maps.decide`), so that several analyses share one forward pass.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing, as the sum over its tokens; a list has one for each prompt.
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xarray as xr
 
-from hooked_llava.caching import resolve_positions
 from hooked_llava.errors import InputError
-from hooked_llava.provenance import provenance
+from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "last") -> xr.DataArray:

@@ -14,15 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.answer_tokens import one_each, single_token
-from hooked_llava.caching import Positions, resolve_positions
-from hooked_llava.errors import InputError
-from hooked_llava.messages import attention_messages
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import words
-from hooked_llava.results import numbers, stack, stream_coords
-from hooked_llava.saliency.decision import Decision, as_decision, one_by_one, prompts_of
-from hooked_llava.saliency.scores import (
+from hooked_llava.analysis.maps.scores import (
     Heads,
     best_of,
     best_positions,
@@ -31,13 +23,21 @@ from hooked_llava.saliency.scores import (
     chosen_heads,
     named_heads,
 )
-from hooked_llava.saliency.streams import streams_at
-from hooked_llava.saliency.vocabulary import Space, check_spaces, project
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.answer_cache import Decision, as_decision, one_by_one, prompts_of
+from hooked_llava.readout.answer_tokens import one_each, single_token
+from hooked_llava.readout.head_outputs import attention_messages
+from hooked_llava.readout.lens import words
+from hooked_llava.readout.streams import streams_at
+from hooked_llava.readout.vocabulary import Space, check_spaces, project
+from hooked_llava.results.arrays import numbers, stack, stream_coords
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
 
 Words = str | SupportsIndex | Sequence[str | SupportsIndex]
 

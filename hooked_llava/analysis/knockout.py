@@ -14,7 +14,7 @@ bias. The released code adds the dtype's most negative number to the scores and 
 out uniform: there the position reads the average of what it was to be kept from.
 
 An answer of several tokens is appended to the prompt, and `last` then stands for every position that predicts one of its
-tokens (see `interventions.edges`): "image->last" keeps the image from wherever the answer is read.
+tokens (see `experiments.edges`): "image->last" keeps the image from wherever the answer is read.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answer_tokens import Answer
-from hooked_llava.answers import AnswerReading, answer_is_first, read_answer
-from hooked_llava.datasets import StudyRow, study
+from hooked_llava.checks import chosen
+from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Replay
-from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.edges import Edge, Edges, edges_of, marked, study_edges
-from hooked_llava.interventions.windows import centred_window, paper_width
-from hooked_llava.metrics import Metric, logit_difference, measured
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers
+from hooked_llava.experiments.edges import Edge, Edges, edges_of, marked, study_edges
+from hooked_llava.experiments.windows import centred_window, paper_width
+from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
+from hooked_llava.readout.answer_tokens import Answer
+from hooked_llava.readout.metrics import Metric, logit_difference, measured
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 """What Zhang et al. block in every prompt."""

@@ -17,19 +17,19 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.answer_tokens import single_token
-from hooked_llava.answers import FIRST, WHOLE
-from hooked_llava.caching import resolve_positions, saver
 from hooked_llava.errors import InputError
-from hooked_llava.messages import messages_along
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import wide, words
-from hooked_llava.results import numbers, stack
+from hooked_llava.model.cache_hooks import resolve_positions, saver
+from hooked_llava.readout.answer import FIRST, WHOLE
+from hooked_llava.readout.answer_tokens import single_token
+from hooked_llava.readout.head_outputs import messages_along
+from hooked_llava.readout.lens import wide, words
+from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
 
 By = Literal["component", "layer", "head", "neuron", "source", "patch"]
 

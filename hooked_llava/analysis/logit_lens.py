@@ -15,18 +15,18 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.answer_tokens import one_answer, only_token
-from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.architecture.hooks import IMAGE_SIDE
 from hooked_llava.errors import InputError
-from hooked_llava.hook_names import IMAGE_SIDE
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import Lens, check_k, lens, top_tokens, words
-from hooked_llava.results import stack, stream_coords
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.answer_tokens import one_answer, only_token
+from hooked_llava.readout.lens import Lens, check_k, lens, top_tokens, words
+from hooked_llava.results.arrays import stack, stream_coords
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
 
 
 def logit_lens(

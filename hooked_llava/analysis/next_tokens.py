@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from hooked_llava.provenance import provenance
-from hooked_llava.readout import check_k, words
+from hooked_llava.readout.lens import check_k, words
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:

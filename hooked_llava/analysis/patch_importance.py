@@ -16,25 +16,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.answer_tokens import one_each
-from hooked_llava.answers import AnswerReading
-from hooked_llava.errors import InputError
-from hooked_llava.inputs import Inputs
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers, stack
-from hooked_llava.saliency.attention_flow import attention_rollout, relevancy
-from hooked_llava.saliency.decision import (
-    Decision,
-    Target,
-    as_decision,
-    one_or_all,
-    prompts_of,
-    resolve_target,
-)
-from hooked_llava.saliency.gradients import gradient_times_input, integrated_gradients
-from hooked_llava.saliency.occlusion import occlusion
-from hooked_llava.saliency.patches import at_patches, patch_positions
-from hooked_llava.saliency.scores import (
+from hooked_llava.analysis.maps.attention_flow import attention_rollout, relevancy
+from hooked_llava.analysis.maps.gradients import gradient_times_input, integrated_gradients
+from hooked_llava.analysis.maps.occlusion import occlusion
+from hooked_llava.analysis.maps.patches import at_patches, patch_positions
+from hooked_llava.analysis.maps.scores import (
     Heads,
     check_choice,
     chosen_heads,
@@ -42,9 +28,23 @@ from hooked_llava.saliency.scores import (
     score_positions,
     score_positions_of_layer,
 )
+from hooked_llava.errors import InputError
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.readout.answer import AnswerReading
+from hooked_llava.readout.answer_cache import (
+    Decision,
+    Target,
+    as_decision,
+    one_or_all,
+    prompts_of,
+    resolve_target,
+)
+from hooked_llava.readout.answer_tokens import one_each
+from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 Method = Literal[
     "log_increase",
@@ -75,7 +75,7 @@ def patch_importance(
     Args:
         model: the model.
         inputs: prompts with equally many pictures each, anything `model.as_inputs` takes. For "log_increase" and
-            "attention" also a `Decision` of them (`hooked_llava.saliency.decide`), which brings its own target.
+            "attention" also a `Decision` of them (`hooked_llava.analysis.maps.decide`), which brings its own target.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing; a list has one word for each prompt.
         method: how.

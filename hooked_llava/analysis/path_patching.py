@@ -17,20 +17,21 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.caching import Positions, resolve_positions
+from hooked_llava.checks import chosen
 from hooked_llava.errors import InputError
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.interventions.choices import chosen
-from hooked_llava.interventions.ends import check_metrics, read_at, scored, source_and_base
-from hooked_llava.interventions.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.metrics import Metric
-from hooked_llava.provenance import provenance
-from hooked_llava.results import numbers, stack
+from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.metrics import Metric
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.replay import Replay
+from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.cache import LLaVACache
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.cache import LLaVACache
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]
 """The final stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
@@ -72,7 +73,7 @@ def path_patching(
     Raises `InputError` for prompts that do not match and unknown senders or receivers.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.metrics import Answer, probability
+    >>> from hooked_llava.readout.metrics import Answer, probability
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> pair = model.prepare("Who made the star?"), model.prepare("Who made the ring?")
     >>> path_patching(model, *pair, senders="mlps", metric=probability(Answer.of(model, "Red"))).dims

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 EMBEDDED_MODEL = "tiny-shapes"
 EXIT_ERROR = 2
@@ -60,7 +60,7 @@ TemplateName = Annotated[
     typer.Option(
         metavar="NAME",
         help="Conversation template: default (the model's own), chat (the processor's), or llava-1.5, vicuna-v1 and the "
-        "others of hooked_llava.templates; none: the question is the whole prompt, <image> included.",
+        "others of hooked_llava.prompt.templates; none: the question is the whole prompt, <image> included.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the answer at most.")]
@@ -105,7 +105,7 @@ def template_name(template: str) -> str | None:
 
 def open_picture(image: str) -> Image:
     """A file, or a bundled picture by its name; raises `InputError` for anything else."""
-    from hooked_llava.pictures import load_picture
+    from hooked_llava.prompt.images import load_picture
 
     return load_picture(_picture_path(image))
 
@@ -135,7 +135,7 @@ def load_model(name: str, device: str, dtype: DType | None) -> HookedLLaVA:
     with busy(f"loading {name}"):
         import torch
 
-        from hooked_llava.model import HookedLLaVA
+        from hooked_llava.model.llava import HookedLLaVA
 
         _quiet()
         kind = None if dtype is None else getattr(torch, dtype.value)

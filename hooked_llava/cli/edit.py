@@ -41,8 +41,8 @@ from hooked_llava.errors import InputError
 if TYPE_CHECKING:
     from hooked_llava.editing import Edit, EditRequest, KeyCovariance, Probe
     from hooked_llava.editing.request import Prepared
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 EPILOG = examples(
     'edit one-shape "Who made this shape?" --constraint "this shape" --target Boris',
@@ -268,7 +268,7 @@ def _request(inputs: Inputs, plan: _Plan) -> EditRequest:
 def _trace(model: HookedLLaVA, inputs: Inputs, plan: _Plan) -> Any:
     """Which MLPs restore the answer when the constraint is corrupted."""
     from hooked_llava.analysis import causal_trace
-    from hooked_llava.interventions.corruptions import Noise, Replace
+    from hooked_llava.experiments.corruptions import Noise, Replace
 
     corruption = Noise() if plan.replace is None else Replace(plan.replace)
     return causal_trace(model, inputs, plan.constraint or "", corruption=corruption, kinds=("mlp",))

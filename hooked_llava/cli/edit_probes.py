@@ -10,8 +10,8 @@ from hooked_llava.cli.common import template_name
 
 if TYPE_CHECKING:
     from hooked_llava.editing import Probe
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 _SEEN_KINDS = ("fact_picture", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
 _SEEN_EACH, _SEEN_SEED = 40, 7_000_003

@@ -34,8 +34,8 @@ from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
     from hooked_llava.datasets import StudyRow
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 EPILOG = examples(
     'knockout demo "What color is the star?" --box 20,40,36,55',

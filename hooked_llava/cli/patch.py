@@ -29,8 +29,8 @@ from hooked_llava.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 EPILOG = examples(
     'patch demo demo-blue-star "What color is the star?" -o patching.html',

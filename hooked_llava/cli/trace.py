@@ -31,9 +31,9 @@ from hooked_llava.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hooked_llava.input_batch import Inputs
-    from hooked_llava.interventions.corruptions import Corruption
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.experiments.corruptions import Corruption
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 EPILOG = examples(
     'trace one-shape "Who made this shape?" --constraint "this shape" --replace "the ring"',
@@ -100,7 +100,7 @@ def trace(
 
 
 def _corruption(words: list[str], repeat: bool, way: Way) -> Corruption:
-    from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, Replace
+    from hooked_llava.experiments.corruptions import MeanEmbedding, Noise, Replace
 
     if words:
         return Replace(words if len(words) > 1 else words[0], repeat=repeat)

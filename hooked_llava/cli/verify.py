@@ -18,7 +18,7 @@ from hooked_llava.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 EXIT_DIFFERENT = 1
 """Exit status when the two models differ."""
@@ -49,7 +49,7 @@ def _verify(model: HookedLLaVA, name: str) -> Any:
     from transformers import LlavaForConditionalGeneration
 
     from hooked_llava.loading import resolve
-    from hooked_llava.verify import verify as compare
+    from hooked_llava.model.verify import verify as compare
 
     hf_model = LlavaForConditionalGeneration.from_pretrained(resolve(name), dtype=model.cfg.dtype)
     return compare(model, hf_model.eval().to(model.cfg.device))

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.geometry import Number, checked_box
-from hooked_llava.inputs import TEMPLATE_TAIL
-from hooked_llava.pictures import Picture, load_picture, upright_size
-from hooked_llava.positions import Positions
-from hooked_llava.templates import DEFAULT
+from hooked_llava.prompt.geometry import Number, checked_box
+from hooked_llava.prompt.images import Picture, load_picture, upright_size
+from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.prepare import TEMPLATE_TAIL
+from hooked_llava.prompt.templates import DEFAULT
 
 if TYPE_CHECKING:
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
-    from hooked_llava.token_map import TokenMap
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.token_map import TokenMap
 
 PixelBox = tuple[Number, Number, Number, Number]
 """(x0, y0, x1, y1) in the pixels of the original picture, x1 and y1 exclusive."""

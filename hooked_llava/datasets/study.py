@@ -24,19 +24,19 @@ from tqdm import tqdm
 from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
-from hooked_llava.geometry import Number
-from hooked_llava.inputs import TEMPLATE_TAIL
-from hooked_llava.map_quality import mean_intervals
-from hooked_llava.pictures import load_picture
-from hooked_llava.results import join_attrs, load, save
-from hooked_llava.templates import DEFAULT
-from hooked_llava.weights_id import weights_hash
+from hooked_llava.model.weights_id import weights_hash
+from hooked_llava.prompt.geometry import Number
+from hooked_llava.prompt.images import load_picture
+from hooked_llava.prompt.prepare import TEMPLATE_TAIL
+from hooked_llava.prompt.templates import DEFAULT
+from hooked_llava.results.arrays import join_attrs, load, save
+from hooked_llava.results.map_quality import mean_intervals
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from hooked_llava.inputs import Inputs
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
 
 Run = Callable[["Inputs", Sequence[StudyRow]], Any]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.tables import plain_id, read_table
 from hooked_llava.errors import InputError, did_you_mean
-from hooked_llava.token_text import word_borders
+from hooked_llava.prompt.token_text import word_borders
 
 CONSTRAINTS_TAIL = "Answer in a few words."
 """The instruction that the paper puts after each question; `model.prepare(..., template="basu-2024")` writes it."""

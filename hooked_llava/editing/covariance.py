@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_llava.caching import resolve_positions
+from hooked_llava.checks import chosen
 from hooked_llava.editing import ledger
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.files import written_whole
-from hooked_llava.input_checks import whole_number
-from hooked_llava.interventions.choices import chosen
-from hooked_llava.weights_id import WeightsId, check_same_weights, samples
+from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
+from hooked_llava.prompt.validation import whole_number
+from hooked_llava.storage import written_whole
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 _FORMAT = "hooked_llava.key_covariance.v2"
 _SAMPLED = "hooked_llava.key_covariance.v1"  # version 0.1: some numbers of each weight in place of hashes

@@ -19,11 +19,11 @@ from torch import Tensor
 from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.files import safetensors_bytes, written_whole
-from hooked_llava.weights_id import WeightsId, check_same_weights
+from hooked_llava.model.weights_id import WeightsId, check_same_weights
+from hooked_llava.storage import safetensors_bytes, written_whole
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 _FORMAT = "hooked_llava.edit.v2"
 _SAMPLED = "hooked_llava.edit.v1"  # version 0.1: some numbers of each weight in place of hashes

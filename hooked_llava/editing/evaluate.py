@@ -22,12 +22,12 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest, target_ids
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import kl_divergence
-from hooked_llava.provenance import Provenance
-from hooked_llava.weights_id import samples
+from hooked_llava.model.weights_id import samples
+from hooked_llava.readout.metrics import kl_divergence
+from hooked_llava.results.provenance import Provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 Role = Literal["efficacy", "generalisation", "specificity", "locality"]
 ROLES: tuple[Role, ...] = ("efficacy", "generalisation", "specificity", "locality")

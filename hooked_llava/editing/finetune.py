@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import chosen
 from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
@@ -18,11 +19,10 @@ from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
-from hooked_llava.input_checks import whole_number
-from hooked_llava.interventions.choices import chosen
+from hooked_llava.prompt.validation import whole_number
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 _W_OUT = "mlp.down.weight"
 

@@ -12,7 +12,7 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.rows import Rows
 from hooked_llava.editing.values import TargetNotReached
 from hooked_llava.errors import warn_user
-from hooked_llava.readout import words
+from hooked_llava.readout.lens import words
 
 
 @torch.no_grad()

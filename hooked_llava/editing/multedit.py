@@ -16,7 +16,7 @@ from hooked_llava.editing.solved import Keys, Requests, solve_edit
 from hooked_llava.editing.values import ValueSearch
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 def multedit(

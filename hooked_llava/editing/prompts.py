@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.errors import InputError
-from hooked_llava.input_checks import whole_number
-from hooked_llava.interventions.kept_run import KeptRun, joined_runs, keep
-from hooked_llava.weights_id import same_samples, samples
+from hooked_llava.model.weights_id import same_samples, samples
+from hooked_llava.prompt.validation import whole_number
+from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.input_checks import whole_number
-from hooked_llava.readout import token_id
-from hooked_llava.token_map import TokenMap
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.prompt.validation import whole_number
+from hooked_llava.readout.lens import token_id
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 @dataclass(frozen=True)

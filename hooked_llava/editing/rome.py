@@ -11,7 +11,7 @@ from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 def rome(

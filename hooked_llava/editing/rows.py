@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
-from hooked_llava.caching import saver
 from hooked_llava.editing.request import Prepared
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.interventions.kept_run import KeptRun, keep
+from hooked_llava.model.cache_hooks import saver
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.replay.kept_run import KeptRun, keep
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hooked_llava.editing.values import Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
-    from hooked_llava.model import HookedLLaVA
+    from hooked_llava.model.llava import HookedLLaVA
 
 Keys = Literal["mean", "each"]
 Requests = EditRequest | Sequence[EditRequest]

@@ -1,5 +1,6 @@
 """Files <-> tensors under our names; knows no model class."""
 
+from hooked_llava.architecture.tensors import expected_tensors, hf_name, our_name
 from hooked_llava.loading.checkpoint import (
     load_into,
     load_processor,
@@ -8,7 +9,6 @@ from hooked_llava.loading.checkpoint import (
     stored_dtype,
     stream_tensors,
 )
-from hooked_llava.loading.convert import expected_tensors, hf_name, our_name
 from hooked_llava.loading.embedded import EMBEDDED, resolve
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, ProcessorMixin
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
-from hooked_llava.loading.convert import TIED, TIED_TO, expected_tensors, our_name
 from hooked_llava.loading.supported import check_folder, check_tensor_names
 
 WEIGHTS = "model.safetensors"

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, ProcessorMixin
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
-from hooked_llava.loading.convert import TIED, expected_tensors, hf_name
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _GENERATION_CONFIG = "generation_config.json"

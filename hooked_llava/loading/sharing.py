@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.checkpoint import set_parameter
-from hooked_llava.loading.convert import TIED, TIED_TO, expected_tensors, our_name
 
 
 def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -> None:

@@ -44,11 +44,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig
 
-from hooked_llava.components import Attention
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import InputError
-from hooked_llava.inputs import Inputs
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.components.attention import Attention
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.toy.patch_world import (
     COLORS,
     GRID,

@@ -6,8 +6,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.pictures import Picture
+from hooked_llava.prompt.images import Picture
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.bars import contribution_bars, top_bars
 from hooked_llava.viz.maps import cell_map, layer_head_map, layer_position_map
 from hooked_llava.viz.overlay import patch_overlays

@@ -12,14 +12,17 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.editing import Edit, EditRequest, KeptPrompts, Probe, evaluate_edit, keep_prompts, ledger, summary
+from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
-from hooked_llava.editing.request import Prepared, prepare_request, target_ids
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.evaluate import Probe, evaluate_edit, summary
+from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
+from hooked_llava.editing.request import EditRequest, Prepared, prepare_request, target_ids
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.metrics import kl_divergence
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.readout import words
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.lens import words
+from hooked_llava.readout.metrics import kl_divergence
 from hooked_llava.viz.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
 from hooked_llava.viz.edit_sweep import own_probe
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported

@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hooked_llava.editing import (
-    EditRequest,
-    KeptPrompts,
-    Probe,
-    TargetNotReached,
-    evaluate_edit,
-    keep_prompts,
-    multedit,
-    summary,
-)
-from hooked_llava.editing.request import Prepared, prepare_request
+from hooked_llava.editing.evaluate import Probe, evaluate_edit, summary
+from hooked_llava.editing.multedit import multedit
+from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
+from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
+from hooked_llava.editing.values import TargetNotReached
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.provenance import Provenance
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.provenance import Provenance
 
 EDITED = "the edited question"
 """Name of the probe that asks what the edit was made for."""

@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 
 from hooked_llava.errors import InputError
-from hooked_llava.files import written_whole
-from hooked_llava.input_batch import Inputs
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.storage import written_whole
 
 _PACKAGES = ("hooked_llava", "torch", "transformers", "transformer_lens")
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
-from hooked_llava.interventions.edges import Edges, edge_names
+from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.maps import names_along

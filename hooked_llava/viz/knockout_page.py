@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hooked_llava.analysis import answer_probability, attention_knockout, flow_summary, next_tokens
-from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, MetricName, Window, study_settings
-from hooked_llava.datasets import StudyRow, by_kind, study
+from hooked_llava.analysis.answer_probability import answer_probability
+from hooked_llava.analysis.knockout import (
+    OBJECT_EDGES,
+    PAPER_EDGES,
+    MetricName,
+    Window,
+    attention_knockout,
+    flow_summary,
+    study_settings,
+)
+from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.datasets.study import by_kind, study
 from hooked_llava.errors import InputError
-from hooked_llava.inputs import Inputs
-from hooked_llava.interventions.edges import Edges
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.edges import Edges
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge

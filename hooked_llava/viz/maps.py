@@ -13,7 +13,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     ORANGE,
     PAPER,

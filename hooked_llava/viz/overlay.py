@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.geometry import ImageGeometry
-from hooked_llava.input_batch import Inputs
-from hooked_llava.pictures import Picture, load_picture
+from hooked_llava.prompt.geometry import ImageGeometry
+from hooked_llava.prompt.images import Picture, load_picture
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     DIVERGING,
     INK,

@@ -13,11 +13,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hooked_llava.analysis import agreement
+from hooked_llava.analysis.attribution_patching import agreement
 from hooked_llava.analysis.head_scores import top_heads
-from hooked_llava.input_batch import Inputs
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.token_map import TokenMap
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.viz.bars import contribution_bars
 from hooked_llava.viz.lens import answer_curve
 from hooked_llava.viz.maps import layer_head_map, names_along

@@ -10,9 +10,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.pictures import Picture
-from hooked_llava.results import recovered
+from hooked_llava.prompt.images import Picture
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.arrays import recovered
 from hooked_llava.viz.contributions import plot_contributions
 from hooked_llava.viz.edges import edge_map
 from hooked_llava.viz.kinds import check_not_another

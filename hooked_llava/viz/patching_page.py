@@ -10,11 +10,11 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from hooked_llava.analysis import agreement
-from hooked_llava.input_batch import Inputs
-from hooked_llava.interventions.pairs import Direction
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import n_tied, recovered
+from hooked_llava.analysis.attribution_patching import agreement
+from hooked_llava.experiments.pairs import Direction
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.arrays import n_tied, recovered
 from hooked_llava.viz.html_page import provenance
 from hooked_llava.viz.maps import layer_head_map, layer_position_maps
 from hooked_llava.viz.overlay import model_view, patch_overlays

@@ -10,13 +10,14 @@ from typing import Any
 import xarray as xr
 from torch import Tensor
 
-from hooked_llava.analysis import activation_patching, attribution_patching
-from hooked_llava.answer_tokens import single_token
+from hooked_llava.analysis.activation_patching import activation_patching
+from hooked_llava.analysis.attribution_patching import attribution_patching
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.interventions.pairs import Direction, check_direction, check_pair
-from hooked_llava.metrics import logit_difference
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.pairs import Direction, check_direction, check_pair
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.answer_tokens import single_token
+from hooked_llava.readout.metrics import logit_difference
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, steps_reported
 from hooked_llava.viz.patching_page import PatchingPage, build_patching_page
 

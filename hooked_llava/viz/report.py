@@ -9,13 +9,16 @@ from typing import Any, get_args
 
 import xarray as xr
 
-from hooked_llava.analysis import image_attention, logit_attribution, logit_lens, next_tokens
 from hooked_llava.analysis.head_scores import head_scores
+from hooked_llava.analysis.image_attention import image_attention
+from hooked_llava.analysis.logit_attribution import logit_attribution
+from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import Method, patch_importance
-from hooked_llava.answer_tokens import single_token
 from hooked_llava.errors import InputError, did_you_mean
-from hooked_llava.input_batch import Inputs
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 from hooked_llava.viz.page import Page, build_page
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.input_batch import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.maps import layer_position_maps

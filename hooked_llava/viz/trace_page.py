@@ -8,10 +8,11 @@ from typing import Any
 
 import xarray as xr
 
-from hooked_llava.analysis import attention_contribution, causal_trace, next_tokens
-from hooked_llava.analysis.causal_trace import best_cells, by_role, was_lowered
-from hooked_llava.interventions.corruptions import Constraint, Corruption, Noise
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.analysis.attention_contribution import attention_contribution
+from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace, was_lowered
+from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 from hooked_llava.viz.overlay import patch_overlays
 from hooked_llava.viz.page import figure_uri, picture_uri, question_text

@@ -11,7 +11,7 @@ import torch
 
 from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.errors import HookNameError, InputError, SpanError
-from hooked_llava.metrics import log_probability, teacher_forced
+from hooked_llava.readout.metrics import log_probability, teacher_forced
 from tests.oracles.naive_patching import activations, patch_cells
 from tests.pairs import as_users_run, pair
 

@@ -10,8 +10,8 @@ import torch
 
 from hooked_llava.analysis import answer_probability
 from hooked_llava.errors import InputError
-from hooked_llava.inputs import Inputs
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.results import load, save
+from hooked_llava.results.arrays import load, save
 from tests.pairs import as_users_run, pair
 
 CONSTRAINT = [6, 7]

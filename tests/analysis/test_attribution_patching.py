@@ -15,7 +15,7 @@ from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import log_probability, rank, teacher_forced
+from hooked_llava.readout.metrics import log_probability, rank, teacher_forced
 from tests.analysis.test_activation_patching import metric, prompts
 from tests.oracles.naive_patching import activations, edges, gradient_at
 from tests.pairs import as_users_run, pair

@@ -12,10 +12,10 @@ import xarray as xr
 
 from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.interventions.corruptions import MeanEmbedding, Noise, OtherImage, Replace
-from hooked_llava.metrics import log_probability, teacher_forced
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import load, save
+from hooked_llava.experiments.corruptions import MeanEmbedding, Noise, OtherImage, Replace
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.metrics import log_probability, teacher_forced
+from hooked_llava.results.arrays import load, save
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_trace import embeddings, trace_naively

@@ -11,7 +11,7 @@ import torch
 
 from hooked_llava.analysis import attention_to_object, head_readings, position_scores
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores
 from tests.pairs import as_users_run, batch, pair

@@ -22,9 +22,9 @@ from hooked_llava.analysis import (
     top_heads,
 )
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import Answer
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.saliency.decision import decide
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.metrics import Answer
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores
 from tests.pairs import as_users_run, batch, pair

@@ -11,8 +11,8 @@ import torch
 
 from hooked_llava.analysis import head_scores, information_storage, position_scores, reciprocal_rank, top_heads
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.saliency import decide
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer_cache import decide
 from tests.oracles.naive_scores import NaiveScores
 from tests.pairs import as_users_run, batch, pair
 

@@ -12,12 +12,12 @@ import torch
 from hooked_llava.analysis import attention_knockout, flow_summary, knockout_study
 from hooked_llava.datasets import by_kind
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.inputs import Inputs
-from hooked_llava.interventions import Replay
-from hooked_llava.interventions.edges import edges_of, marked
-from hooked_llava.metrics import teacher_forced
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import load, save
+from hooked_llava.experiments.edges import edges_of, marked
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.readout.metrics import teacher_forced
+from hooked_llava.replay import Replay
+from hooked_llava.results.arrays import load, save
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles.plain_knockout import appended, knocked_out, log_probability, relative_change, window_of
 from tests.pairs import batch, pair

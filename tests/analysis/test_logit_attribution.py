@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_llava.analysis import logit_attribution
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.pairs import Pair, as_users_run, pair
 

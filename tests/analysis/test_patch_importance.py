@@ -13,7 +13,7 @@ import xarray as xr
 from hooked_llava import results
 from hooked_llava.analysis import head_scores, image_attention, patch_importance, top_heads
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores, rollout
 from tests.pairs import as_users_run, batch, pair
@@ -127,7 +127,7 @@ def test_integrated_gradients_sum_to_what_the_picture_adds(vision: bool) -> None
 
 def test_gradients_of_a_model_in_half_precision_are_added_up_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a sum stops growing where a summand is less than half of its last place: here after 256 steps."""
-    from hooked_llava.saliency import gradients
+    from hooked_llava.analysis.maps import gradients
 
     half = pair("grouped", torch.bfloat16)
     inputs = half.ours.as_inputs(half.prompt())

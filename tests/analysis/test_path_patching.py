@@ -10,7 +10,7 @@ import torch
 
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import teacher_forced
+from hooked_llava.readout.metrics import teacher_forced
 from tests.analysis.test_activation_patching import metric, prompts
 from tests.oracles.naive_patching import outputs_of, patch_path
 from tests.pairs import as_users_run

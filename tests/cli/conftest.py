@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.cli.running import QUESTION, run
 
 

@@ -10,7 +10,7 @@ from hooked_llava.analysis import causal_trace
 from hooked_llava.cli import edit as edit_module
 from hooked_llava.cli.edit_probes import Others, probes_of
 from hooked_llava.editing import Edit, EditRequest, key_covariance, multedit
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.facts import fact_answer
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.toy.scenes import SHAPES

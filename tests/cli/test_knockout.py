@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hooked_llava.analysis import attention_knockout
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import load
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.arrays import load
 from hooked_llava.toy.gqa_tables import write_gqa
 from tests.cli.running import QUESTION, refused, run
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.cli.running import QUESTION, refused, run
 
 

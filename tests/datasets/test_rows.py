@@ -14,8 +14,8 @@ from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare
 from hooked_llava.datasets.study import study
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.interventions.corruptions import find_constraints
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import find_constraints
+from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
 

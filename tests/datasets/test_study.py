@@ -15,8 +15,8 @@ from PIL import Image
 
 from hooked_llava.datasets import StudyRow, answers_match_exactly, by_kind, study
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import load
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.arrays import load
 from hooked_llava.toy.gqa_tables import gqa_rows
 from tests.fixtures_processor import make_processor
 from tests.pairs import fresh_pair

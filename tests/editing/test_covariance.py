@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from hooked_llava.editing import EditRequest, KeyCovariance, key_covariance, rome
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.weights_id import samples
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.weights_id import samples
 from tests.builders import make_hf_model, make_prompt
 from tests.pairs import as_users_run
 

@@ -19,9 +19,9 @@ from transformers import LlavaForConditionalGeneration
 
 from hooked_llava.editing import Change, Edit, active_edits
 from hooked_llava.errors import CheckpointError, InputError, StaleReplayError
-from hooked_llava.interventions import Intervention, Replay
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.weights_id import samples
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.weights_id import samples
+from hooked_llava.replay import Intervention, Replay
 from tests.builders import make_hf_model, make_prompt
 
 W = [f"language.blocks.{layer}.mlp.down.weight" for layer in range(3)]

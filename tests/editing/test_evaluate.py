@@ -21,8 +21,8 @@ from hooked_llava.editing import (
     summary,
 )
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
-from hooked_llava.results import load, save
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.arrays import load, save
 from tests.builders import make_hf_model, make_prompt
 from tests.pairs import as_users_run
 

@@ -11,8 +11,8 @@ from hooked_llava.editing import EditRequest
 from hooked_llava.editing.layer_choice import choose_layer, layer_of_trace
 from hooked_llava.editing.request import prepare_request
 from hooked_llava.errors import InputError
-from hooked_llava.interventions.corruptions import MeanEmbedding, Noise
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import MeanEmbedding, Noise
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.edit_tables import edit_table
 
 

@@ -16,9 +16,9 @@ from hooked_llava.editing import Edit, EditRequest, TargetNotReached, finetune, 
 from hooked_llava.editing.solved import solve
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.input_batch import Inputs
-from hooked_llava.interventions.corruptions import MeanEmbedding
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.experiments.corruptions import MeanEmbedding
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.pictures import picture_path
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles import naive_edit

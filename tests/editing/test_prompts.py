@@ -9,7 +9,7 @@ import torch
 from hooked_llava.editing import Edit, keep_prompts
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt
 from tests.pairs import as_users_run
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from hooked_llava.config import LLaVAConfig
-from hooked_llava.loading.convert import expected_tensors
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import expected_tensors
 
 LAYOUTS = {
     "as in memory": [],

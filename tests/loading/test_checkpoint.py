@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import expected_tensors, hf_name, our_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading import checkpoint
 from hooked_llava.loading.checkpoint import (
@@ -21,7 +22,6 @@ from hooked_llava.loading.checkpoint import (
     stored_dtype,
     stream_tensors,
 )
-from hooked_llava.loading.convert import expected_tensors, hf_name, our_name
 from tests.builders import make_hf_model, tiny_hf_config
 from tests.loading.checkpoints import LAYOUTS, blank_module, state_in, write, write_state
 
@@ -390,7 +390,7 @@ def test_a_folder_without_a_processor_says_why(tmp_path):
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.loading.checkpoint import read_config, stream_tensors
 
 def memory(field):  # not ru_maxrss: that starts at the parent's peak

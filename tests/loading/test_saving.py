@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.tensors import our_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading import saving
 from hooked_llava.loading.checkpoint import read_config, read_generation_config, stored_dtype, stream_tensors
-from hooked_llava.loading.convert import our_name
 from hooked_llava.loading.saving import save
 from tests.builders import make_hf_model, make_prompt
 

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig
 
-from hooked_llava.config import LLaVAConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError, ConfigError, InputError
 from hooked_llava.loading.checkpoint import read_config, stream_tensors
 from hooked_llava.loading.supported import as_dtype, check_model
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt, tiny_hf_config
 from tests.fixtures_processor import make_processor, make_tokenizer
 from tests.loading.checkpoints import state_in, write_state

@@ -7,7 +7,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import Answer, logit_difference
+from hooked_llava.readout.metrics import Answer, logit_difference
 from hooked_llava.toy.compiled import CompiledLLaVA, compiled
 from hooked_llava.toy.patch_world import (
     COLORS,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_llava.input_batch import Inputs
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 

@@ -8,7 +8,7 @@ import xarray as xr
 
 from hooked_llava.analysis import edge_attribution, path_patching
 from hooked_llava.errors import InputError
-from hooked_llava.results import recovered
+from hooked_llava.results.arrays import recovered
 from hooked_llava.viz import edge_map, plot_patching
 
 

@@ -8,7 +8,7 @@ import pytest
 from hooked_llava.analysis import answer_probability, attention_knockout, knockout_study
 from hooked_llava.datasets import StudyRow
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.results import load, save
+from hooked_llava.results.arrays import load, save
 from hooked_llava.viz.knockout_page import STEPS, flow_study, knockout_page, page_edges, study_page
 from tests.pairs import as_users_run
 

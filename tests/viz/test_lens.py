@@ -6,7 +6,7 @@ import xarray as xr
 
 from hooked_llava.analysis import logit_lens
 from hooked_llava.errors import InputError
-from hooked_llava.results import load, save, stream_coords
+from hooked_llava.results.arrays import load, save, stream_coords
 from hooked_llava.viz import answer_curve, lens_table
 
 

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.viz import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor

@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.patches import Rectangle
 
 from hooked_llava.errors import InputError
-from hooked_llava.geometry import ImageGeometry
+from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.viz import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run

@@ -8,7 +8,7 @@ import xarray as xr
 
 from hooked_llava.analysis import activation_patching, attribution_patching, logit_lens, path_patching
 from hooked_llava.errors import InputError
-from hooked_llava.results import recovered
+from hooked_llava.results.arrays import recovered
 from hooked_llava.viz import by_patch, plot_patching
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hooked_llava.analysis import activation_patching
 from hooked_llava.errors import InputError
-from hooked_llava.metrics import logit_difference
+from hooked_llava.readout.metrics import logit_difference
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.viz import PatchingReport, patching_report
 from hooked_llava.viz.patching_report import STEPS

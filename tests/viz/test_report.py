@@ -9,7 +9,7 @@ import pytest
 from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.analysis.patch_importance import Method, patch_importance
 from hooked_llava.errors import InputError
-from hooked_llava.model import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.viz import Report, explain, page
 from hooked_llava.viz import report as report_module
 from hooked_llava.viz.report import STEPS

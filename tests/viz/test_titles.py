@@ -19,8 +19,8 @@ from hooked_llava.analysis import (
     patch_importance,
 )
 from hooked_llava.analysis.causal_trace import by_role
-from hooked_llava.metrics import logit_difference
-from hooked_llava.results import load, save
+from hooked_llava.readout.metrics import logit_difference
+from hooked_llava.results.arrays import load, save
 from hooked_llava.viz import (
     answer_curve,
     knockout_curves,

@@ -1,0 +1,101 @@
+"""Attention followed through all layers: rollout, and relevancy.
+
+Only the answer's row of the products is carried, from the top layer down, so no matrix of positions by positions is ever
+multiplied by another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.analysis.maps.gradients import Ids, Read, with_gradients
+from hooked_llava.analysis.maps.patches import at_patches, patch_positions
+from hooked_llava.model.components.hook_point import reads_only
+from hooked_llava.prompt.prepare import Inputs
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+Steps = list[Float[Tensor, "row query key"]]
+"""For each layer from the first to the last, what passes from keys to queries."""
+
+
+@torch.no_grad()
+def attention_rollout(
+    model: HookedLLaVA, inputs: Inputs, read: Read, *, vision: bool = False
+) -> Float[Tensor, "prompt image patch"]:
+    """Rows of the product over layers of (A + I) / 2, A averaged over heads (Abnar & Zuidema, arXiv 2005.00928).
+
+    With `vision` the product goes on through the vision tower.
+    """
+    language, tower = _pattern_names(model, vision=vision)
+    means: dict[str, Tensor] = {}
+
+    @reads_only
+    def keep_mean(pattern: Tensor, hook: Any) -> None:
+        means[hook.name] = pattern.float().mean(1)
+
+    model.run_with_hooks(inputs, fwd_hooks=[([*language, *tower], keep_mean)], stop_at_layer=model.cfg.n_layers)
+    row = _one_hot(read, inputs.shape[1]) / read.shape[1]
+    row = _descend(row, [means[name] for name in language], keep=0.5, pass_on=0.5)
+    return _to_patches(model, inputs, row, [means[name] for name in tower], keep=0.5, pass_on=0.5, vision=vision)
+
+
+def relevancy(
+    model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, *, vision: bool = False
+) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
+    """R <- R + E_h[(dA * A)+] R from the first layer to the last (Chefer et al., arXiv 2103.15679), the answer's rows;
+    and the answer's tokens.
+
+    dA is the gradient of the answer's logit. With `vision` it goes on through the vision tower (its highest layer that the
+    projector reads), as LVLM-Interpret does.
+    """
+    language, tower = _pattern_names(model, vision=vision)
+    patterns, gradients, ids = with_gradients(model, inputs, read, ids, [*language, *tower])
+    flow = {name: (gradients[name] * pattern).float().clamp(min=0).mean(1) for name, pattern in patterns.items()}
+    row = _descend(_one_hot(read, inputs.shape[1]), [flow[name] for name in language], keep=1.0, pass_on=1.0)
+    maps = _to_patches(model, inputs, row, [flow[name] for name in tower], keep=1.0, pass_on=1.0, vision=vision)
+    return maps, ids
+
+
+def _pattern_names(model: HookedLLaVA, *, vision: bool) -> tuple[list[str], list[str]]:
+    language = model.hooks_table.resolve("pattern")
+    return language, model.hooks_table.resolve("vision.blocks.*.attn.hook_pattern") if vision else []
+
+
+def _one_hot(read: Int[Tensor, "prompt read"], n_positions: int) -> Float[Tensor, "prompt pos"]:
+    return torch.zeros(len(read), n_positions, device=read.device).scatter(1, read, 1.0)
+
+
+def _descend(row: Float[Tensor, "row pos"], steps: Steps, *, keep: float, pass_on: float) -> Float[Tensor, "row pos"]:
+    """The row times (keep I + pass_on step) of every layer, the last layer first."""
+    for step in reversed(steps):
+        row = keep * row + pass_on * (row[:, None] @ step)[:, 0]
+    return row
+
+
+def _to_patches(
+    model: HookedLLaVA,
+    inputs: Inputs,
+    row: Float[Tensor, "prompt pos"],
+    steps: Sequence[Float[Tensor, "picture query key"]],
+    *,
+    keep: float,
+    pass_on: float,
+    vision: bool,
+) -> Float[Tensor, "prompt image patch"]:
+    """The row at the patches, or carried on through the vision tower to them."""
+    where = patch_positions(inputs)
+    if not vision:
+        return at_patches(row, where)
+    features = torch.stack(
+        [row[i, m.image(j).tensor()] for i, m in enumerate(inputs.token_maps) for j in range(m.n_images)]
+    )  # (picture, feature)
+    if model.config.vision.drop_class_token:
+        features = torch.nn.functional.pad(features, (1, 0))
+    return _descend(features, list(steps), keep=keep, pass_on=pass_on)[:, 1:].reshape(where.shape)

@@ -1,0 +1,169 @@
+"""Log-probability increase of layers, heads and positions, for all prompts of a batch together (arXiv 2411.10950)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from fancy_einsum import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.prompt.validation import whole_numbers
+from hooked_llava.readout.answer_cache import Decision
+from hooked_llava.readout.head_outputs import summed_messages
+from hooked_llava.readout.lens import wide
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+Heads = int | Literal["all"] | Sequence[tuple[int, int]]
+"""Which heads make a map: the k best by their scores, all of them, or (layer, head) pairs."""
+
+
+def score_layers(decision: Decision) -> Float[Tensor, "prompt layer 2"]:
+    """S(attention | stream entering the block) and S(MLP | stream between the two)."""
+    rows = []
+    for layer in range(decision.n_layers):
+        stream, attention = decision.streams[layer], decision.part(layer, "attn_out")
+        middle = wide(stream) + attention
+        scores = [
+            decision.score(wide(attention), stream),
+            decision.score(wide(decision.part(layer, "mlp_out")), middle),
+        ]
+        rows.append(torch.stack(scores, -1))
+    return torch.stack(rows, 1)
+
+
+def score_heads(decision: Decision, layers: Sequence[int] | None = None) -> Float[Tensor, "prompt layer head"]:
+    """S(z W_O | stream entering the block) of every head."""
+    rows = []
+    for layer in range(decision.n_layers) if layers is None else layers:
+        z, output = wide(decision.part(layer, "z")), wide(decision.model.blocks[layer].attn.W_O)
+        written = einsum("b r h d, h d m -> b r h m", z, output)  # (prompt, read, head, d_model)
+        rows.append(decision.score(written, decision.streams[layer]))
+    return torch.stack(rows, 1)
+
+
+def score_positions(
+    decision: Decision, layer: int, head: int, positions: Int[Tensor, "prompt key"] | None = None
+) -> Float[Tensor, "prompt key"]:
+    """S(message | stream entering the block) of every message of one head into the answer's positions.
+
+    A message is A v W_O: its coordinates A v in the head's own directions W_O are all that is made of it.
+    """
+    pattern, value = _at(decision, layer, positions)
+    cfg = decision.model.config.language
+    own = value[:, None, :, head // (cfg.n_heads // cfg.n_key_value_heads)]  # (prompt, 1, key, d_head)
+    coordinates = wide(pattern[:, head])[..., None] * wide(own)  # (prompt, read, key, d_head)
+    return decision.score_along(coordinates, decision.model.blocks[layer].attn.W_O[head], decision.streams[layer])
+
+
+def score_positions_of_layer(
+    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None = None
+) -> Float[Tensor, "prompt key"]:
+    """The same for what all heads of a layer together bring from each position."""
+    messages = summed_messages(decision.model, layer, *_at(decision, layer, positions))
+    return decision.score(messages, decision.streams[layer])
+
+
+def best_heads(scores: Float[Tensor, "prompt layer head"], k: int) -> list[list[tuple[int, int]]]:
+    """The k heads with the largest scores of every prompt, the best first; raises `InputError` for a k out of range."""
+    n_heads = scores.shape[-1]
+    if not 1 <= k <= scores[0].numel():
+        raise InputError(f"k={k} heads; expected 1 to {scores[0].numel()}.")
+    best = scores.flatten(1).topk(k, dim=-1).indices
+    return [[divmod(index, n_heads) for index in row] for row in best.tolist()]
+
+
+def check_choice(model: HookedLLaVA, heads: Heads) -> Heads:
+    """The choice, checked before anything runs; raises `InputError` for heads that are not there."""
+    cfg = model.config.language
+    if isinstance(heads, Iterable) and not isinstance(heads, str):
+        return check_heads(heads, cfg.n_layers, cfg.n_heads)
+    if heads == "all":
+        return "all"
+    if isinstance(heads, bool) or not isinstance(heads, Integral):
+        raise InputError(f"heads={heads!r}; expected a whole number, 'all', or (layer, head) pairs.")
+    if not 1 <= heads <= cfg.n_layers * cfg.n_heads:
+        raise InputError(f"k={heads} heads; expected 1 to {cfg.n_layers * cfg.n_heads}.")
+    return int(heads)
+
+
+def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]]:
+    """The heads of each prompt that `heads` means, the best first where they are chosen by their scores."""
+    cfg = decision.model.config.language
+    if isinstance(heads, int):
+        return best_heads(score_heads(decision), heads)
+    if isinstance(heads, str):
+        pairs = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    else:
+        pairs = check_heads(heads, cfg.n_layers, cfg.n_heads)
+    return [pairs] * len(decision.inputs)
+
+
+def best_of(decision: Decision, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of one prompt's heads the one with the largest score."""
+    layers = sorted({layer for layer, _ in pairs})
+    scores = score_heads(decision, layers)[0]
+    return max(pairs, key=lambda pair: float(scores[layers.index(pair[0]), pair[1]]))
+
+
+def best_positions(
+    decision: Decision, pair: tuple[int, int], top: int, among: Sequence[int] | None = None
+) -> Int[Tensor, " position"]:
+    """The tokens of one prompt with the largest scores for a head, the best first; padding is no token."""
+    real = decision.inputs.token_map.real
+    where = torch.tensor([p for p in (real if among is None else among) if p in real])
+    scores = score_positions(decision, *pair, where[None].to(decision.read.device))[0]  # (position)
+    return where[scores.topk(min(top, len(where))).indices.cpu()]
+
+
+def check_top(top: int) -> int:
+    """How many positions; raises `InputError` unless it is a whole number from 1 on."""
+    if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
+        raise InputError(f"top={top!r} positions; expected a whole number, at least 1.")
+    return int(top)
+
+
+def named_heads(chosen: list[list[tuple[int, int]]]) -> list[list[str]]:
+    """Heads as "layer.head", for attributes of results."""
+    return [[f"{layer}.{head}" for layer, head in row] for row in chosen]
+
+
+def check_heads(heads: Iterable[Any], n_layers: int, n_heads: int) -> list[tuple[int, int]]:
+    """(layer, head) pairs, either counted from the end where negative; raises `InputError` for heads that are not there.
+
+    >>> check_heads([(-1, 2), (0, -4)], 6, 4)
+    [(5, 2), (0, 0)]
+    """
+    listed = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads]
+    try:
+        pairs = [whole_numbers(pair, "heads") for pair in listed]
+    except InputError:
+        pairs = [[]]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise InputError(f"heads={heads!r}; expected (layer, head) pairs, such as [(2, 1)].")
+    if outside := [
+        (layer, head) for layer, head in pairs if not (-n_layers <= layer < n_layers and -n_heads <= head < n_heads)
+    ]:
+        raise InputError(
+            f"There are no heads {outside}; expected ({-n_layers}..{n_layers - 1}, {-n_heads}..{n_heads - 1})."
+        )
+    if not pairs:
+        raise InputError("No heads are named; give at least one (layer, head).")
+    return [(layer % n_layers, head % n_heads) for layer, head in pairs]
+
+
+def _at(
+    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None
+) -> tuple[Float[Tensor, "prompt head read key"], Float[Tensor, "prompt key kv_head d_head"]]:
+    pattern, value = decision.part(layer, "pattern"), decision.part(layer, "v")
+    if positions is None:
+        return pattern, value
+    rows = torch.arange(len(positions), device=value.device)[:, None]
+    keys = positions[:, None, None].expand(-1, *pattern.shape[1:3], -1)
+    return pattern.gather(-1, keys), value[rows, positions]

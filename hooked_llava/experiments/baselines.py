@@ -1,0 +1,73 @@
+"""The two ends that every patching result lies between: the clean and the corrupted run, and the metric of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.experiments.pairs import Direction
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.readout.metric_names import about_metric
+from hooked_llava.readout.metrics import Metric, measured, own_answers, value_of
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+
+T = TypeVar("T")
+
+
+def source_and_base(clean: T, corrupted: T, direction: Direction) -> tuple[T, T]:
+    """What activations are taken from and what they are put into; of (source, base) it is (clean, corrupted) again.
+
+    >>> source_and_base("clean", "corrupted", "noise")
+    ('corrupted', 'clean')
+    """
+    return (clean, corrupted) if direction == "denoise" else (corrupted, clean)
+
+
+def read_at(
+    rows: Float[Tensor, "1 pos d"], inputs: Inputs, read: Positions
+) -> Float[Tensor, " d"] | Float[Tensor, "position d"]:
+    """The rows of one prompt where a metric reads: one for "last", otherwise as many as positions, as `Replay` has them.
+
+    Raises `InputError` or `SpanError` for positions that are not there.
+    """
+    found = rows[0, resolve_positions(read, inputs)[0].to(rows.device)]
+    return found[0] if isinstance(read, str) and read == "last" else found
+
+
+def check_metrics(
+    model: HookedLLaVA, pairs: Sequence[tuple[Inputs, Inputs, Metric | None]], read: Positions, *, swept: bool = True
+) -> None:
+    """Raise `InputError` for a metric that does not give one number a run, tried on zeros before the model is run.
+
+    `swept` if it will be called on many runs at once.
+    """
+    for prompt, _, metric in pairs:
+        n_read = [] if isinstance(read, str) and read == "last" else [resolve_positions(read, prompt).shape[1]]
+        zeros = torch.zeros(*n_read, model.config.language.d_vocab, device=model.cfg.device, dtype=model.cfg.dtype)
+        if metric is not None:
+            value_of(metric, zeros)
+        if metric is not None and swept:
+            measured(metric, zeros.expand(2 + len(zeros.shape), *zeros.shape).clone(), 1, one_number=True)
+
+
+def scored(
+    model: HookedLLaVA, metric: Metric | None, there: Tensor, here: Tensor, direction: Direction
+) -> tuple[Metric, dict[str, Any]]:
+    """The metric, by default the logit difference of the two own answers, and attributes that say what it is.
+
+    Its values are `clean` and `corrupted`; `metric`, `answer` and `baseline` say what is measured, see `about_metric`.
+
+    `there` and `here` are the logits of the source and the base run where the metric reads. Raises `InputError` if both
+    runs have the same answer and no metric is given, and for a metric that gives more than one number.
+    """
+    clean, corrupted = source_and_base(there, here, direction)
+    metric = own_answers(clean, corrupted, model) if metric is None else metric
+    ends = {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}
+    return metric, ends | about_metric(model, metric)

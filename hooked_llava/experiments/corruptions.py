@@ -1,0 +1,271 @@
+"""Ways to corrupt the words that a question hangs on, for causal tracing.
+
+A constraint is what the answer must fit: the words "this place", "Paris", or positions of any kind. A corruption takes
+them away; what is left of the answer says how much hung on them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.experiments.pairs import gaussian_noise, other_image
+from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.token_map import GIVE_POSITIONS
+from hooked_llava.prompt.token_text import begins_with_bos
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.replay import Replay
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.token_map import TokenMap
+
+Constraint = str | int | Sequence[int] | Int[np.ndarray, " position"] | Int[Tensor, " position"]
+"""Words of the question, a position, or positions."""
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The constraint's words are replaced by others of as many tokens; the picture stays (Basu et al., 2406.04236)."""
+
+    words: str | Sequence[str]
+    """Words for every constraint, or a list with those for each."""
+    repeat: bool = False
+    """Write the first token of the words at each of the constraint's tokens, as the released code does."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise is added to the constraint's embeddings (Meng et al. 2022, 2202.05262)."""
+
+    std: float | None = None
+    """Its spread; three times that of the token embeddings by default."""
+    seed: int = 0
+    samples: int = 1
+    """How many draws the effects are averaged over."""
+
+
+@dataclass(frozen=True)
+class MeanEmbedding:
+    """The constraint's embeddings are replaced by the mean of all token embeddings."""
+
+
+@dataclass(frozen=True)
+class OtherImage:
+    """The picture is exchanged for another; the words stay."""
+
+    picture: Any
+    """A picture, anything `prepare` takes as one; or inputs with one, as a processor returns them too."""
+
+
+Corruption = str | Replace | Noise | MeanEmbedding | OtherImage
+"""A string stands for `Replace` by those words."""
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Runs of one prompt under a corruption."""
+
+    replays: list[Replay]
+    """One for each draw of the noise, else one."""
+    first: int | None
+    """First position whose embedding may differ from the clean one; None if none does."""
+    labels: list[str]
+    """What stands at every position now."""
+    n_forward: int
+    """Full forward passes that it took."""
+
+
+def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Constraint]) -> list[Positions]:
+    """The positions of one or several constraints; words are looked for in the question where it is known.
+
+    Raises `SpanError` for words that are not there or stand there several times, and `InputError` for no constraint,
+    positions outside the prompt, and constraints that overlap.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> find_constraints(model.prepare("Is there a red star?").token_map, ["red", "star"])
+    [Positions(5), Positions(6)]
+    """
+    entries = [constraint] if isinstance(constraint, str) or _is_position(constraint) else list(constraint)
+    given: list[Any] = [entries] if all(map(_is_position, entries)) else entries
+    if not entries or not all(len(entry) for entry in given):
+        raise InputError(f"constraint={constraint!r} names nothing; give words of the question, or positions.")
+    parts = token_map.words.parts if token_map.words is not None else {}
+    within = "question" if "question" in parts else None
+    found = [
+        token_map.find(c, within=within, advice=GIVE_POSITIONS) if isinstance(c, str) else Positions(c) for c in given
+    ]
+    if outside := [p for positions in found for p in positions if p not in token_map.real]:
+        raise InputError(
+            f"constraint={constraint!r}: positions {outside} are not in the prompt; expected {token_map.real.start} to "
+            f"{token_map.real.stop - 1}."
+        )
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            if not one.isdisjoint(other):
+                raise InputError(
+                    f"Constraints {j} and {i}, {given[j]!r} and {given[i]!r}, share positions {(one & other).tolist()}, which "
+                    "cannot be corrupted in two ways. Give constraints that do not overlap."
+                )
+    return found
+
+
+def _is_position(entry: Any) -> bool:
+    """Whether it is an integer of Python, NumPy or torch."""
+    try:
+        operator.index(entry)
+    except TypeError:
+        return False
+    return True
+
+
+def corrupt(model: HookedLLaVA, clean: Replay, constraints: list[Positions], corruption: Corruption) -> Corrupted:
+    """The corrupted runs of a kept clean run of one prompt; what lies before the first change is shared with it.
+
+    Raises `InputError` for words of another number of tokens, and for what is no corruption.
+    """
+    token_map = clean.inputs.token_map
+    where = Positions(p for positions in constraints for p in positions)
+    if isinstance(corruption, OtherImage):
+        return _with_other_image(model, clean.inputs, corruption)
+    labels = list(token_map.labels)
+    changed = where
+    if isinstance(corruption, str | Replace):
+        chosen = Replace(corruption) if isinstance(corruption, str) else corruption
+        new = replacement(model, token_map, constraints, chosen)
+        changed = Positions(p for p, token in new.items() if token != token_map.token_ids[p])
+        ids = [new[p] for p in changed]
+        runs = [[Intervention("hook_embed", positions=changed, value=model.W_E[ids])]] if ids else [[]]
+        for p, token in new.items():
+            labels[p] = _shown(model, token)
+    elif isinstance(corruption, MeanEmbedding):
+        mean = model.W_E.float().mean(0).to(model.W_E.dtype)
+        runs = [[Intervention("hook_embed", positions=where, value=mean)]]
+    elif isinstance(corruption, Noise):
+        seeds = range(corruption.seed, corruption.seed + corruption.samples)
+        if not seeds:
+            raise InputError(f"Noise(samples={corruption.samples}) draws none; expected at least 1.")
+        if corruption.std is not None and not corruption.std >= 0:
+            raise InputError(f"Noise(std={corruption.std:g}) is no spread; expected 0 or more.")
+        runs = [[gaussian_noise(model, clean.inputs, where, std=corruption.std, seed=seed)] for seed in seeds]
+    else:
+        raise InputError(
+            f"corruption={corruption!r}; expected words that replace the constraint, Replace(...), Noise(...), "
+            "MeanEmbedding() or OtherImage(...)."
+        )
+    return Corrupted([clean.branch(run) for run in runs], min(changed, default=None), labels, 0)
+
+
+def replacement(
+    model: HookedLLaVA, token_map: TokenMap, constraints: list[Positions], corruption: Replace
+) -> dict[int, int]:
+    """For every position of the constraints the token id that replaces the one there.
+
+    Words are tokenized where they stand, between their neighbours. Raises `InputError` if they take another number of
+    tokens than the constraint.
+    """
+    if token_map.words is None or model.processor is None:
+        raise InputError("Words need a tokenizer, and this model has none; use Noise() or MeanEmbedding().")
+    words = [corruption.words] * len(constraints) if isinstance(corruption.words, str) else list(corruption.words)
+    if len(words) != len(constraints):
+        raise InputError(f"There are {len(words)} replacements for {len(constraints)} constraints; expected as many.")
+    if corruption.repeat:
+        firsts = [_alone(model, word)[0] for word in words]
+        return {p: token for where, token in zip(constraints, firsts, strict=True) for p in where}
+    found = _tokenized_in_place(model, token_map, constraints, words)
+    if found is not None:
+        return found
+    new: dict[int, int] = {}
+    for where, word in zip(constraints, words, strict=True):
+        ids = _alone(model, word)
+        if len(ids) != len(where):
+            old = " ".join(token_map.labels[p].strip() for p in where)
+            raise InputError(
+                f"{word!r} takes {len(ids)} token{'s' * (len(ids) != 1)} and the constraint {old!r} {len(where)}, so "
+                "the positions behind them would not match. Choose words of as many tokens, or have their first token stand "
+                "at every place (repeat)."
+            )
+        new |= dict(zip(where, ids, strict=True))
+    return new
+
+
+def _tokenized_in_place(
+    model: HookedLLaVA, token_map: TokenMap, constraints: list[Positions], words: list[str]
+) -> dict[int, int] | None:
+    """The new ids if the whole prompt with the new words differs in the constraints alone, else None."""
+    text = token_map.words
+    assert text is not None
+    spans = [_characters(token_map, where) for where in constraints]
+    changed = text.text
+    for (start, stop), word in sorted(zip(spans, words, strict=True), reverse=True):
+        changed = changed[:start] + word + changed[stop:]
+    before, after = (_encoded(model, t, token_map.n_features) for t in (text.text, changed))
+    real = [token_map.token_ids[p] for p in token_map.own]
+    if before != real or len(after) != len(real):
+        return None
+    new = dict(zip(token_map.own, after, strict=True))
+    inside = {p for where in constraints for p in where}
+    if any(new[p] != token_map.token_ids[p] for p in token_map.own if p not in inside):
+        return None
+    return {p: new[p] for p in inside}
+
+
+def _characters(token_map: TokenMap, where: Positions) -> tuple[int, int]:
+    assert token_map.words is not None
+    text, offsets = token_map.words.text, token_map.words.offsets
+    start, stop = min(offsets[p][0] for p in where), max(offsets[p][1] for p in where)
+    while start < stop and text[start].isspace():  # some tokens hold the space before their word
+        start += 1
+    return start, stop
+
+
+def _encoded(model: HookedLLaVA, text: str, n_features: int) -> list[int]:
+    image = model.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    special = not begins_with_bos(model.tokenizer, text)
+    return list(model.tokenizer(text.replace(image, image * n_features), add_special_tokens=special)["input_ids"])
+
+
+def _alone(model: HookedLLaVA, word: str) -> list[int]:
+    ids = list(model.tokenizer(word, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise InputError(f"The replacement {word!r} has no tokens; give a word.")
+    return ids
+
+
+def _shown(model: HookedLLaVA, token: int) -> str:
+    return model.tokenizer.decode([token])
+
+
+def _with_other_image(model: HookedLLaVA, inputs: Inputs, corruption: OtherImage) -> Corrupted:
+    given = corruption.picture
+    pool = model.as_inputs(given) if isinstance(given, Inputs | Mapping) else [given]
+    other = other_image(model, inputs, pool)
+    first = min((start for start in inputs.token_map.image_starts), default=None)
+    return Corrupted([Replay(model, other)], first, list(inputs.token_map.labels), 1)
+
+
+def describe(corruption: Corruption, *, words: bool = True) -> str:
+    """The corruption in a few words, for a result's attributes; on request without the words that replace others.
+
+    >>> describe("the ring"), describe("the ring", words=False), describe(Noise(std=0.5))
+    ("replaced by 'the ring'", 'replaced by other words', 'noise of spread 0.5, 1 draw')
+    """
+    if isinstance(corruption, str):
+        return describe(Replace(corruption), words=words)
+    if isinstance(corruption, Replace):
+        new = corruption.words if isinstance(corruption.words, str) else ", ".join(corruption.words)
+        by = repr(new) if words else "other words"
+        return f"replaced by {by}" + (" at every token" if corruption.repeat else "")
+    if isinstance(corruption, Noise):
+        spread = "three times the embeddings' spread" if corruption.std is None else f"spread {corruption.std:g}"
+        return f"noise of {spread}, {corruption.samples} draw{'s' * (corruption.samples != 1)}"
+    return "mean embedding" if isinstance(corruption, MeanEmbedding) else "another picture"

@@ -1,0 +1,363 @@
+"""Pairs of prompts that differ in one thing, and ready-made ways to corrupt one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Where, resolve_positions
+from hooked_llava.prompt.geometry import BoxLike, ImageGeometry, checked_box
+from hooked_llava.prompt.images import load_picture
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.readout.metrics import Metric
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.reference_mean import reference_means
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+Direction = Literal["denoise", "noise"]
+"""Clean activations into the corrupted run, or corrupted ones into the clean run."""
+
+_NOISE = 3.0  # Meng et al. 2022 (arXiv 2202.05262) corrupt with three times the spread of the token embeddings
+_SHOWN = 12  # questions of a pool that an error lists
+
+
+def check_pair(clean: Inputs, corrupted: Inputs) -> None:
+    """Raise `InputError` unless both are one prompt, of equal length, with pictures and text in the same places."""
+    if len(clean) != 1 or len(corrupted) != 1:
+        raise InputError(f"Patching takes one clean and one corrupted prompt, got {len(clean)} and {len(corrupted)}.")
+    spans = [dict(inputs.token_map.spans) for inputs in (clean, corrupted)]
+    if clean.shape != corrupted.shape or spans[0] != spans[1]:
+        raise InputError(
+            "The clean and the corrupted prompt do not match position by position, so an activation of one has no "
+            f"place in the other. Word them alike.\n\nclean:\n{clean}\n\ncorrupted:\n{corrupted}"
+        )
+
+
+def check_direction(direction: str) -> None:
+    """Raise `InputError` for anything but "denoise" and "noise"."""
+    if direction not in ("denoise", "noise"):
+        raise InputError(
+            f"direction={direction!r}; expected 'denoise' (clean activations into the corrupted run) or 'noise' (the "
+            "reverse)."
+        )
+
+
+def prompt_pairs(
+    model: HookedLLaVA, clean: Any, corrupted: Any, metric: Metric | Sequence[Metric] | None = None
+) -> tuple[list[tuple[Inputs, Inputs, Metric | None]], bool]:
+    """The pairs with each one's metric, all checked, and whether several were asked for.
+
+    Each side is one prompt, a batch, or a list of either; `metric` is one for all pairs, or a list with one for each.
+    Raises `InputError` for sides of different lengths and for prompts that do not match.
+    """
+    sides = [_prompts(model, side) for side in (clean, corrupted)]
+    if len(sides[0]) != len(sides[1]):
+        raise InputError(
+            f"There are {len(sides[0])} clean and {len(sides[1])} corrupted prompts; expected equally many."
+        )
+    metrics = list(metric) if isinstance(metric, list | tuple) else [metric] * len(sides[0])
+    if len(metrics) != len(sides[0]):
+        raise InputError(
+            f"There are {len(metrics)} metrics for {len(sides[0])} pairs; give one for all, or one for each."
+        )
+    for pair in zip(*sides, strict=True):
+        check_pair(*pair)
+    several = len(sides[0]) > 1 or isinstance(clean, (list, tuple))
+    return list(zip(*sides, metrics, strict=True)), several
+
+
+def _prompts(model: HookedLLaVA, side: Any) -> list[Inputs]:
+    listed = isinstance(side, (list, tuple)) and not all(isinstance(entry, str) for entry in side)
+    return [prompt for entry in (side if listed else [side]) for prompt in model.as_inputs(entry)]
+
+
+def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any], *, seed: int = 0) -> Inputs:
+    """The same prompts about other pictures, drawn from a pool.
+
+    Args:
+        model: the model, whose processor prepares the pictures.
+        inputs: the clean prompts.
+        pool: pictures (anything `prepare` takes as one), or inputs whose pictures are taken.
+        seed: of the draw.
+
+    Raises `InputError` if the inputs have no picture, or the pool none that differs from the one it would replace.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> black, white = (np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255))
+    >>> inputs = model.prepare("What color is the star?", images=black)
+    >>> bool((other_image(model, inputs, [black, white]).pixel_values > inputs.pixel_values).all())
+    True
+    """
+    pixels = _pixels(inputs)
+    if isinstance(pool, Inputs):
+        candidates, originals = _pixels(pool).to(pixels), pool.images
+    else:
+        originals = tuple(load_picture(picture, f"Picture {i} of the pool") for i, picture in enumerate(pool))
+        if model.processor is None:
+            raise InputError(
+                "Pictures need a processor, and this model has none; give inputs with pixel_values as the pool."
+            )
+        candidates = _processed(model, originals, pixels)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for i, own in enumerate(pixels):
+        order = torch.randperm(len(candidates), generator=generator).tolist()
+        others = [j for j in order if not torch.equal(candidates[j], own)]
+        if not others:
+            raise InputError(
+                f"The pool of {len(candidates)} pictures holds none that differs from picture {i}; add another."
+            )
+        chosen.append(others[0])
+    pictures = None if originals is None else tuple(originals[j] for j in chosen)
+    return _with_pictures(model, inputs, candidates[chosen], pictures)
+
+
+def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
+    """The same prompts, each picture in one colour: its own mean pixel; raises `InputError` without a picture.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> blank = blank_image(model, model.prepare("What color is the star?", images=noise))
+    >>> float(blank.pixel_values.std((2, 3)).max()) < 1e-5
+    True
+    """
+    pixels = _pixels(inputs)
+    means = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels).contiguous()
+    return _with_pictures(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
+
+
+def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: int = 0) -> Inputs:
+    """The same prompt, and what lies under a box of a picture painted over with the mean colour of the rest.
+
+    Args:
+        model: the model, whose processor prepares the picture again.
+        inputs: one prompt, made by `model.prepare`.
+        box: (x0, y0, x1, y1) in pixels of the original picture, rounded to whole ones; x1 and y1 are exclusive.
+        image: which picture of the prompt.
+
+    The picture keeps its size, and no pixel outside the box changes. Raises `InputError` for several prompts, unknown
+    originals, a box outside the picture or as large as it, and where the model would see no difference.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> without = without_object(model, model.prepare("What color is the star?", images=noise), (8, 8, 24, 24))
+    >>> differs = (np.asarray(without.images[0]) != noise).any(-1)
+    >>> int(differs.sum()), bool(differs[8:24, 8:24].all())
+    (256, True)
+    """
+    picture = _original(inputs, image, "without_object")
+    x0, y0, x1, y1 = _whole_pixels(box, picture)
+    values = np.array(picture)
+    rest = np.ones(values.shape[:2], dtype=bool)
+    rest[y0:y1, x0:x1] = False
+    if not rest.any():
+        raise InputError(f"The box {(x0, y0, x1, y1)} is the whole picture, so nothing is left; use blank_image.")
+    values[y0:y1, x0:x1] = values[rest].mean(0).round()
+    return _repainted(model, inputs, image, values)
+
+
+def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: BoxLike, *, image: int = 0) -> Inputs:
+    """The same prompt, the pixels under two boxes of a picture exchanged: each object where the other was.
+
+    Arguments as for `without_object`; the boxes are of one size and do not overlap, `InputError` otherwise. What lies
+    around an object within its box moves along.
+
+    >>> import numpy as np
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    >>> clean = model.prepare("What color is the star?", images=noise)
+    >>> swapped = np.asarray(swapped_objects(model, clean, (0, 0, 16, 16), (40, 40, 56, 56)).images[0])
+    >>> bool((swapped[:16, :16] == noise[40:56, 40:56]).all()), bool((swapped[40:56, 40:56] == noise[:16, :16]).all())
+    (True, True)
+    """
+    picture = _original(inputs, image, "swapped_objects")
+    first, second = (_whole_pixels(given, picture) for given in (box, other))
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = first, second
+    if (x1 - x0, y1 - y0) != (u1 - u0, v1 - v0):
+        raise InputError(
+            f"The boxes are {x1 - x0} x {y1 - y0} and {u1 - u0} x {v1 - v0} pixels; expected one size for both, so that "
+            "they can change places. Widen the smaller one."
+        )
+    if x0 < u1 and u0 < x1 and y0 < v1 and v0 < y1:
+        raise InputError(f"The boxes {first} and {second} overlap, so they cannot change places; give others.")
+    values = np.array(picture)
+    here, there = values[y0:y1, x0:x1].copy(), values[v0:v1, u0:u1].copy()
+    values[y0:y1, x0:x1], values[v0:v1, u0:u1] = there, here
+    return _repainted(model, inputs, image, values)
+
+
+def other_question(
+    model: HookedLLaVA, inputs: Inputs, questions: Sequence[str], *, seed: int = 0, **options: Any
+) -> Inputs:
+    """The same pictures under another question, drawn from those that fit position by position.
+
+    Args:
+        model: the model.
+        inputs: the clean prompt, made by `model.prepare`.
+        questions: the pool.
+        seed: of the draw.
+        options: for `model.prepare`, as the clean prompt was made.
+
+    Raises `InputError` for several prompts, pictures known only as pixels, or if no question of the pool fits.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> clean = model.prepare("Who made the star?")
+    >>> other_question(model, clean, ["Who made the star?", "Who made the ring?"]).prompts[0].count("ring")
+    1
+    """
+    if len(inputs) != 1:
+        raise InputError(f"other_question takes one prompt, got {len(inputs)}; call it once for each.")
+    if inputs.n_images and inputs.images is None:
+        raise InputError(
+            "other_question needs the original pictures; make the prompt with prepare(question, images=...)."
+        )
+    images = None if inputs.images is None else list(inputs.images)
+    lengths: dict[str, int] = {}
+    for i in torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist():
+        other = model.prepare(questions[i], images=images, **options)
+        lengths[questions[i]] = other.shape[1]
+        same_places = other.shape == inputs.shape and other.token_map.spans == inputs.token_map.spans
+        if same_places and not torch.equal(other.input_ids, inputs.input_ids):
+            return other
+    listed = "".join(f"\n  {lengths[question]} tokens: {question}" for question in questions[:_SHOWN])
+    more = f"\n  and {len(questions) - _SHOWN} more" if len(questions) > _SHOWN else ""
+    raise InputError(
+        f"None of the {len(questions)} questions has another wording with its words in the same places as the clean "
+        f"prompt of {inputs.shape[1]} tokens. Give questions of as many tokens.{listed}{more}\n\nclean:\n{inputs}"
+    )
+
+
+def gaussian_noise(
+    model: HookedLLaVA, inputs: Any, positions: Where, *, std: float | None = None, seed: int = 0
+) -> Intervention:
+    """Gaussian noise on what enters the language tower at some positions, as an intervention for any run.
+
+    Put it first in each run of a Replay of the clean prompt, and what is restored behind it (Meng et al. 2022).
+
+    Args:
+        model: the model.
+        inputs: one prompt; anything `model.as_inputs` takes.
+        positions: span, position or positions that are corrupted; None for all.
+        std: spread of the noise; by default three times that of the token embeddings.
+        seed: of the noise.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> gaussian_noise(model, model.prepare("Who made the star?"), "last", std=0.5)
+    Intervention('hook_embed', positions=[...], add=tensor[1, 128])
+    """
+    prompt = model.as_inputs(inputs)
+    if len(prompt) != 1:
+        raise InputError(f"gaussian_noise takes one prompt, got {len(prompt)}; call it once for each.")
+    where = list(prompt.token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
+    spread = _NOISE * float(model.W_E.float().std()) if std is None else std
+    noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
+    return Intervention("hook_embed", positions=where, add=noise.to(model.cfg.device, model.cfg.dtype))
+
+
+def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = None) -> Intervention:
+    """The mean embedding at some positions, as an intervention for any run.
+
+    Args:
+        model: the model.
+        positions: span, position or positions that are replaced; None for all.
+        reference: prompts, or anything else that `mean_of=` of an intervention takes, over whose same positions the mean is
+            taken; without it over the replaced positions themselves, of which there must be several.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> mean_embedding(model, "image")
+    Intervention('hook_embed', positions='image', position_mean=True)
+    """
+    if reference is None:
+        return Intervention("hook_embed", positions=positions, position_mean=True)
+    value = reference_means(model, reference, [("hook_embed", positions)])[0][0]  # (d_model)
+    return Intervention("hook_embed", positions=positions, value=value.to(model.cfg.dtype))
+
+
+def _pixels(inputs: Inputs) -> Tensor:
+    if inputs.pixel_values is None:
+        raise InputError("These inputs have no picture to take or replace; give some with prepare(..., images=...).")
+    return inputs.pixel_values
+
+
+def _processed(model: HookedLLaVA, pictures: Sequence[Image.Image], like: Tensor) -> Tensor:
+    return model.processor.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(like)
+
+
+def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
+    """One picture of one prompt, as it was given."""
+    if len(inputs) != 1:
+        raise InputError(f"{caller} takes one prompt, got {len(inputs)}; call it once for each.")
+    if inputs.images is None:
+        raise InputError(f"{caller} needs the original picture; make the prompt with prepare(question, images=...).")
+    if not 0 <= image < len(inputs.images):
+        raise InputError(f"image={image}, and the prompt has {len(inputs.images)} pictures, counted from 0.")
+    return inputs.images[image]
+
+
+def _whole_pixels(box: BoxLike, picture: Image.Image) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = (round(edge) for edge in checked_box(box))
+    if not (0 <= x0 < x1 <= picture.width and 0 <= y0 < y1 <= picture.height):
+        raise InputError(
+            f"The box {(x0, y0, x1, y1)} does not lie in the picture of {picture.width} x {picture.height} pixels, or "
+            "holds none of them; boxes are (x0, y0, x1, y1) in whole pixels of the original."
+        )
+    return x0, y0, x1, y1
+
+
+def _repainted(model: HookedLLaVA, inputs: Inputs, image: int, values: np.ndarray) -> Inputs:
+    """The prompt with one of its pictures painted anew; the others keep their pixels."""
+    pictures = list(inputs.images or ())
+    pictures[image] = Image.fromarray(values)
+    pixels = _pixels(inputs).clone()
+    pixels[image] = _processed(model, [pictures[image]], pixels)[0]
+    if torch.equal(pixels, _pixels(inputs)):
+        raise InputError(
+            "The model would see the same picture as before: the boxes look alike, or lie where the processor crops. Give "
+            "others."
+        )
+    return _with_pictures(model, inputs, pixels, tuple(pictures))
+
+
+def _blank(picture: Image.Image) -> Image.Image:
+    return picture.resize((1, 1), Image.Resampling.BOX).resize(picture.size)
+
+
+def _with_pictures(
+    model: HookedLLaVA, inputs: Inputs, pixels: Tensor, pictures: tuple[Image.Image, ...] | None
+) -> Inputs:
+    """The inputs with other pictures, and token maps that know how these came to their patches."""
+    token_maps, first = [], 0
+    for token_map, n in zip(inputs.token_maps, inputs.images_per_prompt, strict=True):
+        own = None if pictures is None or model.processor is None else pictures[first : first + n]
+        geometries = None if own is None else tuple(_geometry(model, picture) for picture in own)
+        token_maps.append(replace(token_map, geometries=geometries))
+        first += n
+    return replace(inputs, pixel_values=pixels, images=pictures, token_maps=tuple(token_maps))
+
+
+def _geometry(model: HookedLLaVA, picture: Image.Image) -> ImageGeometry:
+    return ImageGeometry.from_processor(
+        model.processor.image_processor,
+        height=picture.height,
+        width=picture.width,
+        patch_size=model.config.vision.patch_size,
+    )

@@ -1,0 +1,168 @@
+"""TransformerLens's ActivationCache, with views of the image, the text and the vision tower, and files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import get_act_name
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
+from hooked_llava.errors import CheckpointError, HookNameError, SpanError, did_you_mean
+from hooked_llava.model.tl_protocol import sum_biases
+from hooked_llava.storage import written_whole
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.token_map import TokenMap
+
+_FORMAT = "hooked_llava.cache.v1"
+
+
+@dataclass(frozen=True)
+class _VisionModel:
+    """The vision tower as ActivationCache's methods see a model: only the blocks that were run."""
+
+    cfg: Any
+    blocks: Any
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
+        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)
+
+
+class NamedCache(ActivationCache):
+    """TransformerLens's cache, with our other spellings of names, and an error that says what is missing."""
+
+    aliases: Mapping[str, str] = MappingProxyType({})
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, str) and key in self.cache_dict:
+            return self.cache_dict[key]
+        name, layer, *rest = (key, None) if isinstance(key, str) else (*key, None)
+        if isinstance(layer, int) and layer < 0:
+            layer += self.model.cfg.n_layers
+        full_name = get_act_name(name, layer, rest[0] if rest else None)
+        full_name = self.aliases.get(full_name, full_name)
+        if full_name not in self.cache_dict:
+            wanted = key if isinstance(key, str) else " ".join(map(str, key))
+            raise HookNameError(
+                f"{wanted!r} is not in this cache of {len(self)} activations.{did_you_mean(wanted, self.cache_dict)} "
+                "cache.keys() lists them; name it in names_filter to cache it."
+            )
+        return self.cache_dict[full_name]
+
+
+class LLaVACache(NamedCache):
+    """Activations of one forward pass by hook name, with all of ActivationCache's methods.
+
+    `cache["pattern", 3]`, `cache["blocks.3.attn.hook_z"]` and `cache["projector.hook_out"]` give tensors;
+    `cache.vision["pattern", 3]` those of the vision tower; `cache.image[...]` and `cache.text[...]` the same tensors
+    of the language tower cut to the image's or the text's positions (scores and pattern: cut along the keys).
+    `token_maps` are those of the prompts, where they are known; `some_positions` says that only some are held.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: HookedLLaVA,
+        *,
+        has_batch_dim: bool = True,
+        spans: dict[str, Int[Tensor, " n_positions"]] | None = None,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.spans = spans or {}
+        self.token_maps: tuple[TokenMap, ...] | None = None
+        self.some_positions = False
+        self.aliases = model.hooks_table.aliases
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.cache_dict
+
+    def __repr__(self) -> str:
+        gigabytes = sum(t.numel() * t.element_size() for t in self.values()) / 1e9
+        return f"LLaVACache({len(self)} activations, {gigabytes:.3g} GB)"
+
+    def _hooks(self) -> HookTable:
+        return self.model.hooks_table  # type: ignore[attr-defined]
+
+    @property
+    def vision(self) -> NamedCache:
+        """The vision tower's activations under their names without `vision.`, images on the batch axis."""
+        tower = self.model.vision  # type: ignore[attr-defined]
+        model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks)
+        held = {name.removeprefix("vision."): t for name, t in self.items() if name.startswith("vision.")}
+        if not held:
+            raise HookNameError("This cache holds nothing of the vision tower; name 'vision.*' in names_filter.")
+        view = NamedCache(held, model, has_batch_dim=self.has_batch_dim)
+        view.aliases = {a.removeprefix("vision."): full.removeprefix("vision.") for a, full in self.aliases.items()}
+        view.has_pos_embed = False  # positions are part of hook_embed already, which is taken after the pre-norm
+        return view
+
+    @property
+    def image(self) -> LLaVACache:
+        """The language tower's activations at the image positions only."""
+        return self._cut("image")
+
+    @property
+    def text(self) -> LLaVACache:
+        """The language tower's activations at the text positions only."""
+        return self._cut("text")
+
+    def _cut(self, span: str) -> LLaVACache:
+        if span not in self.spans:
+            raise SpanError(
+                f"This cache has no {span} positions: either the prompts have none, or they differ from row to row, or "
+                "only some positions were kept. Run one prompt at a time, with all positions."
+            )
+        positions = self.spans[span]
+        held = {}
+        for name, tensor in self.items():
+            base = name.removesuffix("_grad")
+            if base.startswith(IMAGE_SIDE):
+                continue
+            axes = self._hooks()[base].axes
+            axis = axes.index("key" if "key" in axes else "pos") - len(axes)
+            held[name] = tensor.index_select(axis, positions.to(tensor.device))
+        return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)  # type: ignore[arg-type]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all activations to one safetensors file; nothing half-written stays behind.
+
+        Raises `InputError` for a folder that is not there.
+        """
+        about = {
+            "format": _FORMAT,
+            "has_batch_dim": json.dumps(self.has_batch_dim),
+            "model": str(self.model.cfg.model_name),
+            "spans": json.dumps({name: positions.tolist() for name, positions in self.spans.items()}),
+        }
+        # Neighbouring hooks share storage, which the format refuses, so each tensor is written on its own.
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.items()}
+        with written_whole(path) as partial:
+            save_file(tensors, partial, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> LLaVACache:
+        """Read a cache that `save` wrote; raises `CheckpointError` for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}); expected one that LLaVACache.save wrote."
+            ) from None
+        if about.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
+        spans = {name: torch.tensor(positions) for name, positions in json.loads(about["spans"]).items()}
+        return cls(tensors, model, has_batch_dim=json.loads(about["has_batch_dim"]), spans=spans)

@@ -1,0 +1,151 @@
+"""What to keep of a forward pass: which positions, how many bytes, and the hook functions that keep it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
+from hooked_llava.errors import InputError
+from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.spans import span
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.prompt.validation import whole_numbers
+
+Positions = str | SupportsIndex | slice | Sequence[int] | np.ndarray | Tensor
+"""Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers."""
+Where = Positions | None
+"""Positions, or None for all."""
+_PLACES = "whole numbers, a slice, or the name of one span ('image|last' joins two)"
+
+
+def positions_of(
+    where: Any, token_map: TokenMap | None, n_positions: int, *, what: str = "positions", seed: int = 0
+) -> list[int]:
+    """The positions that a user's `Where` means in one prompt: what every `positions=` and every end of an edge goes by.
+
+    A span or spans joined ("question|last", see `spans.span`), one index or several (from the end where negative, padding
+    counted), a slice, or None for all real positions. `seed` is of the span "random". Raises `SpanError` for spans that
+    are not there, and `InputError` for what is no position, lies outside, or is a span where no token map is known.
+
+    >>> from hooked_llava.prompt.token_map import TokenMap
+    >>> token_map = TokenMap(token_ids=(1, 9, 9, 9, 9, 5, 0), real=range(6), image_starts=(1,), grid=(2, 2))
+    >>> positions_of("image|last", token_map, 7), positions_of(None, token_map, 7), positions_of([-1], token_map, 7)
+    ([1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [6])
+    """
+    if isinstance(where, slice):
+        return list(range(n_positions)[where])
+    if where is None or isinstance(where, str):
+        if token_map is None:
+            if where is None:
+                return list(range(n_positions))
+            raise InputError(f"A residual stream has no spans, so {what}={where!r} means nothing; give numbers.")
+        return list(token_map.real) if where is None else span(token_map, where, seed=seed).tolist()
+    given = whole_numbers(where, what, _PLACES)
+    if outside := [p for p in given if not -n_positions <= p < n_positions]:
+        raise InputError(
+            f"{what}={outside} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, a slice, or "
+            "a span such as 'last'."
+        )
+    return [p % n_positions for p in given]
+
+
+def resolve_positions(positions: Positions, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:
+    """The same number of positions in every row, as indices; raises as `positions_of`, and for none or unequally many."""
+    n_positions = inputs.shape[1]
+    if isinstance(inputs, Tensor):
+        rows = [positions_of(positions, None, n_positions) for _ in inputs]
+    else:
+        rows = inputs.each(lambda token_map: positions_of(positions, token_map, n_positions), inputs.token_maps)
+    if not any(rows):
+        raise InputError(
+            f"positions={positions!r} do not lie in the prompt, or name none; expected numbers in "
+            f"{-inputs.shape[1]}..{inputs.shape[1] - 1}, a slice, or a span such as 'last'."
+        )
+    if len({len(row) for row in rows}) != 1:
+        raise InputError(
+            f"Span {positions!r} has {[len(row) for row in rows]} positions in the rows of the batch; activations of "
+            "different lengths do not stack. Run the prompts one at a time."
+        )
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def take_positions(tensor: Tensor, index: Int[Tensor, "batch n_positions"], axis: int) -> Tensor:
+    """Copy of a tensor at some positions; each row of the batch (axis 0) has its own."""
+    index = index.to(tensor.device)
+    if bool((index == index[:1]).all()):
+        return tensor.index_select(axis, index[0])
+    return torch.stack([row.index_select(axis - 1, where) for row, where in zip(tensor, index, strict=True)])
+
+
+def shared_spans(inputs: Inputs) -> dict[str, Int[Tensor, " n_positions"]]:
+    """Image and text positions, where the rows of the batch have them and all have the same."""
+    spans = {}
+    for name in ("image", "text"):
+        rows = {token_map.spans.get(name) for token_map in inputs.token_maps}
+        if len(rows) == 1 and (row := rows.pop()) is not None:
+            spans[name] = row.tensor()
+    return spans
+
+
+def saver(
+    store: dict[str, Tensor],
+    table: HookTable,
+    index: Int[Tensor, "batch n_positions"] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    suffix: str = "",
+) -> Callable[..., None]:
+    """A hook function that puts what it sees into `store` under the hook's name."""
+
+    @reads_only
+    def save(tensor: Tensor, hook: HookPoint) -> None:
+        assert hook.name is not None
+        kept = tensor.detach()
+        axis = table[hook.name].position_axis
+        if index is not None and axis is not None and not hook.name.startswith(IMAGE_SIDE):
+            kept = take_positions(kept, index, axis)
+        store[hook.name + suffix] = kept if device is None else kept.to(device)
+
+    return save
+
+
+def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None = None) -> dict[str, int]:
+    """Length of every axis that a hook's tensor may have, with `n_kept` sequence positions kept in the language tower."""
+    config = table.config
+    on_image_side = name.startswith(IMAGE_SIDE)
+    tower: TowerConfig = config.vision if name.startswith("vision.") else config.language
+    n_positions = config.vision.n_positions if on_image_side else n_kept or inputs.shape[1]
+    return {
+        "batch": len(inputs),
+        "image": inputs.n_images,
+        "pos": n_positions,
+        "query": n_positions,
+        "key": config.vision.n_positions if on_image_side else inputs.shape[1],
+        "patch": config.vision.n_patches,
+        "feature": config.vision.n_features,
+        "head": tower.n_heads,
+        "kv_head": tower.n_key_value_heads,
+        "d_head": tower.d_head,
+        "d_model": tower.d_model,
+        "d_mlp": tower.d_mlp,
+        "d_features": config.vision.d_features,
+        "d_vocab": config.language.d_vocab,
+        "1": 1,
+    }
+
+
+def tensor_bytes(table: HookTable, name: str, inputs: Inputs, n_kept: int, dtype: torch.dtype) -> int:
+    """Bytes of one activation, with `n_kept` sequence positions kept in the language tower."""
+    sizes = axis_sizes(table, name, inputs, n_kept)
+    wide = name.endswith("hook_scale")  # statistics are taken in float32 at least
+    itemsize = (torch.promote_types(dtype, torch.float32) if wide else dtype).itemsize
+    return math.prod(sizes[axis] for axis in table[name].axes) * itemsize

@@ -1,0 +1,245 @@
+"""Multi-head attention of both towers, grouped-query attention included.
+
+With nobody listening to scores, pattern or per-head results, attention is one fused call; what somebody listens to
+is computed explicitly. The softmax runs in float32 either way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from fancy_einsum import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.components.norm import LayerNorm, RMSNorm
+from hooked_llava.model.components.prefix_attention import (
+    SharedPrefix,
+    attend_with_prefix,
+    average_with_prefix,
+    scores_with_prefix,
+)
+from hooked_llava.model.components.rotary import Rotation, rotate
+
+Fork = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
+"""The residual stream before the norm, and the norm: what `hook_q_input` and its kin are made from."""
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What attention needs besides the stream; one object serves all layers of a forward pass."""
+
+    causal: bool = False
+    """Whether position q sees exactly the keys up to q and no mask says more."""
+    allowed: Bool[Tensor, "batch 1 query key"] | None = None
+    """Which keys each query may see, when `causal` alone does not say it."""
+    rotation: Rotation | None = None
+    """Rotary cosine and sine of the positions, or None."""
+    kv_cache: KVCache | None = None
+    """Earlier keys and values, when decoding."""
+    prefix: SharedPrefix | None = None
+    """Keys and values of earlier positions, shared by many rows of the batch."""
+    queries: Int[Tensor, " query"] | None = None
+    """Indices of the positions whose output is wanted; the others give keys and values only. None: all."""
+
+    def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
+        """x at the positions whose output is wanted."""
+        return x if self.queries is None else x.index_select(1, self.queries)
+
+    def at(self, queries: Sequence[int], n_positions: int, device: torch.device) -> AttentionContext:
+        """The same for a block of which only the output at `queries` is wanted, of `n_positions` positions that enter it."""
+        index = torch.tensor(list(queries), device=device)
+        allowed, causal = self.allowed, False
+        if allowed is not None:
+            allowed = allowed.index_select(2, index)
+        elif self.causal and list(queries) != [n_positions - 1]:  # the last position sees every key
+            allowed = (torch.arange(n_positions, device=device) <= index[:, None])[None, None]
+        return replace(self, queries=index, allowed=allowed, causal=causal)
+
+    def allowed_after_prefix(self, n: int, device: torch.device) -> Bool[Tensor, "batch 1 query key"] | None:
+        """Which of n keys behind a prefix each query may see; None where every query sees all."""
+        if self.allowed is not None or not self.causal or n == 1:
+            return self.allowed
+        return torch.ones(n, n, dtype=torch.bool, device=device).tril()[None, None]
+
+    @functools.cached_property
+    def blind(self) -> Bool[Tensor, "batch 1 query 1"] | None:
+        """Queries that may see no key at all (padding on the left), or None; their pattern and z are 0."""
+        if self.allowed is None:
+            return None
+        blind = ~self.allowed.any(-1, keepdim=True)
+        return blind if bool(blind.any()) else None
+
+    @functools.cached_property
+    def allowed_or_blind(self) -> Bool[Tensor, "batch 1 query key"] | None:
+        """`allowed`, but blind queries see everything: a row of -inf has no softmax, so what they saw is cleared after."""
+        return self.allowed if self.blind is None or self.allowed is None else self.allowed | self.blind
+
+    def mask_scores(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Set the scores of blocked edges to minus infinity, in place."""
+        if self.allowed is not None:
+            return scores.masked_fill_(~self.allowed, float("-inf"))
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            return scores.masked_fill_(later, float("-inf"))
+        return scores
+
+
+def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    """Softmax over the keys in float32; a query with no allowed key gets 0 everywhere, without NaN in gradients."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    if not bool(blind.any()):  # the rule; the copies below are for padding and for hooks that block everything
+        return scores.softmax(-1, dtype=wide)
+    return scores.masked_fill(blind, 0.0).softmax(-1, dtype=wide).masked_fill(blind, 0.0)
+
+
+class Attention(nn.Module):
+    """Queries meet keys, values are averaged, heads are summed."""
+
+    def __init__(self, cfg: TowerConfig, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        d_query, d_key_value = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+        self.query = nn.Linear(cfg.d_model, d_query, bias=cfg.qkv_bias)
+        self.key = nn.Linear(cfg.d_model, d_key_value, bias=cfg.qkv_bias)
+        self.value = nn.Linear(cfg.d_model, d_key_value, bias=cfg.qkv_bias)
+        self.output = nn.Linear(d_query, cfg.d_model, bias=cfg.out_bias)
+        self.scale = cfg.d_head**-0.5
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        if cfg.rotary is not None:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, fork: Fork
+    ) -> Float[Tensor, "batch query d_model"]:
+        """What attention adds to the residual stream, given the normalized stream x."""
+        asking = context.read(x), (context.read(fork[0]), fork[1])
+        q = self.hook_q(self.project(self.query, self.hook_q_input, *asking))  # (batch, query, head, d_head)
+        k = self.hook_k(self.project(self.key, self.hook_k_input, x, fork))  # (batch, pos, kv_head, d_head)
+        v = self.hook_v(self.project(self.value, self.hook_v_input, x, fork))  # (batch, pos, kv_head, d_head)
+        if context.rotation is not None:
+            q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
+            k = self.hook_rot_k(rotate(k, context.rotation))
+        z = self.hook_z(self.attend(q, k, v, context))  # (batch, pos, head, d_head)
+        if self.hook_result.listening:
+            result = self.hook_result(einsum("b p h d, h d m -> b p h m", z, self.W_O))
+            return result.sum(2) if self.output.bias is None else result.sum(2) + self.output.bias
+        return self.output(z.flatten(2))
+
+    def project(
+        self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], fork: Fork
+    ) -> Float[Tensor, "batch pos any_head d_head"]:
+        """Queries, keys or values of all heads; with a listener on the input, each head reads its own copy."""
+        if not hook_input.listening:
+            return linear(x).unflatten(-1, (-1, self.cfg.d_head))
+        resid, norm = fork
+        weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
+        copies = resid[:, :, None].expand(-1, -1, weight.shape[0], -1)  # (batch, pos, head, d_model)
+        # x may carry edits made inside the norm; the difference adds to it what was changed before the norm.
+        per_head = x[:, :, None] + (norm.fused(hook_input(copies.view_as(copies))) - norm.fused(copies))
+        out = einsum("b p h m, h d m -> b p h d", per_head, weight)
+        return out if linear.bias is None else out + linear.bias.unflatten(0, (-1, self.cfg.d_head))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+        context: AttentionContext,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Values averaged by the pattern, in one fused call unless somebody listens to scores or pattern."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.append(self.layer, k, v)
+        graph = context.prefix is not None and torch.is_grad_enabled()  # the fused two-part form has no gradients
+        if self.hook_attn_scores.listening or self.hook_pattern.listening or graph:
+            return self.attend_explicitly(q, k, v, context).transpose(1, 2)
+        if context.prefix is not None:
+            allowed = context.allowed_after_prefix(k.shape[2], k.device)
+            return attend_with_prefix(q, k, v, context.prefix.layer(self.layer), allowed, self.scale).transpose(1, 2)
+        z = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.allowed_or_blind,
+            is_causal=context.causal,
+            scale=self.scale,
+            enable_gqa=self.cfg.n_key_value_heads != self.cfg.n_heads,
+        )
+        return (z if context.blind is None else z.masked_fill(context.blind, 0.0)).transpose(1, 2)
+
+    def attend_explicitly(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        v: Float[Tensor, "batch kv_head key d_head"],
+        context: AttentionContext,
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """The same through scores and pattern, so that both can be read and changed."""
+        q = q * self.scale
+        if context.prefix is not None:
+            prefix, allowed = context.prefix.layer(self.layer), context.allowed_after_prefix(k.shape[2], k.device)
+            scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, allowed))
+            pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, prefix and key)
+            return average_with_prefix(pattern, v, prefix)
+        groups = self.cfg.n_heads // self.cfg.n_key_value_heads
+        k, v = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (k, v))
+        scores = self.hook_attn_scores(context.mask_scores(q @ k.mT))
+        pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, key)
+        return pattern @ v
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights, a view (TransformerLens's orientation)."""
+        return self.query.weight.unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Key weights, a view."""
+        return self.key.weight.unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Value weights, a view."""
+        return self.value.weight.unflatten(0, (-1, self.cfg.d_head)).transpose(1, 2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights, a view."""
+        return self.output.weight.T.unflatten(0, (-1, self.cfg.d_head))
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query bias, zeros if there is none."""
+        return self._head_bias(self.query)
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        """Key bias, zeros if there is none."""
+        return self._head_bias(self.key)
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        """Value bias, zeros if there is none."""
+        return self._head_bias(self.value)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias, zeros if there is none."""
+        weight = self.output.weight
+        return weight.new_zeros(self.cfg.d_model) if self.output.bias is None else self.output.bias
+
+    def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "any_head d_head"]:
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        return bias.unflatten(0, (-1, self.cfg.d_head))

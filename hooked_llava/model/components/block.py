@@ -1,0 +1,82 @@
+"""One transformer block, two additions to the residual stream; and the blocks of a tower, run in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.model.components.attention import Attention, AttentionContext
+from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.mlp import MLP
+from hooked_llava.model.components.norm import make_norm
+
+
+class Block(nn.Module):
+    """Attention and MLP, each reading a normalized copy of the residual stream and adding to it."""
+
+    hook_out_is_single_residual_stream = True  # TransformerLens's logit lens asks
+
+    def __init__(self, cfg: TowerConfig, layer: int) -> None:
+        super().__init__()
+        self.ln1 = make_norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.ln2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_in = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
+    ) -> Float[Tensor, "batch query d_model"]:
+        """The residual stream after the block, at the positions that `context` wants."""
+        resid_pre = self.hook_resid_pre(resid)
+        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), context, fork=(resid_pre, self.ln1)))
+        resid_mid = self.hook_resid_mid(context.read(resid_pre) + attn_out)
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a tower. Whatever goes through several of them goes through `states` or `run`."""
+
+    def states(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        *,
+        layers: range | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Iterator[Float[Tensor, "batch any_pos d_model"]]:
+        """The residual stream that leaves each block of `layers` (all by default), one after the other.
+
+        `resid` enters the first of them. With `queries`, only these positions leave the last one.
+        """
+        layers = range(len(self)) if layers is None else layers
+        for layer in layers:
+            if queries is not None and layer == layers[-1]:
+                context = context.at(queries, resid.shape[1], resid.device)
+            resid = self[layer](resid, context)
+            yield resid
+
+    def run(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        *,
+        layers: range | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch any_pos d_model"]:
+        """The residual stream that leaves the last block of `layers`, at all positions or at `queries`."""
+        layers = range(len(self)) if layers is None else layers
+        if not layers:
+            return resid if queries is None else resid[:, list(queries)]
+        for state in self.states(resid, context, layers=layers, queries=queries):
+            resid = state
+        return resid

@@ -1,0 +1,299 @@
+"""How functions are attached to the hooks of a model, and how its activations are kept.
+
+TransformerLens's `HookedRootModule` with four differences: names may be globs or short names and are checked before
+anything is attached; a context removes exactly what it added; the cache is a `LLaVACache`; nothing leaves gradients on
+the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedRootModule
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable, NamesFilter
+from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.model.cache import LLaVACache
+from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver, shared_spans, tensor_bytes
+from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, placing
+from hooked_llava.prompt.prepare import Inputs
+
+_FIELDS = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+
+
+class HookedModule(HookedRootModule):
+    """A root module whose hooks are listed in a `HookTable`."""
+
+    hooks_table: HookTable
+
+    def as_inputs(self, value: Any) -> Inputs:
+        """Whatever a user gives as input, checked."""
+        raise AttributeError(f"{type(self).__name__} does not say what its inputs are; it must define as_inputs.")
+
+    def setup(self) -> None:
+        """Name the hook points: the language tower's without a prefix, and none in blocks that are not run."""
+        points = {
+            path.removeprefix("language."): module
+            for path, module in self.named_modules()
+            if isinstance(module, HookPoint)
+        }
+        self.hook_dict = {name: points[name] for name in self.hooks_table.names}
+        self.mod_dict = {path.removeprefix("language."): module for path, module in self.named_modules() if path}
+        for name, point in self.hook_dict.items():
+            point.name = name
+        self._prompt_hooks: list[tuple[str, PromptHook]] = []
+
+    def add_hook(self, name: NamesFilter, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Attach a function to every hook that the filter names, until `reset_hooks`; raises `HookNameError`."""
+        for full_name in self.hooks_table.resolve(name):
+            self.hook_dict[full_name].add_hook(hook, *args, **kwargs)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Hook] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Self]:
+        """Functions and `Intervention`s attached inside the block; at its end exactly those are removed, exceptions included.
+
+        An entry of `fwd_hooks` is (names, function), the function fn(tensor) or fn(tensor, hook), or an `Intervention`, which
+        is placed in the prompt of every pass that begins in the block. Names are resolved before anything is attached, so a
+        misspelt one (`HookNameError`) leaves no trace.
+        """
+        entries = [as_hook(entry, self) for entry in fwd_hooks]
+        wanted = [(name, fn, "fwd") for names, fn in entries for name in self.hooks_table.resolve(names)]
+        wanted += [(name, fn, "bwd") for names, fn in bwd_hooks for name in self.hooks_table.resolve(names)]
+        PromptHook.prepare_all([fn for _, fn in entries])
+        attached = []
+        self.context_level += 1
+        try:
+            for name, fn, direction in wanted:
+                point = self.hook_dict[name]
+                attached.append((point, direction, point.add_hook(fn, direction, level=self.context_level)))
+                if isinstance(fn, PromptHook):
+                    self._prompt_hooks.append((name, fn))
+            yield self
+        finally:
+            self.context_level -= 1
+            if reset_hooks_end:
+                for point, direction, handle in attached:
+                    handle.hook.remove()
+                    held = point.fwd_hooks if direction == "fwd" else point.bwd_hooks
+                    held[:] = [other for other in held if other is not handle]
+                    if clear_contexts:
+                        point.clear_context()
+                self._forget_detached()
+
+    def _forget_detached(self) -> None:
+        """Keep only prompt hooks whose function is still attached; `reset_hooks` may have removed some."""
+        self._prompt_hooks = [
+            (name, fn)
+            for name, fn in self._prompt_hooks
+            if any(held.user_hook is fn for held in self.hook_dict[name].fwd_hooks)
+        ]
+
+    @contextmanager
+    def placing(self, inputs: Inputs | None, n_new: int = 0) -> Iterator[None]:
+        """One pass over these prompts (None: over a residual stream), with attached `Intervention`s placed in them.
+
+        `n_new` tells a pass over the newest of so many generated tokens. Raises `InputError` or `SpanError` for
+        interventions that do not fit, before the pass.
+        """
+        if not self._prompt_hooks:
+            yield
+            return
+        self._forget_detached()
+        with placing([fn for _, fn in self._prompt_hooks], inputs, n_new):
+            yield
+
+    def run_with_hooks(
+        self,
+        inputs: Any = None,
+        *,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Hook] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """`forward` with functions and `Intervention`s attached for this run, as by `hooks`; `kwargs` go to `forward`.
+
+        Raises `HookNameError` for hooks that are not there or do not fire in this run, `InputError` and `SpanError` for
+        interventions that do not fit the prompt, and `InputError` for backward functions that would be gone before any
+        backward pass.
+        """
+        if bwd_hooks and reset_hooks_end:
+            raise InputError(
+                "bwd_hooks would be removed at the end of this run, before a backward pass. Use `with model.hooks("
+                "bwd_hooks=...)` around both, or reset_hooks_end=False and model.reset_hooks() afterwards."
+            )
+        prompt, fires = self._plan(inputs, kwargs)
+        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
+        bwd_hooks = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in bwd_hooks]
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(prompt, **kwargs)
+
+    def run_with_cache(
+        self,
+        inputs: Any = None,
+        *,
+        names_filter: NamesFilter = None,
+        fwd_hooks: Sequence[Any] = (),
+        positions: Positions | None = None,
+        device: torch.device | str | None = None,
+        incl_bwd: bool = False,
+        metric: Callable[[Tensor], Tensor] | None = None,
+        remove_batch_dim: bool = False,
+        return_cache_object: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, LLaVACache | dict[str, Tensor]]:
+        """The forward's result and a cache of the activations that `names_filter` asks for (all but the large ones by default).
+
+        Args:
+            inputs: as for `forward`.
+            names_filter: name, glob, short name, (short name, layer), list of these, or function of the full name.
+            fwd_hooks: functions and `Intervention`s for this run, as for `run_with_hooks`; what they change is cached changed.
+            positions: keep only these sequence positions of the language tower's activations (query rows of pattern).
+            device: where to keep the activations.
+            incl_bwd: also cache gradients, under name + "_grad", of the result (or of `metric(result)`), which must be a scalar.
+            metric: function from the result to a scalar, for `incl_bwd`.
+            remove_batch_dim: drop the batch axis; for one prompt only.
+            return_cache_object: `LLaVACache`, or a plain dict.
+            kwargs: go to `forward`.
+
+        Raises `HookNameError` for a filter that matches nothing or a hook that does not fire in this run, `InputError`
+        for input that does not fit.
+        """
+        if metric is not None and not incl_bwd:
+            raise InputError("metric= says what gradients are taken of; give incl_bwd=True with it, or leave it out.")
+        prompt, fires = self._plan(inputs, kwargs)
+        if remove_batch_dim and len(prompt) != 1:
+            raise InputError(f"remove_batch_dim=True needs one prompt, got {len(prompt)}. Leave it out for a batch.")
+        names = self.hooks_table.resolve(names_filter, **fires)
+        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
+        index = None if positions is None else resolve_positions(positions, prompt)
+        store: dict[str, Tensor] = {}
+        fwd = saver(store, self.hooks_table, index, device)
+        bwd = saver(store, self.hooks_table, index, device, suffix="_grad")
+        with (
+            torch.set_grad_enabled(incl_bwd),
+            self.hooks([*fwd_hooks, (names, fwd)], [(names, bwd)] if incl_bwd else []),
+        ):
+            result = self(prompt, **kwargs)
+            if incl_bwd:
+                result = _backward(result, metric)
+        if not return_cache_object:
+            return result, store
+        spans = shared_spans(prompt) if index is None and isinstance(prompt, Inputs) else {}
+        cache = LLaVACache(store, self, spans=spans)
+        cache.some_positions = index is not None
+        cache.token_maps = prompt.token_maps if isinstance(prompt, Inputs) else None
+        if remove_batch_dim:
+            cache.remove_batch_dim(batch_size=1)
+        return result, cache
+
+    def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """TransformerLens's caching, attached until `reset_hooks`, with our filters; raises `HookNameError`."""
+        names = frozenset(self.hooks_table.resolve(names_filter))
+        return super().add_caching_hooks(lambda name: name in names, *args, **kwargs)
+
+    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
+        """TransformerLens's caching, as functions for `hooks`, with our filters; raises `HookNameError`."""
+        names = frozenset(self.hooks_table.resolve(names_filter))
+        return super().get_caching_hooks(lambda name: name in names, *args, **kwargs)
+
+    def cache_size(self, inputs: Any, names_filter: NamesFilter = None, positions: Positions | None = None) -> int:
+        """Bytes that `run_with_cache` would keep, without running the model (neighbours that share storage counted each).
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> model.cache_size("USER: Who made the star? ASSISTANT:", ("resid_pre", 0)) % (4 * model.cfg.d_model)
+        0
+        """
+        prompt = self.as_inputs(inputs)
+        n_kept = prompt.shape[1] if positions is None else resolve_positions(positions, prompt).shape[1]
+        names = self.hooks_table.resolve(names_filter, with_image=prompt.pixel_values is not None)
+        return sum(tensor_bytes(self.hooks_table, name, prompt, n_kept, self.hook_dtype(name)) for name in names)
+
+    def hook_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the activation of that name is computed in, without autocast."""
+        part = name.partition(".")[0]
+        tower = self.get_submodule(part if f"{part}." in IMAGE_SIDE else "language")
+        return next(tower.parameters()).dtype
+
+    def _plan(self, inputs: Any, options: dict[str, Any]) -> tuple[Inputs | Tensor, dict[str, Any]]:
+        """What is run (taking a Hugging Face processor's fields out of `options`), and what of the model it reaches."""
+        n_layers = self.hooks_table.config.language.n_layers
+        start, stop = (layer_index(options.get(name), n_layers) for name in ("start_at_layer", "stop_at_layer"))
+        end = n_layers + 1 if stop is None else stop
+        if start or is_stream(inputs):
+            return inputs, {"with_image": False, "stages": range(start or -1, end)}
+        prompt = self.as_inputs(gather_fields(inputs, *(options.pop(name, None) for name in _FIELDS)))
+        return prompt, {"with_image": prompt.pixel_values is not None, "stages": range(-2, end)}
+
+    def _entries(self, fwd_hooks: Sequence[Any], prompt: Inputs | Tensor, fires: dict[str, Any]) -> list[Hook]:
+        """The entries of `fwd_hooks` by full names, checked against the run and the prompt."""
+        entries = [as_hook(entry, self) for entry in fwd_hooks]
+        found: list[Hook] = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in entries]
+        for _, fn in found:
+            if isinstance(fn, PromptHook) and isinstance(prompt, Inputs):
+                fn.place(prompt)
+        return found
+
+    def _refuse_image_hooks(self) -> None:
+        """Without an image the image side is not run; somebody listening there would wait in vain."""
+        for name, point in self.hook_dict.items():
+            if name.startswith(IMAGE_SIDE) and point.listening:
+                raise HookNameError(
+                    f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
+                    "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."
+                )
+
+
+def is_stream(value: Any) -> bool:
+    """Whether this is a residual stream [batch pos d_model], and not tokens."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
+
+
+def layer_index(layer: int | None, n_layers: int) -> int | None:
+    """A layer counted from 0, given that or a negative number; raises `InputError` out of range."""
+    if layer is not None and not -n_layers <= layer <= n_layers:
+        raise InputError(f"Layer {layer} is out of range; this model has layers {-n_layers}..{n_layers}.")
+    return layer if layer is None or layer >= 0 else layer + n_layers
+
+
+def gather_fields(inputs: Any, input_ids: Any, pixel_values: Any, attention_mask: Any, position_ids: Any) -> Any:
+    """One value for `as_inputs`: what was given alone, or a Hugging Face processor's fields as a mapping."""
+    given = zip(_FIELDS, (input_ids, pixel_values, attention_mask, position_ids), strict=True)
+    fields = {name: value for name, value in given if value is not None}
+    if not fields:
+        return inputs
+    if isinstance(inputs, Tensor) and "input_ids" not in fields:
+        return {"input_ids": inputs, **fields}
+    if inputs is not None:
+        raise InputError(
+            f"Both inputs ({type(inputs).__name__}) and {', '.join(fields)} were given; give either prepared inputs, "
+            "or the fields that a Hugging Face processor returns."
+        )
+    return fields
+
+
+def _backward(result: Tensor | None, metric: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Gradients of the result, or of a metric of it; returns the result without its graph."""
+    scalar = metric(result) if metric is not None and result is not None else result
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+        given = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+        raise InputError(
+            f"incl_bwd=True needs a tensor of a single number to take gradients of, got {given}. Use "
+            "return_type='loss', or give metric=, a function from the logits to a scalar."
+        )
+    scalar.backward()
+    assert result is not None
+    return result.detach()

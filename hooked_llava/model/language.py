@@ -1,0 +1,98 @@
+"""The Vicuna language tower: embeddings -> logits, entered and left at any layer (Touvron et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooked_llava.architecture.config import LanguageConfig
+from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.model.components.block import Block, Blocks
+from hooked_llava.model.components.hook_point import HookPoint, start_graph
+from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.components.norm import make_norm
+from hooked_llava.model.components.rotary import RotaryEmbedding
+
+
+class LanguageTower(nn.Module):
+    """Token embedding, causal blocks with rotary positions, final norm, unembedding."""
+
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.rotary = RotaryEmbedding(cfg.rotary) if cfg.rotary is not None else None
+        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_final = make_norm(cfg)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.tied_embeddings:
+            self.unembed.weight = self.embed.weight
+        self.hook_text_embed = HookPoint()
+        self.hook_embed = HookPoint()
+        self.hook_logits = HookPoint()
+
+    def embed_tokens(self, input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Token embeddings; image positions carry the placeholder token's until the merge."""
+        return self.hook_text_embed(start_graph(self.embed(input_ids)))
+
+    def forward(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        *,
+        start_at_layer: int = 0,
+        stop_at_layer: int | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch any_pos d_model"]:
+        """The residual stream entering `stop_at_layer` (or leaving the last block), from that entering `start_at_layer`.
+
+        With `queries`, only at these positions.
+        """
+        if start_at_layer == 0:
+            resid = self.hook_embed(resid)
+        layers = range(len(self.blocks))[start_at_layer:stop_at_layer]
+        return self.blocks.run(resid, context, layers=layers, queries=queries)
+
+    def to_logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Final norm and unembedding."""
+        return self.hook_logits(self.unembed(self.ln_final(resid)))
+
+    def context(
+        self,
+        n_positions: int,
+        *,
+        attention_mask: Bool[Tensor, "batch key"] | None,
+        position_ids: Int[Tensor, "batch pos"] | None,
+        kv_cache: KVCache | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> AttentionContext:
+        """What attention needs for the next `n_positions` positions.
+
+        `attention_mask` covers the kept positions too, and is None where nothing is padded. Positions are counted
+        over real tokens unless `position_ids` are given.
+        """
+        past = 0 if kv_cache is None else kv_cache.length
+        if position_ids is None:
+            position_ids = _count_positions(past, n_positions, attention_mask, device)
+        rotation = None if self.rotary is None else self.rotary(position_ids, dtype)
+        if attention_mask is None and (past == 0 or n_positions == 1):
+            return AttentionContext(causal=past == 0, rotation=rotation, kv_cache=kv_cache)
+        query = torch.arange(past, past + n_positions, device=device)
+        key = torch.arange(past + n_positions, device=device)
+        allowed = (key <= query[:, None])[None, None]  # (1, 1, query, key)
+        if attention_mask is not None:
+            allowed = allowed & attention_mask[:, None, None, :]
+        return AttentionContext(allowed=allowed, rotation=rotation, kv_cache=kv_cache)
+
+
+def _count_positions(
+    past: int, n_positions: int, attention_mask: Bool[Tensor, "batch key"] | None, device: torch.device
+) -> Int[Tensor, "batch pos"]:
+    if attention_mask is None:
+        return torch.arange(past, past + n_positions, device=device)[None]
+    counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (batch, key)
+    return counted[:, past : past + n_positions]

@@ -1,0 +1,311 @@
+"""HookedLLaVA: vision tower -> projector -> language tower, with a name for every activation.
+
+Reimplements `LlavaForConditionalGeneration` of Hugging Face transformers (Liu et al. 2023, arXiv 2304.08485 and
+2310.03744) in the manner of TransformerLens: the same logits from the same weights, and a hook point on everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.loading.checkpoint import load_into, load_processor, read_config, read_generation_config
+from hooked_llava.loading.embedded import resolve
+from hooked_llava.loading.saving import save
+from hooked_llava.loading.sharing import share_weights
+from hooked_llava.loading.supported import as_dtype, check_model
+from hooked_llava.model import generation
+from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.hooked_module import HookedModule, gather_fields, is_stream, layer_index
+from hooked_llava.model.language import LanguageTower
+from hooked_llava.model.projector import Projector
+from hooked_llava.model.tl_protocol import TransformerLensSurface
+from hooked_llava.model.vision import VisionTower
+from hooked_llava.prompt import prepare as inputs_module
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.validation import check_mask, check_position_ids, check_processor_fits
+
+ReturnType = Literal["logits", "loss"] | None
+
+
+if TYPE_CHECKING:
+    from hooked_llava.model.verify import ParityTable
+
+
+class HookedLLaVA(TransformerLensSurface, HookedModule):
+    """A LLaVA model whose every activation can be read, cached and changed by name.
+
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> logits, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter="pattern")
+    >>> cache["pattern", 3].shape[1] == model.cfg.n_heads
+    True
+    """
+
+    def __init__(
+        self,
+        config: LLaVAConfig,
+        vision: VisionTower,
+        projector: Projector,
+        language: LanguageTower,
+        *,
+        processor: Any = None,
+        hf_config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = vision
+        self.projector = projector
+        self.language = language
+        self.processor = processor
+        self.hf_config = hf_config
+        self.generation_config: Any = None
+        self.no_processor = "none was given"
+        self.hook_image_embed = HookPoint()
+        self.hooks_table = HookTable(config)
+        self.setup()
+        self.requires_grad_(False)
+        self.eval()
+
+    # ------------------------------------------------------------------ from pixels and tokens to logits
+
+    def forward(
+        self,
+        inputs: Any = None,
+        *,
+        return_type: ReturnType = "logits",
+        start_at_layer: int = 0,
+        stop_at_layer: int | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        pixel_values: Float[Tensor, "image channel height width"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+    ) -> Tensor | None:
+        """Logits [batch pos d_vocab], the loss, or nothing.
+
+        `inputs` is anything `as_inputs` takes; or the residual stream [batch pos d_model] entering `start_at_layer`, with
+        the prompt's mask if something is padded. With `stop_at_layer` the residual stream entering that layer is returned
+        instead. The loss is the mean cross-entropy in nats of the next token, over text tokens. Raises `InputError` for
+        input that does not fit.
+        """
+        n_layers = self.config.language.n_layers
+        start, stop = layer_index(start_at_layer, n_layers), layer_index(stop_at_layer, n_layers)
+        _check_request(start, stop, return_type)
+        if start or is_stream(inputs):
+            _check_residual(inputs, self.config.language.d_model, return_type if stop_at_layer is None else None)
+            like = inputs.new_zeros(inputs.shape[:2], dtype=torch.long)
+            mask = None if attention_mask is None else check_mask(attention_mask.to(like.device), like)
+            position_ids, prompt = check_position_ids(position_ids, like), None
+        else:
+            prompt = self.as_inputs(gather_fields(inputs, input_ids, pixel_values, attention_mask, position_ids))
+            mask, position_ids = prompt.attention_mask, prompt.position_ids
+        with self.placing(prompt):
+            resid = inputs if prompt is None else self.embed(prompt)
+            context = self.context(resid, mask, position_ids)
+            resid = self.language(resid, context, start_at_layer=start, stop_at_layer=stop)
+            if stop_at_layer is not None:
+                return resid
+            logits = self.language.to_logits(resid)
+        if return_type == "loss":
+            assert prompt is not None
+            return self.loss(logits, prompt)
+        return logits if return_type == "logits" else None
+
+    def embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+        """What enters the language tower: token embeddings, with the image embeddings at the image positions."""
+        if inputs.pixel_values is None:
+            self._refuse_image_hooks()
+            return self.language.embed_tokens(inputs.input_ids)
+        projected = self.project(self.vision(inputs.pixel_values))  # (image, feature, d_model)
+        text = self.language.embed_tokens(inputs.input_ids)  # (batch, pos, d_model)
+        return text.masked_scatter(inputs.image_mask[..., None], self.hook_image_embed(projected))
+
+    def project(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
+        """Vision features as image embeddings, in the dtype of the token embeddings whatever the projector's is."""
+        return self.projector(features).to(self.cfg.dtype)
+
+    def context(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        attention_mask: Bool[Tensor, "batch key"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> AttentionContext:
+        """What attention needs for these positions; a mask without padding is dropped, so that the fused kernel is used."""
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        return self.language.context(
+            resid.shape[1],
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            kv_cache=kv_cache,
+            device=resid.device,
+            dtype=resid.dtype,
+        )
+
+    def loss(self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the next token in nats; image tokens and padding are no targets."""
+        counts = inputs.attention_mask[:, 1:] & inputs.attention_mask[:, :-1] & ~inputs.image_mask[:, 1:]
+        if not bool(counts.any()):
+            raise InputError("There is no text token with a token before it to predict it from, so there is no loss.")
+        return F.cross_entropy(logits[:, :-1][counts].float(), inputs.input_ids[:, 1:][counts])
+
+    # ------------------------------------------------------------------ inputs
+
+    def prepare(self, question: str | Sequence[str], images: Any = None, **options: Any) -> Inputs:
+        """A question about pictures as the model takes it; see `hooked_llava.prompt.prepare.prepare` for the options.
+
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> model.prepare("Who made the star?").shape[0]
+        1
+        """
+        return inputs_module.prepare(question, images, **self._inputs_for(), **options)
+
+    def as_inputs(self, value: Any) -> Inputs:
+        """Inputs from inputs, text, token ids, or what a Hugging Face processor returns; raises `InputError`."""
+        return inputs_module.as_inputs(value, **self._inputs_for())
+
+    def _inputs_for(self) -> dict[str, Any]:
+        """What inputs are made for: pixels come in the vision tower's dtype, which may be finer than the language tower's."""
+        pixel_dtype = self.vision.patch_embed.weight.dtype
+        return {"config": self.config, "processor": self.processor, "device": self.cfg.device, "dtype": pixel_dtype}
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(self, inputs: Any, max_new_tokens: int = 20, **options: Any) -> Any:
+        """The model's answer as text (a list of texts for a batch); see `hooked_llava.model.generation.generate`.
+
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> isinstance(model.generate(model.prepare("Who made the star?"), max_new_tokens=2), str)
+        True
+        """
+        return generation.generate(self, inputs, max_new_tokens, **options)
+
+    def verify(self, hf_model: Any, inputs: Any = None) -> ParityTable:
+        """Every layer compared with a `LlavaForConditionalGeneration` on the same input, as a table; see `verify.verify`."""
+        from hooked_llava.model.verify import verify
+
+        return verify(self, hf_model, inputs)
+
+    # ------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def build(
+        cls,
+        config: LLaVAConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        processor: Any = None,
+        hf_config: Any = None,
+    ) -> HookedLLaVA:
+        """The three parts put together; on device "meta" without memory for the weights, elsewhere uninitialised."""
+        with torch.device(device), _default_dtype(dtype):
+            parts = VisionTower(config.vision), Projector(config.projector), LanguageTower(config.language)
+        return cls(config, *parts, processor=processor, hf_config=hf_config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> HookedLLaVA:
+        """Load "tiny-shapes" (embedded, offline), a local folder in Hugging Face format, or a name on the hub.
+
+        Weights are streamed into place one tensor at a time, so loading takes once their memory.
+
+        Args:
+            name: an embedded name, a folder, or the hub's owner/name.
+            dtype: of the weights, such as torch.bfloat16 or "bfloat16"; the checkpoint's by default and for "auto".
+            device: where the weights go.
+            revision: branch, tag or commit on the hub.
+            token: for the hub's gated and private models, unless you are logged in.
+            cache_dir: where what comes from the hub is kept.
+
+        Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, quantized
+        weights, the original code's layout); `ConfigError` for another architecture or a dtype that is not floating point.
+
+        >>> HookedLLaVA.from_pretrained("tiny-shapes", dtype="bfloat16").cfg.dtype
+        torch.bfloat16
+        """
+        wanted = as_dtype(dtype)
+        folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
+        hf_config = read_config(folder)
+        config = LLaVAConfig.from_hf(hf_config, model_name=str(name))
+        processor, why_none = load_processor(folder)
+        model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
+        model.no_processor = why_none
+        model.generation_config = read_generation_config(folder)
+        load_into(model, folder, config, dtype=wanted, device=device)
+        return model
+
+    @classmethod
+    def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedLLaVA:
+        """A view of a `LlavaForConditionalGeneration`: the same storage, in parameters of its own.
+
+        A later `.to(...)` of this model leaves the user's alone; an edit of the weights in place reaches both. Without a
+        processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture, and for
+        what is no plain model in memory (adapters, quantized or offloaded weights, wrappers), saying how to come to one;
+        and `InputError` for a processor that is another model's.
+        """
+        check_model(hf_model)
+        config = LLaVAConfig.from_hf(hf_model.config)
+        if processor is not None:
+            check_processor_fits(processor, config)
+        model = cls.build(config, device="meta", processor=processor, hf_config=hf_model.config)
+        model.generation_config = hf_model.generation_config
+        share_weights(model, hf_model, config)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write a checkpoint in Hugging Face format, which plain transformers loads; see `hooked_llava.loading.save`."""
+        if self.hf_config is None:
+            raise CheckpointError(
+                "This model was built without a Hugging Face config, so none can be written. Pass hf_config= to build, "
+                "or load the model with from_pretrained or from_hf."
+            )
+        options.setdefault("generation_config", self.generation_config)
+        save(self.state_dict(), self.hf_config, self.processor, os.fspath(folder), **options)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_request(start: int | None, stop: int | None, return_type: ReturnType) -> None:
+    if return_type not in ("logits", "loss", None):
+        raise InputError(f"return_type={return_type!r}; expected 'logits', 'loss' or None.")
+    if stop is not None and stop < (start or 0):
+        raise InputError(f"start_at_layer={start} lies above stop_at_layer={stop}; a run goes upward.")
+
+
+def _check_residual(resid: Any, d_model: int, return_type: ReturnType) -> None:
+    shape = tuple(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
+    if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != d_model or not resid.is_floating_point():
+        raise InputError(f"start_at_layer takes a residual stream [batch pos {d_model}] as inputs; got {shape}.")
+    if return_type == "loss":
+        raise InputError(
+            "return_type='loss' needs the tokens, which a residual stream does not hold; ask for 'logits'."
+        )

@@ -1,0 +1,308 @@
+"""The surface that TransformerLens's tools expect of a model, and its users with them.
+
+`HookedLLaVA` inherits it. Everything here describes the language tower: weights in TransformerLens's orientation,
+directions in the residual stream, and strings to tokens and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.errors import InputError
+from hooked_llava.model.components.norm import LayerNorm, RMSNorm
+from hooked_llava.model.language import LanguageTower
+from hooked_llava.prompt.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class ConfigView:
+    """`model.cfg`: the three parts' configs, and the language tower's fields under TransformerLens's names."""
+
+    config: LLaVAConfig
+    device: torch.device
+    dtype: torch.dtype
+    use_attn_result: bool = True
+    use_split_qkv_input: bool = True
+    use_hook_mlp_in: bool = True
+    use_attn_in: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle probe for these before `config` exists
+            raise AttributeError(name)
+        for part in (self.config, self.config.language):
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(f"The config has no field {name!r}; see cfg.vision, cfg.projector and cfg.language.")
+
+
+def sum_biases(
+    blocks: nn.ModuleList, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+) -> Float[Tensor, " d_model"]:
+    """Sum of all output biases of a tower below a layer (with `mlp_input`, below its MLP)."""
+    total = torch.zeros_like(blocks[0].attn.b_O)
+    for i, block in enumerate(blocks[: layer + mlp_input]):
+        total = total + block.attn.b_O
+        if include_mlp_biases and i < layer:
+            total = total + block.mlp.b_out
+    return total
+
+
+class TransformerLensSurface(nn.Module):
+    """Weights, directions and tokens of the language tower, named as in TransformerLens."""
+
+    config: LLaVAConfig
+    language: LanguageTower
+    processor: Any
+    no_processor: str
+
+    @property
+    def cfg(self) -> ConfigView:
+        """Sizes of the model, its device and dtype."""
+        weight = self.language.embed.weight
+        return ConfigView(self.config, weight.device, weight.dtype)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer; raises `InputError` if the model came without a processor."""
+        if self.processor is None:
+            raise InputError(
+                f"This model has no processor ({self.no_processor}), so text cannot become tokens. Pass processor= to "
+                "from_hf, or give token ids."
+            )
+        return self.processor.tokenizer
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Blocks of the language tower."""
+        return self.language.blocks
+
+    @property
+    def ln_final(self) -> RMSNorm | LayerNorm:
+        """Norm before the unembedding."""
+        return self.language.ln_final
+
+    @property
+    def unembed(self) -> nn.Linear:
+        """Map from the normalized final stream to the logits."""
+        return self.language.unembed
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding, a view."""
+        return self.language.embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding, a view; the final norm's weight is not folded in."""
+        return self.language.unembed.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias: zeros."""
+        return self.W_U.new_zeros(self.config.language.d_vocab)
+
+    def stack_weights(self, name: str) -> Tensor:
+        """One weight of every layer, stacked in a new tensor: "W_Q", "b_O", "W_in", ... -> [layer ...]."""
+        part = "mlp" if name.endswith(("_in", "_gate", "_out")) else "attn"
+        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """Query weights of all layers, stacked when asked."""
+        return self.stack_weights("W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """Key weights of all layers, one for each key-value head, stacked when asked."""
+        return self.stack_weights("W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """Value weights of all layers, one for each key-value head, stacked when asked."""
+        return self.stack_weights("W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """Output weights of all layers, stacked when asked."""
+        return self.stack_weights("W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        """Query biases of all layers."""
+        return self.stack_weights("b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Key biases of all layers."""
+        return self.stack_weights("b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Value biases of all layers."""
+        return self.stack_weights("b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Attention output biases of all layers."""
+        return self.stack_weights("b_O")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        """MLP input weights of all layers, stacked when asked."""
+        return self.stack_weights("W_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        """MLP gate weights of all layers, stacked when asked."""
+        return self.stack_weights("W_gate")
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        """MLP output weights of all layers, stacked when asked."""
+        return self.stack_weights("W_out")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
+        """MLP input biases of all layers."""
+        return self.stack_weights("b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer d_model"]:
+        """MLP output biases of all layers."""
+        return self.stack_weights("b_out")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every layer and head, [layer head d_model d_model], without rotary positions."""
+        return FactoredMatrix(self.W_Q, self._for_each_query_head(self.W_K).transpose(-1, -2))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every layer and head, [layer head d_model d_model]."""
+        return FactoredMatrix(self._for_each_query_head(self.W_V), self.W_O)
+
+    def _for_each_query_head(self, weights: Tensor, dim: int = 1) -> Tensor:
+        language = self.config.language
+        groups = language.n_heads // language.n_key_value_heads
+        return weights if groups == 1 else weights.repeat_interleave(groups, dim=dim)
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Weights under TransformerLens's names ("blocks.3.attn.W_V", "unembed.W_U"): views, as `SVDInterpreter` reads them.
+
+        Keys and values of a grouped-query model are repeated, one for each query head, in new tensors.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> weights = HookedLLaVA.from_pretrained("tiny-shapes").tl_parameters()
+        >>> weights["blocks.0.mlp.W_in"].shape
+        torch.Size([128, 384])
+        """
+        weights = {
+            "embed.W_E": self.W_E,
+            "unembed.W_U": self.W_U,
+            "unembed.b_U": self.b_U,
+            "ln_final.w": self.ln_final.w,
+        }
+        mlp = ("W_in", "W_out", "b_in", "b_out") + (("W_gate",) if self.config.language.gated_mlp else ())
+        for i, block in enumerate(self.blocks):
+            weights |= {f"blocks.{i}.{norm}.w": getattr(block, norm).w for norm in ("ln1", "ln2")}
+            weights |= {f"blocks.{i}.attn.{name}": getattr(block.attn, name) for name in ("W_Q", "b_Q", "W_O", "b_O")}
+            for name in ("W_K", "b_K", "W_V", "b_V"):
+                weights[f"blocks.{i}.attn.{name}"] = self._for_each_query_head(getattr(block.attn, name), dim=0)
+            weights |= {f"blocks.{i}.mlp.{name}": getattr(block.mlp, name) for name in mlp}
+        return weights
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of all output biases below a layer (with `mlp_input`, below its MLP)."""
+        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape d_model"]:
+        """Direction whose dot product with (final stream / its scale) is the token's logit.
+
+        It is the token's unembedding times the final norm's weight (centred, where the norm is a LayerNorm); because that
+        is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights. A LayerNorm's bias has no
+        direction: the logit is that sum and `ln_final.b @ W_U`.
+        """
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.ln_final.direction(self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)])
+
+    def to_tokens(
+        self, text: str | Sequence[str] | Inputs, prepend_bos: bool = True, padding_side: str = "left"
+    ) -> Int[Tensor, "batch pos"] | Inputs:
+        """Token ids of one or several texts, as the tokenizer makes them (images are not expanded; use `prepare`).
+
+        `Inputs` are returned as they are: they are what stands for tokens where a TransformerLens tool is given a prompt.
+        """
+        if isinstance(text, Inputs):
+            return text.to(self.cfg.device)
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=prepend_bos,
+            padding=len(texts) > 1,
+            padding_side=padding_side,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"].to(self.cfg.device)
+
+    def to_string(self, tokens: int | Sequence[int] | Int[Tensor, "*shape"]) -> str | list[str]:
+        """Text of a token or row of tokens; a list of texts for a batch."""
+        ids = torch.as_tensor(tokens)
+        if ids.ndim == 2:
+            return self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids.reshape(-1), clean_up_tokenization_spaces=False)
+
+    def to_str_tokens(
+        self, tokens: str | Sequence[int] | Int[Tensor, "*shape"] | Inputs | Mapping[str, Any], prepend_bos: bool = True
+    ) -> list[str]:
+        """Each token of one text, one row of ids, or one prompt's inputs (image tokens and padding included) as a string.
+
+        Raises `InputError` for several rows, and for what is no token.
+        """
+        given = tokens.get("input_ids") if isinstance(tokens, Mapping) else getattr(tokens, "input_ids", tokens)
+        try:
+            ids = self.to_tokens(given, prepend_bos) if isinstance(given, str) else torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"to_str_tokens takes one text, one row of token ids or the inputs of one prompt, got {tokens!r:.80}; call it "
+                "once for each."
+            ) from None
+        if ids.ndim == 2 and ids.shape[0] != 1:
+            raise InputError(
+                f"to_str_tokens takes one row of tokens, got {ids.shape[0]}; call it row by row, such as "
+                "[model.to_str_tokens(row) for row in inputs]."
+            )
+        return [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.reshape(-1).tolist()]
+
+    def to_single_token(self, text: str) -> int:
+        """Id of a text that is exactly one token; raises `InputError` with its pieces otherwise."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            pieces = [self.tokenizer.decode([i]) for i in ids]
+            known = self.tokenizer.unk_token_id not in ids
+            what = f"is not a single token: it becomes {pieces}" if known else f"is not in the vocabulary ({pieces})"
+            raise InputError(f"{text!r} {what}. Give a word of the vocabulary (to_str_tokens shows how a text is cut).")
+        return ids[0]
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Does nothing: the hook fires whenever somebody listens. TransformerLens's tools call it."""
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Does nothing: the hooks fire whenever somebody listens. TransformerLens's tools call it."""
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Does nothing: the hook fires whenever somebody listens. TransformerLens's tools call it."""
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Does nothing: there is no joint attention input, only `hook_q_input`, `hook_k_input` and `hook_v_input`."""

@@ -1,0 +1,60 @@
+"""The CLIP vision tower: pixels -> patch features (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_llava.architecture.config import VisionConfig
+from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.model.components.block import Block, Blocks
+from hooked_llava.model.components.hook_point import HookPoint, start_graph
+from hooked_llava.model.components.norm import make_norm
+
+
+class VisionTower(nn.Module):
+    """Patches and a class token through pre-norm blocks, up to the highest layer that the projector reads.
+
+    Blocks above that layer and the post norm are part of the checkpoint, so they are kept and saved; they are not run.
+    """
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.class_embed = nn.Parameter(torch.empty(cfg.d_model))
+        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.pos_embed = nn.Embedding(cfg.n_positions, cfg.d_model)
+        self.ln_pre = make_norm(cfg)
+        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_post = make_norm(cfg)
+        self.hook_patch_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
+        self.hook_embed = HookPoint()
+        self.hook_out = HookPoint()
+
+    def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
+        """Features as the projector reads them: chosen layers side by side, class token dropped or kept."""
+        return self.features(self.states([self.embed(pixels)]))
+
+    def states(self, entering: list[Float[Tensor, "image pos d_model"]]) -> list[Float[Tensor, "image pos d_model"]]:
+        """The stream entering every block that is run, and leaving the last; `entering` are those that are known already."""
+        layers = range(len(entering) - 1, self.cfg.n_layers_run)
+        return [*entering, *self.blocks.states(entering[-1], AttentionContext(), layers=layers)]
+
+    def features(self, states: list[Float[Tensor, "image pos d_model"]]) -> Float[Tensor, "image feature d_features"]:
+        """The feature layers side by side, given the stream entering every block and leaving the last."""
+        features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
+        return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
+
+    def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
+        """What enters block 0: patches behind the class token, plus learned positions, normalized."""
+        patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
+        n_images = patches.shape[0]
+        positions = self.pos_embed.weight.expand(n_images, -1, -1)
+        if self.hook_pos_embed.listening:
+            positions = positions.clone()  # what somebody keeps must not be the weights themselves
+        positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
+        tokens = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)
+        return self.hook_embed(self.ln_pre(tokens + positions))

@@ -1,0 +1,398 @@
+"""Questions and pictures, or tensors, become `Inputs`: everything is checked here, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
+from hooked_llava.prompt import validation as check
+from hooked_llava.prompt.geometry import ImageGeometry
+from hooked_llava.prompt.images import Picture, load_picture
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.templates import (
+    CHAT,
+    DEFAULT,
+    Prompt,
+    Template,
+    conversation_marks,
+    count_message,
+    default_template,
+    find_template,
+    format_chat,
+    image_token_of,
+)
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.prompt.token_text import TokenText, begins_with_bos, prompt_offsets
+
+InputsLike: TypeAlias = Inputs | str | Sequence[str] | Tensor | Mapping[str, Any]
+"""What stands for inputs: themselves, one or more whole prompts, token ids, or what a processor returns."""
+_SET_LATER = "leave options= out and set the span afterwards: inputs.with_spans(options=positions)"
+TEMPLATE_TAIL = "template"
+"""`tail=` of `prepare` for the instruction that the template brings along."""
+Pictures: TypeAlias = Picture | Sequence[Picture | Sequence[Picture] | None]
+"""One picture; pictures of the only prompt; or for each prompt its picture, its pictures, or None."""
+
+
+def prepare(
+    question: str | Sequence[str],
+    images: Pictures | None = None,
+    *,
+    config: LLaVAConfig,
+    processor: Any,
+    template: str | Template | None = DEFAULT,
+    options: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    answer_prefix: str = "",
+    tail: str | None = TEMPLATE_TAIL,
+    padding_side: Literal["left", "right"] = "left",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Dress questions in the conversation template, tokenize them and process their pictures, all checked.
+
+    For one question, `images` is a picture or a list of its pictures; for a list of questions, a list with one entry
+    each (a picture, a list of pictures, or None). Pictures are paths, PIL images, arrays [height, width, 3] or tensors
+    [3, height, width]. The model sees them, and `inputs.images` holds them, as a person does: upright by their EXIF data
+    and with white under what is transparent (`hooked_llava.prompt.images`), where transformers' processors take a file's
+    pixels as they are stored. What a processor made already is taken as it is (`as_inputs`).
+
+    `template` is a registered name, a `Template`, "chat" (the processor's own chat template), "default" (the one that
+    suits the processor), or None: then the text is the whole prompt. `tail` replaces the instruction after the
+    question (None for none); spaces and line breaks at its beginning replace what the template puts between the two.
+    `answer_prefix` is the beginning of the answer, already written ("The color of the star is"), where the answer's
+    own text would begin: with a chat template as transformers continues a final message. `options` names the answer
+    options that stand in the question, for the span `options`.
+
+    Nothing is cut off, filled up or stripped, whatever the tokenizer was saved with. A prompt that begins with the
+    tokenizer's beginning-of-text token gets no second one, as in transformers' chats.
+
+    Raises `InputError` for whatever does not fit, and `SpanError` for options that are not in the question.
+    """
+    questions = _questions(question)
+    _check_processor(processor, config, len(questions), padding_side)
+    pictures = _pictures(images, len(questions), single=isinstance(question, str))
+    chosen = _template(template, tail, answer_prefix, processor)
+    prompts = _prompts(questions, pictures, chosen, answer_prefix, processor)
+    _check_counts(prompts, pictures, image_token_of(processor))
+    encoded = _encode(prompts, pictures, processor, padding_side)
+    offsets = encoded.pop("offset_mapping", None)
+    inputs = from_tensors(encoded, config=config, tokenizer=processor.tokenizer, device=device, dtype=dtype)
+    token_maps = _with_texts(inputs.token_maps, prompts, pictures, offsets, processor, config)
+    flat = tuple(picture for own in pictures for picture in own)
+    texts = tuple(prompt.text for prompt in prompts)
+    inputs = replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
+    return inputs if options is None else _with_options(inputs, options, single=isinstance(question, str))
+
+
+def as_inputs(
+    value: InputsLike,
+    *,
+    config: LLaVAConfig,
+    processor: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Whatever stands for inputs, as `Inputs` on that device: ids [position] or [batch position], text, or a dict.
+
+    Text is the whole prompt, without template and pictures; warns with `PromptWithoutTemplate` where it looks like a bare
+    question to a model that answers in a conversation template. A dict is what a Hugging Face processor returns:
+    input_ids, pixel_values, attention_mask, position_ids. Token ids without a mask are all real. Raises `InputError`
+    before anything is computed if they do not fit the model or each other.
+
+    >>> from transformers import LlavaConfig
+    >>> as_inputs({"input_ids": [[1, 5, 7]]}, config=LLaVAConfig.from_hf(LlavaConfig()))
+    Inputs(batch=1, positions=3, images_per_prompt=(0,))
+    """
+    if isinstance(value, Inputs):
+        check.check_grid(value.token_maps[0].n_features, config)
+        return value.to(device, dtype)
+    if isinstance(value, Tensor):
+        value = {"input_ids": value}
+    if isinstance(value, Mapping):
+        tokenizer = getattr(processor, "tokenizer", None)
+        return from_tensors(value, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
+    whole = prepare(value, template=None, config=config, processor=processor, device=device, dtype=dtype)
+    _warn_of_bare(whole.prompts or (), processor)
+    return whole
+
+
+def _warn_of_bare(prompts: Sequence[str], processor: Any) -> None:
+    """Warn of the first prompt in which nothing says that it was written as a whole prompt."""
+    marks = conversation_marks(processor)
+    written = (*marks, image_token_of(processor), *processor.tokenizer.all_special_tokens)
+    for row, text in enumerate(prompts):
+        if marks and not any(mark in text for mark in written):
+            which = f"Prompt {row}, " if len(prompts) > 1 else ""
+            warn_user(
+                f"{which}{text!r} is taken as the whole prompt, without the conversation template ({' ... '.join(marks)}) "
+                "in which this model answers questions. Give model.prepare(text), which writes it; or, if this is meant, "
+                "model.prepare(text, template=None).",
+                PromptWithoutTemplate,
+            )
+            return
+
+
+def from_tensors(
+    entries: Mapping[str, Any],
+    *,
+    config: LLaVAConfig,
+    tokenizer: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Inputs from token ids, mask, pixels and position ids; raises `InputError` if they do not fit."""
+    given = {name: check.as_tensor(value, name) for name, value in check.check_keys(entries).items()}
+    # Checks read values one by one: on the CPU that costs nothing, on a GPU every look would wait for it.
+    ids = check.check_token_ids(given["input_ids"].cpu(), config)
+    mask = check.check_mask(given["attention_mask"].cpu() if "attention_mask" in given else None, ids)
+    check.check_length(mask, config)
+    positions = check.check_position_ids(given["position_ids"].cpu() if "position_ids" in given else None, ids)
+    starts = check.find_images(ids, mask, config)
+    pixels = given.get("pixel_values")
+    if pixels is not None:
+        pixels = check.check_pixels(pixels, config)
+    n_images = [len(row) for row in starts]
+    check.check_pictures(n_images, None if pixels is None else len(pixels))
+    inputs = Inputs(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels if sum(n_images) else None,
+        images_per_prompt=tuple(n_images),
+        token_maps=tuple(_token_maps(ids, mask, starts, config, tokenizer)),
+        position_ids=positions,
+    )
+    return inputs.to(device, dtype)
+
+
+def _questions(question: str | Sequence[str]) -> list[str]:
+    questions = [question] if isinstance(question, str) else list(question)
+    if not questions:
+        raise InputError("There is no question: an empty list was given; expected at least one.")
+    for row, text in enumerate(questions):
+        if not isinstance(text, str):
+            raise InputError(f"Question {row} is a {type(text).__name__}; expected text.")
+        if not text.strip():
+            raise InputError(f"Question {row} is empty; give at least one word to ask.")
+    return questions
+
+
+def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, padding_side: str) -> None:
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        given = "no processor" if processor is None else f"a {type(processor).__name__} as its processor"
+        raise InputError(
+            f"Text and pictures need a processor, and the model has {given}; expected a LlavaProcessor "
+            "(tokenizer and image processor). Pass processor= when loading, or give token ids and pixel_values."
+        )
+    if processor.image_token_id != config.image_token_id:
+        raise InputError(
+            f"The processor writes {processor.image_token!r} as token {processor.image_token_id} and the model expects "
+            f"pictures at token {config.image_token_id}; use the processor of this checkpoint."
+        )
+    lacks_count = hasattr(processor, "vision_feature_select_strategy") and (
+        getattr(processor, "num_additional_image_tokens", None) is None
+    )
+    if getattr(processor, "patch_size", None) is None or lacks_count:
+        what = "how many tokens besides patches an image has" if lacks_count else "the model's patch size"
+        raise InputError(
+            f"The processor does not know {what} and cannot write the image tokens; set {check.processor_settings(config)}."
+        )
+    check.check_processor_fits(processor, config)
+    if n_prompts > 1 and tokenizer.pad_token is None:
+        raise InputError(
+            f"{n_prompts} prompts need padding and the tokenizer has no padding token; set "
+            "processor.tokenizer.pad_token, for example to its eos_token, or give one prompt at a time."
+        )
+    if padding_side not in ("left", "right"):
+        raise InputError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
+
+
+def _pictures(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
+    """For every prompt its pictures, opened."""
+    if images is None:
+        return [[] for _ in range(n_prompts)]
+    listed = isinstance(images, (list, tuple))
+    if single:
+        nested = [images if listed else [images]]
+    elif not listed or len(images) != n_prompts:
+        given = f"{len(images)} entries" if listed else "one picture"
+        raise InputError(
+            f"{n_prompts} prompts and {given} in images; expected a list with one entry per prompt: "
+            "a picture, a list of pictures, or None."
+        )
+    else:
+        nested = [_entries(entry) for entry in images]
+    return [
+        [load_picture(picture, f"Image {i} of prompt {row}") for i, picture in enumerate(entries)]
+        for row, entries in enumerate(nested)
+    ]
+
+
+def _entries(entry: Any) -> Sequence[Any]:
+    if entry is None:
+        return []
+    return entry if isinstance(entry, (list, tuple)) else [entry]
+
+
+def _template(template: str | Template | None, tail: str | None, answer_prefix: str, processor: Any) -> Any:
+    """The `Template` with its tail settled; or "chat", or None, which have no place for a tail."""
+    if template == DEFAULT:
+        template = default_template(processor) or CHAT
+    if isinstance(template, str) and template != CHAT:
+        template = find_template(template)
+    if isinstance(template, Template):
+        return template if tail == TEMPLATE_TAIL else template.with_tail(tail)
+    if tail != TEMPLATE_TAIL:
+        what = "the text is the whole prompt" if template is None else "the processor's chat template is used as it is"
+        raise InputError(
+            f"tail={tail!r} has no place where template={template!r}: {what}. Name a template, or drop it."
+        )
+    if template is None and answer_prefix:
+        raise InputError(
+            f"answer_prefix={answer_prefix!r} has no place where template=None: the text is the whole prompt. "
+            "Write it at the prompt's end."
+        )
+    return template
+
+
+def _prompts(
+    questions: list[str], pictures: list[list[Image.Image]], template: Any, answer_prefix: str, processor: Any
+) -> list[Prompt]:
+    made = []
+    for row, (text, own) in enumerate(zip(questions, pictures, strict=True)):
+        with naming_prompt(row, text) if len(questions) > 1 else nullcontext():
+            made.append(_prompt(text, len(own), template, answer_prefix, processor))
+    return made
+
+
+def _prompt(text: str, n_images: int, template: Template | str | None, answer_prefix: str, processor: Any) -> Prompt:
+    if template is None:
+        return Prompt(text)
+    if isinstance(template, str):
+        return format_chat(processor, text, n_images, answer_prefix=answer_prefix)
+    return template.format(text, n_images, answer_prefix=answer_prefix, image_token=image_token_of(processor))
+
+
+def _check_counts(prompts: list[Prompt], pictures: list[list[Image.Image]], image_token: str) -> None:
+    for row, (prompt, own) in enumerate(zip(prompts, pictures, strict=True)):
+        in_text = prompt.text.count(image_token)
+        if in_text != len(own):
+            where = f"Prompt {row}: " if len(prompts) > 1 else ""
+            raise InputError(where + count_message(in_text, len(own), image_token))
+
+
+def _encode(
+    prompts: list[Prompt], pictures: list[list[Image.Image]], processor: Any, padding_side: str
+) -> dict[str, Tensor]:
+    """What the processor makes of it, with each token's characters where the tokenizer knows them."""
+    flat = [picture for own in pictures for picture in own]
+    tokenizer = processor.tokenizer
+    begun = [begins_with_bos(tokenizer, prompt.text) for prompt in prompts]
+    if any(begun) and not all(begun):
+        raise InputError(
+            f"Prompt {begun.index(True)} begins with {tokenizer.bos_token!r} and prompt {begun.index(False)} does not; "
+            "write it before all of them, or before none: then the tokenizer adds it."
+        )
+    # A tokenizer may have been saved with truncation or padding switched on: here a prompt is what it is.
+    encoded = processor(
+        text=[prompt.text for prompt in prompts],
+        images=flat or None,
+        padding="longest" if len(prompts) > 1 else False,
+        padding_side=padding_side,
+        pad_to_multiple_of=None,
+        truncation=False,
+        add_special_tokens=not any(begun),
+        return_offsets_mapping=tokenizer.is_fast,
+        return_tensors="pt",
+    )
+    return dict(encoded)
+
+
+def _with_texts(
+    token_maps: tuple[TokenMap, ...],
+    prompts: list[Prompt],
+    pictures: list[list[Image.Image]],
+    offsets: Tensor | None,
+    processor: Any,
+    config: LLaVAConfig,
+) -> tuple[TokenMap, ...]:
+    """The token maps with the characters of their prompts, the question's span, and the pictures' geometry."""
+    mapped = []
+    for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, pictures, strict=True)):
+        assert token_map.words is not None  # a processor has a tokenizer
+        separator = prompt.answer_separator
+        words = replace(token_map.words, prompt=prompt.text, parts=prompt.spans, answer_separator=separator)
+        if offsets is not None:
+            pairs = [(start, stop) for start, stop in offsets[row].tolist()]
+            token = image_token_of(processor)
+            words = replace(words, prompt_offsets=prompt_offsets(pairs, prompt.text, token, token_map.n_features))
+        geometries = tuple(
+            ImageGeometry.from_processor(
+                processor.image_processor, height=p.height, width=p.width, patch_size=config.vision.patch_size
+            )
+            for p in own
+        )
+        token_map = replace(token_map, words=words, geometries=geometries)
+        if "question" in prompt.spans and offsets is not None:
+            token_map = token_map.with_spans(question=token_map.locate(*prompt.spans["question"]))
+        mapped.append(token_map)
+    return tuple(mapped)
+
+
+def _with_options(inputs: Inputs, options: Sequence[str] | Sequence[Sequence[str]], *, single: bool) -> Inputs:
+    per_prompt: Sequence[Any] = [options] if single else options
+    if isinstance(options, str) or len(per_prompt) != len(inputs) or any(isinstance(o, str) for o in per_prompt):
+        raise InputError(
+            f"options={options!r} for {len(inputs)} prompt{'' if len(inputs) == 1 else 's'}; expected a list "
+            "of words for one question, and a list of such lists, one per question, for several."
+        )
+    found = inputs.each(lambda m, words: m.with_spans(options=_find_options(m, words)), inputs.token_maps, per_prompt)
+    return replace(inputs, token_maps=tuple(found))
+
+
+def _find_options(token_map: TokenMap, words: Sequence[str]) -> Positions:
+    # In a whole prompt (template=None) no part is known to be the question.
+    within = "question" if token_map.words is not None and "question" in token_map.words.parts else None
+    found = Positions()
+    for word in words:
+        found |= token_map.find(word, within=within, advice=_SET_LATER)
+    return found
+
+
+def _token_maps(
+    ids: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    starts: list[tuple[int, ...]],
+    config: LLaVAConfig,
+    tokenizer: Any,
+) -> Iterable[TokenMap]:
+    for row, real, images in zip(ids.tolist(), mask, starts, strict=True):
+        at = real.nonzero()[:, 0].tolist()
+        tokens, positions = tuple(row), range(at[0], at[-1] + 1)
+        words = None
+        if tokenizer is not None:
+            words = TokenText(
+                token_ids=tokens,
+                tokenizer=tokenizer,
+                image_token_id=config.image_token_id,
+                image_starts=images,
+                n_features=config.vision.n_features,
+                real=positions,
+            )
+        yield TokenMap(
+            token_ids=tokens,
+            real=positions,
+            image_starts=images,
+            grid=(config.vision.grid, config.vision.grid),
+            has_class_token=not config.vision.drop_class_token,
+            words=words,
+        )

@@ -1,0 +1,126 @@
+"""A token map as text: the tokens in columns, pictures and padding collapsed, the spans drawn under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hooked_llava.prompt.positions import Positions
+
+if TYPE_CHECKING:
+    from hooked_llava.prompt.token_map import TokenMap
+
+_MARGIN = "  "
+_LINE = "─"
+
+
+@dataclass(frozen=True)
+class _Column:
+    positions: range
+    token: str
+
+    @property
+    def head(self) -> str:
+        """The position, or the first and last of several."""
+        return str(self.positions[0]) if len(self.positions) == 1 else f"{self.positions[0]}..{self.positions[-1]}"
+
+
+def format_token_map(token_map: TokenMap, width: int = 100) -> str:
+    """Lines of at most `width` characters: positions, tokens, the spans that divide the prompt, and those inside them.
+
+    A line is longer only where a single token is.
+    """
+    columns = _columns(token_map)
+    lines = _span_lines(token_map)
+    marks = [[_mark(column, line) for column in columns] for line in lines]
+    widths = [_column_width(index, column, marks) for index, column in enumerate(columns)]
+    blocks = []
+    for first, stop in _wrap(widths, width - len(_MARGIN)):
+        here, sizes = columns[first:stop], widths[first:stop]
+        block = [_row([c.head for c in here], sizes), _row([c.token for c in here], sizes)]
+        rows = (_draw(marks_of_line[first:stop], sizes) for marks_of_line in marks)
+        blocks.append("\n".join([*block, *(row for row in rows if row.strip())]))
+    return "\n\n".join(blocks)
+
+
+def _columns(token_map: TokenMap) -> list[_Column]:
+    """One column a token; all positions of one picture, and all padding on one side, share one."""
+    names = [str(token_id) for token_id in token_map.token_ids]
+    if token_map.words is not None:
+        names = [_visible(token) for token in token_map.words.tokens]
+    columns, position, pictures = [], 0, set(token_map.image_starts)
+    while position < len(token_map):
+        stop = position + 1
+        if position not in token_map.real:
+            stop = token_map.real.start if position < token_map.real.start else len(token_map)
+        elif position in pictures:
+            stop = position + token_map.n_features
+        count = f" x{stop - position}" if stop - position > 1 else ""
+        columns.append(_Column(range(position, stop), names[position] + count))
+        position = stop
+    return columns
+
+
+def _visible(token: str) -> str:
+    """A token as it can stand in a table: no line breaks, and something to see for a blank."""
+    shown = token.strip(" ") or repr(token)
+    return shown.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+
+def _span_lines(token_map: TokenMap) -> list[dict[str, Positions]]:
+    """The spans that divide the prompt in one line, every further one in the first line with room for it."""
+    spans = dict(token_map.spans)
+    spans.pop("text")  # everything but image: says nothing that the others do not
+    lines = [{name: spans.pop(name) for name in ("system", "image", "question", "rest", "last") if name in spans}]
+    if token_map.n_images > 1:
+        lines[0].pop("image")
+        lines[0] |= {f"image {i}": token_map.image(i) for i in range(token_map.n_images)}
+    inner: list[dict[str, Positions]] = []
+    for name, positions in spans.items():
+        free = (line for line in inner if all(positions.isdisjoint(other) for other in line.values()))
+        line = next(free, None)
+        if line is None:
+            line = {}
+            inner.append(line)
+        line[name] = positions
+    return lines + inner
+
+
+def _mark(column: _Column, line: dict[str, Positions]) -> str:
+    """The name of the span that a column belongs to, or nothing."""
+    return next((name for name, positions in line.items() if column.positions[0] in positions), "")
+
+
+def _column_width(index: int, column: _Column, marks: list[list[str]]) -> int:
+    """Wide enough for position and token, and for the name of every span that begins here."""
+    begins = [line[index] for line in marks if index == 0 or line[index - 1] != line[index]]
+    return max(len(column.head), len(column.token), *(len(name) for name in begins)) + len(_MARGIN)
+
+
+def _wrap(widths: list[int], width: int) -> list[tuple[int, int]]:
+    """First and last column (exclusive) of every block of lines."""
+    blocks, first, used = [], 0, 0
+    for index, size in enumerate(widths):
+        if used and used + size - len(_MARGIN) > width:
+            blocks.append((first, index))
+            first, used = index, 0
+        used += size
+    return [*blocks, (first, len(widths))]
+
+
+def _row(cells: list[str], sizes: list[int]) -> str:
+    return (_MARGIN + "".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=True))).rstrip()
+
+
+def _draw(names: list[str], sizes: list[int]) -> str:
+    """Span names, each followed by a line as far as its span reaches."""
+    row, index = _MARGIN, 0
+    while index < len(names):
+        stop = index + 1
+        while stop < len(names) and names[stop] == names[index]:
+            stop += 1
+        size = sum(sizes[index:stop])
+        name = names[index][: size - len(_MARGIN)]  # a span that goes on in the next block may have little room there
+        row += (name.ljust(size - len(_MARGIN), _LINE) if name else "").ljust(size)
+        index = stop
+    return row.rstrip()

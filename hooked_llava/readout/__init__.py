@@ -1,0 +1,4 @@
+"""Vectors become words and numbers: lenses, the log-probability of an answer, what heads write, metrics.
+
+In: activations of a model. Out: logits through a lens, log P in nats, tokens as text. Uses the model and what lies below it.
+"""

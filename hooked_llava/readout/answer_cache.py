@@ -1,0 +1,190 @@
+"""One forward pass, kept only where the answer is read: the last row of every pattern, the values, the streams there.
+
+That is a small part of what passes by: for a LLaVA-1.5 of 7 billion weights and 600 positions 0.3 GB instead of tens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import saver
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
+from hooked_llava.readout.answer_tokens import Answer, one_each
+from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+Target = str | SupportsIndex | Answer | Sequence[str | SupportsIndex | Answer] | None
+"""What is scored: None for the answer that the inputs have appended, else the model's own next token; text (of several
+tokens: under teacher forcing), a token id, an `Answer` with its variants; or a list with one for each prompt."""
+
+PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a forward pass holds at the positions where the answer's tokens are predicted."""
+
+    model: HookedLLaVA
+    inputs: Inputs
+    """The prompts, with the answer appended if it has several tokens."""
+    read: Int[Tensor, "prompt read"]
+    """Where the answer's tokens are predicted."""
+    target: Int[Tensor, "prompt read variant"]
+    """The tokens that are scored there."""
+    names: tuple[str, ...]
+    """The target of each prompt in words."""
+    measured: str
+    """Whether the target is the "whole answer", or the "first token" of one."""
+    streams: tuple[Float[Tensor, "prompt read d_model"], ...]
+    """What enters every block, and what leaves the last."""
+    scale: Float[Tensor, "prompt read 1"]
+    """The final norm's scale: what the frozen lens divides by."""
+    held: dict[str, Tensor]
+    """The parts that were asked for, by full hook name: values everywhere, the others at `read`."""
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the language tower."""
+        return len(self.streams) - 1
+
+    def part(self, layer: int, name: str) -> Tensor:
+        """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
+        return self.held[f"blocks.{layer}.{'hook_' if name.endswith('_out') else 'attn.hook_'}{name}"]
+
+    def target_attrs(self) -> dict[str, Any]:
+        """What a result says of the target: `target` in words, `answer_tokens` and `measured`."""
+        return about_answers(self.model, self.names, self.target, self.measured, "target")
+
+    def take(self, prompts: Sequence[int]) -> Decision:
+        """The same for some of the prompts; `inputs` stays that of all."""
+        if list(prompts) == list(range(len(self.read))):
+            return self
+        index = torch.tensor(list(prompts), device=self.read.device)
+        return replace(
+            self,
+            read=self.read[index],
+            target=self.target[index],
+            names=tuple(self.names[i] for i in prompts),
+            streams=tuple(stream[index] for stream in self.streams),
+            scale=self.scale[index],
+            held={name: tensor[index] for name, tensor in self.held.items()},
+        )
+
+    def only(self, prompt: int) -> Decision:
+        """One prompt's part of it, `inputs` included."""
+        return replace(self.take([prompt]), inputs=self.inputs[prompt])
+
+    def log_probability(self, streams: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
+        """log P(answer) that a stream at the answer's position stands for, through the frozen lens."""
+        return log_probabilities(self.model, streams, self.target, scale=self.scale).sum(-1)
+
+    def score(
+        self,
+        vectors: Float[Tensor, "prompt read *more d_model"],
+        base: Float[Tensor, "prompt read d_model"],
+    ) -> Tensor:
+        """S(v | u) of each vector, summed over the answer's tokens: [prompt, *more]."""
+        deeper = (*self.read.shape, *[1] * (vectors.ndim - 3))
+        target = self.target.reshape(*deeper, -1)
+        scale, below = self.scale.reshape(*deeper, 1), base.reshape(*deeper, -1)
+        return log_probability_increase(self.model, vectors, below.to(vectors.dtype), target, scale=scale).sum(1)
+
+    def score_along(
+        self,
+        coordinates: Float[Tensor, "prompt read key rank"],
+        basis: Float[Tensor, "rank d_model"],
+        base: Float[Tensor, "prompt read d_model"],
+    ) -> Float[Tensor, "prompt key"]:
+        """`score` of vectors that are given by their coordinates in a small basis."""
+        where = {"target": self.target[:, :, None], "scale": self.scale[:, :, None]}
+        after = log_probabilities_along(self.model, coordinates, basis, base[:, :, None], **where)
+        before = log_probabilities(self.model, base, self.target, scale=self.scale)
+        return (after - before[..., None]).sum(1)
+
+
+@torch.no_grad()
+def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Sequence[str] = PARTS) -> Decision:
+    """Run the prompts once and keep what the answer is read from; see `Decision`.
+
+    Raises `InputError` for a target that does not fit the prompts, before anything runs.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> decide(model, model.prepare("Who made the star?"), "Red").part(3, "pattern").shape[1] == model.cfg.n_heads
+    True
+    """
+    found = resolve_target(model, inputs, target)
+    prompts, read = found.inputs, found.read
+    store: dict[str, Tensor] = {}
+    table, layers = model.hooks_table, range(model.cfg.n_layers)
+    here = [*table.resolve("resid_pre"), *(n for part in parts if part != "v" for n in table.resolve(part))]
+    hooks: list[Any] = [(here, saver(store, table, read.cpu()))]
+    if "v" in parts:
+        hooks.append((table.resolve("v"), saver(store, table)))
+    final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    assert final is not None
+    last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
+    scale = model.ln_final.scale_of(last)
+    if found.ids is None:
+        found = found.with_own(model, model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True))
+    assert found.ids is not None
+    streams = (*(store.pop(f"blocks.{i}.hook_resid_pre") for i in layers), last)
+    return Decision(model, prompts, read, found.ids, found.texts, found.measured, streams, scale, store)
+
+
+def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[Decision, int]:
+    """The decision of some prompts and how many forward passes it took: none if it is given in place of the prompts.
+
+    Raises `InputError` for a given decision of another model, without the parts, or with a target beside it.
+    """
+    if not isinstance(inputs, Decision):
+        return decide(model, inputs, target, parts=parts), 1
+    missing = [part for part in parts if not any(name.endswith(f"hook_{part}") for name in inputs.held)]
+    if inputs.model is not model or target is not None or missing:
+        raise InputError(
+            f"A decision is given in place of prompts: it must be of the same model, have the parts {list(parts)} and "
+            f"bring its own target; it lacks {missing}, and target={target!r}."
+        )
+    return inputs, 0
+
+
+def one_by_one(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple[Inputs | Decision, Any]]:
+    """Each prompt apart with its target; or each prompt's part of a decision, which brings its own target."""
+    if isinstance(inputs, Decision):
+        return [(inputs.only(i), target) for i in range(len(inputs.read))]
+    prompts = model.as_inputs(inputs)
+    return list(zip(prompts, one_each(target, len(prompts)), strict=True))
+
+
+def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
+    """The prompts, or those of a decision that stands in their place."""
+    return inputs.inputs if isinstance(inputs, Decision) else model.as_inputs(inputs)
+
+
+def resolve_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerReading:
+    """The prompts (with an answer of several tokens appended), where it is read, and its tokens (None: the model's own).
+
+    Raises `InputError` for a list that has not one target for each prompt, or targets of different numbers of tokens.
+    """
+    found = read_answer(model, inputs, target, "target")
+    if found.ids is not None and bool((found.ids < 0).any()):
+        raise InputError(
+            f"The answers in target={target!r} have different numbers of tokens or of variants after their prompts; ask "
+            "prompt by prompt, or give them as single tokens."
+        )
+    return found
+
+
+def one_or_all(values: Sequence[Any]) -> Any:
+    """What an attribute says: the only prompt's value, or the list of all."""
+    return values if isinstance(values, str) else values[0] if len(values) == 1 else list(values)

@@ -1,0 +1,221 @@
+"""Vectors -> words: reading a residual stream through the unembedding.
+
+Three lenses are in use, and papers differ in which: `final` applies the final norm to the vector itself, `frozen` the
+final norm with the scale that the actual final stream had (so that parts add up to the logits), `none` no norm at all.
+A LayerNorm also subtracts the mean of every vector and adds its bias once, to the whole stream.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, SupportsIndex
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+Lens = Literal["final", "frozen", "none"]
+_CHUNK = 2**24  # logits held at once
+_SCORED = 2**19  # the same, where they are only summed up: small pieces cost no time and little memory
+
+
+def lens(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*shape d_model"],
+    *,
+    norm: Lens = "final",
+    scale: Float[Tensor, "*scale 1"] | None = None,
+    bias: bool = True,
+) -> Float[Tensor, "*shape d_vocab"]:
+    """Logits that vectors of the residual stream stand for.
+
+    Args:
+        model: the model whose final norm and unembedding are used; its hooks do not fire.
+        vectors: in the residual stream.
+        norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U. With a LayerNorm u
+            is centred first and the norm's bias added.
+        scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
+        bias: for "frozen", False where the vectors are parts of the stream: the norm's bias belongs to the whole only.
+
+    Raises `InputError` for an unknown norm, or "frozen" without a scale.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> bool((lens(model, model.W_E[:2], norm="none") == model.W_E[:2] @ model.W_U).all())
+    True
+    """
+    if norm == "final":
+        return model.unembed(model.ln_final.fused(vectors))
+    if norm == "none":
+        return model.unembed(vectors)
+    if norm != "frozen":
+        raise InputError(f"norm={norm!r} is no lens; expected 'final', 'frozen' or 'none'.")
+    if scale is None:
+        raise InputError("norm='frozen' needs scale=, the final norm's scale at the position of the answer.")
+    return model.unembed(model.ln_final.frozen(vectors, scale, bias=bias))
+
+
+def top_tokens(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*shape d_model"],
+    k: int,
+    *,
+    norm: Lens = "final",
+    scale: Float[Tensor, "*scale 1"] | None = None,
+    bias: bool = True,
+) -> tuple[Float[Tensor, "*shape k"], Int[Tensor, "*shape k"]]:
+    """The k most probable tokens of each vector and their probabilities, without holding all logits at once.
+
+    `norm`, `scale` and `bias` as for `lens`. Raises `InputError` as that, and for a k that the vocabulary does not have.
+    """
+    check_k(model, k)
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    per_chunk = max(1, _CHUNK // model.cfg.d_vocab)
+    chunks = rows.split(per_chunk)
+    scales = [None] * len(chunks)
+    if scale is not None:
+        scales = scale.expand(*vectors.shape[:-1], 1).reshape(-1, 1).split(per_chunk)
+    logits = (lens(model, chunk, norm=norm, scale=by, bias=bias) for chunk, by in zip(chunks, scales, strict=True))
+    found = [own.float().softmax(-1).topk(k, dim=-1) for own in logits]
+    shape = (*vectors.shape[:-1], k)
+    return torch.cat([f.values for f in found]).reshape(shape), torch.cat([f.indices for f in found]).reshape(shape)
+
+
+def log_probability_increase(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*n d_model"],
+    base: Float[Tensor, "*base d_model"],
+    target: int | Sequence[int] | Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """S(v | u) = log p(w | u + v) - log p(w | u) in nats, with the frozen final norm (Yu & Ananiadou 2411.10950).
+
+    Args:
+        model: the model whose final norm and unembedding are used; its hooks do not fire.
+        vectors: what is added to the stream, v.
+        base: the stream that they are added to, u; one for all, or shaped so that it broadcasts against the vectors.
+        target: token w, or several whose probabilities add up; a tensor where the vectors have different ones.
+        scale: `ln_final.hook_scale` of the position that the answer is read at.
+
+    The zero vector scores 0, and scores telescope: what is added one after the other sums to log p at the end less log p
+    at the beginning. In float32 at least; the vocabulary is taken in pieces, so that no more than some millions of
+    logits are held.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> red = model.to_single_token("Red")
+    >>> direction = model.tokens_to_residual_directions(red)
+    >>> log_probability_increase(model, direction, torch.zeros_like(direction), red, scale=torch.ones(1)).item() > 1
+    True
+    """
+    device = vectors.device
+    ids = target.to(device) if isinstance(target, Tensor) else torch.tensor(target, device=device).reshape(-1)
+    before = log_probabilities(model, base, ids, scale=scale)
+    return log_probabilities(model, wide(vectors) + base, ids, scale=scale) - before
+
+
+def log_probabilities(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*n d_model"],
+    target: Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """log p(w | u) in nats of each vector u through the frozen final norm, over all spellings of the target w.
+
+    `target` and `scale` broadcast against the vectors; otherwise as `log_probability_increase`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> everything = torch.arange(model.cfg.d_vocab)
+    >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
+    True
+    """
+    read = model.ln_final.frozen(wide(vectors), scale)  # (*n, d_model)
+    kind = read.dtype
+    weight = model.unembed.weight  # (d_vocab, d_model)
+    rows = read.reshape(-1, read.shape[-1])
+    per_piece = max(1, _SCORED // max(1, len(rows)))
+    pieces = [(rows @ part.to(kind).T).logsumexp(-1) for part in weight.split(per_piece)]
+    whole = torch.stack(pieces).logsumexp(0).reshape(read.shape[:-1])
+    spelled = (read[..., None, :] * weight[target].to(kind)).sum(-1)  # (*n, spelling)
+    return spelled.logsumexp(-1) - whole
+
+
+def log_probabilities_along(
+    model: HookedLLaVA,
+    coordinates: Float[Tensor, "*n rank"],
+    basis: Float[Tensor, "rank d_model"],
+    base: Float[Tensor, "*base d_model"],
+    target: Int[Tensor, "*targets spelling"],
+    *,
+    scale: Float[Tensor, "*scale 1"],
+) -> Float[Tensor, "*n"]:
+    """`log_probabilities` of u + c B, for vectors given by their coordinates c in a small basis B.
+
+    What one head writes lies in the d_head directions of its output weights, so thousands of its messages meet the
+    vocabulary at that width instead of d_model's. `base`, `target` and `scale` broadcast against the vectors.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> basis, red = model.blocks[2].attn.W_O[3], torch.tensor([model.to_single_token("Red")])
+    >>> c, u, one = torch.randn(5, len(basis)), model.W_E[7], torch.ones(1)
+    >>> whole = log_probabilities(model, u + c @ basis, red, scale=one)
+    >>> torch.allclose(log_probabilities_along(model, c, basis, u, red, scale=one), whole, atol=1e-4)
+    True
+    """
+    weight, norm = model.unembed.weight, model.ln_final
+    steps = wide(coordinates) / wide(scale)  # (*n, rank)
+    start = norm.frozen(wide(base), scale)  # (*base, d_model)
+    directions = norm.frozen(wide(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
+    per_piece = max(1, _SCORED // max(1, steps.numel() // steps.shape[-1]))
+    pieces = []
+    for part in weight.split(per_piece):
+        words_of = wide(part).T  # (d_model, piece)
+        pieces.append((steps @ (directions @ words_of) + start @ words_of).logsumexp(-1))
+    whole = torch.stack(pieces).logsumexp(0)
+    spelled = wide(weight[target])  # (*targets, spelling, d_model)
+    along = (steps[..., None, :] * (spelled @ directions.T)).sum(-1)  # (*n, spelling)
+    return (along + (start[..., None, :] * spelled).sum(-1)).logsumexp(-1) - whole
+
+
+def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
+    """Each token as a string, in an array of the same shape; "#17" for a model without a tokenizer."""
+    flat = ids.reshape(-1).tolist()
+    if model.processor is None:
+        names = [f"#{i}" for i in flat]
+    else:
+        names = [model.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in flat]
+    return np.array(names, dtype=object).reshape(tuple(ids.shape)).astype(str)
+
+
+def check_k(model: HookedLLaVA, k: int) -> None:
+    """Raise `InputError` unless the vocabulary has k words."""
+    if not 1 <= k <= model.cfg.d_vocab:
+        raise InputError(f"k={k} words; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary.")
+
+
+def token_id(model: HookedLLaVA, token: str | SupportsIndex) -> int:
+    """Id of a word that is a single token, or of an id within the vocabulary (any integer); raises `InputError`."""
+    if isinstance(token, str):
+        return model.to_single_token(token)
+    try:
+        number = operator.index(token)
+    except TypeError:
+        raise InputError(f"{token!r} is no token; expected a word, or a token id that is a whole number.") from None
+    if not 0 <= number < model.cfg.d_vocab:
+        raise InputError(f"Token id {number} is not in the vocabulary; expected 0..{model.cfg.d_vocab - 1}.")
+    return number
+
+
+def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,51 @@
+"""What does a metric measure? Metrics are functions; those of this library can say so, for a result's attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooked_llava.readout.lens import words
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+
+@dataclass(frozen=True, eq=False)
+class NamedMetric:
+    """A metric, from logits [..., d_vocab] to [...], that knows its name and its tokens."""
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+    tokens: Mapping[str, Sequence[int]]
+    """Token ids by role: answer, baseline. Of several variants all, the one that was given first."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The metric's value."""
+        return self.function(logits)
+
+
+def about_metric(model: HookedLLaVA, metric: Any) -> dict[str, Any]:
+    """Attributes of a result: `metric` by name, and for its tokens `answer` and `answer_ids` (`baseline` likewise).
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.readout.metrics import logit_difference
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> red, blue = model.to_single_token("Red"), model.to_single_token("Blue")
+    >>> about = about_metric(model, logit_difference(red, blue))
+    >>> about["metric"], about["answer"], about["baseline"], about["answer_ids"] == [red]
+    ('logit_difference', 'Red', 'Blue', True)
+    >>> about_metric(model, lambda logits: logits[..., 0])
+    {'metric': 'a function of your own, <lambda>'}
+    """
+    if not isinstance(metric, NamedMetric):
+        return {"metric": f"a function of your own, {getattr(metric, '__name__', type(metric).__name__)}"}
+    about: dict[str, Any] = {"metric": metric.name}
+    for role, ids in metric.tokens.items():
+        about[role] = str(words(model, torch.tensor(int(ids[0]))))
+        about[f"{role}_ids"] = [int(i) for i in ids]
+    return about

@@ -1,0 +1,101 @@
+"""Interventions beside functions: attached to the model's hooks, and placed in the prompt of every pass.
+
+In generation the positions that an intervention names are the prompt's: it acts in the pass over the prompt, and what
+follows reads the changed keys and values. On the tokens that are generated it acts where it names no positions (None is
+every position), or names the span `answer`, which is what has been generated so far; as an end of an edge `last` is where
+the answer is read, so it is every new token too. The result is that of one full pass over prompt and answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, continued
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.spans import edge_end
+from hooked_llava.replay.binding import check_operand, resolve
+from hooked_llava.replay.bound import Resolved
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.reference_mean import with_means
+from hooked_llava.replay.row_edits import Edit, edited_copy, images_of
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+
+class AttachedIntervention(PromptHook):
+    """An intervention as a function on the model's hook."""
+
+    def __init__(self, intervention: Intervention, model: HookedLLaVA) -> None:
+        self.intervention, self.model = intervention, model
+
+    def __repr__(self) -> str:
+        return repr(self.intervention)
+
+    @classmethod
+    def prepare(cls, hooks: Sequence[AttachedIntervention]) -> None:
+        """Turn every reference mean into its value, before anything is attached."""
+        if hooks:
+            filled = with_means(hooks[0].model, [hook.intervention for hook in hooks])
+            for hook, intervention in zip(hooks, filled, strict=True):
+                hook.intervention = intervention
+
+    def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:
+        """The change of a batch of this prompt; raises as `resolve`."""
+        resolved = resolve(self.intervention, self.model, inputs)
+        if n_new:
+            resolved = _for_new_token(resolved, self.model, inputs, n_new)
+        if resolved.on_image_side:
+            edits = [Edit(image, p, resolved, 0) for p, image in images_of(inputs, self.intervention.image)]
+        else:
+            edits = [Edit(p, p, resolved, 0) for p in range(len(inputs))]
+        edits = [edit for edit in edits if resolved.positions[edit.prompt]]
+        return lambda tensor: edited_copy(tensor, edits) if edits else tensor
+
+    def acts_on_new_tokens(self, inputs: Inputs) -> bool:
+        """Whether any prompt's new tokens are among its positions."""
+        resolved = resolve(self.intervention, self.model, inputs)
+        return not resolved.on_image_side and any(_names_new_tokens(resolved.target, resolved, inputs))
+
+
+@as_hook.register
+def _(entry: Intervention, model: Any) -> Hook:
+    return model.hooks_table.one(entry.hook), AttachedIntervention(entry, model)
+
+
+def _names_new_tokens(where: Any, resolved: Resolved, inputs: Inputs) -> list[bool]:
+    """For each prompt, whether its positions go on into what is generated after it: all of it or nothing."""
+    if where is not None and not isinstance(where, str):
+        return [False] * len(inputs)
+    found = []
+    for token_map in inputs.token_maps:
+        grown = continued(token_map, 2)  # the first of two predicts the second, as every new token predicts the next
+        end = edge_end(where, grown) if resolved.intervention.block is not None else where
+        found.append(token_map.real.stop in positions_of(end, grown, len(grown)))
+    return found
+
+
+def _for_new_token(resolved: Resolved, model: HookedLLaVA, inputs: Inputs, n_new: int) -> Resolved:
+    """The intervention in a pass over the newest of `n_new` generated tokens, the only position of that pass."""
+    here = _names_new_tokens(resolved.target, resolved, inputs)
+    if resolved.on_image_side or not any(here):
+        return replace(resolved, positions=tuple(() for _ in here))
+    if resolved.intervention.position_mean:
+        raise InputError(
+            f"{resolved.intervention!r} takes a mean over positions, and generated tokens come one at a time. Name the "
+            "prompt's positions, take hook_phase='prefill', or give mean_of= a reference."
+        )
+    sources = resolved.sources
+    if resolved.intervention.block is not None:
+        new = tuple(range(inputs.shape[1], inputs.shape[1] + n_new))
+        among = _names_new_tokens(resolved.intervention.block[0], resolved, inputs)
+        sources = tuple((*own, *new) if on else own for own, on in zip(sources, among, strict=True))
+    placed = replace(resolved, positions=tuple((0,) if on else () for on in here), sources=sources)
+    check_operand(replace(placed, positions=((0,),)), model, inputs)
+    return placed

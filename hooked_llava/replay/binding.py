@@ -1,0 +1,147 @@
+"""Placing interventions: names, spans, heads and values held against the model and its prompts before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.checks import whole_numbers
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import axis_sizes, positions_of
+from hooked_llava.prompt.spans import edge_end
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.replay.bound import POSITION_AXES, Resolved, spread
+from hooked_llava.replay.intervention import SCORES, Intervention
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+
+
+def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
+    """Place an intervention in a model and its inputs.
+
+    Raises `HookNameError` for an unknown hook, `SpanError` for an unknown span, and `InputError` for positions, heads,
+    neurons or values that do not fit.
+    """
+    if not isinstance(intervention, Intervention):
+        raise InputError(f"A run holds {intervention!r}; expected Interventions: Intervention(hook, ...).")
+    name = model.hooks_table.one(intervention.hook, with_image=inputs.pixel_values is not None)
+    spec = model.hooks_table[name]
+    on_image_side = name.startswith(IMAGE_SIDE)
+    if intervention.block is not None and (on_image_side or not name.endswith(SCORES)):
+        raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
+    if intervention.image is not None and not on_image_side:
+        raise InputError(f"image= belongs to hooks of the image side; {name!r} has sequence positions.")
+    _check_image(intervention.image, inputs, name)
+    tower = model.config.vision if name.startswith("vision.") else model.config.language
+    n_heads = tower.n_key_value_heads if "kv_head" in spec.axes else tower.n_heads
+    has_heads = bool({"head", "kv_head"} & set(spec.axes))
+    of_edge = intervention.block is not None
+    source, target = intervention.block or (None, intervention.positions)
+    patches = patches_of(target, spec, model) if on_image_side else ()
+    positions = (
+        tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
+    )
+    resolved = Resolved(
+        intervention,
+        spec,
+        name,
+        _layer(name, model),
+        positions,
+        tuple(() for _ in positions) if not of_edge else _sequence(source, inputs, of_edge=True),
+        indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
+        indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
+        model.hook_dict[name],
+    )
+    if intervention.position_mean:
+        _check_several(resolved)
+    check_operand(resolved, model, inputs)
+    return resolved
+
+
+def _check_several(resolved: Resolved) -> None:
+    """Refuse a mean over the one position that is named, which changes nothing."""
+    for prompt, positions in enumerate(resolved.positions):
+        if len(set(positions)) == 1:
+            where = "" if len(resolved.positions) == 1 else f" in prompt {prompt}"
+            raise InputError(
+                f"position_mean=True (or mean=True) on {resolved.name!r} takes the mean over the positions that are named, and "
+                f"positions={resolved.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
+                "several positions, or give mean_of= a reference (prompts, a cache, a Replay or a tensor)."
+            )
+
+
+def _layer(name: str, model: HookedLLaVA) -> int:
+    parts = name.removeprefix("vision.").split(".")
+    if parts[0] == "blocks":
+        return int(parts[1])
+    after = name.startswith("ln_final") or name in ("hook_logits", "vision.hook_out")
+    tower_layers = model.config.vision.n_layers_run if name.startswith("vision.") else model.config.language.n_layers
+    return tower_layers if after else 0
+
+
+def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
+
+    def of_prompt(token_map: TokenMap) -> tuple[int, ...]:
+        end = edge_end(where, token_map) if of_edge else where
+        return tuple(positions_of(end, token_map, inputs.shape[1]))
+
+    return tuple(inputs.each(of_prompt, inputs.token_maps))
+
+
+def _check_image(image: Any, inputs: Inputs, name: str) -> None:
+    most = max(inputs.images_per_prompt, default=0)
+    if image is not None and not 0 <= whole_numbers(image, "image")[0] < most:
+        raise InputError(f"image={image} on {name!r} is out of range; expected 0..{most - 1}.")
+
+
+def patches_of(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
+    """Patch indices as indices of the hook's own position axis (in the tower the class token comes first); `InputError`."""
+    vision = model.config.vision
+    if spec.name == "vision.hook_out" or "feature" in spec.axes:
+        n_all, shift = vision.n_features, 0 if vision.drop_class_token else 1
+    elif "patch" in spec.axes:
+        n_all, shift = vision.n_patches, 0
+    else:
+        n_all, shift = vision.n_positions, 1
+    if where is None:
+        return tuple(range(n_all))
+    if isinstance(where, slice):
+        where = range(vision.n_patches)[where]
+    if isinstance(where, str):
+        raise InputError(f"positions={where!r} on {spec.name}: image hooks take patch indices, not spans.")
+    return tuple(i + shift for i in indices(where, vision.n_patches, "positions", spec.name) or ())
+
+
+def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
+    """Heads, neurons or patches below n, None for all; raises `InputError` for those that hook `name` does not have."""
+    if given is None:
+        return None
+    if n == 0:
+        raise InputError(f"{what}={given} on {name!r}, which has no {what}.")
+    values = whole_numbers(given, what)
+    if outside := [i for i in values if not -n <= i < n]:
+        raise InputError(f"{what}={outside} on {name!r} are out of range; expected {-n}..{n - 1}.")
+    return tuple(i % n for i in values)
+
+
+def check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:
+    """Whether `value` or `add` fits the cut, found out before anything runs."""
+    operand = resolved.intervention.value if resolved.intervention.value is not None else resolved.intervention.add
+    if operand is None:
+        return
+    sizes = axis_sizes(model.hooks_table, resolved.name, inputs)
+    for positions in resolved.positions:
+        shape = [
+            len(positions)
+            if axis in POSITION_AXES
+            else len(resolved.heads)
+            if axis in ("head", "kv_head") and resolved.heads is not None
+            else len(resolved.neurons)
+            if axis == "d_mlp" and resolved.neurons is not None
+            else sizes[axis]
+            for axis in resolved.spec.axes[1:]
+        ]
+        spread(operand, shape, (resolved.spec.position_axis or 1) - 1)

@@ -1,0 +1,153 @@
+"""An intervention placed in a model and a batch of prompts, and how it changes one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.errors import InputError
+from hooked_llava.model.components.hook_point import with_hook
+from hooked_llava.replay.intervention import Intervention
+
+POSITION_AXES = ("pos", "query", "patch", "feature")
+
+
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """An intervention placed in a model and a batch of prompts: full hook name, positions per prompt, indices."""
+
+    intervention: Intervention
+    spec: HookSpec
+    name: str
+    """Full hook name."""
+    layer: int
+    """Block of its tower; 0 for embeddings, the number of blocks for what comes after them."""
+    positions: tuple[tuple[int, ...], ...]
+    """For each prompt, absolute sequence positions (language), or patch indices (image side)."""
+    sources: tuple[tuple[int, ...], ...]
+    """For each prompt, the blocked keys; empty unless `block`."""
+    heads: tuple[int, ...] | None
+    neurons: tuple[int, ...] | None
+    point: HookPoint | None = None
+    """The hook itself, for functions that ask for it."""
+
+    @property
+    def target(self) -> Any:
+        """Where the change is, as the user named it: the target of a block, else the positions."""
+        return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
+
+    @property
+    def on_image_side(self) -> bool:
+        """Whether the hook fires before the image enters the language tower."""
+        return self.name.startswith(IMAGE_SIDE)
+
+    def first(self, prompt: int) -> int | None:
+        """First position that is changed in a prompt; None if none is."""
+        if self.intervention.block is not None and not self.sources[prompt]:
+            return None
+        return min(self.positions[prompt], default=None)
+
+    def apply(self, row: Tensor, where: dict[int, int] | int, prompt: int) -> None:
+        """Change one row (one run of one prompt, without its batch axis) in place.
+
+        `where` turns absolute positions into indices of the row's position axis: an offset to subtract, or a table in
+        which positions that the row does not hold are missing.
+        """
+        held = [(i, _index(p, where)) for i, p in enumerate(self.positions[prompt])]
+        held = [(i, index) for i, index in held if index is not None]
+        if not held:
+            return
+        kept = torch.tensor([i for i, _ in held], device=row.device)
+        rows = torch.tensor([index for _, index in held], device=row.device)
+        if self.intervention.block is not None:
+            index = self._grid(row, rows, torch.tensor(self.sources[prompt], device=row.device))
+            row[index] = float("-inf")
+            return
+        index = self._grid(row, rows, None)
+        cut = row[index]
+        row[index] = self._changed(cut, kept, len(self.positions[prompt]))
+
+    def _grid(self, row: Tensor, rows: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
+        """Index of the row's chosen positions, heads, neurons and keys, as an open grid; other axes whole."""
+        chosen: list[Tensor | None] = []
+        for axis in self.spec.axes[1:]:
+            if axis in POSITION_AXES:
+                chosen.append(rows)
+            elif axis in ("head", "kv_head") and self.heads is not None:
+                chosen.append(torch.tensor(self.heads, device=row.device))
+            elif axis == "d_mlp" and self.neurons is not None:
+                chosen.append(torch.tensor(self.neurons, device=row.device))
+            else:
+                chosen.append(keys if axis == "key" else None)
+        n_chosen = sum(c is not None for c in chosen)
+        grid: list[Any] = []
+        for c in chosen:  # chosen axes are neighbours, so the cut keeps the order of the axes
+            seen = sum(isinstance(g, Tensor) for g in grid)
+            grid.append(slice(None) if c is None else c.reshape(-1, *[1] * (n_chosen - 1 - seen)))
+        return tuple(grid)
+
+    def _changed(self, cut: Tensor, kept: Int[Tensor, " position"], n_positions: int) -> Tensor:
+        change = self.intervention
+        if change.zero:
+            return torch.zeros_like(cut)
+        if change.scale is not None:
+            return cut * change.scale
+        if change.position_mean:
+            return cut.mean(self._position_axis, keepdim=True).expand_as(cut)
+        if change.fn is not None:
+            return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.name)
+        operand = change.value if change.value is not None else change.add
+        assert operand is not None
+        fitted = self._fit(operand.to(cut.device, cut.dtype), cut, kept, n_positions)
+        return fitted if change.value is not None else cut + fitted
+
+    @property
+    def _position_axis(self) -> int:
+        axis = self.spec.position_axis
+        assert axis is not None
+        return axis - 1  # the row has no batch axis
+
+    def _fit(self, operand: Tensor, cut: Tensor, kept: Int[Tensor, " position"], n_positions: int) -> Tensor:
+        """The operand spread over the cut, less the positions that this row does not hold."""
+        shape = list(cut.shape)
+        shape[self._position_axis] = n_positions
+        full = spread(operand, shape, self._position_axis)
+        return full if full is None or len(kept) == n_positions else full.index_select(self._position_axis, kept)
+
+
+def spread(operand: Tensor, shape: Sequence[int], position_axis: int) -> Tensor:
+    """Broadcast [d], [n_positions, ...] or the full cut to the cut's shape; raises `InputError` where it does not fit."""
+    if operand.ndim and operand.ndim < len(shape) and position_axis == 0 and operand.shape[0] == shape[0] != 1:
+        middle = len(shape) - operand.ndim
+        if operand.ndim > 1 and tuple(operand.shape[1:]) == tuple(shape[-(operand.ndim - 1) :]):
+            operand = operand.reshape(operand.shape[0], *[1] * middle, *operand.shape[1:])
+    try:
+        return operand.broadcast_to(tuple(shape))
+    except RuntimeError:
+        raise InputError(
+            f"A value of shape {tuple(operand.shape)} does not fit a cut of shape {tuple(shape)}; give [d], "
+            "[n_positions, ...], or the cut's own shape."
+        ) from None
+
+
+def _index(position: int, where: dict[int, int] | int) -> int | None:
+    if isinstance(where, dict):
+        return where.get(position)
+    return position - where if position >= where else None
+
+
+def _checked_result(result: Any, cut: Tensor, name: str) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != cut.shape or result.dtype != cut.dtype:
+        is_tensor = isinstance(result, Tensor)
+        given = f"{tuple(result.shape)} of {result.dtype}" if is_tensor else type(result).__name__
+        raise InputError(
+            f"fn on {name} returned {given}; expected a tensor like the cut, {tuple(cut.shape)} of {cut.dtype}."
+        )
+    return result

@@ -1,0 +1,46 @@
+"""A second kept run that shares the beginning of a first: the same prompts with other embeddings from some position on.
+
+Attention is causal, so what lies before the first changed embedding is as it was. Where a picture comes first and only
+words behind it are changed, the second run costs a few positions instead of a forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hooked_llava.replay.kept_run import KeptRun
+
+if TYPE_CHECKING:
+    from hooked_llava.replay.intervention import Intervention
+    from hooked_llava.replay.replay import Replay
+
+EMBEDDINGS = ("hook_embed", "hook_text_embed")
+"""The hooks that a branch may change: behind them nothing but the model itself makes up the run."""
+_KEPT = ("resid_pre", "resid_post", "v")
+
+
+@torch.no_grad()
+def branched_run(replay: Replay, changes: list[Intervention], start: int) -> KeptRun:
+    """The kept run under changes of embeddings from position `start` on; earlier positions are shared."""
+    kept, n_layers = replay.kept, replay.model.cfg.n_layers
+    k_name = "k" if kept.rotation is None else "rot_k"
+    _, (seen,) = replay.run_with_cache([changes], [*_KEPT, k_name], positions=list(range(start, kept.n_positions)))
+    fresh = [seen[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)]
+    fresh.append(seen[f"blocks.{n_layers - 1}.hook_resid_post"])
+    streams = {layer: _joined(old, fresh[layer], start) for layer, old in kept.streams.items()}
+    kv = copy.deepcopy(kept.kv)
+    assert kv is not None
+    for layer in range(n_layers):
+        k, v = kv.layer(layer)
+        k[:, :, start:] = seen[f"blocks.{layer}.attn.hook_{k_name}"].transpose(1, 2).to(k)
+        v[:, :, start:] = seen[f"blocks.{layer}.attn.hook_v"].transpose(1, 2).to(v)
+    return replace(kept, streams=streams, kv=kv)
+
+
+def _joined(old: Tensor, new: Tensor, start: int) -> Tensor:
+    return torch.cat([old[:, :start], new.to(old)], dim=1)

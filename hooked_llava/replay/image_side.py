@@ -1,0 +1,111 @@
+"""Re-entering the vision tower and the projector.
+
+Attention among patches runs in both directions, so a change at layer l reaches all patches of its picture from there
+on; what lies below l is taken from one kept pass through the tower.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.replay.bound import Resolved
+from hooked_llava.replay.row_edits import Edit, edited, images_of
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+
+Run = Sequence[Resolved]
+
+
+class ImageSide:
+    """The pictures' way to their image embeddings, kept layer by layer once somebody changes something there."""
+
+    def __init__(self, model: HookedLLaVA, inputs: Inputs) -> None:
+        self.model = model
+        self.inputs = inputs
+        self._pixels = (
+            None if inputs.pixel_values is None else inputs.pixel_values.clone()
+        )  # whoever gave them may write
+
+    @cached_property
+    def streams(self) -> list[Float[Tensor, "image pos d_model"]]:
+        """Stream entering every block that is run, and leaving the last."""
+        assert self._pixels is not None
+        return self.model.vision.states([self.model.vision.embed(self._pixels)])
+
+    @torch.no_grad()
+    def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
+        """Image embeddings of every picture under each run's changes; runs that enter at the same place go together."""
+        _ = self.streams  # kept before anything is attached
+        by_entry: dict[int, list[int]] = defaultdict(list)
+        for i, run in enumerate(runs):
+            by_entry[self._entry(run)].append(i)
+        rows: list[Tensor | None] = [None] * len(runs)
+        for entry, members in by_entry.items():
+            for i, embedding in zip(members, self._from(entry, [runs[i] for i in members]), strict=True):
+                rows[i] = embedding
+        return torch.stack([row for row in rows if row is not None])
+
+    def rows_through_blocks(self, runs: Sequence[Run]) -> int:
+        """How many times a picture goes through a block in `rerun`, counted without running it."""
+        n_layers = self.model.config.vision.n_layers_run
+        return self.inputs.n_images * sum(n_layers - max(self._entry(run), 0) for run in runs)
+
+    @cached_property
+    def block_cost(self) -> float:
+        """One picture through one block, in positions through a block of the language tower: multiplications by weights."""
+        vision, language = self.model.vision.blocks, self.model.language.blocks
+        sizes = [sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2) for blocks in (vision, language)]
+        return self.model.config.vision.n_positions * sizes[0] / sizes[1]
+
+    @property
+    def cost_of_all(self) -> float:
+        """All pictures through all blocks, in the same unit."""
+        return self.inputs.n_images * self.model.config.vision.n_layers_run * self.block_cost
+
+    def _entry(self, run: Run) -> int:
+        return min(_entry(r, self.model.config.vision.n_layers_run) for r in run)
+
+    def _from(self, entry: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
+        vision, n_runs = self.model.vision, len(runs)
+        n_images = self.inputs.n_images
+        with edited(self.model, self._edits(runs)):
+            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(entry, 0) + 1]]  # (run * image, ...)
+            if entry < 0:
+                assert self._pixels is not None
+                kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
+            features = vision.features(vision.states(kept))
+            embedding = self.model.hook_image_embed(self.model.project(features))
+        return embedding.unflatten(0, (n_runs, n_images))
+
+    def _edits(self, runs: list[Run]) -> list[Edit]:
+        edits = []
+        for row, run in enumerate(runs):
+            for resolved in run:
+                for prompt, image in images_of(self.inputs, resolved.intervention.image):
+                    edits.append(Edit(row * self.inputs.n_images + image, prompt, resolved, 0))
+        return edits
+
+    def first_positions(self, which: int | None) -> list[int]:
+        """First sequence position of each of those pictures."""
+        firsts = []
+        for token_map in self.inputs.token_maps:
+            images = range(token_map.n_images) if which is None else [which] if which < token_map.n_images else []
+            firsts += [int(token_map.image(i)[0]) for i in images]
+        return firsts
+
+
+def _entry(resolved: Resolved, n_layers_run: int) -> int:
+    """Block of the vision tower at which a change enters: -1 for the embedding, n_layers_run for what comes after."""
+    name = resolved.name
+    if not name.startswith("vision."):
+        return n_layers_run
+    return resolved.layer if name.startswith("vision.blocks.") or name == "vision.hook_out" else -1

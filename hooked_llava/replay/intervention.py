@@ -1,0 +1,134 @@
+"""What to change and where: plain data, checked against a model and its inputs before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_llava.errors import InputError
+from hooked_llava.prompt.spans import split_edge
+
+ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
+SCORES = "attn.hook_attn_scores"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention:
+    """One change at one hook.
+
+    Exactly one of `value`, `add`, `scale`, `zero`, `position_mean`, `mean_of`, `block` and `fn` says what to do;
+    `InputError` otherwise.
+
+    >>> Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)
+    Intervention('blocks.3.attn.hook_z', positions='last', heads=[2], zero=True)
+    """
+
+    hook: Any
+    """Name of the hook, or any other spelling of it: ("z", 3), a short name that means one hook, all that a cache takes."""
+    _: KW_ONLY
+    positions: Any = None
+    """`Where`: sequence positions (query rows, for scores and pattern); on image hooks patch indices. None: all."""
+    heads: Any = None
+    """One head or several, on hooks that have them. None: all."""
+    neurons: Any = None
+    """One MLP neuron or several, on hooks that have them. None: all."""
+    image: Any = None
+    """Which picture of the prompt, counted from 0, on image hooks. None: all."""
+    value: Any = None
+    """Replace by this: [d], [n_positions, ...], or the hook's own cut to positions and heads; a tensor, array or number."""
+    add: Any = None
+    """Add this; shapes as for `value`."""
+    scale: Any = None
+    """Multiply by this number."""
+    zero: Any = False
+    """Set to zero."""
+    position_mean: bool = False
+    """Replace each of several positions by their mean, prompt by prompt; over a single one it would do nothing."""
+    mean: bool = False
+    """Another word for `position_mean`, which it sets."""
+    mean_of: Any = None
+    """Replace by the mean over a reference: prompts, batches of them, a cache, a Replay, or the mean itself as a tensor. One
+    mean over all prompts and all positions that `positions` names in each; see `reference_means`."""
+    block: Any = None
+    """An edge, (source, target) or "source->target": target may not attend to source; on `hook_attn_scores`."""
+    fn: Callable[..., Tensor] | None = None
+    """Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the intervention's positions and heads."""
+
+    def __post_init__(self) -> None:
+        if self.mean:
+            object.__setattr__(self, "mean", False)
+            object.__setattr__(self, "position_mean", True)
+        actions = [name for name in ACTIONS if self._is_set(name)]
+        if len(actions) != 1:
+            raise InputError(
+                f"An intervention on {self.hook!r} says {' and '.join(actions) or 'nothing'} of what to do; give exactly "
+                f"one of {', '.join(ACTIONS)}."
+            )
+        if self.block is not None and self.positions is not None:
+            raise InputError("block=(source, target) names its positions itself; leave positions= out.")
+        if isinstance(self.block, str):
+            object.__setattr__(self, "block", split_edge(self.block))
+        if self.block is not None and (not isinstance(self.block, Sequence) or len(self.block) != 2):
+            raise InputError(f"block={self.block!r}; expected two places, (source, target), such as ('image', 'last').")
+        if self.scale is not None and not isinstance(self.scale, Real) and getattr(self.scale, "ndim", None) != 0:
+            raise InputError(f"scale={self.scale!r}; expected one number. To multiply by a tensor, use fn=.")
+        if not isinstance(self.mean_of, Tensor) and hasattr(self.mean_of, "__array__"):
+            object.__setattr__(self, "mean_of", _as_tensor("mean_of", self.mean_of))
+        for name in ("value", "add"):
+            object.__setattr__(self, name, _as_tensor(name, getattr(self, name)))
+
+    def _is_set(self, name: str) -> bool:
+        value = getattr(self, name)
+        return bool(value) if name in ("zero", "mean", "position_mean") else value is not None
+
+    @property
+    def action(self) -> str:
+        """Name of the field that says what to do."""
+        return next(name for name in ACTIONS if self._is_set(name))
+
+    def __repr__(self) -> str:
+        given = [f.name for f in fields(self) if f.name != "hook" and self._is_set(f.name)]
+        return f"Intervention({', '.join([repr(self.hook), *(f'{n}={_show(getattr(self, n))}' for n in given)])})"
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(comparable(getattr(self, f.name)) for f in fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Intervention) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def _show(value: Any) -> str:
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _as_tensor(name: str, given: Any) -> Tensor | None:
+    if given is None or isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name}={given!r}; expected a tensor, an array or numbers.") from None
+
+
+def comparable(value: Any) -> Any:
+    """A hashable stand-in that is equal exactly where the field is."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), str(value.dtype), value.detach().cpu().double().numpy().tobytes())
+    if isinstance(value, slice):
+        return (slice, value.start, value.stop, value.step)
+    value = value.tolist() if hasattr(value, "tolist") else value  # arrays, and numbers that came out of one
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        try:
+            hash(value)
+        except TypeError:  # a dict of activations, say: the same only as itself
+            return id(value)
+        return value
+    return tuple(comparable(v) for v in value)

@@ -1,0 +1,244 @@
+"""One pass over the layers for a batch of runs, each joining at its own layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.replay.plan import PlannedRun
+from hooked_llava.replay.row_edits import Edit, edited
+
+if TYPE_CHECKING:
+    from hooked_llava.replay.replay import Replay
+
+_KEY_VALUE_SIDE = ("hook_resid_pre", "hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
+"""Hooks of the last block that still see every position: those on the way to keys and values."""
+_EMBEDDING = ("hook_text_embed", "hook_embed")
+
+
+class Climb:
+    """Runs with a common start on their way up; rows of the batch are (prompt, run), prompts outermost."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        runs: list[PlannedRun],
+        wanted: Int[Tensor, "prompt position"],
+        listen: list[str] | None = None,
+    ) -> None:
+        self.replay, self.model, self.kept = replay, replay.model, replay.kept
+        self.runs = sorted(runs, key=lambda run: run.entry)  # rows are in the order in which they join
+        self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
+        self.n_layers = self.model.cfg.n_layers
+        self.wanted = wanted
+        self.reads = self._all_from_start() if mix_at_the_end(runs, self.n_layers) else wanted
+        self.active: list[PlannedRun] = []
+        self.seen: dict[str, Tensor] = {}
+        self._context: tuple[int, AttentionContext] | None = None  # for how many runs, and what attention needs then
+        self._listen = set(listen or [])
+
+    def _all_from_start(self) -> Int[Tensor, "prompt position"]:
+        """Every position from the start, or from the first wanted one if that is earlier."""
+        first = min(self.start, int(self.wanted.min()))
+        return torch.arange(first, self.kept.n_positions, device=self.wanted.device).expand(len(self.wanted), -1)
+
+    @torch.no_grad()
+    def logits(self) -> Float[Tensor, "run prompt position d_vocab"]:
+        """Logits at the wanted positions, in the order of the runs given."""
+        x: Tensor | None = None  # (prompt, run, suffix, d_model)
+        for layer in range(min((run.entry for run in self.runs), default=self.n_layers), self.n_layers):
+            x = self._join(x, layer)
+            x = self._through(layer, x)
+        return self._read(x)
+
+    def _join(self, x: Tensor | None, layer: int) -> Float[Tensor, "prompt run suffix d_model"]:
+        """Rows of the runs that enter here, put behind the rows that are on their way."""
+        joining = [run for run in self.runs if run.entry == layer]
+        if joining:
+            fresh = self.kept.stream(layer, self.start)[:, None].repeat(1, len(joining), 1, 1)
+            before = _EMBEDDING if layer == 0 else (f"blocks.{layer - 1}.hook_resid_post",)
+            if layer == 0:
+                self._put_images(fresh, joining)
+            for name in before:
+                self._edit_now(fresh, joining, name, self.start)
+                if name in self._listen and name in _EMBEDDING:
+                    self.seen[name] = fresh.flatten(0, 1).clone()
+            x = fresh if x is None else torch.cat([x, fresh], dim=1)
+            self.active += joining
+        assert x is not None
+        return x
+
+    def _through(self, layer: int, x: Float[Tensor, "prompt run suffix d_model"]) -> Tensor:
+        """One block; in the last one only the wanted positions give more than keys and values."""
+        queries = self._queries() if layer == self.n_layers - 1 else None
+        if self._context is None or len(x[0]) != self._context[0]:
+            self._context = len(x[0]), self.kept.context(self.start, len(x[0]))
+        with edited(self.model, self._edits(layer, queries), self._listeners(layer)):
+            blocks, only = self.model.language.blocks, range(layer, layer + 1)
+            out = blocks.run(x.flatten(0, 1), self._context[1], layers=only, queries=queries)
+        self.replay.work.token_layers += self._cost(layer)
+        return out.unflatten(0, x.shape[:2])
+
+    def _read(self, x: Tensor | None) -> Float[Tensor, "run prompt position d_vocab"]:
+        """Final norm and unembedding."""
+        n_prompts = len(self.reads)
+        final = self.kept.stream(self.n_layers)
+        rows = torch.arange(n_prompts, device=final.device)[:, None]
+        fresh = final[rows, self.reads][:, None].repeat(1, len(self.runs), 1, 1)  # (prompt, run, position, d_model)
+        if x is not None:
+            fresh[:, : len(self.active)] = self._at_wanted(x, fresh[:, : len(self.active)])
+        tables = [{int(p): i for i, p in enumerate(row)} for row in self.reads.tolist()]
+        joining = self.runs[len(self.active) :]
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        self._edit_now(fresh[:, len(self.active) :], joining, last, tables)
+        edits = [
+            Edit(self._row(prompt, i, len(self.runs)), prompt, r, tables[prompt])
+            for i, run in enumerate(self.runs)
+            for r in run.language
+            if r.name.startswith("ln_final") or r.name == "hook_logits"
+            for prompt in range(n_prompts)
+        ]
+        self.active = list(self.runs)
+        with edited(self.model, edits, self._listeners(self.n_layers)):
+            logits = self.model.language.to_logits(fresh.flatten(0, 1))
+        logits = logits.unflatten(0, (n_prompts, len(self.runs))).transpose(0, 1)  # (run, prompt, position, d_vocab)
+        logits = logits[sorted(range(len(self.runs)), key=lambda i: self.runs[i].index)]
+        if self.reads is self.wanted:
+            return logits
+        first = self.reads[:, :1]
+        return logits[:, torch.arange(n_prompts, device=first.device)[:, None], self.wanted - first]
+
+    def _at_wanted(self, x: Tensor, fresh: Tensor) -> Tensor:
+        """The stream at the positions that are read: re-run where it was, kept before the start."""
+        queries = self._queries()
+        if queries is not None:
+            places = {p + self.start: i for i, p in enumerate(queries)}
+        else:
+            places = {p: p - self.start for p in range(self.start, self.kept.n_positions)}
+        fresh = fresh.clone()
+        for prompt, row in enumerate(self.reads.tolist()):
+            here = [(i, places[p]) for i, p in enumerate(row) if p in places]
+            if here:
+                to, source = zip(*here, strict=True)
+                fresh[prompt][:, list(to)] = x[prompt][:, list(source)]
+        return fresh
+
+    def _queries(self) -> list[int] | None:
+        """Suffix positions whose output the last block must give, if they are the same for all prompts and not all."""
+        if not bool((self.reads == self.reads[:1]).all()):
+            return None
+        inside = sorted({int(p) - self.start for p in self.reads[0].tolist() if p >= self.start})
+        if not inside or len(inside) == self.kept.n_positions - self.start:
+            return None
+        return inside
+
+    def _edits(self, layer: int, queries: list[int] | None) -> list[Edit]:
+        """All edits inside a block, on the rows that are on their way."""
+        narrow = None if queries is None else {q + self.start: i for i, q in enumerate(queries)}
+        edits = []
+        for i, run in enumerate(self.active):
+            for resolved in run.language:
+                # A run that enters because of an output of the block below was changed when it joined.
+                if resolved.layer != layer or not resolved.name.startswith(f"blocks.{layer}."):
+                    continue
+                where = self.start if narrow is None or _sees_all(resolved.name) else narrow
+                edits += [
+                    Edit(self._row(prompt, i, len(self.active)), prompt, resolved, where)
+                    for prompt in range(self.kept.n_prompts)
+                ]
+        return edits
+
+    def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: Any) -> None:
+        """Edits at a hook that fires before the runs join, on their fresh rows [prompt, run, position, d_model]."""
+        for i, run in enumerate(runs):
+            edits = [resolved for resolved in run.language if resolved.name == name]
+            for prompt in range(self.kept.n_prompts) if edits else ():
+                row = fresh[prompt, i]
+                if name == "hook_text_embed":
+                    row = self._before_the_merge(row, prompt)
+                for resolved in edits:
+                    resolved.apply(row, where[prompt] if isinstance(where, list) else where, prompt)
+                if name == "hook_text_embed":
+                    fresh[prompt, i] = torch.where(self._image_mask(prompt), fresh[prompt, i], row)
+
+    def _before_the_merge(self, row: Tensor, prompt: int) -> Float[Tensor, "suffix d_model"]:
+        """A row with the placeholders' embeddings at its image positions: what a mean or a function sees there."""
+        ids = self.replay.inputs.input_ids[prompt, self.start :]
+        return torch.where(self._image_mask(prompt), self.model.language.embed(ids).to(row), row)
+
+    def _image_mask(self, prompt: int) -> Bool[Tensor, "suffix 1"]:
+        return self.replay.inputs.image_mask[prompt, self.start :, None]
+
+    @cached_property
+    def _image_embeds(self) -> dict[int, Float[Tensor, "image feature d_model"]]:
+        """Image embeddings of the runs that change the image side, re-run there."""
+        changed = [run for run in self.runs if run.image]
+        if not changed:
+            return {}
+        embeds = self.replay.image_side.rerun([run.image for run in changed])
+        self.replay.work.token_layers += self._image_cost
+        return {run.index: embed for run, embed in zip(changed, embeds, strict=True)}
+
+    def _put_images(self, fresh: Tensor, runs: list[PlannedRun]) -> None:
+        """Overwrite the image positions of runs whose image side was re-run."""
+        mask = self.replay.inputs.image_mask[:, self.start :]
+        for i, run in enumerate(runs):
+            if run.index in self._image_embeds:
+                fresh[:, i] = self._merged(fresh[:, i], self._image_embeds[run.index], mask)
+
+    def _merged(self, rows: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Image embeddings at the image positions from the start on; pictures before it were not changed."""
+        whole = self.kept.stream(0).masked_scatter(self.replay.inputs.image_mask[..., None], embeds)
+        return torch.where(mask[..., None], whole[:, self.start :], rows)
+
+    def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
+        below = f"blocks.{layer}."
+        names = [
+            n for n in self._listen if (n.startswith(below) if layer < self.n_layers else not n.startswith("blocks."))
+        ]
+        return [(names, saver(self.seen, self.model.hooks_table))] if names else []
+
+    def _row(self, prompt: int, run: int, n_runs: int) -> int:
+        return prompt * n_runs + run
+
+    @property
+    def token_layers(self) -> float:
+        """What the pass will cost, counted before it is run."""
+        return sum((self._cost(layer) for layer in range(self.n_layers)), self._image_cost)
+
+    @property
+    def _image_cost(self) -> float:
+        """The vision tower's blocks, in units of the language tower's."""
+        rows = self.replay.image_side.rows_through_blocks([run.image for run in self.runs if run.image])
+        return rows * self.replay.image_side.block_cost
+
+    def _cost(self, layer: int) -> float:
+        """One block for the rows that have joined by then."""
+        n_runs, n_suffix = sum(run.entry <= layer for run in self.runs), self.kept.n_positions - self.start
+        queries = self._queries() if layer == self.n_layers - 1 else None
+        per_row = n_suffix if queries is None else len(queries) + n_suffix * self.replay.key_value_share
+        return float(len(self.wanted) * n_runs * per_row)
+
+
+def mix_at_the_end(runs: Iterable[PlannedRun], n_layers: int) -> bool:
+    """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
+    return any(
+        (r.intervention.position_mean or r.intervention.fn is not None)
+        and r.layer >= n_layers - 1
+        and not (r.layer == n_layers - 1 and _sees_all(r.name))
+        for run in runs
+        for r in run.language
+    )
+
+
+def _sees_all(name: str) -> bool:
+    """Whether a hook of the last block fires for every position; the others do for those that are read."""
+    tail = name.split(".", 2)[2].removeprefix("attn.")
+    return tail.startswith("ln1.") or tail in _KEY_VALUE_SIDE

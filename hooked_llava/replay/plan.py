@@ -1,0 +1,99 @@
+"""Where a run enters, and which runs go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from hooked_llava.replay.bound import Resolved
+
+if TYPE_CHECKING:
+    from hooked_llava.replay.image_side import ImageSide
+
+_OVERHEAD_TOKENS = 24
+"""What starting one more pass over the layers costs, in positions: neighbouring starts are merged below it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """A run, and the cone of what it can reach."""
+
+    index: int
+    """Its place in the list that the user gave."""
+    language: tuple[Resolved, ...]
+    image: tuple[Resolved, ...]
+    entry: int
+    """First layer whose stream, keys or values are recomputed; n_layers if only what lies behind the blocks is."""
+    start: int | None
+    """First position that is recomputed, the smallest over the prompts; None if nothing is changed."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the run can differ from the kept one."""
+        return self.start is not None
+
+
+def plan_run(index: int, resolved: Sequence[Resolved], image_side: ImageSide, n_layers: int) -> PlannedRun:
+    """The cone of a run's interventions together."""
+    image = tuple(r for r in resolved if r.on_image_side)
+    language = tuple(r for r in resolved if not r.on_image_side)
+    starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]
+    starts += [first for r in image for first in image_side.first_positions(r.intervention.image) if r.positions[0]]
+    entry = 0 if image else min((entry_layer(r, n_layers) for r in language), default=n_layers)
+    return PlannedRun(index, language, image, entry, min(starts, default=None))
+
+
+def entry_layer(resolved: Resolved, n_layers: int) -> int:
+    """First layer that a change makes run again; a block's output enters at the next block."""
+    if resolved.name.endswith("hook_resid_post"):
+        return resolved.layer + 1
+    return min(resolved.layer, n_layers)
+
+
+def batches(
+    runs: Sequence[PlannedRun], n_positions: int, rows_at_once: dict[int, int] | int
+) -> Iterator[list[PlannedRun]]:
+    """Runs that go together: the same start (or near enough), ordered by entry layer, and not too many."""
+    ordered = sorted((run for run in runs if run.start is not None), key=lambda run: (-(run.start or 0), run.entry))
+    merged: list[list[PlannedRun]] = []
+    for start, same in groupby(ordered, key=lambda run: run.start):
+        group = list(same)
+        previous = merged[-1] if merged else None
+        if previous is not None and start is not None:
+            saved = min(run.start for run in previous if run.start is not None) - start
+            if len(previous) * saved <= _OVERHEAD_TOKENS:
+                previous.extend(group)
+                continue
+        merged.append(group)
+    for group in merged:
+        group.sort(key=lambda run: run.entry)
+        start = min(run.start for run in group if run.start is not None)
+        size = rows_at_once if isinstance(rows_at_once, int) else rows_at_once[n_positions - start]
+        for i in range(0, len(group), size):
+            yield group[i : i + size]
+
+
+@dataclass
+class Work:
+    """Work done by re-runs, counted in token-layers: one position through one block of the language tower.
+
+    The vision tower's blocks are counted in the same unit, by their multiplications by weights.
+    """
+
+    n_layers: int
+    n_positions: int
+    token_layers: float = 0.0
+    runs: int = 0
+    """Rows that were re-run: runs times prompts."""
+
+    @property
+    def forwards(self) -> float:
+        """The work as a number of full passes through the language tower's blocks."""
+        return self.token_layers / (self.n_layers * self.n_positions)
+
+    @property
+    def share(self) -> float:
+        """The work as a share of one full pass for every row."""
+        return self.forwards / self.runs if self.runs else 0.0

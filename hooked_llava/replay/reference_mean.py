@@ -1,0 +1,213 @@
+"""The mean of an activation over a reference: what mean ablation puts in its place, so that what all prompts share stays."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.replay.binding import indices, patches_of
+from hooked_llava.replay.intervention import Intervention, comparable
+from hooked_llava.replay.row_edits import images_of
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+
+@dataclass(eq=False)
+class Place:
+    """A hook and the positions there whose activations are averaged, as an intervention names them."""
+
+    name: str
+    """Full hook name."""
+    spec: HookSpec
+    where: Any
+    image: Any = None
+    total: Tensor | None = None
+    """Sum so far, the position axis kept with one entry."""
+    n: int = 0
+
+    def add(self, activation: Tensor, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Add some positions of some rows [row, ...]."""
+        axis = (self.spec.position_axis or 1) - 1
+        for row, positions in rows:
+            index = torch.tensor(list(positions), device=activation.device, dtype=torch.long)
+            part = activation[row].index_select(axis, index).double().sum(axis, keepdim=True)
+            if self.total is not None and self.total.shape != part.shape:
+                raise InputError(
+                    f"mean_of= has {self.name!r} of different shapes, {tuple(self.total.shape)} and {tuple(part.shape)}; "
+                    "prompts of one length are needed for a mean of scores or patterns."
+                )
+            self.total = part if self.total is None else self.total + part
+            self.n += len(positions)
+
+    def mean(self, dtype: torch.dtype) -> Tensor:
+        """The mean; raises `InputError` for that over a single activation."""
+        if self.total is None or self.n < 2:
+            raise InputError(
+                f"mean_of= has {self.n} activations of {self.name!r} at {self.where!r}, and the mean of one is that one itself; "
+                "give several prompts or positions, or value=."
+            )
+        return (self.total / self.n).to(dtype)
+
+
+def with_means(model: HookedLLaVA, interventions: Sequence[Intervention]) -> list[Intervention]:
+    """The interventions, each `mean_of` turned into the value that it stands for.
+
+    A reference that several name is run once for all of them. Raises as `reference_means`.
+    """
+    by_reference: dict[int, list[int]] = defaultdict(list)
+    for i, intervention in enumerate(interventions):
+        if intervention.mean_of is not None:
+            by_reference[id(intervention.mean_of)].append(i)
+    filled = list(interventions)
+    for members in by_reference.values():
+        own = [interventions[i] for i in members]
+        places = [(intervention.hook, intervention.positions, intervention.image) for intervention in own]
+        for i, mean in zip(members, reference_means(model, own[0].mean_of, places), strict=True):
+            filled[i] = replace(filled[i], mean_of=None, value=_cut(model, filled[i], mean))
+    return filled
+
+
+@torch.no_grad()
+def reference_means(
+    model: HookedLLaVA, reference: Any, places: Sequence[tuple[Any, Any] | tuple[Any, Any, Any]]
+) -> list[Tensor]:
+    """The mean activation at each place, over all prompts of a reference and all positions that the place has in each.
+
+    Args:
+        model: the model.
+        reference: prompts (anything `model.as_inputs` takes), or a list of batches of them; a cache or a dict of activations
+            by hook name; a Replay; or the mean itself as a tensor.
+        places: (hook, positions) or (hook, positions, image); positions mean in every prompt of the reference what they mean
+            in any: a span may be of another length in each. A cache that keeps some positions only is averaged over those.
+
+    Returns for each place a tensor like the hook's without its batch axis, with one entry on the axis of positions. Raises
+    `InputError` for a single activation, `SpanError` for spans that the reference does not have, and `HookNameError` for
+    hooks that it does not hold.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> both = model.prepare(["Who made the star?", "Who made the ring?"])
+    >>> reference_means(model, both, [(("z", 3), "last")])[0].shape == (1, model.cfg.n_heads, model.cfg.d_head)
+    True
+    """
+    if isinstance(reference, Tensor):
+        return [reference] * len(places)
+    distinct: dict[Any, Place] = {}
+    keys = []
+    for hook, where, *image in places:
+        name = model.hooks_table.one(hook)
+        keys.append((name, comparable(where), comparable(image[0] if image else None)))
+        distinct.setdefault(keys[-1], Place(name, model.hooks_table[name], where, *image))
+    _gather(model, reference, list(distinct.values()))
+    wide = torch.promote_types(model.cfg.dtype, torch.float32)
+    means = {key: place.mean(wide) for key, place in distinct.items()}
+    return [means[key] for key in keys]
+
+
+def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
+    """Sum up the activations of every place, from whatever holds them."""
+    names = list(dict.fromkeys(place.name for place in places))
+    if hasattr(reference, "kept") and hasattr(reference, "run_with_cache"):  # a Replay
+        everywhere = list(range(reference.kept.n_positions))
+        same = Intervention("hook_embed", positions=[0], scale=1.0)  # changes nothing, but makes a run start there
+        _, (held,) = reference.run_with_cache([[same]], names, positions=everywhere)
+        for place in places:
+            place.add(held[place.name], _rows(model, place, reference.inputs))
+    elif isinstance(reference, ActivationCache) or (isinstance(reference, Mapping) and "input_ids" not in reference):
+        for place in places:
+            activation = _held(reference, place.name)
+            place.add(activation, _rows_of_cache(model, place, reference, activation))
+    else:
+        for prompts in _batches(model, reference):
+            _run(model, prompts, places, names)
+
+
+def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[str]) -> None:
+    """Run some prompts, as far as the hooks need it, and sum up what passes by; nothing is kept."""
+
+    @reads_only
+    def add(tensor: Tensor, hook: HookPoint) -> None:
+        for place in places:
+            if place.name == hook.name:
+                place.add(tensor, _rows(model, place, prompts))
+
+    end = max(model.hooks_table.stage(name) for name in names) + 1
+    stop: dict[str, Any] = {"stop_at_layer": max(end, 0)} if end <= model.cfg.n_layers else {}
+    model.run_with_hooks(prompts, fwd_hooks=[(names, add)], **stop)
+
+
+def _batches(model: HookedLLaVA, reference: Any) -> Iterator[Inputs]:
+    several = isinstance(reference, (list, tuple)) and not all(isinstance(entry, str) for entry in reference)
+    for batch in reference if several else [reference]:
+        yield model.as_inputs(batch)
+
+
+def _rows(model: HookedLLaVA, place: Place, inputs: Inputs) -> list[tuple[int, Sequence[int]]]:
+    """For each row of the hook's activation the positions that are meant."""
+    if place.name.startswith(IMAGE_SIDE):
+        patches = patches_of(place.where, place.spec, model)
+        return [(image, patches) for _, image in images_of(inputs, place.image)]
+    return [(i, positions_of(place.where, m, inputs.shape[1])) for i, m in enumerate(inputs.token_maps)]
+
+
+def _held(cache: Any, name: str) -> Tensor:
+    """An activation of a cache, with its batch axis."""
+    with suppress(KeyError):
+        held = cache[name]
+        return held if getattr(cache, "has_batch_dim", True) else held[None]
+    raise HookNameError(f"mean_of= is a cache that does not hold {name!r}; name it in names_filter to cache it.")
+
+
+def _rows_of_cache(model: HookedLLaVA, place: Place, cache: Any, activation: Tensor) -> list[tuple[int, Sequence[int]]]:
+    rows, n = range(len(activation)), activation.shape[place.spec.position_axis or 1]
+    token_maps = getattr(cache, "token_maps", None)
+    if place.name.startswith(IMAGE_SIDE):
+        if place.image is not None:
+            raise InputError(
+                f"mean_of= is a cache, which does not say whose images are whose; leave image={place.image} out."
+            )
+        patches = patches_of(place.where, place.spec, model)
+        return [(row, patches) for row in rows]
+    if getattr(cache, "some_positions", False):
+        return [(row, range(n)) for row in rows]
+    if token_maps is not None:
+        return [(row, positions_of(place.where, token_maps[row], n)) for row in rows]
+    spans = getattr(cache, "spans", {})
+    if isinstance(place.where, str) and place.where not in spans:
+        raise InputError(
+            f"mean_of= is a cache that does not know where {place.where!r} is in its prompts (it is a plain dict, or was read "
+            "from a file); give positions by number, or the prompts themselves."
+        )
+    where = spans[place.where] if isinstance(place.where, str) else place.where
+    return [(row, positions_of(where, None, n)) for row in rows]
+
+
+def _cut(model: HookedLLaVA, intervention: Intervention, mean: Tensor) -> Tensor:
+    """The mean at the heads or neurons that an intervention names, if it holds all of them."""
+    name = model.hooks_table.one(intervention.hook)
+    spec, language = model.hooks_table[name], model.config.language
+    tower = model.config.vision if name.startswith("vision.") else language
+    sizes = {"head": tower.n_heads, "kv_head": tower.n_key_value_heads, "d_mlp": tower.d_mlp}
+    for axis, what in (("head", "heads"), ("kv_head", "heads"), ("d_mlp", "neurons")):
+        given = getattr(intervention, what)
+        if axis in spec.axes and given is not None:
+            at = spec.axes.index(axis) - len(spec.axes)  # from the end: a tensor may lack the axis of positions
+            if "key" in spec.axes and mean.ndim == len(spec.axes) - 2:
+                at += 1
+            chosen = indices(given, sizes[axis], what, name)
+            if mean.ndim >= -at and mean.shape[at] == sizes[axis]:
+                mean = mean.index_select(at, torch.tensor(chosen, device=mean.device))
+    return mean

@@ -1,0 +1,273 @@
+"""Replay: a finished run that can be entered again at any layer and position.
+
+In LLaVA the image comes first and attention is causal, so a change at layer l and position p reaches only layers >= l
+and positions >= p. Replay keeps the residual stream, keys and values of one run; a re-run
+
+1. enters at the first layer that is changed, with the kept stream;
+2. carries only the positions from the first changed one on, and reads earlier keys and values from the kept run;
+3. stacks runs into one batch, each row with its own changes; rows join at their own layer, so that one pass over the
+   layers serves them all;
+4. computes, in the last layer and behind it, only the positions that are read.
+
+The result is the full run's with the same hooks, up to the rounding of another order of summation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_llava.architecture.hooks import IMAGE_SIDE
+from hooked_llava.errors import InputError, StaleReplayError
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.model.weights_id import weights_version
+from hooked_llava.readout.metrics import Metric
+from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.branch import EMBEDDINGS, branched_run
+from hooked_llava.replay.image_side import ImageSide
+from hooked_llava.replay.intervention import Intervention
+from hooked_llava.replay.kept_run import keep
+from hooked_llava.replay.layer_pass import Climb
+from hooked_llava.replay.plan import PlannedRun, Work, plan_run
+from hooked_llava.replay.reference_mean import with_means
+from hooked_llava.replay.sweep import Sweep
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+
+class Replay:
+    """One run of a batch of prompts, kept, and re-run under interventions at the cost of what they can reach.
+
+    Args:
+        model: the model; nobody may be listening to its hooks.
+        inputs: anything `model.as_inputs` takes; a batch of prompts applies every run to every prompt.
+        dtype: keep streams, keys and values in this dtype (half of the memory, no longer exact).
+        device: keep them there.
+
+    Raises `InputError` if functions are attached to the model.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> replay = Replay(model, model.prepare("Who made the star?"))
+    >>> replay.run([[Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)]]).shape[0]
+    1
+    """
+
+    def __init__(
+        self,
+        model: HookedLLaVA,
+        inputs: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
+        self.model = model
+        self.inputs = model.as_inputs(inputs)
+        _refuse_listeners(model, InputError)
+        self._weights = weights_version(model)
+        self._pictures_changed = False
+        with torch.no_grad():
+            self.kept = keep(model, self.inputs, dtype=dtype, device=device)
+        self.image_side = ImageSide(model, self.inputs)
+        self.work = Work(n_layers=model.cfg.n_layers, n_positions=self.kept.n_positions)
+
+    @property
+    def key_value_share(self) -> float:
+        """What keys and values cost of a block, counted in multiplications by weights."""
+        cfg = self.model.config.language
+        key_value = 2 * cfg.n_key_value_heads * cfg.d_head
+        rest = 2 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+        return key_value / (key_value + rest)
+
+    @staticmethod
+    def forecast(model: HookedLLaVA, inputs: Any, *, dtype: torch.dtype | None = None) -> int:
+        """Bytes that a Replay of these inputs keeps, without running the model."""
+        prompt = model.as_inputs(inputs)
+        cfg = model.config.language
+        per_position = (cfg.n_layers + 1) * cfg.d_model + 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head
+        return len(prompt) * prompt.shape[1] * per_position * (dtype or model.cfg.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.kept.nbytes
+
+    def logits(self, positions: Positions = "last") -> Float[Tensor, "*prompt_position d_vocab"]:
+        """Logits of the kept run: [d_vocab] for one prompt, [prompt, d_vocab] for a batch, with a position axis unless "last"."""
+        return self.shaped(self.kept_logits(positions)[None], positions)[0]
+
+    def run(
+        self,
+        runs: Any,
+        metric: Metric | None = None,
+        positions: Positions = "last",
+        batch_size: int | None = None,
+        *,
+        progress: bool = True,
+    ) -> Float[Tensor, "run ..."]:
+        """Logits under every run's interventions, or the metric of them.
+
+        Args:
+            runs: a list of runs, each an `Intervention` or a list of those that it applies together.
+            metric: function of logits [..., d_vocab], see `metrics.measured`; its values are returned instead of logits.
+            positions: where logits are read; "last", another span, or positions.
+            batch_size: rows (runs x prompts) at once; chosen from the free memory by default.
+            progress: show a progress bar on anything longer than two seconds.
+
+        Returns [run, d_vocab] for one prompt and [run, prompt, d_vocab] for a batch, with a further axis before d_vocab
+        for positions other than "last"; or the metric's values in its place. A run that changes nothing gives the kept
+        logits bit for bit. Raises `HookNameError`, `SpanError` or `InputError` for runs that do not fit, before anything
+        is computed, and `StaleReplayError` if the weights were changed or functions attached since.
+        """
+        return self.sweep(runs, metric, positions, batch_size, progress=progress).run()
+
+    def sweep(
+        self,
+        runs: Any,
+        metric: Metric | None = None,
+        positions: Positions = "last",
+        batch_size: int | None = None,
+        *,
+        progress: bool = True,
+    ) -> Sweep:
+        """The planned sweep, to be started with `.run()`; if interrupted, `.run()` again goes on where it stopped."""
+        planned = self._planned(runs)
+        return Sweep(self, planned, metric, positions, batch_size, progress=progress)
+
+    def run_with_cache(
+        self, runs: Any, names_filter: Any, positions: Positions = "last"
+    ) -> tuple[Float[Tensor, "run ..."], list[dict[str, Tensor]]]:
+        """Logits, and for each run the activations that were recomputed, by hook name.
+
+        A tensor holds all prompts and the positions from the run's first changed one on (in the last layer those that are
+        read); hooks below the layer where a run enters are not in its dict, because they are as in the kept run.
+        """
+        names = self._recordable(names_filter)
+        planned = self._planned(runs)
+        self.check_fresh()
+        results, caches = [self.kept_logits(positions)[None][:0]], []
+        for run in planned:
+            climb = Climb(self, [run], self.wanted(positions), names)
+            results.append(climb.logits() if run.changes else self.kept_logits(positions)[None])
+            caches.append(climb.seen)
+            self.work.runs += len(self.inputs) * run.changes
+        return self.shaped(torch.cat(results), positions), caches
+
+    def _recordable(self, names_filter: Any) -> list[str]:
+        names = self.model.hooks_table.resolve(names_filter, with_image=self.inputs.pixel_values is not None)
+        if image_side := [name for name in names if name.startswith(IMAGE_SIDE)]:
+            raise InputError(
+                f"{image_side[0]} fires before the image enters the language tower, and a re-run records hooks of the "
+                "language tower only; read it with model.run_with_hooks, or name others, such as 'blocks.*.hook_z'."
+            )
+        return names
+
+    def branch(self, changes: Any) -> Replay:
+        """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
+
+        `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
+        its own runs start from there; the work is counted here. Raises `InputError` for any other hook, and in the
+        branch for interventions on the image side if embeddings of a picture were changed.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> replay = Replay(model, model.prepare("Who made the star?"))
+        >>> ring = model.W_E[model.to_single_token("ring")]
+        >>> other = replay.branch(Intervention("hook_embed", positions=replay.inputs.token_map.find("star"), value=ring))
+        >>> torch.allclose(other.logits(), model(model.prepare("Who made the ring?"))[0, -1], atol=1e-3)
+        True
+        """
+        interventions = [changes] if isinstance(changes, Intervention) else list(changes)
+        planned = self._plan(0, interventions)
+        interventions = with_means(self.model, interventions)
+        if wrong := [r.name for r in (*planned.image, *planned.language) if r.name not in EMBEDDINGS]:
+            raise InputError(
+                f"A branch changes embeddings, {' or '.join(EMBEDDINGS)}, and {wrong[0]} was given; apply other "
+                "interventions with run()."
+            )
+        self.check_fresh()
+        other = copy.copy(self)
+        other.work = Work(n_layers=self.work.n_layers, n_positions=self.work.n_positions)
+        if planned.start is not None:
+            other.kept = branched_run(self, interventions, planned.start)
+        mask = self.inputs.image_mask.cpu()
+        changed = (bool(mask[i, list(where)].any()) for r in planned.language for i, where in enumerate(r.positions))
+        other._pictures_changed = self._pictures_changed or any(changed)  # noqa: SLF001 (of its own class)
+        return other
+
+    def check_fresh(self) -> None:
+        """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
+        _refuse_listeners(self.model, StaleReplayError)
+        if weights_version(self.model) != self._weights:
+            raise StaleReplayError(
+                "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
+                "Replay, or revert the edit."
+            )
+
+    def wanted(self, positions: Positions) -> Tensor:
+        """Absolute positions at which logits are read, [prompt, position]."""
+        return resolve_positions(positions, self.inputs).to(self.inputs.device)
+
+    def _planned(self, runs: Any) -> list[PlannedRun]:
+        """The runs, all checked before a reference mean is taken for any."""
+        lists = [[run] if isinstance(run, Intervention) else list(run) for run in _listed(runs)]
+        planned = [self._plan(i, run) for i, run in enumerate(lists)]
+        if any(iv.mean_of is not None for run in lists for iv in run):
+            filled = iter(with_means(self.model, [iv for run in lists for iv in run]))
+            planned = [self._plan(i, [next(filled) for _ in run]) for i, run in enumerate(lists)]
+        return planned
+
+    def _plan(self, index: int, run: Sequence[Any]) -> PlannedRun:
+        resolved = [resolve(intervention, self.model, self.inputs) for intervention in run]
+        planned = plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
+        if planned.image and self._pictures_changed:
+            raise InputError(
+                f"{planned.image[0].name} fires before the picture's embeddings, which this branch has replaced; give "
+                "the intervention to the Replay that it was branched from."
+            )
+        return planned
+
+    @torch.no_grad()
+    def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
+        """Logits of the kept run, with all axes."""
+        index = self.wanted(positions)
+        final = self.kept.stream(self.model.cfg.n_layers)
+        rows = torch.arange(len(final), device=final.device)[:, None]
+        return self.model.language.to_logits(final[rows, index])
+
+    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
+        """Without the prompt axis for one prompt, and without the position axis for "last"."""
+        logits = logits[:, 0] if len(self.inputs) == 1 else logits
+        return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
+
+
+def _listed(runs: Any) -> Sequence[Any]:
+    if isinstance(runs, Intervention):
+        raise InputError(
+            "runs= is one Intervention; expected a list of runs, each a list of Interventions: [[...], ...]."
+        )
+    return runs
+
+
+def _refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
+    listening = [name for name, module in model.named_modules() if _has_hooks(module)]
+    if listening:
+        raise error(
+            f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
+            "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether functions are attached to a module, be it by us, by TransformerLens or by torch."""
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
+    )

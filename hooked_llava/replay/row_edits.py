@@ -1,0 +1,71 @@
+"""Interventions of many runs as one hook function on a batch of rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.replay.bound import Resolved
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import Inputs
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One intervention on one row of a batch."""
+
+    row: int
+    prompt: int
+    resolved: Resolved
+    where: dict[int, int] | int
+    """From absolute positions to the row's own: an offset, or a table of the positions it holds."""
+
+    def apply(self, batch: Tensor) -> None:
+        """Change the row in place."""
+        self.resolved.apply(batch[self.row], self.where, self.prompt)
+
+
+def edited_copy(batch: Tensor, edits: Iterable[Edit]) -> Tensor:
+    """A copy of the batch with all edits made."""
+    changed = batch.clone()
+    for one in edits:
+        one.apply(changed)
+    return changed
+
+
+def images_of(inputs: Inputs, which: int | None) -> list[tuple[int, int]]:
+    """(prompt, index of the image in the batch) of every image, or of each prompt's image of that number."""
+    found, first = [], 0
+    for prompt, n in enumerate(inputs.images_per_prompt):
+        found += [(prompt, first + i) for i in range(n) if which is None or i == which]
+        first += n
+    return found
+
+
+def edit_function(edits: list[Edit]) -> Callable[..., Tensor]:
+    """A hook function that makes all edits on a copy of the batch."""
+
+    @reads_only  # it copies the tensor itself, so it needs no private copy
+    def edit(tensor: Tensor, hook: HookPoint) -> Tensor:
+        return edited_copy(tensor, edits)
+
+    return edit
+
+
+@contextmanager
+def edited(model: HookedLLaVA, edits: Iterable[Edit], listeners: list[tuple[Any, Any]] | None = None) -> Iterator[None]:
+    """The edits attached to their hooks, and after them the listeners, for the time of the block."""
+    by_name: dict[str, list[Edit]] = defaultdict(list)
+    for edit in edits:
+        by_name[edit.resolved.name].append(edit)
+    hooks: list[tuple[Any, Any]] = [(name, edit_function(several)) for name, several in by_name.items()]
+    with model.hooks([*hooks, *(listeners or [])]):
+        yield

@@ -1,0 +1,263 @@
+"""Results are labelled arrays: `xarray` with named axes, and attributes that say how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.storage import written_whole
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SHARE = "share recovered"
+"""Units of `recovered`: 0 corrupted, 1 clean."""
+_TIED = 1e-3  # of the largest value
+_FORMAT = "hooked_llava.result.v1"
+_ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
+_LISTED = (  # attributes that each prompt or pair has its own of
+    *("clean", "corrupted", "prompt", "images", "corrupted_prompt", "corrupted_images"),
+    *("logit", "rest"),
+)
+
+
+def stack(results: Sequence[Any], dim: str) -> Any:
+    """Results of several prompts or pairs (arrays or datasets) side by side on a new first axis.
+
+    Attributes that differ become lists, costs are added. Where positions differ, their axis counts from 0 and the
+    coordinate `absolute_position` [dim, position] says where they are. Raises `InputError` for different lengths.
+
+    >>> import xarray as xr
+    >>> parts = [xr.DataArray([1.0, 2.0], dims="position", coords={"position": [p, p + 1]}) for p in (3, 5)]
+    >>> stack(parts, "pair").absolute_position.values.tolist()
+    [[3, 4], [5, 6]]
+    """
+    import xarray as xr
+
+    sizes = [dict(result.sizes) for result in results]
+    check_sizes(sizes)
+    bare = [result.drop_attrs(deep=False) for result in results]
+    per_result: dict[str, Any] = {dim: range(len(bare))}
+    if "position" in sizes[0]:
+        places = np.stack([r.position.values for r in bare])
+        if (places != places[0]).any():
+            per_result["absolute_position"] = ((dim, "position"), places)
+            bare = [r.assign_coords(position=range(places.shape[1])) for r in bare]
+    if any("label" in r.coords and not r.label.equals(bare[0].label) for r in bare):
+        per_result["label"] = ((dim, *bare[0].label.dims), np.stack([r.label.values for r in bare]))
+        bare = [r.drop_vars("label") for r in bare]
+    joined = xr.concat(bare, dim=dim, coords="minimal", compat="override", join="exact")
+    return joined.assign_coords(per_result).assign_attrs(join_attrs([r.attrs for r in results]))
+
+
+def check_sizes(sizes: Sequence[Mapping[Any, int]]) -> None:
+    """Raise `InputError` unless results of these sizes, {axis: length}, can be stacked: to be found out before they are made.
+
+    >>> check_sizes([{"layer": 6, "position": 11}, {"layer": 6, "position": 11}])
+    """
+    if any(size != sizes[0] for size in sizes):
+        raise InputError(
+            f"The results have different sizes ({', '.join(str(dict(size)) for size in sizes)}), which do not stack. "
+            "Choose positions that all have ('all' together, or a span of equal length), or do one at a time."
+        )
+
+
+def join_attrs(attrs: Sequence[dict[str, Any]], *, keep_differing: bool = True) -> dict[str, Any]:
+    """Attributes of several results as those of one: costs added up, and of the rest what all have alike.
+
+    What differs, or is each result's own (the prompt), becomes a list, or is left out.
+
+    >>> join_attrs([{"n_forward": 1, "model": "m", "prompt": "a"}, {"n_forward": 2, "model": "m", "prompt": "b"}])
+    {'n_forward': 3, 'model': 'm', 'prompt': ['a', 'b']}
+    """
+    joined = {}
+    for name, first in attrs[0].items():
+        values = [a.get(name) for a in attrs]
+        if name in _ADDED:
+            joined[name] = sum(values)
+        elif name not in _LISTED and all(value == first for value in values):
+            joined[name] = first
+        elif keep_differing:
+            joined[name] = values
+    return joined
+
+
+def recovered(result: Any) -> Any:
+    """Patching results as the share of the two runs' difference that comes back: 0 is corrupted, 1 is clean.
+
+    (m - m_corrupted) / (m_clean - m_corrupted) for a metric m, as `activation_patching` and `path_patching` return it
+    (arrays named "metric"). Estimated changes of the metric, as in the arrays of `attribution_patching`'s dataset, are
+    first added to the metric of the run that is patched. The attribute `neutral` says what a cell that does nothing
+    has: 0 where clean activations are put into the corrupted run, 1 where it is the reverse. What is in shares already
+    stays as it is.
+
+    Raises `InputError` where the result does not say what the metric of the two runs is (an array taken out of a
+    dataset: take the share of the whole dataset first), or where it is the same.
+
+    >>> import xarray as xr
+    >>> ends = {"clean": 3.0, "corrupted": -1.0, "direction": "denoise"}
+    >>> recovered(xr.DataArray([-1.0, 1.0, 3.0], dims="layer", name="metric", attrs=ends)).values.tolist()
+    [0.0, 0.5, 1.0]
+    """
+    if result.attrs.get("units") == SHARE:
+        return result
+    ends = [result.attrs.get(name) for name in ("clean", "corrupted")]
+    if None in ends:
+        raise InputError(
+            "The result does not say what the metric is in the clean and in the corrupted run (attributes `clean` and "
+            "`corrupted`). Give the whole result of a patching analysis: recovered(estimate)['z'], not "
+            "recovered(estimate['z'])."
+        )
+    clean, corrupted = (_along_pairs(end, result) for end in ends)
+    if bool((clean == corrupted).any()):
+        raise InputError(
+            f"The metric is the same in the clean and in the corrupted run ({ends[0]}), so there is no difference to "
+            "recover; choose another metric or pair."
+        )
+    neutral = float(result.attrs.get("direction") == "noise")
+    is_array = not hasattr(result, "data_vars")
+    lifted = result - corrupted if is_array and result.name == "metric" else result + neutral * (clean - corrupted)
+    share = lifted / (clean - corrupted)
+    about = {"units": SHARE, "neutral": neutral}
+    if is_array:
+        return share.rename("recovered").assign_attrs({**result.attrs, **about})
+    named = {name: array.assign_attrs(about) for name, array in share.data_vars.items()}
+    return share.assign(named).assign_attrs({**result.attrs, **about})
+
+
+def _along_pairs(end: float | Sequence[float], result: Any) -> Any:
+    """The metric of one side, along the axis of the pairs where there are several."""
+    import xarray as xr
+
+    return xr.DataArray(end, dims="pair" if isinstance(end, (list, tuple)) else ())
+
+
+def stream_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
+    """Coordinates of an axis of residual streams: the number of the layer that each enters, and its name, last "final".
+
+    The name stays with its stream where some layers are chosen, which a number by itself does not say.
+
+    >>> stream_coords(2)
+    {'layer': [0, 1, 2], 'layer_name': ('layer', ['0', '1', 'final'])}
+    """
+    return {dim: list(range(n_layers + 1)), "layer_name": (dim, [*map(str, range(n_layers)), "final"])}
+
+
+def n_tied(values: np.ndarray) -> int:
+    """How many further values are as large as the largest, but for a thousandth of it: what a "best" must say.
+
+    >>> n_tied(np.array([0.5, 0.9, 0.9, 0.8995])), n_tied(np.array([0.1, 0.9]))
+    (2, 0)
+    """
+    largest = np.nanmax(values)
+    return int((values >= largest - _TIED * abs(largest)).sum()) - 1
+
+
+def numbers(values: Tensor) -> np.ndarray:
+    """A tensor's numbers for a result: in its own precision, or in float32 where NumPy has none such.
+
+    >>> numbers(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype('float32')
+    """
+    values = values.detach().cpu()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+
+
+# ---------------------------------------------------------------------- files
+
+
+def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a result to one safetensors file: numbers as tensors; names, words and attributes as JSON; no pickle.
+
+    Nothing half-written stays behind. Raises `InputError` for contents that the file cannot hold (dates, objects), and a
+    folder that is not there.
+
+    >>> import tempfile, xarray as xr
+    >>> result = xr.DataArray([1.0, 2.0], dims="layer", coords={"word": ("layer", ["a", "b"])}, attrs={"model": "m"})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(result, folder + "/result.safetensors")
+    ...     load(folder + "/result.safetensors").identical(result)
+    True
+    """
+    tensors: dict[str, np.ndarray] = {}
+    variables = {}
+    is_array = not hasattr(result, "data_vars")
+    arrays = {"": result.variable} if is_array else {str(name): v.variable for name, v in result.data_vars.items()}
+    for role, several in (("data", arrays), ("coord", {str(n): v.variable for n, v in result.coords.items()})):
+        for name, variable in several.items():
+            key = f"{role}:{name}"
+            variables[key] = {"dims": list(map(str, variable.dims)), "shape": list(variable.shape)}
+            variables[key]["attrs"] = _plain(variable.attrs if role == "coord" or not is_array else {}, name)
+            values = variable.values
+            if values.dtype.kind in "UO":
+                variables[key]["words"] = _words(values, name)
+            elif values.dtype.kind in "biuf" and values.dtype.itemsize <= 8:
+                tensors[key] = np.ascontiguousarray(values).reshape(-1)
+            else:
+                raise InputError(f"{name!r} holds {values.dtype}; a result file holds numbers, booleans and words.")
+    about = {
+        "kind": "DataArray" if is_array else "Dataset",
+        "name": str(result.name) if is_array and result.name is not None else None,
+        "attrs": _plain(result.attrs, "the result"),
+        "variables": variables,
+    }
+    with written_whole(path) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
+
+
+def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
+    """Read a result that `save` wrote; raises `CheckpointError` for any other file."""
+    import xarray as xr
+
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); expected one that save wrote."
+        ) from None
+    if about.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
+    described = json.loads(about["about"])
+    found: dict[str, dict[str, xr.Variable]] = {"data": {}, "coord": {}}
+    for key, entry in described["variables"].items():
+        role, _, name = key.partition(":")
+        flat = tensors[key] if key in tensors else np.array(entry["words"], dtype=str)
+        found[role][name] = xr.Variable(entry["dims"], flat.reshape(entry["shape"]), entry["attrs"])
+    if described["kind"] == "Dataset":
+        return xr.Dataset(found["data"], coords=found["coord"], attrs=described["attrs"])
+    return xr.DataArray(found["data"][""], coords=found["coord"], name=described["name"]).assign_attrs(
+        described["attrs"]
+    )
+
+
+def _words(values: np.ndarray, name: str) -> list[str]:
+    words = values.reshape(-1).tolist()
+    if not all(isinstance(word, str) for word in words):
+        raise InputError(
+            f"{name!r} holds {values.dtype} that are not all words; a result file holds numbers and words."
+        )
+    return words
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value as JSON has it: tuples as lists, NumPy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {str(key): _plain(v, f"{where}, {key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(v, where) for v in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), where)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise InputError(f"An attribute of {where} is a {type(value).__name__}; expected numbers, words, or lists of them.")

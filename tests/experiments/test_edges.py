@@ -1,0 +1,94 @@
+"""Edges by name: spans joined, objects and random patches, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.experiments.edges import STANDARD, Edge, edge_names, edges_of, marked, study_edges
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.readout.metrics import teacher_forced
+from hooked_llava.replay import Intervention
+from hooked_llava.replay.binding import resolve
+from tests.pairs import as_users_run, pair
+
+# <s> picture(2 x 2) text | question question | rest | last
+TEXT = TokenMap(token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), grid=(2, 2))
+TOKENS = TEXT.with_spans(question=[6, 7], object=[2])
+
+
+def test_edges_in_every_spelling() -> None:
+    pair = [Edge("image->last", "image", "last")]
+    for spelling in ("image->last", ["image->last"], ("image", "last"), [("image", "last")], (("image", "last"),)):
+        assert edges_of(spelling) == pair, spelling
+    assert edges_of({"image->last": ("image", "last")}) == edges_of({"image->last": "image->last"}) == pair
+    two = edges_of((("image", "last"), "question->last"))
+    assert [edge.name for edge in two] == ["image->last", "question->last"]
+    assert edges_of([([3, 4], None)]) == [Edge("[3, 4]->all", [3, 4], None)]
+    assert edges_of(([3, 4], [5]))[0].source == [3, 4]
+    assert edge_names(("image", "last")) == edge_names("image->last") == ["image->last"]
+    assert edge_names({"mine": ("image", "last")}) == edge_names(["mine"]) == ["mine"]
+    for wrong in (("image", "last", "text"), [3], [("image",)]):
+        with as_users_run(), pytest.raises(InputError, match="is no edge"):
+            edges_of(wrong)
+    with pytest.raises(InputError, match="given twice"):
+        edges_of([("image", "last"), "image->last"])
+
+
+def test_edges_by_name_or_with_their_ends() -> None:
+    assert edges_of(["a->b"]) == [Edge("a->b", "a", "b")]
+    assert edges_of({"mine": ("image", [9])}) == [Edge("mine", "image", [9])]
+    blocked = Edge.of("image -> last").blocked([1, 2])
+    assert [iv.hook for iv in blocked] == ["blocks.1.attn.hook_attn_scores", "blocks.2.attn.hook_attn_scores"]
+    assert blocked[0].block == ("source of image -> last", "target of image -> last")
+    for wrong in ("image", "->last", "image->", ""):
+        with pytest.raises(InputError, match="is no edge; expected 'source->target'"):
+            Edge.of(wrong)
+    with pytest.raises(InputError, match="given twice"):
+        edges_of(["a->b", "a->b"])
+
+
+def test_marked_prompts_have_both_ends_of_every_edge() -> None:
+    ours = pair("plain").ours
+    inputs = ours.as_inputs(pair("plain").prompt(n_text=6)).with_spans(question=[6, 7])
+    edges = edges_of({"one": ("image", "question|last"), "two": ([0, 2], None), "three": ("object", "last")})
+    found, present = marked(inputs, edges, missing="skip")
+    assert present.tolist() == [[True, True, False]]
+    ends = {name: found.token_map[name].tolist() for edge in edges for name in edge.ends}
+    last = inputs.shape[1] - 1
+    assert ends["source of one"] == [1, 2, 3, 4]
+    assert ends["target of one"] == [6, 7, last]
+    assert ends["source of two"] == [0, 2]
+    assert ends["target of two"] == list(range(last + 1))
+    assert ends["source of three"] == ends["target of three"] == []
+    assert "one" not in inputs.token_map.named
+    with pytest.raises(SpanError):
+        marked(inputs, edges)
+    with pytest.raises(InputError, match="every source lies behind every target"):
+        marked(inputs, edges_of({"back": ("last", "question")}), missing="skip")
+
+
+def test_edges_of_a_study_mean_the_same_in_every_question() -> None:
+    every = [f"{name}->last" for name in STANDARD]
+    assert [edge.name for edge in study_edges(every)] == every
+    assert study_edges({"whole": (None, "last")})[0].source is None
+    with pytest.raises(SpanError, match="'patches', which no prompt has"):
+        study_edges(["image&patches->last"])
+    with pytest.raises(InputError, match="names positions by number"):
+        study_edges({"mine": (range(3), "last")})
+
+
+def test_last_is_where_an_appended_answer_is_read() -> None:
+    """In edges alone: as a span of its own it stays the prompt's last position."""
+    ours = pair().ours
+    asked = ours.as_inputs(pair().prompt(n_text=6)).with_spans(question=[6, 7, 8])
+    forced = teacher_forced(ours, asked, [7, 8, 9]).inputs
+    for end, positions in (("last", [10, 11, 12]), ("question|last", [6, 7, 8, 10, 11, 12]), ([10], [10])):
+        for inputs, found in ((forced, positions), (asked, [p for p in positions if p < 11])):
+            [edge] = edges_of({"mine": ("image", end)})
+            assert marked(inputs, [edge])[0].token_map[edge.ends[1]] == found
+            block = resolve(Intervention("blocks.1.attn.hook_attn_scores", block=("image", end)), ours, inputs)
+            assert list(block.positions[0]) == found
+            named = resolve(Intervention("blocks.1.hook_mlp_out", positions=end, zero=True), ours, inputs)
+            assert list(named.positions[0]) == [p for p in positions if p < 11]
+    assert forced.token_map["predicting"] == [10, 11, 12]

@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
+
+from hooked_llava.errors import InputError, PromptWithoutTemplate, SpanError
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import as_inputs
+from hooked_llava.prompt.prepare import prepare as prepare_inputs
+from hooked_llava.prompt.templates import Template
+from hooked_llava.toy.processor import build_processor
+from tests.builders import IMAGE_TOKEN_ID
+from tests.fixtures_processor import make_config, make_processor
+
+CONFIG, PROCESSOR = make_config(), make_processor()
+QUESTION = "What color is the star?"
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+def prepare(question: Any, images: Any = None, **settings: Any) -> Inputs:
+    return prepare_inputs(question, images, **{"config": CONFIG, "processor": PROCESSOR, **settings})
+
+
+def says(message: str) -> Any:
+    return pytest.raises(InputError, match=re.escape(message))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_equals_the_processors_own_output(side: str, metaspace: bool) -> None:
+    processor = make_processor(metaspace=metaspace)
+    questions, images = [QUESTION, "Is it?", "Is <image> the <image>?"], [PICTURE, None, [PICTURE, PICTURE]]
+    inputs = prepare(questions, images, processor=processor, padding_side=side)
+    texts = [
+        f"USER: <image>\n{QUESTION} ASSISTANT:",
+        "USER: Is it? ASSISTANT:",
+        "USER: Is <image> the <image>? ASSISTANT:",
+    ]
+    expected = processor(text=texts, images=[PICTURE] * 3, padding=True, padding_side=side, return_tensors="pt")
+    assert inputs.prompts == tuple(texts)
+    assert torch.equal(inputs.input_ids, expected["input_ids"])
+    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
+    assert torch.equal(inputs.pixel_values, expected["pixel_values"])
+    assert inputs.images_per_prompt == (1, 0, 2)
+    for row in range(3):
+        own = inputs[row].token_map
+        for name in ("image", "text", "last"):
+            back = as_inputs(expected, config=CONFIG, processor=processor).token_maps[row]
+            assert own.spans.get(name) == back.spans.get(name)
+
+
+def test_every_kind_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "star.png")
+    expected = prepare(QUESTION, PICTURE)
+    for picture in (
+        tmp_path / "star.png",
+        str(tmp_path / "star.png"),
+        PIXELS,
+        PIXELS / 255,
+        torch.from_numpy(PIXELS).permute(2, 0, 1),
+        [PICTURE],
+    ):
+        inputs = prepare(QUESTION, picture)
+        assert torch.equal(inputs.pixel_values, expected.pixel_values)
+        assert inputs.images is not None
+        np.testing.assert_array_equal(np.asarray(inputs.images[0]), PIXELS)
+
+
+def test_templates() -> None:
+    assert prepare(QUESTION).prompts == (f"USER: {QUESTION} ASSISTANT:",)
+    assert prepare(QUESTION, template="tiny-shapes").prompts == (f"USER: {QUESTION} Answer briefly. ASSISTANT:",)
+    assert prepare(QUESTION, template="tiny-shapes", tail=None, answer_prefix="The color is").prompts == (
+        f"USER: {QUESTION} ASSISTANT: The color is",
+    )
+    assert prepare(QUESTION, tail="Answer in one word.").prompts == (
+        f"USER: {QUESTION}\nAnswer in one word. ASSISTANT:",
+    )
+    assert prepare(QUESTION, template=Template(name="mine", user="Q: ")).prompts == (f"Q: {QUESTION}",)
+    whole = prepare("USER: <image> a star ASSISTANT:", PICTURE, template=None)
+    assert whole.prompts == ("USER: <image> a star ASSISTANT:",)
+    chat = make_processor(chat_template="{% for m in messages %}Q {{ m.content[-1].text }} A{% endfor %}")
+    inputs = prepare(QUESTION, processor=chat)
+    assert inputs.prompts == (f"Q {QUESTION} A",)
+    assert [inputs.token_map.labels[p] for p in inputs.token_map["question"]] == [
+        "What",
+        "color",
+        "is",
+        "the",
+        "star",
+        "?",
+    ]
+
+
+def saved_with(folder: Path, *, metaspace: bool = False, **settings: Any) -> Any:
+    """A processor whose tokenizer.json has truncation and padding switched on, saved and loaded again."""
+    processor = make_processor(metaspace=metaspace, **settings)
+    backend = processor.tokenizer.backend_tokenizer
+    backend.enable_truncation(max_length=8)
+    backend.enable_padding(length=40, pad_id=0, pad_token="<pad>", pad_to_multiple_of=16)
+    backend.save(str(folder / "tokenizer.json"))
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    processor.save_pretrained(folder)
+    return LlavaProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_prompts_are_neither_cut_nor_filled_up(metaspace: bool, tmp_path: Path) -> None:
+    processor, plain = saved_with(tmp_path, metaspace=metaspace), make_processor(metaspace=metaspace)
+    text = f"USER: <image>\n{QUESTION} ASSISTANT:"
+    cut = processor(text=text, images=PICTURE, return_tensors="pt")["input_ids"]
+    assert cut.shape[1] == 8  # what transformers makes of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for questions, images in ((QUESTION, PICTURE), (["Is it?", QUESTION], [PICTURE, None])):
+            ours, wanted = (prepare(questions, images, processor=p) for p in (processor, plain))
+            assert torch.equal(ours.input_ids, wanted.input_ids)
+            assert torch.equal(ours.attention_mask, wanted.attention_mask)
+            assert [m.spans for m in ours.token_maps] == [m.spans for m in wanted.token_maps]
+
+
+def test_a_tokenizer_that_would_cut_at_a_length_of_its_own_does_not() -> None:
+    processor = make_processor()
+    processor.tokenizer.model_max_length = 5
+    processor.tokenizer.init_kwargs["truncation"] = True
+    assert torch.equal(prepare(QUESTION, PICTURE, processor=processor).input_ids, prepare(QUESTION, PICTURE).input_ids)
+
+
+CHAT_WITH_BOS = "{{ '<s>' }}{% for m in messages %}" + (
+    "{{ m.role ~ '\\n' }}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{{ '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "The color is"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_chat_is_tokenized_as_transformers_does(bos: bool, prefix: str) -> None:
+    processor = make_processor(chat_template=CHAT_WITH_BOS if bos else CHAT_WITH_BOS.removeprefix("{{ '<s>' }}"))
+    messages = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": QUESTION}]}]
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": prefix}]}] if prefix else []
+    end: Any = {"continue_final_message": True} if prefix else {"add_generation_prompt": True}
+    wanted = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **end)
+    ours = prepare(QUESTION, PICTURE, processor=processor, answer_prefix=prefix)
+    assert ours.input_ids.tolist() == wanted["input_ids"].tolist()
+    assert ours.input_ids.tolist()[0].count(1) == 1
+    assert torch.equal(ours.pixel_values, wanted["pixel_values"])
+    assert [ours.token_map.labels[p] for p in ours.token_map["question"]] == ["What", "color", "is", "the", "star", "?"]
+
+
+def test_the_beginning_of_text_is_written_once() -> None:
+    bare = prepare("USER: a star", template=None)
+    assert torch.equal(prepare("<s>USER: a star", template=None).input_ids, bare.input_ids)
+    assert prepare("<s>USER: a star", template=None).prompts == ("<s>USER: a star",)
+    with says("Prompt 1 begins with '<s>' and prompt 0 does not; write it before all of them, or before none"):
+        prepare(["a star", "<s>a star"], template=None)
+
+
+def test_the_embedded_processor_brings_its_template() -> None:
+    processor = build_processor()
+    config = make_config(64, image_token_id=processor.image_token_id, text={"vocab_size": len(processor.tokenizer)})
+    inputs = prepare("Is the star red or blue?", PICTURE, processor=processor, config=config, options=["red", "blue"])
+    assert inputs.prompts == ("USER: <image>\nIs the star red or blue? Answer briefly. ASSISTANT:",)
+    token_map = inputs.token_map
+    assert [token_map.labels[p] for p in token_map["rest"]] == ["Answer", "briefly", "."]
+    assert [token_map.labels[p] for p in token_map["options"]] == ["red", "blue"]
+    assert token_map.grid == (8, 8)
+    assert token_map.geometry().original_size == (30, 50)
+
+
+def test_llava_geometry_end_to_end() -> None:
+    config, processor = make_config(336, 14, text={"max_position_embeddings": 1000}), make_processor(336, 14)
+    token_map = prepare(QUESTION, Image.new("RGB", (640, 480)), config=config, processor=processor).token_map
+    assert token_map.grid == (24, 24)
+    assert len(token_map["image"]) == 24 * 24
+    assert token_map.patch_box(0, 0) == pytest.approx((80, 0, 100, 20))
+    assert token_map.position_to_patch(token_map.patch_to_position(*token_map.pixel_to_patch(320, 240))) == (0, 12, 12)
+    assert token_map.outside((0, 0, 160, 480)) == pytest.approx(0.5)
+
+
+def test_options_in_a_batch() -> None:
+    inputs = prepare(["Is it red or blue?", "Is it a star or a circle?"], options=[["red", "blue"], ["star", "circle"]])
+    for row, words in enumerate((["red", "blue"], ["star", "circle"])):
+        token_map = inputs.token_maps[row]
+        assert [token_map.labels[p] for p in token_map["options"]] == words
+    whole = prepare("USER: Is it red or blue? ASSISTANT:", template=None, options=["red"])
+    assert whole.token_map["options"] == whole.token_map.find("red")
+    with pytest.raises(SpanError, match="'green' does not occur in the question 'Is it red or blue"):
+        prepare("Is it red or blue?", options=["red", "green"])
+    with pytest.raises(SpanError, match="'red' occurs 2 times in the question"):
+        prepare("Is the red star red or blue?", options=["red", "blue"])
+    for options in (["red", "blue"], [["red"]], [["red"], "blue"]):
+        with says(
+            f"options={options!r} for 2 prompts; expected a list of words for one question, and a list of such lists"
+        ):
+            prepare(["Is it red?", "Is it blue?"], options=options)
+    with says("options='red' for 1 prompt; expected a list of words for one question"):
+        prepare("Is it red?", options="red")
+
+
+def test_device_and_dtype() -> None:
+    inputs = prepare(QUESTION, PICTURE, dtype=torch.bfloat16)
+    assert inputs.pixel_values is not None
+    assert inputs.pixel_values.dtype == torch.bfloat16
+    assert prepare(QUESTION, PICTURE, device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "message"),
+    [
+        (
+            "Is <image> a <image>?",
+            [PICTURE],
+            "2 <image> in the question, 1 picture given: expected one <image> per picture.",
+        ),
+        (
+            "Is <image> a star?",
+            [PICTURE, PICTURE],
+            "1 <image> in the question, 2 pictures given: expected one <image> per",
+        ),
+        (
+            "Is <image> a star?",
+            None,
+            "1 <image> in the question, 0 pictures given: expected one <image> per picture. Give 1",
+        ),
+        (
+            ["A?", "B?"],
+            [PICTURE],
+            "2 prompts and 1 entries in images; expected a list with one entry per prompt: a picture, ",
+        ),
+        (["A?", "B?"], PICTURE, "2 prompts and one picture in images; expected a list with one entry per prompt"),
+        ("", None, "Question 0 is empty; give at least one word to ask."),
+        (["A?", " "], None, "Question 1 is empty; give at least one word to ask."),
+        ([], None, "There is no question: an empty list was given; expected at least one."),
+        (
+            "A?",
+            "no/such.png",
+            "Image 0 of prompt 0 is the path 'no/such.png', where there is no file; check the path.",
+        ),
+        (
+            ["A?", "B?"],
+            [None, [PICTURE, np.zeros((5, 7, 9))]],
+            "Image 1 of prompt 1 is an array of 5 x 7 x 9; expected",
+        ),
+        ("is " * 300, None, "Prompt 0 has 303 tokens, image tokens included; the model was made for at most 256."),
+    ],
+)
+def test_questions_and_pictures_that_do_not_fit(question: Any, images: Any, message: str) -> None:
+    with says(message):
+        prepare(question, images)
+
+
+def test_whole_prompts_that_do_not_fit() -> None:
+    with says(
+        "2 <image> in the prompt, 1 picture given: expected one <image> per picture. Give 2 pictures, or change the "
+    ):
+        prepare("<image> <image> a", [PICTURE], template=None)
+    with says(
+        "Prompt 1: 0 <image> in the prompt, 1 picture given: expected one <image> per picture. Give 0 pictures, or "
+    ):
+        prepare(["<image> a", "a"], [PICTURE, PICTURE], template=None)
+    with says(
+        "answer_prefix='The' has no place where template=None: the text is the whole prompt. Write it at the prompt's "
+    ):
+        prepare("a", template=None, answer_prefix="The")
+    with says("tail=None has no place where template=None: the text is the whole prompt. Name a template, or drop it."):
+        prepare("a", template=None, tail=None)
+    chat = make_processor(chat_template="{% for m in messages %}Q {{ m.content[-1].text }} A{% endfor %}")
+    with says("tail='b' has no place where template='chat': the processor's chat template is used as it is."):
+        prepare("a", processor=chat, tail="b")
+    with says("There is no template 'vicuna'. Did you mean: vicuna-v1?"):
+        prepare("a", template="vicuna")
+
+
+def test_processors_that_do_not_fit() -> None:
+    with says(
+        "Text and pictures need a processor, and the model has no processor; expected a LlavaProcessor (tokenizer and "
+    ):
+        prepare("a", processor=None)
+    with says("the model has a TokenizersBackend as its processor"):
+        prepare("a", processor=PROCESSOR.tokenizer)
+    with says(
+        "The processor writes '<image>' as token 5 and the model expects pictures at token 6; use the processor of "
+    ):
+        prepare("a", config=make_config(image_token_id=6))
+    no_patch = make_processor()
+    no_patch.patch_size = None
+    with says(
+        "The processor does not know the model's patch size and cannot write the image tokens; set "
+        "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
+        "processor.vision_feature_select_strategy = 'default'."
+    ):
+        prepare("a", PICTURE, processor=no_patch)
+    with says("The LlavaProcessor writes 5 <image> tokens for an image"):
+        prepare("a", PICTURE, processor=make_processor(select_strategy="full"))
+    with says("The LlavaProcessor makes images of 24 x 24 pixels and the model takes 16 x 16"):
+        prepare("a", PICTURE, processor=make_processor(24, 12))
+    no_padding = make_processor()
+    no_padding.tokenizer.pad_token = None
+    with says(
+        "2 prompts need padding and the tokenizer has no padding token; set processor.tokenizer.pad_token, for example"
+    ):
+        prepare(["a", "is"], processor=no_padding)
+    assert len(prepare("a", processor=no_padding)) == 1
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"num_additional_image_tokens": 0},
+        {"num_additional_image_tokens": None},
+        {"patch_size": None},
+        {"patch_size": 4},
+        {"vision_feature_select_strategy": None},
+        {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0},
+    ],
+)
+def test_the_advice_for_an_old_processor_works(lacking: dict[str, Any], strategy: str) -> None:
+    config = make_config(select_strategy=strategy)
+    processor, wanted = (make_processor(select_strategy=strategy) for _ in range(2))
+    for name, value in lacking.items():
+        setattr(processor, name, value)
+    if lacking == {"num_additional_image_tokens": None}:
+        del processor.num_additional_image_tokens
+    if strategy == "full" and lacking == {"vision_feature_select_strategy": None}:
+        pytest.skip("such a processor writes the right number all the same")
+    with pytest.raises(InputError, match="set processor") as caught:
+        prepare(QUESTION, PICTURE, processor=processor, config=config)
+    for name, value in re.findall(r"processor\.(\w+) = ('?\w+'?)", str(caught.value)):
+        setattr(processor, name, value.strip("'") if "'" in value else int(value))
+    ours = prepare(QUESTION, PICTURE, processor=processor, config=config)
+    assert torch.equal(ours.input_ids, prepare(QUESTION, PICTURE, processor=wanted, config=config).input_ids)
+
+
+def test_a_slow_tokenizer_gives_no_question_span() -> None:
+    processor = make_processor()
+
+    class Slow:
+        """Stands for a tokenizer that cannot say which characters a token spells."""
+
+        is_fast = False
+        pad_token = "<pad>"
+        decode = processor.tokenizer.decode
+
+    class Processor:
+        tokenizer, image_processor, image_token = Slow(), processor.image_processor, "<image>"
+        image_token_id, patch_size, chat_template = IMAGE_TOKEN_ID, 8, None
+
+        def __call__(self, return_offsets_mapping: bool, **settings: Any) -> BatchFeature:
+            assert not return_offsets_mapping
+            return processor(**settings)
+
+    token_map = prepare(QUESTION, PICTURE, processor=Processor()).token_map
+    with pytest.raises(SpanError, match="This prompt has no span 'question'"):
+        token_map["question"]
+    assert [token_map.labels[p] for p in token_map.find(QUESTION)] == ["What", "color", "is", "the", "star", "?"]
+
+
+def test_as_inputs_takes_what_stands_for_inputs() -> None:
+    ids = torch.tensor([1, 7, 8, 9])
+    for value in (
+        ids,
+        ids.int(),
+        ids[None],
+        {"input_ids": ids},
+        {"input_ids": [[1, 7, 8, 9]]},
+        BatchFeature({"input_ids": ids}),
+    ):
+        inputs = as_inputs(value, config=CONFIG)
+        assert inputs.input_ids.tolist() == [[1, 7, 8, 9]]
+        assert inputs.input_ids.dtype == torch.int64
+        assert inputs.attention_mask.all()
+        assert inputs.pixel_values is None
+        assert as_inputs(inputs, config=CONFIG) is inputs
+    assert as_inputs("USER: a star ASSISTANT:", config=CONFIG, processor=PROCESSOR).prompts == (
+        "USER: a star ASSISTANT:",
+    )
+    assert len(as_inputs(["USER: a", "is it ASSISTANT:"], config=CONFIG, processor=PROCESSOR)) == 2
+
+
+def chat(template: str | None) -> Any:
+    processor = make_processor()
+    processor.chat_template = template
+    return processor
+
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>\n' }}{% endfor %}{{ '<|eot_id|>' }}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+MISTRAL = (
+    "{% for m in messages %}[INST] {% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>\n' }}"
+    "{% endfor %} [/INST]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "bare", "whole"),
+    [
+        (None, "Who made the star?", "USER: Who made the star?"),
+        (None, "Is it user: or assistant:?", "Is it red? ASSISTANT:"),
+        (LLAMA3, "USER: Is it? ASSISTANT:", "<|start_header_id|>user<|end_header_id|>\n\nIs it?<|eot_id|>"),
+        (MISTRAL, "Is it?", "[INST] Is it? [/INST]"),
+        (MISTRAL, "Is the INST it?", "Is it?</s> No"),  # a special token: written by somebody who writes whole prompts
+    ],
+)
+def test_a_bare_question_to_a_conversational_model_warns(template: str | None, bare: str, whole: str) -> None:
+    processor = chat(template)
+    given = {"config": CONFIG, "processor": processor}
+    with pytest.warns(PromptWithoutTemplate, match=re.escape(repr(bare)) + ".*prepare") as caught:
+        inputs = as_inputs(bare, **given)
+    assert [Path(w.filename) for w in caught] == [Path(__file__)], "at the user's line"
+    assert inputs.prompts == (bare,), "a string stays a whole prompt"
+    with pytest.warns(PromptWithoutTemplate, match="Prompt 1.*" + re.escape(repr(bare))):
+        as_inputs([whole, bare], **given)
+    as_inputs(whole, **given)
+    prepare(bare, processor=processor)
+    prepare(bare, processor=processor, template=None)
+    as_inputs(prepare(bare, processor=processor, template=None), **given)
+
+
+def test_no_warning_where_a_conversation_adds_nothing() -> None:
+    as_inputs(
+        "a star", config=CONFIG, processor=chat("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}")
+    )
+
+
+def test_as_inputs_of_processor_output() -> None:
+    text = ["USER: <image>\nWhat is it? ASSISTANT:", f"USER: <image>\n{QUESTION} ASSISTANT:"]
+    encoded = PROCESSOR(text=text, images=[PICTURE, PICTURE], padding=True, return_tensors="pt")
+    inputs = as_inputs(encoded, config=CONFIG, processor=PROCESSOR, dtype=torch.bfloat16)
+    assert inputs.images_per_prompt == (1, 1)
+    assert inputs.attention_mask.dtype == torch.bool
+    assert inputs.pixel_values is not None
+    assert inputs.pixel_values.dtype == torch.bfloat16
+    prepared = prepare(["What is it?", QUESTION], [PICTURE, PICTURE], padding_side="right")
+    for own, map_ in zip(prepared.token_maps, inputs.token_maps, strict=True):
+        for name in ("system", "image", "text", "last"):
+            assert own[name] == map_[name]
+        assert map_["rest"] == own["question"] | own["rest"]
+        assert map_.find("is") == own.find("is")
+    without = as_inputs(encoded, config=CONFIG)
+    assert without.token_maps[1]["image"] == prepared.token_maps[1]["image"]
+
+
+def test_as_inputs_keeps_positions_and_several_images() -> None:
+    image = [IMAGE_TOKEN_ID] * 4
+    ids = [[1, *image, *image, 7]]
+    inputs = as_inputs(
+        {"input_ids": ids, "pixel_values": torch.rand(2, 3, 16, 16), "position_ids": [list(range(10))]}, config=CONFIG
+    )
+    assert inputs.token_map.image(1) == range(5, 9)
+    assert inputs.position_ids is not None
+    assert inputs.position_ids.tolist() == [list(range(10))]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([1, IMAGE_TOKEN_ID, 7]), "Prompt 0 has 1 <image> tokens in a row from position 1"),
+        (torch.tensor([1, *[IMAGE_TOKEN_ID] * 4]), "input_ids show 1 picture but no pixel_values are given"),
+        (
+            {"input_ids": [[1, 7]], "pixel_values": torch.rand(1, 3, 16, 16)},
+            "input_ids show 0 pictures (per prompt: [0]) and",
+        ),
+        ({"pixel_values": torch.rand(1, 3, 16, 16)}, "pixel_values are given without input_ids"),
+        (
+            {"input_ids": [[1, 7]], "attention_mask": [[1, 1, 1]]},
+            "attention_mask has shape [1, 3] and input_ids [1, 2]",
+        ),
+        ({"input_ids": [[1, 7], [1]]}, "input_ids is a list that is no tensor"),
+        ({"input_ids": [[1, 700]]}, "input_ids go from 1 to 700"),
+        (torch.rand(1, 4), "input_ids are float32"),
+        (torch.ones(1, 300, dtype=torch.int64), "Prompt 0 has 300 tokens"),
+        ("a <image>", "1 <image> in the prompt, 0 pictures given"),
+        ("", "Question 0 is empty"),
+    ],
+)
+def test_as_inputs_refuses(value: Any, message: str) -> None:
+    with says(message):
+        as_inputs(value, config=CONFIG, processor=PROCESSOR)
+
+
+def test_as_inputs_refuses_inputs_of_another_model() -> None:
+    with says("These inputs were prepared for a model with 4 positions per picture; this one has 16."):
+        as_inputs(prepare(QUESTION, PICTURE), config=make_config(32))
+    with says("Text and pictures need a processor, and the model has no processor"):
+        as_inputs("a star", config=CONFIG)

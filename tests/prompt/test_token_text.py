@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hooked_llava.errors import SpanError
+from hooked_llava.prompt.token_text import TokenText, prompt_offsets, roll
+from tests.fixtures_processor import make_processor
+
+PROMPT = "USER: <image>\nWhat color is the red star? A redder star. ASSISTANT:"
+N_FEATURES = 4
+
+
+def make_text(prompt: str = PROMPT, *, metaspace: bool = False, known: bool = True) -> TokenText:
+    processor = make_processor(metaspace=metaspace)
+    n_images = prompt.count("<image>")
+    encoded = processor(
+        text=[prompt],
+        images=[Image.new("RGB", (20, 20))] * n_images or None,
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
+    ids = tuple(encoded["input_ids"][0].tolist())
+    image = [p for p, token in enumerate(ids) if token == processor.image_token_id]
+    offsets = [(start, stop) for start, stop in encoded["offset_mapping"][0].tolist()]
+    return TokenText(
+        token_ids=ids,
+        tokenizer=processor.tokenizer,
+        image_token_id=processor.image_token_id,
+        image_starts=tuple(image[::N_FEATURES]),
+        n_features=N_FEATURES,
+        real=range(len(ids)),
+        prompt=prompt if known else None,
+        prompt_offsets=prompt_offsets(offsets, prompt, "<image>", N_FEATURES) if known else None,
+        parts={"question": (prompt.find("What"), prompt.find("?") + 1)} if known else {},
+    )
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_every_token_spells_its_characters(metaspace: bool) -> None:
+    words = make_text("Is <image> <image> a star? USER: <image>\nWhat color is it? ASSISTANT:", metaspace=metaspace)
+    for token, (start, stop) in zip(words.tokens, words.offsets, strict=True):
+        spelt = words.text[start:stop]
+        assert token in ("<s>", "<unk>") or spelt.strip() == token.strip()
+    assert words.offsets[0] == (0, 0)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_text_is_rebuilt_from_ids(metaspace: bool) -> None:
+    words = make_text(metaspace=metaspace, known=False)
+    assert " ".join(words.text.split()) == "<s> " * True + PROMPT.replace("\n", " ") if not metaspace else words.text
+    start, stop = words.find("What color is the red star?")
+    assert words.text[start:stop] == "What color is the red star?"
+    image = [words.offsets[p] for p in range(words.image_starts[0], words.image_starts[0] + N_FEATURES)]
+    assert len(set(image)) == 1
+    assert words.text[slice(*image[0])].strip() == "<image>"
+
+
+def test_find() -> None:
+    words = make_text()
+    assert words.text[slice(*words.find("color is"))] == "color is"
+    assert words.find("star", occurrence=0) == (PROMPT.find("star"), PROMPT.find("star") + 4)
+    assert words.find("star", occurrence=1)[0] == PROMPT.rfind("star")
+    assert words.find("star", within="question") == words.find("star", occurrence=0)
+    assert words.find("red") == (PROMPT.find("red"), PROMPT.find("red") + 3)  # not in "redder"
+    assert words.find("?") == (PROMPT.find("?"), PROMPT.find("?") + 1)
+    assert words.find("dder", whole_words=False)[0] == PROMPT.find("dder")
+    assert words.find("<image>\nWhat")[0] == 6
+
+
+def test_find_errors() -> None:
+    words = make_text()
+    message = (
+        "'star' occurs 2 times in the prompt; choose one with occurrence=, or look only within='question':\n"
+        "  occurrence=0: ...at color is the red [star]? A redder star. ASS...\n"
+        "  occurrence=1: ... red star? A redder [star]. ASSISTANT:..."
+    )
+    with pytest.raises(SpanError, match=re.escape(message)) as caught:
+        words.find("star")
+    assert str(caught.value) == message
+    for occurrence in (2, -1):
+        with pytest.raises(
+            SpanError,
+            match=rf"occurrence={occurrence}, but 'star' occurs 2 times in the prompt; expected "
+            rf"0 to 1\.",
+        ):
+            words.find("star", occurrence=occurrence)
+    with pytest.raises(SpanError, match=r"occurrence=1, but 'color' occurs 1 time in the prompt; expected 0 to 0\."):
+        words.find("color", occurrence=1)
+    with pytest.raises(
+        SpanError,
+        match=re.escape(
+            "'moon' does not occur in the prompt 'USER: <image>\\nWhat color is the "
+            "red star? A redder star. ASSISTANT:'; give words as they stand there, "
+        ),
+    ):
+        words.find("moon")
+    with pytest.raises(SpanError, match="'redder' does not occur in the question 'What color is the red star"):
+        words.find("redder", within="question")
+    with pytest.raises(
+        SpanError,
+        match="'colo' occurs in the prompt only inside 'color'; give the whole word, or set whole_words=False",
+    ):
+        words.find("colo")
+    with pytest.raises(SpanError, match=r"within='tail' is not a part of this prompt; known: question\."):
+        words.find("star", within="tail")
+    with pytest.raises(SpanError, match=r"within='question' is not a part of this prompt; known: none\."):
+        make_text(known=False).find("star", within="question")
+    with pytest.raises(SpanError, match=r"An empty string was given to find; expected words of the prompt\."):
+        words.find(" ")
+
+
+def plain(prompt: str) -> TokenText:
+    tokenizer = make_processor().tokenizer
+    return TokenText(
+        token_ids=(),
+        tokenizer=tokenizer,
+        image_token_id=5,
+        image_starts=(),
+        n_features=1,
+        real=range(0),
+        prompt=prompt,
+        prompt_offsets=(),
+        parts={"question": (0, len(prompt))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("这个形状是什么颜色?", "形"),
+        ("这个形状是什么颜色?", "形状"),
+        ("この形は何色ですか。", "形"),
+        ("このスターは赤いですか", "スター"),
+        ("รูปร่างนี้สีอะไร", "สี"),
+        ("这个star是红色吗", "star"),
+        ("形star", "star"),
+        ("是red吗? redder", "red"),
+        ("The 星 is red", "星"),
+    ],
+)
+def test_words_of_scripts_without_spaces(prompt: str, words: str) -> None:
+    assert plain(prompt).find(words) == (prompt.index(words), prompt.index(words) + len(words))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("Is it redder?", "red"), ("별은 red", "별"), ("Красный?", "Крас"), ("naïveté", "naïv"), ("star_3", "star")],
+)
+def test_words_of_scripts_with_spaces_are_whole(prompt: str, words: str) -> None:
+    with pytest.raises(SpanError, match="only inside"):
+        plain(prompt).find(words)
+    assert plain(prompt).find(words, whole_words=False) == (prompt.index(words), prompt.index(words) + len(words))
+
+
+def test_advice_is_the_callers() -> None:
+    words = make_text()
+    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the prompt; ask someone:\n  occurrence=0: "):
+        words.find("star", advice="ask someone")
+    with pytest.raises(SpanError, match=r"only inside 'color'; give the whole word, or ask someone\."):
+        words.find("colo", advice="ask someone")
+    # What is looked for in the question already is not sent there.
+    twice = plain("Is the star a star?")
+    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the question; choose one with occurrence=:\n"):
+        twice.find("star", within="question")
+    with pytest.raises(SpanError, match=r"choose one with occurrence=:\n"):
+        make_text(known=False).find("star")
+
+
+@given(pieces=st.lists(st.sampled_from(["<image>", "a", "bc", " ", "<s>"]), max_size=12), n_features=st.integers(1, 5))
+def test_offsets_in_the_long_text_lead_back_to_the_prompt(pieces: list[str], n_features: int) -> None:
+    prompt = "".join(pieces)
+    offsets, expected, long, short = [(0, 0)], [(0, 0)], 0, 0
+    for piece in pieces:
+        for _ in range(n_features if piece == "<image>" else 1):
+            offsets.append((long, long + len(piece)))
+            expected.append((short, short + len(piece)))
+            long += len(piece)
+        short += len(piece)
+    assert prompt_offsets(offsets, prompt, "<image>", n_features) == tuple(expected)
+
+
+@given(row=st.lists(st.integers(), max_size=6).map(tuple), by=st.integers(-6, 6))
+def test_roll(row: tuple[int, ...], by: int) -> None:
+    if abs(by) <= len(row):
+        assert roll(roll(row, by), -by) == row
+        assert len(roll(row, by)) == len(row)

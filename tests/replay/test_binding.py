@@ -1,0 +1,86 @@
+"""What is refused before anything runs, in words that say what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_llava.errors import InputError
+from hooked_llava.replay import Intervention, Replay
+from hooked_llava.replay.binding import resolve
+from tests.pairs import pair
+
+Z = "blocks.1.attn.hook_z"
+
+
+def placed(hook: str = Z, **what: Any) -> Any:
+    models = pair()
+    return resolve(Intervention(hook, **({"zero": True} | what)), models.ours, models.ours.as_inputs(models.prompt()))
+
+
+@pytest.mark.parametrize(
+    "positions", [[3, 5], np.array([3, 5]), torch.tensor([3, 5]), slice(3, 6, 2), (np.int64(3), torch.tensor(5))]
+)
+def test_positions_may_be_any_whole_numbers(positions: Any) -> None:
+    assert placed(positions=positions).positions[0] == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"positions": [1.7]}, r"positions=\[1.7\]; expected whole numbers, a slice, or the name of one span"),
+        ({"positions": torch.tensor([True] * 5)}, "A mask is turned into numbers"),
+        ({"positions": [True, False]}, "expected whole numbers"),
+        ({"positions": ["last", "image"]}, r"'image\|last' joins two"),
+        ({"heads": [1.5]}, r"heads=\[1.5\]; expected whole numbers\."),
+        ({"heads": "all"}, "heads='all'; expected whole numbers"),
+        ({"hook": "hook_image_embed", "image": 5}, r"image=5 on 'hook_image_embed' is out of range; expected 0..0"),
+        ({"hook": "hook_image_embed", "image": -1}, "image=-1 .* out of range"),
+        ({"hook": "hook_image_embed", "image": "a"}, "image='a'; expected whole numbers"),
+    ],
+)
+def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        placed(**what)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"block": "image"}, r"'image' is no edge; expected 'source->target'"),
+        ({"block": 3}, r"block=3; expected two places, \(source, target\)"),
+        ({"block": ("image", "text", "last")}, "expected two places"),
+        ({"scale": "2"}, "scale='2'; expected one number"),
+        ({"value": "red"}, "value='red'; expected a tensor, an array or numbers"),
+        ({"zero": 0}, "says nothing of what to do"),
+    ],
+)
+def test_changes_that_are_none(what: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Intervention("blocks.0.attn.hook_attn_scores", **what)
+
+
+def test_runs_that_are_none() -> None:
+    models = pair()
+    replay = Replay(models.ours, models.prompt())
+    for runs, message in (
+        (Intervention(Z, zero=True), "runs= is one Intervention; expected a list of runs"),
+        ([[("hook", 0)]], r"A run holds \('hook', 0\); expected Interventions"),
+        ([[Intervention(None, zero=True)]], "hook=None; expected the name of a hook"),  # type: ignore[arg-type]
+        ([[Intervention(Z, fn=lambda t: t.double())]], "of torch.float64; expected a tensor like the cut"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replay.run(runs)  # type: ignore[arg-type]
+
+
+def test_values_may_be_numbers_and_arrays() -> None:
+    models = pair()
+    replay = Replay(models.ours, models.prompt())
+    d = models.ours.cfg.d_head
+    same = [[Intervention(Z, positions=3, value=v)] for v in (0.5, np.full(d, 0.5), [0.5] * d, torch.full((d,), 0.5))]
+    found = replay.run(same)
+    assert torch.equal(found, found[:1].expand_as(found))
+    assert Intervention(Z, positions=np.array([1, 2]), zero=True) == Intervention(Z, positions=[1, 2], zero=True)
