@@ -47,13 +47,11 @@ def probes_of(
 ) -> list[Probe]:
     """What else to ask: what was given, or the embedded world's own questions."""
     from hooked_llava.editing import Probe
-    from hooked_llava.editing.request import target_ids
 
-    wanted = target_ids(model, target)[0]
     probes = []
     if others.reword:
         prompts = about_the_picture(model, inputs, others.reword, others.template)
-        probes.append(Probe("in other words", "generalisation", prompts, wanted))
+        probes.append(Probe("in other words", "generalisation", prompts, target))
     for name, questions, seen in (
         ("other questions", others.ask, True),
         ("other questions, without the picture", others.ask_text, False),
@@ -63,10 +61,10 @@ def probes_of(
             prompts = about_the_picture(model, inputs, questions, others.template, seen=seen)
             probes.append(Probe(name, "specificity", prompts))
     given = others.reword or others.ask or others.ask_text
-    return probes if given or not embedded else [*_world_probes(model, inputs, question, wanted), *probes]
+    return probes if given or not embedded else [*_world_probes(model, inputs, question, target), *probes]
 
 
-def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: int) -> list[Probe]:
+def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str) -> list[Probe]:
     """The embedded world's questions around a fact; none if the question does not ask for one."""
     from hooked_llava.editing import Probe
     from hooked_llava.toy.edit_tables import edit_table

@@ -13,16 +13,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
-from hooked_llava.editing.request import EditRequest, target_ids
+from hooked_llava.editing.request import EditRequest
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import samples
+from hooked_llava.readout.answer import (
+    FIRST,
+    WHOLE,
+    answer_is_said,
+    answer_log_probability,
+    said_until_wrong,
+    token_table,
+)
+from hooked_llava.readout.answer_tokens import one_answer, spelled_out
 from hooked_llava.readout.metrics import kl_divergence
 from hooked_llava.results.provenance import Provenance
 
@@ -43,9 +52,45 @@ class Probe:
     """What it measures."""
     prompts: Any
     """The prompts: anything `model.as_inputs` takes, or `KeptPrompts`."""
-    expected: Sequence[str | int] | str | int | None = None
-    """The answers, one for all prompts or one each: words, of which the first token is looked for, or token ids; None: what the
-    model answers without the edit."""
+    expected: Sequence[str | int | Sequence[int]] | str | int | None = None
+    """The answers, one for all prompts or one each: text of one or more tokens, or token ids (a list of lists for several);
+    None: the first token of what the model answers without the edit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A probe's prompts, asked without the edit and with it."""
+
+    probe: Probe
+    expected: Int[Tensor, "prompt read variant"]
+    """The tokens that are expected where they are predicted, -1 behind an answer's end."""
+    measured: str
+    """"whole answer", or "first token" where nothing was expected but what the model says."""
+    before: Float[Tensor, "prompt read d_vocab"]
+    """Logits there without the edit."""
+    after: Float[Tensor, "prompt read d_vocab"]
+    """Likewise with it."""
+
+    def measures(self) -> dict[str, Float[Tensor, " prompt"]]:
+        """What is measured of every prompt, as `evaluate_edit` averages it."""
+        first, now = self.before[:, 0], self.after[:, 0]
+        return {
+            "accuracy_before": answer_is_said(self.before, self.expected).float(),
+            "accuracy": answer_is_said(self.after, self.expected).float(),
+            "probability_before": answer_log_probability(self.before, self.expected).exp(),
+            "probability": answer_log_probability(self.after, self.expected).exp(),
+            "changed": (first.argmax(-1) != now.argmax(-1)).float(),
+            "kl": kl_divergence(first)(now),
+        }
+
+    def said(self, model: HookedLLaVA) -> tuple[list[str], list[str]]:
+        """What each prompt is answered before and after, up to the first token that is not the expected answer's."""
+        rows = [logits.argmax(-1) for logits in (self.before, self.after)]
+        before, after = (
+            [spelled_out(model, said_until_wrong(best, ids)) for best, ids in zip(row, self.expected, strict=True)]
+            for row in rows
+        )
+        return before, after
 
 
 def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr.Dataset:
@@ -57,11 +102,12 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
         probes: what to ask. For efficacy and generalisation `expected` is the edit's target, for specificity the answer
             that is to stay.
 
-    Returns a dataset over `probe` (with its `role` and number of prompts `n`): `accuracy_before` and `accuracy` (share of
-    prompts whose most probable token is the expected answer's first), `probability_before` and `probability` (mean P(expected)),
-    `changed` (share whose most probable token is another than before) and `kl` (mean KL(before || after) in nats). Raises
-    `InputError` for an edit of another model, no probes, expected answers that do not fit, and kept prompts that are out of
-    date or that the edit changes before they enter the first layer.
+    Returns a dataset over `probe` (with its `role`, number of prompts `n`, and `measured`): `accuracy_before` and `accuracy`
+    (share of prompts that the model answers, greedily, with every token of what is expected), `probability_before` and
+    `probability` (mean P of the whole of it), `changed` (share whose most probable next token is another than before) and `kl`
+    (mean KL(before || after) of the next token in nats). `measured` is "whole answer", or "first token" where nothing is
+    expected but what the model says without the edit. Raises `InputError` for an edit of another model, no probes, expected
+    answers that do not fit, and kept prompts that are out of date or that the edit changes before they enter the first layer.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest, multedit
@@ -71,12 +117,27 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
     >>> evaluate_edit(model, edit, [other]).accuracy_before.values.tolist()
     [0.0]
     """
+    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
+    asked = ask_probes(model, edit, probes)
+    made.n_forward = 2 * sum(len(one.before) for one in asked)
+    return averaged(asked, made)
+
+
+def averaged(asked: Sequence[Asked], made: Provenance) -> xr.Dataset:
+    """The result of `evaluate_edit`."""
+    names = {"probe": [one.probe.name for one in asked], "role": ("probe", [one.probe.role for one in asked])}
+    names["measured"] = ("probe", [one.measured for one in asked])
+    rows = [{name: float(x.mean()) for name, x in one.measures().items()} | {"n": len(one.before)} for one in asked]
+    values = {name: ("probe", [row[name] for row in rows]) for name in rows[0]}
+    return xr.Dataset(values, coords=names, attrs=made.attrs())
+
+
+def ask_probes(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> list[Asked]:
+    """Every probe's prompts asked without the edit and with it, whether or not it is applied now; as `evaluate_edit`."""
     if edit.model is not model:
         raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
     if not probes:
         raise InputError("There are no probes; give at least one.")
-    made = Provenance.of("evaluate_edit", model, _asked(edit), n_forward=0, method=dict(edit.method))
-    # Without the edit and with it, whether or not it is applied now.
     was_applied = edit.is_applied
     if was_applied:
         edit.revert()
@@ -84,16 +145,15 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
         layer, weights = edit.entered_at, samples(ledger.originals(model))
         kept = [_kept(model, probe, edit, layer, weights) for probe in probes]
         expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
+        before = [_before(prompts, ids) for prompts, (ids, _) in zip(kept, expected, strict=True)]
         with edit.applied():
-            after = [_now(probe, prompts, layer) for probe, prompts in zip(probes, kept, strict=True)]
+            several = zip(probes, kept, expected, strict=True)
+            after = [_now(probe, prompts, ids, layer) for probe, prompts, (ids, _) in several]
     finally:
         if was_applied:
             edit.apply()
-    rows = [_measures(k.before, a, e) for k, a, e in zip(kept, after, expected, strict=True)]
-    made.n_forward = 2 * sum(len(prompts) for prompts in kept)
-    names = {"probe": [p.name for p in probes], "role": ("probe", [p.role for p in probes])}
-    values = {name: ("probe", [row[name] for row in rows]) for name in rows[0]}
-    return xr.Dataset(values, coords=names, attrs=made.attrs())
+    every = zip(probes, expected, before, after, strict=True)
+    return [Asked(probe, ids, measured, b, a) for probe, (ids, measured), b, a in every]
 
 
 def summary(result: xr.Dataset) -> dict[str, float]:
@@ -168,42 +228,35 @@ def _kept(model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weigh
     return given
 
 
-def _now(probe: Probe, kept: KeptPrompts, layer: int | None) -> Tensor:
-    """Next-token logits under the edit: from its first layer on, or from the pixels and tokens on."""
-    return keep_prompts(kept.model, probe.prompts).before if layer is None else kept.logits(layer)
+def _before(kept: KeptPrompts, expected: Tensor) -> Float[Tensor, "prompt read d_vocab"]:
+    """Logits without the edit; of the next token they were kept."""
+    return kept.before[:, None] if expected.shape[1] == 1 else kept.answer_logits(expected[..., 0])
 
 
-def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> Tensor:
-    """Token ids, one for each prompt."""
+def _now(probe: Probe, kept: KeptPrompts, expected: Tensor, layer: int | None) -> Float[Tensor, "prompt read d_vocab"]:
+    """Logits under the edit: from its first layer on, or from the pixels and tokens on."""
+    if layer is not None:
+        return kept.answer_logits(expected[..., 0], layer)
+    return _before(keep_prompts(kept.model, probe.prompts), expected)
+
+
+def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[Int[Tensor, "prompt read variant"], str]:
+    """The tokens of one answer for each prompt, and whether they are the whole of it."""
     if probe.expected is None:
         if probe.role in ("efficacy", "generalisation"):
             raise InputError(f"Probe {probe.name!r} measures {probe.role} and needs expected=, the edit's target.")
-        return prompts.before.argmax(-1)
+        return prompts.before.argmax(-1)[:, None, None], FIRST
     several = isinstance(probe.expected, Sequence | np.ndarray | Tensor) and not isinstance(probe.expected, str)
     given: Sequence[Any] = probe.expected if several else [probe.expected] * len(prompts)  # type: ignore[assignment]
     if len(given) != len(prompts):
         raise InputError(f"Probe {probe.name!r} has {len(prompts)} prompts and {len(given)} expected answers.")
-    return torch.tensor([target_ids(model, answer)[0] for answer in given], device=prompts.before.device)
+    rows = [
+        one_answer(model, prompt, answer).variants for prompt, answer in zip(prompts.token_maps, given, strict=True)
+    ]
+    return token_table(rows, prompts.before.device), WHOLE
 
 
-def _measures(before: Tensor, after: Tensor, expected: Tensor) -> dict[str, float]:
-    def of(logits: Tensor) -> tuple[float, float]:
-        right = (logits.argmax(-1) == expected).float().mean()
-        return float(right), float(logits.float().softmax(-1).gather(-1, expected[:, None]).mean())
-
-    (accuracy_before, p_before), (accuracy, p) = of(before), of(after)
-    return {
-        "accuracy_before": accuracy_before,
-        "accuracy": accuracy,
-        "probability_before": p_before,
-        "probability": p,
-        "changed": float((before.argmax(-1) != after.argmax(-1)).float().mean()),
-        "kl": float(kl_divergence(before)(after).mean()),
-        "n": len(before),
-    }
-
-
-def _asked(edit: Edit) -> str:
+def edited_questions(edit: Edit) -> str:
     """The edit's requests in a line."""
     texts = [f"{request.get('prompts', ['?'])[0]} -> {request.get('target', '?')}" for request in edit.requests]
     return " | ".join(texts)

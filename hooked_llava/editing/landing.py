@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.rows import Rows
 from hooked_llava.editing.values import TargetNotReached
 from hooked_llava.errors import warn_user
-from hooked_llava.readout.lens import words
+from hooked_llava.readout.answer import answer_is_said, said_until_wrong
+from hooked_llava.readout.answer_tokens import spelled_out
 
 
 @torch.no_grad()
@@ -25,29 +25,19 @@ def check_landed(edit: Edit, rows: Rows) -> Edit:
     named = {name: edit.model.get_parameter(name) for name in edit.changes}
     changed = {n: ledger.with_change(n, named[n], edit.entry, change) for n, change in edit.changes.items()}
     logits = rows.logits_with(changed, min(edit.layers))  # (row, read, d_vocab)
-    best, counted = logits.argmax(-1), rows.counts.bool()
-    right = ((best == rows.target) | ~counted).all(-1)  # (row)
+    best, right = logits.argmax(-1), answer_is_said(logits, rows.ids)  # (row, read), (row)
     probability = rows.mean(rows.log_probability(logits).exp()).tolist()
     found = []
     for i, request in enumerate(edit.requests):
         own = (rows.request == i).nonzero()[:, 0]
         shown = own[right[own].long().argmin()]  # the first prompt that is missed, if any is
-        answer = _answer(rows, best[shown], int(shown))
+        answer = spelled_out(rows.model, said_until_wrong(best[shown], rows.ids[shown]))
         landed = bool(right[own].all())
         found.append({**request, "landed": landed, "answer": answer})
         if not landed:
             warn_user(_missed(edit, found[-1], int(shown - own[0]), probability[i]), TargetNotReached)
     edit.requests = tuple(found)
     return edit
-
-
-def _answer(rows: Rows, best: Tensor, row: int) -> str:
-    """What is answered in words, up to the first token that is another than the target's."""
-    n = int(rows.counts[row].sum())
-    wrong = (best[:n] != rows.target[row, :n]).nonzero()[:, 0]
-    shown = best[: int(wrong[0]) + 1] if len(wrong) else best[:n]
-    model = rows.model
-    return str(words(model, shown[0])) if model.processor is None or len(shown) == 1 else str(model.to_string(shown))
 
 
 def _missed(edit: Edit, request: dict[str, Any], prompt: int, probability: float) -> str:

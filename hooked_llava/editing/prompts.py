@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.editing import ledger
@@ -18,6 +18,7 @@ from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.token_map import TokenMap
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,30 @@ class KeptPrompts:
     """The streams entering the kept layers; padding is on the left."""
     before: Float[Tensor, "prompt d_vocab"]
     """Next-token logits then."""
+    token_maps: tuple[TokenMap, ...]
+    """What stands where in each prompt: how an answer is cut depends on what stands before it."""
     weights: Float[Tensor, " sample"]
     """Which unedited weights they were run with, see `samples`."""
     edits: frozenset[ledger.Entry] = frozenset()
     """The edits that were active then; as a rule none."""
+    position_ids: Int[Tensor, "prompt pos"] | None = None
+    """Positions for the rotary embedding, if they were given."""
 
     def __len__(self) -> int:
         return len(self.before)
 
     def __getitem__(self, rows: Sequence[int] | slice) -> KeptPrompts:
         """Some of the prompts, without columns that are padding in all of them."""
-        run = self.run[rows]
-        return replace(self, run=run, before=self.before[rows if isinstance(rows, slice) else list(rows)])
+        index: Any = rows if isinstance(rows, slice) else list(rows)
+        run, chosen = self.run[rows], range(len(self))[rows] if isinstance(rows, slice) else rows
+        cut, positions = self.run.n_positions - run.n_positions, self.position_ids
+        return replace(
+            self,
+            run=run,
+            before=self.before[index],
+            token_maps=tuple(self.token_maps[i] for i in chosen),
+            position_ids=None if positions is None else positions[index][:, cut:],
+        )
 
     def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
         """Raises `InputError` unless they are of this model, with the active edits and the unedited weights that it has now."""
@@ -71,6 +84,28 @@ class KeptPrompts:
         language, layers, last = self.model.language, range(start, self.model.cfg.n_layers), [self.run.n_positions - 1]
         resid = language.blocks.run(self.run.stream(start), self.run.context(), layers=layers, queries=last)
         return language.to_logits(resid)[:, 0]
+
+    @torch.no_grad()
+    def answer_logits(self, ids: Int[Tensor, "prompt read"], layer: int = 0) -> Float[Tensor, "prompt read d_vocab"]:
+        """Logits where each token of an answer is predicted, -1 behind an answer's end; otherwise as `logits`.
+
+        One of several tokens is appended to the prompts, which then run through all layers.
+        """
+        n_read = ids.shape[1]
+        if n_read == 1:
+            return self.logits(layer)[:, None]
+        language, prompt, further = self.model.language, self.run.stream(0), ids[:, :-1].clamp(min=0)
+        resid = torch.cat([prompt, language.embed_tokens(further)], dim=1)
+        mask = self.run.mask
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(further, dtype=torch.bool)], dim=1)
+        positions = self.position_ids
+        if positions is not None:
+            positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, n_read, device=ids.device)], dim=1)
+        context = self.model.context(resid, mask, positions)
+        n, layers = resid.shape[1], range(self.model.cfg.n_layers)
+        return language.to_logits(
+            language.blocks.run(resid, context, layers=layers, queries=list(range(n - n_read, n)))
+        )
 
 
 @torch.no_grad()
@@ -100,6 +135,8 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
         model=model,
         run=joined_runs(runs),
         before=torch.cat(before),
+        token_maps=prompts.token_maps,
+        position_ids=prompts.position_ids,
         weights=samples(ledger.originals(model)),
         edits=ledger.all_active(model),
     )

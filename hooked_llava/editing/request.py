@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.prompt.validation import whole_number
-from hooked_llava.readout.lens import token_id
+from hooked_llava.readout.answer_tokens import one_answer
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -28,7 +27,7 @@ class EditRequest:
     """The question; several (paraphrases, or one for each of several pictures) are edited as one fact. Also inputs, or what a
     processor returns, pictures included."""
     target: str | int | Sequence[int]
-    """The answer that is wanted: text of one or more tokens, or their ids."""
+    """The answer that is wanted: text of one or more tokens, as it is cut after the question's prompt, or their ids."""
     images: Any = None
     """The picture it is asked about, or for several questions a list with one entry each, as `model.prepare` takes them."""
     constraint: str | Sequence[str] | None = None
@@ -49,10 +48,15 @@ class Prepared:
     """Its prompts, padded on the left."""
     from_end: tuple[int, ...]
     """For each prompt the position that is edited, counted back from the end (-1: the last one)."""
-    target: tuple[int, ...]
-    """Token ids of the wanted answer."""
+    targets: tuple[tuple[int, ...], ...]
+    """For each prompt the token ids that the wanted answer adds to it."""
     words: dict[str, Any]
     """The request in plain words, for the edit's metadata."""
+
+    @property
+    def n_target(self) -> int:
+        """How many tokens the wanted answer has, at most."""
+        return max(map(len, self.targets))
 
 
 def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "constraint") -> Prepared:
@@ -63,33 +67,16 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
     `model.prepare` refuses.
     """
     inputs = _prompts(model, request)
-    target = target_ids(model, request.target)
+    targets = inputs.each(lambda m: one_answer(model, m, request.target, "target").ids, inputs.token_maps)
     constraints = _per_prompt(request.constraint, len(inputs))
     places = inputs.each(lambda m, c: _place(m, c, position), inputs.token_maps, constraints)
     words = {
         "prompts": list(inputs.prompts) if inputs.prompts else [list(m.token_ids) for m in inputs.token_maps],
         "constraint": request.constraint if isinstance(request.constraint, str) else constraints,
         "position": position,
-        "target": request.target if isinstance(request.target, str) else list(target),
+        "target": request.target if isinstance(request.target, str) else list(targets[0]),
     }
-    return Prepared(inputs, tuple(place - inputs.shape[1] for place in places), target, words)
-
-
-def target_ids(model: HookedLLaVA, target: str | int | Sequence[int]) -> tuple[int, ...]:
-    """Token ids of an answer; raises `InputError` if there are none, or one is not in the vocabulary."""
-    if isinstance(target, str):
-        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
-    else:
-        several = isinstance(target, Iterable) and getattr(target, "ndim", 1) > 0
-        ids = [whole_number(i, "A token id of the target") for i in (target if several else [target])]
-    if not ids:
-        raise InputError(f"The target {target!r} has no tokens; give a word or more that the model is to answer.")
-    unknown = getattr(model.tokenizer, "unk_token_id", None) if isinstance(target, str) else None
-    if unknown is not None and unknown in ids:
-        raise InputError(
-            f"The tokenizer does not know {target!r} (it has the unknown token in it); give another target."
-        )
-    return tuple(token_id(model, i) for i in ids)
+    return Prepared(inputs, tuple(place - inputs.shape[1] for place in places), tuple(targets), words)
 
 
 def position_of(token_map: TokenMap, span: str) -> int:

@@ -15,6 +15,7 @@ from hooked_llava.editing.request import Prepared
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import saver
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.answer import NOTHING, answer_log_probability, append_tokens
 from hooked_llava.replay.kept_run import KeptRun, keep
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Rows:
     """The token wanted there."""
     counts: Float[Tensor, "row read"]
     """1 where the row has a target token, 0 behind its target's end."""
+
+    @property
+    def ids(self) -> Int[Tensor, "row read 1"]:
+        """The targets' tokens, -1 behind a target's end."""
+        return torch.where(self.counts.bool(), self.target, NOTHING)[..., None]
 
     @property
     def n_requests(self) -> int:
@@ -83,8 +89,7 @@ class Rows:
 
     def log_probability(self, logits: Float[Tensor, "row read d_vocab"]) -> Float[Tensor, " row"]:
         """log P(target) in nats."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return (wide.gather(-1, self.target[..., None]).squeeze(-1) * self.counts).sum(-1)
+        return answer_log_probability(logits, self.ids)
 
     @torch.no_grad()
     def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
@@ -100,14 +105,15 @@ class Rows:
 
 def make_rows(model: HookedLLaVA, requests: Sequence[Prepared]) -> Rows:
     """All prompts of all requests as one batch, run once."""
-    longest = max(len(request.target) for request in requests)
+    longest = max(request.n_target for request in requests)
     inputs = joined(model, [request.inputs for request in requests])
     n_prompt, device = inputs.shape[1], inputs.device
     owners = [i for i, request in enumerate(requests) for _ in range(len(request.inputs))]
-    targets = [_filled(requests[i].target, longest) for i in owners]
-    counts = [[float(t < len(requests[i].target)) for t in range(longest)] for i in owners]
-    target = torch.tensor(targets, device=device)
-    whole = _with_targets(model, inputs, target[:, :-1])
+    targets = [ids for request in requests for ids in request.targets]
+    counts = [[float(t < len(ids)) for t in range(longest)] for ids in targets]
+    target = torch.tensor([_filled(ids, longest) for ids in targets], device=device)
+    # What fills up shorter targets comes after all that is read.
+    whole = append_tokens(model, inputs, target[:, :-1]) if longest > 1 else inputs
     edited = [n_prompt + back for request in requests for back in request.from_end]
     return Rows(
         model=model,
@@ -148,22 +154,6 @@ def refuse_listeners(model: HookedLLaVA) -> None:
             f"Functions are attached to {', '.join(listening[:3])}; an edit is computed on the model as it is. Remove "
             "them first (model.reset_hooks())."
         )
-
-
-def _with_targets(model: HookedLLaVA, inputs: Inputs, target: Int[Tensor, "row read"]) -> Inputs:
-    """The prompts with their targets behind them; what fills up shorter targets comes after all that is read."""
-    if not target.shape[1]:
-        return inputs
-    fields: dict[str, Any] = {
-        "input_ids": torch.cat([inputs.input_ids, target], dim=1),
-        "attention_mask": torch.cat([inputs.attention_mask, torch.ones_like(target, dtype=torch.bool)], dim=1),
-    }
-    if inputs.pixel_values is not None:
-        fields["pixel_values"] = inputs.pixel_values
-    if inputs.position_ids is not None:
-        further = inputs.position_ids[:, -1:] + torch.arange(1, target.shape[1] + 1, device=target.device)
-        fields["position_ids"] = torch.cat([inputs.position_ids, further], dim=1)
-    return model.as_inputs(fields)
 
 
 def _filled(ids: tuple[int, ...], length: int) -> list[int]:

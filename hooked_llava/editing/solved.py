@@ -172,9 +172,9 @@ def _check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> Non
             "earlier layer, or position='last'."
         )
     for request in prepared:
-        if len(request.target) > 1:
+        if request.n_target > 1:
             raise InputError(
-                f"The target {request.words['target']!r} has {len(request.target)} tokens, and an edit in the last layer, "
+                f"The target {request.words['target']!r} has {request.n_target} tokens, and an edit in the last layer, "
                 f"{layer}, reaches only the first: the others are read at later positions. Choose an earlier layer, or a "
                 "target of one token."
             )

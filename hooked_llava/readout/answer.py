@@ -58,7 +58,8 @@ def answer_log_probability(
     """
     values = wide(logits)
     index, missing = _indices(ids, values)
-    own = values.gather(-1, index).masked_fill(missing, float("-inf")).logsumexp(-1)
+    absent = missing & ~missing[..., :1]  # where nothing counts a number stays, whose gradient is one
+    own = values.gather(-1, index).masked_fill(absent, float("-inf")).logsumexp(-1)
     others = values.scatter(-1, index, float("-inf")).logsumexp(-1)
     log_p = -torch.logaddexp(others - own, torch.zeros_like(own))
     return log_p.masked_fill(missing[..., 0], 0.0).sum(-1)
@@ -76,6 +77,19 @@ def answer_is_said(
     """
     ids = ids.to(logits.device)
     return ((logits.argmax(-1)[..., None] == ids).any(-1) | (ids[..., 0] < 0)).all(-1)
+
+
+def said_until_wrong(best: Int[Tensor, " read"], ids: Int[Tensor, "read variant"]) -> list[int]:
+    """What the model says where an answer's tokens are predicted, up to the first token that is not the answer's.
+
+    `best` are the most probable tokens there; beyond the first wrong one they follow an answer that was not given.
+
+    >>> said_until_wrong(torch.tensor([7, 3, 8]), torch.tensor([[7], [9], [8]]))
+    [7, 3]
+    """
+    n = int((ids[:, 0] >= 0).sum())
+    wrong = (best[:n, None] != ids[:n]).all(-1).nonzero()[:, 0].tolist()
+    return best[: wrong[0] + 1 if wrong else n].tolist()
 
 
 def answer_is_first(
@@ -210,7 +224,7 @@ def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str =
         return AnswerReading(prompts, prompts.last[:, None], None, (), FIRST)
     found = answer_tokens(model, prompts, answer, what)
     measured = WHOLE if all(one.whole for one in found) else FIRST
-    table = _table([one.variants for one in found], prompts.device)
+    table = token_table([one.variants for one in found], prompts.device)
     texts = tuple(one.text for one in found)
     if table.shape[1] == 1:
         return AnswerReading(prompts, prompts.last[:, None], table, texts, measured)
@@ -229,13 +243,13 @@ def _appended_already(model: HookedLLaVA, inputs: Inputs) -> AnswerReading:
         )
     start = starts.pop()
     rows = [[[m.token_ids[p]] for p in range(m.own.stop, m.real.stop)] for m in inputs.token_maps]
-    table = _table(rows, inputs.device)
+    table = token_table(rows, inputs.device)
     read = torch.arange(start - 1, start - 1 + table.shape[1], device=inputs.device).expand(len(inputs), -1)
     texts = tuple(spelled_out(model, [i for (i,) in row]) for row in rows)
     return AnswerReading(inputs, read, table, texts, WHOLE)
 
 
-def _table(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Int[Tensor, "prompt read variant"]:
+def token_table(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Int[Tensor, "prompt read variant"]:
     """Token ids [prompt][read][variant] of different lengths, filled up with -1."""
     n_read, n_variants = max(len(row) for row in rows), max(len(ids) for row in rows for ids in row)
     table = torch.full((len(rows), n_read, n_variants), NOTHING, dtype=torch.long)
@@ -289,7 +303,7 @@ def teacher_forced(
     one_for_all = isinstance(answer, str) or not isinstance(answer, Iterable) or all(is_index(i) for i in answer)
     given = [answer] * len(prompt) if one_for_all else one_each(answer, len(prompt))
     found = prompt.each(lambda token_map, one: one_answer(model, token_map, one), prompt.token_maps, given)
-    table = _table([one.variants for one in found], prompt.device)
+    table = token_table([one.variants for one in found], prompt.device)
     longer = append_tokens(model, prompt, table[..., 0], [one.text if one.from_text else None for one in found])
     n, length = table.shape[1], longer.shape[1]
     same = table[0] if bool((table == table[:1]).all()) else table

@@ -107,10 +107,10 @@ def answer_tokens(model: HookedLLaVA, inputs: Any, answer: Any, what: str = "ans
     """
     prompts = model.as_inputs(inputs)
     each = one_each(answer, len(prompts), what)
-    return prompts.each(lambda token_map, one: one_answer(model, token_map, one), prompts.token_maps, each)
+    return prompts.each(lambda token_map, one: one_answer(model, token_map, one, what), prompts.token_maps, each)
 
 
-def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any) -> AnswerTokens:
+def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any, what: str = "answer") -> AnswerTokens:
     """The tokens that an answer adds to one prompt; as `answer_tokens`. Without a prompt: to one that `prepare` makes."""
     if isinstance(answer, AnswerTokens):
         return answer
@@ -118,12 +118,12 @@ def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any) -> Answ
         text = spelled_out(model, answer.ids[:1]) if answer.text == str(answer.ids[0]) else answer.text
         return AnswerTokens(text, (answer.ids,), answer.whole, from_text=False)
     if isinstance(answer, str):
-        ids = _checked(model, _Context.of(model, prompt), answer)
+        ids = _checked(model, _Context.of(model, prompt), answer, what)
     else:
         several: list[Any] = [answer] if is_index(answer) or not isinstance(answer, Iterable) else list(answer)
         ids = [token_id(model, i) for i in several]
         if not ids:
-            raise InputError(f"The answer {answer!r} has no tokens; give at least one.")
+            raise InputError(f"The {what} {answer!r} has no tokens; give at least one.")
     text = answer if isinstance(answer, str) else spelled_out(model, ids)
     return AnswerTokens(text, tuple((i,) for i in ids), whole=True, from_text=isinstance(answer, str))
 
@@ -260,11 +260,11 @@ class _Context:
         return ids[len(self.ids) :] if ids[: len(self.ids)] == self.ids else None
 
 
-def _checked(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
+def _checked(model: HookedLLaVA, context: _Context, answer: str, what: str = "answer") -> list[int]:
     """The tokens that an answer adds; raises `InputError` as `answer_tokens`."""
-    ids = _added(model, context, answer) if answer else []
+    ids = _added(model, context, answer, what) if answer else []
     if not ids:
-        raise InputError(f"The answer {answer!r} has no tokens; give at least one.")
+        raise InputError(f"The {what} {answer!r} has no tokens; give at least one.")
     unknown = model.tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         raise InputError(
@@ -274,7 +274,7 @@ def _checked(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
     return ids
 
 
-def _added(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
+def _added(model: HookedLLaVA, context: _Context, answer: str, what: str = "answer") -> list[int]:
     """The tokens that an answer adds, known or not; raises `InputError` if the prompt's own would change."""
     text = context.separated(model, answer)
     ids = context.added(model, text)
@@ -282,9 +282,9 @@ def _added(model: HookedLLaVA, context: _Context, answer: str) -> list[int]:
         own = token_names(model, context.ids[-3:])
         changed = token_names(model, _encode(model, context.text + text, special=context.whole))
         raise InputError(
-            f"The answer {answer!r} would change the prompt's own last tokens {own} (the prompt ends in "
+            f"The {what} {answer!r} would change the prompt's own last tokens {own} (the prompt ends in "
             f"{context.text[-8:]!r}, and both together end in {changed[-len(own) - 1 :]}). End the prompt in another place, "
-            "for example without a space at its end, or give the answer as token ids."
+            f"for example without a space at its end, or give the {what} as token ids."
         )
     return ids
 

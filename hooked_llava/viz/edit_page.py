@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.evaluate import Probe, evaluate_edit, summary
-from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
-from hooked_llava.editing.request import EditRequest, Prepared, prepare_request, target_ids
+from hooked_llava.editing.evaluate import Probe, ask_probes, averaged, edited_questions, summary
+from hooked_llava.editing.prompts import KeptPrompts
+from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.answer_tokens import spelled_out
 from hooked_llava.readout.lens import words
-from hooked_llava.readout.metrics import kl_divergence
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import Provenance
 from hooked_llava.viz.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
 from hooked_llava.viz.edit_sweep import own_probe
 from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
@@ -141,49 +142,33 @@ def _prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
 
 def _ask(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
     """Measures of every probe, what is answered to every question, and the edited question's first tokens."""
-    layer = edit.entered_at
-    kept = [keep_prompts(model, probe.prompts, [layer or 0]) for probe in probes]
-    given = probes if layer is None else [replace(p, prompts=k) for p, k in zip(probes, kept, strict=True)]
-    found = evaluate_edit(model, edit, given)
-    with edit.applied():
-        if layer is None:
-            now = [keep_prompts(model, probe.prompts).before for probe in probes]
-        else:  # what is below the edit is known
-            now = [one.logits(layer) for one in kept]
-    before, after = torch.cat([k.before for k in kept]), torch.cat(now)
-    expected = torch.cat([_expected(model, p, k.before) for p, k in zip(probes, kept, strict=True)])
+    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
+    found = ask_probes(model, edit, probes)
+    made.n_forward = 2 * sum(len(one.before) for one in found)
+    probed = averaged(found, made)
     asked = [one for probe in probes for one in probe.prompts]
     owner = [probe for probe in probes for _ in range(len(probe.prompts))]
+    said = [one.said(model) for one in found]
+    each = {name: torch.cat([one.measures()[name] for one in found]) for name in found[0].measures()}
+    wanted = [[i for i in row if i >= 0] for one in found for row in one.expected[..., 0].tolist()]
     questions = xr.Dataset(
         {
             "text": ("question", [question_text(one) for one in asked]),
             "probe": ("question", [probe.name for probe in owner]),
             "role": ("question", [probe.role for probe in owner]),
-            "expected": ("question", words(model, expected)),
-            "before": ("question", words(model, before.argmax(-1))),
-            "after": ("question", words(model, after.argmax(-1))),
-            "changed": ("question", (before.argmax(-1) != after.argmax(-1)).cpu().numpy()),
-            "as_expected": ("question", (after.argmax(-1) == expected).cpu().numpy()),
-            "probability_before": ("question", _probability(before, expected)),
-            "probability": ("question", _probability(after, expected)),
-            "kl": ("question", kl_divergence(before)(after).cpu().numpy()),
+            "expected": ("question", [spelled_out(model, ids) for ids in wanted]),
+            "before": ("question", [text for before, _ in said for text in before]),
+            "after": ("question", [text for _, after in said for text in after]),
+            "changed": ("question", each["changed"].bool().cpu().numpy()),
+            "as_expected_before": ("question", each["accuracy_before"].bool().cpu().numpy()),
+            "as_expected": ("question", each["accuracy"].bool().cpu().numpy()),
+            **{name: ("question", numbers(each[name])) for name in ("probability_before", "probability", "kl")},
         },
-        attrs=found.attrs,
+        attrs=probed.attrs,
     )
-    return {"answers": _first_tokens(model, before[0], after[0], expected[0]), "probes": found, "questions": questions}
-
-
-def _expected(model: HookedLLaVA, probe: Probe, before: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
-    """First tokens of the answers a probe expects; without any those that the model gives without the edit."""
-    if probe.expected is None:
-        return before.argmax(-1)
-    one = isinstance(probe.expected, str | int)
-    given: Any = [probe.expected] * len(before) if one else probe.expected
-    return torch.tensor([target_ids(model, answer)[0] for answer in given], device=before.device)
-
-
-def _probability(logits: Float[Tensor, "n d_vocab"], ids: Int[Tensor, " n"]) -> np.ndarray:
-    return logits.float().softmax(-1).gather(-1, ids[:, None])[:, 0].cpu().numpy()
+    own = found[0]
+    first = _first_tokens(model, own.before[0, 0], own.after[0, 0], own.expected[0, 0, 0])
+    return {"answers": first, "probes": probed, "questions": questions}
 
 
 def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Tensor) -> xr.DataArray:
@@ -209,11 +194,12 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         for i in range(len(ids))
     ]
     return {
-        "target": wanted if isinstance(wanted, str) else "".join(words(model, torch.tensor(made.target))),
-        "n_target": len(made.target),
+        "target": wanted if isinstance(wanted, str) else spelled_out(model, made.targets[0]),
+        "n_target": made.n_target,
         "old": rows[0],
-        "new": rows[ids.index(made.target[0])],
-        "said_already": ids[0] == made.target[0],
+        "new": rows[ids.index(made.targets[0][0])],
+        "same_first": ids[0] == made.targets[0][0],
+        "said_already": bool(results["questions"].as_expected_before[0]),
         "reached": bool(results["questions"].as_expected[0]),
         "own_kl": small(float(results["questions"].kl[0])),
         "shift": figure_uri(answer_shift(answers)),

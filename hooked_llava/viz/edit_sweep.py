@@ -67,7 +67,7 @@ def edit_sweep(
 
     for at, (position, one) in enumerate(made.items()):
         # In the last layer an edit reaches the answer's first token only, and only from the last position.
-        reaches = len(one.target) == 1 and all(place == -1 for place in one.from_end)
+        reaches = one.n_target == 1 and all(place == -1 for place in one.from_end)
         for layer in range(n_layers if reaches else n_layers - 1):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TargetNotReached)  # that is what is measured here
@@ -101,4 +101,4 @@ def _effect(trace: xr.Dataset, layer: int, position: int) -> float:
 
 def own_probe(prompt: Inputs, made: Prepared) -> Probe:
     """The question that an edit was made for, which is to get the target."""
-    return Probe(EDITED, "efficacy", prompt, made.target[0])
+    return Probe(EDITED, "efficacy", prompt, list(made.targets))

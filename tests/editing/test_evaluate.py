@@ -20,10 +20,15 @@ from hooked_llava.editing import (
     sequential_edits,
     summary,
 )
+from hooked_llava.editing.request import prepare_request
+from hooked_llava.editing.rows import make_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer_tokens import answer_tokens
+from hooked_llava.readout.metrics import teacher_forced
 from hooked_llava.results.arrays import load, save
 from tests.builders import make_hf_model, make_prompt
+from tests.fixtures_tokenizers import KINDS, talking
 from tests.pairs import as_users_run
 
 WORDS = ["Who made the star?", "Who is the maker of the star?", "By whom was the star made?"]
@@ -165,14 +170,83 @@ def test_prompts_that_were_kept_otherwise_are_refused():
         evaluate_edit(one, edit, kept)
 
 
-def test_an_answer_of_several_tokens_stands_for_its_first(model, edit):
-    answers = ("Boris Clara", "Boris", ["Boris Clara"], np.int64(model.to_single_token("Boris")))
-    with as_users_run():
-        probes_ = [Probe("x", "efficacy", model.prepare(WORDS[0]), expected) for expected in answers]
-        found = [evaluate_edit(model, edit, [probe]) for probe in probes_]
-    for result in found:
-        assert result.accuracy.item() == 1.0
-        assert result.probability.item() == found[0].probability.item()
+def test_an_answer_of_several_tokens_must_be_given_as_a_whole(model, edit):
+    """The model says "Boris" and no more: an answer that begins like that is not right."""
+    boris = model.to_single_token("Boris")
+    for expected, right in (
+        ("Boris", 1.0),
+        (["Boris"], 1.0),
+        (np.int64(boris), 1.0),
+        ([[boris]], 1.0),
+        ("Boris Clara", 0.0),
+        (["Boris Clara"], 0.0),
+        ([[boris, model.to_single_token("Clara")]], 0.0),
+    ):
+        with as_users_run():
+            result = evaluate_edit(model, edit, [Probe("x", "efficacy", model.prepare(WORDS[0]), expected)])
+        assert result.accuracy.item() == right, expected
+        assert result.measured.item() == "whole answer"
+    assert evaluate_edit(model, edit, [Probe("x", "specificity", model.prepare(OTHERS))]).measured == "first token"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [None, 1, 2])
+def test_whole_answers_are_measured_as_they_are_generated(layer):
+    """Right is what greedy decoding says token by token; P is the product over the tokens; padding changes nothing."""
+    hf_model = make_hf_model(n_key_value_heads=2)
+    small = HookedLLaVA.from_hf(hf_model)
+    prompt = make_prompt(hf_model, batch=4)
+    for row in range(4):
+        prompt["attention_mask"][row, len(prompt["attention_mask"][row]) - row :] = 0
+    inputs = small.as_inputs(prompt)
+    name = "language.embed.weight" if layer is None else f"language.blocks.{layer}.mlp.down.weight"
+    noise = torch.randn(small.get_parameter(name).shape, generator=torch.Generator().manual_seed(1))
+    edit = Edit(small, {name: Change.dense(0.2 * noise)})
+    options = {"max_new_tokens": 3, "return_type": "tokens", "stop_at_eos": False}
+    before = small.generate(inputs, **options)
+    with edit.applied():
+        after = small.generate(inputs, **options)
+    # What is said after, the same with another end, what is said before, and one token of what is said after.
+    expected = [after[0].tolist(), [*after[1, :2].tolist(), 7], before[2].tolist(), after[3, :1].tolist()]
+    probes_ = [Probe("x", "efficacy", inputs, expected)]
+    if layer is not None:
+        probes_.append(Probe("kept", "efficacy", keep_prompts(small, inputs, [1, 2]), expected))
+        probes_.append(Probe("turned", "efficacy", keep_prompts(small, inputs, [1])[[3, 2, 1, 0]], expected[::-1]))
+
+    def of(said: torch.Tensor) -> tuple[float, float]:
+        right, p = [], []
+        for row, answer in enumerate(expected):
+            right.append(said[row, : len(answer)].tolist() == answer)
+            forced = teacher_forced(small, inputs[row], answer)
+            logits = small(forced.inputs)[0, forced.positions].double().softmax(-1)
+            p.append(float(logits[range(len(answer)), answer].prod()))
+        return float(np.mean(right)), float(np.mean(p))
+
+    without = of(before)
+    with edit.applied():
+        under = of(after)
+    result = evaluate_edit(small, edit, probes_)
+    for probe in range(len(probes_)):
+        one = result.isel(probe=probe)
+        assert (float(one.accuracy_before), float(one.accuracy)) == (without[0], under[0])
+        assert float(one.probability_before) == pytest.approx(without[1], rel=1e-3)
+        assert float(one.probability) == pytest.approx(under[1], rel=1e-3)
+    assert under[0] in (0.5, 0.75)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expected_answers_and_targets_are_cut_after_the_prompt(kind):
+    talks = talking(kind)
+    asked = talks.prepare(["What color is the star?", "Who made the red star?"])
+    for word in ("2", " red", "Red star", "Red"):
+        found = answer_tokens(talks, asked, word)
+        prepared = prepare_request(talks, EditRequest(asked, word), "last")
+        assert prepared.targets == tuple(one.ids for one in found)
+        one = evaluate_edit(talks, Edit(talks, {}), [Probe("x", "efficacy", asked, word)])
+        by_ids = evaluate_edit(talks, Edit(talks, {}), [Probe("x", "efficacy", asked, [list(f.ids) for f in found])])
+        assert one.probability.item() == by_ids.probability.item() > 0
+        rows = make_rows(talks, [prepared])
+        assert [ids[ids >= 0].tolist() for ids in rows.ids[..., 0]] == [list(one.ids) for one in found]
 
 
 def test_measures_have_the_same_names_every_time(model):

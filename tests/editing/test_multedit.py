@@ -287,7 +287,7 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
         ({}, {"layer": 2.0}, InputError, "layer is 2.0; expected a whole number"),
         ({}, {"layer": True}, InputError, "layer is True; expected a whole number"),
         ({}, {"steps": 2.5}, InputError, "steps is 2.5; expected a whole number"),
-        ({"target": [1.5]}, {}, InputError, "token id of the target is 1.5"),
+        ({"target": [1.5]}, {}, InputError, "1.5 is no token"),
         ({}, {"layer": 5, "position": "constraint"}, InputError, "does not reach the answer"),
         ({}, {"lam": -1.0}, InputError, "lam=-1"),
         ({}, {"clamp": 0.0, "steps": 0}, InputError, "steps=0, clamp=0.0"),
