@@ -275,7 +275,9 @@ class TeacherForced:
 
 
 def teacher_forced(
-    model: HookedLLaVA, inputs: Any, answer: str | SupportsIndex | Sequence[SupportsIndex] | Sequence[str]
+    model: HookedLLaVA,
+    inputs: Any,
+    answer: str | SupportsIndex | Sequence[SupportsIndex] | Sequence[str] | Sequence[Sequence[SupportsIndex]],
 ) -> TeacherForced:
     """An answer of one or more tokens appended to the prompts, to be scored as a whole.
 
