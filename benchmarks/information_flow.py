@@ -24,7 +24,7 @@ from hooked_llava.datasets import GQA_KINDS, by_kind
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
 from hooked_llava.toy.gqa_tables import gqa_rows
-from hooked_llava.viz.knockout_page import CLOSED_EDGES, flow_study
+from hooked_llava.viz.pages.knockout import CLOSED_EDGES, flow_study
 
 EDGES = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES, "rest->last", "image->question|last")
 """The paper's edges, the control, the ways that the released grouping leaves open, and the grouping itself."""

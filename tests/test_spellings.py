@@ -18,7 +18,7 @@ from hooked_llava.experiments.pairs import gaussian_noise, mean_embedding
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.readout.metrics import Answer, probability
 from hooked_llava.replay import Intervention, Replay
-from hooked_llava.viz.knockout import knockout_curves
+from hooked_llava.viz.figures.knockout import knockout_curves
 from tests.pairs import as_users_run
 
 # edits of a few steps need not succeed here

@@ -314,8 +314,8 @@ def _page(
     model: HookedLLaVA, inputs: Inputs, made: Edit, plan: _Plan, probes: list[Probe], sweep: bool, max_new_tokens: int
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.edit_page import STEPS, edit_page
         from hooked_llava.viz.edit_sweep import edit_sweep
+        from hooked_llava.viz.pages.edit import STEPS, edit_page
     found = None
     if sweep:
         positions = ["constraint", "last"] if plan.constraint else ["last"]
@@ -336,8 +336,8 @@ def _show(question: str, page: Any, made: Edit, save: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from hooked_llava.viz.edit import TO_CHANGE, small
-    from hooked_llava.viz.edit_page import size_text
+    from hooked_llava.viz.figures.edit import TO_CHANGE, small
+    from hooked_llava.viz.pages.edit import size_text
 
     to, first, probes = out(), page.results["answers"], page.results["probes"]
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
@@ -370,7 +370,7 @@ def _show_wrong(questions: Any) -> None:
     """The questions that are not answered as they should be."""
     from rich.markup import escape
 
-    from hooked_llava.viz.edit import TO_CHANGE
+    from hooked_llava.viz.figures.edit import TO_CHANGE
 
     rows = [questions.isel(question=i) for i in range(questions.sizes["question"])]
     wrong = [one for one in rows if (not one.as_expected if str(one.role.values) in TO_CHANGE else one.changed)]

@@ -102,7 +102,7 @@ def explain(
 def _explain(model: HookedLLaVA, inputs: Inputs, **options: Any) -> Any:
     """The report, with a bar that says which part of the work is being done."""
     with needs_figures():
-        from hooked_llava.viz.report import STEPS
-        from hooked_llava.viz.report import explain as make_report
+        from hooked_llava.viz.pages.explain import STEPS
+        from hooked_llava.viz.pages.explain import explain as make_report
     with shown_steps(len(STEPS)) as on_step:
         return make_report(model, inputs, **options, on_step=on_step)

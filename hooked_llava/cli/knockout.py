@@ -187,7 +187,7 @@ def _one(
     model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, settings: dict[str, Any]
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.knockout_page import STEPS, knockout_page
+        from hooked_llava.viz.pages.knockout import STEPS, knockout_page
     with shown_steps(len(STEPS)) as on_step:
         return knockout_page(model, inputs, edges, window, on_step=on_step, **settings)
 
@@ -196,7 +196,7 @@ def _study(
     model: HookedLLaVA, rows: list[StudyRow], edges: list[str] | None, window: int | None, settings: dict[str, Any]
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.knockout_page import flow_study, study_page
+        from hooked_llava.viz.pages.knockout import flow_study, study_page
     chosen = {} if edges is None else {"edges": edges}
     return study_page(flow_study(model, rows, window=window, **chosen, **settings))
 

@@ -107,7 +107,7 @@ def patch(
 
 def _report(model: HookedLLaVA, pair: list[Inputs], **options: Any) -> Any:
     with needs_figures():
-        from hooked_llava.viz.patching_report import STEPS, patching_report
+        from hooked_llava.viz.pages.patching import STEPS, patching_report
     with shown_steps(len(STEPS)) as on_step:
         return patching_report(model, *pair, **options, on_step=on_step)
 

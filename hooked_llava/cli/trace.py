@@ -116,7 +116,7 @@ def _trace(
     max_new_tokens: int,
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.trace_page import STEPS, trace_page
+        from hooked_llava.viz.pages.trace import STEPS, trace_page
     with shown_steps(len(STEPS)) as on_step:
         return trace_page(
             model,

@@ -1,26 +1,30 @@
-"""Figures of results, and the report. Needs matplotlib: `pip install 'hooked_llava[viz]'`."""
+"""Draws what was measured: results in, figures and pages out. It uses every room before it, and measures nothing itself.
+
+`figures` has one function for each kind of result, `pages` the pages that put several on one HTML file, `templates` their
+words. Needs matplotlib: `pip install 'hooked_llava[viz]'`.
+"""
 
 try:
     import matplotlib as mpl  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
-from hooked_llava.viz.bars import contribution_bars, top_bars
-from hooked_llava.viz.contributions import plot_contributions
-from hooked_llava.viz.edges import edge_map
-from hooked_llava.viz.edit import answer_shift, edit_by_layer, probe_bars
-from hooked_llava.viz.edit_page import EditPage, edit_page
 from hooked_llava.viz.edit_sweep import edit_sweep
-from hooked_llava.viz.knockout import knockout_curves, probability_curves
-from hooked_llava.viz.knockout_page import KnockoutPage, flow_study, knockout_page, study_page
-from hooked_llava.viz.lens import answer_curve, lens_table
-from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
-from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
-from hooked_llava.viz.patching import by_patch, plot_patching
-from hooked_llava.viz.patching_report import PatchingReport, patching_report
-from hooked_llava.viz.report import Report, explain
-from hooked_llava.viz.trace import contribution_maps, role_curves, trace_maps
-from hooked_llava.viz.trace_page import TracePage, trace_page
+from hooked_llava.viz.figures.bars import contribution_bars, top_bars
+from hooked_llava.viz.figures.contributions import plot_contributions
+from hooked_llava.viz.figures.edges import edge_map
+from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
+from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves
+from hooked_llava.viz.figures.lens import answer_curve, lens_table
+from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
+from hooked_llava.viz.figures.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from hooked_llava.viz.figures.patching import by_patch, plot_patching
+from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.pages.edit import EditPage, edit_page
+from hooked_llava.viz.pages.explain import Report, explain
+from hooked_llava.viz.pages.knockout import KnockoutPage, flow_study, knockout_page, study_page
+from hooked_llava.viz.pages.patching import PatchingReport, patching_report
+from hooked_llava.viz.pages.trace import TracePage, trace_page
 
 __all__ = [
     "answer_curve",

@@ -4,7 +4,7 @@ from typing import get_args
 
 from hooked_llava.analysis.patch_importance import Method
 from hooked_llava.cli.explain import PatchMethod
-from hooked_llava.viz.report import OCCLUDED_UNASKED
+from hooked_llava.viz.pages.explain import OCCLUDED_UNASKED
 from tests.cli.running import QUESTION, run
 
 

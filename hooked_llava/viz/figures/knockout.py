@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges, edge_names
+from hooked_llava.viz.figures.maps import names_along
 from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.maps import names_along
 from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot
 from hooked_llava.viz.titles import add_note, shown_title
 

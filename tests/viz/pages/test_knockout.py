@@ -9,7 +9,7 @@ from hooked_llava.analysis import answer_probability, attention_knockout, knocko
 from hooked_llava.datasets import StudyRow
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.results.arrays import load, save
-from hooked_llava.viz.knockout_page import STEPS, flow_study, knockout_page, page_edges, study_page
+from hooked_llava.viz.pages.knockout import STEPS, flow_study, knockout_page, page_edges, study_page
 from tests.pairs import as_users_run
 
 

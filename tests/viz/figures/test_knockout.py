@@ -7,7 +7,7 @@ import xarray as xr
 from hooked_llava.errors import InputError
 from hooked_llava.results.arrays import stream_coords
 from hooked_llava.viz import answer_curve, lens_table, role_curves, trace_maps
-from hooked_llava.viz.knockout import knockout_curves, probability_curves, shown_edge
+from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves, shown_edge
 from tests.pairs import as_users_run
 
 EDGES = [

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
+from hooked_llava.viz.figures.maps import draw_cells, names_along
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, apart, name_layers
-from hooked_llava.viz.maps import draw_cells, names_along
 from hooked_llava.viz.style import (
     INK,
     RULE,

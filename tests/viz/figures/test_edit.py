@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.colors import to_hex
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.edit import ROLE_COLORS, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.figures.edit import ROLE_COLORS, answer_shift, edit_by_layer, probe_bars, small
 from hooked_llava.viz.style import PURPLE
 
 ROLES = ["efficacy", "generalisation", "specificity", "locality"]

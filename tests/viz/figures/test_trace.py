@@ -1,4 +1,4 @@
-"""Figures and page of a causal trace."""
+"""Figures of a causal trace."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from matplotlib.colors import to_hex
 
 from hooked_llava.analysis.attention_contribution import attention_contribution
 from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError
+from hooked_llava.viz.figures.trace import KIND_NAMES, contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.style import ORANGE
-from hooked_llava.viz.trace import KIND_NAMES, contribution_maps, role_curves, trace_maps
-from hooked_llava.viz.trace_page import STEPS, TracePage, trace_page
-from tests.viz.pages import Page, check_self_contained
 
 
 @pytest.fixture(scope="module")
 def trace(model, inputs) -> xr.Dataset:
     return causal_trace(model, inputs, "the star", corruption="a circle")
-
-
-@pytest.fixture(scope="module")
-def page(model, inputs) -> TracePage:
-    return trace_page(model, inputs, "the star", corruption="a circle", window=2, max_new_tokens=2)
 
 
 def test_a_panel_for_each_kind_with_the_constraint_in_orange(trace):
@@ -72,29 +65,3 @@ def test_other_results_are_refused(trace):
         InputError, match="contribution_maps draws 'constraint_to_last' of the dataset that attention_contribution"
     ):
         contribution_maps(trace)
-
-
-def test_the_page_shows_runs_maps_roles_and_messages(page):
-    check_self_contained(page.html)
-    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
-    assert set(page.results) == {"trace", "roles", "contribution", "next_tokens"}
-    assert "replaced by &#39;a circle&#39;" in page.html
-    assert "2 layers at a time" in page.html
-    assert page.html.count("<b>Not shown:</b>") == 2
-    assert f"{float(page.results['trace'].p_corrupted):.3f}" in page.html
-    assert "restored runs for" in page.html.split("<footer>")[1]
-
-
-def test_a_corruption_that_changes_nothing_is_said(model, text_inputs):
-    page = trace_page(model, text_inputs, "star", corruption="star", max_new_tokens=1)
-    assert "The corruption does not lower the answer" in page.html
-    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
-    assert "From the picture" not in page.html
-
-
-def test_steps_are_reported_and_errors_come_first(model, text_inputs):
-    steps: list[str] = []
-    trace_page(model, text_inputs, "star", max_new_tokens=1, on_step=steps.append)
-    assert sorted(steps) == sorted(STEPS)
-    with pytest.raises(SpanError, match="'square' does not occur"):
-        trace_page(model, text_inputs, "square")

@@ -18,10 +18,10 @@ from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.viz.bars import contribution_bars
-from hooked_llava.viz.lens import answer_curve
-from hooked_llava.viz.maps import layer_head_map, names_along
-from hooked_llava.viz.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from hooked_llava.viz.figures.bars import contribution_bars
+from hooked_llava.viz.figures.lens import answer_curve
+from hooked_llava.viz.figures.maps import layer_head_map, names_along
+from hooked_llava.viz.figures.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot
 
 _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")

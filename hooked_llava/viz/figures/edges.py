@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.maps import draw_cells
+from hooked_llava.viz.figures.maps import draw_cells
 from hooked_llava.viz.style import RULE, add_color_bar, plot, scale_of, tick_every, unit_of
 from hooked_llava.viz.titles import add_note, title_of
 

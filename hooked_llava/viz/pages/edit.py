@@ -24,10 +24,10 @@ from hooked_llava.readout.answer_tokens import spelled_out
 from hooked_llava.readout.lens import words
 from hooked_llava.results.arrays import numbers
 from hooked_llava.results.provenance import Provenance
-from hooked_llava.viz.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
 from hooked_llava.viz.edit_sweep import own_probe
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
-from hooked_llava.viz.page import figure_uri, picture_uri, question_text, visible
+from hooked_llava.viz.figures.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, question_text, visible
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""

@@ -15,11 +15,11 @@ from hooked_llava.experiments.pairs import Direction
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.arrays import n_tied, recovered
-from hooked_llava.viz.html_page import provenance
-from hooked_llava.viz.maps import layer_head_map, layer_position_maps
-from hooked_llava.viz.overlay import model_view, patch_overlays
-from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text, visible
-from hooked_llava.viz.patching import by_patch
+from hooked_llava.viz.figures.maps import layer_head_map, layer_position_maps
+from hooked_llava.viz.figures.overlay import model_view, patch_overlays
+from hooked_llava.viz.figures.patching import by_patch
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens, question_text, visible
+from hooked_llava.viz.pages.page import provenance
 
 _HALF = 0.5
 _N_HEADS = 5  # named below the map

@@ -13,11 +13,11 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.images import Picture
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.arrays import recovered
-from hooked_llava.viz.contributions import plot_contributions
-from hooked_llava.viz.edges import edge_map
+from hooked_llava.viz.figures.contributions import plot_contributions
+from hooked_llava.viz.figures.edges import edge_map
+from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
+from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.kinds import check_not_another
-from hooked_llava.viz.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
-from hooked_llava.viz.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.titles import title_of
 
 _MOST_PANELS = 12

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from hooked_llava.viz.page import looking_heads, picture_uri, prompt_tokens
+from hooked_llava.viz.pages.explain_context import looking_heads, picture_uri, prompt_tokens
 
 
 def test_prompt_tokens_name_their_span_and_the_picture_is_one_of_them(inputs):

@@ -10,12 +10,12 @@ from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.analysis.patch_importance import Method, patch_importance
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.viz import Report, explain, page
-from hooked_llava.viz import report as report_module
-from hooked_llava.viz.report import STEPS
+from hooked_llava.viz.pages import explain as explain_module
+from hooked_llava.viz.pages import explain_context
+from hooked_llava.viz.pages.explain import STEPS, Report, explain
 from tests.builders import make_hf_model
 from tests.pairs import as_users_run
-from tests.viz.pages import Page, check_self_contained
+from tests.viz.browser import Page, check_self_contained
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_method_of_the_patch_map_can_be_chosen(model, inputs):
 
 
 def test_every_method_has_a_name_and_a_meaning():
-    assert tuple(page._METHODS) == tuple(page._MEANING) == get_args(Method)
+    assert tuple(explain_context._METHODS) == tuple(explain_context._MEANING) == get_args(Method)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_every_method_has_a_name_and_a_meaning():
 def test_occlusion_is_drawn_beside_unless_it_takes_long_or_is_the_map_itself(
     model, inputs, monkeypatch, method, asked, most, drawn
 ):
-    monkeypatch.setattr(report_module, "OCCLUDED_UNASKED", most)
-    wishes = report_module._Wishes(
+    monkeypatch.setattr(explain_module, "OCCLUDED_UNASKED", most)
+    wishes = explain_module._Wishes(
         answer=None, baseline=None, max_new_tokens=1, k=1, n_heads=1, patches=method, occlusion=asked
     )
-    maps = report_module._patch_maps(model, inputs, 7, wishes, lambda step: None)
+    maps = explain_module._patch_maps(model, inputs, 7, wishes, lambda step: None)
     assert list(maps) == ["patches", *(["occlusion"] if drawn else [])]
     assert maps["patches"].attrs["method"] == method
 

@@ -26,10 +26,10 @@ from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
+from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
-from hooked_llava.viz.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
-from hooked_llava.viz.page import figure_uri, picture_uri, prompt_tokens, question_text
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens, question_text
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""

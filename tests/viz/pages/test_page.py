@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 
 
 @pytest.fixture

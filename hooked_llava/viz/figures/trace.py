@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.viz.figures.maps import layer_position_maps
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.maps import layer_position_maps
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, plot
 from hooked_llava.viz.titles import add_note, shown_title
 

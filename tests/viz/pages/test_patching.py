@@ -12,9 +12,9 @@ from hooked_llava.errors import InputError
 from hooked_llava.readout.metrics import logit_difference
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.viz import PatchingReport, patching_report
-from hooked_llava.viz.patching_report import STEPS
+from hooked_llava.viz.pages.patching import STEPS
 from tests.pairs import as_users_run
-from tests.viz.pages import Page, check_self_contained
+from tests.viz.browser import Page, check_self_contained
 
 QUESTION = "What color is the star?"
 

@@ -19,8 +19,8 @@ from hooked_llava.errors import InputError, did_you_mean
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer_tokens import single_token
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
-from hooked_llava.viz.page import Page, build_page
+from hooked_llava.viz.pages.explain_context import Page, build_page
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads"),

@@ -13,11 +13,11 @@ from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, provenance, steps_reported
-from hooked_llava.viz.overlay import patch_overlays
-from hooked_llava.viz.page import figure_uri, picture_uri, question_text
+from hooked_llava.viz.figures.overlay import patch_overlays
+from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, question_text
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 from hooked_llava.viz.style import Plot
-from hooked_llava.viz.trace import contribution_maps, role_curves, trace_maps
 
 STEPS = ("answering", "tracing", "messages", "drawing")
 """The parts of the work, as progress is reported."""

@@ -12,9 +12,9 @@ from hooked_llava.analysis import causal_trace
 from hooked_llava.editing import Edit, EditRequest, Probe, evaluate_edit, finetune, keep_prompts, multedit
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import InputError
-from hooked_llava.viz.edit_page import STEPS, EditPage, edit_page, relative_size, size_text
 from hooked_llava.viz.edit_sweep import EDITED, edit_sweep
-from tests.viz.pages import Page, check_self_contained
+from hooked_llava.viz.pages.edit import STEPS, EditPage, edit_page, relative_size, size_text
+from tests.viz.browser import Page, check_self_contained
 
 # Untrained weights: most edits do not reach their target.
 pytestmark = pytest.mark.filterwarnings("ignore::hooked_llava.editing.values.TargetNotReached")

@@ -18,8 +18,8 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.metrics import logit_difference
-from hooked_llava.viz.html_page import HtmlPage, answer_text, fill_template, steps_reported
-from hooked_llava.viz.patching_page import PatchingPage, build_patching_page
+from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, steps_reported
+from hooked_llava.viz.pages.patching_context import PatchingPage, build_patching_page
 
 STEPS = ("answering", "residual stream", "attention", "MLPs", "heads", "patches", "attribution", "drawing")
 """The parts of the work, as progress is reported."""
