@@ -57,18 +57,6 @@ STILL_CIRCULAR: tuple[str, ...] = (
     "prompt.spans",
     "prompt.token_map",
     "prompt.token_table",
-    "replay.binding",
-    "replay.bound",
-    "replay.branch",
-    "replay.image_side",
-    "replay.intervention",
-    "replay.kept_run",
-    "replay.layer_pass",
-    "replay.plan",
-    "replay.reference_mean",
-    "replay.replay",
-    "replay.row_edits",
-    "replay.sweep",
 )
 STILL_UPWARD = ("checks",)
 # Analyses are one file per question; none imports another.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,12 +20,10 @@ from hooked_llava.checks import chosen
 from hooked_llava.editing import ledger
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
 from hooked_llava.prompt.validation import whole_number
 from hooked_llava.storage import written_whole
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 _FORMAT = "hooked_llava.key_covariance.v2"
 _SAMPLED = "hooked_llava.key_covariance.v1"  # version 0.1: some numbers of each weight in place of hashes

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +19,9 @@ from torch import Tensor
 from hooked_llava.editing import ledger
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights
 from hooked_llava.storage import safetensors_bytes, written_whole
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 _FORMAT = "hooked_llava.edit.v2"
 _SAMPLED = "hooked_llava.edit.v1"  # version 0.1: some numbers of each weight in place of hashes

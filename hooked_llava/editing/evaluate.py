@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest
 from hooked_llava.errors import InputError
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import samples
 from hooked_llava.readout.answer import (
     FIRST,
@@ -34,9 +35,6 @@ from hooked_llava.readout.answer import (
 from hooked_llava.readout.answer_tokens import one_answer, spelled_out
 from hooked_llava.readout.metrics import kl_divergence
 from hooked_llava.results.provenance import Provenance
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 Role = Literal["efficacy", "generalisation", "specificity", "locality"]
 ROLES: tuple[Role, ...] = ("efficacy", "generalisation", "specificity", "locality")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,8 @@ from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.validation import whole_number
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 _W_OUT = "mlp.down.weight"
 

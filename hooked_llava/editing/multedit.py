@@ -8,15 +8,13 @@ practically as they were; here the limit is `clamp`, 4 by default as in ROME.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.layer_choice import Layer
 from hooked_llava.editing.solved import Keys, Requests, solve_edit
 from hooked_llava.editing.values import ValueSearch
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 
 def multedit(

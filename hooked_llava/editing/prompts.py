@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from hooked_llava.editing import ledger
 from hooked_llava.errors import InputError
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
+from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.prompt.validation import whole_number
 from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.token_map import TokenMap
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_tokens import one_answer
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 
 @dataclass(frozen=True)

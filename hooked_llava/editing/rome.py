@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.solved import Keys, Requests, solve_edit
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 
 def rome(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,12 +14,10 @@ from torch.func import functional_call
 from hooked_llava.editing.request import Prepared
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import NOTHING, answer_log_probability, append_tokens
 from hooked_llava.replay.kept_run import KeptRun, keep
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 
 @dataclass(frozen=True)

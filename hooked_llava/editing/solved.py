@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,7 @@ from hooked_llava.editing.request import EditRequest, Prepared, position_of, pre
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.editing.values import Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.llava import HookedLLaVA
 
 Keys = Literal["mean", "each"]
 Requests = EditRequest | Sequence[EditRequest]

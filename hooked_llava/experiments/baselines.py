@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from hooked_llava.experiments.pairs import Direction
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metric_names import about_metric
 from hooked_llava.readout.metrics import Metric, measured, own_answers, value_of
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -17,16 +17,13 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import gaussian_noise, other_image
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.prompt.token_map import GIVE_POSITIONS
+from hooked_llava.prompt.token_map import GIVE_POSITIONS, TokenMap
 from hooked_llava.prompt.token_text import begins_with_bos
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.token_map import TokenMap
 
 Constraint = str | int | Sequence[int] | Int[np.ndarray, " position"] | Int[Tensor, " position"]
 """Words of the question, a position, or positions."""

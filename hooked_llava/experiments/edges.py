@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from hooked_llava.errors import InputError, SpanError, did_you_mean
 from hooked_llava.model.cache_hooks import Where, positions_of
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.spans import BY_OBJECT, edge_end, split_edge, split_expression
-from hooked_llava.prompt.token_map import SPANS
+from hooked_llava.prompt.token_map import SPANS, TokenMap
 from hooked_llava.replay.intervention import SCORES, Intervention
-
-if TYPE_CHECKING:
-    from hooked_llava.prompt.prepare import Inputs
-    from hooked_llava.prompt.token_map import TokenMap
 
 OneEdge = str | tuple[Where, Where]
 """A name "source->target", or the pair (source, target)."""

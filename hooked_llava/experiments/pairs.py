@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,15 +13,13 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.geometry import BoxLike, ImageGeometry, checked_box
 from hooked_llava.prompt.images import load_picture
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 Direction = Literal["denoise", "noise"]
 """Clean activations into the corrupted run, or corrupted ones into the clean run."""

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, continued
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.spans import edge_end
 from hooked_llava.replay.binding import check_operand, resolve
 from hooked_llava.replay.bound import Resolved
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import with_means
 from hooked_llava.replay.row_edits import Edit, edited_copy, images_of
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 
 class AttachedIntervention(PromptHook):

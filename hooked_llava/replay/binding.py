@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
 from hooked_llava.checks import whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import axis_sizes, positions_of
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.spans import edge_end
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.replay.bound import POSITION_AXES, Resolved, spread
 from hooked_llava.replay.intervention import SCORES, Intervention
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
 
 
 def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:

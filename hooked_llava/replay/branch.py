@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hooked_llava.replay.kept_run import KeptRun
-
-if TYPE_CHECKING:
-    from hooked_llava.replay.intervention import Intervention
-    from hooked_llava.replay.replay import Replay
+from hooked_llava.replay.layer_pass import recordable, recorded
+from hooked_llava.replay.plan import PlannedRun
+from hooked_llava.replay.state import ReplayState
 
 EMBEDDINGS = ("hook_embed", "hook_text_embed")
 """The hooks that a branch may change: behind them nothing but the model itself makes up the run."""
@@ -25,11 +23,14 @@ _KEPT = ("resid_pre", "resid_post", "v")
 
 
 @torch.no_grad()
-def branched_run(replay: Replay, changes: list[Intervention], start: int) -> KeptRun:
-    """The kept run under changes of embeddings from position `start` on; earlier positions are shared."""
-    kept, n_layers = replay.kept, replay.model.cfg.n_layers
+def branched_run(state: ReplayState, changes: PlannedRun) -> KeptRun:
+    """The kept run under changes of embeddings; what lies before the first of them is shared."""
+    kept, start, n_layers = state.kept, changes.start, state.model.cfg.n_layers
+    if start is None:
+        return kept
     k_name = "k" if kept.rotation is None else "rot_k"
-    _, (seen,) = replay.run_with_cache([changes], [*_KEPT, k_name], positions=list(range(start, kept.n_positions)))
+    names = recordable(state, [*_KEPT, k_name])
+    _, seen = recorded(state, changes, names, list(range(start, kept.n_positions)))
     fresh = [seen[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)]
     fresh.append(seen[f"blocks.{n_layers - 1}.hook_resid_post"])
     streams = {layer: _joined(old, fresh[layer], start) for layer, old in kept.streams.items()}

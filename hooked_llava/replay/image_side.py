@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.bound import Resolved
 from hooked_llava.replay.row_edits import Edit, edited, images_of
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
 
 Run = Sequence[Resolved]
 
@@ -93,14 +90,6 @@ class ImageSide:
                 for prompt, image in images_of(self.inputs, resolved.intervention.image):
                     edits.append(Edit(row * self.inputs.n_images + image, prompt, resolved, 0))
         return edits
-
-    def first_positions(self, which: int | None) -> list[int]:
-        """First sequence position of each of those pictures."""
-        firsts = []
-        for token_map in self.inputs.token_maps:
-            images = range(token_map.n_images) if which is None else [which] if which < token_map.n_images else []
-            firsts += [int(token_map.image(i)[0]) for i in images]
-        return firsts
 
 
 def _entry(resolved: Resolved, n_layers_run: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,11 +14,9 @@ from torch import Tensor
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.prefix_attention import SharedPrefix
-
-if TYPE_CHECKING:
-    from hooked_llava.model.components.rotary import Rotation
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.model.components.rotary import Rotation
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 
 
 @dataclass(frozen=True)

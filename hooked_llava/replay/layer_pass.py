@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_llava.model.cache_hooks import saver
+from hooked_llava.architecture.hooks import IMAGE_SIDE, NamesFilter
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Positions, saver
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.replay.plan import PlannedRun
 from hooked_llava.replay.row_edits import Edit, edited
-
-if TYPE_CHECKING:
-    from hooked_llava.replay.replay import Replay
+from hooked_llava.replay.state import ReplayState
 
 _KEY_VALUE_SIDE = ("hook_resid_pre", "hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
 """Hooks of the last block that still see every position: those on the way to keys and values."""
@@ -28,12 +28,12 @@ class Climb:
 
     def __init__(
         self,
-        replay: Replay,
+        state: ReplayState,
         runs: list[PlannedRun],
         wanted: Int[Tensor, "prompt position"],
         listen: list[str] | None = None,
     ) -> None:
-        self.replay, self.model, self.kept = replay, replay.model, replay.kept
+        self.state, self.model, self.kept = state, state.model, state.kept
         self.runs = sorted(runs, key=lambda run: run.entry)  # rows are in the order in which they join
         self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
         self.n_layers = self.model.cfg.n_layers
@@ -83,7 +83,7 @@ class Climb:
         with edited(self.model, self._edits(layer, queries), self._listeners(layer)):
             blocks, only = self.model.language.blocks, range(layer, layer + 1)
             out = blocks.run(x.flatten(0, 1), self._context[1], layers=only, queries=queries)
-        self.replay.work.token_layers += self._cost(layer)
+        self.state.work.token_layers += self._cost(layer)
         return out.unflatten(0, x.shape[:2])
 
     def _read(self, x: Tensor | None) -> Float[Tensor, "run prompt position d_vocab"]:
@@ -170,11 +170,11 @@ class Climb:
 
     def _before_the_merge(self, row: Tensor, prompt: int) -> Float[Tensor, "suffix d_model"]:
         """A row with the placeholders' embeddings at its image positions: what a mean or a function sees there."""
-        ids = self.replay.inputs.input_ids[prompt, self.start :]
+        ids = self.state.inputs.input_ids[prompt, self.start :]
         return torch.where(self._image_mask(prompt), self.model.language.embed(ids).to(row), row)
 
     def _image_mask(self, prompt: int) -> Bool[Tensor, "suffix 1"]:
-        return self.replay.inputs.image_mask[prompt, self.start :, None]
+        return self.state.inputs.image_mask[prompt, self.start :, None]
 
     @cached_property
     def _image_embeds(self) -> dict[int, Float[Tensor, "image feature d_model"]]:
@@ -182,20 +182,20 @@ class Climb:
         changed = [run for run in self.runs if run.image]
         if not changed:
             return {}
-        embeds = self.replay.image_side.rerun([run.image for run in changed])
-        self.replay.work.token_layers += self._image_cost
+        embeds = self.state.image_side.rerun([run.image for run in changed])
+        self.state.work.token_layers += self._image_cost
         return {run.index: embed for run, embed in zip(changed, embeds, strict=True)}
 
     def _put_images(self, fresh: Tensor, runs: list[PlannedRun]) -> None:
         """Overwrite the image positions of runs whose image side was re-run."""
-        mask = self.replay.inputs.image_mask[:, self.start :]
+        mask = self.state.inputs.image_mask[:, self.start :]
         for i, run in enumerate(runs):
             if run.index in self._image_embeds:
                 fresh[:, i] = self._merged(fresh[:, i], self._image_embeds[run.index], mask)
 
     def _merged(self, rows: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         """Image embeddings at the image positions from the start on; pictures before it were not changed."""
-        whole = self.kept.stream(0).masked_scatter(self.replay.inputs.image_mask[..., None], embeds)
+        whole = self.kept.stream(0).masked_scatter(self.state.inputs.image_mask[..., None], embeds)
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
@@ -216,14 +216,14 @@ class Climb:
     @property
     def _image_cost(self) -> float:
         """The vision tower's blocks, in units of the language tower's."""
-        rows = self.replay.image_side.rows_through_blocks([run.image for run in self.runs if run.image])
-        return rows * self.replay.image_side.block_cost
+        rows = self.state.image_side.rows_through_blocks([run.image for run in self.runs if run.image])
+        return rows * self.state.image_side.block_cost
 
     def _cost(self, layer: int) -> float:
         """One block for the rows that have joined by then."""
         n_runs, n_suffix = sum(run.entry <= layer for run in self.runs), self.kept.n_positions - self.start
         queries = self._queries() if layer == self.n_layers - 1 else None
-        per_row = n_suffix if queries is None else len(queries) + n_suffix * self.replay.key_value_share
+        per_row = n_suffix if queries is None else len(queries) + n_suffix * self.state.key_value_share
         return float(len(self.wanted) * n_runs * per_row)
 
 
@@ -242,3 +242,24 @@ def _sees_all(name: str) -> bool:
     """Whether a hook of the last block fires for every position; the others do for those that are read."""
     tail = name.split(".", 2)[2].removeprefix("attn.")
     return tail.startswith("ln1.") or tail in _KEY_VALUE_SIDE
+
+
+def recordable(state: ReplayState, names_filter: NamesFilter) -> list[str]:
+    """The hooks that a filter names; raises `InputError` for one that a re-run does not reach."""
+    names = state.model.hooks_table.resolve(names_filter, with_image=state.inputs.pixel_values is not None)
+    if image_side := [name for name in names if name.startswith(IMAGE_SIDE)]:
+        raise InputError(
+            f"{image_side[0]} fires before the image enters the language tower, and a re-run records hooks of the "
+            "language tower only; read it with model.run_with_hooks, or name others, such as 'blocks.*.hook_z'."
+        )
+    return names
+
+
+def recorded(
+    state: ReplayState, run: PlannedRun, names: list[str], positions: Positions
+) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
+    """Logits of one run, and the named activations that were recomputed for it."""
+    one_pass = Climb(state, [run], state.wanted(positions), names)
+    logits = one_pass.logits()[0] if run.changes else state.kept_logits(positions)
+    state.work.runs += len(state.inputs) * run.changes
+    return logits, one_pass.seen

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.bound import Resolved
-
-if TYPE_CHECKING:
-    from hooked_llava.replay.image_side import ImageSide
 
 _OVERHEAD_TOKENS = 24
 """What starting one more pass over the layers costs, in positions: neighbouring starts are merged below it."""
@@ -35,14 +32,23 @@ class PlannedRun:
         return self.start is not None
 
 
-def plan_run(index: int, resolved: Sequence[Resolved], image_side: ImageSide, n_layers: int) -> PlannedRun:
+def plan_run(index: int, resolved: Sequence[Resolved], inputs: Inputs, n_layers: int) -> PlannedRun:
     """The cone of a run's interventions together."""
     image = tuple(r for r in resolved if r.on_image_side)
     language = tuple(r for r in resolved if not r.on_image_side)
     starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]
-    starts += [first for r in image for first in image_side.first_positions(r.intervention.image) if r.positions[0]]
+    starts += [first for r in image for first in first_positions(inputs, r.intervention.image) if r.positions[0]]
     entry = 0 if image else min((entry_layer(r, n_layers) for r in language), default=n_layers)
     return PlannedRun(index, language, image, entry, min(starts, default=None))
+
+
+def first_positions(inputs: Inputs, which: int | None) -> list[int]:
+    """First sequence position of every image, or of each prompt's image of that number."""
+    firsts = []
+    for token_map in inputs.token_maps:
+        images = range(token_map.n_images) if which is None else [which] if which < token_map.n_images else []
+        firsts += [int(token_map.image(i)[0]) for i in images]
+    return firsts
 
 
 def entry_layer(resolved: Resolved, n_layers: int) -> int:
@@ -73,27 +79,3 @@ def batches(
         size = rows_at_once if isinstance(rows_at_once, int) else rows_at_once[n_positions - start]
         for i in range(0, len(group), size):
             yield group[i : i + size]
-
-
-@dataclass
-class Work:
-    """Work done by re-runs, counted in token-layers: one position through one block of the language tower.
-
-    The vision tower's blocks are counted in the same unit, by their multiplications by weights.
-    """
-
-    n_layers: int
-    n_positions: int
-    token_layers: float = 0.0
-    runs: int = 0
-    """Rows that were re-run: runs times prompts."""
-
-    @property
-    def forwards(self) -> float:
-        """The work as a number of full passes through the language tower's blocks."""
-        return self.token_layers / (self.n_layers * self.n_positions)
-
-    @property
-    def share(self) -> float:
-        """The work as a share of one full pass for every row."""
-        return self.forwards / self.runs if self.runs else 0.0

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
-from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.replay.binding import indices, patches_of
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.replay.binding import indices, patches_of, resolve
 from hooked_llava.replay.intervention import Intervention, comparable
+from hooked_llava.replay.layer_pass import recordable, recorded
+from hooked_llava.replay.plan import plan_run
 from hooked_llava.replay.row_edits import images_of
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.replay.state import ReplayState
 
 
 @dataclass(eq=False)
@@ -120,10 +121,8 @@ def reference_means(
 def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
     """Sum up the activations of every place, from whatever holds them."""
     names = list(dict.fromkeys(place.name for place in places))
-    if hasattr(reference, "kept") and hasattr(reference, "run_with_cache"):  # a Replay
-        everywhere = list(range(reference.kept.n_positions))
-        same = Intervention("hook_embed", positions=[0], scale=1.0)  # changes nothing, but makes a run start there
-        _, (held,) = reference.run_with_cache([[same]], names, positions=everywhere)
+    if isinstance(reference, ReplayState):
+        held = _recorded_everywhere(reference, names)
         for place in places:
             place.add(held[place.name], _rows(model, place, reference.inputs))
     elif isinstance(reference, ActivationCache) or (isinstance(reference, Mapping) and "input_ids" not in reference):
@@ -133,6 +132,15 @@ def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
     else:
         for prompts in _batches(model, reference):
             _run(model, prompts, places, names)
+
+
+def _recorded_everywhere(state: ReplayState, names: list[str]) -> dict[str, Tensor]:
+    """Activations of a kept run at every position."""
+    names = recordable(state, names)
+    state.check_fresh()
+    same = Intervention("hook_embed", positions=[0], scale=1.0)  # changes nothing, but makes a run start there
+    run = plan_run(0, [resolve(same, state.model, state.inputs)], state.inputs, state.model.cfg.n_layers)
+    return recorded(state, run, names, list(range(state.kept.n_positions)))[1]
 
 
 def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[str]) -> None:

@@ -16,32 +16,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE
-from hooked_llava.errors import InputError, StaleReplayError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
-from hooked_llava.model.weights_id import weights_version
+from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Positions
+from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.binding import resolve
 from hooked_llava.replay.branch import EMBEDDINGS, branched_run
-from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.kept_run import keep
-from hooked_llava.replay.layer_pass import Climb
-from hooked_llava.replay.plan import PlannedRun, Work, plan_run
+from hooked_llava.replay.layer_pass import recordable, recorded
+from hooked_llava.replay.plan import PlannedRun, plan_run
 from hooked_llava.replay.reference_mean import with_means
+from hooked_llava.replay.state import ReplayState, Work, refuse_listeners
 from hooked_llava.replay.sweep import Sweep
 
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
-
-class Replay:
+class Replay(ReplayState):
     """One run of a batch of prompts, kept, and re-run under interventions at the cost of what they can reach.
 
     Args:
@@ -69,23 +65,10 @@ class Replay:
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
-        self.model = model
-        self.inputs = model.as_inputs(inputs)
-        _refuse_listeners(model, InputError)
-        self._weights = weights_version(model)
-        self._pictures_changed = False
-        with torch.no_grad():
-            self.kept = keep(model, self.inputs, dtype=dtype, device=device)
-        self.image_side = ImageSide(model, self.inputs)
-        self.work = Work(n_layers=model.cfg.n_layers, n_positions=self.kept.n_positions)
-
-    @property
-    def key_value_share(self) -> float:
-        """What keys and values cost of a block, counted in multiplications by weights."""
-        cfg = self.model.config.language
-        key_value = 2 * cfg.n_key_value_heads * cfg.d_head
-        rest = 2 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.d_mlp
-        return key_value / (key_value + rest)
+        prompts = model.as_inputs(inputs)
+        refuse_listeners(model, InputError)
+        super().__init__(model, prompts, keep(model, prompts, dtype=dtype, device=device))
+        self._images_changed = False
 
     @staticmethod
     def forecast(model: HookedLLaVA, inputs: Any, *, dtype: torch.dtype | None = None) -> int:
@@ -150,25 +133,13 @@ class Replay:
         A tensor holds all prompts and the positions from the run's first changed one on (in the last layer those that are
         read); hooks below the layer where a run enters are not in its dict, because they are as in the kept run.
         """
-        names = self._recordable(names_filter)
+        names = recordable(self, names_filter)
         planned = self._planned(runs)
         self.check_fresh()
-        results, caches = [self.kept_logits(positions)[None][:0]], []
-        for run in planned:
-            climb = Climb(self, [run], self.wanted(positions), names)
-            results.append(climb.logits() if run.changes else self.kept_logits(positions)[None])
-            caches.append(climb.seen)
-            self.work.runs += len(self.inputs) * run.changes
-        return self.shaped(torch.cat(results), positions), caches
-
-    def _recordable(self, names_filter: Any) -> list[str]:
-        names = self.model.hooks_table.resolve(names_filter, with_image=self.inputs.pixel_values is not None)
-        if image_side := [name for name in names if name.startswith(IMAGE_SIDE)]:
-            raise InputError(
-                f"{image_side[0]} fires before the image enters the language tower, and a re-run records hooks of the "
-                "language tower only; read it with model.run_with_hooks, or name others, such as 'blocks.*.hook_z'."
-            )
-        return names
+        found = [recorded(self, run, names, positions) for run in planned]
+        nothing = self.kept_logits(positions)[None][:0]
+        logits = torch.cat([nothing, *(one[None] for one, _ in found)])
+        return self.shaped(logits, positions), [activations for _, activations in found]
 
     def branch(self, changes: Any) -> Replay:
         """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
@@ -185,9 +156,7 @@ class Replay:
         >>> torch.allclose(other.logits(), model(model.prepare("Who made the ring?"))[0, -1], atol=1e-3)
         True
         """
-        interventions = [changes] if isinstance(changes, Intervention) else list(changes)
-        planned = self._plan(0, interventions)
-        interventions = with_means(self.model, interventions)
+        (planned,) = self._planned([changes])
         if wrong := [r.name for r in (*planned.image, *planned.language) if r.name not in EMBEDDINGS]:
             raise InputError(
                 f"A branch changes embeddings, {' or '.join(EMBEDDINGS)}, and {wrong[0]} was given; apply other "
@@ -196,25 +165,11 @@ class Replay:
         self.check_fresh()
         other = copy.copy(self)
         other.work = Work(n_layers=self.work.n_layers, n_positions=self.work.n_positions)
-        if planned.start is not None:
-            other.kept = branched_run(self, interventions, planned.start)
+        other.kept = branched_run(self, planned)
         mask = self.inputs.image_mask.cpu()
         changed = (bool(mask[i, list(where)].any()) for r in planned.language for i, where in enumerate(r.positions))
-        other._pictures_changed = self._pictures_changed or any(changed)  # noqa: SLF001 (of its own class)
+        other._images_changed = self._images_changed or any(changed)  # noqa: SLF001 (of its own class)
         return other
-
-    def check_fresh(self) -> None:
-        """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
-        _refuse_listeners(self.model, StaleReplayError)
-        if weights_version(self.model) != self._weights:
-            raise StaleReplayError(
-                "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
-                "Replay, or revert the edit."
-            )
-
-    def wanted(self, positions: Positions) -> Tensor:
-        """Absolute positions at which logits are read, [prompt, position]."""
-        return resolve_positions(positions, self.inputs).to(self.inputs.device)
 
     def _planned(self, runs: Any) -> list[PlannedRun]:
         """The runs, all checked before a reference mean is taken for any."""
@@ -227,26 +182,13 @@ class Replay:
 
     def _plan(self, index: int, run: Sequence[Any]) -> PlannedRun:
         resolved = [resolve(intervention, self.model, self.inputs) for intervention in run]
-        planned = plan_run(index, resolved, self.image_side, self.model.cfg.n_layers)
-        if planned.image and self._pictures_changed:
+        planned = plan_run(index, resolved, self.inputs, self.model.cfg.n_layers)
+        if planned.image and self._images_changed:
             raise InputError(
                 f"{planned.image[0].name} fires before the picture's embeddings, which this branch has replaced; give "
                 "the intervention to the Replay that it was branched from."
             )
         return planned
-
-    @torch.no_grad()
-    def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
-        """Logits of the kept run, with all axes."""
-        index = self.wanted(positions)
-        final = self.kept.stream(self.model.cfg.n_layers)
-        rows = torch.arange(len(final), device=final.device)[:, None]
-        return self.model.language.to_logits(final[rows, index])
-
-    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
-        """Without the prompt axis for one prompt, and without the position axis for "last"."""
-        logits = logits[:, 0] if len(self.inputs) == 1 else logits
-        return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
 
 
 def _listed(runs: Any) -> Sequence[Any]:
@@ -255,19 +197,3 @@ def _listed(runs: Any) -> Sequence[Any]:
             "runs= is one Intervention; expected a list of runs, each a list of Interventions: [[...], ...]."
         )
     return runs
-
-
-def _refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
-    listening = [name for name, module in model.named_modules() if _has_hooks(module)]
-    if listening:
-        raise error(
-            f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
-            "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
-        )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether functions are attached to a module, be it by us, by TransformerLens or by torch."""
-    return bool(
-        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -14,10 +13,8 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import Climb, mix_at_the_end
-from hooked_llava.replay.plan import PlannedRun, Work, batches
-
-if TYPE_CHECKING:
-    from hooked_llava.replay.replay import Replay
+from hooked_llava.replay.plan import PlannedRun, batches
+from hooked_llava.replay.state import ReplayState, Work
 
 _FREE_SHARE = 0.25  # of the free memory that one batch may take
 _WIDEST_ON_CPU = 2**22  # numbers in one activation: a CPU computes no faster with more, they only leave its caches
@@ -29,7 +26,7 @@ class Sweep:
 
     def __init__(
         self,
-        replay: Replay,
+        state: ReplayState,
         runs: list[PlannedRun],
         metric: Metric | None,
         positions: Positions,
@@ -41,15 +38,15 @@ class Sweep:
             raise InputError(
                 f"batch_size={batch_size}; expected a whole number of rows, or None to choose by free memory."
             )
-        self.replay, self.runs, self.metric, self.positions, self.progress = replay, runs, metric, positions, progress
-        self.wanted = replay.wanted(positions)
-        n_prompts = len(replay.inputs)
-        free = _free_memory(replay.kept.device)
+        self.state, self.runs, self.metric, self.positions, self.progress = state, runs, metric, positions, progress
+        self.wanted = state.wanted(positions)
+        n_prompts = len(state.inputs)
+        free = _free_memory(state.kept.device)
         starts = {run.start for run in runs if run.start is not None}
         sizes = {start: self._rows_at_once(start, free) for start in starts}
-        per_suffix = {replay.kept.n_positions - start: max(1, rows // n_prompts) for start, rows in sizes.items()}
+        per_suffix = {state.kept.n_positions - start: max(1, rows // n_prompts) for start, rows in sizes.items()}
         at_once = per_suffix if batch_size is None else max(1, batch_size // n_prompts)
-        self._batches = list(batches(runs, replay.kept.n_positions, at_once))
+        self._batches = list(batches(runs, state.kept.n_positions, at_once))
         self._rows: list[Tensor | None] = [None] * len(runs)
 
     @property
@@ -60,32 +57,32 @@ class Sweep:
     @property
     def forecast(self) -> float:
         """What all of it costs, as a number of full passes through the language tower's blocks, counted before running."""
-        work = Work(n_layers=self.replay.work.n_layers, n_positions=self.replay.work.n_positions)
-        work.token_layers = sum(Climb(self.replay, batch, self.wanted).token_layers for batch in self._batches)
+        work = Work(n_layers=self.state.work.n_layers, n_positions=self.state.work.n_positions)
+        work.token_layers = sum(Climb(self.state, batch, self.wanted).token_layers for batch in self._batches)
         return work.forwards
 
     @torch.no_grad()
     def run(self) -> Tensor:
         """Do the batches that are left; returns one row for each run, in the order they were given."""
-        self.replay.check_fresh()
+        self.state.check_fresh()
         self._check_metric()
         self._keep_unchanged()
         left = [batch for batch in self._batches if any(self._rows[run.index] is None for run in batch)]
         hidden = None if self.progress else True
         with tqdm(total=sum(map(len, left)), unit="run", delay=_PATIENCE, disable=hidden, leave=False) as bar:
             for batch in left:
-                logits = Climb(self.replay, batch, self.wanted).logits()
+                logits = Climb(self.state, batch, self.wanted).logits()
                 rows = list(self._finish(logits))  # before any is kept: a metric may fail
                 for run, row in zip(sorted(batch, key=lambda run: run.index), rows, strict=True):
                     self._rows[run.index] = row
-                self.replay.work.runs += len(batch) * len(self.replay.inputs)
+                self.state.work.runs += len(batch) * len(self.state.inputs)
                 bar.update(len(batch))
         return torch.stack(self._rows) if self._rows else self._nothing()  # type: ignore[arg-type] (none is left)
 
     def _check_metric(self) -> None:
         """Refuse a metric of the wrong shape before anything is run: it is tried on copies of the kept logits."""
         if self.metric is not None and self.runs:
-            kept = self.replay.kept_logits(self.positions)
+            kept = self.state.kept_logits(self.positions)
             n_copies = next(n for n in (3, 4, 5) if n not in kept.shape[:2])  # no axis is mistaken for another
             self._finish(kept.expand(n_copies, *kept.shape).clone())
 
@@ -93,22 +90,22 @@ class Sweep:
         """Runs that change nothing have the kept logits."""
         unchanged = [run for run in self.runs if not run.changes]
         if unchanged:
-            row = self._finish(self.replay.kept_logits(self.positions)[None])[0]
+            row = self._finish(self.state.kept_logits(self.positions)[None])[0]
             for run in unchanged:
                 self._rows[run.index] = row
 
     def _finish(self, logits: Tensor) -> Tensor:
-        shaped = self.replay.shaped(logits, self.positions)
+        shaped = self.state.shaped(logits, self.positions)
         if self.metric is None:
             return shaped
-        return measured(self.metric, shaped, 1 if len(self.replay.inputs) == 1 else 2)
+        return measured(self.metric, shaped, 1 if len(self.state.inputs) == 1 else 2)
 
     def _nothing(self) -> Tensor:
-        return self._finish(self.replay.kept_logits(self.positions)[None])[:0]
+        return self._finish(self.state.kept_logits(self.positions)[None])[:0]
 
     def _rows_at_once(self, start: int, free: int) -> int:
         """How many rows of this length fit into a share of the free memory, and on a CPU into its caches."""
-        kept, cfg = self.replay.kept, self.replay.model.config.language
+        kept, cfg = self.state.kept, self.state.model.config.language
         n_suffix = kept.n_positions - start
         n_logits = max(self.wanted.shape[1], n_suffix * mix_at_the_end(self.runs, cfg.n_layers)) * cfg.d_vocab
         n_scores = cfg.n_heads * n_suffix * kept.n_positions

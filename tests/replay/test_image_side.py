@@ -50,5 +50,3 @@ def test_does_only_the_blocks_above_the_change() -> None:
         side.rerun([[late], [late]])
     assert ran == ["vision.blocks.1.hook_resid_pre"]
     assert side.rows_through_blocks([[late], [late]]) == 2
-    assert side.first_positions(None) == [1]
-    assert side.first_positions(1) == []

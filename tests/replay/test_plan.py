@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from hooked_llava.replay.binding import resolve
-from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.intervention import Intervention
-from hooked_llava.replay.plan import PlannedRun, Work, batches, plan_run
+from hooked_llava.replay.plan import PlannedRun, batches, first_positions, plan_run
+from hooked_llava.replay.state import Work
 from tests.pairs import pair
 
 
 def plan(*interventions: Intervention) -> PlannedRun:
     model, inputs = pair().ours, pair().ours.as_inputs(pair().prompt())
     resolved = [resolve(one, model, inputs) for one in interventions]
-    return plan_run(0, resolved, ImageSide(model, inputs), model.cfg.n_layers)
+    return plan_run(0, resolved, inputs, model.cfg.n_layers)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,12 @@ def test_several_interventions_enter_where_the_first_does() -> None:
 def test_a_run_that_changes_nothing_enters_nowhere() -> None:
     nothing = plan(Intervention("blocks.0.attn.hook_attn_scores", block=([], "last")))
     assert (nothing.start, nothing.changes, plan().changes) == (None, False, False)
+
+
+def test_an_image_that_a_prompt_lacks_has_no_first_position() -> None:
+    inputs = pair().ours.as_inputs(pair().prompt())
+    assert first_positions(inputs, None) == [1]
+    assert first_positions(inputs, 1) == []
 
 
 def test_batches_hold_every_changing_run_once_and_are_no_larger_than_allowed() -> None:

@@ -1,0 +1,102 @@
+"""What a Replay keeps, and what every re-run of it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_llava.errors import InputError, StaleReplayError
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.weights_id import weights_version
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.replay.image_side import ImageSide
+from hooked_llava.replay.kept_run import KeptRun
+
+
+@dataclass
+class Work:
+    """Work done by re-runs, counted in token-layers: one position through one block of the language tower.
+
+    The vision tower's blocks are counted in the same unit, by their multiplications by weights.
+    """
+
+    n_layers: int
+    n_positions: int
+    token_layers: float = 0.0
+    runs: int = 0
+    """Rows that were re-run: runs times prompts."""
+
+    @property
+    def forwards(self) -> float:
+        """The work as a number of full passes through the language tower's blocks."""
+        return self.token_layers / (self.n_layers * self.n_positions)
+
+    @property
+    def share(self) -> float:
+        """The work as a share of one full pass for every row."""
+        return self.forwards / self.runs if self.runs else 0.0
+
+
+class ReplayState:
+    """A kept run of a batch of prompts, the model and the prompts that it is of, and the work done on it since."""
+
+    def __init__(self, model: HookedLLaVA, inputs: Inputs, kept: KeptRun) -> None:
+        self.model, self.inputs, self.kept = model, inputs, kept
+        self.image_side = ImageSide(model, inputs)
+        self.work = Work(n_layers=model.cfg.n_layers, n_positions=kept.n_positions)
+        self._weights = weights_version(model)
+
+    @property
+    def key_value_share(self) -> float:
+        """What keys and values cost of a block, counted in multiplications by weights."""
+        cfg = self.model.config.language
+        key_value = 2 * cfg.n_key_value_heads * cfg.d_head
+        rest = 2 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+        return key_value / (key_value + rest)
+
+    def check_fresh(self) -> None:
+        """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
+        refuse_listeners(self.model, StaleReplayError)
+        if weights_version(self.model) != self._weights:
+            raise StaleReplayError(
+                "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
+                "Replay, or revert the edit."
+            )
+
+    def wanted(self, positions: Positions) -> Int[Tensor, "prompt position"]:
+        """Absolute positions at which logits are read."""
+        return resolve_positions(positions, self.inputs).to(self.inputs.device)
+
+    @torch.no_grad()
+    def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
+        """Logits of the kept run, with all axes."""
+        index = self.wanted(positions)
+        final = self.kept.stream(self.model.cfg.n_layers)
+        rows = torch.arange(len(final), device=final.device)[:, None]
+        return self.model.language.to_logits(final[rows, index])
+
+    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
+        """Without the prompt axis for one prompt, and without the position axis for "last"."""
+        logits = logits[:, 0] if len(self.inputs) == 1 else logits
+        return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
+
+
+def refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
+    """Raise if functions are attached to any part of the model."""
+    listening = [name for name, module in model.named_modules() if _has_hooks(module)]
+    if listening:
+        raise error(
+            f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
+            "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether functions are attached to a module, be it by us, by TransformerLens or by torch."""
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
+    )
