@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
@@ -150,7 +150,7 @@ def _names(
     n_layers = vision.n_layers_run if names[0].startswith("vision.") else language.n_layers
     if not isinstance(hook, str):
         raise InputError(f"hook={hook!r} names its layer, so layers={layers!r} has no place; leave one of them out.")
-    pairs = [(hook, layer) for layer in chosen(layers, n_layers, f"layers of {hook}")]
+    pairs = [(hook, layer) for layer in as_indices(layers, n_layers, f"layers of {hook}")]
     return [name for pair in pairs for name in model.hooks_table.resolve(pair)]
 
 
@@ -195,7 +195,7 @@ def _numbers(given: Each, n: int, what: str) -> list[int | None]:
         if given == "all":
             return [None]
         raise InputError(f"{given!r} is no choice of {what}; expected 'each', 'all' or numbers.")
-    return list(chosen(given, n, what))
+    return list(as_indices(given, n, what))
 
 
 def _intervention(

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Constraint, find_constraints
 from hooked_llava.model.cache_hooks import saver
@@ -70,8 +71,7 @@ def attention_contribution(
     prompt = model.as_inputs(inputs)
     if len(prompt) != 1:
         raise InputError(f"attention_contribution takes one prompt, got {len(prompt)}; call it once for each.")
-    if measure not in ("norm", "logit"):
-        raise InputError(f"measure={measure!r}; expected 'norm' or 'logit'.")
+    one_of(measure, ("norm", "logit"), "measure")
     token = None if answer is None else single_token(model, prompt.token_map, answer)
     constraints = find_constraints(prompt.token_map, constraint)
     with provenance("attention_contribution", model, prompt, n_forward=1, measure=measure) as made:

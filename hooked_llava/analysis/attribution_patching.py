@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE
+from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
@@ -200,8 +200,7 @@ def _each_pair(
     `changing` are the hooks whose difference the estimate needs, `at_points` those held with their graph.
     """
     check_direction(direction)
-    if not isinstance(steps, Integral) or steps < 0:
-        raise InputError(f"steps={steps!r}; expected 0 for a plain gradient, or the number of points of the path.")
+    whole_number(steps, "steps", least=0, expected="0 for a plain gradient, or the number of points of the path")
     check_metrics(model, pairs, read, swept=False)
     results, how = [], {"direction": direction, "steps": steps, "read": read, **about}
     for clean, corrupted, own_metric in pairs:

@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import (
     Constraint,
@@ -280,10 +280,9 @@ def _plan(
     if not kinds or set(kinds) - set(KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, KINDS))}.")
     width, kind = window
-    if kind not in ("centred", "released"):
-        raise InputError(f"window_reading={kind!r}; expected 'centred' or 'released' (2w + 1 layers).")
+    one_of(kind, ("centred", "released"), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
-    centres = list(range(n_layers)) if layers is None else chosen(layers, n_layers, "layers")
+    centres = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
     around = centred_window if kind == "centred" else released_window
     windows = [around(centre, width, n_layers) for centre in centres]
     token_map = reading.inputs.token_map

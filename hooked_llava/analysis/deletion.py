@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from hooked_llava.analysis.maps.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_cache import Target, resolve_target
 from hooked_llava.replay.replay import Replay
@@ -91,8 +92,7 @@ def deletion_curves(
 
 
 def _ways(directions: Direction | Sequence[Direction], where: Where) -> list[Direction]:
-    if where not in WHERE:
-        raise InputError(f"where={where!r}; expected {' or '.join(map(repr, WHERE))}.")
+    one_of(where, WHERE, "where")
     ways: list[Direction] = [directions] if isinstance(directions, str) else list(directions)
     if not ways or any(way not in DIRECTIONS for way in ways):
         raise InputError(

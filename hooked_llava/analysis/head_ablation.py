@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import check_heads
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_is_said
@@ -65,8 +66,7 @@ def ablate_heads(
     """
     prompts = model.as_inputs(inputs)
     sets = _sets(model, heads)
-    if replace not in ("mean", "zero"):
-        raise InputError(f"replace={replace!r}; expected 'mean' or 'zero'.")
+    one_of(replace, ("mean", "zero"), "replace")
     others = prompts if reference is None else reference
     if replace == "mean" and isinstance(others, Inputs) and len(others) < 2:
         raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")

@@ -29,7 +29,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices, is_whole_number
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError
@@ -235,10 +235,10 @@ def _windows(window: Window, centers: int | Sequence[int] | None, n_layers: int)
         if centers is not None:
             raise InputError("window='all' blocks every layer at once and has no centre; leave centers= out.")
         return {None: range(n_layers)}
-    if isinstance(window, bool) or not isinstance(window, int | None):
+    if window is not None and not is_whole_number(window):
         raise InputError(f"window={window!r}; expected a number of layers, or 'all'.")
-    width = paper_width(n_layers) if window is None else window
-    centres = range(n_layers) if centers is None else chosen(centers, n_layers, "layers, as centers")
+    width = paper_width(n_layers) if window is None else int(window)
+    centres = range(n_layers) if centers is None else as_indices(centers, n_layers, "layers, as centers")
     return {centre: centred_window(centre, width, n_layers) for centre in centres}
 
 

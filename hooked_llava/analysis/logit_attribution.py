@@ -17,6 +17,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import resolve_positions, saver
 from hooked_llava.readout.answer import FIRST, WHOLE
@@ -70,8 +71,7 @@ def logit_attribution(
     True
     """
     prompts = model.as_inputs(inputs)
-    if by not in _PARTS:
-        raise InputError(f"by={by!r}; expected one of {', '.join(map(repr, _PARTS))}.")
+    one_of(by, _PARTS, "by", expected=f"one of {', '.join(map(repr, _PARTS))}")
     words_of = (answer, baseline)
 
     def tokens(token_map: TokenMap) -> list[int | None]:

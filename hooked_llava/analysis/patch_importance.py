@@ -28,6 +28,7 @@ from hooked_llava.analysis.maps.scores import (
     score_positions,
     score_positions_of_layer,
 )
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import AnswerReading
@@ -122,8 +123,7 @@ def patch_importance(
 
 def _options(model: HookedLLaVA, method: Method, given: dict[str, Any]) -> dict[str, Any]:
     """The method's own options; raises `InputError` if others were given, and for heads that are not there."""
-    if method not in _METHODS:
-        raise InputError(f"method={method!r}; expected one of {', '.join(_METHODS)}.")
+    one_of(method, _METHODS, "method")
     own = _METHODS[method].options
     if foreign := [name for name, value in given.items() if name not in own and value is not _DEFAULTS[name]]:
         takes = f"; it takes {', '.join(own)}" if own else ""

@@ -17,7 +17,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
@@ -80,8 +80,7 @@ def path_patching(
     ('receiver', 'layer')
     """
     check_direction(direction)
-    if senders not in ("heads", "mlps"):
-        raise InputError(f"senders={senders!r}; expected 'heads' or 'mlps'.")
+    one_of(senders, ("heads", "mlps"), "senders")
     targets = [_target(model, receiver) for receiver in _listed(receivers)]
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
     check_metrics(model, pairs, read)
@@ -163,11 +162,11 @@ def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
         raise InputError(
             f"{receiver!r} is no receiver; expected 'logits', ('mlp', layer), or ('q' | 'k' | 'v', layer, head)."
         )
-    layer = chosen(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
+    layer = as_indices(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
     if kind == "mlp":
         return f"blocks.{layer}.hook_mlp_in", layer, None
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
-    head = chosen(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]
+    head = as_indices(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]
     return f"blocks.{layer}.attn.hook_{kind}_input", layer, head
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hooked_llava.checks import as_index
 from hooked_llava.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -304,10 +305,5 @@ def _vision_config(hf_config: Any) -> VisionConfig:
 
 def _feature_layer(index: int, n_layers: int) -> int:
     """A Hugging Face hidden-state index (0..n_layers, or negative) as a non-negative one."""
-    n_states = n_layers + 1
-    if not -n_states <= index < n_states:
-        raise ConfigError(
-            f"vision_feature_layer={index} is out of range for {n_layers} vision layers; "
-            f"expected {-n_states}..{n_layers}."
-        )
-    return index % n_states
+    says = f"vision_feature_layer={index} is out of range for {n_layers} vision layers"
+    return as_index(index, n_layers + 1, "vision_feature_layer", says=says, error=ConfigError)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hooked_llava.checks import as_index
 from hooked_llava.errors import HookNameError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -282,9 +283,9 @@ class HookTable:
             return names
         tower = self.config.vision if str(short).startswith("vision.") else self.config.language
         n_layers = getattr(tower, "n_layers_run", tower.n_layers)
-        if not -n_layers <= layer < n_layers:
-            raise HookNameError(f"Layer {layer} is out of range for {short!r}; expected {-n_layers}..{n_layers - 1}.")
-        matches = [name for name in names if f"blocks.{layer % n_layers}." in name]
+        says = f"Layer {layer} is out of range for {short!r}"
+        layer_index = as_index(layer, n_layers, "layer", says=says, error=HookNameError)
+        matches = [name for name in names if f"blocks.{layer_index}." in name]
         if not matches:
             raise HookNameError(f"Hook {short!r} has no layers, yet layer {layer} was asked for; leave the layer out.")
         return matches

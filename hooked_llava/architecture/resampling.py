@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import ConfigError
 
 Filter: TypeAlias = Literal["box", "bilinear", "bicubic", "lanczos"]
@@ -41,8 +42,7 @@ def resampling_weights(
     >>> pixels[1, weights[1] > 0], weights[1].sum()
     (array([2, 3]), np.float64(1.0))
     """
-    if resample not in get_args(Filter):
-        raise ConfigError(f"resample={resample!r}; expected one of {', '.join(get_args(Filter))}.")
+    one_of(resample, get_args(Filter), "resample", error=ConfigError)
     kernel, support = _KERNELS[resample]
     scale = n_in / n_out
     stretch = max(scale, 1.0)  # when an image shrinks, the filter widens so that no pixel is skipped

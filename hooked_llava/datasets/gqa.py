@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hooked_llava.checks import one_of
 from hooked_llava.datasets.rows import PixelBox, StudyRow
 from hooked_llava.datasets.tables import number, plain_id, read_table, whole
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.errors import InputError
 
 GQA_TAIL = " \nAnswer the question using a single word or phrase."
 """What the paper's released code puts after each question; for `model.prepare(..., template="vicuna-v1", tail=GQA_TAIL)`.
@@ -107,10 +108,8 @@ def read_gqa(
     (2, 'QueryAttr', True, 1)
     """
     wanted = GQA_KINDS if kinds is None else tuple(kinds)
-    if unknown := [kind for kind in wanted if kind not in GQA_KINDS]:
-        raise InputError(
-            f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], GQA_KINDS)} Known: {', '.join(GQA_KINDS)}."
-        )
+    for kind in wanted:
+        one_of(kind, GQA_KINDS, "kinds", says=f"There is no kind {kind!r}.")
     path = Path(path)
     files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
     if not files:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
@@ -288,8 +289,7 @@ def _batches(rows: Sequence[StudyRow], size: int) -> Iterator[list[StudyRow]]:
 def _check(rows: Sequence[StudyRow], batch_size: int) -> None:
     if not rows:
         raise InputError("The table has no questions; give at least one row.")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}; expected at least 1 question.")
+    whole_number(batch_size, "batch_size", least=1, expected="at least 1 question")
     repeated = [row_id for row_id, n in Counter(row.id for row in rows).items() if n > 1]
     if repeated:
         raise InputError(f"Rows share the ids {repeated[:3]}; give each row an id of its own.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, warn_user
 
 _DELIMITERS = ",;\t"
@@ -47,8 +48,8 @@ def read_table(file: Path, *, encoding: str | None = None, limit: int | None = N
 
     Raises `InputError` for what cannot be read as text, and for a limit below 1.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} questions of each kind; expected at least 1, or None for all.")
+    if limit is not None:
+        whole_number(limit, "limit", least=1, of=" questions of each kind", expected="at least 1, or None for all")
     try:
         text = _decoded(file, encoding).lstrip()
         header = text.partition("\n")[0]

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hooked_llava.checks import one_of
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.tables import plain_id, read_table
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.errors import InputError
 from hooked_llava.prompt.token_text import word_borders
 
 CONSTRAINTS_TAIL = "Answer in a few words."
@@ -90,11 +91,8 @@ def read_vqa_constraints(
     (2, 'this shape', [])
     """
     wanted = CONSTRAINT_KINDS if kinds is None else tuple(kinds)
-    if unknown := [kind for kind in wanted if kind not in CONSTRAINT_KINDS]:
-        raise InputError(
-            f"There is no kind {unknown[0]!r}.{did_you_mean(unknown[0], CONSTRAINT_KINDS)} Known: "
-            f"{', '.join(CONSTRAINT_KINDS)}."
-        )
+    for kind in wanted:
+        one_of(kind, CONSTRAINT_KINDS, "kinds", says=f"There is no kind {kind!r}.")
     path = Path(path)
     files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
     if not files:

@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.editing import ledger
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
-from hooked_llava.prompt.validation import whole_number
 from hooked_llava.storage import written_whole
 
 _FORMAT = "hooked_llava.key_covariance.v2"
@@ -130,7 +129,7 @@ def key_covariance(
     >>> key_covariance(model, [model.prepare("Who made the star?")], layer=3, positions="question").n_keys
     5
     """
-    layer = chosen(whole_number(layer, "layer"), model.cfg.n_layers, "layers")[0]
+    layer = as_indices(whole_number(layer, "layer"), model.cfg.n_layers, "layers")[0]
     if path is not None and Path(path).is_file():
         found = KeyCovariance.load(path, model, damping=damping)
         if (found.layer, found.positions) != (layer, positions):

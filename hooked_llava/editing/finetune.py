@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices, one_of, whole_number
 from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
@@ -20,7 +20,6 @@ from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.validation import whole_number
 
 _W_OUT = "mlp.down.weight"
 
@@ -61,8 +60,7 @@ def finetune(
     began = time.perf_counter()
     requests = [requests] if isinstance(requests, EditRequest) else list(requests)
     numbers = _chosen(layers, model.cfg.n_layers)
-    if weights not in ("W_out", "all"):
-        raise InputError(f"weights={weights!r}; expected 'W_out' or 'all'.")
+    one_of(weights, ("W_out", "all"), "weights")
     steps, lr, stop = whole_number(steps, "steps"), float(lr), float(stop)
     max_change = None if max_change is None else float(max_change)
     if steps < 1 or not lr > 0 or not (max_change is None or max_change > 0):
@@ -137,4 +135,4 @@ def _chosen(layers: int | Sequence[int] | Literal["all"], n_layers: int) -> list
         if layers != "all":
             raise InputError(f"layers={layers!r}; expected a layer, a list of layers, or 'all'.")
         return list(range(n_layers))
-    return sorted(set(chosen(layers, n_layers, "layers")))
+    return sorted(set(as_indices(layers, n_layers, "layers")))

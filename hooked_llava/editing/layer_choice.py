@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
+from hooked_llava.checks import whole_number
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import MeanEmbedding, Noise
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.validation import whole_number
 
 _LEAST_RESTORED = 0.01
 Layer: TypeAlias = Any

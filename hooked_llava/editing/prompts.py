@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import whole_number
 from hooked_llava.editing import ledger
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.prompt.validation import whole_number
 from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
 
 

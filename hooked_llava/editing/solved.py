@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.editing.closed_form import closed_form
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
@@ -64,8 +65,7 @@ class Solved:
         Raises `InputError` for a singular update and a dtype too coarse to hold it. Whether it does what was asked for is
         not checked here, but by `solve_edit`.
         """
-        if keys not in ("mean", "each"):
-            raise InputError(f"keys={keys!r}; expected 'mean' or 'each'.")
+        one_of(keys, ("mean", "each"), "keys")
         began, lam = time.perf_counter(), float(lam)
         chosen = list(range(len(self.delta))) if only is None else list(only)
         key, owner = self._keys(chosen, keys)

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import whole_number
 from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.rows import Rows
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.validation import whole_number
 
 
 class TargetNotReached(UserWarning):

@@ -6,7 +6,6 @@ them away; what is left of the answer says how much hung on them.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_llava.checks import is_whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import gaussian_noise, other_image
 from hooked_llava.model.llava import HookedLLaVA
@@ -92,8 +92,8 @@ def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Cons
     >>> find_constraints(model.prepare("Is there a red star?").token_map, ["red", "star"])
     [Positions(5), Positions(6)]
     """
-    entries = [constraint] if isinstance(constraint, str) or _is_position(constraint) else list(constraint)
-    given: list[Any] = [entries] if all(map(_is_position, entries)) else entries
+    entries = [constraint] if isinstance(constraint, str) or is_whole_number(constraint) else list(constraint)
+    given: list[Any] = [entries] if all(map(is_whole_number, entries)) else entries
     if not entries or not all(len(entry) for entry in given):
         raise InputError(f"constraint={constraint!r} names nothing; give words of the question, or positions.")
     parts = token_map.words.parts if token_map.words is not None else {}
@@ -114,15 +114,6 @@ def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Cons
                     "cannot be corrupted in two ways. Give constraints that do not overlap."
                 )
     return found
-
-
-def _is_position(entry: Any) -> bool:
-    """Whether it is an integer of Python, NumPy or torch."""
-    try:
-        operator.index(entry)
-    except TypeError:
-        return False
-    return True
 
 
 def corrupt(model: HookedLLaVA, clean: Replay, constraints: list[Positions], corruption: Corruption) -> Corrupted:

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from hooked_llava.errors import InputError, SpanError, did_you_mean
+from hooked_llava.checks import one_of
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
@@ -141,8 +142,7 @@ def marked(
     for it otherwise, and always for a span that is none of the standard ones and that no prompt has; and `InputError` for
     edges from later to earlier positions, which attention does not have.
     """
-    if missing not in ("raise", "skip"):
-        raise InputError(f"missing={missing!r}; expected 'raise' or 'skip'.")
+    one_of(missing, ("raise", "skip"), "missing")
     if missing == "skip":
         _check_names(edges, dict.fromkeys([*STANDARD, *(name for m in prompts.token_maps for name in m.named)]))
     token_maps, present = [], np.ones((len(prompts), len(edges)), dtype=bool)
@@ -176,11 +176,8 @@ def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
     for edge in edges:
         for where in (edge.source, edge.target):
             for name in split_expression(where)[::2] if isinstance(where, str) else ():
-                if name not in known:
-                    raise SpanError(
-                        f"The edge {edge.name!r} names the span {name!r}, which no prompt has.{did_you_mean(name, known)} "
-                        f"Known: {', '.join(known)}."
-                    )
+                says = f"The edge {edge.name!r} names the span {name!r}, which no prompt has."
+                one_of(name, known, "edges", says=says, error=SpanError)
 
 
 def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
@@ -42,11 +43,8 @@ def check_pair(clean: Inputs, corrupted: Inputs) -> None:
 
 def check_direction(direction: str) -> None:
     """Raise `InputError` for anything but "denoise" and "noise"."""
-    if direction not in ("denoise", "noise"):
-        raise InputError(
-            f"direction={direction!r}; expected 'denoise' (clean activations into the corrupted run) or 'noise' (the "
-            "reverse)."
-        )
+    meaning = "'denoise' (clean activations into the corrupted run) or 'noise' (the reverse)"
+    one_of(direction, ("denoise", "noise"), "direction", expected=meaning)
 
 
 def prompt_pairs(

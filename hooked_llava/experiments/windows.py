@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hooked_llava.checks import as_index, whole_number
 from hooked_llava.errors import InputError
 
 PAPER_SHARE = 9 / 40
@@ -31,9 +32,7 @@ def released_window(centre: int, w: int, n_layers: int) -> range:
     >>> released_window(5, 3, 32), released_window(5, 1, 32), released_window(31, 3, 32)
     (range(2, 9), range(5, 6), range(28, 32))
     """
-    centre = _checked(centre, n_layers)
-    if w < 1:
-        raise InputError(f"w={w}; expected at least 1.")
+    centre, w = _checked(centre, n_layers), whole_number(w, "w", least=1)
     reach = 0 if w == 1 else w
     return range(max(centre - reach, 0), min(centre + reach, n_layers - 1) + 1)
 
@@ -50,6 +49,4 @@ def paper_width(n_layers: int) -> int:
 
 
 def _checked(centre: int, n_layers: int) -> int:
-    if not -n_layers <= centre < n_layers:
-        raise InputError(f"Layer {centre} is out of range; expected {-n_layers}..{n_layers - 1}.")
-    return centre % n_layers
+    return as_index(centre, n_layers, "centre", says=f"Layer {centre} is out of range")

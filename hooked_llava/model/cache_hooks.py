@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import TowerConfig
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
+from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.spans import span
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.prompt.validation import whole_numbers
 
 Positions = str | SupportsIndex | slice | Sequence[int] | np.ndarray | Tensor
 """Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers."""
@@ -49,13 +49,14 @@ def positions_of(
                 return list(range(n_positions))
             raise InputError(f"A residual stream has no spans, so {what}={where!r} means nothing; give numbers.")
         return list(token_map.real) if where is None else span(token_map, where, seed=seed).tolist()
-    given = whole_numbers(where, what, _PLACES)
-    if outside := [p for p in given if not -n_positions <= p < n_positions]:
-        raise InputError(
-            f"{what}={outside} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, a slice, or "
+
+    def outside(wrong: list[int]) -> str:
+        return (
+            f"{what}={wrong} do not lie in the prompt; expected numbers in {-n_positions}..{n_positions - 1}, a slice, or "
             "a span such as 'last'."
         )
-    return [p % n_positions for p in given]
+
+    return as_indices(where, n_positions, what, expected=_PLACES, outside=outside, empty=True)
 
 
 def resolve_positions(positions: Positions, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:

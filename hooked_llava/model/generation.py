@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE, NamesFilter
+from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import saver, shared_spans
@@ -50,8 +51,8 @@ class Sampling:
             raise InputError(
                 f"temperature={self.temperature}; expected a positive number (do_sample=False for greedy decoding)."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k}; expected at least 1, or None for all tokens.")
+        if self.top_k is not None:
+            whole_number(self.top_k, "top_k", least=1, expected="at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}; expected a probability above 0 and up to 1, or None.")
 
@@ -238,8 +239,7 @@ class _Record:
 
 def _by_phase(model: HookedLLaVA, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str) -> dict[str, list[Hook]]:
     """What is attached in each phase: over single new tokens the image side is not run."""
-    if hook_phase not in ("prefill", "decode", "both"):
-        raise InputError(f"hook_phase={hook_phase!r}; expected 'prefill', 'decode' or 'both'.")
+    one_of(hook_phase, ("prefill", "decode", "both"), "hook_phase")
     phases: dict[str, list[Hook]] = {"prefill": [], "decode": []}
     entries = [as_hook(entry, model) for entry in fwd_hooks]
     for names, fn in entries:
@@ -294,10 +294,8 @@ def _padded_left(inputs: Inputs) -> Inputs:
 
 
 def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int, return_type: str) -> None:
-    if return_type not in ("text", "tokens"):
-        raise InputError(f"return_type={return_type!r}; expected 'text' or 'tokens'.")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
+    one_of(return_type, ("text", "tokens"), "return_type")
+    whole_number(max_new_tokens, "max_new_tokens", least=1)
     n_ctx = model.config.language.n_ctx
     if prompt.shape[1] + max_new_tokens > n_ctx:
         raise InputError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.checks import one_of
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.loading.checkpoint import load_into, load_processor, read_config, read_generation_config
 from hooked_llava.loading.embedded import resolve
@@ -295,8 +296,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _check_request(start: int | None, stop: int | None, return_type: ReturnType) -> None:
-    if return_type not in ("logits", "loss", None):
-        raise InputError(f"return_type={return_type!r}; expected 'logits', 'loss' or None.")
+    if return_type is not None:
+        one_of(return_type, ("logits", "loss"), "return_type", expected="'logits', 'loss' or None")
     if stop is not None and stop < (start or 0):
         raise InputError(f"start_at_layer={start} lies above stop_at_layer={stop}; a run goes upward.")
 

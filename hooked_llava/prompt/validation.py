@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,8 +19,6 @@ KEYS = ("input_ids", "attention_mask", "pixel_values", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
 _IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")
 
-_BOOLEAN = (torch.bool, np.dtype(bool))
-
 
 def check_keys(value: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the model takes; raises `InputError` for unknown ones and if there are no token ids."""
@@ -33,40 +30,6 @@ def check_keys(value: Mapping[str, Any]) -> dict[str, Any]:
         also = "pixel_values are given without input_ids" if "pixel_values" in given else "There are no input_ids"
         raise InputError(f"{also}; expected token ids [batch, position], with <image> tokens for the pictures.")
     return given
-
-
-def whole_number(value: Any, name: str) -> int:
-    """One of Python's, NumPy's or torch's integers as Python's; raises `InputError` for anything else, booleans included.
-
-    >>> whole_number(np.int64(3), "layer")
-    3
-    """
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise InputError(f"{name} is {value!r}; expected a whole number.")
-
-
-def whole_numbers(given: Any, what: str, expected: str = "whole numbers") -> list[int]:
-    """One whole number or several, of any kind; nothing is rounded, and a mask is not counted as zeros and ones.
-
-    Raises `InputError` for anything else.
-
-    >>> whole_numbers(torch.tensor([3, 5]), "positions"), whole_numbers(np.int64(2), "heads")
-    ([3, 5], [2])
-    """
-    several = not isinstance(given, str) and isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
-    listed: list[Any] = list(given) if several else [given]
-    try:
-        if any(isinstance(entry, bool) or getattr(entry, "dtype", None) in _BOOLEAN for entry in listed):
-            raise TypeError
-        return [operator.index(entry) for entry in listed]
-    except TypeError:
-        raise InputError(
-            f"{what}={given!r}; expected {expected}. A mask is turned into numbers by mask.nonzero()[:, 0]."
-        ) from None
 
 
 def as_tensor(value: Any, name: str) -> Tensor:

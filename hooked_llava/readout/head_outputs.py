@@ -14,7 +14,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import chosen
+from hooked_llava.checks import as_indices
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -105,7 +105,7 @@ def _each_head(
 ) -> Float[Tensor, "*batch key head d_head"]:
     """The value that every query head reads, in float32 at least."""
     cfg = model.config.language
-    chosen(layer, cfg.n_layers, "layers")
+    as_indices(layer, cfg.n_layers, "layers")
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     return wide.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=-2)
 
@@ -116,4 +116,4 @@ def _output(model: HookedLLaVA, layer: int, like: Tensor) -> Float[Tensor, "head
 
 def _heads(model: HookedLLaVA, heads: Sequence[int] | None) -> list[int]:
     n_heads = model.config.language.n_heads
-    return list(range(n_heads)) if heads is None else chosen(heads, n_heads, "heads")
+    return list(range(n_heads)) if heads is None else as_indices(heads, n_heads, "heads")

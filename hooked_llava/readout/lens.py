@@ -7,7 +7,6 @@ A LayerNorm also subtracts the mean of every vector and adds its bias once, to t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, SupportsIndex
 
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import as_index, is_whole_number, whole_number
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
@@ -199,21 +199,18 @@ def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
 
 def check_k(model: HookedLLaVA, k: int) -> None:
     """Raise `InputError` unless the vocabulary has k words."""
-    if not 1 <= k <= model.cfg.d_vocab:
-        raise InputError(f"k={k} words; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary.")
+    d_vocab = model.cfg.d_vocab
+    whole_number(k, "k", least=1, most=d_vocab, of=" words", expected=f"1 to {d_vocab}, the size of the vocabulary")
 
 
 def token_id(model: HookedLLaVA, token: str | SupportsIndex) -> int:
     """Id of a word that is a single token, or of an id within the vocabulary (any integer); raises `InputError`."""
     if isinstance(token, str):
         return model.to_single_token(token)
-    try:
-        number = operator.index(token)
-    except TypeError:
-        raise InputError(f"{token!r} is no token; expected a word, or a token id that is a whole number.") from None
-    if not 0 <= number < model.cfg.d_vocab:
-        raise InputError(f"Token id {number} is not in the vocabulary; expected 0..{model.cfg.d_vocab - 1}.")
-    return number
+    if not is_whole_number(token):
+        raise InputError(f"{token!r} is no token; expected a word, or a token id that is a whole number.")
+    says = f"Token id {token} is not in the vocabulary"
+    return as_index(token, model.cfg.d_vocab, "token", says=says, from_end=False)
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

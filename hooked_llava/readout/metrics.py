@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import is_whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import TeacherForced, answer_log_probability, teacher_forced
@@ -211,10 +212,7 @@ def _ids(answer: Answer | SupportsIndex) -> list[int]:
     """The tokens that a metric scores, checked as far as that is possible without the model."""
     if isinstance(answer, Answer):
         return list(answer.ids)
-    try:
-        token = operator.index(answer)
-    except TypeError:
-        token = -1
+    token = operator.index(answer) if is_whole_number(answer) else -1
     if token < 0:
         raise InputError(
             f"A metric takes an Answer or a token id, and {answer!r} is neither; give Answer.of(model, {answer!r}) for a "

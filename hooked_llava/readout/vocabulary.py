@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.readout.lens import wide
 
@@ -54,5 +55,5 @@ def project(
 
 def check_spaces(spaces: Sequence[str]) -> None:
     """Raise `InputError` for a space that there is not."""
-    if outside := [space for space in spaces if space not in SPACES]:
-        raise InputError(f"space={outside[0]!r}; expected one of {', '.join(SPACES)}.")
+    for space in spaces:
+        one_of(space, SPACES, "space", expected=f"one of {', '.join(SPACES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
-from hooked_llava.checks import whole_numbers
+from hooked_llava.checks import as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import axis_sizes, positions_of
 from hooked_llava.model.llava import HookedLLaVA
@@ -91,8 +91,9 @@ def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tup
 
 def _check_image(image: Any, inputs: Inputs, name: str) -> None:
     most = max(inputs.images_per_prompt, default=0)
-    if image is not None and not 0 <= whole_numbers(image, "image")[0] < most:
-        raise InputError(f"image={image} on {name!r} is out of range; expected 0..{most - 1}.")
+    if image is not None:
+        number = whole_numbers(image, "image")[0]
+        as_index(number, most, "image", says=f"image={image} on {name!r} is out of range", from_end=False)
 
 
 def patches_of(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
@@ -119,10 +120,11 @@ def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
         return None
     if n == 0:
         raise InputError(f"{what}={given} on {name!r}, which has no {what}.")
-    values = whole_numbers(given, what)
-    if outside := [i for i in values if not -n <= i < n]:
-        raise InputError(f"{what}={outside} on {name!r} are out of range; expected {-n}..{n - 1}.")
-    return tuple(i % n for i in values)
+
+    def outside(wrong: list[int]) -> str:
+        return f"{what}={wrong} on {name!r} are out of range; expected {-n}..{n - 1}."
+
+    return tuple(as_indices(given, n, what, expected="whole numbers", outside=outside, empty=True))
 
 
 def check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:

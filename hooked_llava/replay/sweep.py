@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hooked_llava.errors import InputError
+from hooked_llava.checks import whole_number
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import Climb, mix_at_the_end
@@ -34,10 +34,9 @@ class Sweep:
         *,
         progress: bool,
     ) -> None:
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(
-                f"batch_size={batch_size}; expected a whole number of rows, or None to choose by free memory."
-            )
+        if batch_size is not None:
+            wanted = "a whole number of rows, or None to choose by free memory"
+            whole_number(batch_size, "batch_size", least=1, expected=wanted)
         self.state, self.runs, self.metric, self.positions, self.progress = state, runs, metric, positions, progress
         self.wanted = state.wanted(positions)
         n_prompts = len(state.inputs)

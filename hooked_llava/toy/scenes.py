@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError, did_you_mean
 
 IMAGE_SIZE = 64
@@ -194,9 +195,7 @@ def _located(scene: Scene, shape: str) -> tuple[int, SceneObject]:
 
 
 def _known(word: str, words: Sequence[str], what: str) -> str:
-    if word not in words:
-        raise InputError(f"There is no {what} {word!r}.{did_you_mean(word, words)} Known: {', '.join(words)}.")
-    return word
+    return one_of(word, words, what, says=f"There is no {what} {word!r}.")
 
 
 def _changed(scene: Scene, index: int, look: Look) -> Scene:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.patches import at_patches, patch_positions, sum_pixels
-from hooked_llava.errors import InputError
+from hooked_llava.checks import whole_number
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_log_probability
@@ -81,8 +81,7 @@ def integrated_gradients(
     least, however the model computes. The parts sum to log P(x) - log
     P(x0), as closely as the steps allow. Raises `InputError` for fewer than one step.
     """
-    if steps < 1:
-        raise InputError(f"steps={steps}; expected the number of points on the path, at least 1.")
+    whole_number(steps, "steps", least=1, expected="the number of points on the path, at least 1")
     end, log_p = _path(model, inputs, read, vision=vision)
     if ids is None:
         with torch.no_grad():

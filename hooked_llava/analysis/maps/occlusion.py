@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.gradients import Ids, Read
+from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_log_probability
@@ -72,8 +73,8 @@ def occlusion(
     With `window` > 1 squares of so many patches are taken away, and a patch gets the mean over the squares that hold it.
     """
     grid = model.config.vision.grid
-    if not 1 <= window <= grid:
-        raise InputError(f"window={window}; expected 1 to {grid} patches, the side of the square that is taken away.")
+    side = f"1 to {grid} patches, the side of the square that is taken away"
+    whole_number(window, "window", least=1, most=grid, expected=side)
     replay = Replay(model, inputs)
     squares = [
         [(row + i) * grid + column + j for i in range(window) for j in range(window)]

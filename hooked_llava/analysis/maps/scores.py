@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,8 +10,8 @@ from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import is_whole_number, whole_number, whole_numbers
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.validation import whole_numbers
 from hooked_llava.readout.answer_cache import Decision
 from hooked_llava.readout.head_outputs import summed_messages
 from hooked_llava.readout.lens import wide
@@ -73,8 +72,7 @@ def score_positions_of_layer(
 def best_heads(scores: Float[Tensor, "prompt layer head"], k: int) -> list[list[tuple[int, int]]]:
     """The k heads with the largest scores of every prompt, the best first; raises `InputError` for a k out of range."""
     n_heads = scores.shape[-1]
-    if not 1 <= k <= scores[0].numel():
-        raise InputError(f"k={k} heads; expected 1 to {scores[0].numel()}.")
+    whole_number(k, "k", least=1, most=scores[0].numel(), of=" heads")
     best = scores.flatten(1).topk(k, dim=-1).indices
     return [[divmod(index, n_heads) for index in row] for row in best.tolist()]
 
@@ -86,11 +84,9 @@ def check_choice(model: HookedLLaVA, heads: Heads) -> Heads:
         return check_heads(heads, cfg.n_layers, cfg.n_heads)
     if heads == "all":
         return "all"
-    if isinstance(heads, bool) or not isinstance(heads, Integral):
+    if not is_whole_number(heads):
         raise InputError(f"heads={heads!r}; expected a whole number, 'all', or (layer, head) pairs.")
-    if not 1 <= heads <= cfg.n_layers * cfg.n_heads:
-        raise InputError(f"k={heads} heads; expected 1 to {cfg.n_layers * cfg.n_heads}.")
-    return int(heads)
+    return whole_number(heads, "k", least=1, most=cfg.n_layers * cfg.n_heads, of=" heads")
 
 
 def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]]:
@@ -124,9 +120,7 @@ def best_positions(
 
 def check_top(top: int) -> int:
     """How many positions; raises `InputError` unless it is a whole number from 1 on."""
-    if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
-        raise InputError(f"top={top!r} positions; expected a whole number, at least 1.")
-    return int(top)
+    return whole_number(top, "top", least=1, of=" positions", expected="a whole number, at least 1")
 
 
 def named_heads(chosen: list[list[tuple[int, int]]]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.checks import one_of
 from hooked_llava.toy.scenes import Scene, recolor, sample_scene
 
 SEEDS: dict[str, tuple[int, int]] = {
@@ -59,8 +59,4 @@ def draw(folder: Path | None = None) -> list[Path]:
 
 
 def _known(name: str) -> str:
-    if name not in NAMES:
-        raise InputError(
-            f"No bundled picture is called {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}."
-        )
-    return name
+    return one_of(name, NAMES, "name", says=f"No bundled picture is called {name!r}.")

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from hooked_llava.errors import InputError
+from hooked_llava.checks import whole_number
 from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, tick_every, unit_of
 from hooked_llava.viz.titles import add_note, title_of
 
@@ -68,8 +68,7 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['L0 N0', 'L0 N1']
     """
-    if top < 1:
-        raise InputError(f"top={top}; expected at least 1 bar.")
+    whole_number(top, "top", least=1, expected="at least 1 bar")
     result = only(result, "layer", "neuron")
     flat = result.values.ravel()
     largest = np.argsort(-np.abs(flat), kind="stable")[:top]

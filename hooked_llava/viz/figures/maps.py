@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
@@ -130,8 +131,8 @@ def layer_position_maps(
     >>> [axes.get_title(loc="left") for axes in figure.axes[:2]]
     ['attn_out', 'mlp_out']
     """
-    if collapse not in (None, *get_args(Collapse)):
-        raise InputError(f"collapse={collapse!r}; expected None, 'mean', 'sum' or 'max'.")
+    if collapse is not None:
+        one_of(collapse, get_args(Collapse), "collapse", expected="None, 'mean', 'sum' or 'max'")
     panels = [only(result, "layer", "position") for result in results.values()]
     if any(panel["position"].values.tolist() != panels[0]["position"].values.tolist() for panel in panels):
         raise InputError("The results are about different positions; draw them one at a time with layer_position_map.")

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.prompt.images import Picture, load_picture
@@ -135,8 +136,7 @@ def draw_overlay(
     underlay: Underlay = "grey",
 ) -> QuadMesh:
     """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
-    if underlay not in get_args(Underlay):
-        raise InputError(f"underlay={underlay!r}; expected 'grey' or 'color'.")
+    one_of(underlay, get_args(Underlay), "underlay")
     draw_picture(
         axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE
     )

@@ -15,7 +15,8 @@ from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import Method, patch_importance
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.checks import one_of
+from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer_tokens import single_token
@@ -101,10 +102,7 @@ def explain(
         raise InputError(
             f"explain takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
         )
-    if patches not in get_args(Method):
-        raise InputError(
-            f"patches={patches!r}; expected one of {', '.join(get_args(Method))}.{did_you_mean(patches, get_args(Method))}"
-        )
+    one_of(patches, get_args(Method), "patches")
     wishes = _Wishes(
         answer=answer,
         baseline=baseline,
