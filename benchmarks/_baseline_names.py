@@ -3,14 +3,17 @@
 Names of the root package and those that `hooked_llava.analysis`, `editing`, `datasets` and `viz` export are imported where
 they are used.
 
-To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.experiments.edges.
+To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.experiments.edges,
+`flow_study` and `edit_sweep` from hooked_llava.viz.
 """
 
 from hooked_llava.analysis.causal_trace import was_lowered
+from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.architecture.tensors import expected_tensors
 from hooked_llava.cli import app
 from hooked_llava.datasets.rows import boxes_lost
 from hooked_llava.datasets.study import answers_match
+from hooked_llava.editing.sweep import edit_sweep
 from hooked_llava.experiments.corruptions import MeanEmbedding, Noise, OtherImage, Replace, find_constraints
 from hooked_llava.experiments.pairs import (
     blank_image,
@@ -82,10 +85,12 @@ __all__ = [
     "compiled",
     "constraint_rows",
     "decide",
+    "edit_sweep",
     "edit_table",
     "expected_tensors",
     "find_constraints",
     "find_template",
+    "flow_study",
     "from_transformer_lens",
     "gaussian_noise",
     "gqa_rows",

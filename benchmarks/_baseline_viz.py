@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks._baseline_cases import Made, on, once
 from benchmarks._baseline_editing import request
-from benchmarks._baseline_names import Answer, color_scale, gqa_rows, logit_difference
+from benchmarks._baseline_names import Answer, color_scale, edit_sweep, flow_study, gqa_rows, logit_difference
 from benchmarks._baseline_subjects import SOME, Subject, subject, with_boxes
 from hooked_llava import analysis, viz
 from hooked_llava.datasets import by_kind
@@ -139,7 +139,7 @@ def knockout_page(s: Subject) -> Made:
 
 @on(["seed1-float64", "seed1-float32"])
 def study_page(s: Subject) -> Made:
-    flow = viz.flow_study(s.model, gqa_rows(2, kinds=["ChooseAttr", "QueryAttr"]), progress=False)
+    flow = flow_study(s.model, gqa_rows(2, kinds=["ChooseAttr", "QueryAttr"]), progress=False)
     return {
         "page": lambda: viz.study_page(flow, title="Two kinds", n_boot=50),
         "curves": lambda: viz.knockout_curves(by_kind(flow, n_boot=50)),
@@ -152,7 +152,7 @@ def edit_page(s: Subject) -> Made:
     edit = multedit(model, asked, layer=s.model.cfg.n_layers - 2, position="last")
     probes = [Probe("other", "specificity", s.other), Probe("words", "generalisation", s.text, s.answers[1])]
     trace = analysis.causal_trace(model, s.one, s.constraint, corruption=s.instead, kinds=("mlp",))
-    sweep = viz.edit_sweep(model, asked, probes, positions=["last"], trace=trace)
+    sweep = edit_sweep(model, asked, probes, positions=["last"], trace=trace)
     page = viz.edit_page(model, s.one, edit, probes=probes, sweep=sweep, max_new_tokens=2)
     return {
         "page": page,

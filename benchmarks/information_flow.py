@@ -18,13 +18,12 @@ import numpy as np
 import xarray as xr
 
 from benchmarks._measure import arguments, markdown, start, write
-from hooked_llava.analysis import flow_summary
-from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES
+from hooked_llava.analysis import flow_study, flow_summary
+from hooked_llava.analysis.knockout import CLOSED_EDGES, OBJECT_EDGES, PAPER_EDGES
 from hooked_llava.datasets import GQA_KINDS, by_kind
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
 from hooked_llava.toy.gqa_tables import gqa_rows
-from hooked_llava.viz.pages.knockout import CLOSED_EDGES, flow_study
 
 EDGES = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES, "rest->last", "image->question|last")
 """The paper's edges, the control, the ways that the released grouping leaves open, and the grouping itself."""

@@ -6,6 +6,7 @@ from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
+from hooked_llava.analysis.deciding_places import deciding_places
 from hooked_llava.analysis.deletion import deletion_curves
 from hooked_llava.analysis.head_ablation import ablate_heads, nested_sets, random_heads
 from hooked_llava.analysis.head_readings import attention_to_object, head_readings
@@ -20,11 +21,12 @@ from hooked_llava.analysis.head_scores import (
 from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.information_storage import information_storage, reciprocal_rank
 from hooked_llava.analysis.knockout import attention_knockout, flow_summary, knockout_study
-from hooked_llava.analysis.logit_attribution import logit_attribution
+from hooked_llava.analysis.logit_attribution import contribution_sums, logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
+from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.results.arrays import recovered
 
 __all__ = [
@@ -41,9 +43,12 @@ __all__ = [
     "best_cells",
     "by_role",
     "causal_trace",
+    "contribution_sums",
+    "deciding_places",
     "deletion_curves",
     "edge_attribution",
     "error_auroc",
+    "flow_study",
     "flow_summary",
     "head_overlap",
     "head_readings",

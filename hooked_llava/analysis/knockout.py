@@ -50,6 +50,8 @@ PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 """What Zhang et al. block in every prompt."""
 OBJECT_EDGES = ("object->question", "other->question", "random->question")
 """What they block where the object is known, and as many random patches for comparison."""
+CLOSED_EDGES = ("image->question|rest|last", "question|rest->last")
+"""What the released grouping leaves open: with the text around the question included."""
 Window = int | Literal["all"] | None
 Word = str | SupportsIndex | Answer | Sequence[SupportsIndex]
 MetricName = Literal["relative_change", "probability", "log_probability", "logit_difference"]

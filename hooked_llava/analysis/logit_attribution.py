@@ -82,6 +82,19 @@ def logit_attribution(
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 
+def contribution_sums(components: xr.DataArray) -> dict[str, float]:
+    """What the contributions of all components, by="component", add up to: all attention, all MLPs, the rest, and the total.
+
+    >>> parts = xr.DataArray([1.0, 2.0, -0.5], dims="component", coords={"component": ["embed", "0_attn", "0_mlp"]})
+    >>> contribution_sums(parts)
+    {'attention': 2.0, 'mlp': -0.5, 'other': 1.0, 'total': 2.5}
+    """
+    values = dict(zip(map(str, components["component"].values), components.values.tolist(), strict=True))
+    attention, mlp = (sum(v for name, v in values.items() if name.endswith(end)) for end in ("_attn", "_mlp"))
+    total = sum(values.values())
+    return {"attention": attention, "mlp": mlp, "other": total - attention - mlp, "total": total}
+
+
 def _one_prompt(
     model: HookedLLaVA, prompt: Inputs, answer: int | None, baseline: int | None, by: By, position: int | str
 ) -> xr.DataArray:

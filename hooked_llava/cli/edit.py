@@ -314,13 +314,14 @@ def _page(
     model: HookedLLaVA, inputs: Inputs, made: Edit, plan: _Plan, probes: list[Probe], sweep: bool, max_new_tokens: int
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.edit_sweep import edit_sweep
         from hooked_llava.viz.pages.edit import STEPS, edit_page
     found = None
     if sweep:
         positions = ["constraint", "last"] if plan.constraint else ["last"]
         edited = made.method["position"]
         positions += [edited] if edited not in positions else []
+        from hooked_llava.editing import edit_sweep
+
         with busy("editing at every layer"):
             trace = _trace(model, inputs, plan) if plan.constraint else None
             request = _request(inputs, plan)
@@ -336,8 +337,9 @@ def _show(question: str, page: Any, made: Edit, save: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from hooked_llava.viz.figures.edit import TO_CHANGE, small
-    from hooked_llava.viz.pages.edit import size_text
+    from hooked_llava.editing import size_text
+    from hooked_llava.editing.evaluate import TO_CHANGE
+    from hooked_llava.viz.figures.edit import small
 
     to, first, probes = out(), page.results["answers"], page.results["probes"]
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
@@ -370,10 +372,10 @@ def _show_wrong(questions: Any) -> None:
     """The questions that are not answered as they should be."""
     from rich.markup import escape
 
-    from hooked_llava.viz.figures.edit import TO_CHANGE
+    from hooked_llava.editing.evaluate import TO_CHANGE
+    from hooked_llava.editing.questions import missed
 
-    rows = [questions.isel(question=i) for i in range(questions.sizes["question"])]
-    wrong = [one for one in rows if (not one.as_expected if str(one.role.values) in TO_CHANGE else one.changed)]
+    wrong = [questions.isel(question=i) for i, is_missed in enumerate(missed(questions)) if is_missed]
     for one in wrong[:_MOST_NAMED]:
         did = "did not become the target" if str(one.role.values) in TO_CHANGE else "changed"
         said = f"{str(one.before.values).strip()} → {str(one.after.values).strip()}"

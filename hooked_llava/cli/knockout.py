@@ -196,7 +196,9 @@ def _study(
     model: HookedLLaVA, rows: list[StudyRow], edges: list[str] | None, window: int | None, settings: dict[str, Any]
 ) -> Any:
     with needs_figures():
-        from hooked_llava.viz.pages.knockout import flow_study, study_page
+        from hooked_llava.viz.pages.knockout import study_page
+    from hooked_llava.analysis import flow_study
+
     chosen = {} if edges is None else {"edges": edges}
     return study_page(flow_study(model, rows, window=window, **chosen, **settings))
 

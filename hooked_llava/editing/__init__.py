@@ -7,25 +7,32 @@ from hooked_llava.editing.evaluate import Probe, evaluate_edit, sequential_edits
 from hooked_llava.editing.finetune import finetune
 from hooked_llava.editing.multedit import multedit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
+from hooked_llava.editing.questions import ask_questions
 from hooked_llava.editing.request import EditRequest
 from hooked_llava.editing.rome import rome
+from hooked_llava.editing.size import relative_size, size_text
+from hooked_llava.editing.sweep import edit_sweep
 from hooked_llava.editing.values import TargetNotReached
 
 __all__ = [
     "active_edits",
+    "ask_questions",
     "Change",
     "Edit",
     "EditRequest",
     "KeptPrompts",
     "KeyCovariance",
     "Probe",
+    "edit_sweep",
     "evaluate_edit",
     "finetune",
     "keep_prompts",
     "key_covariance",
     "multedit",
+    "relative_size",
     "rome",
     "sequential_edits",
+    "size_text",
     "summary",
     "TargetNotReached",
 ]

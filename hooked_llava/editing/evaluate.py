@@ -38,6 +38,8 @@ from hooked_llava.results.provenance import Provenance
 
 Role = Literal["efficacy", "generalisation", "specificity", "locality"]
 ROLES: tuple[Role, ...] = ("efficacy", "generalisation", "specificity", "locality")
+TO_CHANGE: tuple[Role, ...] = ("efficacy", "generalisation")
+"""Roles whose answers are to become the target; of the others they are to stay."""
 
 
 @dataclass(frozen=True)

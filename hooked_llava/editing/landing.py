@@ -50,5 +50,5 @@ def _missed(edit: Edit, request: dict[str, Any], prompt: int, probability: float
     return (
         f"With the edit {request['prompts'][prompt]!r} is answered by {request['answer']!r} and not by {request['target']!r} "
         f"(P {probability:.2g}). It was made at {', '.join(f'{key}={value!r}' for key, value in at.items())}: try another "
-        "layer or position (edit_sweep in hooked_llava.viz tries them all), a larger limit on the change, or more steps."
+        "layer or position (edit_sweep in hooked_llava.editing tries them all), a larger limit on the change, or more steps."
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
@@ -45,6 +46,15 @@ def check_direction(direction: str) -> None:
     """Raise `InputError` for anything but "denoise" and "noise"."""
     meaning = "'denoise' (clean activations into the corrupted run) or 'noise' (the reverse)"
     one_of(direction, ("denoise", "noise"), "direction", expected=meaning)
+
+
+def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image patch_row patch_col"]:
+    """Which patches of two prompts' images differ in a pixel, as the model receives them."""
+    rows, columns = first.token_map.grid
+    differs = (_pixels(first) != _pixels(second)).any(1)  # (image, height, width)
+    n, height, width = differs.shape
+    blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
+    return blocks.any(4).any(2).cpu().numpy()
 
 
 def prompt_pairs(

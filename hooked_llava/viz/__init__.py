@@ -9,7 +9,6 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
-from hooked_llava.viz.edit_sweep import edit_sweep
 from hooked_llava.viz.figures.bars import contribution_bars, top_bars
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
@@ -22,7 +21,7 @@ from hooked_llava.viz.figures.patching import by_patch, plot_patching
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
-from hooked_llava.viz.pages.knockout import KnockoutPage, flow_study, knockout_page, study_page
+from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
 from hooked_llava.viz.pages.trace import TracePage, trace_page
 
@@ -38,10 +37,8 @@ __all__ = [
     "edge_map",
     "edit_by_layer",
     "edit_page",
-    "edit_sweep",
     "EditPage",
     "explain",
-    "flow_study",
     "knockout_curves",
     "knockout_page",
     "KnockoutPage",

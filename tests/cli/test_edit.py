@@ -11,10 +11,10 @@ from hooked_llava.cli import edit as edit_module
 from hooked_llava.cli.edit_probes import Others, probes_of
 from hooked_llava.editing import Edit, EditRequest, key_covariance, multedit
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.question import question_text
 from hooked_llava.toy.facts import fact_answer
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.toy.scenes import SHAPES
-from hooked_llava.viz.pages.explain_context import question_text
 from tests.cli.running import QUESTION, refused, run
 
 LAST = ("--layer", "1", "--position", "last", "--max-new-tokens", "2")

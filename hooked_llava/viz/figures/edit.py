@@ -8,20 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hooked_llava.editing.evaluate import ROLES, TO_CHANGE
 from hooked_llava.errors import InputError
 from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, Plot, only, plot, tick_every
 
 ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
 """Colours of what a probe measures: warm where answers are to change, cold where they are to stay."""
-TO_CHANGE = ("efficacy", "generalisation")
-"""Roles whose answers are to become the target; of the others they are to stay."""
-WANTED = {
-    "efficacy": "to become the target",
-    "generalisation": "to become the target",
-    "specificity": "to stay",
-    "locality": "to stay",
-}
+WANTED = {role: "to become the target" if role in TO_CHANGE else "to stay" for role in ROLES}
 """What the answers of each role's prompts are to do."""
 _BEFORE, _AFTER = "#b8c1cb", ORANGE
 _MEASURES = {

@@ -6,32 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
-from hooked_llava.editing import ledger
-from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.evaluate import Probe, ask_probes, averaged, edited_questions, summary
+from hooked_llava.editing.evaluate import TO_CHANGE, Probe, summary
 from hooked_llava.editing.prompts import KeptPrompts
+from hooked_llava.editing.questions import ask_questions, missed
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
+from hooked_llava.editing.size import size_text
+from hooked_llava.editing.sweep import own_probe
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import spelled_out
-from hooked_llava.readout.lens import words
-from hooked_llava.results.arrays import numbers
-from hooked_llava.results.provenance import Provenance
-from hooked_llava.viz.edit_sweep import own_probe
-from hooked_llava.viz.figures.edit import TO_CHANGE, WANTED, answer_shift, edit_by_layer, probe_bars, small
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, question_text, visible
+from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, visible
 from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""
-_TOP = 3
 _THUMBNAIL = 64  # pixels
 
 
@@ -83,7 +77,7 @@ def edit_page(
     every = [own_probe(prompt, made), *(replace(probe, prompts=_prompts(model, probe)) for probe in probes)]
     with steps_reported(STEPS, on_step, "editing") as begin:
         begin("asking")
-        results = _ask(model, edit, every)
+        results = ask_questions(model, edit, every)
         if sweep is not None:
             results["sweep"] = sweep
         begin("answering")
@@ -140,47 +134,6 @@ def _prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
     return model.as_inputs(probe.prompts)
 
 
-def _ask(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
-    """Measures of every probe, what is answered to every question, and the edited question's first tokens."""
-    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
-    found = ask_probes(model, edit, probes)
-    made.n_forward = 2 * sum(len(one.before) for one in found)
-    probed = averaged(found, made)
-    asked = [one for probe in probes for one in probe.prompts]
-    owner = [probe for probe in probes for _ in range(len(probe.prompts))]
-    said = [one.said(model) for one in found]
-    each = {name: torch.cat([one.measures()[name] for one in found]) for name in found[0].measures()}
-    wanted = [[i for i in row if i >= 0] for one in found for row in one.expected[..., 0].tolist()]
-    questions = xr.Dataset(
-        {
-            "text": ("question", [question_text(one) for one in asked]),
-            "probe": ("question", [probe.name for probe in owner]),
-            "role": ("question", [probe.role for probe in owner]),
-            "expected": ("question", [spelled_out(model, ids) for ids in wanted]),
-            "before": ("question", [text for before, _ in said for text in before]),
-            "after": ("question", [text for _, after in said for text in after]),
-            "changed": ("question", each["changed"].bool().cpu().numpy()),
-            "as_expected_before": ("question", each["accuracy_before"].bool().cpu().numpy()),
-            "as_expected": ("question", each["accuracy"].bool().cpu().numpy()),
-            **{name: ("question", numbers(each[name])) for name in ("probability_before", "probability", "kl")},
-        },
-        attrs=probed.attrs,
-    )
-    own = found[0]
-    first = _first_tokens(model, own.before[0, 0], own.after[0, 0], own.expected[0, 0, 0])
-    return {"answers": first, "probes": probed, "questions": questions}
-
-
-def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Tensor) -> xr.DataArray:
-    """Probabilities [state, token] of the old answer, the target, and what else is most probable in either state."""
-    p = torch.stack([before, after]).float().softmax(-1)
-    top = p.topk(min(_TOP, p.shape[-1]), dim=-1).indices.flatten().tolist()
-    ids = list(dict.fromkeys([int(before.argmax()), int(target), *top]))
-    names = words(model, torch.tensor(ids))
-    coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids)}
-    return xr.DataArray(p[:, ids].cpu().numpy(), dims=("state", "token"), coords=coords, name="probability")
-
-
 # ---------------------------------------------------------------------- the page
 
 
@@ -232,36 +185,6 @@ def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
     return {"facts": rows, "layer_text": rows.get("layer") or rows.get("layers"), "closed": not tuned}
 
 
-def size_text(edit: Edit) -> str:
-    """An edit's rank, the bytes of its file, and norm in parts of the weights' in words.
-
-    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> size_text(Edit(model, {}))
-    'nothing'
-    """
-    if not edit.changes:
-        return "nothing"
-    ranks = {change.rank for change in edit.changes.values()}
-    rank = "full rank" if None in ranks else f"rank {max(r for r in ranks if r is not None)}"
-    return f"{rank}, {edit.file_bytes / 1000:.1f} kB, {relative_size(edit):.2g} of the weights' norm"
-
-
-def relative_size(edit: Edit) -> float:
-    """Norm of an edit's update in parts of the norm of the weights that it changes, unedited; 0 if it changes none."""
-    weights = [ledger.original(edit.model.get_parameter(name)).detach() for name in edit.changes]
-    changed = float(np.linalg.norm([_norm(change) for change in edit.changes.values()]))
-    whole = float(np.linalg.norm([float(weight.float().norm()) for weight in weights]))
-    return changed / whole if whole else 0.0
-
-
-def _norm(change: Change) -> float:
-    """Frobenius norm, for factors without writing the product out."""
-    if change.full is not None:
-        return float(change.matrix().norm())
-    left, right = change.left.double(), change.right.double()
-    return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
-
-
 def _seconds(edit: Edit) -> str:
     return f"{edit.method['seconds']:.2f} s" if "seconds" in edit.method else "an unknown time"
 
@@ -269,12 +192,12 @@ def _seconds(edit: Edit) -> str:
 def _elsewhere(probes: Sequence[Probe], results: dict[str, Any]) -> dict[str, Any]:
     """Every question besides the edited one, by probe."""
     questions: xr.Dataset = results["questions"]
-    groups, at = [], 0
+    groups, at, wrong = [], 0, missed(questions)
     for probe in probes:
-        rows = [_row(one, questions.isel(question=at + i)) for i, one in enumerate(probe.prompts)]
+        rows = [_row(one, questions.isel(question=i), wrong[i]) for i, one in enumerate(probe.prompts, start=at)]
         at += len(rows)
-        wrong = sum(row["wrong"] for row in rows)
-        groups.append({"name": probe.name, "wanted": WANTED[probe.role], "rows": rows, "wrong": wrong})
+        n_wrong = sum(row["wrong"] for row in rows)
+        groups.append({"name": probe.name, "wanted": WANTED[probe.role], "rows": rows, "wrong": n_wrong})
     found = results["probes"]
     numbers = [
         {
@@ -304,10 +227,9 @@ def _layers(sweep: xr.Dataset | None) -> dict[str, Any]:
     return {"layers": figure_uri(edit_by_layer(sweep)), "traced": "indirect_effect" in sweep}
 
 
-def _row(prompt: Inputs, question: xr.Dataset) -> dict[str, Any]:
-    changed, to_change = bool(question.changed), str(question.role.values) in TO_CHANGE
-    wrong = not bool(question.as_expected) if to_change else changed
-    verdict = ("not the target" if wrong else "the target") if to_change else ("changed" if changed else "the same")
+def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
+    to_change = str(question.role.values) in TO_CHANGE
+    verdict = ("not the target" if wrong else "the target") if to_change else ("changed" if wrong else "the same")
     return {
         "text": str(question.text.values),
         "pictures": [_thumbnail(picture) for picture in prompt.images or ()],

@@ -15,8 +15,10 @@ from PIL import Image
 
 from hooked_llava.analysis.attribution_patching import agreement
 from hooked_llava.analysis.head_scores import top_heads
+from hooked_llava.analysis.logit_attribution import contribution_sums
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.question import question_text
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
@@ -212,15 +214,6 @@ def _best_heads(scores: xr.DataArray) -> str:
     return ", ".join(f"{layer}.{head} ({float(scores[layer, head]):+.2f})" for layer, head in heads)
 
 
-def question_text(inputs: Inputs) -> str:
-    """The question's words if the prompt says where they are, else the prompt."""
-    words = inputs.token_map.words
-    if words is not None and words.prompt is not None and "question" in words.parts:
-        start, stop = words.parts["question"]
-        return words.prompt[start:stop]
-    return inputs.prompts[0] if inputs.prompts else f"a prompt of {inputs.shape[1]} token ids"
-
-
 def _ranked(result: xr.Dataset) -> list[dict[str, Any]]:
     """The next tokens with their probability, as text and as the width of a bar in percent."""
     one = result.isel(prompt=0)
@@ -250,19 +243,12 @@ def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
 
 def _sums(components: xr.DataArray, heads: xr.DataArray) -> dict[str, str]:
     """What the bars add up to, and what the logit is."""
-    values = {
-        str(name): float(value) for name, value in zip(components["component"].values, components.values, strict=True)
-    }
-    total, logit = sum(values.values()), float(components.attrs["logit"])
-    attention = sum(value for name, value in values.items() if name.endswith("_attn"))
-    mlp = sum(value for name, value in values.items() if name.endswith("_mlp"))
+    sums, logit = contribution_sums(components), float(components.attrs["logit"])
     return {
-        "attention": f"{attention:+.2f}",
-        "mlp": f"{mlp:+.2f}",
-        "other": f"{total - attention - mlp:+.2f}",
-        "total": f"{total:.4f}",
+        **{name: f"{sums[name]:+.2f}" for name in ("attention", "mlp", "other")},
+        "total": f"{sums['total']:.4f}",
         "logit": f"{logit:.4f}",
-        "remainder": f"{abs(logit - total):.1e}",
+        "remainder": f"{abs(logit - sums['total']):.1e}",
         "heads": f"{float(heads.sum()):+.2f}",
     }
 

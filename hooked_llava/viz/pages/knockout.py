@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,28 @@ import xarray as xr
 
 from hooked_llava.analysis.answer_probability import answer_probability
 from hooked_llava.analysis.knockout import (
+    CLOSED_EDGES,
     OBJECT_EDGES,
     PAPER_EDGES,
     MetricName,
     Window,
     attention_knockout,
     flow_summary,
-    study_settings,
 )
 from hooked_llava.analysis.next_tokens import next_tokens
-from hooked_llava.datasets.rows import StudyRow
-from hooked_llava.datasets.study import by_kind, study
+from hooked_llava.datasets.study import by_kind
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens, question_text
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens
 from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
-CLOSED_EDGES = ("image->question|rest|last", "question|rest->last")
-"""What the released grouping leaves open: with the text around the question included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,42 +116,6 @@ def knockout_page(
     return KnockoutPage(question=context["question"], answer=answer, html=html, results=results)
 
 
-def flow_study(
-    model: HookedLLaVA,
-    rows: Sequence[StudyRow],
-    edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES),
-    window: Window = None,
-    *,
-    metric: MetricName = "relative_change",
-    seed: int = 0,
-    **options: Any,
-) -> xr.Dataset:
-    """Knockout and the answer's probability by layer of every question of a table, for `study_page`.
-
-    The probabilities are `answer_probability` [question, norm, stream, form], where stream l enters layer l; the rest is
-    what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does. `options` are those
-    of `datasets.study`; raises as these functions.
-
-    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
-    >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
-    ['edge', 'form', 'layer', 'norm', 'question', 'stream']
-    """
-    about = study_settings(model, edges, window, metric, seed) | {"analysis": "flow_study"}
-
-    def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
-        how = {"metric": metric, "total": True, "missing": "skip", "seed": seed}
-        found = attention_knockout(model, inputs, edges, window, **how)
-        options = [row.false_option for row in asked]
-        probability = answer_probability(model, inputs, [row.answer for row in asked], options)
-        found["answer_probability"] = probability.rename(layer="stream").drop_attrs()
-        return found.assign_attrs(
-            {name: found.attrs[name] + probability.attrs[name] for name in ("n_forward", "seconds")}
-        )
-
-    return study(model, rows, run, about=about, **options)
-
-
 def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 1000) -> KnockoutPage:
     """A page of a finished study, averaged by kind of question.
 
@@ -164,6 +126,8 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
 
     Raises `InputError` for another result, and for a study without totals.
 
+    >>> from hooked_llava.analysis import flow_study
+    >>> from hooked_llava.datasets import StudyRow
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
     >>> study_page(flow_study(model, [row], ["question->last"]), n_boot=10).question

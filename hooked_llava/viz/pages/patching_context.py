@@ -11,17 +11,19 @@ import xarray as xr
 from PIL import Image
 
 from hooked_llava.analysis.attribution_patching import agreement
-from hooked_llava.experiments.pairs import Direction
+from hooked_llava.analysis.deciding_places import deciding_places
+from hooked_llava.analysis.head_scores import top_heads
+from hooked_llava.experiments.pairs import Direction, changed_patches
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.results.arrays import n_tied, recovered
+from hooked_llava.prompt.question import question_text
+from hooked_llava.results.arrays import recovered
 from hooked_llava.viz.figures.maps import layer_head_map, layer_position_maps
 from hooked_llava.viz.figures.overlay import model_view, patch_overlays
 from hooked_llava.viz.figures.patching import by_patch
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens, question_text, visible
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens, visible
 from hooked_llava.viz.pages.page import provenance
 
-_HALF = 0.5
 _N_HEADS = 5  # named below the map
 _STREAM = ("resid_pre", "attn_out", "mlp_out")
 
@@ -100,56 +102,39 @@ def _originals(page: PatchingPage, image: int) -> list[Image.Image]:
 
 def _changed_patches(page: PatchingPage) -> str:
     """How many patches differ in a pixel."""
-    first, second = (inputs.pixel_values for inputs in page.pair)
-    rows, columns = page.pair[0].token_map.grid
-    differs = (first != second).any(1)  # (image, height, width)
-    n, height, width = differs.shape
-    blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
-    return f"{int(blocks.any(4).any(2).sum())} of {n * rows * columns}"
+    differs = changed_patches(*page.pair)
+    return f"{int(differs.sum())} of {differs.size}"
 
 
 def _found(shares: dict[str, Any], n_images: int) -> list[str]:
     """The map of the stream in sentences: where does one place alone decide?"""
-    stream = shares["resid_pre"]
-    towards = (stream - stream.attrs["neutral"]).pipe(abs)  # how far each cell goes from one run to the other
-    layers = stream["layer"].values
-    said = []
-    last = towards.isel(position=-1).values >= _HALF
-    if last.any():
-        first = next(i for i in range(len(last)) if last[i:].all()) if last[-1] else int(np.flatnonzero(last)[0])
-        said.append(f"From layer {layers[first]} on, the stream at the last position alone decides more than half.")
-    else:
-        said.append("At no layer does the stream at the last position decide more than half by itself.")
+    found = deciding_places(shares["resid_pre"])
+    said = [
+        "At no layer does the stream at the last position decide more than half by itself."
+        if found.last_from is None
+        else f"From layer {found.last_from} on, the stream at the last position alone decides more than half."
+    ]
     if n_images:
-        image = np.flatnonzero(towards.isel(position=stream["label"].values.tolist().index("image")).values >= _HALF)
         what = "the picture" if n_images == 1 else "the pictures"
         said.append(
-            f"Up to layer {layers[image[-1]]}, all positions of {what} together decide more than half."
-            if len(image)
-            else f"At no layer do the positions of {what} decide more than half."
+            f"At no layer do the positions of {what} decide more than half."
+            if found.image_until is None
+            else f"Up to layer {found.image_until}, all positions of {what} together decide more than half."
         )
-    between = towards.isel(position=slice(None, -1))
-    between = between.sel(position=between["label"] != "image") if n_images else between
-    if between.size:
-        best = between.where(between == between.max(), drop=True).isel(layer=0, position=0)
+    if found.best is not None:
+        n = found.best.attrs["n_tied"]
+        tied = f" (and {n} other cell{'s' if n > 1 else ''} as much)" if n else ""
         said.append(
-            f"Of the other words, “{visible(str(best['label'].item()))}” decides most: {float(best):.2f}, "
-            f"entering layer {int(best['layer'])}{_tied(between.values)}."
+            f"Of the other words, “{visible(str(found.best['label'].item()))}” decides most: {float(found.best):.2f}, "
+            f"entering layer {int(found.best['layer'])}{tied}."
         )
     return said
 
 
-def _tied(values: np.ndarray) -> str:
-    """What to add to a largest value that others equal."""
-    n = n_tied(values)
-    return f" (and {n} other cell{'s' if n > 1 else ''} as much)" if n else ""
-
-
 def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:
-    flat = heads.squeeze("position", drop=True).stack(place=("layer", "head"))
-    order = np.argsort(-np.abs(flat.values - neutral), kind="stable")[:_N_HEADS]
-    places = [flat["place"].values[i] for i in order]
-    return [f"layer {layer}, head {head}: {flat.values[i]:.2f}" for i, (layer, head) in zip(order, places, strict=True)]
+    heads = heads.squeeze("position", drop=True)
+    farthest = top_heads(abs(heads - neutral), min(_N_HEADS, heads.size))
+    return [f"layer {layer}, head {head}: {float(heads.sel(layer=layer, head=head)):.2f}" for layer, head in farthest]
 
 
 def _picture(page: PatchingPage, shares: dict[str, Any], base: Inputs, image: int) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.overlay import patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, question_text
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri
 from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 from hooked_llava.viz.style import Plot
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hooked_llava.analysis import causal_trace
-from hooked_llava.editing import Edit, EditRequest, Probe, evaluate_edit, finetune, keep_prompts, multedit
+from hooked_llava.editing import Edit, EditRequest, Probe, edit_sweep, evaluate_edit, finetune, keep_prompts, multedit
 from hooked_llava.editing.change import Change
+from hooked_llava.editing.sweep import EDITED
 from hooked_llava.errors import InputError
-from hooked_llava.viz.edit_sweep import EDITED, edit_sweep
-from hooked_llava.viz.pages.edit import STEPS, EditPage, edit_page, relative_size, size_text
+from hooked_llava.viz.pages.edit import STEPS, EditPage, edit_page
 from tests.viz.browser import Page, check_self_contained
 
 # Untrained weights: most edits do not reach their target.
@@ -131,21 +131,6 @@ def test_an_answer_that_was_there_before_is_said(model, text_inputs):
     assert ", the answer before" not in html
 
 
-def test_sizes_are_those_of_the_matrices(model, edit):
-    change = edit.changes[WEIGHT]
-    weight = model.get_parameter(WEIGHT).detach()
-    expected = float(change.matrix().norm() / weight.norm())
-    assert relative_size(edit) == pytest.approx(expected, rel=1e-5)
-    assert size_text(edit) == f"rank 1, {edit.file_bytes / 1000:.1f} kB, {expected:.2g} of the weights' norm"
-    with edit.applied():
-        assert relative_size(edit) == pytest.approx(expected, rel=1e-5)
-    left, right = torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1])
-    mixed = Edit(model, {WEIGHT: Change(left, right, torch.randn(weight.shape))})
-    assert relative_size(mixed) == pytest.approx(float(mixed.changes[WEIGHT].matrix().norm() / weight.norm()), rel=1e-5)
-    assert size_text(mixed).startswith("full rank, ")
-    assert relative_size(Edit(model, {})) == 0
-
-
 def test_place_and_method_are_named(model, inputs, request_, edit, page):
     facts = dict(rows(page.html, "edit"))
     assert facts["weights"] == WEIGHT
@@ -227,34 +212,11 @@ def test_steps_are_reported(model, inputs, edit):
     assert steps == list(STEPS)
 
 
-def test_a_sweep_is_each_edit_measured(model, inputs, request_, probes):
+def test_a_sweep_is_shown_with_its_trace(model, inputs, request_, probes, edit):
     trace = causal_trace(model, inputs, "the star", corruption="a circle", kinds=("mlp",))
-    sweep = edit_sweep(model, request_, probes, trace=trace, clamp=50.0)
-    n_layers = model.cfg.n_layers
-    assert sweep.position.values.tolist() == ["constraint", "last"]
-    edit = multedit(model, request_, layer=0, position="last", clamp=50.0)
-    found = evaluate_edit(model, edit, [Probe("own", "efficacy", inputs, "red"), *probes])
-    cell = sweep.sel(position="last", layer=0)
-    assert float(cell.probability) == pytest.approx(float(found.probability[0]), rel=1e-3)
-    assert float(cell.efficacy) == float(found.accuracy[0])
-    assert float(cell.generalisation) == float(found.accuracy[1])
-    assert float(cell.specificity) == 1 - float(found.accuracy_before[2] - found.accuracy[2])
-    star = inputs.token_map.find("the star")[-1]
-    effect = trace.indirect_effect.sel(kind="mlp", position=star).values
-    np.testing.assert_allclose(sweep.indirect_effect.sel(position="constraint").values[:-1], effect[:-1])
-    # From the last layer the constraint does not reach the answer.
-    assert np.isnan(sweep.efficacy.sel(position="constraint", layer=n_layers - 1))
-    assert np.isfinite(sweep.efficacy.sel(position="last")).all()
+    sweep = edit_sweep(model, request_, probes, positions=["last"], trace=trace)
     page = edit_page(model, inputs, edit, sweep=sweep, max_new_tokens=1)
     assert Page(page.html).sections == ["answer", "edit", "elsewhere", "layers"]
     assert "Dashed: the causal trace" in page.html
     assert page.results["sweep"] is sweep
     check_self_contained(page.html)
-
-
-def test_sweeps_that_cannot_be(model, inputs, request_):
-    with pytest.raises(InputError, match="no positions to edit at"):
-        edit_sweep(model, request_, positions=[])
-    trace = causal_trace(model, inputs, "the star", corruption="a circle", kinds=("attn",))
-    with pytest.raises(InputError, match="expected 'mlp' at position"):
-        edit_sweep(model, request_, trace=trace)

@@ -1,0 +1,63 @@
+"""How the answers to a table of questions travel: attention knockout and the answer's probability by layer, together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from hooked_llava.analysis.answer_probability import answer_probability
+from hooked_llava.analysis.knockout import (
+    CLOSED_EDGES,
+    OBJECT_EDGES,
+    PAPER_EDGES,
+    MetricName,
+    Window,
+    attention_knockout,
+    study_settings,
+)
+from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.datasets.study import study
+from hooked_llava.experiments.edges import Edges
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
+
+
+def flow_study(
+    model: HookedLLaVA,
+    rows: Sequence[StudyRow],
+    edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES, *CLOSED_EDGES),
+    window: Window = None,
+    *,
+    metric: MetricName = "relative_change",
+    seed: int = 0,
+    **options: Any,
+) -> xr.Dataset:
+    """Knockout and the answer's probability by layer of every question of a table; `viz.study_page` shows them.
+
+    The probabilities are `answer_probability` [question, norm, stream, form], where stream l enters layer l; the rest is
+    what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does. `options` are those
+    of `datasets.study`; raises as these functions.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
+    >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
+    ['edge', 'form', 'layer', 'norm', 'question', 'stream']
+    """
+    about = study_settings(model, edges, window, metric, seed) | {"analysis": "flow_study"}
+
+    def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
+        how = {"metric": metric, "total": True, "missing": "skip", "seed": seed}
+        found = attention_knockout(model, inputs, edges, window, **how)
+        options = [row.false_option for row in asked]
+        probability = answer_probability(model, inputs, [row.answer for row in asked], options)
+        found["answer_probability"] = probability.rename(layer="stream").drop_attrs()
+        return found.assign_attrs(
+            {name: found.attrs[name] + probability.attrs[name] for name in ("n_forward", "seconds")}
+        )
+
+    return study(model, rows, run, about=about, **options)

@@ -1,0 +1,86 @@
+"""What is answered to each question without an edit and with it, where `evaluate_edit` averages over a probe's questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.evaluate import TO_CHANGE, Probe, ask_probes, averaged, edited_questions
+from hooked_llava.prompt.question import question_text
+from hooked_llava.readout.answer_tokens import spelled_out
+from hooked_llava.readout.lens import words
+from hooked_llava.results.arrays import numbers
+from hooked_llava.results.provenance import Provenance
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+_TOP = 3
+
+
+def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Every question of the probes, asked without the edit and with it.
+
+    The probes hold prompts, not `KeptPrompts`. Returns `probes`, what `evaluate_edit` gives; `questions`, a dataset
+    [question] with text, probe, role, answers and measures of each; and `answers`, probabilities [state, token] of first
+    tokens of the first question's answer: that before the edit, the expected one, and what else is most probable in either
+    state. Raises as `evaluate_edit`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.editing import EditRequest, multedit
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> question = model.prepare("Who made the star?")
+    >>> edit = multedit(model, EditRequest(question, "Boris"), layer=3, position="last")
+    >>> found = ask_questions(model, edit, [Probe("itself", "efficacy", question, "Boris")])["questions"]
+    >>> found.before.values.tolist(), found.after.values.tolist()
+    (['Clara'], ['Boris'])
+    """
+    asked = [(probe, prompt) for probe in probes for prompt in model.as_inputs(probe.prompts)]
+    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
+    found = ask_probes(model, edit, probes)
+    made.n_forward = 2 * sum(len(one.before) for one in found)
+    probed = averaged(found, made)
+    said = [one.said(model) for one in found]
+    each = {name: torch.cat([one.measures()[name] for one in found]) for name in found[0].measures()}
+    wanted = [[i for i in row if i >= 0] for one in found for row in one.expected[..., 0].tolist()]
+    columns = {
+        "text": [question_text(prompt) for _, prompt in asked],
+        "probe": [probe.name for probe, _ in asked],
+        "role": [probe.role for probe, _ in asked],
+        "expected": [spelled_out(model, ids) for ids in wanted],
+        "before": [text for before, _ in said for text in before],
+        "after": [text for _, after in said for text in after],
+        "changed": each["changed"].bool().cpu().numpy(),
+        "as_expected_before": each["accuracy_before"].bool().cpu().numpy(),
+        "as_expected": each["accuracy"].bool().cpu().numpy(),
+        **{name: numbers(each[name]) for name in ("probability_before", "probability", "kl")},
+    }
+    questions = xr.Dataset({name: ("question", values) for name, values in columns.items()}, attrs=probed.attrs)
+    own = found[0]
+    first = _first_tokens(model, own.before[0, 0], own.after[0, 0], own.expected[0, 0, 0])
+    return {"answers": first, "probes": probed, "questions": questions}
+
+
+def missed(questions: xr.Dataset) -> list[bool]:
+    """Of each of `ask_questions`' questions whether the edit does not do what it should: change its answer, or leave it.
+
+    >>> data = {"role": ["efficacy", "locality"], "as_expected": [False, True], "changed": [True, True]}
+    >>> missed(xr.Dataset({name: ("question", values) for name, values in data.items()}))
+    [True, True]
+    """
+    columns = (questions[name].values.tolist() for name in ("role", "as_expected", "changed"))
+    return [not right if role in TO_CHANGE else changed for role, right, changed in zip(*columns, strict=True)]
+
+
+def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Tensor) -> xr.DataArray:
+    p = torch.stack([before, after]).float().softmax(-1)
+    top = p.topk(min(_TOP, p.shape[-1]), dim=-1).indices.flatten().tolist()
+    ids = list(dict.fromkeys([int(before.argmax()), int(target), *top]))
+    names = words(model, torch.tensor(ids))
+    coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids)}
+    return xr.DataArray(p[:, ids].cpu().numpy(), dims=("state", "token"), coords=coords, name="probability")

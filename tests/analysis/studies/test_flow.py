@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hooked_llava.analysis import flow_study, knockout_study
+from hooked_llava.datasets import StudyRow
+from hooked_llava.errors import SpanError
+from hooked_llava.model.llava import HookedLLaVA
+from tests.builders import make_hf_model
+from tests.fixtures_processor import make_processor
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedLLaVA:
+    return HookedLLaVA.from_hf(make_hf_model(image_size=32), make_processor(image_size=32))
+
+
+@pytest.fixture(scope="module")
+def table() -> list[StudyRow]:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    asked = ["Is the star red or blue?", "What color is it?"]
+    shared = {"answer": "red", "false_option": "blue", "kind": "A", "picture": picture, "boxes": ((0, 0, 8, 8),)}
+    return [StudyRow(id=str(i), question=question, **shared) for i, question in enumerate(asked)]
+
+
+def test_knockout_and_probabilities_stand_side_by_side(model, table):
+    edges = ["image->last", "object->question"]
+    result = flow_study(model, table, edges, 1, only_correct=False)
+    assert result.answer_probability.dims == ("question", "norm", "stream", "form")
+    assert result.sizes["stream"] == result.sizes["layer"] + 1
+    assert np.isfinite(result.answer_probability.sel(form=["lower", "false lower"])).all()
+    alone = knockout_study(model, table, edges, 1, only_correct=False)
+    np.testing.assert_array_equal(result.effect, alone.effect)
+    np.testing.assert_array_equal(result.total_effect, alone.total_effect)
+
+
+def test_misspelt_spans_are_refused_before_anything_is_asked(model, table):
+    with pytest.raises(SpanError, match="'imgae', which no prompt has. Did you mean: image"):
+        flow_study(model, table, ["imgae->last"])
