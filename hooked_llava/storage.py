@@ -1,18 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and tensors with what is to be known of them in one file."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import CheckpointError, InputError
 
 
 @contextmanager
@@ -41,14 +43,58 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(path)
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes of the safetensors file that would hold these, without writing it (to within a few).
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file_format: str
+) -> None:
+    """Write tensors and words that belong to them to one safetensors file; nothing half-written stays behind.
+
+    `file_format` names the kind of file and its version, for `read_tensors`. Tensors must not share memory. Raises `InputError`
+    as `written_whole`.
 
     >>> import torch
-    >>> safetensors_bytes({"a": torch.zeros(2, 2)}, {"format": "mine"}) - 16 < 128
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tensors(f"{folder}/file", {"a": torch.ones(2)}, {"of": "example"}, "example.v1")
+    ...     read_tensors(f"{folder}/file", ["example.v1"], writer="write_tensors")
+    ({'a': tensor([1., 1.])}, {'format': 'example.v1', 'of': 'example'})
+    """
+    with written_whole(path) as partial:
+        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(held, partial, metadata={"format": file_format, **metadata})
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+    formats: Sequence[str | None],
+    *,
+    writer: str,
+    unreadable: str = "is not a readable safetensors file",
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that `write_tensors` wrote; nothing is ever unpickled.
+
+    `formats` are those that the caller reads, the one that is written today first; `writer` is what writes it, for the
+    message. Raises `CheckpointError` for a file that is not there or is damaged, and for one of another format.
+    """
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} {unreadable} ({error}); expected one that {writer} wrote.") from error
+    found = metadata.get("format")
+    if found not in formats:
+        held = "'no known format'" if found is None else f"format {found!r}"
+        raise CheckpointError(f"{path} holds {held}; expected {formats[0]!r}, as {writer} writes.")
+    return tensors, dict(sorted(metadata.items()))
+
+
+def bytes_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file_format: str) -> int:
+    """Bytes of the file that `write_tensors` would write, without writing it (to within a few).
+
+    >>> import torch
+    >>> bytes_written({"a": torch.zeros(2, 2)}, {}, "mine") - 16 < 128
     True
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": file_format, **metadata}}
     end = 0
     for name, tensor in sorted(tensors.items()):
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from hooked_llava.errors import InputError
-from hooked_llava.storage import written_whole
+from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.storage import bytes_written, read_tensors, write_tensors, written_whole
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):
@@ -38,3 +39,23 @@ def test_places_that_cannot_be_written_are_said_before_the_work(tmp_path):
     ):
         with pytest.raises(InputError, match=message), written_whole(path):
             raise AssertionError("the block was entered")
+
+
+def test_tensors_come_back_with_what_belongs_to_them(tmp_path):
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16, requires_grad=True)}
+    write_tensors(tmp_path / "file", tensors, {"of": "test"}, "kind.v2")
+    read, metadata = read_tensors(tmp_path / "file", ["kind.v2", "kind.v1"], writer="test")
+    assert metadata == {"format": "kind.v2", "of": "test"}
+    assert {name: tensor.dtype for name, tensor in read.items()} == {"a": torch.int64, "b": torch.bfloat16}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert abs(bytes_written(tensors, {"of": "test"}, "kind.v2") - (tmp_path / "file").stat().st_size) <= 16
+
+
+def test_other_files_are_refused_with_what_they_are_and_what_was_expected(tmp_path):
+    write_tensors(tmp_path / "file", {}, {}, "other.v1")
+    with pytest.raises(CheckpointError, match=r"file holds format 'other.v1'; expected 'kind.v2', as Kind.save writes"):
+        read_tensors(tmp_path / "file", ["kind.v2", "kind.v1"], writer="Kind.save")
+    for name in ("missing", "text"):
+        (tmp_path / "text").write_text("text")
+        with pytest.raises(CheckpointError, match=rf"{name} is broken \(.*\); expected one that Kind.save wrote"):
+            read_tensors(tmp_path / name, ["kind.v2"], writer="Kind.save", unreadable="is broken")

@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.editing import ledger
-from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
-from hooked_llava.storage import written_whole
+from hooked_llava.storage import read_tensors, write_tensors
 
 _FORMAT = "hooked_llava.key_covariance.v2"
 _SAMPLED = "hooked_llava.key_covariance.v1"  # version 0.1: some numbers of each weight in place of hashes
@@ -78,26 +76,17 @@ class KeyCovariance:
         self.check_model(model)
         made_with = json.dumps(WeightsId.of(ledger.originals(model)).as_json())
         about = {"layer": self.layer, "n_keys": self.n_keys, "positions": self.positions, "made_with": made_with}
-        metadata = {"format": _FORMAT} | {name: str(value) for name, value in about.items()}
-        with written_whole(path) as partial:
-            save_file({"moment": self.moment.contiguous().cpu()}, partial, metadata=metadata)
+        write_tensors(path, {"moment": self.moment}, {name: str(value) for name, value in about.items()}, _FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA, *, damping: float = 1e-3) -> KeyCovariance:
         """Read one; raises `CheckpointError` for another file, and `InputError` for another model."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") not in (_FORMAT, _SAMPLED):
-                    raise CheckpointError(f"{path} holds no key covariance (format {metadata.get('format')!r}).")
-                moment, sampled = file.get_tensor("moment"), metadata["format"] == _SAMPLED
-                kept = (
-                    file.get_tensor("identity") if sampled else WeightsId.from_json(json.loads(metadata["made_with"]))
-                )
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is missing, truncated or no safetensors file ({error}).") from error
-        numbers = int(metadata["layer"]), moment.to(model.cfg.device), int(metadata["n_keys"])
-        found = cls(*numbers, damping, metadata["positions"], kept)
+        unreadable = "is missing, truncated or no safetensors file"
+        tensors, about = read_tensors(path, [_FORMAT, _SAMPLED], writer="KeyCovariance.save", unreadable=unreadable)
+        sampled = about["format"] == _SAMPLED
+        kept = tensors["identity"] if sampled else WeightsId.from_json(json.loads(about["made_with"]))
+        moment = tensors["moment"].to(model.cfg.device)
+        found = cls(int(about["layer"]), moment, int(about["n_keys"]), damping, about["positions"], kept)
         found.check_model(model)
         return found
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_llava.editing import ledger
@@ -21,7 +19,7 @@ from hooked_llava.editing.change import Change
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights
-from hooked_llava.storage import safetensors_bytes, written_whole
+from hooked_llava.storage import bytes_written, read_tensors, write_tensors
 
 _FORMAT = "hooked_llava.edit.v2"
 _SAMPLED = "hooked_llava.edit.v1"  # version 0.1: some numbers of each weight in place of hashes
@@ -199,7 +197,7 @@ class Edit:
     @property
     def file_bytes(self) -> int:
         """Bytes of the file that `save` writes: its numbers, what it was made for, and what the unedited model is."""
-        return safetensors_bytes(*self._contents(WeightsId.blank(ledger.originals(self.model))))
+        return bytes_written(*self._contents(WeightsId.blank(ledger.originals(self.model))), _FORMAT)
 
     def __repr__(self) -> str:
         name = self.method.get("name", "edit")
@@ -218,16 +216,14 @@ class Edit:
 
         Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
         """
-        tensors, metadata = self._contents(WeightsId.of(ledger.originals(self.model)))
-        with written_whole(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
+        write_tensors(path, *self._contents(WeightsId.of(ledger.originals(self.model))), _FORMAT)
 
     def _contents(self, made_with: WeightsId) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What its file holds: factors, and in plain words what it is and which unedited weights it is for."""
         tensors = {}
         for name, change in self.changes.items():
             parts = {"left": change.left, "right": change.right, "full": change.full}
-            tensors |= {f"{part}.{name}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
+            tensors |= {f"{part}.{name}": t for part, t in parts.items() if t is not None}
         about = {
             "model": self.model.config.model_name,
             "made_with": made_with.as_json(),
@@ -235,7 +231,7 @@ class Edit:
             "requests": list(self.requests),
             "method": self.method,
         }
-        return tensors, {"format": _FORMAT, "about": json.dumps(about)}
+        return tensors, {"about": json.dumps(about)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> Edit:
@@ -245,7 +241,11 @@ class Edit:
         that it was computed on, in the coarser of both dtypes: a change of any number is noticed. A file of version 0.1 holds
         some numbers of each weight only, and is read with those.
         """
-        about, tensors = _read(Path(path))
+        if not Path(path).expanduser().is_file():
+            raise CheckpointError(f"{path} is not there; expected a file that Edit.save wrote.")
+        unreadable = "is truncated or is no safetensors file"
+        tensors, metadata = read_tensors(path, [_FORMAT, _SAMPLED], writer="Edit.save", unreadable=unreadable)
+        about = json.loads(metadata["about"])
         kept = tensors[_SAMPLES] if _SAMPLES in tensors else about.get("made_with")
         if kept is None:
             raise CheckpointError(f"{path} does not say which model it is for. Save the edit again.")
@@ -303,19 +303,3 @@ def _acts_in(name: str, n_layers: int) -> int | None:
     if part != "language" or inner[0] == "embed":
         return None
     return int(inner[1]) if inner[0] == "blocks" else n_layers
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not there; expected a file that Edit.save wrote.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or is no safetensors file ({error}).") from error
-    if metadata.get("format") not in (_FORMAT, _SAMPLED):
-        raise CheckpointError(
-            f"{path} is of format {metadata.get('format')!r}; expected {_FORMAT!r}, as Edit.save writes."
-        )
-    return json.loads(metadata["about"]), tensors

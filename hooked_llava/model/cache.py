@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
-from hooked_llava.errors import CheckpointError, HookNameError, SpanError, did_you_mean
+from hooked_llava.errors import HookNameError, SpanError, did_you_mean
 from hooked_llava.model.tl_protocol import sum_biases
-from hooked_llava.storage import written_whole
+from hooked_llava.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -141,28 +139,17 @@ class LLaVACache(NamedCache):
         Raises `InputError` for a folder that is not there.
         """
         about = {
-            "format": _FORMAT,
             "has_batch_dim": json.dumps(self.has_batch_dim),
             "model": str(self.model.cfg.model_name),
             "spans": json.dumps({name: positions.tolist() for name, positions in self.spans.items()}),
         }
         # Neighbouring hooks share storage, which the format refuses, so each tensor is written on its own.
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.items()}
-        with written_whole(path) as partial:
-            save_file(tensors, partial, metadata=about)
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.items()}
+        write_tensors(path, tensors, about, _FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> LLaVACache:
         """Read a cache that `save` wrote; raises `CheckpointError` for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is not a readable safetensors file ({error}); expected one that LLaVACache.save wrote."
-            ) from None
-        if about.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
+        tensors, about = read_tensors(path, [_FORMAT], writer="LLaVACache.save")
         spans = {name: torch.tensor(positions) for name, positions in json.loads(about["spans"]).items()}
         return cls(tensors, model, has_batch_dim=json.loads(about["has_batch_dim"]), spans=spans)

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.storage import written_whole
+from hooked_llava.errors import InputError
+from hooked_llava.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -188,7 +186,7 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
     ...     load(folder + "/result.safetensors").identical(result)
     True
     """
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Tensor] = {}
     variables = {}
     is_array = not hasattr(result, "data_vars")
     arrays = {"": result.variable} if is_array else {str(name): v.variable for name, v in result.data_vars.items()}
@@ -201,7 +199,7 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
             if values.dtype.kind in "UO":
                 variables[key]["words"] = _words(values, name)
             elif values.dtype.kind in "biuf" and values.dtype.itemsize <= 8:
-                tensors[key] = np.ascontiguousarray(values).reshape(-1)
+                tensors[key] = torch.tensor(values.astype(values.dtype.newbyteorder("="), copy=False).reshape(-1))
             else:
                 raise InputError(f"{name!r} holds {values.dtype}; a result file holds numbers, booleans and words.")
     about = {
@@ -210,29 +208,19 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
         "attrs": _plain(result.attrs, "the result"),
         "variables": variables,
     }
-    with written_whole(path) as partial:
-        save_file(tensors, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
+    write_tensors(path, tensors, {"about": json.dumps(about)}, _FORMAT)
 
 
 def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
     """Read a result that `save` wrote; raises `CheckpointError` for any other file."""
     import xarray as xr
 
-    try:
-        with safe_open(path, framework="np") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}); expected one that save wrote."
-        ) from None
-    if about.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} holds {about.get('format', 'no known format')!r}; expected {_FORMAT!r}.")
-    described = json.loads(about["about"])
+    tensors, metadata = read_tensors(path, [_FORMAT], writer="save")
+    described = json.loads(metadata["about"])
     found: dict[str, dict[str, xr.Variable]] = {"data": {}, "coord": {}}
     for key, entry in described["variables"].items():
         role, _, name = key.partition(":")
-        flat = tensors[key] if key in tensors else np.array(entry["words"], dtype=str)
+        flat = tensors[key].numpy() if key in tensors else np.array(entry["words"], dtype=str)
         found[role][name] = xr.Variable(entry["dims"], flat.reshape(entry["shape"]), entry["attrs"])
     if described["kind"] == "Dataset":
         return xr.Dataset(found["data"], coords=found["coord"], attrs=described["attrs"])

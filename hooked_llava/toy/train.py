@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
+from hooked_llava.storage import read_tensors, write_tensors
 from hooked_llava.toy.alignment import Alignment, OutlineHeads, align, image_embeddings, vision_states
 from hooked_llava.toy.init import build_model, trainable_parameters
 from hooked_llava.toy.packing import N_PATCHES, Batch, BatchShape, KindSampler, sample_batch
@@ -37,6 +36,7 @@ from hooked_llava.toy.scenes import MAX_OBJECTS, normalize, sample_scene
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
 CHECKPOINT_FOLDER = "checkpoint"
+_FORMAT = "hooked_llava.training.v1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -181,38 +181,37 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Writes everything needed to go on, in one file, replaced in one move."""
-        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self._all().items()}
+        tensors = {f"weight.{n}": p for n, p in self._all().items()}
         for name, parameter in self._trained().items():
             moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{m}.{name}": moments[m].contiguous() for m in _MOMENTS if m in moments}
+            tensors |= {f"{m}.{name}": moments[m] for m in _MOMENTS if m in moments}
         updates = next((int(s["step"]) for s in self.optimizer.state.values()), 0)
         state = {"config": asdict(self.config), "step": self.step, "updates": updates, "errors": self.sampler.errors}
         state["seconds"] = self.seconds
-        temporary = folder / (STATE_FILE + ".tmp")
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        temporary.replace(folder / STATE_FILE)
+        write_tensors(folder / STATE_FILE, tensors, {"state": json.dumps(state)}, _FORMAT)
 
     def load(self, folder: Path) -> None:
         """Goes back to where `save` was called; refuses a state that belongs to another run."""
-        with safe_open(folder / STATE_FILE, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            # Before the learning rate declines neither number of steps has had an effect, so both may still be changed.
-            decline = min(_decline(TrainConfig(**state["config"])), _decline(self.config))
-            free = {"steps", "decay_steps"} if state["step"] <= decline else set()
-            if any(state["config"][k] != v for k, v in asdict(self.config).items() if k not in free):
-                raise ValueError(
-                    f"{folder / STATE_FILE} belongs to a run with {state['config']}, not {asdict(self.config)}"
-                )
-            self.step, self.seconds, self.sampler.errors = state["step"], state["seconds"], state["errors"]
-            with torch.no_grad():
-                for name, parameter in self._all().items():
-                    parameter.copy_(file.get_tensor(f"weight.{name}"))
-            self.optimizer = self._new_optimizer()
-            if not state["updates"]:
-                return
-            for name, parameter in self._trained().items():
-                moments = {m: file.get_tensor(f"{m}.{name}") for m in _MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"])), **moments}
+        # version 0.1 wrote no format
+        tensors, metadata = read_tensors(folder / STATE_FILE, [_FORMAT, None], writer="training")
+        state = json.loads(metadata["state"])
+        # Before the learning rate declines neither number of steps has had an effect, so both may still be changed.
+        decline = min(_decline(TrainConfig(**state["config"])), _decline(self.config))
+        free = {"steps", "decay_steps"} if state["step"] <= decline else set()
+        if any(state["config"][k] != v for k, v in asdict(self.config).items() if k not in free):
+            raise ValueError(
+                f"{folder / STATE_FILE} belongs to a run with {state['config']}, not {asdict(self.config)}"
+            )
+        self.step, self.seconds, self.sampler.errors = state["step"], state["seconds"], state["errors"]
+        with torch.no_grad():
+            for name, parameter in self._all().items():
+                parameter.copy_(tensors[f"weight.{name}"])
+        self.optimizer = self._new_optimizer()
+        if not state["updates"]:
+            return
+        for name, parameter in self._trained().items():
+            moments = {m: tensors[f"{m}.{name}"] for m in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"])), **moments}
 
 
 def packed_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
         Path(filename).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("hooked_llava.model.cache.save_file", fail)
+    monkeypatch.setattr("hooked_llava.storage.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         with_names("*").save(path)
     assert path.read_bytes() == before
