@@ -184,6 +184,8 @@ def show_answer(question: str, answer: str, tokens: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from hooked_llava.prompt.token_text import visible_token
+
     one = tokens.isel(prompt=0)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("first token")
@@ -191,7 +193,7 @@ def show_answer(question: str, answer: str, tokens: Any) -> None:
     table.add_column("")
     for token, probability in zip(one["token"].values, one["probability"].values.tolist(), strict=True):
         bar = "█" * round(24 * probability) or "▏"
-        table.add_row(escape(_visible(str(token))), f"{probability:.3f}", f"[cyan]{bar}[/cyan]")
+        table.add_row(escape(visible_token(token)), f"{probability:.3f}", f"[cyan]{bar}[/cyan]")
     to = out()
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
     to.print(f"[bold]{escape(answer) or '(nothing)'}[/bold]\n", soft_wrap=True)
@@ -223,12 +225,6 @@ def needs_figures() -> Iterator[None]:
 def say_where(page: Path) -> None:
     """The last line of every command that writes a page."""
     out().print(f"The page is in [bold]{page}[/bold]; open it in a browser.", soft_wrap=True)
-
-
-def _visible(token: str) -> str:
-    """A token as it can stand in a table: blanks and line breaks in quotes."""
-    bare = token.strip(" ")
-    return bare if bare.isprintable() and bare else repr(token)
 
 
 def out() -> Console:

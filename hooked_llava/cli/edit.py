@@ -339,11 +339,12 @@ def _show(question: str, page: Any, made: Edit, save: Path | None) -> None:
 
     from hooked_llava.editing import size_text
     from hooked_llava.editing.evaluate import TO_CHANGE
+    from hooked_llava.prompt.token_text import visible_token
     from hooked_llava.viz.figures.edit import small
 
     to, first, probes = out(), page.results["answers"], page.results["probes"]
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
-    names = [escape(str(token).strip()) for token in first.token.values[:2]]
+    names = [escape(visible_token(token)) for token in first.token.values[:2]]
     for state, said in (("before", page.answer_before), ("after", page.answer)):
         p = [f"P({name}) {float(value):.3f}" for name, value in zip(names, first.sel(state=state).values, strict=False)]
         to.print(f"{state:<7} [bold]{escape(said) or '(nothing)'}[/bold]  [dim]{', '.join(p)}[/dim]", soft_wrap=True)
@@ -374,11 +375,12 @@ def _show_wrong(questions: Any) -> None:
 
     from hooked_llava.editing.evaluate import TO_CHANGE
     from hooked_llava.editing.questions import missed
+    from hooked_llava.prompt.token_text import visible_token
 
     wrong = [questions.isel(question=i) for i, is_missed in enumerate(missed(questions)) if is_missed]
     for one in wrong[:_MOST_NAMED]:
         did = "did not become the target" if str(one.role.values) in TO_CHANGE else "changed"
-        said = f"{str(one.before.values).strip()} → {str(one.after.values).strip()}"
+        said = f"{visible_token(one.before.values)} → {visible_token(one.after.values)}"
         out().print(f"[bold]{did}:[/bold] {escape(f'{one.text.values} {said}')}", soft_wrap=True)
     if len(wrong) > _MOST_NAMED:
         out().print(f"[dim]and {len(wrong) - _MOST_NAMED} more, on the page[/dim]")

@@ -135,6 +135,7 @@ def _show(question: str, page: Any) -> None:
     from rich.table import Table
 
     from hooked_llava.analysis.causal_trace import best_cells, was_lowered
+    from hooked_llava.prompt.token_text import visible_token
 
     found = page.results["trace"]
     to = out()
@@ -153,7 +154,7 @@ def _show(question: str, page: Any) -> None:
         table.add_column(name, justify=justify)
     for cell in best_cells(found):
         tied = f", and {int(cell.n_tied)} other{'' if cell.n_tied == 1 else 's'} as much" if cell.n_tied else ""
-        place = f"{str(cell.label.values).strip()} ({cell.role.values}){tied}"
+        place = f"{visible_token(cell.label.values)} ({cell.role.values}){tied}"
         table.add_row(str(cell.kind.values), str(int(cell.layer)), escape(place), f"{float(cell.restored):.3f}")
     to.print(table)
     to.print()

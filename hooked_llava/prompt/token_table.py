@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.token_text import visible_token
 
 if TYPE_CHECKING:
     from hooked_llava.prompt.token_map import TokenMap
@@ -47,7 +48,7 @@ def _columns(token_map: TokenMap) -> list[_Column]:
     """One column a token; all positions of one picture, and all padding on one side, share one."""
     names = [str(token_id) for token_id in token_map.token_ids]
     if token_map.words is not None:
-        names = [_visible(token) for token in token_map.words.tokens]
+        names = [visible_token(token) for token in token_map.words.tokens]
     columns, position, pictures = [], 0, set(token_map.image_starts)
     while position < len(token_map):
         stop = position + 1
@@ -59,12 +60,6 @@ def _columns(token_map: TokenMap) -> list[_Column]:
         columns.append(_Column(range(position, stop), names[position] + count))
         position = stop
     return columns
-
-
-def _visible(token: str) -> str:
-    """A token as it can stand in a table: no line breaks, and something to see for a blank."""
-    shown = token.strip(" ") or repr(token)
-    return shown.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
 
 
 def _span_lines(token_map: TokenMap) -> list[dict[str, Positions]]:

@@ -21,6 +21,21 @@ _T = TypeVar("_T")
 _Offsets = tuple[tuple[int, int], ...]
 
 
+def visible_token(token: object, *, signs: bool = False) -> str:
+    r"""A token as it is shown in tables and figures: no blanks around it, and something to see for a line break or a blank.
+
+    Line breaks and the like are spelled out, and a blank is quoted; with `signs` these are ↵, ⇥ and ␣.
+
+    >>> visible_token(" red"), visible_token("\n"), visible_token(" "), visible_token(" ", signs=True)
+    ('red', '\\n', "' '", '␣')
+    """
+    text = str(token)  # NumPy's words have a repr of their own
+    shown = text.strip(" ") or ("␣" * max(1, len(text)) if signs else repr(text))
+    if signs:
+        shown = shown.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenText:
     """What the tokens of one prompt spell; decoded only when asked, so that a forward pass costs nothing."""

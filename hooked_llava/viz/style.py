@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hooked_llava.errors import InputError
+from hooked_llava.prompt.token_text import visible_token
 
 INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
 """Text, secondary text, thin lines, background."""
@@ -251,6 +252,16 @@ def only(result: xr.DataArray, *dims: str) -> xr.DataArray:
             "Choose or average the others first, for example result.sel(image=0) or result.mean('head')."
         )
     return result.squeeze([dim for dim in result.dims if dim not in dims], drop=True).transpose(*dims)
+
+
+def token_label(token: object, longest: int | None = None) -> str:
+    r"""A token as matplotlib can write it, where `$` would begin a formula, cut to so many characters.
+
+    >>> token_label(" $5"), token_label("understanding", longest=6)
+    ('\\$5', 'under…')
+    """
+    shown = visible_token(token).replace("$", r"\$")
+    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def tick_every(n: int, most: int = 16) -> int:

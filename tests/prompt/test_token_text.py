@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from hooked_llava.errors import SpanError
-from hooked_llava.prompt.token_text import TokenText, prompt_offsets, roll
+from hooked_llava.prompt.token_text import TokenText, prompt_offsets, roll, visible_token
 from tests.fixtures_processor import make_processor
 
 PROMPT = "USER: <image>\nWhat color is the red star? A redder star. ASSISTANT:"
@@ -189,3 +190,19 @@ def test_roll(row: tuple[int, ...], by: int) -> None:
     if abs(by) <= len(row):
         assert roll(roll(row, by), -by) == row
         assert len(roll(row, by)) == len(row)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown", "with_signs"),
+    [
+        (" red ", "red", "red"),
+        ("", "''", "␣"),
+        ("  ", "'  '", "␣␣"),
+        ("\n", r"\n", "↵"),
+        (" \t\r", r"\t\r", r"⇥\r"),
+        ("a\x1b[0m", r"a\x1b[0m", r"a\x1b[0m"),
+        (np.str_(" "), "' '", "␣"),
+    ],
+)
+def test_every_token_can_be_seen(token, shown, with_signs):
+    assert (visible_token(token), visible_token(token, signs=True)) == (shown, with_signs)

@@ -11,7 +11,20 @@ from matplotlib.patches import Patch
 from hooked_llava.editing.evaluate import ROLES, TO_CHANGE
 from hooked_llava.errors import InputError
 from hooked_llava.viz.kinds import check_array, check_dataset
-from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, Plot, only, plot, tick_every
+from hooked_llava.viz.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    RULE,
+    Plot,
+    only,
+    plot,
+    tick_every,
+    token_label,
+)
 
 ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
 """Colours of what a probe measures: warm where answers are to change, cold where they are to stay."""
@@ -47,7 +60,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
             axes.barh(at + side, values, 0.38, color=color, label=state)
             for y, value in zip(at + side, values, strict=True):
                 axes.text(value + 0.012, y, f"{value:.3f}", va="center", fontsize=7.5, color=MUTED)
-        axes.set_yticks(at, [_plain(token) for token in tokens])
+        axes.set_yticks(at, [token_label(token) for token in tokens])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -158,8 +171,3 @@ def _legend(figure: Plot, axes: Axes) -> None:
 def _grid(axes: Axes, which: str) -> None:
     axes.grid(axis=which, color=RULE, linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-
-
-def _plain(token: str) -> str:
-    """A token as a label; `$` would begin a formula."""
-    return (token.strip(" ") or repr(token)).replace("\n", "\\n").replace("$", r"\$")

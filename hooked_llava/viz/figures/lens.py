@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from hooked_llava.viz.style import (
     ColorScale,
     add_color_bar,
     plot,
+    token_label,
 )
 from hooked_llava.viz.titles import add_note, title_of
 
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
-_LONGEST_WORD = 12
+_shown = partial(token_label, longest=12)
 
 
 def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
@@ -138,11 +140,6 @@ def _cells(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray, list[str], str]:
     best = ordered.isel(rank=0)
     names = best["label"].values if "label" in best.coords else best["position"].values
     return best["token"].values, best["probability"].values, [_shown(str(name)) for name in names], "position"
-
-
-def _shown(word: object) -> str:
-    text = (str(word).strip(" ") or repr(str(word))).replace("\n", "\\n").replace("$", r"\$")
-    return text if len(text) <= _LONGEST_WORD else text[: _LONGEST_WORD - 1] + "…"
 
 
 def _legend(axes: Axes) -> None:

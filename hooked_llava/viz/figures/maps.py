@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,6 +25,7 @@ from hooked_llava.viz.style import (
     plot,
     scale_of,
     tick_every,
+    token_label,
     unit_of,
 )
 from hooked_llava.viz.titles import add_note, title_of
@@ -31,7 +33,7 @@ from hooked_llava.viz.titles import add_note, title_of
 Collapse = Literal["mean", "sum", "max"]
 """What may stand for all patches of an image: their mean, their sum, or the one farthest from what does nothing."""
 _MOST_CELLS_WITH_NUMBERS = 144
-_LONGEST_LABEL = 14
+_short = partial(token_label, longest=14)
 _IMAGE_WIDTH = 24  # of a text token's column: what the patches of an image take together, at most
 _NARROW = 0.9  # of a text token's column: what leaves no room for gaps
 
@@ -304,9 +306,3 @@ def _collapsed(block: np.ndarray, collapse: Collapse, neutral: float) -> np.ndar
     if collapse == "max":
         return np.take_along_axis(block, np.abs(block - neutral).argmax(axis=1, keepdims=True), axis=1)[:, 0]
     return block.mean(axis=1) if collapse == "mean" else neutral + (block - neutral).sum(axis=1)
-
-
-def _short(label: str) -> str:
-    """A token's text that fits on an axis; `$` would begin a formula."""
-    shown = (label.strip(" ") or repr(label)).replace("\n", "\\n").replace("$", r"\$")
-    return shown if len(shown) <= _LONGEST_LABEL else shown[: _LONGEST_LABEL - 1] + "…"

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.prompt.token_text import visible_token
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
 from hooked_llava.viz.figures.maps import layer_head_map, names_along
@@ -30,6 +32,7 @@ _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 _THUMBNAIL = 480  # pixels
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
 _BEST_HEADS = 5
+visible = partial(visible_token, signs=True)
 _METHODS = {
     "log_increase": "Log-probability increase",
     "attention": "Mean attention",
@@ -251,12 +254,6 @@ def _sums(components: xr.DataArray, heads: xr.DataArray) -> dict[str, str]:
         "remainder": f"{abs(logit - sums['total']):.1e}",
         "heads": f"{float(heads.sum()):+.2f}",
     }
-
-
-def visible(token: str) -> str:
-    """A token as it can stand on a page: something to see for blanks and line breaks."""
-    shown = token.strip(" ") or "␣" * max(1, len(token))
-    return shown.replace("\n", "↵").replace("\t", "⇥")
 
 
 def _hex(rgba: tuple[float, float, float, float]) -> str:

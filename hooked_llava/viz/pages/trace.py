@@ -16,7 +16,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.overlay import patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri
+from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, visible
 from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
 from hooked_llava.viz.style import Plot
 
@@ -118,7 +118,7 @@ def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
         {
             "kind": names[str(cell.kind.values)],
             "layer": int(cell.layer),
-            "token": str(cell.label.values).strip(),
+            "token": visible(cell.label.values),
             "role": str(cell.role.values),
             "restored": f"{float(cell.restored):.3f}",
             "effect": f"{float(cell.indirect_effect):+.3f}",
