@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.metrics import Metric
@@ -127,12 +127,14 @@ def _one_pair(
         replay = Replay(model, base)
         logits, cache = model.run_with_cache(source, names_filter=names)
         assert logits is not None
-        metric, ends = scored(model, metric, read_at(logits, source, read), replay.logits(read), direction)
+        metric, baselines = metric_with_baselines(
+            model, metric, read_at(logits, source, read), replay.logits(read), direction
+        )
         cells = list(product(names, *axes.values()))
         real = list(base.token_map.real)
         runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]
         values = replay.run(runs, metric, read, batch_size)
-        attrs = made.attrs(**ends, runs=len(runs), work=replay.work.forwards)
+        attrs = made.attrs(**baselines, runs=len(runs), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from hooked_llava.architecture.hooks import IMAGE_SIDE
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -209,11 +209,11 @@ def _each_pair(
             start, end = model.embed(base), model.embed(source)
             there = _run(model, source, end, changing, read)
             here = _run(model, base, start, changing if steps else [*changing, *at_points], read, graph=not steps)
-            measure, ends = scored(model, own_metric, there.logits, here.logits.detach(), direction)
+            measure, baselines = metric_with_baselines(model, own_metric, there.logits, here.logits.detach(), direction)
             changes = {name: there.held.pop(name) - here.held[name].detach() for name in changing}
             points = _along_path(model, base, start, end, at_points, read, steps) if steps else [here]
             result = sum(estimate(base, changes, point, measure) for point in points) / max(1, steps)
-            results.append(result.assign_attrs(made.attrs(**ends)))
+            results.append(result.assign_attrs(made.attrs(**baselines)))
     return results
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooked_llava.checks import as_indices, one_of
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, read_at, scored, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.metrics import Metric
@@ -113,7 +113,9 @@ def _one_pair(
         logits, there = model.run_with_cache(source, names_filter=kind)
         _, here = model.run_with_cache(base, names_filter=kind, stop_at_layer=model.cfg.n_layers)
         assert logits is not None
-        metric, ends = scored(model, metric, read_at(logits, source, read), replay.logits(read), direction)
+        metric, baselines = metric_with_baselines(
+            model, metric, read_at(logits, source, read), replay.logits(read), direction
+        )
         n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
         table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
         for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
@@ -127,7 +129,7 @@ def _one_pair(
             dims=("receiver", "layer", "head")[: table.ndim],
             coords={"layer": range(model.cfg.n_layers)} | ({"head": range(*n_heads)} if n_heads else {}),
             name="metric",
-            attrs=made.attrs(**ends, work=replay.work.forwards),
+            attrs=made.attrs(**baselines, work=replay.work.forwards),
         )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
@@ -49,7 +49,7 @@ class KeyCovariance:
         """Raises `InputError` if the keys are another model's."""
         if self.weights is None:
             return
-        originals = ledger.originals(model)
+        originals = weight_records.originals(model)
         sampled = samples(originals)
         if self._checked is None or not torch.equal(sampled, self._checked):
             check_same_weights(originals, self.weights, model_name=model.config.model_name, what="covariance")
@@ -74,7 +74,7 @@ class KeyCovariance:
     def save(self, path: str | os.PathLike[str], model: HookedLLaVA) -> None:
         """Write it to one safetensors file, with what the unedited model is; raises `InputError` for another model."""
         self.check_model(model)
-        made_with = json.dumps(WeightsId.of(ledger.originals(model)).as_json())
+        made_with = json.dumps(WeightsId.of(weight_records.originals(model)).as_json())
         about = {"layer": self.layer, "n_keys": self.n_keys, "positions": self.positions, "made_with": made_with}
         write_tensors(path, {"moment": self.moment}, {name: str(value) for name, value in about.items()}, _FORMAT)
 
@@ -136,7 +136,7 @@ def key_covariance(
             total, n = total + keys.T @ keys, n + len(keys)
     if not isinstance(total, Tensor):
         raise InputError("There are no prompts to take keys from; give at least one.")
-    made = KeyCovariance(layer, total / n, n, damping, positions, WeightsId.of(ledger.originals(model)))
+    made = KeyCovariance(layer, total / n, n, damping, positions, WeightsId.of(weight_records.originals(model)))
     if path is not None:
         made.save(path, model)
     return made

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.editing.change import Change
+from hooked_llava.editing.weight_records import ActiveEdit
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights
@@ -59,8 +60,8 @@ class Edit:
     """What was asked for: question, constraint, target, in plain words; whether it `landed`, and what is answered with it."""
     method: Mapping[str, Any] = field(default_factory=dict)
     """How the change was computed."""
-    entry: ledger.Entry = field(default_factory=ledger.Entry, init=False)
-    """What the ledger knows of it."""
+    active: ActiveEdit = field(default_factory=ActiveEdit, init=False)
+    """What the weight records know of it."""
 
     def __post_init__(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -76,7 +77,7 @@ class Edit:
     @property
     def is_applied(self) -> bool:
         """Whether it is in place: applied, and not reverted since."""
-        return bool(self.entry.places)
+        return bool(self.active.places)
 
     @contextmanager
     def applied(self) -> Iterator[Edit]:
@@ -111,25 +112,27 @@ class Edit:
             )
         if self.is_applied:
             raise InputError("This edit is applied already; revert it first, or make a second one.")
-        self.entry.handle, self.entry.about = weakref.ref(self), {"requests": self.requests, "method": self.method}
+        self.active.handle, self.active.about = weakref.ref(self), {"requests": self.requests, "method": self.method}
         weights = self._weights()
         try:
-            composed = {n: ledger.with_change(n, weights[n], self.entry, change) for n, change in self.changes.items()}
+            composed = {
+                n: weight_records.with_change(n, weights[n], self.active, change) for n, change in self.changes.items()
+            }
             for name, change in self.changes.items():  # all that takes memory comes before the first weight is written
-                ledger.book(name, weights[name], self.entry, change)
+                weight_records.add_change(name, weights[name], self.active, change)
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.copy_(composed[name])
         except BaseException:
-            ledger.remove(self.entry, weights)
-            self.entry.places.clear()
+            weight_records.remove(self.active, weights)
+            self.active.places.clear()
             raise
         return self
 
     def check_precision(self) -> None:
         """Raises `InputError` if a weight's dtype is too coarse for the change; applies nothing."""
         for name, weight in self._weights().items():
-            ledger.with_change(name, weight, self.entry, self.changes[name])
+            weight_records.with_change(name, weight, self.active, self.changes[name])
 
     def revert(self) -> None:
         """Take the edit back: the weights are bit for bit what they are with the remaining edits, or without any.
@@ -140,20 +143,20 @@ class Edit:
         """
         if not self.is_applied:
             raise InputError("This edit is not applied, so there is nothing to revert.")
-        ledger.check_untouched(self.entry)
-        ledger.remove(self.entry, self._weights())
+        weight_records.check_untouched(self.active)
+        weight_records.remove(self.active, self._weights())
         if moved := self._moved():
             raise InputError(
                 f"{moved[0]} is not the memory that the edit was applied to: the model was moved or converted (.to(...)) or "
                 "its parameter replaced since, and what it has now keeps the edit. Load the model anew; revert edits before "
                 "moving it."
             )
-        self.entry.places.clear()
+        self.active.places.clear()
 
     def _moved(self) -> list[str]:
         """Weights that no longer lie where they were when the edit was applied."""
         weights = self._weights()
-        return [name for name, at in self.entry.places.items() if not ledger.is_at(weights[name], at)]
+        return [name for name, at in self.active.places.items() if not weight_records.is_at(weights[name], at)]
 
     def __add__(self, other: Edit) -> Edit:
         """Both edits as one; raises `InputError` for edits of different models."""
@@ -174,7 +177,7 @@ class Edit:
         return sorted({int(p[2]) for p in parts if p[:2] == ["language", "blocks"]})
 
     @property
-    def entered_at(self) -> int | None:
+    def first_affected_layer(self) -> int | None:
         """The lowest layer of the language tower that computes something else under the edit; n_layers if only the final norm
         or the unembedding does, None if what enters the first layer is another already.
         """
@@ -197,7 +200,7 @@ class Edit:
     @property
     def file_bytes(self) -> int:
         """Bytes of the file that `save` writes: its numbers, what it was made for, and what the unedited model is."""
-        return bytes_written(*self._contents(WeightsId.blank(ledger.originals(self.model))), _FORMAT)
+        return bytes_written(*self._contents(WeightsId.blank(weight_records.originals(self.model))), _FORMAT)
 
     def __repr__(self) -> str:
         name = self.method.get("name", "edit")
@@ -216,7 +219,7 @@ class Edit:
 
         Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
         """
-        write_tensors(path, *self._contents(WeightsId.of(ledger.originals(self.model))), _FORMAT)
+        write_tensors(path, *self._contents(WeightsId.of(weight_records.originals(self.model))), _FORMAT)
 
     def _contents(self, made_with: WeightsId) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What its file holds: factors, and in plain words what it is and which unedited weights it is for."""
@@ -250,7 +253,7 @@ class Edit:
         if kept is None:
             raise CheckpointError(f"{path} does not say which model it is for. Save the edit again.")
         kept = kept if isinstance(kept, Tensor) else WeightsId.from_json(kept)
-        weights, name = ledger.originals(model), model.config.model_name
+        weights, name = weight_records.originals(model), model.config.model_name
         check_same_weights(weights, kept, model_name=name, made_on=about["model"])
         changes = {}
         for name in about["weights"]:
@@ -278,21 +281,21 @@ def active_edits(model: HookedLLaVA) -> list[Edit]:
     >>> active_edits(model)
     []
     """
-    found: dict[ledger.Entry, dict[str, Change]] = {}
+    found: dict[ActiveEdit, dict[str, Change]] = {}
     for _, weight in model.named_parameters():
-        for entry, change in ledger.changes_of(weight).items():
-            name = next(name for name, at in entry.places.items() if ledger.is_at(weight, at))
-            found.setdefault(entry, {})[name] = change
-    return [_handle(model, entry, found[entry]) for entry in sorted(found, key=lambda entry: entry.number)]
+        for active, change in weight_records.changes_of(weight).items():
+            name = next(name for name, at in active.places.items() if weight_records.is_at(weight, at))
+            found.setdefault(active, {})[name] = change
+    return [_handle(model, active, found[active]) for active in sorted(found, key=lambda active: active.number)]
 
 
-def _handle(model: HookedLLaVA, entry: ledger.Entry, changes: dict[str, Change]) -> Edit:
-    """The edit of an entry: itself if somebody holds it, or made again from what the ledger kept."""
-    held = None if entry.handle is None else entry.handle()
+def _handle(model: HookedLLaVA, active: ActiveEdit, changes: dict[str, Change]) -> Edit:
+    """The edit itself if somebody holds it, else one made again from what the weight records kept."""
+    held = None if active.handle is None else active.handle()
     if held is not None and held.model is model:
         return held
-    edit = Edit(model, changes, entry.about["requests"], entry.about["method"])
-    edit.entry = entry
+    edit = Edit(model, changes, active.about["requests"], active.about["method"])
+    edit.active = active
     return edit
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest
@@ -142,7 +142,7 @@ def ask_probes(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> list[
     if was_applied:
         edit.revert()
     try:
-        layer, weights = edit.entered_at, samples(ledger.originals(model))
+        layer, weights = edit.first_affected_layer, samples(weight_records.originals(model))
         kept = [_kept(model, probe, edit, layer, weights) for probe in probes]
         expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
         before = [_before(prompts, ids) for prompts, (ids, _) in zip(kept, expected, strict=True)]

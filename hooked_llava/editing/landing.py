@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.rows import Rows
 from hooked_llava.editing.values import TargetNotReached
@@ -23,7 +23,7 @@ def check_landed(edit: Edit, rows: Rows) -> Edit:
     requests that missed. Raises `InputError` if a weight's dtype is too coarse for the change.
     """
     named = {name: edit.model.get_parameter(name) for name in edit.changes}
-    changed = {n: ledger.with_change(n, named[n], edit.entry, change) for n, change in edit.changes.items()}
+    changed = {n: weight_records.with_change(n, named[n], edit.active, change) for n, change in edit.changes.items()}
     logits = rows.logits_with(changed, min(edit.layers))  # (row, read, d_vocab)
     best, right = logits.argmax(-1), answer_is_said(logits, rows.ids)  # (row, read), (row)
     probability = rows.mean(rows.log_probability(logits).exp()).tolist()

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
@@ -36,7 +36,7 @@ class KeptPrompts:
     """What stands where in each prompt: how an answer is cut depends on what stands before it."""
     weights: Float[Tensor, " sample"]
     """Which unedited weights they were run with, see `samples`."""
-    edits: frozenset[ledger.Entry] = frozenset()
+    edits: frozenset[weight_records.ActiveEdit] = frozenset()
     """The edits that were active then; as a rule none."""
     position_ids: Int[Tensor, "prompt pos"] | None = None
     """Positions for the rotary embedding, if they were given."""
@@ -63,7 +63,7 @@ class KeptPrompts:
             problem = "of another model object"
         elif not same_samples(weights, self.weights):
             problem = "before the model's weights were changed by something other than an edit"
-        elif self.edits != ledger.all_active(model):
+        elif self.edits != weight_records.all_active(model):
             problem = "while other edits were active than now"
         else:
             return
@@ -135,6 +135,6 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
         before=torch.cat(before),
         token_maps=prompts.token_maps,
         position_ids=prompts.position_ids,
-        weights=samples(ledger.originals(model)),
-        edits=ledger.all_active(model),
+        weights=samples(weight_records.originals(model)),
+        edits=weight_records.all_active(model),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hooked_llava.editing import ledger
+from hooked_llava.editing import weight_records
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
 
@@ -26,7 +26,7 @@ def size_text(edit: Edit) -> str:
 
 def relative_size(edit: Edit) -> float:
     """Norm of an edit's update in parts of the norm of the weights that it changes, unedited; 0 if it changes none."""
-    weights = [ledger.original(edit.model.get_parameter(name)).detach() for name in edit.changes]
+    weights = [weight_records.original(edit.model.get_parameter(name)).detach() for name in edit.changes]
     changed = float(np.linalg.norm([_norm(change) for change in edit.changes.values()]))
     whole = float(np.linalg.norm([float(weight.float().norm()) for weight in weights]))
     return changed / whole if whole else 0.0

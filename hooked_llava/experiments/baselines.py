@@ -1,4 +1,4 @@
-"""The two ends that every patching result lies between: the clean and the corrupted run, and the metric of each."""
+"""The two baselines that every patching result lies between: the clean and the corrupted run, and the metric of each."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_metrics(
             measured(metric, zeros.expand(2 + len(zeros.shape), *zeros.shape).clone(), 1, one_number=True)
 
 
-def scored(
+def metric_with_baselines(
     model: HookedLLaVA, metric: Metric | None, there: Tensor, here: Tensor, direction: Direction
 ) -> tuple[Metric, dict[str, Any]]:
     """The metric, by default the logit difference of the two own answers, and attributes that say what it is.
@@ -67,5 +67,5 @@ def scored(
     """
     clean, corrupted = source_and_base(there, here, direction)
     metric = own_answers(clean, corrupted, model) if metric is None else metric
-    ends = {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}
-    return metric, ends | about_metric(model, metric)
+    baselines = {"clean": value_of(metric, clean), "corrupted": value_of(metric, corrupted)}
+    return metric, baselines | about_metric(model, metric)

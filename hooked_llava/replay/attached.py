@@ -20,11 +20,11 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.spans import edge_end
-from hooked_llava.replay.binding import check_operand, resolve
-from hooked_llava.replay.bound import Resolved
+from hooked_llava.replay.binding import bind, check_operand
+from hooked_llava.replay.bound import BoundIntervention
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import with_means
-from hooked_llava.replay.row_edits import Edit, edited_copy, images_of
+from hooked_llava.replay.row_edits import RowEdit, edited_copy, images_of
 
 
 class AttachedIntervention(PromptHook):
@@ -45,21 +45,21 @@ class AttachedIntervention(PromptHook):
                 hook.intervention = intervention
 
     def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:
-        """The change of a batch of this prompt; raises as `resolve`."""
-        resolved = resolve(self.intervention, self.model, inputs)
+        """The change of a batch of this prompt; raises as `bind`."""
+        bound = bind(self.intervention, self.model, inputs)
         if n_new:
-            resolved = _for_new_token(resolved, self.model, inputs, n_new)
-        if resolved.on_image_side:
-            edits = [Edit(image, p, resolved, 0) for p, image in images_of(inputs, self.intervention.image)]
+            bound = _for_new_token(bound, self.model, inputs, n_new)
+        if bound.on_image_side:
+            edits = [RowEdit(image, p, bound, 0) for p, image in images_of(inputs, self.intervention.image)]
         else:
-            edits = [Edit(p, p, resolved, 0) for p in range(len(inputs))]
-        edits = [edit for edit in edits if resolved.positions[edit.prompt]]
+            edits = [RowEdit(p, p, bound, 0) for p in range(len(inputs))]
+        edits = [edit for edit in edits if bound.positions[edit.prompt]]
         return lambda tensor: edited_copy(tensor, edits) if edits else tensor
 
     def acts_on_new_tokens(self, inputs: Inputs) -> bool:
         """Whether any prompt's new tokens are among its positions."""
-        resolved = resolve(self.intervention, self.model, inputs)
-        return not resolved.on_image_side and any(_names_new_tokens(resolved.target, resolved, inputs))
+        bound = bind(self.intervention, self.model, inputs)
+        return not bound.on_image_side and any(_names_new_tokens(bound.target, bound, inputs))
 
 
 @as_hook.register
@@ -67,33 +67,33 @@ def _(entry: Intervention, model: Any) -> Hook:
     return model.hooks_table.one(entry.hook), AttachedIntervention(entry, model)
 
 
-def _names_new_tokens(where: Any, resolved: Resolved, inputs: Inputs) -> list[bool]:
+def _names_new_tokens(where: Any, bound: BoundIntervention, inputs: Inputs) -> list[bool]:
     """For each prompt, whether its positions go on into what is generated after it: all of it or nothing."""
     if where is not None and not isinstance(where, str):
         return [False] * len(inputs)
     found = []
     for token_map in inputs.token_maps:
         grown = continued(token_map, 2)  # the first of two predicts the second, as every new token predicts the next
-        end = edge_end(where, grown) if resolved.intervention.block is not None else where
+        end = edge_end(where, grown) if bound.intervention.block is not None else where
         found.append(token_map.real.stop in positions_of(end, grown, len(grown)))
     return found
 
 
-def _for_new_token(resolved: Resolved, model: HookedLLaVA, inputs: Inputs, n_new: int) -> Resolved:
+def _for_new_token(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs, n_new: int) -> BoundIntervention:
     """The intervention in a pass over the newest of `n_new` generated tokens, the only position of that pass."""
-    here = _names_new_tokens(resolved.target, resolved, inputs)
-    if resolved.on_image_side or not any(here):
-        return replace(resolved, positions=tuple(() for _ in here))
-    if resolved.intervention.position_mean:
+    here = _names_new_tokens(bound.target, bound, inputs)
+    if bound.on_image_side or not any(here):
+        return replace(bound, positions=tuple(() for _ in here))
+    if bound.intervention.position_mean:
         raise InputError(
-            f"{resolved.intervention!r} takes a mean over positions, and generated tokens come one at a time. Name the "
+            f"{bound.intervention!r} takes a mean over positions, and generated tokens come one at a time. Name the "
             "prompt's positions, take hook_phase='prefill', or give mean_of= a reference."
         )
-    sources = resolved.sources
-    if resolved.intervention.block is not None:
+    sources = bound.sources
+    if bound.intervention.block is not None:
         new = tuple(range(inputs.shape[1], inputs.shape[1] + n_new))
-        among = _names_new_tokens(resolved.intervention.block[0], resolved, inputs)
+        among = _names_new_tokens(bound.intervention.block[0], bound, inputs)
         sources = tuple((*own, *new) if on else own for own, on in zip(sources, among, strict=True))
-    placed = replace(resolved, positions=tuple((0,) if on else () for on in here), sources=sources)
+    placed = replace(bound, positions=tuple((0,) if on else () for on in here), sources=sources)
     check_operand(replace(placed, positions=((0,),)), model, inputs)
     return placed

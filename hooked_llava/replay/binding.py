@@ -12,11 +12,11 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.spans import edge_end
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.replay.bound import POSITION_AXES, Resolved, spread
+from hooked_llava.replay.bound import POSITION_AXES, BoundIntervention, spread
 from hooked_llava.replay.intervention import SCORES, Intervention
 
 
-def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
+def bind(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> BoundIntervention:
     """Place an intervention in a model and its inputs.
 
     Raises `HookNameError` for an unknown hook, `SpanError` for an unknown span, and `InputError` for positions, heads,
@@ -41,7 +41,7 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
     positions = (
         tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
     )
-    resolved = Resolved(
+    bound = BoundIntervention(
         intervention,
         spec,
         name,
@@ -53,19 +53,19 @@ def resolve(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> Resolved:
         model.hook_dict[name],
     )
     if intervention.position_mean:
-        _check_several(resolved)
-    check_operand(resolved, model, inputs)
-    return resolved
+        _check_several(bound)
+    check_operand(bound, model, inputs)
+    return bound
 
 
-def _check_several(resolved: Resolved) -> None:
+def _check_several(bound: BoundIntervention) -> None:
     """Refuse a mean over the one position that is named, which changes nothing."""
-    for prompt, positions in enumerate(resolved.positions):
+    for prompt, positions in enumerate(bound.positions):
         if len(set(positions)) == 1:
-            where = "" if len(resolved.positions) == 1 else f" in prompt {prompt}"
+            where = "" if len(bound.positions) == 1 else f" in prompt {prompt}"
             raise InputError(
-                f"position_mean=True (or mean=True) on {resolved.name!r} takes the mean over the positions that are named, and "
-                f"positions={resolved.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
+                f"position_mean=True (or mean=True) on {bound.name!r} takes the mean over the positions that are named, and "
+                f"positions={bound.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
                 "several positions, or give mean_of= a reference (prompts, a cache, a Replay or a tensor)."
             )
 
@@ -127,21 +127,21 @@ def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
     return tuple(as_indices(given, n, what, expected="whole numbers", outside=outside, empty=True))
 
 
-def check_operand(resolved: Resolved, model: HookedLLaVA, inputs: Inputs) -> None:
+def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) -> None:
     """Whether `value` or `add` fits the cut, found out before anything runs."""
-    operand = resolved.intervention.value if resolved.intervention.value is not None else resolved.intervention.add
+    operand = bound.intervention.value if bound.intervention.value is not None else bound.intervention.add
     if operand is None:
         return
-    sizes = axis_sizes(model.hooks_table, resolved.name, inputs)
-    for positions in resolved.positions:
+    sizes = axis_sizes(model.hooks_table, bound.name, inputs)
+    for positions in bound.positions:
         shape = [
             len(positions)
             if axis in POSITION_AXES
-            else len(resolved.heads)
-            if axis in ("head", "kv_head") and resolved.heads is not None
-            else len(resolved.neurons)
-            if axis == "d_mlp" and resolved.neurons is not None
+            else len(bound.heads)
+            if axis in ("head", "kv_head") and bound.heads is not None
+            else len(bound.neurons)
+            if axis == "d_mlp" and bound.neurons is not None
             else sizes[axis]
-            for axis in resolved.spec.axes[1:]
+            for axis in bound.spec.axes[1:]
         ]
-        spread(operand, shape, (resolved.spec.position_axis or 1) - 1)
+        spread(operand, shape, (bound.spec.position_axis or 1) - 1)

@@ -20,7 +20,7 @@ POSITION_AXES = ("pos", "query", "patch", "feature")
 
 
 @dataclass(frozen=True, eq=False)
-class Resolved:
+class BoundIntervention:
     """An intervention placed in a model and a batch of prompts: full hook name, positions per prompt, indices."""
 
     intervention: Intervention

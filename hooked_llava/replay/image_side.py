@@ -16,14 +16,14 @@ from torch import Tensor
 
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.replay.bound import Resolved
-from hooked_llava.replay.row_edits import Edit, edited, images_of
+from hooked_llava.replay.bound import BoundIntervention
+from hooked_llava.replay.row_edits import RowEdit, edited, images_of
 
-Run = Sequence[Resolved]
+Run = Sequence[BoundIntervention]
 
 
 class ImageSide:
-    """The pictures' way to their image embeddings, kept layer by layer once somebody changes something there."""
+    """From pixels to image embeddings: one pass through the vision tower, kept once something is changed there."""
 
     def __init__(self, model: HookedLLaVA, inputs: Inputs) -> None:
         self.model = model
@@ -42,19 +42,19 @@ class ImageSide:
     def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
         """Image embeddings of every picture under each run's changes; runs that enter at the same place go together."""
         _ = self.streams  # kept before anything is attached
-        by_entry: dict[int, list[int]] = defaultdict(list)
+        by_block: dict[int, list[int]] = defaultdict(list)
         for i, run in enumerate(runs):
-            by_entry[self._entry(run)].append(i)
+            by_block[self._first_block(run)].append(i)
         rows: list[Tensor | None] = [None] * len(runs)
-        for entry, members in by_entry.items():
-            for i, embedding in zip(members, self._from(entry, [runs[i] for i in members]), strict=True):
+        for block, members in by_block.items():
+            for i, embedding in zip(members, self._from(block, [runs[i] for i in members]), strict=True):
                 rows[i] = embedding
         return torch.stack([row for row in rows if row is not None])
 
     def rows_through_blocks(self, runs: Sequence[Run]) -> int:
         """How many times a picture goes through a block in `rerun`, counted without running it."""
         n_layers = self.model.config.vision.n_layers_run
-        return self.inputs.n_images * sum(n_layers - max(self._entry(run), 0) for run in runs)
+        return self.inputs.n_images * sum(n_layers - max(self._first_block(run), 0) for run in runs)
 
     @cached_property
     def block_cost(self) -> float:
@@ -68,33 +68,33 @@ class ImageSide:
         """All pictures through all blocks, in the same unit."""
         return self.inputs.n_images * self.model.config.vision.n_layers_run * self.block_cost
 
-    def _entry(self, run: Run) -> int:
-        return min(_entry(r, self.model.config.vision.n_layers_run) for r in run)
+    def _first_block(self, run: Run) -> int:
+        return min(_first_block(r, self.model.config.vision.n_layers_run) for r in run)
 
-    def _from(self, entry: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
+    def _from(self, block: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
         vision, n_runs = self.model.vision, len(runs)
         n_images = self.inputs.n_images
         with edited(self.model, self._edits(runs)):
-            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(entry, 0) + 1]]  # (run * image, ...)
-            if entry < 0:
+            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(block, 0) + 1]]  # (run * image, ...)
+            if block < 0:
                 assert self._pixels is not None
                 kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
             features = vision.features(vision.states(kept))
             embedding = self.model.hook_image_embed(self.model.project(features))
         return embedding.unflatten(0, (n_runs, n_images))
 
-    def _edits(self, runs: list[Run]) -> list[Edit]:
+    def _edits(self, runs: list[Run]) -> list[RowEdit]:
         edits = []
         for row, run in enumerate(runs):
-            for resolved in run:
-                for prompt, image in images_of(self.inputs, resolved.intervention.image):
-                    edits.append(Edit(row * self.inputs.n_images + image, prompt, resolved, 0))
+            for bound in run:
+                for prompt, image in images_of(self.inputs, bound.intervention.image):
+                    edits.append(RowEdit(row * self.inputs.n_images + image, prompt, bound, 0))
         return edits
 
 
-def _entry(resolved: Resolved, n_layers_run: int) -> int:
+def _first_block(bound: BoundIntervention, n_layers_run: int) -> int:
     """Block of the vision tower at which a change enters: -1 for the embedding, n_layers_run for what comes after."""
-    name = resolved.name
+    name = bound.name
     if not name.startswith("vision."):
         return n_layers_run
-    return resolved.layer if name.startswith("vision.blocks.") or name == "vision.hook_out" else -1
+    return bound.layer if name.startswith("vision.blocks.") or name == "vision.hook_out" else -1

@@ -15,7 +15,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, saver
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.replay.plan import PlannedRun
-from hooked_llava.replay.row_edits import Edit, edited
+from hooked_llava.replay.row_edits import RowEdit, edited
 from hooked_llava.replay.state import ReplayState
 
 _KEY_VALUE_SIDE = ("hook_resid_pre", "hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
@@ -23,8 +23,11 @@ _KEY_VALUE_SIDE = ("hook_resid_pre", "hook_k", "hook_v", "hook_rot_k", "hook_k_i
 _EMBEDDING = ("hook_text_embed", "hook_embed")
 
 
-class Climb:
-    """Runs with a common start on their way up; rows of the batch are (prompt, run), prompts outermost."""
+class LayerPass:
+    """Runs with a common start; rows of the batch are (prompt, run), prompts outermost.
+
+    A row is active once its run has joined.
+    """
 
     def __init__(
         self,
@@ -34,11 +37,11 @@ class Climb:
         listen: list[str] | None = None,
     ) -> None:
         self.state, self.model, self.kept = state, state.model, state.kept
-        self.runs = sorted(runs, key=lambda run: run.entry)  # rows are in the order in which they join
+        self.runs = sorted(runs, key=lambda run: run.first_layer)  # rows are in the order in which they join
         self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
         self.n_layers = self.model.cfg.n_layers
         self.wanted = wanted
-        self.reads = self._all_from_start() if mix_at_the_end(runs, self.n_layers) else wanted
+        self.reads = self._all_from_start() if needs_full_suffix(runs, self.n_layers) else wanted
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
         self._context: tuple[int, AttentionContext] | None = None  # for how many runs, and what attention needs then
@@ -53,14 +56,14 @@ class Climb:
     def logits(self) -> Float[Tensor, "run prompt position d_vocab"]:
         """Logits at the wanted positions, in the order of the runs given."""
         x: Tensor | None = None  # (prompt, run, suffix, d_model)
-        for layer in range(min((run.entry for run in self.runs), default=self.n_layers), self.n_layers):
+        for layer in range(min((run.first_layer for run in self.runs), default=self.n_layers), self.n_layers):
             x = self._join(x, layer)
             x = self._through(layer, x)
         return self._read(x)
 
     def _join(self, x: Tensor | None, layer: int) -> Float[Tensor, "prompt run suffix d_model"]:
-        """Rows of the runs that enter here, put behind the rows that are on their way."""
-        joining = [run for run in self.runs if run.entry == layer]
+        """The active rows, and appended to them those of the runs that join here."""
+        joining = [run for run in self.runs if run.first_layer == layer]
         if joining:
             fresh = self.kept.stream(layer, self.start)[:, None].repeat(1, len(joining), 1, 1)
             before = _EMBEDDING if layer == 0 else (f"blocks.{layer - 1}.hook_resid_post",)
@@ -99,7 +102,7 @@ class Climb:
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         self._edit_now(fresh[:, len(self.active) :], joining, last, tables)
         edits = [
-            Edit(self._row(prompt, i, len(self.runs)), prompt, r, tables[prompt])
+            RowEdit(self._row(prompt, i, len(self.runs)), prompt, r, tables[prompt])
             for i, run in enumerate(self.runs)
             for r in run.language
             if r.name.startswith("ln_final") or r.name == "hook_logits"
@@ -139,18 +142,18 @@ class Climb:
             return None
         return inside
 
-    def _edits(self, layer: int, queries: list[int] | None) -> list[Edit]:
-        """All edits inside a block, on the rows that are on their way."""
+    def _edits(self, layer: int, queries: list[int] | None) -> list[RowEdit]:
+        """All edits inside a block, on the active rows."""
         narrow = None if queries is None else {q + self.start: i for i, q in enumerate(queries)}
         edits = []
         for i, run in enumerate(self.active):
-            for resolved in run.language:
+            for bound in run.language:
                 # A run that enters because of an output of the block below was changed when it joined.
-                if resolved.layer != layer or not resolved.name.startswith(f"blocks.{layer}."):
+                if bound.layer != layer or not bound.name.startswith(f"blocks.{layer}."):
                     continue
-                where = self.start if narrow is None or _sees_all(resolved.name) else narrow
+                where = self.start if narrow is None or fires_at_all_positions(bound.name) else narrow
                 edits += [
-                    Edit(self._row(prompt, i, len(self.active)), prompt, resolved, where)
+                    RowEdit(self._row(prompt, i, len(self.active)), prompt, bound, where)
                     for prompt in range(self.kept.n_prompts)
                 ]
         return edits
@@ -158,13 +161,13 @@ class Climb:
     def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: Any) -> None:
         """Edits at a hook that fires before the runs join, on their fresh rows [prompt, run, position, d_model]."""
         for i, run in enumerate(runs):
-            edits = [resolved for resolved in run.language if resolved.name == name]
+            edits = [bound for bound in run.language if bound.name == name]
             for prompt in range(self.kept.n_prompts) if edits else ():
                 row = fresh[prompt, i]
                 if name == "hook_text_embed":
                     row = self._before_the_merge(row, prompt)
-                for resolved in edits:
-                    resolved.apply(row, where[prompt] if isinstance(where, list) else where, prompt)
+                for bound in edits:
+                    bound.apply(row, where[prompt] if isinstance(where, list) else where, prompt)
                 if name == "hook_text_embed":
                     fresh[prompt, i] = torch.where(self._image_mask(prompt), fresh[prompt, i], row)
 
@@ -221,24 +224,24 @@ class Climb:
 
     def _cost(self, layer: int) -> float:
         """One block for the rows that have joined by then."""
-        n_runs, n_suffix = sum(run.entry <= layer for run in self.runs), self.kept.n_positions - self.start
+        n_runs, n_suffix = sum(run.first_layer <= layer for run in self.runs), self.kept.n_positions - self.start
         queries = self._queries() if layer == self.n_layers - 1 else None
         per_row = n_suffix if queries is None else len(queries) + n_suffix * self.state.key_value_share
         return float(len(self.wanted) * n_runs * per_row)
 
 
-def mix_at_the_end(runs: Iterable[PlannedRun], n_layers: int) -> bool:
+def needs_full_suffix(runs: Iterable[PlannedRun], n_layers: int) -> bool:
     """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
     return any(
         (r.intervention.position_mean or r.intervention.fn is not None)
         and r.layer >= n_layers - 1
-        and not (r.layer == n_layers - 1 and _sees_all(r.name))
+        and not (r.layer == n_layers - 1 and fires_at_all_positions(r.name))
         for run in runs
         for r in run.language
     )
 
 
-def _sees_all(name: str) -> bool:
+def fires_at_all_positions(name: str) -> bool:
     """Whether a hook of the last block fires for every position; the others do for those that are read."""
     tail = name.split(".", 2)[2].removeprefix("attn.")
     return tail.startswith("ln1.") or tail in _KEY_VALUE_SIDE
@@ -259,7 +262,7 @@ def recorded(
     state: ReplayState, run: PlannedRun, names: list[str], positions: Positions
 ) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
     """Logits of one run, and the named activations that were recomputed for it."""
-    one_pass = Climb(state, [run], state.wanted(positions), names)
-    logits = one_pass.logits()[0] if run.changes else state.kept_logits(positions)
+    layer_pass = LayerPass(state, [run], state.wanted(positions), names)
+    logits = layer_pass.logits()[0] if run.changes else state.kept_logits(positions)
     state.work.runs += len(state.inputs) * run.changes
-    return logits, one_pass.seen
+    return logits, layer_pass.seen

@@ -1,4 +1,4 @@
-"""Where a run enters, and which runs go together."""
+"""The cone that each run can reach, and which runs go together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.replay.bound import Resolved
+from hooked_llava.replay.bound import BoundIntervention
 
 _OVERHEAD_TOKENS = 24
 """What starting one more pass over the layers costs, in positions: neighbouring starts are merged below it."""
@@ -19,9 +19,9 @@ class PlannedRun:
 
     index: int
     """Its place in the list that the user gave."""
-    language: tuple[Resolved, ...]
-    image: tuple[Resolved, ...]
-    entry: int
+    language: tuple[BoundIntervention, ...]
+    image: tuple[BoundIntervention, ...]
+    first_layer: int
     """First layer whose stream, keys or values are recomputed; n_layers if only what lies behind the blocks is."""
     start: int | None
     """First position that is recomputed, the smallest over the prompts; None if nothing is changed."""
@@ -32,14 +32,14 @@ class PlannedRun:
         return self.start is not None
 
 
-def plan_run(index: int, resolved: Sequence[Resolved], inputs: Inputs, n_layers: int) -> PlannedRun:
+def plan_run(index: int, bound: Sequence[BoundIntervention], inputs: Inputs, n_layers: int) -> PlannedRun:
     """The cone of a run's interventions together."""
-    image = tuple(r for r in resolved if r.on_image_side)
-    language = tuple(r for r in resolved if not r.on_image_side)
+    image = tuple(r for r in bound if r.on_image_side)
+    language = tuple(r for r in bound if not r.on_image_side)
     starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]
     starts += [first for r in image for first in first_positions(inputs, r.intervention.image) if r.positions[0]]
-    entry = 0 if image else min((entry_layer(r, n_layers) for r in language), default=n_layers)
-    return PlannedRun(index, language, image, entry, min(starts, default=None))
+    first_layer = 0 if image else min((first_layer_of(r, n_layers) for r in language), default=n_layers)
+    return PlannedRun(index, language, image, first_layer, min(starts, default=None))
 
 
 def first_positions(inputs: Inputs, which: int | None) -> list[int]:
@@ -51,18 +51,20 @@ def first_positions(inputs: Inputs, which: int | None) -> list[int]:
     return firsts
 
 
-def entry_layer(resolved: Resolved, n_layers: int) -> int:
-    """First layer that a change makes run again; a block's output enters at the next block."""
-    if resolved.name.endswith("hook_resid_post"):
-        return resolved.layer + 1
-    return min(resolved.layer, n_layers)
+def first_layer_of(bound: BoundIntervention, n_layers: int) -> int:
+    """First layer that must run again under a change; a block's output enters the next block."""
+    if bound.name.endswith("hook_resid_post"):
+        return bound.layer + 1
+    return min(bound.layer, n_layers)
 
 
 def batches(
     runs: Sequence[PlannedRun], n_positions: int, rows_at_once: dict[int, int] | int
 ) -> Iterator[list[PlannedRun]]:
-    """Runs that go together: the same start (or near enough), ordered by entry layer, and not too many."""
-    ordered = sorted((run for run in runs if run.start is not None), key=lambda run: (-(run.start or 0), run.entry))
+    """Runs that go together: the same start (or near enough), ordered by their first layer, and not too many."""
+    ordered = sorted(
+        (run for run in runs if run.start is not None), key=lambda run: (-(run.start or 0), run.first_layer)
+    )
     merged: list[list[PlannedRun]] = []
     for start, same in groupby(ordered, key=lambda run: run.start):
         group = list(same)
@@ -74,7 +76,7 @@ def batches(
                 continue
         merged.append(group)
     for group in merged:
-        group.sort(key=lambda run: run.entry)
+        group.sort(key=lambda run: run.first_layer)
         start = min(run.start for run in group if run.start is not None)
         size = rows_at_once if isinstance(rows_at_once, int) else rows_at_once[n_positions - start]
         for i in range(0, len(group), size):

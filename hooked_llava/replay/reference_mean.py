@@ -18,7 +18,7 @@ from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.replay.binding import indices, patches_of, resolve
+from hooked_llava.replay.binding import bind, indices, patches_of
 from hooked_llava.replay.intervention import Intervention, comparable
 from hooked_llava.replay.layer_pass import recordable, recorded
 from hooked_llava.replay.plan import plan_run
@@ -139,7 +139,7 @@ def _recorded_everywhere(state: ReplayState, names: list[str]) -> dict[str, Tens
     names = recordable(state, names)
     state.check_fresh()
     same = Intervention("hook_embed", positions=[0], scale=1.0)  # changes nothing, but makes a run start there
-    run = plan_run(0, [resolve(same, state.model, state.inputs)], state.inputs, state.model.cfg.n_layers)
+    run = plan_run(0, [bind(same, state.model, state.inputs)], state.inputs, state.model.cfg.n_layers)
     return recorded(state, run, names, list(range(state.kept.n_positions)))[1]
 
 

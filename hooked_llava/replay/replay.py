@@ -26,7 +26,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.readout.metrics import Metric
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from hooked_llava.replay.branch import EMBEDDINGS, branched_run
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.kept_run import keep
@@ -41,7 +41,7 @@ class Replay(ReplayState):
     """One run of a batch of prompts, kept, and re-run under interventions at the cost of what they can reach.
 
     Args:
-        model: the model; nobody may be listening to its hooks.
+        model: the model; no functions may be attached to it.
         inputs: anything `model.as_inputs` takes; a batch of prompts applies every run to every prompt.
         dtype: keep streams, keys and values in this dtype (half of the memory, no longer exact).
         device: keep them there.
@@ -181,8 +181,8 @@ class Replay(ReplayState):
         return planned
 
     def _plan(self, index: int, run: Sequence[Any]) -> PlannedRun:
-        resolved = [resolve(intervention, self.model, self.inputs) for intervention in run]
-        planned = plan_run(index, resolved, self.inputs, self.model.cfg.n_layers)
+        bound = [bind(intervention, self.model, self.inputs) for intervention in run]
+        planned = plan_run(index, bound, self.inputs, self.model.cfg.n_layers)
         if planned.image and self._images_changed:
             raise InputError(
                 f"{planned.image[0].name} fires before the picture's embeddings, which this branch has replaced; give "

@@ -13,25 +13,25 @@ from torch import Tensor
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.replay.bound import Resolved
+from hooked_llava.replay.bound import BoundIntervention
 
 
 @dataclass(frozen=True)
-class Edit:
+class RowEdit:
     """One intervention on one row of a batch."""
 
     row: int
     prompt: int
-    resolved: Resolved
+    bound: BoundIntervention
     where: dict[int, int] | int
     """From absolute positions to the row's own: an offset, or a table of the positions it holds."""
 
     def apply(self, batch: Tensor) -> None:
         """Change the row in place."""
-        self.resolved.apply(batch[self.row], self.where, self.prompt)
+        self.bound.apply(batch[self.row], self.where, self.prompt)
 
 
-def edited_copy(batch: Tensor, edits: Iterable[Edit]) -> Tensor:
+def edited_copy(batch: Tensor, edits: Iterable[RowEdit]) -> Tensor:
     """A copy of the batch with all edits made."""
     changed = batch.clone()
     for one in edits:
@@ -48,7 +48,7 @@ def images_of(inputs: Inputs, which: int | None) -> list[tuple[int, int]]:
     return found
 
 
-def edit_function(edits: list[Edit]) -> Callable[..., Tensor]:
+def edit_function(edits: list[RowEdit]) -> Callable[..., Tensor]:
     """A hook function that makes all edits on a copy of the batch."""
 
     @reads_only  # it copies the tensor itself, so it needs no private copy
@@ -59,11 +59,13 @@ def edit_function(edits: list[Edit]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def edited(model: HookedLLaVA, edits: Iterable[Edit], listeners: list[tuple[Any, Any]] | None = None) -> Iterator[None]:
+def edited(
+    model: HookedLLaVA, edits: Iterable[RowEdit], listeners: list[tuple[Any, Any]] | None = None
+) -> Iterator[None]:
     """The edits attached to their hooks, and after them the listeners, for the time of the block."""
-    by_name: dict[str, list[Edit]] = defaultdict(list)
+    by_name: dict[str, list[RowEdit]] = defaultdict(list)
     for edit in edits:
-        by_name[edit.resolved.name].append(edit)
+        by_name[edit.bound.name].append(edit)
     hooks: list[tuple[Any, Any]] = [(name, edit_function(several)) for name, several in by_name.items()]
     with model.hooks([*hooks, *(listeners or [])]):
         yield

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hooked_llava.checks import whole_number
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.readout.metrics import Metric, measured
-from hooked_llava.replay.layer_pass import Climb, mix_at_the_end
+from hooked_llava.replay.layer_pass import LayerPass, needs_full_suffix
 from hooked_llava.replay.plan import PlannedRun, batches
 from hooked_llava.replay.state import ReplayState, Work
 
@@ -57,7 +57,7 @@ class Sweep:
     def forecast(self) -> float:
         """What all of it costs, as a number of full passes through the language tower's blocks, counted before running."""
         work = Work(n_layers=self.state.work.n_layers, n_positions=self.state.work.n_positions)
-        work.token_layers = sum(Climb(self.state, batch, self.wanted).token_layers for batch in self._batches)
+        work.token_layers = sum(LayerPass(self.state, batch, self.wanted).token_layers for batch in self._batches)
         return work.forwards
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class Sweep:
         hidden = None if self.progress else True
         with tqdm(total=sum(map(len, left)), unit="run", delay=_PATIENCE, disable=hidden, leave=False) as bar:
             for batch in left:
-                logits = Climb(self.state, batch, self.wanted).logits()
+                logits = LayerPass(self.state, batch, self.wanted).logits()
                 rows = list(self._finish(logits))  # before any is kept: a metric may fail
                 for run, row in zip(sorted(batch, key=lambda run: run.index), rows, strict=True):
                     self._rows[run.index] = row
@@ -106,7 +106,7 @@ class Sweep:
         """How many rows of this length fit into a share of the free memory, and on a CPU into its caches."""
         kept, cfg = self.state.kept, self.state.model.config.language
         n_suffix = kept.n_positions - start
-        n_logits = max(self.wanted.shape[1], n_suffix * mix_at_the_end(self.runs, cfg.n_layers)) * cfg.d_vocab
+        n_logits = max(self.wanted.shape[1], n_suffix * needs_full_suffix(self.runs, cfg.n_layers)) * cfg.d_vocab
         n_scores = cfg.n_heads * n_suffix * kept.n_positions
         numbers = n_suffix * (10 * cfg.d_model + 4 * cfg.d_mlp) + 3 * n_scores + n_logits
         rows = int(_FREE_SHARE * free / (4 * numbers))

@@ -235,7 +235,7 @@ def test_an_edit_whose_handle_was_lost_is_found():
     assert_same(model, before)
 
 
-def test_the_ledger_keeps_no_model_alive():
+def test_weight_records_keep_no_model_alive():
     model = fresh()
     low_rank(model, W[0]).apply()
     gone = weakref.ref(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import read_at, scored, source_and_base
+from hooked_llava.experiments.baselines import metric_with_baselines, read_at, source_and_base
 from hooked_llava.readout.metrics import logit_difference, probability
 from hooked_llava.replay import Replay
 from tests.pairs import pair
@@ -32,11 +32,11 @@ def test_rows_are_read_as_a_replay_shapes_them(read: Any) -> None:
 def test_the_metric_of_both_ends(direction: Any) -> None:
     clean, corrupted = torch.eye(5)[1], torch.eye(5)[3]
     there, here = source_and_base(clean, corrupted, direction)
-    metric, ends = scored(pair().ours, None, there, here, direction)
-    assert (ends["clean"], ends["corrupted"]) == (1.0, -1.0)
-    assert (ends["metric"], ends["answer_ids"], ends["baseline_ids"]) == ("logit_difference", [1], [3])
+    metric, baselines = metric_with_baselines(pair().ours, None, there, here, direction)
+    assert (baselines["clean"], baselines["corrupted"]) == (1.0, -1.0)
+    assert (baselines["metric"], baselines["answer_ids"], baselines["baseline_ids"]) == ("logit_difference", [1], [3])
     assert float(metric(clean)) == float(logit_difference(1, 3)(clean))
     own = probability(1)
-    assert scored(pair().ours, own, there, here, direction)[0] is own
+    assert metric_with_baselines(pair().ours, own, there, here, direction)[0] is own
     with pytest.raises(InputError, match="same answer"):
-        scored(pair().ours, None, there, there, direction)
+        metric_with_baselines(pair().ours, None, there, there, direction)

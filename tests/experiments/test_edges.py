@@ -9,7 +9,7 @@ from hooked_llava.experiments.edges import STANDARD, Edge, edge_names, edges_of,
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.metrics import teacher_forced
 from hooked_llava.replay import Intervention
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from tests.pairs import as_users_run, pair
 
 # <s> picture(2 x 2) text | question question | rest | last
@@ -87,8 +87,8 @@ def test_last_is_where_an_appended_answer_is_read() -> None:
         for inputs, found in ((forced, positions), (asked, [p for p in positions if p < 11])):
             [edge] = edges_of({"mine": ("image", end)})
             assert marked(inputs, [edge])[0].token_map[edge.ends[1]] == found
-            block = resolve(Intervention("blocks.1.attn.hook_attn_scores", block=("image", end)), ours, inputs)
+            block = bind(Intervention("blocks.1.attn.hook_attn_scores", block=("image", end)), ours, inputs)
             assert list(block.positions[0]) == found
-            named = resolve(Intervention("blocks.1.hook_mlp_out", positions=end, zero=True), ours, inputs)
+            named = bind(Intervention("blocks.1.hook_mlp_out", positions=end, zero=True), ours, inputs)
             assert list(named.positions[0]) == [p for p in positions if p < 11]
     assert forced.token_map["predicting"] == [10, 11, 12]

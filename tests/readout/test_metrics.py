@@ -305,7 +305,7 @@ def test_a_metric_of_the_wrong_shape_is_refused_before_anything_is_run(
         TAKES_A_METRIC[taker](WRONG[wrong])
         return
     ran: list[Any] = []
-    monkeypatch.setattr(sweep, "Climb", lambda *given: ran.append(given))
+    monkeypatch.setattr(sweep, "LayerPass", lambda *given: ran.append(given))
     with as_users_run(), pytest.raises(InputError, match=r"metrics\.from_transformer_lens"):
         TAKES_A_METRIC[taker](WRONG[wrong])
     assert not ran

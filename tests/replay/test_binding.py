@@ -10,7 +10,7 @@ import torch
 
 from hooked_llava.errors import InputError
 from hooked_llava.replay import Intervention, Replay
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from tests.pairs import pair
 
 Z = "blocks.1.attn.hook_z"
@@ -18,7 +18,7 @@ Z = "blocks.1.attn.hook_z"
 
 def placed(hook: str = Z, **what: Any) -> Any:
     models = pair()
-    return resolve(Intervention(hook, **({"zero": True} | what)), models.ours, models.ours.as_inputs(models.prompt()))
+    return bind(Intervention(hook, **({"zero": True} | what)), models.ours, models.ours.as_inputs(models.prompt()))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.intervention import Intervention
 from tests.pairs import pair
@@ -19,8 +19,8 @@ def test_equals_the_whole_pass(hook: str) -> None:
     models = pair()
     inputs = models.ours.as_inputs(models.prompt(n_images=2))
     side = ImageSide(models.ours, inputs)
-    change = resolve(Intervention(hook, positions=[2], image=1, zero=True), models.ours, inputs)
-    other = resolve(Intervention("vision.hook_out", scale=0.5), models.ours, inputs)
+    change = bind(Intervention(hook, positions=[2], image=1, zero=True), models.ours, inputs)
+    other = bind(Intervention("vision.hook_out", scale=0.5), models.ours, inputs)
     found = side.rerun([[change], [other], [change, other]])
     row = 2 + (models.ours.hooks_table[hook].axes[1] == "pos")  # the class token comes first
 
@@ -42,7 +42,7 @@ def test_does_only_the_blocks_above_the_change() -> None:
     models = pair()
     inputs = models.ours.as_inputs(models.prompt())
     side = ImageSide(models.ours, inputs)
-    late = resolve(Intervention("vision.blocks.1.hook_mlp_out", zero=True), models.ours, inputs)
+    late = bind(Intervention("vision.blocks.1.hook_mlp_out", zero=True), models.ours, inputs)
     ran: list[str] = []
     with models.ours.hooks([("vision.blocks.*.hook_resid_pre", lambda tensor, hook: ran.append(hook.name))]):
         _ = side.streams

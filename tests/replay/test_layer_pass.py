@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from hooked_llava.replay import Intervention, Replay
-from hooked_llava.replay.layer_pass import Climb
+from hooked_llava.replay.layer_pass import LayerPass
 from tests.oracles.naive_interventions import run_naively
 from tests.pairs import pair
 
 
-def climb(replay: Replay, runs: list[list[Intervention]], positions: list[int]) -> torch.Tensor:
+def layer_pass(replay: Replay, runs: list[list[Intervention]], positions: list[int]) -> torch.Tensor:
     planned = [replay._plan(i, run) for i, run in enumerate(runs)]
-    return Climb(replay, planned, replay.wanted(positions)).logits()
+    return LayerPass(replay, planned, replay.wanted(positions)).logits()
 
 
 def test_a_staircase_of_runs_in_the_order_given() -> None:
@@ -21,7 +21,7 @@ def test_a_staircase_of_runs_in_the_order_given() -> None:
     hooks = ["blocks.2.hook_mlp_out", "hook_embed", "ln_final.hook_normalized", "blocks.1.hook_resid_pre"]
     runs = [[Intervention(hook, positions=[7, 9], scale=0.5)] for hook in hooks]
     replay = Replay(model, inputs)
-    found = climb(replay, runs, [-1, 8, 3])
+    found = layer_pass(replay, runs, [-1, 8, 3])
     n = inputs.shape[1]
     expected = run_naively(model, inputs, runs)[:, :, [n - 1, 8, 3]]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -33,6 +33,6 @@ def test_work_is_the_suffix_times_the_layers_from_the_entry_on() -> None:
     model = pair().ours
     inputs = model.as_inputs(pair().prompt())
     replay, n = Replay(model, inputs), inputs.shape[1]
-    climb(replay, [[Intervention("blocks.1.hook_mlp_out", positions=[n - 3], zero=True)]], [n - 1])
+    layer_pass(replay, [[Intervention("blocks.1.hook_mlp_out", positions=[n - 3], zero=True)]], [n - 1])
     last_layer = 1 + 3 * replay.key_value_share  # one query, keys and values of three positions
     assert replay.work.token_layers == 3 + last_layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.plan import PlannedRun, batches, first_positions, plan_run
 from hooked_llava.replay.state import Work
@@ -13,8 +13,8 @@ from tests.pairs import pair
 
 def plan(*interventions: Intervention) -> PlannedRun:
     model, inputs = pair().ours, pair().ours.as_inputs(pair().prompt())
-    resolved = [resolve(one, model, inputs) for one in interventions]
-    return plan_run(0, resolved, inputs, model.cfg.n_layers)
+    bound = [bind(one, model, inputs) for one in interventions]
+    return plan_run(0, bound, inputs, model.cfg.n_layers)
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,14 @@ def plan(*interventions: Intervention) -> PlannedRun:
 )
 def test_enters_at_the_first_layer_that_must_run_again(hook: str, entry: int) -> None:
     run = plan(Intervention(hook, positions=[6, 8], zero=True))
-    assert (run.entry, run.start, run.changes) == (entry, 6, True)
+    assert (run.first_layer, run.start, run.changes) == (entry, 6, True)
 
 
 def test_several_interventions_enter_where_the_first_does() -> None:
     late, early = (Intervention(f"blocks.{i}.hook_mlp_out", positions=[9 - i], zero=True) for i in (2, 1))
-    assert (plan(late, early).entry, plan(late, early).start) == (1, 7)
+    assert (plan(late, early).first_layer, plan(late, early).start) == (1, 7)
     picture = Intervention("vision.blocks.1.hook_mlp_out", zero=True)
-    assert (plan(late, picture).entry, plan(late, picture).start) == (0, 1)  # the picture begins at position 1
+    assert (plan(late, picture).first_layer, plan(late, picture).start) == (0, 1)  # the picture begins at position 1
 
 
 def test_a_run_that_changes_nothing_enters_nowhere() -> None:
@@ -59,7 +59,7 @@ def test_batches_hold_every_changing_run_once_and_are_no_larger_than_allowed() -
     assert max(map(len, found)) == 2
     for batch in found:
         assert len({run.start for run in batch}) == 1
-        assert [run.entry for run in batch] == sorted(run.entry for run in batch)
+        assert [run.first_layer for run in batch] == sorted(run.first_layer for run in batch)
 
 
 def test_neighbouring_starts_go_together() -> None:

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from hooked_llava.model.components import HookPoint
-from hooked_llava.replay.binding import resolve
+from hooked_llava.replay.binding import bind
 from hooked_llava.replay.intervention import Intervention
-from hooked_llava.replay.row_edits import Edit, edit_function, edited
+from hooked_llava.replay.row_edits import RowEdit, edit_function, edited
 from tests.pairs import pair
 
 
-def edits_at(offset: int | dict[int, int]) -> tuple[list[Edit], torch.Tensor]:
+def edits_at(offset: int | dict[int, int]) -> tuple[list[RowEdit], torch.Tensor]:
     model, inputs = pair().ours, pair().ours.as_inputs(pair().prompt())
-    zero = resolve(Intervention("blocks.1.hook_mlp_out", positions=[5, 7], zero=True), model, inputs)
-    double = resolve(Intervention("blocks.1.hook_mlp_out", positions=[6], scale=2.0), model, inputs)
-    return [Edit(0, 0, zero, offset), Edit(2, 0, double, offset)], torch.ones(3, 4, 48)
+    zero = bind(Intervention("blocks.1.hook_mlp_out", positions=[5, 7], zero=True), model, inputs)
+    double = bind(Intervention("blocks.1.hook_mlp_out", positions=[6], scale=2.0), model, inputs)
+    return [RowEdit(0, 0, zero, offset), RowEdit(2, 0, double, offset)], torch.ones(3, 4, 48)
 
 
 def test_each_row_gets_its_own_change_and_the_given_batch_none() -> None:

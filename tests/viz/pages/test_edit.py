@@ -173,7 +173,7 @@ def test_edits_of_what_enters_the_first_layer_are_shown_too(model, text_inputs):
     full = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     asked = multedit(model, EditRequest(text_inputs, "red"), layer=1, position="last").requests
     edit = Edit(model, {name: Change.dense(full)}, asked)
-    assert edit.entered_at is None
+    assert edit.first_affected_layer is None
     page = edit_page(model, text_inputs, edit, max_new_tokens=1)
     with edit.applied():
         after = model(text_inputs)[0, -1].detach().softmax(-1)

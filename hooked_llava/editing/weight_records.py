@@ -4,8 +4,8 @@ A weight is its kept original plus the sum of its active edits, computed in floa
 touches) and cast once, with the edits in the order in which they were made. So it depends only on which edits are active,
 not on the order of applying and reverting them; with the last one gone it is the original, bit for bit.
 
-The book is kept for each piece of memory, not for each model: a weight that several models share (`from_hf`) or that
-stands for two (tied embeddings) has one original and one sum. It holds no model, so that it keeps none alive.
+There is one record for each piece of memory, not for each model: a weight that several models share (`from_hf`) or that
+stands for two (tied embeddings) has one original and one sum. Records hold no model, so that they keep none alive.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _numbers = itertools.count()
 
 
 @dataclass(eq=False)
-class Entry:
-    """An edit as the books know it."""
+class ActiveEdit:
+    """An edit as the weight records know it."""
 
     number: int = field(default_factory=lambda: next(_numbers))
     """Edits are added up in the order of their numbers."""
@@ -44,26 +44,26 @@ class Entry:
     handle: ReferenceType[Any] | None = None
     """The edit itself, as long as somebody holds it."""
 
-    def __reduce__(self) -> tuple[type[Entry], tuple[()]]:
-        return Entry, ()  # a copy of an edit is another one, and is not applied
+    def __reduce__(self) -> tuple[type[ActiveEdit], tuple[()]]:
+        return ActiveEdit, ()  # a copy of an edit is another one, and is not applied
 
 
 @dataclass
-class Ledger:
-    """The book of one weight."""
+class WeightRecord:
+    """One weight: its original, and the changes that are active on it."""
 
     original: Float[Tensor, "..."]
     """The weight before any edit; once an edit is active, a copy."""
     place: Place
     """The memory that the weight lies in."""
-    active: dict[Entry, Change] = field(default_factory=dict)
-    """Active changes."""
+    changes: dict[ActiveEdit, Change] = field(default_factory=dict)
+    """What each active edit adds to it."""
 
-    def composed(self, changes: Mapping[Entry, Change]) -> tuple[Tensor, Tensor]:
+    def composed(self, changes: Mapping[ActiveEdit, Change]) -> tuple[Tensor, Tensor]:
         """Original plus changes: exactly (in float64), and as the weight would hold it."""
         exact = self.original.to(torch.float64)
-        for entry in sorted(changes, key=lambda entry: entry.number):
-            exact = changes[entry].added_to(exact)
+        for edit in sorted(changes, key=lambda edit: edit.number):
+            exact = changes[edit].added_to(exact)
         return exact, exact.to(self.original.dtype)
 
     def weight(self) -> Tensor:
@@ -74,12 +74,12 @@ class Ledger:
         return empty.set_(storage, offset, shape, self.original.stride())  # type: ignore[call-overload]
 
 
-_ledgers: dict[Place, Ledger] = {}
+_records: dict[Place, WeightRecord] = {}
 
 
 def original(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The weight without its active edits: the kept original, or the weight itself."""
-    return _open(weight).original
+    return _record_of(weight).original
 
 
 def originals(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -87,23 +87,23 @@ def originals(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: original(parameter.detach()) for name, parameter in module.named_parameters()}
 
 
-def changes_of(weight: Float[Tensor, "..."]) -> Mapping[Entry, Change]:
+def changes_of(weight: Float[Tensor, "..."]) -> Mapping[ActiveEdit, Change]:
     """The changes that are active on a weight."""
-    return _open(weight).active
+    return _record_of(weight).changes
 
 
-def all_active(module: torch.nn.Module) -> frozenset[Entry]:
+def all_active(module: torch.nn.Module) -> frozenset[ActiveEdit]:
     """All edits that are active on a module's weights."""
-    return frozenset(entry for parameter in module.parameters() for entry in changes_of(parameter))
+    return frozenset(edit for parameter in module.parameters() for edit in changes_of(parameter))
 
 
-def with_change(name: str, weight: Float[Tensor, "out in"], entry: Entry, change: Change) -> Tensor:
+def with_change(name: str, weight: Float[Tensor, "out in"], edit: ActiveEdit, change: Change) -> Tensor:
     """What the weight would be with one more change, without writing it.
 
     Raises `InputError` if the weight's dtype is too coarse to hold the change.
     """
-    ledger = _open(weight)
-    exact, cast = ledger.composed({**ledger.active, entry: change})
+    record = _record_of(weight)
+    exact, cast = record.composed({**record.changes, edit: change})
     lost = change.lost(cast.to(exact.dtype) - exact)
     if lost > _MOST_LOST:
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -116,20 +116,20 @@ def with_change(name: str, weight: Float[Tensor, "out in"], entry: Entry, change
     return cast
 
 
-def book(name: str, weight: Float[Tensor, "out in"], entry: Entry, change: Change) -> None:
+def add_change(name: str, weight: Float[Tensor, "out in"], edit: ActiveEdit, change: Change) -> None:
     """Keep the original, and note the change as active; the weight itself is not written."""
-    ledger = _open(weight)
-    if not ledger.active:
-        ledger.original = weight.detach().clone()
-    ledger.active[entry] = change
-    _ledgers[ledger.place] = ledger
-    entry.places[name] = ledger.place
+    record = _record_of(weight)
+    if not record.changes:
+        record.original = weight.detach().clone()
+    record.changes[edit] = change
+    _records[record.place] = record
+    edit.places[name] = record.place
 
 
-def check_untouched(entry: Entry) -> None:
+def check_untouched(edit: ActiveEdit) -> None:
     """Raises `InputError` if something else changed a weight on which an edit is active."""
-    for name, ledger in _books(entry).items():
-        if not torch.equal(ledger.weight(), ledger.composed(ledger.active)[1]):
+    for name, record in _records_with(edit).items():
+        if not torch.equal(record.weight(), record.composed(record.changes)[1]):
             raise InputError(
                 f"{name} was changed by something else while the edit was active; reverting would undo that as well. Take "
                 "that change back first."
@@ -137,17 +137,17 @@ def check_untouched(entry: Entry) -> None:
 
 
 @torch.no_grad()
-def remove(entry: Entry, weights: Mapping[str, Tensor]) -> None:
+def remove(edit: ActiveEdit, weights: Mapping[str, Tensor]) -> None:
     """Take an edit back wherever it is active: a weight is the original with what remains.
 
     Written is through the model's own `weights` where they still lie there, so that whoever watches these notices.
     """
-    for name, ledger in _books(entry).items():
-        weight = weights[name] if is_at(weights[name], ledger.place) else ledger.weight()
-        weight.copy_(ledger.composed({e: c for e, c in ledger.active.items() if e is not entry})[1])
-        del ledger.active[entry]
-        if not ledger.active:
-            del _ledgers[ledger.place]
+    for name, record in _records_with(edit).items():
+        weight = weights[name] if is_at(weights[name], record.place) else record.weight()
+        weight.copy_(record.composed({e: c for e, c in record.changes.items() if e is not edit})[1])
+        del record.changes[edit]
+        if not record.changes:
+            del _records[record.place]
 
 
 def is_at(weight: Tensor, at: Place) -> bool:
@@ -156,23 +156,23 @@ def is_at(weight: Tensor, at: Place) -> bool:
 
 
 def _place(weight: Tensor) -> Place:
-    return StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), tuple(weight.shape)
+    return StorageWeakRef(weight.untyped_storage()), int(weight.storage_offset()), tuple(weight.shape)
 
 
-def _books(entry: Entry) -> dict[str, Ledger]:
-    """Books in which an edit is active, by the weight's name; those of memory that is gone are closed."""
-    _close_expired()
-    found = {name: _ledgers.get(at) for name, at in entry.places.items()}
-    return {name: ledger for name, ledger in found.items() if ledger is not None and entry in ledger.active}
+def _records_with(edit: ActiveEdit) -> dict[str, WeightRecord]:
+    """Records of the weights that an edit is active on, by the weight's name."""
+    _forget_freed_memory()
+    found = {name: _records.get(at) for name, at in edit.places.items()}
+    return {name: record for name, record in found.items() if record is not None and edit in record.changes}
 
 
-def _open(weight: Tensor) -> Ledger:
-    """The weight's book, or an empty one."""
-    _close_expired()
+def _record_of(weight: Tensor) -> WeightRecord:
+    """The weight's record, or an empty one."""
+    _forget_freed_memory()
     at = _place(weight)
-    return _ledgers.get(at) or Ledger(weight.detach(), at)
+    return _records.get(at) or WeightRecord(weight.detach(), at)
 
 
-def _close_expired() -> None:
-    for at in [at for at, ledger in _ledgers.items() if ledger.place[0].expired()]:
-        del _ledgers[at]
+def _forget_freed_memory() -> None:
+    for at in [at for at, record in _records.items() if record.place[0].expired()]:
+        del _records[at]
