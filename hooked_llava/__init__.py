@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.token_map import TokenMap
     from hooked_llava.replay import Intervention, Replay
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """The version of this library; setup.cfg reads it from here."""
 
 _HOMES = {

@@ -208,6 +208,7 @@ NOT_MIRRORED = (
     "test_notebooks",
     "test_benchmarks",
     "test_baseline",
+    "test_changelog",
     "test_dtypes",
     "test_files_of_0_1",
     "test_layer_norm",

@@ -14,12 +14,13 @@ from typing import Any
 
 import jinja2
 
+import hooked_llava
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.storage import written_whole
 
-_PACKAGES = ("hooked_llava", "torch", "transformers", "transformer_lens")
+_PACKAGES = ("torch", "transformers", "transformer_lens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ def provenance(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
 
 def made_with() -> str:
     """Today's date and the versions of the packages, for a page's footer."""
-    return f"{date.today().isoformat()} with " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    packages = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    return f"{date.today().isoformat()} with hooked_llava {hooked_llava.__version__}, {packages}"
 
 
 def answer_text(model: HookedLLaVA, tokens: Any) -> str:
