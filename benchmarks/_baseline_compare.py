@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import html
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ LOOSE = 1.3
 RATIO = 1.15
 """Factor by which a benchmark's ratio may differ, where its quartiles say no more."""
 T = TypeVar("T")
+_BESIDE_TAGS = re.compile(r"\s+(?=<)|(?<=>)\s+|(?<=>)(?=<)")
 _COUNTS = ("counted", "runs", "passes")
 
 
@@ -84,12 +87,20 @@ def between(old: Record, new: Record, *, texts: bool = True) -> Iterator[str]:
         if found := _array_difference(before, new.arrays[name], old.dtype):
             yield f"{name}: {found}"
     for name, before in _in_both(*said):
-        if before != said[1][name]:
-            yield f"{name}: the text differs\n{_diff(before, said[1][name])}"
+        before, after = _as_shown(before), _as_shown(said[1][name])
+        if before != after:
+            yield f"{name}: the text differs\n{_diff(before, after)}"
     for name, before in _in_both(old.loose, new.loose):
         after = new.loose[name]
         if max(before, after) > LOOSE * min(before, after):
             yield f"{name}: {before:.4g} -> {after:.4g}, more than a factor {LOOSE}"
+
+
+def _as_shown(text: str) -> str:
+    """An HTML page as a browser reads it: blanks beside tags, and how a character is written, make no difference."""
+    if not text.startswith("<!doctype html>"):
+        return text
+    return html.unescape(_BESIDE_TAGS.sub("\n", text))
 
 
 def _in_both(old: Mapping[str, T], new: Mapping[str, T]) -> list[tuple[str, T]]:

@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.evaluate import TO_CHANGE, Probe, summary
+from hooked_llava.editing.evaluate import TO_CHANGE, Probe
 from hooked_llava.editing.prompts import KeptPrompts
 from hooked_llava.editing.questions import ask_questions, missed
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
@@ -21,24 +21,23 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import spelled_out
 from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars, small
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, visible
-from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
+from hooked_llava.viz.pages.embed import visible
+from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.parts import about_model, answered
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""
-_THUMBNAIL = 64  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditPage(HtmlPage):
-    """An edit as a page; `page.results` hold answers, probes, questions, and sweep if one was given."""
+class EditPage(Page):
+    """An edit as a page; `page.results` hold answers, probes, questions, and sweep if one was given.
 
-    question: str
-    """What the edit was made for."""
+    `page.question` is what the edit was made for, and `page.answer` what the model says to it with the edit.
+    """
+
     answer_before: str
-    """What the model says to it without the edit."""
-    answer: str
-    """What it says with the edit."""
+    """What it says without the edit."""
 
 
 def edit_page(
@@ -81,26 +80,25 @@ def edit_page(
         if sweep is not None:
             results["sweep"] = sweep
         begin("answering")
-        before = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+        before, _ = answered(model, prompt, max_new_tokens)
         with edit.applied():
-            after = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+            after, _ = answered(model, prompt, max_new_tokens)
         begin("drawing")
-        context = {
-            "question": question_text(prompt),
-            "model_name": model.cfg.model_name or "the model",
-            "answers": [before, after],
-            "thumbnails": [picture_uri(picture) for picture in prompt.images or ()],
+        shown = {
+            **about_model(model),
+            "images": prompt.images or (),
             **_answers(model, made, results),
             **_facts(edit, made, prompt),
             **_elsewhere(every, results),
-            **_layers(sweep),
+            "layers": None if sweep is None else edit_by_layer(sweep),
+            "traced": sweep is not None and "indirect_effect" in sweep,
         }
         n = int(results["probes"].n.sum())
         cost = (
             f"{n} question{'' if n == 1 else 's'}, asked without the edit and with it; the edit took {_seconds(edit)}"
         )
-        html = fill_template("edit.html.jinja", context | {"provenance": provenance(model, prompt, cost)})
-    return EditPage(question=context["question"], answer_before=before, answer=after, html=html, results=results)
+        said = {"question": question_text(prompt), "answer_before": before, "answer": after}
+        return make_page(EditPage, "edit", shown, run_footer(model, prompt, cost), results, **said)
 
 
 # ---------------------------------------------------------------------- asking
@@ -155,7 +153,7 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         "said_already": bool(results["questions"].as_expected_before[0]),
         "reached": bool(results["questions"].as_expected[0]),
         "own_kl": small(float(results["questions"].kl[0])),
-        "shift": figure_uri(answer_shift(answers)),
+        "shift": answer_shift(answers),
     }
 
 
@@ -182,7 +180,7 @@ def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
         rows["P(target) in the search"] = f"{request['target_probability']:.3f}"
     if len(edit.requests) > 1:
         rows["requests in this edit"] = str(len(edit.requests))
-    return {"facts": rows, "layer_text": rows.get("layer") or rows.get("layers"), "closed": not tuned}
+    return {"facts": rows, "closed": not tuned}
 
 
 def _seconds(edit: Edit) -> str:
@@ -216,15 +214,8 @@ def _elsewhere(probes: Sequence[Probe], results: dict[str, Any]) -> dict[str, An
     return {
         "groups": groups[1:],
         "numbers": numbers,
-        "bars": figure_uri(probe_bars(found)) if asked else None,
-        "summary": {name: f"{value:.3g}" for name, value in summary(found).items()},
+        "bars": probe_bars(found) if asked else None,
     }
-
-
-def _layers(sweep: xr.Dataset | None) -> dict[str, Any]:
-    if sweep is None:
-        return {"layers": None, "traced": False}
-    return {"layers": figure_uri(edit_by_layer(sweep)), "traced": "indirect_effect" in sweep}
 
 
 def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
@@ -232,7 +223,7 @@ def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
     verdict = ("not the target" if wrong else "the target") if to_change else ("changed" if wrong else "the same")
     return {
         "text": str(question.text.values),
-        "pictures": [_thumbnail(picture) for picture in prompt.images or ()],
+        "images": prompt.images or (),
         "before": visible(str(question.before.values)),
         "after": visible(str(question.after.values)),
         "p": f"{float(question.probability_before):.3f} → {float(question.probability):.3f}",
@@ -240,9 +231,3 @@ def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
         "wrong": wrong,
         "verdict": verdict,
     }
-
-
-def _thumbnail(picture: Any) -> str:
-    small = picture.copy()
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return picture_uri(small)

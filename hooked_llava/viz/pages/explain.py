@@ -16,12 +16,13 @@ from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import Method, patch_importance
 from hooked_llava.checks import one_of
-from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import single_token
-from hooked_llava.viz.pages.explain_context import Page, build_page
-from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
+from hooked_llava.viz.pages.explain_context import explanation
+from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.parts import answered, one_prompt
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads"),
@@ -35,30 +36,22 @@ _LENS_ANSWERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wishes:
-    """What a page is to show."""
+class _Options:
+    """What is measured, as `explain` takes it."""
 
     answer: str | int | None
     baseline: str | int | None
-    max_new_tokens: int
     k: int
-    n_heads: int
     patches: Method
     occlusion: bool | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(HtmlPage):
+class Report(Page):
     """How a model came to its answer: the page, and the results it shows.
 
     `report.save("report.html")` writes it; in a notebook it shows itself. The labelled arrays in `report.results` are
     next_tokens, lens, components, heads, head_scores, and with a picture attention, patches and occlusion.
     """
-
-    question: str
-    """What was asked."""
-    answer: str
-    """What the model said, greedily decoded."""
 
 
 def explain(
@@ -97,82 +90,58 @@ def explain(
     >>> explain(model, model.prepare("Who made the star?"), max_new_tokens=1).html.startswith("<!doctype html>")
     True
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(
-            f"explain takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
-        )
+    prompt = one_prompt(model, inputs, "explain")
     one_of(patches, get_args(Method), "patches")
-    wishes = _Wishes(
-        answer=answer,
-        baseline=baseline,
-        max_new_tokens=max_new_tokens,
-        k=min(k, model.cfg.d_vocab),
-        n_heads=n_heads,
-        patches=patches,
-        occlusion=occlusion,
-    )
-    with steps_reported(STEPS, on_step, "explaining") as report_step:
-        return _explain(model, prompt, wishes, report_step)
-
-
-def _explain(model: HookedLLaVA, prompt: Inputs, wishes: _Wishes, on_step: Callable[[str], None]) -> Report:
+    k = min(k, model.cfg.d_vocab)
+    options = _Options(answer=answer, baseline=baseline, k=k, patches=patches, occlusion=occlusion)
     started = perf_counter()
-    on_step("answering")
-    tokens = model.generate(prompt, max_new_tokens=wishes.max_new_tokens, return_type="tokens")
-    text = answer_text(model, tokens)
-    results = _results(model, prompt, wishes, on_step)
-    on_step("drawing")
-    n_forward = tokens.shape[1] + sum(float(result.attrs["n_forward"]) for result in results.values())
-    page = Page(
-        model=model,
-        inputs=prompt,
-        answer=text,
-        results=results,
-        n_heads=wishes.n_heads,
-        provenance=provenance(model, prompt, f"{n_forward:.0f} forward passes, {perf_counter() - started:.1f} s"),
-    )
-    context = build_page(page)
-    html = fill_template("report.html.jinja", context)
-    return Report(question=context["question"], answer=text, html=html, results=results)
+    with steps_reported(STEPS, on_step, "explaining") as begin:
+        begin("answering")
+        said, n_forward = answered(model, prompt, max_new_tokens)
+        results = _results(model, prompt, options, begin)
+        begin("drawing")
+        n_forward += sum(float(result.attrs["n_forward"]) for result in results.values())
+        footer = run_footer(model, prompt, f"{n_forward:.0f} forward passes, {perf_counter() - started:.1f} s")
+        shown = explanation(model, prompt, results, n_heads)
+        return make_page(Report, "explain", shown, footer, results, question=question_text(prompt), answer=said)
 
 
 def _results(
-    model: HookedLLaVA, prompt: Inputs, wishes: _Wishes, on_step: Callable[[str], None]
+    model: HookedLLaVA, prompt: Inputs, options: _Options, begin: Callable[[str], None]
 ) -> dict[str, xr.DataArray | xr.Dataset]:
     """Everything that is measured."""
     results: dict[str, xr.DataArray | xr.Dataset] = {}
-    on_step("next tokens")
-    results["next_tokens"] = next_tokens(model, prompt, k=wishes.k)
+    begin("next tokens")
+    results["next_tokens"] = next_tokens(model, prompt, k=options.k)
     likely = results["next_tokens"]["token_id"].values[0].tolist()
-    answer, baseline = wishes.answer, wishes.baseline
+    answer, baseline = options.answer, options.baseline
     scored = likely[0] if answer is None else single_token(model, prompt.token_map, answer)
     followed = [scored, *(token for token in likely if token != scored)][:_LENS_ANSWERS]
-    on_step("logit lens")
-    results["lens"] = logit_lens(model, prompt, answers=followed, k=wishes.k)
-    on_step("layers")
+    begin("logit lens")
+    results["lens"] = logit_lens(model, prompt, answers=followed, k=options.k)
+    begin("layers")
     results["components"] = logit_attribution(model, prompt, scored, baseline, by="component")
-    on_step("heads")
+    begin("heads")
     results["heads"] = logit_attribution(model, prompt, scored, baseline, by="head")
     results["head_scores"] = head_scores(model, prompt, scored)
     if prompt.n_images:
-        on_step("attention to the picture")
+        begin("attention to the picture")
         results["attention"] = image_attention(model, prompt)
-        results |= _patch_maps(model, prompt, scored, wishes, on_step)
+        results |= _patch_maps(model, prompt, scored, options, begin)
     return results
 
 
 def _patch_maps(
-    model: HookedLLaVA, prompt: Inputs, scored: int, wishes: _Wishes, on_step: Callable[[str], None]
+    model: HookedLLaVA, prompt: Inputs, scored: int, options: _Options, begin: Callable[[str], None]
 ) -> dict[str, xr.DataArray]:
     """The chosen patch map, and occlusion beside it unless that is it already or would take too long unasked."""
-    on_step("patches")
-    window = {"window": max(1, model.config.vision.grid // _WINDOWS)}
-    options = window if wishes.patches in ("occlusion", "token_ablation") else {}
-    maps = {"patches": patch_importance(model, prompt, scored, method=wishes.patches, **options)}
+    begin("patches")
+    window: dict[str, Any] = {"window": max(1, model.config.vision.grid // _WINDOWS)}
+    own = window if options.patches in ("occlusion", "token_ablation") else {}
+    maps = {"patches": patch_importance(model, prompt, scored, method=options.patches, **own)}
     n_patches = prompt.n_images * model.config.vision.n_patches
-    wanted = n_patches <= OCCLUDED_UNASKED if wishes.occlusion is None else wishes.occlusion
-    if wanted and wishes.patches != "occlusion":
-        on_step("occlusion")
+    wanted = n_patches <= OCCLUDED_UNASKED if options.occlusion is None else options.occlusion
+    if wanted and options.patches != "occlusion":
+        begin("occlusion")
         maps["occlusion"] = patch_importance(model, prompt, scored, method="occlusion", **window)
     return maps

@@ -1,17 +1,11 @@
-"""What the report's template is filled with: figures as embedded SVG, tables as plain values."""
+"""What the page of an answer is filled with: figures, and tables as plain values."""
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 from PIL import Image
 
 from hooked_llava.analysis.attribution_patching import agreement
@@ -19,20 +13,16 @@ from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.analysis.logit_attribution import contribution_sums
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.question import question_text
-from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.prompt.token_text import visible_token
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
 from hooked_llava.viz.figures.maps import layer_head_map, names_along
-from hooked_llava.viz.figures.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
-from hooked_llava.viz.style import SEQUENTIAL, ColorScale, Plot
+from hooked_llava.viz.figures.overlay import as_the_model_sees_it, patch_overlay, patch_overlays
+from hooked_llava.viz.pages.embed import visible
+from hooked_llava.viz.pages.parts import about_model, canvas, panel_columns, prompt_tokens, shown_images
+from hooked_llava.viz.style import SEQUENTIAL, ColorScale
 
-_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
-_THUMBNAIL = 480  # pixels
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
 _BEST_HEADS = 5
-visible = partial(visible_token, signs=True)
 _METHODS = {
     "log_increase": "Log-probability increase",
     "attention": "Mean attention",
@@ -59,155 +49,88 @@ _MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Page:
-    """Everything that a page is made from."""
-
-    model: HookedLLaVA
-    inputs: Inputs
-    answer: str
-    """What the model said."""
-    results: dict[str, Any]
-    """Labelled arrays by name, as in `Report.results`."""
-    n_heads: int
-    """How many heads' attention is drawn."""
-    provenance: dict[str, str]
-    """What the footer says."""
-
-
-def build_page(page: Page) -> dict[str, Any]:
-    """The template's variables."""
-    token_map = page.inputs.token_map
-    results = page.results
-    components = results["components"]
+def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_heads: int) -> dict[str, Any]:
+    """The template's variables; `n_heads` is how many heads' attention is drawn."""
+    components, processor = results["components"], getattr(model.processor, "image_processor", None)
+    images = shown_images(model, prompt)
     return {
-        "question": question_text(page.inputs),
-        "answer": page.answer,
-        "model_name": page.model.cfg.model_name or "the model",
-        "n_layers": page.model.cfg.n_layers,
-        "n_heads": page.model.cfg.n_heads,
-        "prompt": prompt_tokens(token_map),
+        **about_model(model),
+        "prompt": prompt_tokens(prompt.token_map),
+        "images": images,
+        "originals_known": prompt.images is not None,
+        "normalised": bool(getattr(processor, "do_normalize", False)),
         "next_tokens": _ranked(results["next_tokens"]),
         "lens_rows": _lens_rows(results["lens"]),
         "scored": components.attrs["answer"],
         "baseline": components.attrs["baseline"],
         "sums": _sums(components, results["heads"]),
-        "curve": figure_uri(answer_curve(results["lens"], title="")),
-        "bars": figure_uri(contribution_bars(components, title="")),
-        "head_map": figure_uri(layer_head_map(results["heads"], title="")),
-        "score_map": figure_uri(layer_head_map(results["head_scores"], title="")),
+        "curve": answer_curve(results["lens"], title=""),
+        "bars": contribution_bars(components, title=""),
+        "head_map": layer_head_map(results["heads"], title=""),
+        "score_map": layer_head_map(results["head_scores"], title=""),
         "best_heads": _best_heads(results["head_scores"]),
-        "pictures": [_picture(page, image) for image in range(page.inputs.n_images)],
-        "provenance": page.provenance,
+        "each_image": [
+            {
+                "number": i + 1,
+                "seen": as_the_model_sees_it(prompt, processor, image=i),
+                **_attention(results["attention"].isel(image=i), canvas(prompt, images, i), i, n_heads),
+                **_maps(results, canvas(prompt, images, i), i),
+            }
+            for i in range(prompt.n_images)
+        ],
     }
-
-
-def figure_uri(figure: Figure) -> str:
-    """A figure as a data URI, for the `src` of an image."""
-    assert isinstance(figure, Plot)
-    svg = _PNG.sub(_smaller, figure.to_svg())
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
-
-
-def picture_uri(pixels: Image.Image) -> str:
-    """A picture as a data URI, made smaller where it is large."""
-    shown = pixels.copy()
-    shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    shown.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _smaller(png: re.Match[str]) -> str:
-    """An embedded PNG, or the same as JPEG where that is much smaller: photographs, many times on one page."""
-    data = base64.b64decode(png[1])
-    with Image.open(io.BytesIO(data)) as picture:
-        if "A" in picture.mode and picture.getchannel("A").getextrema() != (255, 255):
-            return png[0]
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, format="JPEG", quality=88)
-    if 2 * len(buffer.getvalue()) > len(data):
-        return png[0]
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
-    """The prompt's tokens with the span of each; a picture's positions are one entry, padding is left out."""
-    spans = token_map.spans
-    entries, position = [], token_map.real.start
-    while position < token_map.real.stop:
-        span = next(
-            (n for n in ("last", "question", "image", "system", "rest") if position in spans.get(n, ())), "rest"
-        )
-        if span == "image":
-            image = token_map.image_starts.index(position)
-            name = f"picture {image}" if token_map.n_images > 1 else "picture"
-            entries.append({"text": f"{name}, {token_map.n_features} positions", "span": span})
-            position += token_map.n_features
-            continue
-        entries.append({"text": visible(token_map.labels[position]), "span": span})
-        position += 1
-    return entries
 
 
 def looking_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
     """The maps [panel, patch_row, patch_col] of the n heads that attend most to the picture, in that order."""
-    flat = attention.stack(panel=("layer", "head")).transpose("panel", "patch_row", "patch_col")
-    shares = flat.sum(("patch_row", "patch_col")).values
-    order = np.argsort(-shares, kind="stable")[:n]
-    pairs = [flat["panel"].values[i] for i in order]
-    names = [f"layer {layer}, head {head}: {shares[i]:.0%}" for i, (layer, head) in zip(order, pairs, strict=True)]
-    kept = flat.isel(panel=order).drop_vars(["panel", "layer", "head"])
-    return kept.assign_coords(panel=names)
+    shares = attention.sum(("patch_row", "patch_col"))
+    best = top_heads(shares, min(n, shares.size))
+    maps = [attention.sel(layer=layer, head=head, drop=True) for layer, head in best]
+    names = [f"layer {layer}, head {head}: {float(shares.sel(layer=layer, head=head)):.0%}" for layer, head in best]
+    return xr.concat(maps, xr.DataArray(names, dims="panel", name="panel"), combine_attrs="override")
 
 
-def _picture(page: Page, image: int) -> dict[str, Any]:
-    """One picture's figures."""
-    inputs = page.inputs
-    image_processor = getattr(page.model.processor, "image_processor", None)
-    attention = page.results["attention"].isel(image=image)
-    mean = attention.mean("head").assign_attrs(attention.attrs)
+def _attention(attention: xr.DataArray, drawn_on: Inputs | Image.Image, image: int, n_heads: int) -> dict[str, Any]:
+    """Where the last position looks in one image."""
+    mean = attention.mean("head", keep_attrs=True)
     share = attention.sum(("patch_row", "patch_col"))
-    # Without the originals the patches are drawn on what the model sees.
-    view = Image.fromarray((255 * model_view(inputs, image_processor, image=image)).round().astype(np.uint8))
-    canvas: Any = view if inputs.images is None else inputs
-    columns = 4 if page.model.cfg.n_layers <= 16 else 8
+    columns = panel_columns(attention.sizes["layer"])
     return {
-        "number": image + 1,
-        "thumbnail": picture_uri(view if inputs.images is None else inputs.images[image]),
-        "small": max(view.size) <= _THUMBNAIL // 3,
-        "seen": figure_uri(as_the_model_sees_it(inputs, image_processor, image=image)),
-        "normalised": bool(getattr(image_processor, "do_normalize", False)),
-        "original_known": inputs.images is not None,
-        "by_layer": figure_uri(patch_overlays(canvas, mean, image=image, columns=columns, title="")),
-        "by_head": figure_uri(patch_overlays(canvas, looking_heads(attention, page.n_heads), image=image, title="")),
-        "share_map": figure_uri(layer_head_map(share.rename("attention"), title="")),
+        "by_layer": patch_overlays(drawn_on, mean, image=image, columns=columns, title=""),
+        "by_head": patch_overlays(drawn_on, looking_heads(attention, n_heads), image=image, title=""),
+        "share_map": layer_head_map(share.rename("attention"), title=""),
         "mean_share": f"{float(share.mean()):.0%}",
-        "maps": [_map(page.results[name], canvas, image) for name in ("patches", "occlusion") if name in page.results],
-        "agreement": _agreement(page.results, image),
     }
 
 
-def _map(maps: xr.DataArray, canvas: Any, image: int) -> dict[str, str]:
+def _maps(results: dict[str, Any], drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any]:
+    """The patch map of one image, occlusion beside it, and whether they agree."""
+    maps = {name: results[name].isel(image=image) for name in ("patches", "occlusion") if name in results}
+    return {
+        "maps": [_map(one, drawn_on, image) for one in maps.values()],
+        "agreement": _agreement(*maps.values()) if len(maps) == 2 else None,
+    }
+
+
+def _map(shown: xr.DataArray, drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any]:
     """A patch map as a figure, and what it shows."""
-    name, cost, shown = str(maps.attrs["method"]), float(maps.attrs["n_forward"]), maps.isel(image=image)
-    heads, window = maps.attrs.get("heads"), int(maps.attrs.get("window", 1))
+    method, cost, heads = str(shown.attrs["method"]), float(shown.attrs["n_forward"]), shown.attrs.get("heads")
+    window = int(shown.attrs.get("window", 1))
     which = f", head {', '.join(heads)}" if isinstance(heads, list) else ""
     squares = f" (squares of {window} x {window} patches; each patch has the mean over those that hold it)"
     return {
-        "title": _METHODS[name] + which,
-        "figure": figure_uri(patch_overlay(canvas, shown, image=image, title="")),
-        "meaning": _MEANING[name] + (squares if window > 1 else ""),
+        "method": method,
+        "title": _METHODS[method] + which,
+        "figure": patch_overlay(drawn_on, shown, image=image, title=""),
+        "meaning": _MEANING[method] + (squares if window > 1 else ""),
         "largest": f"{float(shown.max()):.2g}",
         "cost": f"{cost:.0f} forward pass{'' if round(cost) == 1 else 'es'}",
     }
 
 
-def _agreement(results: dict[str, Any], image: int) -> str | None:
-    """How far the patch map orders the patches as occlusion does; None if one of them is missing or constant."""
-    if "occlusion" not in results:
-        return None
-    correlation = agreement(results["occlusion"].isel(image=image), results["patches"].isel(image=image))
+def _agreement(patches: xr.DataArray, occlusion: xr.DataArray) -> str | None:
+    """How far the patch map orders the patches as occlusion does; None if one of them is constant."""
+    correlation = agreement(occlusion, patches)
     return f"{correlation:.2f}" if np.isfinite(correlation) else None
 
 

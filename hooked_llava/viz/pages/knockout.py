@@ -28,21 +28,19 @@ from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, prompt_tokens
-from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, made_with, provenance, steps_reported
+from hooked_llava.viz.pages.page import Page, made_with, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.parts import answered, one_prompt, prompt_tokens
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnockoutPage(HtmlPage):
-    """Attention knockout as a page; `page.results` hold knockout, summary, answer_probability (and next_tokens)."""
+class KnockoutPage(Page):
+    """Attention knockout as a page; `page.results` hold knockout, summary, answer_probability (and next_tokens).
 
-    question: str
-    """What was asked, or how many questions."""
-    answer: str
-    """What the model said; "" for a table of questions."""
+    Of a table of questions `page.question` says how many there are, and `page.answer` is empty.
+    """
 
 
 def page_edges(inputs: Inputs) -> list[str]:
@@ -85,35 +83,28 @@ def knockout_page(
     >>> page.answer, page.html.startswith("<!doctype html>")
     ('Clara', True)
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(
-            f"knockout_page takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
-        )
-    shown = page_edges(prompt) if edges is None else edges
+    prompt = one_prompt(model, inputs, "knockout_page")
+    shown_edges = page_edges(prompt) if edges is None else edges
     with steps_reported(STEPS, on_step, "knocking out") as begin:
         begin("knocking out")  # first, since it finds whatever does not fit
-        knockout = attention_knockout(model, prompt, shown, window, metric=metric, total=True)
+        knockout = attention_knockout(model, prompt, shown_edges, window, metric=metric, total=True)
         begin("answering")
-        answer = answer_text(model, model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens"))
+        answer, _ = answered(model, prompt, max_new_tokens)
         begin("answer by layer")
         results: dict[str, Any] = {"knockout": knockout, "summary": flow_summary(knockout)}
         results["answer_probability"] = answer_probability(model, prompt)
         results["next_tokens"] = next_tokens(model, prompt, k=min(5, model.cfg.d_vocab))
         begin("drawing")
         cost = f"{knockout.runs} runs for {knockout.work + knockout.n_forward:.2f} forward passes, {knockout.seconds:.1f} s"
-        context = {
-            "question": question_text(prompt),
-            "kicker": f"How the answer travels through {model.cfg.model_name or 'the model'}",
-            "answer": answer,
-            "tokens": prompt_tokens(prompt.token_map),
-            "pictures": [picture_uri(p) for p in prompt.images or ()],
-            "counts": [],
-            "provenance": provenance(model, prompt, cost),
+        shown = {
             **_shown(knockout, results["answer_probability"]),
+            "kicker": f"How the answer travels through {model.cfg.model_name or 'the model'}",
+            "prompt": prompt_tokens(prompt.token_map),
+            "images": prompt.images or (),
+            "counts": [],
         }
-        html = fill_template("knockout.html.jinja", context)
-    return KnockoutPage(question=context["question"], answer=answer, html=html, results=results)
+        said = {"question": question_text(prompt), "answer": answer}
+        return make_page(KnockoutPage, "knockout", shown, run_footer(model, prompt, cost), results, **said)
 
 
 def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 1000) -> KnockoutPage:
@@ -143,26 +134,23 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
         for kind, measured in zip(means["kind"].values.tolist(), means["n"].values, strict=True)
         if kind in asked
     ]
-    context = {
-        "question": heading,
-        "kicker": f"How answers travel through {result.attrs.get('model') or 'the model'}",
-        "answer": "",
-        "tokens": [],
-        "pictures": [],
-        "counts": counts,
-        "provenance": {
-            "Model": result.attrs.get("model") or "unnamed",
-            "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured"
-            + _unseen(result),
-            "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
-            "Cost": _cost(result.attrs),
-            "Made": made_with(),
-        },
+    shown = {
         **_shown(means, means.get("answer_probability")),
+        "kicker": f"How answers travel through {result.attrs.get('model') or 'the model'}",
+        "prompt": [],
+        "images": (),
+        "counts": counts,
     }
-    html = fill_template("knockout.html.jinja", context)
+    footer = {
+        "Model": result.attrs.get("model") or "unnamed",
+        "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured"
+        + _unseen(result),
+        "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
+        "Cost": _cost(result.attrs),
+        "Made": made_with(),
+    }
     results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
-    return KnockoutPage(question=heading, answer="", html=html, results=results)
+    return make_page(KnockoutPage, "knockout", shown, footer, results, question=heading, answer="")
 
 
 def _check_study(result: xr.Dataset) -> None:
@@ -209,8 +197,8 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
             cells.append(_cell(knockout.sel(at), summary.sel(at), digits, full))
         rows.append({"edge": shown_edge(edge), "cells": cells})
     return {
-        "curves": figure_uri(knockout_curves(knockout, title="")),
-        "probabilities": None if probability is None else figure_uri(probability_curves(probability, title="")),
+        "curves": knockout_curves(knockout, title=""),
+        "probabilities": None if probability is None else probability_curves(probability, title=""),
         "window": knockout.attrs.get("window"),
         "units": units,
         "kinds": kinds,

@@ -1,16 +1,17 @@
-"""A page in one HTML file that needs no network: filled in from a template, written whole or not at all."""
+"""The page builder: results, words and figures become one HTML file that needs no network, written whole or not at all."""
 
 from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 
@@ -19,14 +20,19 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.storage import written_whole
+from hooked_llava.viz.pages.embed import is_small, uri, visible
 
 _PACKAGES = ("torch", "transformers", "transformer_lens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HtmlPage:
+class Page:
     """A finished page with the results it shows; in a notebook it shows itself."""
 
+    question: str
+    """What was asked."""
+    answer: str
+    """What the model said, greedily decoded."""
     html: str = field(repr=False)
     """The page, self-contained."""
     results: dict[str, Any] = field(repr=False)
@@ -50,23 +56,53 @@ class HtmlPage:
         return f'<iframe srcdoc="{html.escape(self.html)}" style="{frame}" title="report"></iframe>'
 
 
-def fill_template(name: str, context: dict[str, Any]) -> str:
-    """One of the templates beside this file with its variables filled in; text is escaped.
+AnyPage = TypeVar("AnyPage", bound=Page)
 
-    Templates extend `page.html.jinja`, which has the style, the blocks title, head and main, and a footer that shows
-    the variable `provenance`.
+
+def make_page(
+    kind: type[AnyPage],
+    template: str,
+    shown: Mapping[str, Any],
+    footer: Mapping[str, str],
+    results: dict[str, Any],
+    **said: str,
+) -> AnyPage:
+    """A template filled in, as a page of its kind.
+
+    Args:
+        kind: `Page`, or what is derived from it.
+        template: name of a template in `viz/templates`. It extends `page.html.jinja`, which has the style, the blocks title,
+            head and main, and the footer; sections and figures are macros.
+        shown: the template's variables, figures and images as they are; text is escaped.
+        footer: what stands below, by name.
+        results: what the page shows.
+        said: question, answer, and whatever else the kind has; variables of the template too.
     """
+    filled = fill_template(template, {**shown, **said, "footer": footer})
+    return kind(html=filled, results=results, **said)
+
+
+def fill_template(template: str, shown: Mapping[str, Any]) -> str:
+    """The HTML of one template; raises jinja2's `UndefinedError` if one of its variables is missing."""
+    return _environment().get_template(f"{template}.html.jinja").render(shown)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hooked_llava.viz"),
         autoescape=True,
         trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(name).render(context)
+    environment.filters |= {"uri": uri, "visible": visible}
+    environment.tests["small"] = is_small
+    return environment
 
 
-def provenance(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
-    """What a page's footer says: model, precision, prompt, what it cost, and with which packages it was made."""
+def run_footer(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
+    """What a page of one prompt says below: model, precision, prompt, what it cost, and with which packages it was made."""
     grid = model.config.vision.grid
     sizes = f"{model.cfg.n_layers} layers of {model.cfg.n_heads} heads, d_model {model.cfg.d_model}"
     return {
@@ -82,16 +118,6 @@ def made_with() -> str:
     """Today's date and the versions of the packages, for a page's footer."""
     packages = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     return f"{date.today().isoformat()} with hooked_llava {hooked_llava.__version__}, {packages}"
-
-
-def answer_text(model: HookedLLaVA, tokens: Any) -> str:
-    """Generated tokens [1, n] as text, without what ends or fills them; without a tokenizer their ids."""
-    ids = tokens[0].tolist()
-    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
-    ids = ids[: ends[0]] if ends else ids
-    if model.processor is None:
-        return " ".join(f"#{token}" for token in ids)
-    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 @contextmanager

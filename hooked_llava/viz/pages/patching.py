@@ -16,29 +16,28 @@ from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import Direction, check_direction, check_pair
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.metrics import logit_difference
-from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, steps_reported
-from hooked_llava.viz.pages.patching_context import PatchingPage, build_patching_page
+from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.parts import answer_text
+from hooked_llava.viz.pages.patching_context import where_the_difference_lies
 
 STEPS = ("answering", "residual stream", "attention", "MLPs", "heads", "patches", "attribution", "drawing")
 """The parts of the work, as progress is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchingReport(HtmlPage):
+class PatchingReport(Page):
     """Where the difference between two answers is carried: the page, and the results it shows.
 
-    The labelled arrays in `report.results` are resid_pre, attn_out, mlp_out, heads, estimate (attribution patching),
-    and with a picture, if it has not too many positions, patches: the stream at each of them.
+    `report.question` and `report.answer` are those of the clean prompt. The labelled arrays in `report.results` are
+    resid_pre, attn_out, mlp_out, heads, estimate (attribution patching), and with a picture, if it has not too many
+    positions, patches: the stream at each of them.
     """
 
-    question: str
-    """What was asked of the clean prompt."""
-    answer: str
-    """What the model says to the clean prompt, greedily decoded."""
     corrupted_answer: str
-    """What it says to the corrupted one."""
+    """What the model says to the corrupted prompt."""
 
 
 def patching_report(
@@ -86,20 +85,27 @@ def patching_report(
         followed = _followed(model, pair[0], said, answer, baseline)
         results = _results(model, pair, followed, direction, max_runs, begin)
         begin("drawing")
-        page = PatchingPage(
-            model=model,
-            pair=pair,
-            answers=(answer_text(model, said[0]), answer_text(model, said[1])),
-            followed=(model.to_string(followed[0]), model.to_string(followed[1])),
-            direction=direction,
-            results=results,
-            n_decoded=sum(tokens.shape[1] for tokens in said),
-            started=started,
+        work = _work(results, n_decoded=sum(tokens.shape[1] for tokens in said))
+        cost = (
+            f"{work['runs']} interventions, re-run for the work of {work['work']} forward passes; besides, "
+            f"{work['n_forward']} forward passes and 1 backward pass; {perf_counter() - started:.1f} s"
         )
-        context = build_patching_page(page)
-        html = fill_template("patching.html.jinja", context)
-    own, other = page.answers
-    return PatchingReport(question=context["question"], answer=own, corrupted_answer=other, html=html, results=results)
+        footer = run_footer(model, pair[0], cost)
+        if pair[1].prompts and pair[1].prompts != pair[0].prompts:
+            footer["Corrupted"] = pair[1].prompts[0]
+        words = [str(model.to_string(token)) for token in followed]
+        shown = {**where_the_difference_lies(model, pair, words, direction, results), **work}
+        own, other = (answer_text(model, tokens) for tokens in said)
+        answers = {"question": question_text(pair[0]), "answer": own, "corrupted_answer": other}
+        return make_page(PatchingReport, "patching", shown, footer, results, **answers)
+
+
+def _work(results: dict[str, Any], n_decoded: int) -> dict[str, Any]:
+    """What was run: interventions and the forward passes that they are worth, and whole forward passes besides."""
+    swept = [result.attrs for name, result in results.items() if name != "estimate"]
+    n_forward = n_decoded + sum(result.attrs["n_forward"] for result in results.values())
+    runs, work = (sum(attrs[name] for attrs in swept) for name in ("runs", "work"))
+    return {"runs": runs, "work": f"{work:.1f}", "n_forward": n_forward}
 
 
 def _followed(

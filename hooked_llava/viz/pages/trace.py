@@ -13,25 +13,21 @@ from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.overlay import patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
-from hooked_llava.viz.pages.explain_context import figure_uri, picture_uri, visible
-from hooked_llava.viz.pages.page import HtmlPage, answer_text, fill_template, provenance, steps_reported
-from hooked_llava.viz.style import Plot
+from hooked_llava.viz.pages.embed import visible
+from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.parts import about_model, answered, panel_columns
 
 STEPS = ("answering", "tracing", "messages", "drawing")
 """The parts of the work, as progress is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TracePage(HtmlPage):
+class TracePage(Page):
     """A causal trace as a page; `page.results` hold trace, roles, contribution and next_tokens."""
-
-    question: str
-    """What was asked."""
-    answer: str
-    """What the model said."""
 
 
 def trace_page(
@@ -67,34 +63,26 @@ def trace_page(
         begin("tracing")  # first, since it finds whatever does not fit
         trace = causal_trace(model, prompt, constraint, corruption=corruption, **options)
         begin("answering")
-        tokens = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
-        answer = answer_text(model, tokens)
+        answer, _ = answered(model, prompt, max_new_tokens)
         begin("messages")
         contribution = attention_contribution(model, prompt, constraint)
         results = {"trace": trace, "roles": by_role(trace), "contribution": contribution}
         results["next_tokens"] = next_tokens(model, prompt, k=min(5, model.cfg.d_vocab))
         begin("drawing")
-        context = _context(model, prompt, answer, results)
         cost = (
             f"{trace.runs} restored runs for {trace.work:.2f} forward passes besides {trace.n_forward} kept, "
             f"{trace.seconds:.1f} s"
         )
-        html = fill_template("trace.html.jinja", context | {"provenance": provenance(model, prompt, cost)})
-    return TracePage(question=context["question"], answer=answer, html=html, results=results)
+        shown, footer = _shown(model, prompt, results), run_footer(model, prompt, cost)
+        return make_page(TracePage, "trace", shown, footer, results, question=question_text(prompt), answer=answer)
 
 
-def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, Any]) -> dict[str, Any]:
-    trace: xr.Dataset = results["trace"]
-    contribution: xr.Dataset = results["contribution"]
-    pictures = []
-    for i in range(prompt.n_images if prompt.images is not None else 0):
-        layers = contribution.image_to_constraint.isel(image=i)
-        figure = patch_overlays(prompt, layers, image=i, columns=4 if model.cfg.n_layers <= 16 else 8, title="")
-        pictures.append({"thumbnail": picture_uri(prompt.images[i]), "messages": _uri(figure)})
+def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -> dict[str, Any]:
+    """The template's variables."""
+    trace, contribution = results["trace"], results["contribution"]
+    images, columns = prompt.images or (), panel_columns(model.cfg.n_layers)
     return {
-        "question": question_text(prompt),
-        "answer": answer,
-        "model_name": model.cfg.model_name or "the model",
+        **about_model(model),
         "trace": trace.attrs,
         "lowered": was_lowered(trace),
         "p_clean": f"{float(trace.p_clean):.3f}",
@@ -103,11 +91,14 @@ def _context(model: HookedLLaVA, prompt: Any, answer: str, results: dict[str, An
         "constraint": " and ".join(f"“{words}”" for words in trace.constraint),
         "layers": _window(trace),
         "best": _best(trace),
-        "map": _uri(trace_maps(trace, note=False)),
-        "curves": _uri(role_curves(results["roles"], title="")),
-        "to_last": _uri(contribution_maps(contribution)),
-        "pictures": pictures,
-        "n_heads": model.cfg.n_heads,
+        "map": trace_maps(trace, note=False),
+        "curves": role_curves(results["roles"], title=""),
+        "to_last": contribution_maps(contribution),
+        "images": images,
+        "messages": [
+            patch_overlays(prompt, contribution.image_to_constraint.isel(image=i), image=i, columns=columns, title="")
+            for i in range(len(images))
+        ],
     }
 
 
@@ -135,8 +126,3 @@ def _window(trace: xr.Dataset) -> str:
     if trace.window_reading == "released":
         return f"{2 * width + 1} layers at a time (window {width} as the released code counts)"
     return f"{width} layers at a time"
-
-
-def _uri(figure: Any) -> str:
-    assert isinstance(figure, Plot)
-    return figure_uri(figure)

@@ -154,10 +154,8 @@ def test_occlusion_is_drawn_beside_unless_it_takes_long_or_is_the_map_itself(
     model, inputs, monkeypatch, method, asked, most, drawn
 ):
     monkeypatch.setattr(explain_module, "OCCLUDED_UNASKED", most)
-    wishes = explain_module._Wishes(
-        answer=None, baseline=None, max_new_tokens=1, k=1, n_heads=1, patches=method, occlusion=asked
-    )
-    maps = explain_module._patch_maps(model, inputs, 7, wishes, lambda step: None)
+    options = explain_module._Options(answer=None, baseline=None, k=1, patches=method, occlusion=asked)
+    maps = explain_module._patch_maps(model, inputs, 7, options, lambda step: None)
     assert list(maps) == ["patches", *(["occlusion"] if drawn else [])]
     assert maps["patches"].attrs["method"] == method
 

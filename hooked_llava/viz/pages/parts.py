@@ -1,0 +1,88 @@
+"""What several pages show: the model, the prompt token by token, its images, and what the model says to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hooked_llava.errors import InputError
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.viz.figures.overlay import model_view
+from hooked_llava.viz.pages.embed import visible
+
+_SPANS = ("last", "question", "image", "system", "rest")
+
+
+def one_prompt(model: HookedLLaVA, inputs: Any, caller: str) -> Inputs:
+    """The prompt as the model takes it; raises `InputError` for several."""
+    prompt = model.as_inputs(inputs)
+    if len(prompt) != 1:
+        raise InputError(
+            f"{caller} takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
+        )
+    return prompt
+
+
+def answered(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> tuple[str, int]:
+    """What the model says, greedily decoded, and in how many tokens, each a forward pass."""
+    tokens = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
+    return answer_text(model, tokens), tokens.shape[1]
+
+
+def answer_text(model: HookedLLaVA, tokens: Any) -> str:
+    """Generated tokens [1, n] as text, without what ends or fills them; without a tokenizer their ids."""
+    ids = tokens[0].tolist()
+    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
+    ids = ids[: ends[0]] if ends else ids
+    if model.processor is None:
+        return " ".join(f"#{token}" for token in ids)
+    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def about_model(model: HookedLLaVA) -> dict[str, Any]:
+    """The model's name and size, as every template may show them."""
+    return {
+        "model_name": model.cfg.model_name or "the model",
+        "n_layers": model.cfg.n_layers,
+        "n_heads": model.cfg.n_heads,
+    }
+
+
+def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
+    """The prompt's tokens with the span of each; an image's positions are one entry, padding is left out."""
+    spans = token_map.spans
+    entries, position = [], token_map.real.start
+    while position < token_map.real.stop:
+        span = next((name for name in _SPANS if position in spans.get(name, ())), "rest")
+        if span == "image":
+            image = token_map.image_starts.index(position)
+            name = f"picture {image}" if token_map.n_images > 1 else "picture"
+            entries.append({"text": f"{name}, {token_map.n_features} positions", "span": span})
+            position += token_map.n_features
+            continue
+        entries.append({"text": visible(token_map.labels[position]), "span": span})
+        position += 1
+    return entries
+
+
+def shown_images(model: HookedLLaVA, inputs: Inputs) -> list[Image.Image]:
+    """A prompt's images as they were given or, where that is not known, as the model sees them."""
+    if inputs.images is not None:
+        return list(inputs.images)
+    processor = getattr(model.processor, "image_processor", None)
+    views = (model_view(inputs, processor, image=image) for image in range(inputs.n_images))
+    return [Image.fromarray((255 * view).round().astype(np.uint8)) for view in views]
+
+
+def canvas(inputs: Inputs, images: list[Image.Image], image: int) -> Inputs | Image.Image:
+    """What an image's patches are drawn on: the prompt, which knows where they lie, or what is shown of the image."""
+    return images[image] if inputs.images is None else inputs
+
+
+def panel_columns(n_layers: int) -> int:
+    """How many panels, one for each layer, stand side by side."""
+    return 4 if n_layers <= 16 else 8
