@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import matplotlib as mpl
@@ -28,19 +27,11 @@ BLUE, ORANGE, GREEN, PURPLE = "#1d4f91", "#c8622d", "#2fa37c", "#8e5bb5"
 SKY, GOLD, SLATE = "#5fb4e6", "#e0b030", "#3b4450"
 SERIES = (ORANGE, BLUE, GREEN, PURPLE, SKY, GOLD, SLATE)
 """Colours of lines and bars, in the order in which they are used: as far apart for colour-blind eyes as for others."""
-DIVERGING, SEQUENTIAL = "RdBu_r", "heat"
-"""Names of the colour maps: matplotlib's own, and one of ours from paper to dark wine."""
+DIVERGING, SEQUENTIAL = "RdBu_r", "OrRd"
+"""Names of matplotlib's colour maps: one from blue over white to red, and one from paper to dark red."""
 UNITS = {"logit": "logits", "attention": "share of attention", "probability": "probability"}
 """What the values of a result are counted in, by the result's name."""
 
-# Where, and Oklab lightness, green-red, blue-yellow there.
-_HEAT = (
-    (0.0, 0.98, 0.002, 0.008),
-    (0.25, 0.815, 0.055, 0.09),
-    (0.5, 0.65, 0.15, 0.095),
-    (0.75, 0.485, 0.16, 0.035),
-    (1.0, 0.32, 0.11, 0.0),
-)
 _SIGNED = ("logit", "recovered")  # the names of results whose values may be negative, even if these are not
 _RC = {
     "font.size": 9.0,
@@ -104,7 +95,7 @@ class ColorScale:
     @property
     def map(self) -> Colormap:
         """0 to 1 -> colours."""
-        return _heat() if self.name == SEQUENTIAL else mpl.colormaps[self.name]
+        return mpl.colormaps[self.name]
 
     def norm(self) -> Normalize:
         """Values -> 0 to 1."""
@@ -126,7 +117,7 @@ def color_scale(values: np.ndarray, *, signed: bool = False, neutral: float = 0.
     >>> color_scale(np.array([-1.0, 3.0]))
     ColorScale(name='RdBu_r', low=-3.0, high=3.0)
     >>> color_scale(np.array([0.25, 0.5]))
-    ColorScale(name='heat', low=0.0, high=0.5)
+    ColorScale(name='OrRd', low=0.0, high=0.5)
     """
     away = values[np.isfinite(values)] - neutral
     largest = float(np.abs(away).max(initial=0.0)) or 1.0
@@ -142,33 +133,6 @@ def scale_of(result: xr.DataArray, values: np.ndarray | None = None) -> ColorSca
     """
     neutral = float(result.attrs.get("neutral", 0.0))
     return color_scale(result.values if values is None else values, signed=result.name in _SIGNED, neutral=neutral)
-
-
-@lru_cache(maxsize=1)
-def _heat() -> Colormap:
-    """Paper, apricot, dark wine: equal steps look equally large, since lightness in Oklab falls evenly."""
-    at, lightness, green_red, blue_yellow = np.array(_HEAT).T
-    steps = np.linspace(0, 1, 256)
-    l, a, b = (np.interp(steps, at, channel) for channel in (lightness, green_red, blue_yellow))
-    # Oklab -> linear RGB, Björn Ottosson 2020, https://bottosson.github.io/posts/oklab
-    cones = np.stack(
-        [
-            l + 0.3963377774 * a + 0.2158037573 * b,
-            l - 0.1055613458 * a - 0.0638541728 * b,
-            l - 0.0894841775 * a - 1.291485548 * b,
-        ]
-    )
-    mix = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.707614701],
-        ]
-    )
-    linear = np.clip(mix @ cones**3, 0, 1)
-    return ListedColormap(
-        np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).T, SEQUENTIAL
-    )
 
 
 @contextmanager
