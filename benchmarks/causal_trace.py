@@ -92,7 +92,7 @@ def _difference(model: HookedLLaVA, corrupted: Any, clean: Any, trace: Any, corr
     cells = [(k, i, j) for k in trace.kind.values.tolist() for i in trace.layer.values for j in trace.position.values]
     found, wanted = [], []
     for kind, layer, position in cells[:: max(1, len(cells) // _SAMPLE)]:
-        name = f"blocks.{layer}.{KINDS[kind]}"
+        name = model.hooks_table.name(KINDS[kind], layer)
 
         def restore(tensor: Tensor, hook: object, name: str = name, position: int = int(position)) -> Tensor:
             tensor[:, position] = cache[name][:, position]

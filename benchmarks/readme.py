@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import LlavaConfig
+
 from benchmarks import (
     causal_trace,
     causal_trace_study,
@@ -28,7 +30,8 @@ from benchmarks import (
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
-from hooked_llava.architecture.hooks import markdown_table
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.hook_specs import markdown_table
 from hooked_llava.errors import HookedLLaVAError
 
 SESSIONS = ("session", "replay", "patch", "heads", "flow", "edit")
@@ -163,7 +166,7 @@ def main() -> None:
     names: dict[str, Any] = {}
     for part in SESSIONS:
         text = replaced(text, part, session(text, part, names))
-    text = replaced(text, "hooks", markdown_table())
+    text = replaced(text, "hooks", markdown_table(LLaVAConfig.from_hf(LlavaConfig())))
     for part in MEASURED:
         text = replaced(text, part, measured(part) or between(text, part))
     if options.accuracy:

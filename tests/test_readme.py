@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from transformers import LlavaConfig
+
 from benchmarks.readme import README, SESSIONS, between, session
-from hooked_llava.architecture.hooks import markdown_table
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.hook_specs import markdown_table
 
 
 def test_the_session_prints_what_the_readme_says() -> None:
@@ -13,7 +16,7 @@ def test_the_session_prints_what_the_readme_says() -> None:
 
 
 def test_the_hook_table_is_the_generated_one() -> None:
-    assert between(README.read_text(encoding="utf-8"), "hooks") == markdown_table()
+    assert between(README.read_text(encoding="utf-8"), "hooks") == markdown_table(LLaVAConfig.from_hf(LlavaConfig()))
 
 
 def test_measured_tables_are_filled() -> None:

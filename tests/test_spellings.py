@@ -266,13 +266,12 @@ def test_what_a_cache_understands_an_intervention_does() -> None:
         ("key", layer),
     ]
     spellings += [("mlp_pre", layer), ("mlp_post", layer), ("pre", layer, "m"), ("resid_mid", layer, "blocks")]
-    for name, spec in table.specs.items():
-        if name.startswith("blocks."):
-            part, _, short = name.split(".", 2)[2].rpartition("hook_")
+    for name, hook in table.hooks.items():
+        if hook.tower == "language" and (at := hook.layer) is not None:
+            part, _, short = hook.site.rpartition("hook_")
             kind = part.rstrip(".")
-            at = int(name.split(".")[1])
             spellings += [(short, at, kind or None), (short, at - table.config.language.n_layers, kind or None)]
-        spellings += [name, *(alias.replace("{i}", "3") for alias in spec.aliases)]
+        spellings += [name, *(alias.replace("{i}", "3") for alias in hook.spec.aliases)]
     for spelling in spellings:
         if isinstance(spelling, str) and spelling.startswith("vision.blocks.") and spelling not in kept:
             continue  # an alias of a block of the vision tower that is not run

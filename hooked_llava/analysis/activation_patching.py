@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
@@ -143,13 +143,12 @@ def _names(
 ) -> list[str]:
     """Full names of one hook in the chosen layers."""
     names = model.hooks_table.resolve(hook, with_image=prompt.pixel_values is not None)
-    kinds = {model.hooks_table[name].name for name in names}
+    kinds = {model.hooks_table[name].spec.name for name in names}
     if len(kinds) != 1:
         raise InputError(f"hook={hook!r} means several hooks ({', '.join(sorted(kinds))}); patch one at a time.")
     if layers is None:
         return names
-    vision, language = model.config.vision, model.config.language
-    n_layers = vision.n_layers_run if names[0].startswith("vision.") else language.n_layers
+    n_layers = model.hooks_table.tower(model.hooks_table[names[0]]).n_layers_run
     if not isinstance(hook, str):
         raise InputError(f"hook={hook!r} names its layer, so layers={layers!r} has no place; leave one of them out.")
     pairs = [(hook, layer) for layer in as_indices(layers, n_layers, f"layers of {hook}")]
@@ -157,9 +156,9 @@ def _names(
 
 
 def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each, heads: Each) -> _Axes:
-    spec = model.hooks_table[names[0]]
+    hook = model.hooks_table[names[0]]
     axes: _Axes = {}
-    if names[0].startswith(IMAGE_SIDE):
+    if hook.on_image_side:
         axes["image"] = list(range(prompt.n_images))
         axes["patch"] = _numbers(positions, model.config.vision.n_patches, f"positions (patches) of {names[0]}")
     elif isinstance(positions, str) and positions == "each":
@@ -167,10 +166,10 @@ def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each,
     else:
         together = isinstance(positions, str) and positions == "all"
         axes["position"] = [None] if together else _places(positions, prompt)
-    n_heads = _n_heads(model, names[0], spec)
+    n_heads = _n_heads(model, hook)
     if not n_heads and not (isinstance(heads, str) and heads in ("each", "all")):
         raise InputError(f"heads={heads!r}, but {names[0]} has no heads; leave heads= out.")
-    kind = "kv_head" if "kv_head" in spec.axes else "head"
+    kind = "kv_head" if "kv_head" in hook.axes else "head"
     axes[kind] = _numbers(heads, n_heads, f"heads of {names[0]}") if n_heads else [None]
     return axes
 
@@ -185,9 +184,9 @@ def _places(positions: Each, prompt: Inputs) -> list[Any]:
     return [_Together(entry, tuple(where)) if isinstance(entry, str) else where[0] for entry, where in found]
 
 
-def _n_heads(model: HookedLLaVA, name: str, spec: HookSpec) -> int:
-    tower = model.config.vision if name.startswith("vision.") else model.config.language
-    return tower.n_heads if "head" in spec.axes else tower.n_key_value_heads if "kv_head" in spec.axes else 0
+def _n_heads(model: HookedLLaVA, hook: Hook) -> int:
+    tower = model.hooks_table.tower(hook)
+    return tower.n_heads if "head" in hook.axes else tower.n_key_value_heads if "kv_head" in hook.axes else 0
 
 
 def _numbers(given: Each, n: int, what: str) -> list[int | None]:
@@ -204,38 +203,39 @@ def _intervention(
     model: HookedLLaVA, activation: Tensor, name: str, axes: _Axes, cell: Sequence[Any], real: list[int]
 ) -> Intervention:
     """The source run's activation, cut to one cell of the map, put into its place."""
-    spec = model.hooks_table[name]
+    hook = model.hooks_table[name]
     at = dict(zip(axes, cell, strict=True))
     head, image = at.get("head", at.get("kv_head")), at.get("image")
     value = activation[image or 0]
-    axis = (spec.position_axis or 1) - 1
+    axis = (hook.position_axis or 1) - 1
     if image is None:
         place = at["position"]
         where = real if place is None else list(place.positions) if isinstance(place, _Together) else [place]
         rows = where
     else:
         where = None if at["patch"] is None else [at["patch"]]
-        rows = None if where is None else [where[0] + _class_token_first(model, spec)]
+        rows = None if where is None else [where[0] + _class_token_first(model, hook)]
     if rows is not None:
         value = value.index_select(axis, torch.tensor(rows, device=value.device))
     if head is not None:
-        head_axis = next(i for i, axis_name in enumerate(spec.axes) if axis_name in ("head", "kv_head"))
+        head_axis = next(i for i, axis_name in enumerate(hook.axes) if axis_name in ("head", "kv_head"))
         value = value.narrow(head_axis - 1, head, 1)
     return Intervention(name, positions=where, heads=None if head is None else [head], image=image, value=value)
 
 
-def _class_token_first(model: HookedLLaVA, spec: HookSpec) -> bool:
+def _class_token_first(model: HookedLLaVA, hook: Hook) -> bool:
     """Whether the hook's axis of patches begins with the class token."""
-    in_tower = "pos" in spec.axes or "query" in spec.axes
-    return in_tower or ("feature" in spec.axes and not model.config.vision.drop_class_token)
+    in_tower = "pos" in hook.axes or "query" in hook.axes
+    return in_tower or ("feature" in hook.axes and not model.config.vision.drop_class_token)
 
 
 def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes, base: Inputs) -> xr.DataArray:
     taken = {axis: choices for axis, choices in axes.items() if choices != [None]}
     if taken.get("image") == [0]:
         del taken["image"]
-    if "blocks." in names[0]:
-        taken = {"layer": [int(name.removeprefix("vision.").split(".")[1]) for name in names], **taken}
+    layers = [model.hooks_table[name].layer for name in names]
+    if layers[0] is not None:
+        taken = {"layer": layers, **taken}
     places = taken.get("position", [])
     if "position" in taken:
         taken["position"] = [place.positions[0] if isinstance(place, _Together) else place for place in places]

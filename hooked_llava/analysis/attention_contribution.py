@@ -131,7 +131,7 @@ def _sizes(
         direction = model.tokens_to_residual_directions(token).float() / scale
     rows = []
     for layer in range(model.cfg.n_layers):
-        pattern, value = (held[f"blocks.{layer}.attn.hook_{name}"] for name in ("pattern", "v"))
+        pattern, value = (held[model.hooks_table.name(name, layer)] for name in ("pattern", "v"))
         if direction is not None:
             along = messages_along(model, layer, pattern, value, direction)
             rows.append(along if by_head else along.sum(0))

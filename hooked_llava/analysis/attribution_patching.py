@@ -19,7 +19,6 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import Inputs
 
 Activations = dict[str, Tensor]
-_PROJECTED = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
-_OUTSIDE = ("hook_text_embed", "ln_final.", "hook_logits")  # before the path's beginning; read at one position only
+_PROJECTED = ("q", "k", "v")
 
 
 def attribution_patching(
@@ -125,11 +123,11 @@ def edge_attribution(
     >>> edges.mlps.dims
     ('receiver', 'layer')
     """
-    layers = range(model.cfg.n_layers)
-    senders = ["hook_embed", *(f"blocks.{i}.{part}" for i in layers for part in ("attn.hook_z", "hook_mlp_out"))]
-    behind = [f"blocks.{i}.{part}" for i in layers for part in (*_PROJECTED, "hook_mlp_in")]
-    behind.append(f"blocks.{layers[-1]}.hook_resid_post")
-    held = [*behind, *(f"blocks.{i}.hook_resid_pre" for i in layers)]
+    table, layers = model.hooks_table, range(model.cfg.n_layers)
+    senders = ["hook_embed", *(table.name(part, i) for i in layers for part in ("z", "mlp_out"))]
+    behind = [table.name(part, i) for i in layers for part in (*_PROJECTED, "mlp_in")]
+    behind.append(table.name("resid_post", -1))
+    held = [*behind, *table.resolve("resid_pre")]
 
     def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
         return _edges(model, changes, point.held, point.gradients(behind, metric))
@@ -249,14 +247,15 @@ def _run(
 
 
 def _checked(model: HookedLLaVA, hook: Any) -> list[str]:
-    names = model.hooks_table.resolve(hook)
+    table = model.hooks_table
+    names, in_path = table.resolve(hook), range(-1, model.cfg.n_layers)  # what comes after is read at one position only
     for name in names:
-        if name.startswith((*IMAGE_SIDE, *_OUTSIDE)) or "key" in model.hooks_table[name].axes:
+        if table[name].stage not in in_path or "key" in table[name].axes:
             raise InputError(
                 f"attribution_patching works on vectors in the language tower's blocks, not on {name!r}; use "
                 "activation_patching (for the picture's part: 'hook_embed' at image positions)."
             )
-    if len({model.hooks_table[name].name for name in names}) != 1:
+    if len({table[name].spec for name in names}) != 1:
         raise InputError(f"hooks: {hook!r} means several hooks; name each by itself.")
     return names
 
@@ -271,9 +270,9 @@ def _estimate(
     coords: dict[str, Any] = {"position": range(base.shape[1]), "label": ("position", base.token_map.labels)}
     if len(dims) > 1:
         coords[dims[1]] = range(rows[0].shape[-1])
-    if "blocks." not in names[0]:
+    if model.hooks_table[names[0]].layer is None:
         return xr.DataArray(numbers(rows[0]), dims=dims, coords=coords, name="change")
-    coords["layer"] = [int(name.split(".")[1]) for name in names]
+    coords["layer"] = [model.hooks_table[name].layer for name in names]
     return xr.DataArray(numbers(torch.stack(rows)), dims=("layer", *dims), coords=coords, name="change")
 
 
@@ -297,7 +296,7 @@ def _edges(model: HookedLLaVA, changes: Activations, held: Activations, gradient
         if layer < cfg.n_layers:
             reading = _reading(model, layer, held, gradients)  # (receiver, pos, d_model), the MLP last
         else:
-            reading = gradients[f"blocks.{layer - 1}.hook_resid_post"].float()
+            reading = gradients[model.hooks_table.name("resid_post", -1)].float()
         parts.append(_into_layer(model, layer, reading, changes))
         assert len(reading) == len(own)
         del reading  # before the next layer's are made
@@ -324,18 +323,18 @@ def _reading(
     Those of the copies (`q_input` and its kin) are made here, from the gradients at queries, keys and values: through
     the projection and the norm, so that no run holds a copy of the stream for every head of every layer.
     """
-    block = model.blocks[layer]
-    stream = held[f"blocks.{layer}.hook_resid_pre"][0].detach()
+    block, table = model.blocks[layer], model.hooks_table
+    stream = held[table.name("resid_pre", layer)][0].detach()
     rows = []
     for name, linear in zip(_PROJECTED, (block.attn.query, block.attn.key, block.attn.value), strict=True):
-        gradient = gradients[f"blocks.{layer}.{name}"][0]  # (pos, head, d_head)
+        gradient = gradients[table.name(name, layer)][0]  # (pos, head, d_head)
         weight = linear.weight.unflatten(0, (-1, gradient.shape[-1]))
         behind_norm = einsum("p h d, h d m -> h p m", gradient, weight)
         copies = stream.expand_as(behind_norm).clone().requires_grad_()
         with torch.enable_grad():
             normalized = block.ln1.fused(copies)
         rows.append(torch.autograd.grad(normalized, copies, behind_norm)[0].float())
-    return torch.cat([*rows, gradients[f"blocks.{layer}.hook_mlp_in"].float()])
+    return torch.cat([*rows, gradients[table.name("mlp_in", layer)].float()])
 
 
 def _into_layer(
@@ -348,10 +347,10 @@ def _into_layer(
     embed = numbers(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
     for sender in range(min(layer + 1, cfg.n_layers)):
         hears = slice(None) if sender < layer else slice(-1, None)
-        z = changes[f"blocks.{sender}.attn.hook_z"][0]  # (pos, head, d_head)
+        z = changes[model.hooks_table.name("z", sender)][0]  # (pos, head, d_head)
         wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
         heads[hears, sender] = numbers(einsum("h p m, r p m -> r h", wrote, reading[hears]))
         if sender < layer:
-            change = changes[f"blocks.{sender}.hook_mlp_out"][0].float()
+            change = changes[model.hooks_table.name("mlp_out", sender)][0].float()
             mlps[:, sender] = numbers(einsum("p m, r p m -> r", change, reading))
     return heads, mlps, embed

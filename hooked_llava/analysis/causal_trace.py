@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import Inputs
     from hooked_llava.prompt.token_map import TokenMap
 
-KINDS = {"mlp": "hook_mlp_out", "attn": "hook_attn_out", "resid": "hook_resid_post"}
+KINDS = {"mlp": "mlp_out", "attn": "attn_out", "resid": "resid_post"}
 """What is restored: what a layer's MLP adds, what its attention adds, or the whole stream behind it."""
 ROLES = (
     "image",
@@ -308,7 +308,7 @@ def _effects(
     if not cells:
         return table.mean(0), 0
     first = min(plan.positions[p] for _, _, p in cells)
-    there = _clean_activations(clean, [f"blocks.*.{KINDS[kind]}" for kind in plan.kinds], first)
+    there = _clean_activations(clean, [KINDS[kind] for kind in plan.kinds], first)
     runs = [_restoration(there, plan, first, *cell) for cell in cells]
     for effects, replay, without in zip(table, corrupted.replays, baseline, strict=True):
         effects[tuple(np.array(cells).T)] = (
@@ -345,7 +345,7 @@ def _restoration(
     there: dict[str, Tensor], plan: _Plan, first: int, kind: int, layer: int, index: int
 ) -> list[Intervention]:
     position = plan.positions[index]
-    names = [f"blocks.{i}.{KINDS[plan.kinds[kind]]}" for i in plan.windows[layer]]
+    names = [plan.model.hooks_table.name(KINDS[plan.kinds[kind]], i) for i in plan.windows[layer]]
     return [Intervention(name, positions=[position], value=there[name][position - first]) for name in names]
 
 

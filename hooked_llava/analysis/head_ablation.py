@@ -131,7 +131,6 @@ def _means(model: HookedLLaVA, reference: Any) -> list[Float[Tensor, "head d_hea
 
 
 def _replacement(layer: int, head: int, means: list[Tensor] | None) -> Intervention:
-    name = f"blocks.{layer}.attn.hook_z"
     if means is None:
-        return Intervention(name, positions="last", heads=[head], zero=True)
-    return Intervention(name, positions="last", heads=[head], value=means[layer][head])
+        return Intervention(("z", layer), positions="last", heads=[head], zero=True)
+    return Intervention(("z", layer), positions="last", heads=[head], value=means[layer][head])

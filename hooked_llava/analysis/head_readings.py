@@ -120,10 +120,11 @@ def _vectors(
     model: HookedLLaVA, prompt: Inputs, layer: int, index: Int[Tensor, " position"]
 ) -> Float[Tensor, "3 position d_model"]:
     """The stream entering a layer, and what attention and the MLPs below wrote into it."""
-    names = ["hook_embed", f"blocks.{layer}.hook_resid_pre"]
-    names += [f"blocks.{below}.hook_attn_out" for below in range(layer)]
+    table = model.hooks_table
+    names = ["hook_embed", table.name("resid_pre", layer)]
+    names += [table.name("attn_out", below) for below in range(layer)]
     store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(names, saver(store, model.hooks_table, index[None]))]
+    hooks: list[Any] = [(names, saver(store, table, index[None]))]
     with torch.no_grad():
         # one layer further, so that the stream entering this one is certain to have passed its hook
         model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)

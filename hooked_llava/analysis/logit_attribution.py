@@ -105,7 +105,7 @@ def _one_prompt(
         raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")
     with provenance("logit_attribution", model, prompt, n_forward=1, by=by, position=where[0]) as made:
         cache = _cache(model, prompt, where, by)
-        final = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0, 0]  # (d_model)
+        final = cache[model.hooks_table.name("resid_post", -1)][0, 0]  # (d_model)
         logits = model.unembed(model.ln_final.fused(final))  # (d_vocab)
         measured = FIRST if answer is None else WHOLE
         answer = int(logits.argmax()) if answer is None else answer
@@ -128,7 +128,7 @@ def _one_prompt(
 def _cache(model: HookedLLaVA, prompt: Inputs, where: list[int], by: str) -> dict[str, Tensor]:
     """What the parts are made of: at the position where the logit is read, but values everywhere."""
     table = model.hooks_table
-    names = [f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", "ln_final.hook_scale", *_PARTS[by]]
+    names = [table.name("resid_post", -1), "ln_final.hook_scale", *_PARTS[by]]
     store: dict[str, Tensor] = {}
     here = saver(store, table, torch.tensor([where]))
     hooks: list[Any] = [(table.resolve(names), here)]
@@ -151,7 +151,7 @@ def _by_component(
 ) -> xr.DataArray:
     names = {"embed": "hook_embed"}
     for layer in range(model.cfg.n_layers):
-        names |= {f"{layer}_{part}": f"blocks.{layer}.hook_{part}_out" for part in ("attn", "mlp")}
+        names |= {f"{layer}_{part}": model.hooks_table.name(f"{part}_out", layer) for part in ("attn", "mlp")}
     values = torch.stack([cache[name][0, 0].to(direction.dtype) @ direction for name in names.values()])
     return xr.DataArray(numbers(values), dims="component", coords={"component": list(names)}, name="logit")
 
@@ -176,7 +176,7 @@ def _by_head(
     rows = [
         einsum(
             "h d, h d m, m -> h",
-            cache[f"blocks.{i}.attn.hook_z"][0, 0].to(direction.dtype),
+            cache[model.hooks_table.name("z", i)][0, 0].to(direction.dtype),
             block.attn.W_O.to(direction.dtype),
             direction,
         )
@@ -189,8 +189,8 @@ def _by_neuron(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
 ) -> xr.DataArray:
     rows = [
-        cache[f"blocks.{i}.mlp.hook_post"][0, 0].to(direction.dtype) * (block.mlp.W_out.to(direction.dtype) @ direction)
-        for i, block in enumerate(model.blocks)
+        cache[name][0, 0].to(direction.dtype) * (block.mlp.W_out.to(direction.dtype) @ direction)
+        for name, block in zip(model.hooks_table.resolve("mlp.post"), model.blocks, strict=True)
     ]
     return _labelled(torch.stack(rows), "layer", "neuron")
 
@@ -223,7 +223,7 @@ def _messages(
     """A v W_O . direction: what each head carries from each position into the logit."""
     rows = []
     for i in range(model.cfg.n_layers):
-        held = (cache[f"blocks.{i}.attn.hook_{name}"][0] for name in ("pattern", "v"))
+        held = (cache[model.hooks_table.name(name, i)][0] for name in ("pattern", "v"))
         rows.append(messages_along(model, i, *held, direction)[:, 0])  # (head, source)
     return torch.stack(rows)
 

@@ -15,7 +15,6 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
@@ -92,7 +91,7 @@ def _one_prompt(
     extra: dict[str, Any] = {} if hook is None else {"hook": hook}
     with provenance("logit_lens", model, prompt, n_forward=1, norm=norm, positions=positions, **extra) as made:
         vectors, scale = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
-        whole = hook is None or names[0].rpartition("hook_")[2].startswith("resid_")
+        whole = hook is None or model.hooks_table[names[0]].site.startswith("hook_resid_")
         how: dict[str, Any] = {"norm": norm, "scale": scale, "bias": whole}
         probability, ids = top_tokens(model, vectors, k, **how)
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
@@ -103,7 +102,7 @@ def _one_prompt(
                 "probability": ((*dims, "rank"), probability.cpu().numpy()),
             },
             coords={
-                **_layers(names, hook),
+                **_layers(model, names, hook),
                 "position": index.tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
             },
@@ -113,18 +112,20 @@ def _one_prompt(
             found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., followed] for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=[text for text, _ in answers])
-        if hook is not None and not names[0].startswith("blocks."):
+        if hook is not None and model.hooks_table[names[0]].layer is None:
             result = result.isel(layer=0, drop=True)
         return result.assign_attrs(made.attrs())
 
 
 def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | None) -> list[str]:
     """Full names of what is read, layer by layer."""
+    table = model.hooks_table
     if hook is None:
-        return [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-    names = model.hooks_table.resolve(hook, with_image=prompt.pixel_values is not None)
-    outside = names[0].startswith(("vision.", "projector.hook_p")) or model.hooks_table[names[0]].axes[-1] != "d_model"
-    if outside or len({model.hooks_table[name].name for name in names}) != 1:
+        return [*table.resolve("resid_pre"), table.name("resid_post", -1)]
+    names = table.resolve(hook, with_image=prompt.pixel_values is not None)
+    first = table[names[0]]
+    in_stream = first.tower == "language" or first.name == "projector.hook_out"
+    if not in_stream or first.axes[-1] != "d_model" or len({table[name].spec for name in names}) != 1:
         raise InputError(
             f"hook={hook!r} is no one kind of vector in the language model's residual stream; give for example "
             "'attn_out', 'mlp_out', 'result' or 'hook_image_embed'."
@@ -132,11 +133,11 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | Non
     return names
 
 
-def _layers(names: list[str], hook: str | tuple[Any, ...] | None) -> dict[str, Any]:
+def _layers(model: HookedLLaVA, names: list[str], hook: str | tuple[Any, ...] | None) -> dict[str, Any]:
     """Coordinates of the axis layer: streams have names, another hook's layers their numbers."""
     if hook is None:
         return stream_coords(len(names) - 1)
-    return {"layer": [int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in names]}
+    return {"layer": [model.hooks_table[name].layer or 0 for name in names]}
 
 
 def _vectors(
@@ -144,10 +145,10 @@ def _vectors(
 ) -> tuple[Float[Tensor, "layer position *head d_model"], Float[Tensor, "position *one 1"] | None]:
     """What is read, and the final norm's scale for the frozen lens."""
     frozen = ["ln_final.hook_scale"] if norm == "frozen" else []
-    needs_end = frozen or any(name.startswith("ln_final") for name in names)
+    needs_end = frozen or model.hooks_table[names[-1]].stage == model.cfg.n_layers
     options: dict[str, Any] = {} if needs_end else {"stop_at_layer": model.cfg.n_layers}
     _, cache = model.run_with_cache(prompt, names_filter=[*names, *frozen], positions=index.tolist(), **options)
-    if names[0].startswith(IMAGE_SIDE):
+    if model.hooks_table[names[0]].on_image_side:
         vectors = _at_patches(cache[names[0]], prompt, index)[None]
     else:
         vectors = torch.stack([cache[name][0] for name in names])

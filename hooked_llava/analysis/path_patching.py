@@ -9,7 +9,7 @@ everything behind the receiver runs on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 
 Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]
 """The final stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
-_Target = tuple[str, int, int | None]
-"""Hook, layer and head at which a receiver reads the stream."""
+
+
+class _Target(NamedTuple):
+    """Where a receiver reads the stream."""
+
+    kind: str
+    hook: str
+    layer: int
+    head: int | None = None
 
 
 def path_patching(
@@ -119,7 +126,7 @@ def _one_pair(
         n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
         table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
         for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
-            receiving = [r for r, (name, to, _) in enumerate(targets) if _lies_before(layer, to, name, senders)]
+            receiving = [r for r, target in enumerate(targets) if _lies_before(layer, target, senders)]
             changes = _changes(model, there, here, layer, where)
             runs = [[_path(targets[r], change, where)] for r in receiving for change in changes]
             values = numbers(replay.run(runs, metric, read, batch_size))
@@ -137,10 +144,10 @@ def _changes(
     model: HookedLLaVA, there: LLaVACache, here: LLaVACache, layer: int, where: list[int]
 ) -> Float[Tensor, "sender position d_model"]:
     """What each sender of a layer adds to the stream in the source run, less what it adds in the base run."""
-    name = f"blocks.{layer}.hook_mlp_out"
+    name = model.hooks_table.name("mlp_out", layer)
     if name in there:
         return (there[name] - here[name])[:, where]
-    name = f"blocks.{layer}.attn.hook_z"
+    name = model.hooks_table.name("z", layer)
     change = (there[name] - here[name])[0, where]  # (position, head, d_head)
     return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O)
 
@@ -155,9 +162,9 @@ def _listed(receivers: Receiver | Sequence[Receiver]) -> list[Any]:
 
 
 def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
-    n_layers, cfg = model.cfg.n_layers, model.config.language
+    n_layers, cfg, table = model.cfg.n_layers, model.config.language, model.hooks_table
     if receiver == "logits":
-        return f"blocks.{n_layers - 1}.hook_resid_post", n_layers, None
+        return _Target("logits", table.name("resid_post", -1), n_layers)
     kind, *numbers = receiver if isinstance(receiver, tuple) and receiver else (receiver,)
     known = len(numbers) == (1 if kind == "mlp" else 2 if kind in ("q", "k", "v") else None)
     if not known or not all(hasattr(number, "__index__") for number in numbers):
@@ -166,26 +173,24 @@ def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
         )
     layer = as_indices(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
     if kind == "mlp":
-        return f"blocks.{layer}.hook_mlp_in", layer, None
+        return _Target(kind, table.name("mlp_in", layer), layer)
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
     head = as_indices(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]
-    return f"blocks.{layer}.attn.hook_{kind}_input", layer, head
+    return _Target(kind, table.name(f"{kind}_input", layer), layer, head)
 
 
-def _lies_before(sender_layer: int, layer: int, name: str, senders: str) -> bool:
+def _lies_before(layer: int, target: _Target, senders: str) -> bool:
     """Attention of a layer comes before its MLP, and both after the layer's queries, keys and values are read."""
-    return sender_layer < layer or (sender_layer == layer and senders == "heads" and name.endswith("hook_mlp_in"))
+    return layer < target.layer or (layer == target.layer and senders == "heads" and target.kind == "mlp")
 
 
 def _path(target: _Target, change: Float[Tensor, "position d_model"], where: list[int]) -> Intervention:
-    name, _, head = target
-    if head is None:
-        return Intervention(name, positions=where, add=change)
-    return Intervention(name, positions=where, heads=[head], add=change[:, None])
+    if target.head is None:
+        return Intervention(target.hook, positions=where, add=change)
+    return Intervention(target.hook, positions=where, heads=[target.head], add=change[:, None])
 
 
 def _label(target: _Target) -> str:
-    name, layer, head = target
-    if head is not None:
-        return f"L{layer}H{head} {name.removesuffix('_input')[-1]}"
-    return f"L{layer} mlp" if name.endswith("hook_mlp_in") else "logits"
+    if target.head is not None:
+        return f"L{target.layer}H{target.head} {target.kind}"
+    return f"L{target.layer} mlp" if target.kind == "mlp" else "logits"

@@ -76,6 +76,11 @@ class TowerConfig:
             )
 
     @property
+    def n_layers_run(self) -> int:
+        """Blocks that are run."""
+        return self.n_layers
+
+    @property
     def attn_only(self) -> bool:
         """Always False; TransformerLens asks."""
         return False

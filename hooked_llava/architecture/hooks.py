@@ -1,45 +1,57 @@
-"""The vocabulary of hooks: each one's name, shape, meaning and other spellings, and how a filter finds them.
+"""The hooks of one model: where each one is, and how a filter finds their names.
 
 The names of the language tower are TransformerLens's, without a prefix; the vision tower carries the same names
 under `vision.`, the projector its own under `projector.`. A hook point exists if and only if it fires; the table
-below is the single list of them, and a test holds it against the model.
+is the single list of them, and a test holds it against the model.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
+from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, vision_hooks
 from hooked_llava.checks import as_index
 from hooked_llava.errors import HookNameError, InputError, did_you_mean
-
-if TYPE_CHECKING:
-    from hooked_llava.architecture.config import LLaVAConfig
 
 NamesFilter = str | tuple | Callable[[str], bool] | Iterable["str | tuple"] | None
 """Which hooks: an exact name, a glob, a short name ("resid_post"), a pair (short name, layer), a function, or a list."""
 
-IMAGE_SIDE = ("vision.", "projector.", "hook_image_embed")
-"""Beginnings of the names of hooks that fire only when the prompt has an image."""
+Part: TypeAlias = Literal["vision", "projector", "language"]
+"""A part of the model, by the name of its module."""
 
 
 @dataclass(frozen=True)
-class HookSpec:
-    """One row of the table."""
+class Hook:
+    """One hook of one model: where it is, and what passes through it."""
 
     name: str
-    """Full name; `{i}` stands for the layer."""
-    axes: tuple[str, ...]
-    """Names of the tensor's axes."""
-    meaning: str
-    """What the tensor is."""
-    large: bool = False
-    """Whether a cache without a filter leaves it out because of its size."""
-    aliases: tuple[str, ...] = ()
-    """Other spellings that are understood."""
+    """Full name: "blocks.3.attn.hook_z"."""
+    spec: HookSpec
+    """Its row of the table."""
+    tower: Part
+    """The part of the model that it belongs to."""
+    layer: int | None
+    """The block of that part; None outside of blocks."""
+    site: str
+    """Name inside the block, or in the part outside of blocks: "attn.hook_z", "hook_embed", "ln_final.hook_scale"."""
+    stage: int
+    """When it fires: -2 before text and image are merged, -1 after it, i in block i, n_layers after the blocks."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the tensor's axes."""
+        return self.spec.axes
+
+    @property
+    def on_image_side(self) -> bool:
+        """Whether it fires only when the prompt has an image: in the vision tower, the projector and before the merge."""
+        return "image" in self.axes
 
     @property
     def position_axis(self) -> int | None:
@@ -50,112 +62,12 @@ class HookSpec:
         return None
 
 
-_RESID = ("batch", "pos", "d_model")
-_HEADS = ("batch", "pos", "head", "d_head")
-_KEY_VALUE_HEADS = ("batch", "pos", "kv_head", "d_head")
-_EDGES = ("batch", "head", "query", "key")
-_NEURONS = ("batch", "pos", "d_mlp")
-_SCALE = ("batch", "pos", "1")
-
-
-def _norm_hooks(name: str, what: str) -> list[HookSpec]:
-    return [
-        HookSpec(f"{name}.hook_scale", _SCALE, f"root mean square (or standard deviation) that {what} is divided by"),
-        HookSpec(f"{name}.hook_normalized", _RESID, f"{what} after the division, before the norm's weight"),
-    ]
-
-
-def _attention_hooks(*, rotary: bool) -> list[HookSpec]:
-    attn = "blocks.{i}.attn."
-    projections: list[HookSpec] = []
-    for x, word in (("q", "queries"), ("k", "keys"), ("v", "values")):
-        heads = _HEADS if x == "q" else _KEY_VALUE_HEADS
-        projections += [
-            HookSpec(
-                f"{attn}hook_{x}_input",
-                (*heads[:-1], "d_model"),
-                f"residual stream, before the norm, as each head's {word} read it",
-                large=True,
-                aliases=(f"blocks.{{i}}.hook_{x}_input",),
-            ),
-            HookSpec(f"{attn}hook_{x}", heads, word),
-        ]
-    rotated = [
-        HookSpec(f"{attn}hook_rot_q", _HEADS, "queries after the rotary embedding"),
-        HookSpec(f"{attn}hook_rot_k", _KEY_VALUE_HEADS, "keys after the rotary embedding"),
-    ]
-    return [
-        *projections,
-        *(rotated if rotary else []),
-        HookSpec(f"{attn}hook_attn_scores", _EDGES, "attention scores before the softmax; blocked edges are -inf"),
-        HookSpec(f"{attn}hook_pattern", _EDGES, "attention pattern: softmax of the scores over the keys"),
-        HookSpec(f"{attn}hook_z", _HEADS, "values averaged by the pattern"),
-        HookSpec(
-            f"{attn}hook_result", ("batch", "pos", "head", "d_model"), "what each head adds to the stream", large=True
-        ),
-    ]
-
-
-def _block_hooks(*, rotary: bool, gated: bool) -> list[HookSpec]:
-    up = [HookSpec("blocks.{i}.mlp.hook_pre_linear", _NEURONS, "the linear half of the gated MLP")] if gated else []
-    return [
-        HookSpec("blocks.{i}.hook_resid_pre", _RESID, "residual stream entering the block"),
-        *_norm_hooks("blocks.{i}.ln1", "the attention's input"),
-        *_attention_hooks(rotary=rotary),
-        HookSpec("blocks.{i}.hook_attn_out", _RESID, "what attention adds to the stream"),
-        HookSpec("blocks.{i}.hook_resid_mid", _RESID, "residual stream between attention and MLP"),
-        HookSpec("blocks.{i}.hook_mlp_in", _RESID, "residual stream, before the norm, as the MLP reads it"),
-        *_norm_hooks("blocks.{i}.ln2", "the MLP's input"),
-        HookSpec("blocks.{i}.mlp.hook_pre", _NEURONS, "MLP neurons before the activation function"),
-        *up,
-        HookSpec("blocks.{i}.mlp.hook_post", _NEURONS, "MLP neurons, as the output map reads them"),
-        HookSpec("blocks.{i}.hook_mlp_out", _RESID, "what the MLP adds to the stream"),
-        HookSpec("blocks.{i}.hook_resid_post", _RESID, "residual stream leaving the block"),
-    ]
-
-
-_PATCHES = ("image", "feature", "d_model")
-
-VISION_HOOKS: tuple[HookSpec, ...] = tuple(
-    replace(
-        spec,
-        name=f"vision.{spec.name}",
-        axes=tuple("image" if axis == "batch" else axis for axis in spec.axes),
-        aliases=tuple(f"vision.{alias}" for alias in spec.aliases),
-    )
-    for spec in (
-        HookSpec("hook_patch_embed", ("batch", "patch", "d_model"), "patches after the convolution"),
-        HookSpec("hook_pos_embed", _RESID, "learned positions, class token first"),
-        *_norm_hooks("ln_pre", "the embedding"),
-        HookSpec("hook_embed", _RESID, "what enters block 0, after the pre-norm, class token first"),
-        *_block_hooks(rotary=False, gated=False),
-        HookSpec("hook_out", ("batch", "feature", "d_features"), "vision features, as the projector receives them"),
-    )
-)
-PROJECTOR_HOOKS: tuple[HookSpec, ...] = (
-    HookSpec("projector.hook_pre", _PATCHES, "hidden layer before the activation function"),
-    HookSpec("projector.hook_post", _PATCHES, "hidden layer after the activation function"),
-    HookSpec("projector.hook_out", _PATCHES, "image features in the language model's residual stream"),
-)
-LANGUAGE_HOOKS: tuple[HookSpec, ...] = (
-    HookSpec("hook_text_embed", _RESID, "token embeddings, before the image is merged in"),
-    HookSpec("hook_image_embed", _PATCHES, "what the merge puts at the image positions"),
-    HookSpec("hook_embed", _RESID, "what enters block 0: text and image"),
-    *_block_hooks(rotary=True, gated=True),
-    *_norm_hooks("ln_final", "the final stream"),
-    HookSpec("hook_logits", ("batch", "pos", "d_vocab"), "logits"),
-)
-
 # TransformerLens's other words, as its get_act_name has them.
 _SHORT = {
     "attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v",
     "mlp_pre": "mlp.pre", "mlp_post": "mlp.post",
 }  # fmt: skip
 _LAYER_TYPES = {"a": "attn", "m": "mlp", "b": "", "block": "", "blocks": "", "attention": "attn"}
-
-
-def _is_image_side(name: str) -> bool:
-    return name.startswith(IMAGE_SIDE)
 
 
 class HookTable:
@@ -170,38 +82,55 @@ class HookTable:
 
     def __init__(self, config: LLaVAConfig) -> None:
         self.config = config
-        self.specs: dict[str, HookSpec] = {}
+        self.hooks: dict[str, Hook] = {}
         self.aliases: dict[str, str] = {}
-        self._add(VISION_HOOKS, config.vision.n_layers_run)
-        self._add(PROJECTOR_HOOKS, 0)
-        self._add(LANGUAGE_HOOKS, config.language.n_layers)
+        self._add("vision", vision_hooks(config.vision), config.vision.n_layers_run)
+        self._add("projector", PROJECTOR_HOOKS, 0)
+        self._add("language", language_hooks(config.language), config.language.n_layers)
+        self._by_ending: dict[tuple[bool, str], list[str]] = defaultdict(list)
+        for hook in self.hooks.values():
+            for ending in _endings(hook.name.removeprefix("vision.")):
+                self._by_ending[hook.tower == "vision", ending].append(hook.name)
 
-    def _add(self, specs: Sequence[HookSpec], n_layers: int) -> None:
-        per_layer = [spec for spec in specs if "{i}" in spec.name]
-        for spec in specs:
-            if spec not in per_layer:
-                self.specs[spec.name] = spec
-            elif spec is per_layer[0]:  # keep forward order: all hooks of block 0, then of block 1, ...
-                for i in range(n_layers):
-                    for row in per_layer:
-                        self.specs[row.name.format(i=i)] = row
-                        self.aliases |= {alias.format(i=i): row.name.format(i=i) for alias in row.aliases}
+    def _add(self, tower: Part, specs: Sequence[HookSpec], n_layers: int) -> None:
+        """The hooks of a part in the order in which they fire: all of block 0, then of block 1, ..."""
+        in_block = [spec for spec in specs if "{i}" in spec.name]
+        first = specs.index(in_block[0]) if in_block else len(specs)
+        for spec in specs[:first]:
+            self._put(tower, spec, None, -1)
+        for i in range(n_layers):
+            for spec in in_block:
+                self._put(tower, spec, i, i)
+        for spec in specs[first + len(in_block) :]:
+            self._put(tower, spec, None, n_layers)
+
+    def _put(self, tower: Part, spec: HookSpec, layer: int | None, stage: int) -> None:
+        name, stem = spec.name.format(i=layer), "" if tower == "language" else f"{tower}."
+        site = name.removeprefix(stem if layer is None else f"{stem}blocks.{layer}.")
+        before_merge = "image" in spec.axes or site == "hook_text_embed"
+        self.hooks[name] = Hook(name, spec, tower, layer, site, -2 if before_merge else stage)
+        self.aliases |= {alias.format(i=layer): name for alias in spec.aliases}
 
     @property
     def names(self) -> list[str]:
         """Names of all hooks, in the order in which they fire."""
-        return list(self.specs)
+        return list(self.hooks)
 
-    def __getitem__(self, name: str) -> HookSpec:
-        return self.specs[self.aliases.get(name, name)]
+    def __getitem__(self, name: str) -> Hook:
+        return self.hooks[self.aliases.get(name, name)]
 
-    def stage(self, name: str) -> int:
-        """When a hook fires: -2 before text and image are merged, -1 after it, i in block i, n_layers after them."""
-        if name.startswith("blocks."):
-            return int(name.split(".")[1])
-        if name == "hook_embed":
-            return -1
-        return -2 if _is_image_side(name) or name == "hook_text_embed" else self.config.language.n_layers
+    def tower(self, hook: Hook) -> TowerConfig:
+        """The sizes of a hook's tower; the projector's and the merge's hooks have the language tower's."""
+        return self.config.vision if hook.tower == "vision" else self.config.language
+
+    def name(self, short: str, layer: int) -> str:
+        """The full name of a hook in one layer (from the end where negative); raises as `one`.
+
+        >>> from transformers import LlavaConfig
+        >>> HookTable(LLaVAConfig.from_hf(LlavaConfig())).name("resid_post", -1)
+        'blocks.31.hook_resid_post'
+        """
+        return self.one((short, layer))
 
     def resolve(self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None) -> list[str]:
         """Full names, in firing order, of the hooks that a filter asks for.
@@ -211,17 +140,16 @@ class HookTable:
         not fire: image hooks when the prompt has no image (`with_image=False`), and hooks outside the `stages` of a run
         that is entered or left at some layer.
         """
-        fires = dict.fromkeys(  # ordered as they fire, and quick to look up
-            name
-            for name in self.specs
-            if (with_image or not _is_image_side(name)) and (stages is None or self.stage(name) in stages)
-        )
+
+        def fires(hook: Hook) -> bool:
+            return (with_image or not hook.on_image_side) and (stages is None or hook.stage in stages)
+
         if names_filter is None:
-            return [name for name in fires if not self.specs[name].large]
+            return [name for name, hook in self.hooks.items() if fires(hook) and not hook.spec.large]
         if isinstance(names_filter, (str, tuple)):
             found = set(self._match(names_filter, fires, with_image))
         elif callable(names_filter):
-            found = {name for name in fires if names_filter(name)}
+            found = {name for name, hook in self.hooks.items() if fires(hook) and names_filter(name)}
         else:
             found = {name for item in names_filter for name in self._match(item, fires, with_image)}
         if not found:
@@ -229,7 +157,7 @@ class HookTable:
                 "The filter matches no hook, so nothing would be seen. Give a name, a glob such as "
                 "'blocks.*.hook_resid_post', or a short name such as 'pattern'; model.hook_dict lists them all."
             )
-        return [name for name in self.specs if name in found]
+        return list(found) if len(found) == 1 else [name for name in self.hooks if name in found]
 
     def one(self, hook: object, *, with_image: bool = True) -> str:
         """The full name of the one hook that a spelling means, any that `resolve` or `cache[...]` understands.
@@ -239,7 +167,9 @@ class HookTable:
         if not isinstance(hook, (str, tuple)):
             raise InputError(f"hook={hook!r}; expected the name of a hook, such as 'blocks.3.attn.hook_z' or ('z', 3).")
         names = self.resolve(hook, with_image=with_image)
-        outside = [name for name in names if "blocks." not in name]  # "scale" is ln_final.hook_scale, as in a cache
+        outside = [
+            name for name in names if self.hooks[name].layer is None
+        ]  # "scale" is ln_final.hook_scale, as in a cache
         if len(names) != 1 and len(outside) != 1:
             short = names[0].rpartition("hook_")[2]
             raise InputError(
@@ -247,15 +177,15 @@ class HookTable:
             )
         return (outside or names)[0]
 
-    def _match(self, item: str | tuple, fires: dict[str, None], with_image: bool) -> list[str]:
+    def _match(self, item: str | tuple, fires: Callable[[Hook], bool], with_image: bool) -> list[str]:
         if not isinstance(item, (str, tuple)):
             raise HookNameError(
                 f"A hook filter holds {item!r} of type {type(item).__name__}; expected names, globs, short names, "
                 "pairs (short name, layer), or one function from name to bool."
             )
         matches = self._from_pair(item) if isinstance(item, tuple) else self._from_string(item)
-        firing = [name for name in matches if name in fires]
-        if not firing and not with_image and _is_image_side(matches[0]):
+        firing = [name for name in matches if fires(self.hooks[name])]
+        if not firing and not with_image and self.hooks[matches[0]].on_image_side:
             raise HookNameError(
                 f"Hook {matches[0]!r} does not fire: the prompt has no image, so the vision tower and the projector "
                 "are not run. Give an image, or ask for hooks of the language tower."
@@ -281,21 +211,20 @@ class HookTable:
             names = self._from_string(short)
         if layer is None:
             return names
-        tower = self.config.vision if str(short).startswith("vision.") else self.config.language
-        n_layers = getattr(tower, "n_layers_run", tower.n_layers)
+        n_layers = (self.config.vision if short.startswith("vision.") else self.config.language).n_layers_run
         says = f"Layer {layer} is out of range for {short!r}"
         layer_index = as_index(layer, n_layers, "layer", says=says, error=HookNameError)
-        matches = [name for name in names if f"blocks.{layer_index}." in name]
+        matches = [name for name in names if self.hooks[name].layer == layer_index]
         if not matches:
             raise HookNameError(f"Hook {short!r} has no layers, yet layer {layer} was asked for; leave the layer out.")
         return matches
 
     def _from_string(self, name: str) -> list[str]:
         exact = self.aliases.get(name, name)
-        if exact in self.specs:
+        if exact in self.hooks:
             return [exact]
         if any(sign in name for sign in "*?["):
-            found = fnmatch.filter(self.specs, name)
+            found = fnmatch.filter(self.hooks, name)
             found += [full for alias, full in self.aliases.items() if fnmatch.fnmatchcase(alias, name)]
             found = found or self._short(name)
         else:
@@ -306,15 +235,9 @@ class HookTable:
 
     def _short(self, name: str) -> list[str]:
         """Hooks of every layer that a short name means: "resid_post", "pattern", "mlp.post", "vision.pattern"."""
-        tower, short = ("vision.", name.removeprefix("vision.")) if name.startswith("vision.") else ("", name)
-        short = _SHORT.get(short, short)
-        head, _, tail = short.rpartition(".")
-        ending = f"{head}.hook_{tail.removeprefix('hook_')}" if head else f"hook_{tail.removeprefix('hook_')}"
-        return [
-            full
-            for full in self.specs
-            if full.startswith("vision.") == bool(tower) and (full == tower + ending or full.endswith("." + ending))
-        ]
+        in_vision, short = name.startswith("vision."), name.removeprefix("vision.")
+        head, dot, tail = _SHORT.get(short, short).rpartition(".")
+        return self._by_ending.get((in_vision, f"{head}{dot}hook_{tail.removeprefix('hook_')}"), [])
 
     def _with_layer(self, name: str) -> list[str]:
         """The hook that a name with its layer in it means, as `cache[...]` understands it: "k6", "scale4ln1", "pre5"."""
@@ -342,17 +265,14 @@ class HookTable:
                 )
         if parts[:2] == ["vision", "ln_post"]:
             return f"Hook {name!r} does not exist: LLaVA does not use the vision tower's post norm, so it is not run."
-        known = [*self.specs, *self.aliases, *{full.rpartition("hook_")[2] for full in self.specs}]
+        known = [*self.hooks, *self.aliases, *{full.rpartition("hook_")[2] for full in self.hooks}]
         return (
-            f"No hook is called {name!r}.{did_you_mean(name, known)} model.hook_dict lists all {len(self.specs)} names."
+            f"No hook is called {name!r}.{did_you_mean(name, known)} model.hook_dict lists all {len(self.hooks)} names."
         )
 
 
-def markdown_table() -> str:
-    """The table of all hooks as Markdown, for the README."""
-    rows = ["| hook | shape | meaning |", "|---|---|---|"]
-    for spec in (*LANGUAGE_HOOKS, *PROJECTOR_HOOKS, *VISION_HOOKS):
-        also = f" (also `{'`, `'.join(spec.aliases)}`)" if spec.aliases else ""
-        named = "; cached when named" if spec.large else ""
-        rows.append(f"| `{spec.name}`{also} | [{' '.join(spec.axes)}] | {spec.meaning}{named} |")
-    return "\n".join(rows)
+def _endings(name: str) -> Iterator[str]:
+    """The name, and what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]

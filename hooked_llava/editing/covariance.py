@@ -127,7 +127,7 @@ def key_covariance(
                 f"positions={positions!r}; give another path."
             )
         return found
-    name, total, n = f"blocks.{layer}.mlp.hook_post", 0, 0
+    name, total, n = model.hooks_table.name("mlp.post", layer), 0, 0
     for prompt in prompts:
         inputs = model.as_inputs(prompt)
         _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)

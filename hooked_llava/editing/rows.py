@@ -92,9 +92,10 @@ class Rows:
     @torch.no_grad()
     def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
         """What the edited position's neurons are, and what the MLP adds there: `mlp.hook_post` and `hook_mlp_out`."""
-        names = (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out")
+        table = self.model.hooks_table
+        names = [table.name("mlp.post", layer), table.name("mlp_out", layer)]
         seen: dict[str, Tensor] = {}
-        with self.model.hooks([(list(names), saver(seen, self.model.hooks_table))]):
+        with self.model.hooks([(names, saver(seen, table))]):
             self.model.language.blocks[layer](self.stream(layer), self.kept.context(self.start))
         rows = torch.arange(len(self.edited), device=self.edited.device)
         key, value = (seen[name][rows, self.edited - self.start] for name in names)

@@ -154,7 +154,7 @@ def keys_of(model: HookedLLaVA, keep: Any, layer: int, position: str) -> Float[T
             "position='constraint', and the prompts of keep= do not say where theirs is. Give EditRequests with constraint=, "
             "or name it: inputs.with_spans(constraint='the ring')."
         )
-    name = f"blocks.{layer}.mlp.hook_post"
+    name = model.hooks_table.name("mlp.post", layer)
     places = torch.tensor([position_of(m, position) for m in prompts.token_maps], device=prompts.device)
     _, cache = model.run_with_cache(prompts, names_filter=name, stop_at_layer=layer + 1)
     return cache[name][torch.arange(len(prompts), device=places.device), places]

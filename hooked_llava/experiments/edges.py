@@ -21,7 +21,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.spans import BY_OBJECT, edge_end, split_edge, split_expression
 from hooked_llava.prompt.token_map import SPANS, TokenMap
-from hooked_llava.replay.intervention import SCORES, Intervention
+from hooked_llava.replay.intervention import Intervention
 
 OneEdge = str | tuple[Where, Where]
 """A name "source->target", or the pair (source, target)."""
@@ -62,7 +62,7 @@ class Edge:
 
     def blocked(self, layers: Iterable[int]) -> list[Intervention]:
         """Interventions on marked prompts that keep every target from attending to any source, in some layers."""
-        return [Intervention(f"blocks.{layer}.{SCORES}", block=self.ends) for layer in layers]
+        return [Intervention(("attn_scores", layer), block=self.ends) for layer in layers]
 
 
 def edges_of(edges: Edges) -> list[Edge]:

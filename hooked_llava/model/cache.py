@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import HookNameError, SpanError, did_you_mean
 from hooked_llava.model.tl_protocol import sum_biases
 from hooked_llava.storage import read_tensors, write_tensors
@@ -90,15 +90,15 @@ class LLaVACache(NamedCache):
         gigabytes = sum(t.numel() * t.element_size() for t in self.values()) / 1e9
         return f"LLaVACache({len(self)} activations, {gigabytes:.3g} GB)"
 
-    def _hooks(self) -> HookTable:
-        return self.model.hooks_table  # type: ignore[attr-defined]
+    def _hook(self, name: str) -> Hook:
+        return self.model.hooks_table[name.removesuffix("_grad")]  # type: ignore[attr-defined]
 
     @property
     def vision(self) -> NamedCache:
         """The vision tower's activations under their names without `vision.`, images on the batch axis."""
         tower = self.model.vision  # type: ignore[attr-defined]
         model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks)
-        held = {name.removeprefix("vision."): t for name, t in self.items() if name.startswith("vision.")}
+        held = {name.removeprefix("vision."): t for name, t in self.items() if self._hook(name).tower == "vision"}
         if not held:
             raise HookNameError("This cache holds nothing of the vision tower; name 'vision.*' in names_filter.")
         view = NamedCache(held, model, has_batch_dim=self.has_batch_dim)
@@ -125,10 +125,10 @@ class LLaVACache(NamedCache):
         positions = self.spans[span]
         held = {}
         for name, tensor in self.items():
-            base = name.removesuffix("_grad")
-            if base.startswith(IMAGE_SIDE):
+            hook = self._hook(name)
+            if hook.on_image_side:
                 continue
-            axes = self._hooks()[base].axes
+            axes = hook.axes
             axis = axes.index("key" if "key" in axes else "pos") - len(axes)
             held[name] = tensor.index_select(axis, positions.to(tensor.device))
         return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)  # type: ignore[arg-type]

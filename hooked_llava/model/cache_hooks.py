@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.architecture.config import TowerConfig
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable
+from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -110,10 +109,9 @@ def saver(
     @reads_only
     def save(tensor: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
-        kept = tensor.detach()
-        axis = table[hook.name].position_axis
-        if index is not None and axis is not None and not hook.name.startswith(IMAGE_SIDE):
-            kept = take_positions(kept, index, axis)
+        kept, place = tensor.detach(), table[hook.name]
+        if index is not None and place.position_axis is not None and not place.on_image_side:
+            kept = take_positions(kept, index, place.position_axis)
         store[hook.name + suffix] = kept if device is None else kept.to(device)
 
     return save
@@ -121,16 +119,15 @@ def saver(
 
 def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None = None) -> dict[str, int]:
     """Length of every axis that a hook's tensor may have, with `n_kept` sequence positions kept in the language tower."""
-    config = table.config
-    on_image_side = name.startswith(IMAGE_SIDE)
-    tower: TowerConfig = config.vision if name.startswith("vision.") else config.language
-    n_positions = config.vision.n_positions if on_image_side else n_kept or inputs.shape[1]
+    config, hook = table.config, table[name]
+    tower = table.tower(hook)
+    n_positions = config.vision.n_positions if hook.on_image_side else n_kept or inputs.shape[1]
     return {
         "batch": len(inputs),
         "image": inputs.n_images,
         "pos": n_positions,
         "query": n_positions,
-        "key": config.vision.n_positions if on_image_side else inputs.shape[1],
+        "key": config.vision.n_positions if hook.on_image_side else inputs.shape[1],
         "patch": config.vision.n_patches,
         "feature": config.vision.n_features,
         "head": tower.n_heads,
@@ -146,7 +143,7 @@ def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None =
 
 def tensor_bytes(table: HookTable, name: str, inputs: Inputs, n_kept: int, dtype: torch.dtype) -> int:
     """Bytes of one activation, with `n_kept` sequence positions kept in the language tower."""
-    sizes = axis_sizes(table, name, inputs, n_kept)
-    wide = name.endswith("hook_scale")  # statistics are taken in float32 at least
-    itemsize = (torch.promote_types(dtype, torch.float32) if wide else dtype).itemsize
-    return math.prod(sizes[axis] for axis in table[name].axes) * itemsize
+    sizes, axes = axis_sizes(table, name, inputs, n_kept), table[name].axes
+    is_scale = axes[-1] == "1"  # statistics are taken in float32 at least
+    itemsize = (torch.promote_types(dtype, torch.float32) if is_scale else dtype).itemsize
+    return math.prod(sizes[axis] for axis in axes) * itemsize

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, NamesFilter
+from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
@@ -214,8 +214,9 @@ class _Record:
     def listen(self, phase: str) -> Iterator[None]:
         store: dict[str, Tensor] = {}
         self.steps.append(store)
-        firing = [name for name in self.names if phase == "prefill" or not name.startswith(IMAGE_SIDE)]
-        hooks = [(firing, saver(store, self.model.hooks_table))] if firing else []
+        table = self.model.hooks_table
+        firing = [name for name in self.names if phase == "prefill" or not table[name].on_image_side]
+        hooks = [(firing, saver(store, table))] if firing else []
         with self.model.hooks(hooks):
             yield
 
@@ -228,12 +229,12 @@ class _Record:
 
     def _join(self, name: str) -> Tensor:
         parts = [store[name] for store in self.steps if name in store]
-        spec = self.model.hooks_table[name]
-        if "key" in spec.axes and len(parts) > 1:  # later queries see more keys: earlier rows are filled up
+        hook = self.model.hooks_table[name]
+        if "key" in hook.axes and len(parts) > 1:  # later queries see more keys: earlier rows are filled up
             n_keys = parts[-1].shape[-1]
-            empty = float("-inf") if name.endswith("attn_scores") else 0.0
+            empty = float("-inf") if hook.site == "attn.hook_attn_scores" else 0.0
             parts = [F.pad(part, (0, n_keys - part.shape[-1]), value=empty) for part in parts]
-        axis = spec.position_axis
+        axis = hook.position_axis
         return parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
 
 
@@ -244,7 +245,7 @@ def _by_phase(model: HookedLLaVA, prompt: Inputs, fwd_hooks: Sequence[Any], hook
     entries = [as_hook(entry, model) for entry in fwd_hooks]
     for names, fn in entries:
         in_prompt = model.hooks_table.resolve(names, with_image=prompt.pixel_values is not None)
-        over_tokens = [name for name in in_prompt if not name.startswith(IMAGE_SIDE)]
+        over_tokens = [name for name in in_prompt if not model.hooks_table[name].on_image_side]
         if hook_phase == "decode" and not over_tokens:
             raise HookNameError(
                 f"Hook {in_prompt[0]!r} does not fire over new tokens, when the image has been seen; use hook_phase='prefill' "

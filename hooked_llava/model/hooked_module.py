@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookTable, NamesFilter
+from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver, shared_spans, tensor_bytes
@@ -224,9 +224,7 @@ class HookedModule(HookedRootModule):
 
     def hook_dtype(self, name: str) -> torch.dtype:
         """The dtype that the activation of that name is computed in, without autocast."""
-        part = name.partition(".")[0]
-        tower = self.get_submodule(part if f"{part}." in IMAGE_SIDE else "language")
-        return next(tower.parameters()).dtype
+        return next(self.get_submodule(self.hooks_table[name].tower).parameters()).dtype
 
     def _plan(self, inputs: Any, options: dict[str, Any]) -> tuple[Inputs | Tensor, dict[str, Any]]:
         """What is run (taking a Hugging Face processor's fields out of `options`), and what of the model it reaches."""
@@ -250,7 +248,7 @@ class HookedModule(HookedRootModule):
     def _refuse_image_hooks(self) -> None:
         """Without an image the image side is not run; somebody listening there would wait in vain."""
         for name, point in self.hook_dict.items():
-            if name.startswith(IMAGE_SIDE) and point.listening:
+            if point.listening and self.hooks_table[name].on_image_side:
                 raise HookNameError(
                     f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
                     "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."

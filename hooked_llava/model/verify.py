@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import ConfigError
 from hooked_llava.prompt.prepare import Inputs, InputsLike
 
@@ -115,8 +116,9 @@ def verify(
     if tolerance is None:
         dtypes = {weight.dtype for weight in (*model.parameters(), *hf_model.parameters())}
         tolerance = max(TOLERANCE, _ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes))
+    table = model.hooks_table
     return ParityTable(
-        tuple(_compare(hook, ours[hook], activation, inputs, tolerance) for hook, activation in theirs.items())
+        tuple(_compare(table[name], ours[name], activation, inputs, tolerance) for name, activation in theirs.items())
     )
 
 
@@ -216,10 +218,10 @@ def _listening(taps: dict[str, _Tap]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _compare(hook: str, ours: Tensor, theirs: Tensor, inputs: Inputs, tolerance: float) -> ParityRow:
+def _compare(hook: Hook, ours: Tensor, theirs: Tensor, inputs: Inputs, tolerance: float) -> ParityRow:
     ours, theirs = ours.to(theirs.device).float(), theirs.float()
-    if not hook.startswith(("vision.", "projector.")):  # those have no padding
+    if not hook.on_image_side:  # that has no padding
         mask = inputs.attention_mask.to(theirs.device)
         ours, theirs = ours[mask], theirs[mask]
     difference = (ours - theirs.reshape(ours.shape)).abs().max()
-    return ParityRow(hook, difference.item(), theirs.abs().max().item(), tolerance)
+    return ParityRow(hook.name, difference.item(), theirs.abs().max().item(), tolerance)

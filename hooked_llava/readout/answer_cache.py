@@ -59,7 +59,7 @@ class Decision:
 
     def part(self, layer: int, name: str) -> Tensor:
         """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
-        return self.held[f"blocks.{layer}.{'hook_' if name.endswith('_out') else 'attn.hook_'}{name}"]
+        return self.held[self.model.hooks_table.name(name, layer)]
 
     def target_attrs(self) -> dict[str, Any]:
         """What a result says of the target: `target` in words, `answer_tokens` and `measured`."""
@@ -126,8 +126,9 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     found = resolve_target(model, inputs, target)
     prompts, read = found.inputs, found.read
     store: dict[str, Tensor] = {}
-    table, layers = model.hooks_table, range(model.cfg.n_layers)
-    here = [*table.resolve("resid_pre"), *(n for part in parts if part != "v" for n in table.resolve(part))]
+    table = model.hooks_table
+    streams = table.resolve("resid_pre")
+    here = [*streams, *(n for part in parts if part != "v" for n in table.resolve(part))]
     hooks: list[Any] = [(here, saver(store, table, read.cpu()))]
     if "v" in parts:
         hooks.append((table.resolve("v"), saver(store, table)))
@@ -138,7 +139,7 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     if found.ids is None:
         found = found.with_own(model, model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True))
     assert found.ids is not None
-    streams = (*(store.pop(f"blocks.{i}.hook_resid_pre") for i in layers), last)
+    streams = (*(store.pop(name) for name in streams), last)
     return Decision(model, prompts, read, found.ids, found.texts, found.measured, streams, scale, store)
 
 

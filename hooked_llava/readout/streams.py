@@ -20,7 +20,7 @@ def streams_at(
     model: HookedLLaVA, prompts: Inputs, index: Int[Tensor, "prompt position"]
 ) -> Float[Tensor, "layer prompt position d_model"]:
     """What enters every layer, and what leaves the last, at each prompt's own positions."""
-    names = [*model.hooks_table.resolve("resid_pre"), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+    names = [*model.hooks_table.resolve("resid_pre"), model.hooks_table.name("resid_post", -1)]
     store: dict[str, Tensor] = {}
     hooks: list[Any] = [(names, saver(store, model.hooks_table, index.cpu()))]
     model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)

@@ -49,7 +49,7 @@ class AttachedIntervention(PromptHook):
         bound = bind(self.intervention, self.model, inputs)
         if n_new:
             bound = _for_new_token(bound, self.model, inputs, n_new)
-        if bound.on_image_side:
+        if bound.hook.on_image_side:
             edits = [RowEdit(image, p, bound, 0) for p, image in images_of(inputs, self.intervention.image)]
         else:
             edits = [RowEdit(p, p, bound, 0) for p in range(len(inputs))]
@@ -59,7 +59,7 @@ class AttachedIntervention(PromptHook):
     def acts_on_new_tokens(self, inputs: Inputs) -> bool:
         """Whether any prompt's new tokens are among its positions."""
         bound = bind(self.intervention, self.model, inputs)
-        return not bound.on_image_side and any(_names_new_tokens(bound.target, bound, inputs))
+        return not bound.hook.on_image_side and any(_names_new_tokens(bound.target, bound, inputs))
 
 
 @as_hook.register
@@ -82,7 +82,7 @@ def _names_new_tokens(where: Any, bound: BoundIntervention, inputs: Inputs) -> l
 def _for_new_token(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs, n_new: int) -> BoundIntervention:
     """The intervention in a pass over the newest of `n_new` generated tokens, the only position of that pass."""
     here = _names_new_tokens(bound.target, bound, inputs)
-    if bound.on_image_side or not any(here):
+    if bound.hook.on_image_side or not any(here):
         return replace(bound, positions=tuple(() for _ in here))
     if bound.intervention.position_mean:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import axis_sizes, positions_of
@@ -25,31 +25,29 @@ def bind(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> BoundInterven
     if not isinstance(intervention, Intervention):
         raise InputError(f"A run holds {intervention!r}; expected Interventions: Intervention(hook, ...).")
     name = model.hooks_table.one(intervention.hook, with_image=inputs.pixel_values is not None)
-    spec = model.hooks_table[name]
-    on_image_side = name.startswith(IMAGE_SIDE)
-    if intervention.block is not None and (on_image_side or not name.endswith(SCORES)):
+    hook = model.hooks_table[name]
+    on_image_side = hook.on_image_side
+    if intervention.block is not None and (on_image_side or hook.site != SCORES):
         raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
     if intervention.image is not None and not on_image_side:
         raise InputError(f"image= belongs to hooks of the image side; {name!r} has sequence positions.")
     _check_image(intervention.image, inputs, name)
-    tower = model.config.vision if name.startswith("vision.") else model.config.language
-    n_heads = tower.n_key_value_heads if "kv_head" in spec.axes else tower.n_heads
-    has_heads = bool({"head", "kv_head"} & set(spec.axes))
+    tower = model.hooks_table.tower(hook)
+    n_heads = tower.n_key_value_heads if "kv_head" in hook.axes else tower.n_heads
+    has_heads = bool({"head", "kv_head"} & set(hook.axes))
     of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
-    patches = patches_of(target, spec, model) if on_image_side else ()
+    patches = patches_of(target, hook, model) if on_image_side else ()
     positions = (
         tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
     )
     bound = BoundIntervention(
         intervention,
-        spec,
-        name,
-        _layer(name, model),
+        hook,
         positions,
         tuple(() for _ in positions) if not of_edge else _sequence(source, inputs, of_edge=True),
         indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
-        indices(intervention.neurons, tower.d_mlp if "d_mlp" in spec.axes else 0, "neurons", name),
+        indices(intervention.neurons, tower.d_mlp if "d_mlp" in hook.axes else 0, "neurons", name),
         model.hook_dict[name],
     )
     if intervention.position_mean:
@@ -64,19 +62,10 @@ def _check_several(bound: BoundIntervention) -> None:
         if len(set(positions)) == 1:
             where = "" if len(bound.positions) == 1 else f" in prompt {prompt}"
             raise InputError(
-                f"position_mean=True (or mean=True) on {bound.name!r} takes the mean over the positions that are named, and "
-                f"positions={bound.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
+                f"position_mean=True (or mean=True) on {bound.hook.name!r} takes the mean over the positions that are named, "
+                f"and positions={bound.intervention.positions!r} names only {positions[0]}{where}: nothing would change. Name "
                 "several positions, or give mean_of= a reference (prompts, a cache, a Replay or a tensor)."
             )
-
-
-def _layer(name: str, model: HookedLLaVA) -> int:
-    parts = name.removeprefix("vision.").split(".")
-    if parts[0] == "blocks":
-        return int(parts[1])
-    after = name.startswith("ln_final") or name in ("hook_logits", "vision.hook_out")
-    tower_layers = model.config.vision.n_layers_run if name.startswith("vision.") else model.config.language.n_layers
-    return tower_layers if after else 0
 
 
 def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -96,12 +85,12 @@ def _check_image(image: Any, inputs: Inputs, name: str) -> None:
         as_index(number, most, "image", says=f"image={image} on {name!r} is out of range", from_end=False)
 
 
-def patches_of(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...]:
+def patches_of(where: Any, hook: Hook, model: HookedLLaVA) -> tuple[int, ...]:
     """Patch indices as indices of the hook's own position axis (in the tower the class token comes first); `InputError`."""
     vision = model.config.vision
-    if spec.name == "vision.hook_out" or "feature" in spec.axes:
+    if "feature" in hook.axes:
         n_all, shift = vision.n_features, 0 if vision.drop_class_token else 1
-    elif "patch" in spec.axes:
+    elif "patch" in hook.axes:
         n_all, shift = vision.n_patches, 0
     else:
         n_all, shift = vision.n_positions, 1
@@ -110,8 +99,8 @@ def patches_of(where: Any, spec: HookSpec, model: HookedLLaVA) -> tuple[int, ...
     if isinstance(where, slice):
         where = range(vision.n_patches)[where]
     if isinstance(where, str):
-        raise InputError(f"positions={where!r} on {spec.name}: image hooks take patch indices, not spans.")
-    return tuple(i + shift for i in indices(where, vision.n_patches, "positions", spec.name) or ())
+        raise InputError(f"positions={where!r} on {hook.spec.name}: image hooks take patch indices, not spans.")
+    return tuple(i + shift for i in indices(where, vision.n_patches, "positions", hook.spec.name) or ())
 
 
 def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
@@ -132,7 +121,7 @@ def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) 
     operand = bound.intervention.value if bound.intervention.value is not None else bound.intervention.add
     if operand is None:
         return
-    sizes = axis_sizes(model.hooks_table, bound.name, inputs)
+    sizes = axis_sizes(model.hooks_table, bound.hook.name, inputs)
     for positions in bound.positions:
         shape = [
             len(positions)
@@ -142,6 +131,6 @@ def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) 
             else len(bound.neurons)
             if axis == "d_mlp" and bound.neurons is not None
             else sizes[axis]
-            for axis in bound.spec.axes[1:]
+            for axis in bound.hook.axes[1:]
         ]
-        spread(operand, shape, (bound.spec.position_axis or 1) - 1)
+        spread(operand, shape, (bound.hook.position_axis or 1) - 1)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import with_hook
 from hooked_llava.replay.intervention import Intervention
@@ -21,14 +21,10 @@ POSITION_AXES = ("pos", "query", "patch", "feature")
 
 @dataclass(frozen=True, eq=False)
 class BoundIntervention:
-    """An intervention placed in a model and a batch of prompts: full hook name, positions per prompt, indices."""
+    """An intervention placed in a model and a batch of prompts: its hook, positions per prompt, indices."""
 
     intervention: Intervention
-    spec: HookSpec
-    name: str
-    """Full hook name."""
-    layer: int
-    """Block of its tower; 0 for embeddings, the number of blocks for what comes after them."""
+    hook: Hook
     positions: tuple[tuple[int, ...], ...]
     """For each prompt, absolute sequence positions (language), or patch indices (image side)."""
     sources: tuple[tuple[int, ...], ...]
@@ -42,11 +38,6 @@ class BoundIntervention:
     def target(self) -> Any:
         """Where the change is, as the user named it: the target of a block, else the positions."""
         return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
-
-    @property
-    def on_image_side(self) -> bool:
-        """Whether the hook fires before the image enters the language tower."""
-        return self.name.startswith(IMAGE_SIDE)
 
     def first(self, prompt: int) -> int | None:
         """First position that is changed in a prompt; None if none is."""
@@ -77,7 +68,7 @@ class BoundIntervention:
     def _grid(self, row: Tensor, rows: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
         """Index of the row's chosen positions, heads, neurons and keys, as an open grid; other axes whole."""
         chosen: list[Tensor | None] = []
-        for axis in self.spec.axes[1:]:
+        for axis in self.hook.axes[1:]:
             if axis in POSITION_AXES:
                 chosen.append(rows)
             elif axis in ("head", "kv_head") and self.heads is not None:
@@ -102,7 +93,7 @@ class BoundIntervention:
         if change.position_mean:
             return cut.mean(self._position_axis, keepdim=True).expand_as(cut)
         if change.fn is not None:
-            return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.name)
+            return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.hook.name)
         operand = change.value if change.value is not None else change.add
         assert operand is not None
         fitted = self._fit(operand.to(cut.device, cut.dtype), cut, kept, n_positions)
@@ -110,7 +101,7 @@ class BoundIntervention:
 
     @property
     def _position_axis(self) -> int:
-        axis = self.spec.position_axis
+        axis = self.hook.position_axis
         assert axis is not None
         return axis - 1  # the row has no batch axis
 

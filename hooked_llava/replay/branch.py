@@ -31,15 +31,16 @@ def branched_run(state: ReplayState, changes: PlannedRun) -> KeptRun:
     k_name = "k" if kept.rotation is None else "rot_k"
     names = recordable(state, [*_KEPT, k_name])
     _, seen = recorded(state, changes, names, list(range(start, kept.n_positions)))
-    fresh = [seen[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)]
-    fresh.append(seen[f"blocks.{n_layers - 1}.hook_resid_post"])
+    table = state.model.hooks_table
+    fresh = [seen[table.name("resid_pre", layer)] for layer in range(n_layers)]
+    fresh.append(seen[table.name("resid_post", -1)])
     streams = {layer: _joined(old, fresh[layer], start) for layer, old in kept.streams.items()}
     kv = copy.deepcopy(kept.kv)
     assert kv is not None
     for layer in range(n_layers):
         k, v = kv.layer(layer)
-        k[:, :, start:] = seen[f"blocks.{layer}.attn.hook_{k_name}"].transpose(1, 2).to(k)
-        v[:, :, start:] = seen[f"blocks.{layer}.attn.hook_v"].transpose(1, 2).to(v)
+        k[:, :, start:] = seen[table.name(k_name, layer)].transpose(1, 2).to(k)
+        v[:, :, start:] = seen[table.name("v", layer)].transpose(1, 2).to(v)
     return replace(kept, streams=streams, kv=kv)
 
 

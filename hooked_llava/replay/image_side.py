@@ -94,7 +94,7 @@ class ImageSide:
 
 def _first_block(bound: BoundIntervention, n_layers_run: int) -> int:
     """Block of the vision tower at which a change enters: -1 for the embedding, n_layers_run for what comes after."""
-    name = bound.name
-    if not name.startswith("vision."):
-        return n_layers_run
-    return bound.layer if name.startswith("vision.blocks.") or name == "vision.hook_out" else -1
+    hook = bound.hook
+    if hook.layer is not None:
+        return hook.layer
+    return n_layers_run if hook.tower != "vision" or hook.site == "hook_out" else -1

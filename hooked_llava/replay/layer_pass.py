@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, NamesFilter
+from hooked_llava.architecture.hooks import Hook, NamesFilter
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, saver
 from hooked_llava.model.components.attention import AttentionContext
@@ -18,7 +18,12 @@ from hooked_llava.replay.plan import PlannedRun
 from hooked_llava.replay.row_edits import RowEdit, edited
 from hooked_llava.replay.state import ReplayState
 
-_KEY_VALUE_SIDE = ("hook_resid_pre", "hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
+_KEY_VALUE_SIDE = (
+    "hook_resid_pre",
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    *(f"attn.hook_{name}" for name in ("k", "v", "rot_k", "k_input", "v_input")),
+)
 """Hooks of the last block that still see every position: those on the way to keys and values."""
 _EMBEDDING = ("hook_text_embed", "hook_embed")
 
@@ -66,7 +71,7 @@ class LayerPass:
         joining = [run for run in self.runs if run.first_layer == layer]
         if joining:
             fresh = self.kept.stream(layer, self.start)[:, None].repeat(1, len(joining), 1, 1)
-            before = _EMBEDDING if layer == 0 else (f"blocks.{layer - 1}.hook_resid_post",)
+            before = _EMBEDDING if layer == 0 else (self.model.hooks_table.name("resid_post", layer - 1),)
             if layer == 0:
                 self._put_images(fresh, joining)
             for name in before:
@@ -99,13 +104,13 @@ class LayerPass:
             fresh[:, : len(self.active)] = self._at_wanted(x, fresh[:, : len(self.active)])
         tables = [{int(p): i for i, p in enumerate(row)} for row in self.reads.tolist()]
         joining = self.runs[len(self.active) :]
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        last = self.model.hooks_table.name("resid_post", -1)
         self._edit_now(fresh[:, len(self.active) :], joining, last, tables)
         edits = [
             RowEdit(self._row(prompt, i, len(self.runs)), prompt, r, tables[prompt])
             for i, run in enumerate(self.runs)
             for r in run.language
-            if r.name.startswith("ln_final") or r.name == "hook_logits"
+            if r.hook.stage == self.n_layers
             for prompt in range(n_prompts)
         ]
         self.active = list(self.runs)
@@ -149,9 +154,9 @@ class LayerPass:
         for i, run in enumerate(self.active):
             for bound in run.language:
                 # A run that enters because of an output of the block below was changed when it joined.
-                if bound.layer != layer or not bound.name.startswith(f"blocks.{layer}."):
+                if bound.hook.layer != layer:
                     continue
-                where = self.start if narrow is None or fires_at_all_positions(bound.name) else narrow
+                where = self.start if narrow is None or fires_at_all_positions(bound.hook) else narrow
                 edits += [
                     RowEdit(self._row(prompt, i, len(self.active)), prompt, bound, where)
                     for prompt in range(self.kept.n_prompts)
@@ -161,7 +166,7 @@ class LayerPass:
     def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: Any) -> None:
         """Edits at a hook that fires before the runs join, on their fresh rows [prompt, run, position, d_model]."""
         for i, run in enumerate(runs):
-            edits = [bound for bound in run.language if bound.name == name]
+            edits = [bound for bound in run.language if bound.hook.name == name]
             for prompt in range(self.kept.n_prompts) if edits else ():
                 row = fresh[prompt, i]
                 if name == "hook_text_embed":
@@ -202,11 +207,9 @@ class LayerPass:
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
-        below = f"blocks.{layer}."
-        names = [
-            n for n in self._listen if (n.startswith(below) if layer < self.n_layers else not n.startswith("blocks."))
-        ]
-        return [(names, saver(self.seen, self.model.hooks_table))] if names else []
+        table = self.model.hooks_table
+        names = [name for name in self._listen if table[name].layer == (layer if layer < self.n_layers else None)]
+        return [(names, saver(self.seen, table))] if names else []
 
     def _row(self, prompt: int, run: int, n_runs: int) -> int:
         return prompt * n_runs + run
@@ -234,23 +237,23 @@ def needs_full_suffix(runs: Iterable[PlannedRun], n_layers: int) -> bool:
     """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
     return any(
         (r.intervention.position_mean or r.intervention.fn is not None)
-        and r.layer >= n_layers - 1
-        and not (r.layer == n_layers - 1 and fires_at_all_positions(r.name))
+        and r.hook.stage >= n_layers - 1
+        and not fires_at_all_positions(r.hook)
         for run in runs
         for r in run.language
     )
 
 
-def fires_at_all_positions(name: str) -> bool:
+def fires_at_all_positions(hook: Hook) -> bool:
     """Whether a hook of the last block fires for every position; the others do for those that are read."""
-    tail = name.split(".", 2)[2].removeprefix("attn.")
-    return tail.startswith("ln1.") or tail in _KEY_VALUE_SIDE
+    return hook.site in _KEY_VALUE_SIDE
 
 
 def recordable(state: ReplayState, names_filter: NamesFilter) -> list[str]:
     """The hooks that a filter names; raises `InputError` for one that a re-run does not reach."""
-    names = state.model.hooks_table.resolve(names_filter, with_image=state.inputs.pixel_values is not None)
-    if image_side := [name for name in names if name.startswith(IMAGE_SIDE)]:
+    table = state.model.hooks_table
+    names = table.resolve(names_filter, with_image=state.inputs.pixel_values is not None)
+    if image_side := [name for name in names if table[name].on_image_side]:
         raise InputError(
             f"{image_side[0]} fires before the image enters the language tower, and a re-run records hooks of the "
             "language tower only; read it with model.run_with_hooks, or name others, such as 'blocks.*.hook_z'."

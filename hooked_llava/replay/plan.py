@@ -34,11 +34,11 @@ class PlannedRun:
 
 def plan_run(index: int, bound: Sequence[BoundIntervention], inputs: Inputs, n_layers: int) -> PlannedRun:
     """The cone of a run's interventions together."""
-    image = tuple(r for r in bound if r.on_image_side)
-    language = tuple(r for r in bound if not r.on_image_side)
+    image = tuple(r for r in bound if r.hook.on_image_side)
+    language = tuple(r for r in bound if not r.hook.on_image_side)
     starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]
     starts += [first for r in image for first in first_positions(inputs, r.intervention.image) if r.positions[0]]
-    first_layer = 0 if image else min((first_layer_of(r, n_layers) for r in language), default=n_layers)
+    first_layer = 0 if image else min(map(first_layer_of, language), default=n_layers)
     return PlannedRun(index, language, image, first_layer, min(starts, default=None))
 
 
@@ -51,11 +51,9 @@ def first_positions(inputs: Inputs, which: int | None) -> list[int]:
     return firsts
 
 
-def first_layer_of(bound: BoundIntervention, n_layers: int) -> int:
+def first_layer_of(bound: BoundIntervention) -> int:
     """First layer that must run again under a change; a block's output enters the next block."""
-    if bound.name.endswith("hook_resid_post"):
-        return bound.layer + 1
-    return min(bound.layer, n_layers)
+    return max(bound.hook.stage, 0) + (bound.hook.site == "hook_resid_post")
 
 
 def batches(

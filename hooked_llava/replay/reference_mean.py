@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from hooked_llava.architecture.hooks import IMAGE_SIDE, HookSpec
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -30,9 +30,7 @@ from hooked_llava.replay.state import ReplayState
 class Place:
     """A hook and the positions there whose activations are averaged, as an intervention names them."""
 
-    name: str
-    """Full hook name."""
-    spec: HookSpec
+    hook: Hook
     where: Any
     image: Any = None
     total: Tensor | None = None
@@ -41,13 +39,13 @@ class Place:
 
     def add(self, activation: Tensor, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Add some positions of some rows [row, ...]."""
-        axis = (self.spec.position_axis or 1) - 1
+        axis = (self.hook.position_axis or 1) - 1
         for row, positions in rows:
             index = torch.tensor(list(positions), device=activation.device, dtype=torch.long)
             part = activation[row].index_select(axis, index).double().sum(axis, keepdim=True)
             if self.total is not None and self.total.shape != part.shape:
                 raise InputError(
-                    f"mean_of= has {self.name!r} of different shapes, {tuple(self.total.shape)} and {tuple(part.shape)}; "
+                    f"mean_of= has {self.hook.name!r} of different shapes, {tuple(self.total.shape)} and {tuple(part.shape)}; "
                     "prompts of one length are needed for a mean of scores or patterns."
                 )
             self.total = part if self.total is None else self.total + part
@@ -57,8 +55,8 @@ class Place:
         """The mean; raises `InputError` for that over a single activation."""
         if self.total is None or self.n < 2:
             raise InputError(
-                f"mean_of= has {self.n} activations of {self.name!r} at {self.where!r}, and the mean of one is that one itself; "
-                "give several prompts or positions, or value=."
+                f"mean_of= has {self.n} activations of {self.hook.name!r} at {self.where!r}, and the mean of one is that one "
+                "itself; give several prompts or positions, or value=."
             )
         return (self.total / self.n).to(dtype)
 
@@ -111,7 +109,7 @@ def reference_means(
     for hook, where, *image in places:
         name = model.hooks_table.one(hook)
         keys.append((name, comparable(where), comparable(image[0] if image else None)))
-        distinct.setdefault(keys[-1], Place(name, model.hooks_table[name], where, *image))
+        distinct.setdefault(keys[-1], Place(model.hooks_table[name], where, *image))
     _gather(model, reference, list(distinct.values()))
     wide = torch.promote_types(model.cfg.dtype, torch.float32)
     means = {key: place.mean(wide) for key, place in distinct.items()}
@@ -120,14 +118,14 @@ def reference_means(
 
 def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
     """Sum up the activations of every place, from whatever holds them."""
-    names = list(dict.fromkeys(place.name for place in places))
+    names = list(dict.fromkeys(place.hook.name for place in places))
     if isinstance(reference, ReplayState):
         held = _recorded_everywhere(reference, names)
         for place in places:
-            place.add(held[place.name], _rows(model, place, reference.inputs))
+            place.add(held[place.hook.name], _rows(model, place, reference.inputs))
     elif isinstance(reference, ActivationCache) or (isinstance(reference, Mapping) and "input_ids" not in reference):
         for place in places:
-            activation = _held(reference, place.name)
+            activation = _held(reference, place.hook.name)
             place.add(activation, _rows_of_cache(model, place, reference, activation))
     else:
         for prompts in _batches(model, reference):
@@ -149,10 +147,10 @@ def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[s
     @reads_only
     def add(tensor: Tensor, hook: HookPoint) -> None:
         for place in places:
-            if place.name == hook.name:
+            if place.hook.name == hook.name:
                 place.add(tensor, _rows(model, place, prompts))
 
-    end = max(model.hooks_table.stage(name) for name in names) + 1
+    end = max(place.hook.stage for place in places) + 1
     stop: dict[str, Any] = {"stop_at_layer": max(end, 0)} if end <= model.cfg.n_layers else {}
     model.run_with_hooks(prompts, fwd_hooks=[(names, add)], **stop)
 
@@ -165,8 +163,8 @@ def _batches(model: HookedLLaVA, reference: Any) -> Iterator[Inputs]:
 
 def _rows(model: HookedLLaVA, place: Place, inputs: Inputs) -> list[tuple[int, Sequence[int]]]:
     """For each row of the hook's activation the positions that are meant."""
-    if place.name.startswith(IMAGE_SIDE):
-        patches = patches_of(place.where, place.spec, model)
+    if place.hook.on_image_side:
+        patches = patches_of(place.where, place.hook, model)
         return [(image, patches) for _, image in images_of(inputs, place.image)]
     return [(i, positions_of(place.where, m, inputs.shape[1])) for i, m in enumerate(inputs.token_maps)]
 
@@ -180,14 +178,14 @@ def _held(cache: Any, name: str) -> Tensor:
 
 
 def _rows_of_cache(model: HookedLLaVA, place: Place, cache: Any, activation: Tensor) -> list[tuple[int, Sequence[int]]]:
-    rows, n = range(len(activation)), activation.shape[place.spec.position_axis or 1]
+    rows, n = range(len(activation)), activation.shape[place.hook.position_axis or 1]
     token_maps = getattr(cache, "token_maps", None)
-    if place.name.startswith(IMAGE_SIDE):
+    if place.hook.on_image_side:
         if place.image is not None:
             raise InputError(
                 f"mean_of= is a cache, which does not say whose images are whose; leave image={place.image} out."
             )
-        patches = patches_of(place.where, place.spec, model)
+        patches = patches_of(place.where, place.hook, model)
         return [(row, patches) for row in rows]
     if getattr(cache, "some_positions", False):
         return [(row, range(n)) for row in rows]
@@ -206,8 +204,8 @@ def _rows_of_cache(model: HookedLLaVA, place: Place, cache: Any, activation: Ten
 def _cut(model: HookedLLaVA, intervention: Intervention, mean: Tensor) -> Tensor:
     """The mean at the heads or neurons that an intervention names, if it holds all of them."""
     name = model.hooks_table.one(intervention.hook)
-    spec, language = model.hooks_table[name], model.config.language
-    tower = model.config.vision if name.startswith("vision.") else language
+    spec = model.hooks_table[name]
+    tower = model.hooks_table.tower(spec)
     sizes = {"head": tower.n_heads, "kv_head": tower.n_key_value_heads, "d_mlp": tower.d_mlp}
     for axis, what in (("head", "heads"), ("kv_head", "heads"), ("d_mlp", "neurons")):
         given = getattr(intervention, what)

@@ -157,7 +157,7 @@ class Replay(ReplayState):
         True
         """
         (planned,) = self._planned([changes])
-        if wrong := [r.name for r in (*planned.image, *planned.language) if r.name not in EMBEDDINGS]:
+        if wrong := [r.hook.name for r in (*planned.image, *planned.language) if r.hook.name not in EMBEDDINGS]:
             raise InputError(
                 f"A branch changes embeddings, {' or '.join(EMBEDDINGS)}, and {wrong[0]} was given; apply other "
                 "interventions with run()."
@@ -185,7 +185,7 @@ class Replay(ReplayState):
         planned = plan_run(index, bound, self.inputs, self.model.cfg.n_layers)
         if planned.image and self._images_changed:
             raise InputError(
-                f"{planned.image[0].name} fires before the picture's embeddings, which this branch has replaced; give "
+                f"{planned.image[0].hook.name} fires before the picture's embeddings, which this branch has replaced; give "
                 "the intervention to the Replay that it was branched from."
             )
         return planned

@@ -65,7 +65,7 @@ def edited(
     """The edits attached to their hooks, and after them the listeners, for the time of the block."""
     by_name: dict[str, list[RowEdit]] = defaultdict(list)
     for edit in edits:
-        by_name[edit.bound.name].append(edit)
+        by_name[edit.bound.hook.name].append(edit)
     hooks: list[tuple[Any, Any]] = [(name, edit_function(several)) for name, several in by_name.items()]
     with model.hooks([*hooks, *(listeners or [])]):
         yield

@@ -118,7 +118,7 @@ class Sweep:
     @cached_property
     def _explicit(self) -> bool:
         """Whether a run reads scores or pattern, so that they are held."""
-        return any(r.name.endswith(("hook_attn_scores", "hook_pattern")) for run in self.runs for r in run.language)
+        return any("key" in r.hook.axes for run in self.runs for r in run.language)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformer_lens.utilities import get_act_name
 
-from hooked_llava.architecture import hooks as hook_names
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.hooks import LANGUAGE_HOOKS, PROJECTOR_HOOKS, VISION_HOOKS, HookTable, markdown_table
+from hooked_llava.architecture.hook_specs import markdown_table
+from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.errors import HookNameError
 from tests.builders import tiny_hf_config
 from tests.pairs import as_users_run
 
 N_LAYERS, N_RUN, N_VISION = 3, 2, 3
-TABLE = HookTable(LLaVAConfig.from_hf(tiny_hf_config(n_layers=N_LAYERS, n_vision_layers=N_VISION)))
+CONFIG = LLaVAConfig.from_hf(tiny_hf_config(n_layers=N_LAYERS, n_vision_layers=N_VISION))
+TABLE = HookTable(CONFIG)
+SPECS = {hook.spec for hook in TABLE.hooks.values()}
 
 
 def refused(names_filter: Any, match: str, **options: Any) -> None:
@@ -167,7 +170,7 @@ def test_any_text_is_a_hook_or_a_hook_name_error(text: str) -> None:
 
 
 def test_every_row_of_the_table_says_what_it_is() -> None:
-    for spec in (*LANGUAGE_HOOKS, *PROJECTOR_HOOKS, *VISION_HOOKS):
+    for spec in SPECS:
         assert spec.meaning
         assert spec.name.rpartition(".")[2].startswith("hook_")
         assert ("{i}" in spec.name) == ("blocks." in spec.name)
@@ -177,11 +180,53 @@ def test_every_row_of_the_table_says_what_it_is() -> None:
 
 
 def test_the_markdown_table_holds_every_row() -> None:
-    rows = markdown_table().splitlines()
-    assert len(rows) == 2 + len(LANGUAGE_HOOKS) + len(PROJECTOR_HOOKS) + len(VISION_HOOKS)
+    rows = markdown_table(CONFIG).splitlines()
+    assert len(rows) == 2 + len(SPECS)
     row = "| `blocks.{i}.attn.hook_q_input` (also `blocks.{i}.hook_q_input`) | [batch pos head d_model] |"
     assert any(line.startswith(row) and line.endswith("cached when named |") for line in rows)
-    assert inspect.getdoc(hook_names.markdown_table)
+    assert inspect.getdoc(markdown_table)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "layer", "site", "stage", "on_image_side"),
+    [
+        ("vision.hook_embed", "vision", None, "hook_embed", -2, True),
+        ("vision.blocks.1.attn.hook_z", "vision", 1, "attn.hook_z", -2, True),
+        ("projector.hook_out", "projector", None, "hook_out", -2, True),
+        ("hook_image_embed", "language", None, "hook_image_embed", -2, True),
+        ("hook_text_embed", "language", None, "hook_text_embed", -2, False),
+        ("hook_embed", "language", None, "hook_embed", -1, False),
+        ("blocks.2.ln1.hook_scale", "language", 2, "ln1.hook_scale", 2, False),
+        ("ln_final.hook_scale", "language", None, "ln_final.hook_scale", N_LAYERS, False),
+        ("hook_logits", "language", None, "hook_logits", N_LAYERS, False),
+    ],
+)  # fmt: skip
+def test_a_hook_says_where_it_is(
+    name: str, tower: str, layer: int | None, site: str, stage: int, on_image_side: bool
+) -> None:
+    hook = TABLE[name]
+    assert (hook.name, hook.tower, hook.layer, hook.site, hook.stage) == (name, tower, layer, site, stage)
+    assert hook.on_image_side == on_image_side
+    assert TABLE.tower(hook) is (CONFIG.vision if tower == "vision" else CONFIG.language)
+
+
+def test_names_are_built_from_short_name_and_layer() -> None:
+    for hook in TABLE.hooks.values():
+        if hook.layer is not None and hook.site.rpartition("hook_")[2] not in ("scale", "normalized"):
+            short = ("vision." if hook.tower == "vision" else "") + hook.site.rpartition("hook_")[2]
+            n_layers = TABLE.tower(hook).n_layers_run
+            assert TABLE.name(short, hook.layer) == TABLE.name(short, hook.layer - n_layers) == hook.name
+
+
+def test_the_table_follows_the_config() -> None:
+    """A tower without a gate and rotary positions has no hooks of them, whichever tower it is."""
+    plain = replace(CONFIG.language, gated_mlp=False, rotary=None)
+    names = HookTable(replace(CONFIG, language=plain)).names
+    gone = [name for name in TABLE.names if name not in names]
+    assert {name.rpartition("hook_")[2] for name in gone} == {"rot_q", "rot_k", "pre_linear"}
+    assert names == [name for name in TABLE.names if name not in gone]
+    gated = HookTable(replace(CONFIG, vision=replace(CONFIG.vision, gated_mlp=True)))
+    assert "vision.blocks.0.mlp.hook_pre_linear" in gated.names
 
 
 def test_position_axes() -> None:
