@@ -22,8 +22,7 @@ from hooked_llava.analysis import (
     position_scores,
 )
 from hooked_llava.model.components import LayerNorm, RMSNorm
-from hooked_llava.readout.lens import lens, log_probabilities, log_probabilities_along, top_tokens
-from hooked_llava.readout.vocabulary import project
+from hooked_llava.readout.lens import lens, log_probabilities, log_probabilities_along, project, top_tokens
 from hooked_llava.replay import Intervention, Replay
 from tests.model.components.towers import with_weights
 from tests.oracles.naive_scores import NaiveScores

@@ -19,10 +19,11 @@ from torch import Tensor
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.metrics import Metric
+from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import check_sizes, numbers, stack
@@ -125,11 +126,9 @@ def _one_pair(
     how = {"hook": hook, "direction": direction, "read": read, **asked}
     with provenance("activation_patching", model, clean, corrupted=corrupted, n_forward=2, **how) as made:
         replay = Replay(model, base)
-        logits, cache = model.run_with_cache(source, names_filter=names)
-        assert logits is not None
-        metric, baselines = metric_with_baselines(
-            model, metric, read_at(logits, source, read), replay.logits(read), direction
-        )
+        logits, cache = logits_and_activations(model, source, resolve_positions(read, source), names)
+        there_logits = replay.shaped(logits[None], read)[0]
+        metric, baselines = metric_with_baselines(model, metric, there_logits, replay.logits(read), direction)
         cells = list(product(names, *axes.values()))
         real = list(base.token_map.real)
         runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer import FIRST, unwrapped
 from hooked_llava.readout.answer_tokens import first_tokens, one_each, token_names
 from hooked_llava.readout.lens import lens, wide
-from hooked_llava.readout.streams import streams_at
+from hooked_llava.readout.resid import resid_by_layer
 from hooked_llava.results.arrays import numbers, stream_coords
 from hooked_llava.results.provenance import provenance
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 FORMS = ("lower", "capitalised", "false lower", "false capitalised")
 """The answer in lower case and capitalised, and the false option likewise."""
 _READINGS = ("none", "final")
-_PIECE = 2**13  # words whose unembedding is widened at once
 
 
 def answer_probability(
@@ -71,8 +67,10 @@ def answer_probability(
     answers = None if answer is None else one_each(answer, len(prompts), "answer")
     options = one_each(false_option or "", len(prompts), "false_option")
     with provenance("answer_probability", model, prompts, n_forward=1) as made:
-        streams = streams_at(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
-        readings = [logits.softmax(-1) for logits in (_raw(model, streams), wide(lens(model, streams)))]
+        streams = resid_by_layer(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
+        readings = [
+            logits.softmax(-1) for logits in (lens(model, wide(streams), norm="none"), wide(lens(model, streams)))
+        ]
         own: list[int | None] = [None] * len(prompts) if answers else readings[1][-1].argmax(-1).tolist()
         answers = answers or [str(model.to_string([token])) for token in own if token is not None]
         tokens = [
@@ -104,9 +102,3 @@ def _forms(model: HookedLLaVA, prompt: TokenMap, word: str, own: int | None = No
     if own is not None and not word.strip():
         return [own, own]
     return first_tokens(model, prompt, [word.strip().lower(), word.strip().lower().capitalize()])
-
-
-def _raw(model: HookedLLaVA, streams: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_vocab"]:
-    """u W_U in float32 at least: without the norm logits are so large that half precision would round them apart."""
-    rows = wide(streams)
-    return torch.cat([rows @ part.to(rows.dtype).T for part in model.unembed.weight.split(_PIECE)], -1)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from hooked_llava.errors import InputError
+from hooked_llava.readout.resid import next_token_logits
 from hooked_llava.results.map_quality import auroc, shares
 from hooked_llava.results.provenance import provenance
 
@@ -56,9 +56,7 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
         )
     values, covered = both
     with provenance("answer_signs", model, prompts, n_forward=1) as made:
-        stream = model(prompts, stop_at_layer=model.cfg.n_layers)
-        final = stream[torch.arange(len(prompts), device=stream.device), prompts.last]  # (prompt, d_model)
-        log_p = model.unembed(model.ln_final.fused(final)).double().log_softmax(-1)
+        log_p = next_token_logits(model, prompts).double().log_softmax(-1)
         positive = np.clip(values, 0, None)
         total = positive.sum((1, 2))
         on = (positive * np.clip(covered, 0, 1)).sum((1, 2)) / np.where(total > 0, total, 1)

@@ -25,6 +25,8 @@ from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.head_outputs import attention_messages, messages_along, summed_messages
 from hooked_llava.readout.lens import words
+from hooked_llava.readout.metrics import probability
+from hooked_llava.readout.resid import logits_at, rows_at
 from hooked_llava.results.arrays import numbers
 from hooked_llava.results.map_quality import roc_auc
 from hooked_llava.results.provenance import provenance
@@ -82,7 +84,7 @@ def attention_contribution(
         attrs = made.attrs(
             answer=str(words(model, torch.tensor(token))),
             measured=FIRST if answer is None else WHOLE,
-            confidence=float(logits.float().softmax(-1).max()),
+            confidence=float(probability(int(logits.argmax()))(logits)),
             constraint_positions=[where.tolist() for where in constraints],
         )
         return _labelled(model, prompt, constraints, sizes, measure).assign_attrs(attrs)
@@ -115,10 +117,12 @@ def _held(
     hooks: list[Any] = [
         (table.resolve("pattern"), saver(store, table, torch.tensor([targets]))),
         (table.resolve("v"), saver(store, table)),
-        (table.resolve("ln_final.hook_scale"), saver(store, table, torch.tensor([targets[1:]]))),
     ]
-    logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
-    return {name: tensor[0] for name, tensor in store.items()}, logits[0, targets[1]]
+    final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    assert final is not None
+    last = torch.tensor([targets[1:]])
+    store["ln_final.hook_scale"] = model.ln_final.scale_of(rows_at(final, last))
+    return {name: tensor[0] for name, tensor in store.items()}, logits_at(model, final, last)[0, 0]
 
 
 def _sizes(

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
-from hooked_llava.model.cache_hooks import Positions
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.readout.metrics import Metric, measured
+from hooked_llava.readout.resid import logits_at
 from hooked_llava.results.arrays import check_sizes, numbers, stack
 from hooked_llava.results.provenance import provenance
 
@@ -241,9 +242,8 @@ def _run(
         entering = embedding.detach().requires_grad_(graph)
         context = model.context(entering, inputs.attention_mask, inputs.position_ids)
         stream = model.language(entering, context)  # (1, pos, d_model)
-        final = read_at(stream, inputs, read)  # (position, d_model) or (d_model)
-        logits = model.language.to_logits(final.reshape(1, -1, final.shape[-1]))
-        return _Run(held, logits.reshape(*final.shape[:-1], -1))
+        logits = logits_at(model, stream, resolve_positions(read, inputs))[0]  # (position, d_vocab)
+        return _Run(held, logits[0] if isinstance(read, str) and read == "last" else logits)
 
 
 def _checked(model: HookedLLaVA, hook: Any) -> list[str]:

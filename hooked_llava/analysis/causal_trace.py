@@ -140,12 +140,12 @@ def _traced(
 ) -> xr.Dataset:
     model, clean = plan.model, Replay(plan.model, plan.reading.inputs)
     own = clean.logits(plan.reading.positions)
-    reading = plan.reading.with_own(model, plan.reading.shaped(own).argmax(-1, keepdim=True))
+    reading = plan.reading.with_own(model, plan.reading.shaped(own))
     p_answer = reading.probability
     measure = p_answer if metric is None else metric
     value = value_of(measure, own)  # before anything else is run
     corrupted = corrupt(model, clean, plan.constraints, corruption)
-    made.n_forward += corrupted.n_forward
+    made.n_forward = 1 + corrupted.n_forward
     logits = [replay.logits(reading.positions) for replay in corrupted.replays]
     baseline = [value_of(measure, each) for each in logits]
     effects, n_runs = _effects(clean, corrupted, baseline, plan, measure, batch_size)

@@ -73,7 +73,7 @@ def deletion_curves(
     longer = found.inputs
     with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
         replay, positions = Replay(model, longer), found.read[0].tolist()
-        found = found.with_own(model, replay.logits(positions).argmax(-1)[None, :, None])
+        found = found.with_own(model, replay.logits(positions)[None])
         fill = mean_embedding(model, longer, image) if where == "tokens" else None
         gone = [_gone(values, share, way) for way in ways for values in grids.values() for share in steps]
         different = list(dict.fromkeys(gone))  # all curves share their ends, and similar maps more

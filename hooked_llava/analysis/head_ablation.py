@@ -76,8 +76,7 @@ def ablate_heads(
     with provenance("ablate_heads", model, prompts, n_forward=1, replace=replace, heads=sets) as made:
         means = _means(model, others) if replace == "mean" else None
         replay = Replay(model, found.inputs)
-        kept = replay.kept_logits("last")  # (prompt, 1, d_vocab)
-        found = found.with_own(model, kept.argmax(-1, keepdim=True))
+        found = found.with_own(model, replay.kept_logits("last"))
         assert found.ids is not None
         runs = [[_replacement(layer, head, means) for layer, head in pairs] for pairs in sets.values()]
         logits = replay.run(runs).reshape(len(sets), len(prompts), 1, -1)

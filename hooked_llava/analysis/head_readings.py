@@ -19,8 +19,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver
 from hooked_llava.readout.answer_cache import Decision, Target, decide, resolve_target
 from hooked_llava.readout.head_outputs import attention_messages
-from hooked_llava.readout.lens import check_k, wide, words
-from hooked_llava.readout.vocabulary import Space, check_spaces, project
+from hooked_llava.readout.lens import Space, check_k, check_spaces, project, wide, words
 from hooked_llava.results.arrays import numbers
 from hooked_llava.results.provenance import provenance
 

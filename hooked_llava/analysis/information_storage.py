@@ -28,9 +28,8 @@ from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.answer_cache import Decision, as_decision, one_by_one, prompts_of
 from hooked_llava.readout.answer_tokens import one_each, single_token
 from hooked_llava.readout.head_outputs import attention_messages
-from hooked_llava.readout.lens import words
-from hooked_llava.readout.streams import streams_at
-from hooked_llava.readout.vocabulary import Space, check_spaces, project
+from hooked_llava.readout.lens import Space, check_spaces, project, words
+from hooked_llava.readout.resid import resid_by_layer
 from hooked_llava.results.arrays import numbers, stack, stream_coords
 from hooked_llava.results.provenance import provenance
 
@@ -135,7 +134,7 @@ def _one_prompt(
             best = pairs[0] if isinstance(heads, int) else best_of(decision, pairs)
             index = best_positions(decision, best, top, None if among is None else among.tolist())
         assert index is not None  # without positions there is always a `top`
-        streams = streams_at(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
+        streams = resid_by_layer(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
         messages = torch.stack([_messages(decision, layer, head, index) for layer, head in pairs])
         scale = decision.scale[0, 0]
         read = [_compare(project(model, streams, space, scale), ids) for space in spaces]

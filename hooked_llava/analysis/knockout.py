@@ -276,7 +276,7 @@ class _Scores:
     @classmethod
     def of(cls, replay: Replay, reading: AnswerReading, baseline: AnswerReading | None, metric: Any) -> _Scores:
         logits = reading.shaped(replay.logits(reading.positions))
-        own = reading.with_own(replay.model, logits.argmax(-1, keepdim=True))
+        own = reading.with_own(replay.model, logits)
         unmeasured = cls(own, baseline, metric, logits.new_zeros(len(logits)))
         return replace(unmeasured, base=unmeasured.value(logits))
 

@@ -24,6 +24,7 @@ from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.head_outputs import messages_along
 from hooked_llava.readout.lens import wide, words
+from hooked_llava.readout.resid import logits_at, rows_at
 from hooked_llava.results.arrays import numbers, stack
 from hooked_llava.results.provenance import provenance
 
@@ -104,12 +105,12 @@ def _one_prompt(
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")
     with provenance("logit_attribution", model, prompt, n_forward=1, by=by, position=where[0]) as made:
-        cache = _cache(model, prompt, where, by)
-        final = cache[model.hooks_table.name("resid_post", -1)][0, 0]  # (d_model)
-        logits = model.unembed(model.ln_final.fused(final))  # (d_vocab)
+        cache, final = _cache(model, prompt, where, by)
+        index = torch.tensor([where])
+        logits = logits_at(model, final, index)[0, 0]  # (d_vocab)
         measured = FIRST if answer is None else WHOLE
         answer = int(logits.argmax()) if answer is None else answer
-        scale = cache["ln_final.hook_scale"][0, 0]
+        scale = model.ln_final.scale_of(rows_at(final, index))[0, 0]
         direction = _direction(model, answer, baseline) / scale  # (d_model)
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
         result = _DIVIDE[by](model, cache, direction, prompt)
@@ -125,17 +126,18 @@ def _one_prompt(
         return result.assign_attrs(made.attrs(**attrs, rest=total - float(result.sum())))
 
 
-def _cache(model: HookedLLaVA, prompt: Inputs, where: list[int], by: str) -> dict[str, Tensor]:
-    """What the parts are made of: at the position where the logit is read, but values everywhere."""
+def _cache(
+    model: HookedLLaVA, prompt: Inputs, where: list[int], by: str
+) -> tuple[dict[str, Tensor], Float[Tensor, "1 pos d_model"]]:
+    """What the parts are made of, at the position where the logit is read, but values everywhere; and the final stream."""
     table = model.hooks_table
-    names = [table.name("resid_post", -1), "ln_final.hook_scale", *_PARTS[by]]
     store: dict[str, Tensor] = {}
-    here = saver(store, table, torch.tensor([where]))
-    hooks: list[Any] = [(table.resolve(names), here)]
+    hooks: list[Any] = [(table.resolve(list(_PARTS[by])), saver(store, table, torch.tensor([where])))]
     if by in ("source", "patch"):
         hooks.append((table.resolve("v"), saver(store, table)))
-    model.run_with_hooks(prompt, fwd_hooks=hooks)
-    return store
+    final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    assert final is not None
+    return store, final
 
 
 def _direction(model: HookedLLaVA, answer: int, baseline: int | None) -> Float[Tensor, " d_model"]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from hooked_llava.readout.lens import check_k, words
+from hooked_llava.readout.resid import next_token_logits
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:
     check_k(model, k)
     prompt = model.as_inputs(inputs)
     with provenance("next_tokens", model, prompt, n_forward=1) as made:
-        stream = model(prompt, stop_at_layer=model.cfg.n_layers)  # (batch, pos, d_model)
-        final = stream[range(len(prompt)), prompt.last]  # (batch, d_model)
-        probability, ids = model.language.to_logits(final[:, None])[:, 0].float().softmax(-1).topk(k, dim=-1)
+        probability, ids = next_token_logits(model, prompt).float().softmax(-1).topk(k, dim=-1)
         dims = ("prompt", "rank")
         return xr.Dataset(
             {

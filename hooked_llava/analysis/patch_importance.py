@@ -234,7 +234,7 @@ def _token_ablation(model: HookedLLaVA, prompts: Inputs, target: Target, window:
 
 def _said(model: HookedLLaVA, found: AnswerReading, ids: Int[Tensor, "prompt read variant"]) -> dict[str, Any]:
     """What a result says of the target, be it the model's own."""
-    return found.with_own(model, ids).attrs(model, "target")
+    return found.with_ids(model, ids).attrs(model, "target")
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from hooked_llava.checks import as_indices, one_of
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, read_at, source_and_base
+from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.metrics import Metric
+from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import numbers, stack
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
-    from hooked_llava.model.cache import LLaVACache
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.prepare import Inputs
 
@@ -116,13 +116,12 @@ def _one_pair(
     how = {"senders": senders, "positions": positions, "direction": direction, "read": read}
     with provenance("path_patching", model, clean, corrupted=corrupted, n_forward=3, **how) as made:
         replay = Replay(model, base)
-        kind = "z" if senders == "heads" else "mlp_out"
-        logits, there = model.run_with_cache(source, names_filter=kind)
-        _, here = model.run_with_cache(base, names_filter=kind, stop_at_layer=model.cfg.n_layers)
-        assert logits is not None
-        metric, baselines = metric_with_baselines(
-            model, metric, read_at(logits, source, read), replay.logits(read), direction
-        )
+        sending = model.hooks_table.resolve("z" if senders == "heads" else "mlp_out")
+        read_there = resolve_positions(read, source)
+        logits, there = logits_and_activations(model, source, read_there, sending)
+        _, here = logits_and_activations(model, base, read_there, sending)
+        there_logits = replay.shaped(logits[None], read)[0]
+        metric, baselines = metric_with_baselines(model, metric, there_logits, replay.logits(read), direction)
         n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
         table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
         for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
@@ -141,7 +140,7 @@ def _one_pair(
 
 
 def _changes(
-    model: HookedLLaVA, there: LLaVACache, here: LLaVACache, layer: int, where: list[int]
+    model: HookedLLaVA, there: dict[str, Tensor], here: dict[str, Tensor], layer: int, where: list[int]
 ) -> Float[Tensor, "sender position d_model"]:
     """What each sender of a layer adds to the stream in the source run, less what it adds in the base run."""
     name = model.hooks_table.name("mlp_out", layer)

@@ -117,7 +117,7 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
     >>> evaluate_edit(model, edit, [other]).accuracy_before.values.tolist()
     [0.0]
     """
-    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
+    made = Provenance.of("evaluate_edit", model, edited_questions(edit), method=dict(edit.method))
     asked = ask_probes(model, edit, probes)
     made.n_forward = 2 * sum(len(one.before) for one in asked)
     return averaged(asked, made)
@@ -196,7 +196,7 @@ def sequential_edits(
     points = sorted({n for n in at if 1 <= n <= len(requests)})
     if not points:
         raise InputError(f"at={list(at)} names no number of edits from 1 to {len(requests)}.")
-    made = Provenance.of("sequential_edits", model, f"{points[-1]} requests", n_forward=0, method="sequential")
+    made = Provenance.of("sequential_edits", model, f"{points[-1]} requests", method="sequential")
     rows: list[Mapping[str, float]] = []
     with ExitStack() as active:
         for n, request in enumerate(requests[: points[-1]], start=1):

@@ -41,7 +41,7 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     (['Clara'], ['Boris'])
     """
     asked = [(probe, prompt) for probe in probes for prompt in model.as_inputs(probe.prompts)]
-    made = Provenance.of("evaluate_edit", model, edited_questions(edit), n_forward=0, method=dict(edit.method))
+    made = Provenance.of("evaluate_edit", model, edited_questions(edit), method=dict(edit.method))
     found = ask_probes(model, edit, probes)
     made.n_forward = 2 * sum(len(one.before) for one in found)
     probed = averaged(found, made)

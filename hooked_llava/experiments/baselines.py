@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.experiments.pairs import Direction
@@ -26,17 +25,6 @@ def source_and_base(clean: T, corrupted: T, direction: Direction) -> tuple[T, T]
     ('corrupted', 'clean')
     """
     return (clean, corrupted) if direction == "denoise" else (corrupted, clean)
-
-
-def read_at(
-    rows: Float[Tensor, "1 pos d"], inputs: Inputs, read: Positions
-) -> Float[Tensor, " d"] | Float[Tensor, "position d"]:
-    """The rows of one prompt where a metric reads: one for "last", otherwise as many as positions, as `Replay` has them.
-
-    Raises `InputError` or `SpanError` for positions that are not there.
-    """
-    found = rows[0, resolve_positions(read, inputs)[0].to(rows.device)]
-    return found[0] if isinstance(read, str) and read == "last" else found
 
 
 def check_metrics(

@@ -28,7 +28,7 @@ from hooked_llava.readout.answer_tokens import (
     spelled_out,
     token_names,
 )
-from hooked_llava.readout.lens import wide
+from hooked_llava.readout.lens import log_p_of_odds, wide
 from hooked_llava.readout.metric_names import NamedMetric
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def answer_log_probability(
     """log P(answer) in nats: the sum over its tokens, each read from the logits at its own predicting position.
 
     `ids` are the tokens wanted at each position, whose probabilities add up where there are several variants; -1 stands
-    for no token. Taken from the odds, log P = -log(1 + the others' exp / the answer's): where the model is sure, log P lies
-    so near to 0 that log_softmax would round away what a small change does. In float32 at least.
+    for no token. Taken from the odds, see `log_p_of_odds`. In float32 at least; gradients pass.
 
     >>> answer_log_probability(torch.zeros(2, 4), torch.tensor([[1], [3]])).exp().item()
     0.0625
@@ -61,8 +60,7 @@ def answer_log_probability(
     absent = missing & ~missing[..., :1]  # where nothing counts a number stays, whose gradient is one
     own = values.gather(-1, index).masked_fill(absent, float("-inf")).logsumexp(-1)
     others = values.scatter(-1, index, float("-inf")).logsumexp(-1)
-    log_p = -torch.logaddexp(others - own, torch.zeros_like(own))
-    return log_p.masked_fill(missing[..., 0], 0.0).sum(-1)
+    return log_p_of_odds(own - others).masked_fill(missing[..., 0], 0.0).sum(-1)
 
 
 def answer_is_said(
@@ -142,8 +140,12 @@ class AnswerReading:
         """Logits that Replay read at `positions`, with all axes; `lead` are the axes before the prompts'."""
         return logits.reshape(*lead, *self.read.shape, logits.shape[-1])
 
-    def with_own(self, model: HookedLLaVA, ids: Int[Tensor, "prompt read one"]) -> AnswerReading:
-        """The same, with the model's own next tokens filled in if no answer was given."""
+    def with_own(self, model: HookedLLaVA, logits: Float[Tensor, "prompt read d_vocab"]) -> AnswerReading:
+        """The same, with the model's own next tokens, read off its logits, filled in if no answer was given."""
+        return self if self.ids is not None else self.with_ids(model, logits.argmax(-1, keepdim=True))
+
+    def with_ids(self, model: HookedLLaVA, ids: Int[Tensor, "prompt read one"]) -> AnswerReading:
+        """The same, with these tokens filled in if no answer was given."""
         if self.ids is not None:
             return self
         return replace(self, ids=ids, texts=tuple(spelled_out(model, [i]) for i in ids[:, 0, 0].tolist()))

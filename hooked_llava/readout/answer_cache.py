@@ -19,6 +19,7 @@ from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
 from hooked_llava.readout.answer_tokens import Answer, one_each
 from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase
+from hooked_llava.readout.resid import logits_at, rows_at
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -134,10 +135,10 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
         hooks.append((table.resolve("v"), saver(store, table)))
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
-    last = torch.stack([row[at] for row, at in zip(final, read, strict=True)])  # (prompt, read, d_model)
+    last = rows_at(final, read)  # (prompt, read, d_model)
     scale = model.ln_final.scale_of(last)
     if found.ids is None:
-        found = found.with_own(model, model.unembed(model.ln_final.fused(last)).argmax(-1, keepdim=True))
+        found = found.with_own(model, logits_at(model, final, read))
     assert found.ids is not None
     streams = (*(store.pop(name) for name in streams), last)
     return Decision(model, prompts, read, found.ids, found.texts, found.measured, streams, scale, store)

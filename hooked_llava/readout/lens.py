@@ -1,4 +1,4 @@
-"""Vectors -> words: reading a residual stream through the unembedding.
+"""Vectors -> words: reading a residual stream through the unembedding, or by the input embeddings.
 
 Three lenses are in use, and papers differ in which: `final` applies the final norm to the vector itself, `frozen` the
 final norm with the scale that the actual final stream had (so that parts add up to the logits), `none` no norm at all.
@@ -7,7 +7,7 @@ A LayerNorm also subtracts the mean of every vector and adds its bias once, to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
@@ -15,15 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.checks import as_index, is_whole_number, whole_number
+from hooked_llava.checks import as_index, is_whole_number, one_of, whole_number
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
 Lens = Literal["final", "frozen", "none"]
+Space = Literal["unembed", "embed", "cosine"]
+SPACES = ("unembed", "embed", "cosine")
 _CHUNK = 2**24  # logits held at once
 _SCORED = 2**19  # the same, where they are only summed up: small pieces cost no time and little memory
+_WIDENED = 2**13  # words whose unembedding is converted at once
 
 
 def lens(
@@ -44,7 +47,7 @@ def lens(
         scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
         bias: for "frozen", False where the vectors are parts of the stream: the norm's bias belongs to the whole only.
 
-    Raises `InputError` for an unknown norm, or "frozen" without a scale.
+    In the vectors' dtype. Raises `InputError` for an unknown norm, or "frozen" without a scale.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -52,14 +55,22 @@ def lens(
     True
     """
     if norm == "final":
-        return model.unembed(model.ln_final.fused(vectors))
+        return _unembed(model, model.ln_final.fused(vectors))
     if norm == "none":
-        return model.unembed(vectors)
+        return _unembed(model, vectors)
     if norm != "frozen":
         raise InputError(f"norm={norm!r} is no lens; expected 'final', 'frozen' or 'none'.")
     if scale is None:
         raise InputError("norm='frozen' needs scale=, the final norm's scale at the position of the answer.")
-    return model.unembed(model.ln_final.frozen(vectors, scale, bias=bias))
+    return _unembed(model, model.ln_final.frozen(vectors, scale, bias=bias))
+
+
+def _unembed(model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_vocab"]:
+    """The product with the unembedding in the vectors' dtype: a finer one than the model's tells large logits apart."""
+    weight = model.unembed.weight
+    if vectors.dtype == weight.dtype:
+        return model.unembed(vectors)
+    return torch.cat([vectors @ part.to(vectors.dtype).T for part in weight.split(_WIDENED)], -1)
 
 
 def top_tokens(
@@ -86,6 +97,45 @@ def top_tokens(
     found = [own.float().softmax(-1).topk(k, dim=-1) for own in logits]
     shape = (*vectors.shape[:-1], k)
     return torch.cat([f.values for f in found]).reshape(shape), torch.cat([f.indices for f in found]).reshape(shape)
+
+
+def project(
+    model: HookedLLaVA,
+    vectors: Float[Tensor, "*shape d_model"],
+    space: Space,
+    scale: Float[Tensor, "1"] | None = None,
+    *,
+    bias: bool = False,
+) -> Float[Tensor, "*shape d_vocab"]:
+    """One number for every word of the vocabulary, in float32 at least.
+
+    "unembed": logits through the final norm with a given scale (frozen), as parts of the final stream are read; with
+    `bias` as the whole stream is, with a LayerNorm's bias.
+    "embed": inner product with each word's input embedding; "cosine": their cosine, which does not favour long vectors.
+
+    Raises `InputError` for another space, or "unembed" without a scale.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> project(model, model.W_E[:3], "cosine").argmax(-1).tolist()
+    [0, 1, 2]
+    """
+    rows = wide(vectors)
+    if space == "unembed":
+        if scale is None:
+            raise InputError("space='unembed' needs scale=, the final norm's scale at the position of the answer.")
+        return lens(model, rows, norm="frozen", scale=scale, bias=bias)
+    check_spaces([space])
+    table = model.W_E.to(rows.dtype)
+    if space == "embed":
+        return rows @ table.T
+    return torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+
+
+def check_spaces(spaces: Sequence[str]) -> None:
+    """Raise `InputError` for a space that there is not."""
+    for space in spaces:
+        one_of(space, SPACES, "space", expected=f"one of {', '.join(SPACES)}")
 
 
 def log_probability_increase(
@@ -128,7 +178,7 @@ def log_probabilities(
     target: Int[Tensor, "*targets spelling"],
     *,
     scale: Float[Tensor, "*scale 1"],
-) -> Float[Tensor, "*n"]:
+) -> Float[Tensor, "*out"]:
     """log p(w | u) in nats of each vector u through the frozen final norm, over all spellings of the target w.
 
     `target` and `scale` broadcast against the vectors; otherwise as `log_probability_increase`.
@@ -140,14 +190,7 @@ def log_probabilities(
     True
     """
     read = model.ln_final.frozen(wide(vectors), scale)  # (*n, d_model)
-    kind = read.dtype
-    weight = model.unembed.weight  # (d_vocab, d_model)
-    rows = read.reshape(-1, read.shape[-1])
-    per_piece = max(1, _SCORED // max(1, len(rows)))
-    pieces = [(rows @ part.to(kind).T).logsumexp(-1) for part in weight.split(per_piece)]
-    whole = torch.stack(pieces).logsumexp(0).reshape(read.shape[:-1])
-    spelled = (read[..., None, :] * weight[target].to(kind)).sum(-1)  # (*n, spelling)
-    return spelled.logsumexp(-1) - whole
+    return _over_vocabulary(model, lambda words_of: read @ words_of.to(read.dtype), read.shape[:-1], target)
 
 
 def log_probabilities_along(
@@ -172,19 +215,47 @@ def log_probabilities_along(
     >>> torch.allclose(log_probabilities_along(model, c, basis, u, red, scale=one), whole, atol=1e-4)
     True
     """
-    weight, norm = model.unembed.weight, model.ln_final
+    norm = model.ln_final
     steps = wide(coordinates) / wide(scale)  # (*n, rank)
     start = norm.frozen(wide(base), scale)  # (*base, d_model)
     directions = norm.frozen(wide(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
-    per_piece = max(1, _SCORED // max(1, steps.numel() // steps.shape[-1]))
-    pieces = []
-    for part in weight.split(per_piece):
-        words_of = wide(part).T  # (d_model, piece)
-        pieces.append((steps @ (directions @ words_of) + start @ words_of).logsumexp(-1))
-    whole = torch.stack(pieces).logsumexp(0)
-    spelled = wide(weight[target])  # (*targets, spelling, d_model)
-    along = (steps[..., None, :] * (spelled @ directions.T)).sum(-1)  # (*n, spelling)
-    return (along + (start[..., None, :] * spelled).sum(-1)).logsumexp(-1) - whole
+
+    def logits(words_of: Float[Tensor, "d_model word"]) -> Float[Tensor, "*n word"]:
+        return steps @ (directions @ words_of) + start @ words_of
+
+    return _over_vocabulary(model, logits, steps.shape[:-1], target)
+
+
+def _over_vocabulary(
+    model: HookedLLaVA,
+    logits_of: Callable[[Float[Tensor, "d_model word"]], Float[Tensor, "*n word"]],
+    shape: torch.Size,
+    target: Int[Tensor, "*targets spelling"],
+) -> Float[Tensor, "*out"]:
+    """log P of the target's tokens together, from logits of a piece of the vocabulary at a time."""
+    shape = torch.broadcast_shapes(shape, target.shape[:-1])
+    target, first = target.expand(*shape, -1), 0
+    own, others = [], []
+    for part in model.unembed.weight.split(max(1, _SCORED // max(1, shape.numel()))):
+        logits = logits_of(wide(part).T).expand(*shape, -1)
+        index = (target - first).clamp(0, len(part) - 1)
+        here = index == target - first
+        own.append(logits.gather(-1, index).masked_fill(~here, float("-inf")).logsumexp(-1))
+        gone = torch.where(here, float("-inf"), float("inf")).to(logits.dtype)
+        others.append(logits.scatter_reduce(-1, index, gone, "amin").logsumexp(-1))
+        first += len(part)
+    return log_p_of_odds(torch.stack(own).logsumexp(0) - torch.stack(others).logsumexp(0))
+
+
+def log_p_of_odds(odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log P in nats of what has these odds in nats, log (P / (1 - P)): -log(1 + exp(-odds)).
+
+    Where the model is sure, log P lies so near to 0 that log_softmax would round away what a small change does.
+
+    >>> log_p_of_odds(torch.tensor([0.0, 30.0]))
+    tensor([-6.9315e-01, -9.3576e-14])
+    """
+    return torch.nn.functional.logsigmoid(odds)
 
 
 def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:

@@ -56,16 +56,14 @@ _WHAT_A_METRIC_IS = (
 
 def log_probability(answer: Answer | SupportsIndex) -> Metric:
     """log P(answer) in nats, over all its variants."""
-    ids = torch.tensor([_ids(answer)])
-    return NamedMetric(
-        lambda logits: answer_log_probability(logits[..., None, :], ids), "log_probability", {"answer": _ids(answer)}
-    )
+    ids = _ids(answer)
+    return NamedMetric(lambda logits: _log_p(logits, ids), "log_probability", {"answer": ids})
 
 
 def probability(answer: Answer | SupportsIndex) -> Metric:
     """P(answer), over all its variants."""
     ids = _ids(answer)
-    return NamedMetric(lambda logits: _of(wide(logits).softmax(-1), ids).sum(-1), "probability", {"answer": ids})
+    return NamedMetric(lambda logits: _log_p(logits, ids).exp(), "probability", {"answer": ids})
 
 
 def logit_difference(answer: Answer | SupportsIndex, baseline: Answer | SupportsIndex) -> Metric:
@@ -219,6 +217,11 @@ def _ids(answer: Answer | SupportsIndex) -> list[int]:
             "word, or an id from 0 on."
         )
     return [token]
+
+
+def _log_p(logits: Float[Tensor, "*shape d_vocab"], ids: list[int]) -> Float[Tensor, "*shape"]:
+    """log P of any of these tokens at one position."""
+    return answer_log_probability(logits[..., None, :], torch.tensor([ids]))
 
 
 def _of(values: Float[Tensor, "*shape d_vocab"], ids: list[int]) -> Float[Tensor, "*shape variant"]:

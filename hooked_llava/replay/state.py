@@ -13,6 +13,7 @@ from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_version
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.readout.resid import logits_at
 from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.kept_run import KeptRun
 
@@ -74,10 +75,7 @@ class ReplayState:
     @torch.no_grad()
     def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
         """Logits of the kept run, with all axes."""
-        index = self.wanted(positions)
-        final = self.kept.stream(self.model.cfg.n_layers)
-        rows = torch.arange(len(final), device=final.device)[:, None]
-        return self.model.language.to_logits(final[rows, index])
+        return logits_at(self.model, self.kept.stream(self.model.cfg.n_layers), self.wanted(positions))
 
     def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
         """Without the prompt axis for one prompt, and without the position axis for "last"."""

@@ -26,8 +26,8 @@ class Provenance:
     """What a result's attributes say: which analysis of what, how, by which version, and at what cost."""
 
     about: dict[str, Any]
-    n_forward: int | float
-    """0 where runs are not counted."""
+    n_forward: int | float | None
+    """None where runs are not counted."""
     _started: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -38,7 +38,7 @@ class Provenance:
         inputs: Inputs | str,
         *,
         corrupted: Inputs | None = None,
-        n_forward: int | float = 0,
+        n_forward: int | float | None = None,
         **method: Any,
     ) -> Provenance:
         """As `provenance` has it, of prompts or of words that stand for them."""
@@ -57,7 +57,7 @@ class Provenance:
     def attrs(self, **more: Any) -> dict[str, Any]:
         """Attributes for an array, with the seconds since the analysis began."""
         seconds = round(time.perf_counter() - self._started, 4)
-        counted = {"n_forward": self.n_forward} if self.n_forward else {}
+        counted = {} if self.n_forward is None else {"n_forward": self.n_forward}
         return self.about | counted | {"seconds": seconds} | more
 
 

@@ -8,7 +8,15 @@ import torch
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.readout import lens as readout
-from hooked_llava.readout.lens import lens, log_probability_increase, token_id, top_tokens, words
+from hooked_llava.readout.lens import (
+    lens,
+    log_probabilities,
+    log_probabilities_along,
+    log_probability_increase,
+    token_id,
+    top_tokens,
+    words,
+)
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run, off, pair
 
@@ -124,6 +132,31 @@ def test_spellings_of_a_target_add_up() -> None:
     p = (lens(OURS, torch.stack([base, base + VECTORS[0, 0]]), norm="frozen", scale=scale)).softmax(-1)[:, [7, 9]]
     expected = (p.sum(-1)[1] / p.sum(-1)[0]).log()
     assert off(log_probability_increase(OURS, VECTORS[0, 0], base, [7, 9], scale=scale), expected) < 1e-12
+
+
+@pytest.mark.parametrize("scored", [1, 100, 2**22])
+def test_where_the_model_is_sure_small_changes_still_show(scored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 log P is right to its own size, not only to that of the logits, which are thousands of times larger."""
+    monkeypatch.setattr(readout, "_SCORED", scored)
+    single, target = pair("grouped"), torch.tensor([[7, 9]])
+    direction = OURS.tokens_to_residual_directions(7)
+    sure = direction * torch.tensor([[30.0], [33.0], [36.0]], dtype=torch.float64) / direction.square().sum()
+    one = torch.ones(1, dtype=torch.float64)
+    expected = log_probabilities(OURS, sure, target, scale=one)
+    assert bool((expected.abs() < 1e-6).all()), "the model must be sure"
+    found = log_probabilities(single.ours, sure.float(), target, scale=one.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+    basis, along = direction[None].float(), (sure @ direction / direction.square().sum())[:, None].float()
+    base = torch.zeros_like(direction).float()
+    found = log_probabilities_along(single.ours, along, basis, base, target, scale=one.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_one_base_serves_vectors_with_different_targets() -> None:
+    scale, base = torch.tensor([2.5], dtype=torch.float64), VECTORS[1, 2]
+    found = log_probability_increase(OURS, VECTORS[0, :2], base, torch.tensor([[7], [8]]), scale=scale)
+    expected = [increase_by_hand(VECTORS[0, i], base, 7 + i, 2.5) for i in range(2)]
+    assert off(found, torch.tensor(expected, dtype=torch.float64)) < 1e-12
 
 
 def test_nothing_increases_nothing_and_increases_telescope() -> None:

@@ -21,6 +21,7 @@ from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_log_probability
 from hooked_llava.readout.lens import wide
+from hooked_llava.readout.resid import logits_at
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -46,8 +47,7 @@ def _read_logits(
 ) -> Float[Tensor, "prompt read d_vocab"]:
     context = model.context(entering, inputs.attention_mask, inputs.position_ids)
     stream = model.language(entering, context)
-    rows = torch.arange(len(read), device=read.device)[:, None]
-    return wide(model.unembed(model.ln_final.fused(stream[rows, read])))
+    return wide(logits_at(model, stream, read))
 
 
 def gradient_times_input(
