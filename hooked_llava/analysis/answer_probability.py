@@ -68,9 +68,8 @@ def answer_probability(
     options = one_each(false_option or "", len(prompts), "false_option")
     with provenance("answer_probability", model, prompts, n_forward=1) as made:
         streams = resid_by_layer(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
-        readings = [
-            logits.softmax(-1) for logits in (lens(model, wide(streams), norm="none"), wide(lens(model, streams)))
-        ]
+        logits = lens(model, wide(streams), norm="none"), wide(lens(model, streams))
+        readings = [each.softmax(-1) for each in logits]
         own: list[int | None] = [None] * len(prompts) if answers else readings[1][-1].argmax(-1).tolist()
         answers = answers or [str(model.to_string([token])) for token in own if token is not None]
         tokens = [
@@ -82,12 +81,8 @@ def answer_probability(
             for column, token in enumerate(forms):
                 if token is not None:
                     found[row, :, :, column] = np.stack([numbers(reading[:, row, token]) for reading in readings])
-        result = xr.DataArray(
-            found,
-            dims=("prompt", "norm", "layer", "form"),
-            coords={"norm": list(_READINGS), **stream_coords(len(streams) - 1), "form": list(FORMS)},
-            name="probability",
-        )
+        coords = {"norm": list(_READINGS), **stream_coords(len(streams) - 1), "form": list(FORMS)}
+        result = xr.DataArray(found, coords, dims=("prompt", "norm", "layer", "form"), name="probability")
         names = [["" if token is None else token_names(model, [token])[0] for token in forms] for forms in tokens]
         attrs = {"answer": unwrapped(answers), "answer_tokens": unwrapped(names), "measured": FIRST}
         result = result.assign_attrs(made.attrs(**attrs))
