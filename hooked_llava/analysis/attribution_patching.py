@@ -240,9 +240,9 @@ def _run(
 
     with torch.set_grad_enabled(graph), model.hooks([(names, keep)] if names else []):
         entering = embedding.detach().requires_grad_(graph)
-        context = model.context(entering, inputs.attention_mask, inputs.position_ids)
-        stream = model.language(entering, context)  # (1, pos, d_model)
-        logits = logits_at(model, stream, resolve_positions(read, inputs))[0]  # (position, d_vocab)
+        where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
+        resid = model(entering, **where, stop_at_layer=model.cfg.n_layers)  # (1, pos, d_model)
+        logits = logits_at(model, resid, resolve_positions(read, inputs))[0]  # (position, d_vocab)
         return _Run(held, logits[0] if isinstance(read, str) and read == "last" else logits)
 
 

@@ -233,11 +233,13 @@ def _before(kept: KeptPrompts, expected: Tensor) -> Float[Tensor, "prompt read d
     return kept.before[:, None] if expected.shape[1] == 1 else kept.answer_logits(expected[..., 0])
 
 
-def _now(probe: Probe, kept: KeptPrompts, expected: Tensor, layer: int | None) -> Float[Tensor, "prompt read d_vocab"]:
+def _now(
+    probe: Probe, prompts: KeptPrompts, expected: Tensor, layer: int | None
+) -> Float[Tensor, "prompt read d_vocab"]:
     """Logits under the edit: from its first layer on, or from the pixels and tokens on."""
     if layer is not None:
-        return kept.answer_logits(expected[..., 0], layer)
-    return _before(keep_prompts(kept.model, probe.prompts), expected)
+        return prompts.answer_logits(expected[..., 0], layer)
+    return _before(keep_prompts(prompts.kept.model, probe.prompts), expected)
 
 
 def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[Int[Tensor, "prompt read variant"], str]:

@@ -16,8 +16,8 @@ from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.landing import check_landed
-from hooked_llava.editing.request import EditRequest, prepare_request
-from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
+from hooked_llava.editing.request import Requests, listed_requests, prepare_request
+from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 
@@ -27,7 +27,7 @@ _W_OUT = "mlp.down.weight"
 @torch.inference_mode(False)
 def finetune(
     model: HookedLLaVA,
-    requests: EditRequest | Sequence[EditRequest],
+    requests: Requests,
     *,
     layers: int | Sequence[int] | Literal["all"],
     weights: Literal["W_out", "all"] = "W_out",
@@ -58,17 +58,13 @@ def finetune(
     ([4], True)
     """
     began = time.perf_counter()
-    requests = [requests] if isinstance(requests, EditRequest) else list(requests)
     numbers = _chosen(layers, model.cfg.n_layers)
     one_of(weights, ("W_out", "all"), "weights")
     steps, lr, stop = whole_number(steps, "steps"), float(lr), float(stop)
     max_change = None if max_change is None else float(max_change)
     if steps < 1 or not lr > 0 or not (max_change is None or max_change > 0):
         raise InputError(f"steps={steps}, lr={lr}, max_change={max_change}: expected positive numbers.")
-    refuse_listeners(model)
-    prepared = [prepare_request(model, request, "last") for request in requests]
-    if not prepared:
-        raise InputError("There is no request; give at least one EditRequest.")
+    prepared = [prepare_request(model, request, "last") for request in listed_requests(model, requests)]
     tuned = _Tuned(make_rows(model, prepared), _names(model, numbers, weights), min(numbers))
     reached, made = tuned.descend(steps, lr, stop, max_change)
     method = {
@@ -91,7 +87,7 @@ class _Tuned:
 
     def __init__(self, rows: Rows, names: dict[int, list[str]], first: int) -> None:
         self.rows, self.first = rows, first
-        model = rows.model
+        model = rows.kept.model
         whole = (f"language.blocks.{layer}.{name}" for layer, own in names.items() for name in own)
         self.weights = {name: model.get_parameter(name).detach() for name in whole}
         wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}

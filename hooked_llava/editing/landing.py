@@ -31,7 +31,7 @@ def check_landed(edit: Edit, rows: Rows) -> Edit:
     for i, request in enumerate(edit.requests):
         own = (rows.request == i).nonzero()[:, 0]
         shown = own[right[own].long().argmin()]  # the first prompt that is missed, if any is
-        answer = spelled_out(rows.model, said_until_wrong(best[shown], rows.ids[shown]))
+        answer = spelled_out(rows.kept.model, said_until_wrong(best[shown], rows.ids[shown]))
         landed = bool(right[own].all())
         found.append({**request, "landed": landed, "answer": answer})
         if not landed:

@@ -27,9 +27,8 @@ class KeptPrompts:
     layers from l on.
     """
 
-    model: HookedLLaVA
-    run: KeptRun
-    """The streams entering the kept layers; padding is on the left."""
+    kept: KeptRun
+    """What entered the kept layers; padding is on the left."""
     before: Float[Tensor, "prompt d_vocab"]
     """Next-token logits then."""
     token_maps: tuple[TokenMap, ...]
@@ -38,8 +37,6 @@ class KeptPrompts:
     """Which unedited weights they were run with, see `samples`."""
     edits: frozenset[weight_records.ActiveEdit] = frozenset()
     """The edits that were active then; as a rule none."""
-    position_ids: Int[Tensor, "prompt pos"] | None = None
-    """Positions for the rotary embedding, if they were given."""
 
     def __len__(self) -> int:
         return len(self.before)
@@ -47,19 +44,12 @@ class KeptPrompts:
     def __getitem__(self, rows: Sequence[int] | slice) -> KeptPrompts:
         """Some of the prompts, without columns that are padding in all of them."""
         index: Any = rows if isinstance(rows, slice) else list(rows)
-        run, chosen = self.run[rows], range(len(self))[rows] if isinstance(rows, slice) else rows
-        cut, positions = self.run.n_positions - run.n_positions, self.position_ids
-        return replace(
-            self,
-            run=run,
-            before=self.before[index],
-            token_maps=tuple(self.token_maps[i] for i in chosen),
-            position_ids=None if positions is None else positions[index][:, cut:],
-        )
+        token_maps = self.token_maps[rows] if isinstance(rows, slice) else tuple(self.token_maps[i] for i in rows)
+        return replace(self, kept=self.kept[rows], before=self.before[index], token_maps=token_maps)
 
     def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
         """Raises `InputError` unless they are of this model, with the active edits and the unedited weights that it has now."""
-        if self.model is not model:
+        if self.kept.model is not model:
             problem = "of another model object"
         elif not same_samples(weights, self.weights):
             problem = "before the model's weights were changed by something other than an edit"
@@ -78,10 +68,8 @@ class KeptPrompts:
 
         Weights that act before that layer count as they were when the prompts were kept.
         """
-        start = max(kept for kept in self.run.streams if kept <= layer)
-        language, layers, last = self.model.language, range(start, self.model.cfg.n_layers), [self.run.n_positions - 1]
-        resid = language.blocks.run(self.run.stream(start), self.run.context(), layers=layers, queries=last)
-        return language.to_logits(resid)[:, 0]
+        start = max(kept for kept in self.kept.resid if kept <= layer)
+        return self.kept.logits(start, queries=[self.kept.n_positions - 1])[:, 0]
 
     @torch.no_grad()
     def answer_logits(self, ids: Int[Tensor, "prompt read"], layer: int = 0) -> Float[Tensor, "prompt read d_vocab"]:
@@ -92,25 +80,15 @@ class KeptPrompts:
         n_read = ids.shape[1]
         if n_read == 1:
             return self.logits(layer)[:, None]
-        language, prompt, further = self.model.language, self.run.stream(0), ids[:, :-1].clamp(min=0)
-        resid = torch.cat([prompt, language.embed_tokens(further)], dim=1)
-        mask = self.run.mask
-        mask = None if mask is None else torch.cat([mask, torch.ones_like(further, dtype=torch.bool)], dim=1)
-        positions = self.position_ids
-        if positions is not None:
-            positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, n_read, device=ids.device)], dim=1)
-        context = self.model.context(resid, mask, positions)
-        n, layers = resid.shape[1], range(self.model.cfg.n_layers)
-        return language.to_logits(
-            language.blocks.run(resid, context, layers=layers, queries=list(range(n - n_read, n)))
-        )
+        whole = self.kept.appended(ids[:, :-1].clamp(min=0))
+        return whole.logits(0, queries=range(whole.n_positions - n_read, whole.n_positions))
 
 
 @torch.no_grad()
 def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), *, batch_size: int = 64) -> KeptPrompts:
-    """Run prompts once and keep the stream entering the given layers (0 besides; n_layers: leaving the last), and the logits.
+    """Run prompts once and keep the logits, and the residual stream entering layer 0 and the given layers.
 
-    Raises `InputError` for a layer that the model does not have.
+    Entering n_layers is what leaves the last one. Raises `InputError` for a layer that the model does not have.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -126,15 +104,12 @@ def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), 
     runs, before = [], []
     for start in range(0, len(prompts), batch_size):
         run = keep(model, prompts[start : start + batch_size], layers={*wanted, n_layers}, keys_and_values=False)
-        before.append(model.language.to_logits(run.stream(n_layers)[:, -1:])[:, 0])
-        streams = {layer: stream for layer, stream in run.streams.items() if layer in wanted}
-        runs.append(replace(run, streams=streams))
+        before.append(run.logits(n_layers, queries=[-1])[:, 0])
+        runs.append(replace(run, resid={layer: run.resid[layer] for layer in wanted}))
     return KeptPrompts(
-        model=model,
-        run=joined_runs(runs),
+        kept=joined_runs(runs),
         before=torch.cat(before),
         token_maps=prompts.token_maps,
-        position_ids=prompts.position_ids,
         weights=samples(weight_records.originals(model)),
         edits=weight_records.all_active(model),
     )

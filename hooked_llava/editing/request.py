@@ -11,6 +11,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_tokens import one_answer
+from hooked_llava.replay.state import refuse_listeners
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EditRequest:
     """Words of the question that name what the fact is about, such as "this place"; for several questions one or each."""
 
 
+Requests = EditRequest | Sequence[EditRequest]
 _WIDEN = (
     "take in more of the words around it; or give the question as inputs with a span of your own (inputs.with_spans) and "
     "name that as the position to edit at"
@@ -55,6 +57,15 @@ class Prepared:
     def n_target(self) -> int:
         """How many tokens the wanted answer has, at most."""
         return max(map(len, self.targets))
+
+
+def listed_requests(model: HookedLLaVA, requests: Requests) -> list[EditRequest]:
+    """What is asked for; raises `InputError` for nothing, and for a model that functions are attached to."""
+    listed = [requests] if isinstance(requests, EditRequest) else list(requests)
+    if not listed:
+        raise InputError("There is no request; give at least one EditRequest.")
+    refuse_listeners(model, "an edit is computed on the model as it is. Remove them first (model.reset_hooks()).")
+    return listed
 
 
 def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "constraint") -> Prepared:

@@ -6,7 +6,8 @@ from typing import Any
 
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.solved import Keys, Requests, solve_edit
+from hooked_llava.editing.request import Requests
+from hooked_llava.editing.solved import Keys, solve_edit
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 
 from hooked_llava.editing.request import Prepared
-from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.language import count_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import NOTHING, answer_log_probability, append_tokens
@@ -24,7 +23,6 @@ from hooked_llava.replay.kept_run import KeptRun, keep
 class Rows:
     """Prompts with their targets, one row each, and the run that is kept of them."""
 
-    model: HookedLLaVA
     kept: KeptRun
     request: Int[Tensor, " row"]
     """Which request each row belongs to."""
@@ -57,33 +55,25 @@ class Rows:
         total = values.new_zeros(self.n_requests, *values.shape[1:]).index_add(0, self.request, values)
         return total / self.per_request.to(values).view(-1, *[1] * (values.ndim - 1))
 
-    def stream(self, layer: int) -> Float[Tensor, "row suffix d_model"]:
-        """The kept residual stream entering a layer, from the first position on that an edit reaches."""
-        return self.kept.stream(layer, self.start)
-
     @property
     def start(self) -> int:
         """The first position that is edited or read."""
         return int(min(self.edited.min(), self.read.min()))
 
+    def entering(self, layer: int) -> Float[Tensor, "row suffix d_model"]:
+        """The kept residual stream entering a layer, from the first position on that an edit reaches."""
+        return self.kept.entering(layer, self.start)
+
     def logits(self, resid: Float[Tensor, "row suffix d_model"], layer: int) -> Float[Tensor, "row read d_vocab"]:
         """Logits where the targets are read, from the residual stream entering a layer; gradients pass."""
-        language, wanted = self.model.language, (self.read - self.start).tolist()
-        layers = range(layer, len(language.blocks))
-        return language.to_logits(
-            language.blocks.run(resid, self.kept.context(self.start), layers=layers, queries=wanted)
-        )
+        return self.kept.logits(layer, resid, start=self.start, queries=(self.read - self.start).tolist())
 
     def logits_with(self, weights: Mapping[str, Tensor], first: int) -> Float[Tensor, "row read d_vocab"]:
         """Logits where the targets are read, with other weights (by parameter name) from block `first` on; gradients pass.
 
         All positions are run, since weights act on all.
         """
-        language = self.model.language
-        named = {name.removeprefix("language."): weight for name, weight in weights.items()}
-        entering = self.kept.stream(first), self.kept.context()
-        where = {"start_at_layer": first, "queries": self.read.tolist()}
-        return language.to_logits(functional_call(language, named, entering, where))
+        return self.kept.logits(first, queries=self.read.tolist(), weights=weights)
 
     def log_probability(self, logits: Float[Tensor, "row read d_vocab"]) -> Float[Tensor, " row"]:
         """log P(target) in nats."""
@@ -92,11 +82,10 @@ class Rows:
     @torch.no_grad()
     def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
         """What the edited position's neurons are, and what the MLP adds there: `mlp.hook_post` and `hook_mlp_out`."""
-        table = self.model.hooks_table
-        names = [table.name("mlp.post", layer), table.name("mlp_out", layer)]
-        seen: dict[str, Tensor] = {}
-        with self.model.hooks([(names, saver(seen, table))]):
-            self.model.language.blocks[layer](self.stream(layer), self.kept.context(self.start))
+        model, seen = self.kept.model, dict[str, Tensor]()
+        names = [model.hooks_table.name(site, layer) for site in ("mlp.post", "mlp_out")]
+        with model.hooks([(names, saver(seen, model.hooks_table))]):
+            self.kept.rerun(range(layer, layer + 1), start=self.start)
         rows = torch.arange(len(self.edited), device=self.edited.device)
         key, value = (seen[name][rows, self.edited - self.start] for name in names)
         return key, value
@@ -115,7 +104,6 @@ def make_rows(model: HookedLLaVA, requests: Sequence[Prepared]) -> Rows:
     whole = append_tokens(model, inputs, target[:, :-1]) if longest > 1 else inputs
     edited = [n_prompt + back for request in requests for back in request.from_end]
     return Rows(
-        model=model,
         kept=keep(model, whole),
         request=torch.tensor(owners, device=device),
         edited=torch.tensor(edited, device=device),
@@ -137,26 +125,21 @@ def joined(model: HookedLLaVA, batches: Sequence[Inputs]) -> Inputs:
         "attention_mask": torch.cat([_lengthened(b.attention_mask, length, False) for b in batches]),
     }
     if any(batch.position_ids is not None for batch in batches):
-        counted = [b.position_ids if b.position_ids is not None else _counted(b.attention_mask) for b in batches]
-        fields["position_ids"] = torch.cat([_lengthened(ids, length, 0) for ids in counted])
+        fields["position_ids"] = torch.cat([_lengthened(_position_ids(batch), length, 0) for batch in batches])
     pixels = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
     if pixels:
         fields["pixel_values"] = torch.cat(pixels)
     return model.as_inputs(fields)
 
 
-def refuse_listeners(model: HookedLLaVA) -> None:
-    """Raises `InputError` if functions are attached: they would be called on parts of prompts."""
-    listening = [name for name, point in model.hook_dict.items() if point.listening]
-    if listening:
-        raise InputError(
-            f"Functions are attached to {', '.join(listening[:3])}; an edit is computed on the model as it is. Remove "
-            "them first (model.reset_hooks())."
-        )
-
-
 def _filled(ids: tuple[int, ...], length: int) -> list[int]:
     return [*ids, *[ids[-1]] * (length - len(ids))]
+
+
+def _position_ids(batch: Inputs) -> Int[Tensor, "batch pos"]:
+    if batch.position_ids is not None:
+        return batch.position_ids
+    return count_positions(batch.shape[1], batch.attention_mask, batch.device)
 
 
 def _lengthened(x: Tensor, length: int, fill: Any) -> Tensor:
@@ -164,7 +147,3 @@ def _lengthened(x: Tensor, length: int, fill: Any) -> Tensor:
     missing = length - x.shape[1]
     filling = fill.expand(-1, missing) if isinstance(fill, Tensor) else x.new_full((len(x), missing), fill)
     return torch.cat([filling, x], dim=1)
-
-
-def _counted(mask: Tensor) -> Tensor:
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)

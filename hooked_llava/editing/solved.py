@@ -21,14 +21,13 @@ from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.layer_choice import Layer, choose_place
-from hooked_llava.editing.request import EditRequest, Prepared, position_of, prepare_request
-from hooked_llava.editing.rows import Rows, make_rows, refuse_listeners
+from hooked_llava.editing.request import EditRequest, Prepared, Requests, listed_requests, position_of, prepare_request
+from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.editing.values import Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 
 Keys = Literal["mean", "each"]
-Requests = EditRequest | Sequence[EditRequest]
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,7 @@ def _solve(
     model: HookedLLaVA, requests: Requests, layer: Layer, position: str, search: ValueSearch
 ) -> tuple[Solved, Rows]:
     began = time.perf_counter()
-    requests = [requests] if isinstance(requests, EditRequest) else list(requests)
-    if not requests:
-        raise InputError("There is no request; give at least one EditRequest.")
-    refuse_listeners(model)
-    prepared, chosen = choose_place(model, requests, layer, position)
+    prepared, chosen = choose_place(model, listed_requests(model, requests), layer, position)
     _check_reach(prepared, chosen, model.cfg.n_layers)
     rows = make_rows(model, prepared)
     keys, outputs = rows.keys_and_values(chosen)

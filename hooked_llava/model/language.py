@@ -77,7 +77,7 @@ class LanguageTower(nn.Module):
         """
         past = 0 if kv_cache is None else kv_cache.length
         if position_ids is None:
-            position_ids = _count_positions(past, n_positions, attention_mask, device)
+            position_ids = count_positions(n_positions, attention_mask, device, past)
         rotation = None if self.rotary is None else self.rotary(position_ids, dtype)
         if attention_mask is None and (past == 0 or n_positions == 1):
             return AttentionContext(causal=past == 0, rotation=rotation, kv_cache=kv_cache)
@@ -89,9 +89,10 @@ class LanguageTower(nn.Module):
         return AttentionContext(allowed=allowed, rotation=rotation, kv_cache=kv_cache)
 
 
-def _count_positions(
-    past: int, n_positions: int, attention_mask: Bool[Tensor, "batch key"] | None, device: torch.device
+def count_positions(
+    n_positions: int, attention_mask: Bool[Tensor, "batch key"] | None, device: torch.device, past: int = 0
 ) -> Int[Tensor, "batch pos"]:
+    """The number of each position, counted over real tokens; one row for all prompts where nothing is padded."""
     if attention_mask is None:
         return torch.arange(past, past + n_positions, device=device)[None]
     counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (batch, key)

@@ -28,20 +28,20 @@ def branched_run(state: ReplayState, changes: PlannedRun) -> KeptRun:
     kept, start, n_layers = state.kept, changes.start, state.model.cfg.n_layers
     if start is None:
         return kept
-    k_name = "k" if kept.rotation is None else "rot_k"
+    k_name = "k" if state.model.language.rotary is None else "rot_k"
     names = recordable(state, [*_KEPT, k_name])
     _, seen = recorded(state, changes, names, list(range(start, kept.n_positions)))
     table = state.model.hooks_table
     fresh = [seen[table.name("resid_pre", layer)] for layer in range(n_layers)]
     fresh.append(seen[table.name("resid_post", -1)])
-    streams = {layer: _joined(old, fresh[layer], start) for layer, old in kept.streams.items()}
+    resid = {layer: _joined(old, fresh[layer], start) for layer, old in kept.resid.items()}
     kv = copy.deepcopy(kept.kv)
     assert kv is not None
     for layer in range(n_layers):
         k, v = kv.layer(layer)
         k[:, :, start:] = seen[table.name(k_name, layer)].transpose(1, 2).to(k)
         v[:, :, start:] = seen[table.name("v", layer)].transpose(1, 2).to(v)
-    return replace(kept, streams=streams, kv=kv)
+    return replace(kept, resid=resid, kv=kv)
 
 
 def _joined(old: Tensor, new: Tensor, start: int) -> Tensor:

@@ -14,6 +14,7 @@ from hooked_llava.architecture.hooks import Hook, NamesFilter
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, saver
 from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.readout.resid import rows_at
 from hooked_llava.replay.plan import PlannedRun
 from hooked_llava.replay.row_edits import RowEdit, edited
 from hooked_llava.replay.state import ReplayState
@@ -70,7 +71,7 @@ class LayerPass:
         """The active rows, and appended to them those of the runs that join here."""
         joining = [run for run in self.runs if run.first_layer == layer]
         if joining:
-            fresh = self.kept.stream(layer, self.start)[:, None].repeat(1, len(joining), 1, 1)
+            fresh = self.kept.entering(layer, self.start)[:, None].repeat(1, len(joining), 1, 1)
             before = _EMBEDDING if layer == 0 else (self.model.hooks_table.name("resid_post", layer - 1),)
             if layer == 0:
                 self._put_images(fresh, joining)
@@ -97,9 +98,9 @@ class LayerPass:
     def _read(self, x: Tensor | None) -> Float[Tensor, "run prompt position d_vocab"]:
         """Final norm and unembedding."""
         n_prompts = len(self.reads)
-        final = self.kept.stream(self.n_layers)
-        rows = torch.arange(n_prompts, device=final.device)[:, None]
-        fresh = final[rows, self.reads][:, None].repeat(1, len(self.runs), 1, 1)  # (prompt, run, position, d_model)
+        fresh = rows_at(self.kept.entering(self.n_layers), self.reads)[:, None].repeat(
+            1, len(self.runs), 1, 1
+        )  # (prompt, run, position, d_model)
         if x is not None:
             fresh[:, : len(self.active)] = self._at_wanted(x, fresh[:, : len(self.active)])
         tables = [{int(p): i for i, p in enumerate(row)} for row in self.reads.tolist()]
@@ -124,7 +125,7 @@ class LayerPass:
         return logits[:, torch.arange(n_prompts, device=first.device)[:, None], self.wanted - first]
 
     def _at_wanted(self, x: Tensor, fresh: Tensor) -> Tensor:
-        """The stream at the positions that are read: re-run where it was, kept before the start."""
+        """The residual stream at the positions that are read: re-run where it was, kept before the start."""
         queries = self._queries()
         if queries is not None:
             places = {p + self.start: i for i, p in enumerate(queries)}
@@ -203,7 +204,7 @@ class LayerPass:
 
     def _merged(self, rows: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         """Image embeddings at the image positions from the start on; pictures before it were not changed."""
-        whole = self.kept.stream(0).masked_scatter(self.state.inputs.image_mask[..., None], embeds)
+        whole = self.kept.entering(0).masked_scatter(self.state.inputs.image_mask[..., None], embeds)
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:

@@ -17,6 +17,11 @@ from hooked_llava.readout.resid import logits_at
 from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.kept_run import KeptRun
 
+IN_A_RERUN = (
+    "a re-run would call them on parts of the prompt only. Give them as interventions, or remove them "
+    "(model.reset_hooks())."
+)
+
 
 @dataclass
 class Work:
@@ -61,7 +66,7 @@ class ReplayState:
 
     def check_fresh(self) -> None:
         """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
-        refuse_listeners(self.model, StaleReplayError)
+        refuse_listeners(self.model, IN_A_RERUN, StaleReplayError)
         if weights_version(self.model) != self._weights:
             raise StaleReplayError(
                 "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
@@ -75,7 +80,7 @@ class ReplayState:
     @torch.no_grad()
     def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
         """Logits of the kept run, with all axes."""
-        return logits_at(self.model, self.kept.stream(self.model.cfg.n_layers), self.wanted(positions))
+        return logits_at(self.model, self.kept.entering(self.model.cfg.n_layers), self.wanted(positions))
 
     def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
         """Without the prompt axis for one prompt, and without the position axis for "last"."""
@@ -83,14 +88,11 @@ class ReplayState:
         return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
 
 
-def refuse_listeners(model: HookedLLaVA, error: type[InputError]) -> None:
-    """Raise if functions are attached to any part of the model."""
-    listening = [name for name, module in model.named_modules() if _has_hooks(module)]
-    if listening:
-        raise error(
-            f"Functions are attached to {', '.join(listening[:3])}{' and more' if len(listening) > 3 else ''}; a re-run "
-            "would call them on parts of the prompt only. Give them as interventions, or remove them (model.reset_hooks())."
-        )
+def refuse_listeners(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
+    """Raise, saying why, if functions are attached to any part of the model."""
+    names = [name.removeprefix("language.") for name, module in model.named_modules() if _has_hooks(module)]
+    if names:
+        raise error(f"Functions are attached to {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; {why}")
 
 
 def _has_hooks(module: nn.Module) -> bool:

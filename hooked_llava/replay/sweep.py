@@ -40,7 +40,7 @@ class Sweep:
         self.state, self.runs, self.metric, self.positions, self.progress = state, runs, metric, positions, progress
         self.wanted = state.wanted(positions)
         n_prompts = len(state.inputs)
-        free = _free_memory(state.kept.device)
+        free = _free_memory(state.model.cfg.device)
         starts = {run.start for run in runs if run.start is not None}
         sizes = {start: self._rows_at_once(start, free) for start in starts}
         per_suffix = {state.kept.n_positions - start: max(1, rows // n_prompts) for start, rows in sizes.items()}
@@ -110,7 +110,7 @@ class Sweep:
         n_scores = cfg.n_heads * n_suffix * kept.n_positions
         numbers = n_suffix * (10 * cfg.d_model + 4 * cfg.d_mlp) + 3 * n_scores + n_logits
         rows = int(_FREE_SHARE * free / (4 * numbers))
-        if kept.device.type == "cpu":
+        if self.state.model.cfg.device.type == "cpu":
             widest = max(n_suffix * cfg.d_mlp, n_logits, n_scores if self._explicit else 0)
             rows = min(rows, _WIDEST_ON_CPU // widest)
         return max(1, rows)

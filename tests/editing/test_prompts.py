@@ -43,7 +43,7 @@ def test_layers_that_the_model_does_not_have_are_refused():
         with pytest.raises(InputError, match=r"out of range; expected 0..6, 6 being the end"):
             keep_prompts(model, prompts, layers)
     with as_users_run():
-        assert keep_prompts(model, prompts, [np.int64(6)]).run.streams.keys() == {0, 6}
+        assert keep_prompts(model, prompts, [np.int64(6)]).kept.resid.keys() == {0, 6}
 
 
 def test_padding_that_all_have_is_cut_away():
@@ -51,5 +51,5 @@ def test_padding_that_all_have_is_cut_away():
     kept = keep_prompts(
         model, model.prepare(["Who made the star?", "By whom was the moon made, and where does it live?"])
     )
-    assert kept[[0]].run.streams[0].shape[1] < kept.run.streams[0].shape[1]
+    assert kept[[0]].kept.resid[0].shape[1] < kept.kept.resid[0].shape[1]
     torch.testing.assert_close(kept[[0]].logits(), kept.before[:1], rtol=1e-4, atol=1e-4)

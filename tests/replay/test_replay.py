@@ -236,7 +236,7 @@ def test_embeddings_are_recorded_and_the_image_side_is_refused() -> None:
     _, (seen,) = replay.run_with_cache([[Intervention("hook_embed", positions=3, zero=True)]], "hook_embed")
     assert seen["hook_embed"].shape == (2, inputs.shape[1] - 3, model.cfg.d_model)
     assert not seen["hook_embed"][:, 0].any()
-    assert torch.equal(seen["hook_embed"][:, 1:], replay.kept.stream(0, 4))
+    assert torch.equal(seen["hook_embed"][:, 1:], replay.kept.entering(0, 4))
     assert replay.work.share > 0
     with pytest.raises(InputError, match=r"fires before the image enters .* read it with model.run_with_hooks"):
         replay.run_with_cache([[]], "vision.resid_pre")
@@ -300,9 +300,9 @@ def test_keeps_what_was_forecast_and_survives_hooks_that_write_in_place() -> Non
     inputs = prompts(model, 1, batch=2, n_images=1, padding="none")
     replay = Replay(model, inputs)
     assert replay.nbytes == Replay.forecast(model, inputs)
-    before = [stream.clone() for stream in replay.kept.streams.values()]
+    before = [stream.clone() for stream in replay.kept.resid.values()]
     replay.run([[Intervention(f"blocks.{i}.hook_resid_pre", fn=lambda t: t.mul_(0.0))] for i in range(3)])
-    assert all(torch.equal(a, b) for a, b in zip(before, replay.kept.streams.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, replay.kept.resid.values(), strict=True))
 
 
 def test_half_precision_keeps_half_as_much_and_stays_close() -> None:

@@ -45,9 +45,8 @@ def log_probability_of_run(
 def _read_logits(
     model: HookedLLaVA, inputs: Inputs, entering: Float[Tensor, "prompt pos d_model"], read: Read
 ) -> Float[Tensor, "prompt read d_vocab"]:
-    context = model.context(entering, inputs.attention_mask, inputs.position_ids)
-    stream = model.language(entering, context)
-    return wide(logits_at(model, stream, read))
+    where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
+    return wide(logits_at(model, model(entering, **where, stop_at_layer=model.cfg.n_layers), read))
 
 
 def gradient_times_input(
