@@ -1,52 +1,67 @@
 from __future__ import annotations
 
+import gc
 import json
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from transformers.utils import logging
 
 from benchmarks import _maps, editing, patch_importance, patching
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
 
-ROOT = Path(__file__).parent.parent
 EVERY_REPORT = {"benchmark", "quick", "threads", "python", "versions", "repetitions"}
 EVERY_ROW = {"median_s", "iqr_s", "ratio", "ratio_iqr", "repetitions"}
 COLUMNS = {measure.BASELINE, measure.HF_EAGER, measure.OURS, measure.BRIDGE}
 
 
-def run(script: str, out: Path, *options: str) -> dict[str, Any]:
-    """The report of one benchmark at its smallest, run as a user runs it."""
-    command = [
-        sys.executable,
-        "-m",
-        f"benchmarks.{script}",
-        "--quick",
-        "--repetitions",
-        "1",
-        "--out",
-        str(out),
-        *options,
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "| " in done.stdout
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
-    report = json.loads(out.read_text(encoding="utf-8"))
-    assert report.keys() >= EVERY_REPORT
-    assert report["benchmark"] == script
-    return report
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Benchmarks collect garbage before every call: what earlier tests hold is not looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Gives the report of one benchmark at its smallest; memory and start-up are measured in processes of their own.
+
+    What a benchmark sets for the whole process is set back afterwards.
+    """
+
+    def of(script: str, out: Path, *options: str) -> dict[str, Any]:
+        main = import_module(f"benchmarks.{script}").main
+        main(["--quick", "--repetitions", "1", "--out", str(out), *options])
+        assert "| " in capsys.readouterr().out
+        assert [path.name for path in out.parent.iterdir()] == [out.name]
+        report = json.loads(out.read_text(encoding="utf-8"))
+        assert report.keys() >= EVERY_REPORT
+        assert report["benchmark"] == script
+        return report
+
+    threads, shows_bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    with torch.enable_grad():
+        yield of
+    torch.set_num_threads(threads)
+    if shows_bars:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.slow
-def test_hook_overhead_reports_every_row_of_every_contestant(tmp_path: Path) -> None:
+def test_hook_overhead_reports_every_row_of_every_contestant(run: Run, tmp_path: Path) -> None:
     report = run("hook_overhead", tmp_path / "report.json")
     rows = report["geometries"]["quick"]["rows"]
     assert len(rows) == 6
@@ -59,7 +74,7 @@ def test_hook_overhead_reports_every_row_of_every_contestant(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_cache_memory_reports_peaks_beside_the_bytes_of_the_tensors(tmp_path: Path) -> None:
+def test_cache_memory_reports_peaks_beside_the_bytes_of_the_tensors(run: Run, tmp_path: Path) -> None:
     rows = run("cache_memory", tmp_path / "report.json")["geometries"]["quick"]["rows"]
     plain, everything = rows["forward, nobody listening"], rows["cache everything"]
     assert plain[measure.OURS]["peak_bytes"] >= 0
@@ -70,7 +85,7 @@ def test_cache_memory_reports_peaks_beside_the_bytes_of_the_tensors(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_loading_reports_memory_and_seconds(tmp_path: Path) -> None:
+def test_loading_reports_memory_and_seconds(run: Run, tmp_path: Path) -> None:
     report = run("loading", tmp_path / "report.json")
     assert 90e6 < report["weight_bytes"] < 110e6
     for row in report["rows"].values():
@@ -79,7 +94,7 @@ def test_loading_reports_memory_and_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_generation_reports_both_batches_and_the_same_tokens(tmp_path: Path) -> None:
+def test_generation_reports_both_batches_and_the_same_tokens(run: Run, tmp_path: Path) -> None:
     batches = run("generation", tmp_path / "report.json")["geometries"]["quick"]["batches"]
     assert batches.keys() == {"1", "4"}
     for batch in batches.values():
@@ -89,7 +104,7 @@ def test_generation_reports_both_batches_and_the_same_tokens(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_patching_reports_cost_counted_work_and_agreement_with_plain_hooks(tmp_path: Path) -> None:
+def test_patching_reports_cost_counted_work_and_agreement_with_plain_hooks(run: Run, tmp_path: Path) -> None:
     found = run("patching", tmp_path / "report.json")["geometries"]["quick"]
     assert found["rows"].keys() == {"kept", "text", "z-last", "z-all", "block", "attribution"}
     for row, measured in found["rows"].items():
@@ -105,7 +120,7 @@ def test_patching_reports_cost_counted_work_and_agreement_with_plain_hooks(tmp_p
 
 
 @pytest.mark.slow
-def test_knockout_reports_the_released_procedure_beside_ours(tmp_path: Path) -> None:
+def test_knockout_reports_the_released_procedure_beside_ours(run: Run, tmp_path: Path) -> None:
     rows = run("knockout", tmp_path / "report.json")["geometries"]["quick"]["rows"]
     assert rows.keys() == {"window 9", "window 3"}
     for row in rows.values():
@@ -114,7 +129,7 @@ def test_knockout_reports_the_released_procedure_beside_ours(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_patch_importance_reports_every_method_against_the_truth(tmp_path: Path) -> None:
+def test_patch_importance_reports_every_method_against_the_truth(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report" / "report.json"
     report = run("patch_importance", out, "--partial", str(tmp_path / "maps"), "--n", "1")
     assert report["checkpoints"]["all"].keys() == {*_maps.METHODS, _maps.RANDOM}
@@ -123,14 +138,14 @@ def test_patch_importance_reports_every_method_against_the_truth(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_information_flow_reports_every_edge_and_kind(tmp_path: Path) -> None:
+def test_information_flow_reports_every_edge_and_kind(run: Run, tmp_path: Path) -> None:
     (found,) = run("information_flow", tmp_path / "report.json")["checkpoints"].values()
     assert len(found["kinds"]) == 7
     assert "image->question|rest|last" in found["edges"]
 
 
 @pytest.mark.slow
-def test_top_heads_reports_overlap_and_ablation(tmp_path: Path) -> None:
+def test_top_heads_reports_overlap_and_ablation(run: Run, tmp_path: Path) -> None:
     (found,) = run("top_heads", tmp_path / "report.json")["checkpoints"].values()
     assert 0 <= found["overlap"]["share"][0] <= 1
     assert found["overlap"]["chance"] == 10 / found["heads"]
@@ -188,7 +203,7 @@ def test_a_stroke_does_not_end_a_cell() -> None:
 
 
 @pytest.mark.slow
-def test_causal_trace_reports_cost_counted_work_and_agreement_with_plain_hooks(tmp_path: Path) -> None:
+def test_causal_trace_reports_cost_counted_work_and_agreement_with_plain_hooks(run: Run, tmp_path: Path) -> None:
     rows = run("causal_trace", tmp_path / "report.json")["geometries"]["quick"]["rows"]
     assert len(rows) == 5
     for row in rows.values():
@@ -200,7 +215,7 @@ def test_causal_trace_reports_cost_counted_work_and_agreement_with_plain_hooks(t
 
 
 @pytest.mark.slow
-def test_causal_trace_study_reports_every_corruption(tmp_path: Path) -> None:
+def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -> None:
     report = run("causal_trace_study", tmp_path / "report.json")
     (found,) = report["checkpoints"].values()
     for asked in ("by picture", "by name"):
