@@ -10,7 +10,7 @@ FINDINGS := patch_importance top_heads information_flow causal_trace_study editi
 QUESTION ?= What color is the star?
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint notebooks clean
+.PHONY: help demo test bench lint docs notebooks clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,7 +20,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) -e '.[dev,viz]'
+	@$(PIP) -e '.[dev,viz,docs]'
 	@touch $@
 
 demo: $(STAMP)  ## ask the embedded model about a picture and write report.html
@@ -42,8 +42,12 @@ lint: $(LINT_STAMP)  ## ruff and pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
+docs: $(STAMP)  ## build the documentation in docs/_build/html
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 notebooks: $(STAMP)  ## execute the notebooks in place, outputs included
 	@set -e; for notebook in notebooks/*.ipynb; do $(BIN)/jupyter-execute --inplace $$notebook; done
 
 clean:  ## remove the virtual environment and caches
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis report.html
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis docs/_build report.html

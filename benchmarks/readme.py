@@ -1,7 +1,8 @@
-"""Fills the measured and generated parts of README.md, so that no figure in it is typed by hand.
+"""Fills the executed and measured parts of README.md and docs/, so that no output and no number in them is typed by hand.
 
-`python -m benchmarks.readme` runs the session again, renders the hook table, and takes overhead figures from
-benchmarks/results; with `--accuracy` it also asks every embedded checkpoint its held-out questions (minutes).
+`python -m benchmarks.readme` runs every ```python block of every page again and writes its real output below it. It fills
+the tables between `<!-- name:begin -->` and `<!-- name:end -->` from benchmarks/results. Names of pages limit it to these.
+With `--accuracy` it also asks every embedded checkpoint its held-out questions (minutes).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import contextlib
 import doctest
 import io
 import json
+import re
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from transformers import LlavaConfig
 
 from benchmarks import (
     causal_trace,
@@ -30,14 +32,20 @@ from benchmarks import (
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
-from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.hook_specs import markdown_table
 from hooked_llava.errors import HookedLLaVAError
 
-SESSIONS = ("session", "replay", "patch", "heads", "flow", "edit")
 COLUMNS = (BASELINE, HF_OWN, HF_EAGER, OURS, BRIDGE, NNSIGHT)
 Report = dict[str, Any]
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PART = re.compile(r"<!-- (\w+):begin -->")
+
+
+def pages() -> list[Path]:
+    """README.md, CONTRIBUTING.md and every Markdown page of docs/."""
+    docs = [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
+    return [README, *(path for path in [ROOT / "CONTRIBUTING.md"] if path.is_file()), *sorted(docs)]
 
 
 def replaced(text: str, part: str, content: str) -> str:
@@ -53,28 +61,58 @@ def between(text: str, part: str) -> str:
     return text.partition(f"<!-- {part}:begin -->")[2].partition(f"<!-- {part}:end -->")[0].strip()
 
 
-def session(text: str, part: str = "session", names: dict[str, Any] | None = None) -> str:
-    """A part of the README's session, run again: the same inputs with their true outputs; `names` carry over."""
-    names = {} if names is None else names
+def parts(text: str) -> list[str]:
+    """Names of the parts that a page marks."""
+    return _PART.findall(text)
+
+
+def blocks(text: str) -> list[str]:
+    """The ```python blocks of a page."""
+    return _BLOCK.findall(text)
+
+
+def executed(text: str) -> str:
+    """A page with its ```python blocks run again, in order and in an empty folder: the same inputs with their true outputs.
+
+    Errors and warnings of this library are printed in one line, as `ClassName: message`. Names carry over from block to block.
+    """
+    names: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        return _BLOCK.sub(lambda found: f"```python\n{_session(found[1], names)}\n```", text)
+
+
+def _session(block: str, names: dict[str, Any]) -> str:
     lines = []
-    for example in doctest.DocTestParser().get_examples(between(text, part)):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            try:
-                exec(compile(example.source, "README", "single"), names)  # noqa: S102 (the README's own lines)
-            except HookedLLaVAError as error:
-                print(f"{type(error).__name__}: {error}")
+    for example in doctest.DocTestParser().get_examples(block):
         first, *more = example.source.rstrip().splitlines()
-        lines += [f">>> {first}", *(f"... {line}" for line in more), *printed.getvalue().rstrip().splitlines()]
-    return "```python\n" + "\n".join(lines) + "\n```"
+        lines += [
+            f">>> {first}",
+            *(f"... {line}" for line in more),
+            *_printed(example.source, names).rstrip().splitlines(),
+        ]
+    return "\n".join(lines)
+
+
+def _printed(source: str, names: dict[str, Any]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            exec(compile(source, "page", "single"), names)  # noqa: S102 (the page's own lines)
+        except HookedLLaVAError as error:
+            print(f"{type(error).__name__}: {error}")
+    for warning in heard:
+        if warning.category.__module__.startswith("hooked_llava"):
+            print(f"{warning.category.__name__}: {warning.message}", file=printed)
+    return printed.getvalue()
 
 
 def ratios(report: Report) -> list[str]:
     """Ratios to Hugging Face's forward, one table for each geometry and batch."""
     tables = []
     for geometry, found in report["geometries"].items():
-        parts = {f"{geometry}, batch {n}": batch["rows"] for n, batch in found.get("batches", {}).items()}
-        for part, rows in (parts or {geometry: found["rows"]}).items():
+        batches = {f"{geometry}, batch {n}": batch["rows"] for n, batch in found.get("batches", {}).items()}
+        for part, rows in (batches or {geometry: found["rows"]}).items():
             columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
             tables.append(ratio_table(rows, columns, f"{report['benchmark'].replace('_', ' ')}, {part}"))
     return tables
@@ -137,7 +175,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "tracing": {"causal_trace_study": traces},
     "editing": {"editing": edits},
 }
-"""Parts of the README -> the result files that they are made of, and how."""
+"""Parts of the pages -> the result files that they are made of, and how."""
 
 
 def measured(part: str) -> str:
@@ -158,20 +196,25 @@ def accuracy() -> str:
     return accuracy_table({folder.name: evaluate_checkpoint(folder) for folder in embedded()})
 
 
+def filled(text: str, *, with_accuracy: bool = False) -> str:
+    """A page with its blocks run again and its measured tables taken from the result files."""
+    text = executed(text)
+    for part in parts(text):
+        if part in MEASURED:
+            text = replaced(text, part, measured(part) or between(text, part))
+        elif with_accuracy:
+            text = replaced(text, part, accuracy())
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, help="only these pages")
     parser.add_argument("--accuracy", action="store_true", help="also measure the embedded checkpoints again (minutes)")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    for part in SESSIONS:
-        text = replaced(text, part, session(text, part, names))
-    text = replaced(text, "hooks", markdown_table(LLaVAConfig.from_hf(LlavaConfig())))
-    for part in MEASURED:
-        text = replaced(text, part, measured(part) or between(text, part))
-    if options.accuracy:
-        text = replaced(text, "accuracy", accuracy())
-    README.write_text(text, encoding="utf-8")
+    for page in options.pages or pages():
+        text = page.read_text(encoding="utf-8")
+        page.write_text(filled(text, with_accuracy=options.accuracy), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Draws the figures of the documentation from the embedded model: `python docs/figures.py` writes docs/figures/.
+
+The image of the report needs chromium on the PATH and is left as it is without it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import matplotlib as mpl
+import xarray as xr
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+
+from hooked_llava import HookedLLaVA, viz
+from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, patch_importance
+from hooked_llava.editing import EditRequest, multedit
+from hooked_llava.toy.pictures import NAMES, picture_path
+
+FOLDER = Path(__file__).parent / "figures"
+QUESTION = "What color is the star?"
+LIVE, KEPT, CHANGED, LINE = "#e3a64a", "#dfe3e8", "#c2452d", "#5b6470"
+
+
+def save(figure: Figure, name: str) -> None:
+    """A figure as a small PNG file."""
+    figure.savefig(FOLDER / name, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def answers(model: HookedLLaVA) -> None:
+    """One figure for each question of docs/questions."""
+    clean, blue = (model.prepare(QUESTION, images=picture_path(name)) for name in ("demo", "demo-blue-star"))
+    fact = model.prepare("Who made this shape?", images=picture_path("one-shape"))
+    maps = [
+        patch_importance(model, clean, heads=4)[0].rename("log-probability increase, 4 heads"),
+        patch_importance(model, clean, method="attention")[0].rename("attention, all heads"),
+        patch_importance(model, clean, method="occlusion", window=2)[0].rename("occlusion, 2 x 2 patches"),
+    ]
+    side_by_side = xr.concat(
+        [map_.rename("share of the largest") / float(map_.max()) for map_ in maps], "method", combine_attrs="drop"
+    )
+    save(viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps])), "patches.png")
+    edges = ["image->last", "question->last", "image->question", "image->question|rest|last"]
+    save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")
+    save(viz.trace_maps(causal_trace(model, fact, "this shape", corruption="the ring"), fact), "trace.png")
+    save(viz.plot_patching(activation_patching(model, clean, blue), clean, unfold=True), "patching.png")
+    edit = multedit(model, EditRequest(fact, "Boris", constraint="this shape"), layer=3, position="last")
+    save(viz.answer_shift(viz.edit_page(model, fact, edit).results["answers"]), "edit.png")
+
+
+def world() -> None:
+    """The bundled images, enlarged."""
+    figure, axes = plt.subplots(1, len(NAMES), figsize=(2 * len(NAMES), 2.3))
+    for axis, name in zip(axes, NAMES, strict=True):
+        axis.imshow(Image.open(picture_path(name)).convert("RGB"), interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+        axis.axis("off")
+    save(figure, "world.png")
+
+
+def replay() -> None:
+    """How Replay enters a kept run: the cone that one change can reach."""
+    n_layers, n_positions, layer, position = 6, 12, 2, 8
+    figure, axis = plt.subplots(figsize=(8.2, 4.0))
+    for row in range(n_layers):
+        for column in range(n_positions):
+            reached = row >= layer and column >= position
+            here = (row, column) == (layer, position)
+            color = CHANGED if here else LIVE if reached else KEPT
+            axis.add_patch(Rectangle((column + 0.06, row + 0.08), 0.88, 0.84, facecolor=color, edgecolor="white"))
+    for x, width, text in ((0, 2, "system"), (2, 5, "image"), (7, 3, "question"), (10, 2, "rest, last")):
+        axis.add_patch(
+            FancyBboxPatch((x + 0.1, -0.62), width - 0.2, 0.38, boxstyle="round,pad=0.02", fc="white", ec=LINE, lw=0.8)
+        )
+        axis.text(x + width / 2, -0.43, text, ha="center", va="center", fontsize=8, color=LINE)
+    axis.annotate("logits", (n_positions - 0.5, n_layers + 0.55), ha="center", fontsize=9, color=LINE)
+    arrow = {"arrowstyle": "->", "color": LINE, "lw": 1.0}
+    axis.annotate("", (n_positions - 0.5, n_layers + 0.5), (n_positions - 0.5, n_layers), arrowprops=arrow)
+    axis.annotate("", (position + 0.1, 4.5), (5.5, 4.5), arrowprops=arrow)
+    kept = {
+        "ha": "center",
+        "va": "center",
+        "fontsize": 8,
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 2},
+    }
+    axis.text(3.0, 4.5, "keys and values of earlier\npositions: read from the kept run", **kept)
+    axis.text(6.0, 0.95, "kept run: computed once", **kept)
+    notes = (
+        (layer + 0.5, "the change: one activation\nat layer 2, position 8", CHANGED),
+        (layer + 2.5, "what it can reach:\ncomputed again", "#9a6a17"),
+        (layer - 1.0, "below: nothing differs,\nnothing is computed", LINE),
+    )
+    for y, text, color in notes:
+        axis.text(n_positions + 0.35, y, text, va="center", fontsize=8.5, color=color)
+    axis.text(-0.3, n_layers / 2, "layers", rotation=90, ha="center", va="center", fontsize=9, color=LINE)
+    axis.text(n_positions / 2, -0.95, "positions", ha="center", va="center", fontsize=9, color=LINE)
+    axis.set_xlim(-0.6, n_positions + 4.4)
+    axis.set_ylim(-1.15, n_layers + 0.9)
+    axis.axis("off")
+    figure.savefig(FOLDER / "replay.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def report(model: HookedLLaVA) -> None:
+    """The report's first sections in three columns, as a browser shows them."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        return
+    body = "max-width: none; margin: 30px; height: 1700px; columns: 3; column-gap: 60px; column-fill: auto"
+    columns = f"<style>body {{ {body} }}</style>"
+    with tempfile.TemporaryDirectory() as folder:
+        page = viz.explain(model, model.prepare(QUESTION, images=picture_path("demo"))).save(
+            Path(folder) / "report.html"
+        )
+        page.write_text(page.read_text(encoding="utf-8").replace("</head>", f"{columns}</head>"), encoding="utf-8")
+        shot = Path(folder) / "report.png"
+        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=2460,1760"]
+        subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True)
+        image = Image.open(shot).convert("RGB")
+        half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+        half.quantize(256, kmeans=3, dither=Image.Dither.NONE).save(FOLDER / "report.png", optimize=True)
+
+
+def main() -> None:
+    """Draw all figures."""
+    mpl.rcParams["svg.hashsalt"] = "hooked_llava"
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    replay()
+    world()
+    answers(model)
+    report(model)
+
+
+if __name__ == "__main__":
+    main()
