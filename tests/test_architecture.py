@@ -205,6 +205,7 @@ NOT_MIRRORED = (
     "test_architecture",
     "test_parity",
     "test_readme",
+    "test_docs",
     "test_notebooks",
     "test_benchmarks",
     "test_baseline",

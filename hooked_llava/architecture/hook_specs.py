@@ -131,7 +131,7 @@ def language_hooks(cfg: TowerConfig) -> list[HookSpec]:
 
 
 def markdown_table(config: LLaVAConfig) -> str:
-    """The table of all hooks as Markdown, for the README."""
+    """The table of all hooks as Markdown, for the documentation."""
     rows = ["| hook | shape | meaning |", "|---|---|---|"]
     for spec in (*language_hooks(config.language), *PROJECTOR_HOOKS, *vision_hooks(config.vision)):
         also = f" (also `{'`, `'.join(spec.aliases)}`)" if spec.aliases else ""
