@@ -4,7 +4,7 @@ Names of the root package and those that `hooked_llava.analysis`, `editing`, `da
 they are used.
 
 To record version 0.1 (commit f8ca89f), import there from where it was: `span` from hooked_llava.experiments.edges,
-`flow_study` and `edit_sweep` from hooked_llava.viz.
+`flow_study` and `edit_sweep` from hooked_llava.viz, `compiled` from hooked_llava.toy.compiled.
 """
 
 from hooked_llava.analysis.causal_trace import was_lowered
@@ -49,13 +49,13 @@ from hooked_llava.results.arrays import recovered
 from hooked_llava.results.arrays import save as save_result
 from hooked_llava.results.map_quality import average_precision, bootstrap, map_quality, mean_intervals, roc_auc
 from hooked_llava.storage import written_whole
-from hooked_llava.toy.compiled import compiled
 from hooked_llava.toy.constraint_tables import constraint_rows
 from hooked_llava.toy.edit_tables import edit_table
 from hooked_llava.toy.gqa_tables import gqa_rows, write_gqa
 from hooked_llava.toy.pictures import picture_path
 from hooked_llava.viz.style import color_scale
 from tests.builders import make_hf_model, make_prompt  # noqa: TID251 (models and processors that tests have)
+from tests.compiled import compiled  # noqa: TID251 (models and processors that tests have)
 from tests.fixtures_processor import make_processor  # noqa: TID251 (models and processors that tests have)
 from tests.known_mechanism import OBJECTS, RECOLORED, places  # noqa: TID251 (models and processors that tests have)
 from tests.pairs import GEOMETRIES  # noqa: TID251 (models and processors that tests have)

@@ -1,4 +1,4 @@
-"""The models of `hooked_llava.toy.compiled` and what is true of them, for tests of every analysis.
+"""The models of `tests.compiled` and what is true of them, for tests of every analysis.
 
 What is expected is stated here by hand for each variant, in terms of the spans `word`, `object` and `last`.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.toy.compiled import CompiledLLaVA, compiled
+from tests.compiled import CompiledLLaVA, compiled
 
 OBJECTS = {(0, 3): "red star", (2, 1): "blue ring", (4, 4): "green cross"}
 RECOLORED = {**OBJECTS, (2, 1): "red ring"}

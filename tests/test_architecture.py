@@ -210,6 +210,8 @@ NOT_MIRRORED = (
     "test_benchmarks",
     "test_baseline",
     "test_changelog",
+    "test_compiled",
+    "test_patch_world",
     "test_dtypes",
     "test_files_of_0_1",
     "test_layer_norm",

@@ -17,7 +17,7 @@ from hooked_llava import HookedLLaVA, HookedLLaVAError, LLaVACache
 from hooked_llava.datasets import study
 from hooked_llava.editing import Edit, KeyCovariance
 from hooked_llava.results.arrays import load
-from hooked_llava.toy.compiled import compiled
+from tests.compiled import compiled
 from tests.data.v0_1.write import BATCH, HERE, MODEL, QUESTION, ROWS, Lengths
 
 REFUSED: set[str] = set()

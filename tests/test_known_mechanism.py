@@ -1,4 +1,4 @@
-"""Every analysis on a model whose mechanism is known (`hooked_llava.toy.compiled`): it must find that, and nothing else.
+"""Every analysis on a model whose mechanism is known (`tests.compiled`): it must find that, and nothing else.
 
 Here the tools that work on any hook; the papers' systems are in test_known_mechanism_papers.py.
 """
@@ -22,8 +22,7 @@ from hooked_llava.analysis import (
     path_patching,
 )
 from hooked_llava.readout.metrics import Answer, logit_difference, probability
-from hooked_llava.toy.compiled import CompiledLLaVA, compiled
-from hooked_llava.toy.patch_world import UNKNOWN
+from tests.compiled import CompiledLLaVA, compiled
 from tests.known_mechanism import (
     ANSWERING,
     DIFFERING_HEADS,
@@ -36,6 +35,7 @@ from tests.known_mechanism import (
     pair_of,
     places,
 )
+from tests.patch_world import UNKNOWN
 
 SPANS = ("system", "image", "question", "rest", "last")
 EDGES = [(source, target) for source, target in product(SPANS, SPANS) if SPANS.index(source) <= SPANS.index(target)]

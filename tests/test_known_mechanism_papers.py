@@ -24,9 +24,9 @@ from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.datasets import StudyRow, by_kind
 from hooked_llava.experiments.corruptions import MeanEmbedding, OtherImage
-from hooked_llava.toy.compiled import CompiledLLaVA
-from hooked_llava.toy.patch_world import GRID, UNKNOWN, picture, questions
+from tests.compiled import CompiledLLaVA
 from tests.known_mechanism import ANSWERING, LOGIT, OBJECTS, RECOLORED, ROUTES, VARIANTS, model_of, places
+from tests.patch_world import GRID, UNKNOWN, picture, questions
 
 ROUTES_BY_SPAN = {
     "direct": {"question->last": 1, "image->last": 3, "word->last": 1, "object->last": 3},

@@ -20,8 +20,8 @@ from hooked_llava.analysis import causal_trace, logit_lens
 from hooked_llava.datasets import StudyRow, study
 from hooked_llava.editing import EditRequest, key_covariance, multedit
 from hooked_llava.results.arrays import save
-from hooked_llava.toy.compiled import compiled
 from hooked_llava.toy.gqa_tables import gqa_rows
+from tests.compiled import compiled
 
 HERE = Path(__file__).parent
 MODEL = "tiny-shapes-seed1"

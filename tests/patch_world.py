@@ -1,6 +1,6 @@
 """A world small enough to be read by hand: every patch of a picture is blank or holds one shape in one color.
 
-It is what `hooked_llava.toy.compiled` is asked about. Its pictures have hard edges and no noise, so that a model whose
+It is what `tests.compiled` is asked about. Its pictures have hard edges and no noise, so that a model whose
 weights are set by hand reads them without error.
 """
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hooked_llava.errors import InputError
-from hooked_llava.toy.patch_world import (
+from hooked_llava.toy.processor import UNK, split_words
+from tests.patch_world import (
     COLORS,
     GRID,
     GROUND,
@@ -19,7 +20,6 @@ from hooked_llava.toy.patch_world import (
     stamps,
     vocabulary,
 )
-from hooked_llava.toy.processor import UNK, split_words
 
 
 def test_stamps_are_independent_of_each_other_and_of_a_uniform_patch():

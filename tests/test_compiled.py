@@ -8,8 +8,9 @@ from transformers.utils import logging
 
 from hooked_llava.errors import InputError
 from hooked_llava.readout.metrics import Answer, logit_difference
-from hooked_llava.toy.compiled import CompiledLLaVA, compiled
-from hooked_llava.toy.patch_world import (
+from tests.compiled import CompiledLLaVA, compiled
+from tests.pairs import as_users_run
+from tests.patch_world import (
     COLORS,
     GRID,
     PATCH_SIZE,
@@ -19,7 +20,6 @@ from hooked_llava.toy.patch_world import (
     questions,
     sample_objects,
 )
-from tests.pairs import as_users_run
 
 OBJECTS = {(0, 3): "red star", (2, 1): "blue ring", (4, 4): "green cross"}
 VARIANTS = ("direct", "two_hops")

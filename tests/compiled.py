@@ -1,6 +1,6 @@
 """A LLaVA whose weights are set by hand, so that it is known how it comes to its answers.
 
-It answers "What color is the star?" about pictures of `hooked_llava.toy.patch_world`, by two attention heads:
+It answers "What color is the star?" about pictures of `tests.patch_world`, by two attention heads:
 
     direct    L1H2 carries the shape's name   question -> last
               L3H0 finds the shape's patch    image -> last       and copies its color: the answer
@@ -49,7 +49,8 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.components.attention import Attention
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.toy.patch_world import (
+from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, build_processor
+from tests.patch_world import (
     COLORS,
     GRID,
     IMAGE_SIZE,
@@ -64,7 +65,6 @@ from hooked_llava.toy.patch_world import (
     stamps,
     vocabulary,
 )
-from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, build_processor
 
 __all__ = ["CompiledLLaVA", "Hop", "Mechanism", "compiled", "picture", "questions"]
 
