@@ -44,14 +44,6 @@ MAY_USE_TOY = ("cli", "toy")
 MAX_TOP_LEVEL_MODULES = 6
 # Circles that are still to be opened; nothing may be added.
 STILL_CIRCULAR: tuple[str, ...] = (
-    "model.cache",
-    "model.cache_hooks",
-    "model.generation",
-    "model.hooked_module",
-    "model.llava",
-    "model.prompt_hooks",
-    "model.tl_protocol",
-    "model.verify",
     "prompt.inputs",
     "prompt.prepare",
     "prompt.spans",

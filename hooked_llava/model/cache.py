@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -15,16 +15,27 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
-from hooked_llava.architecture.hooks import Hook
+from hooked_llava.architecture.hooks import Hook, HookTable
 from hooked_llava.errors import HookNameError, SpanError, did_you_mean
-from hooked_llava.model.tl_protocol import sum_biases
+from hooked_llava.model.tl_protocol import ConfigView, sum_biases
+from hooked_llava.model.vision import VisionTower
+from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.storage import read_tensors, write_tensors
 
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.token_map import TokenMap
-
 _FORMAT = "hooked_llava.cache.v1"
+
+
+@runtime_checkable
+class CachedModel(Protocol):
+    """What a cache asks of its model, besides what TransformerLens's methods ask."""
+
+    hooks_table: HookTable
+    vision: VisionTower
+
+    @property
+    def cfg(self) -> ConfigView:
+        """Sizes of the model, and its name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,12 @@ class LLaVACache(NamedCache):
     `token_maps` are those of the prompts, where they are known; `some_positions` says that only some are held.
     """
 
+    model: CachedModel
+
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: HookedLLaVA,
+        model: CachedModel,
         *,
         has_batch_dim: bool = True,
         spans: dict[str, Int[Tensor, " n_positions"]] | None = None,
@@ -91,12 +104,12 @@ class LLaVACache(NamedCache):
         return f"LLaVACache({len(self)} activations, {gigabytes:.3g} GB)"
 
     def _hook(self, name: str) -> Hook:
-        return self.model.hooks_table[name.removesuffix("_grad")]  # type: ignore[attr-defined]
+        return self.model.hooks_table[name.removesuffix("_grad")]
 
     @property
     def vision(self) -> NamedCache:
         """The vision tower's activations under their names without `vision.`, images on the batch axis."""
-        tower = self.model.vision  # type: ignore[attr-defined]
+        tower = self.model.vision
         model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks)
         held = {name.removeprefix("vision."): t for name, t in self.items() if self._hook(name).tower == "vision"}
         if not held:
@@ -131,7 +144,7 @@ class LLaVACache(NamedCache):
             axes = hook.axes
             axis = axes.index("key" if "key" in axes else "pos") - len(axes)
             held[name] = tensor.index_select(axis, positions.to(tensor.device))
-        return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)  # type: ignore[arg-type]
+        return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all activations to one safetensors file; nothing half-written stays behind.
@@ -148,7 +161,7 @@ class LLaVACache(NamedCache):
         write_tensors(path, tensors, about, _FORMAT)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: HookedLLaVA) -> LLaVACache:
+    def load(cls, path: str | os.PathLike[str], model: CachedModel) -> LLaVACache:
         """Read a cache that `save` wrote; raises `CheckpointError` for any other file."""
         tensors, about = read_tensors(path, [_FORMAT], writer="LLaVACache.save")
         spans = {name: torch.tensor(positions) for name, positions in json.loads(about["spans"]).items()}

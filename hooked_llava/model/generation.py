@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,10 @@ from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import saver, shared_spans
 from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, with_answer_span
 from hooked_llava.prompt.prepare import Inputs
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 Phase = Literal["prefill", "decode", "both"]
 """The run over the prompt, the runs over single new tokens, or all of them."""
@@ -73,7 +71,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: HookedLLaVA,
+    model: HookedModule,
     inputs: Any,
     max_new_tokens: int = 20,
     *,
@@ -135,7 +133,7 @@ def generate(
 
 
 def _decode(
-    model: HookedLLaVA,
+    model: HookedModule,
     prompt: Inputs,
     max_new_tokens: int,
     sampling: Sampling,
@@ -182,7 +180,7 @@ def _decode(
 class _Stop:
     """Which rows have ended."""
 
-    def __init__(self, model: HookedLLaVA, prompt: Inputs, stop_at_eos: bool, stop_strings: list[str]) -> None:
+    def __init__(self, model: HookedModule, prompt: Inputs, stop_at_eos: bool, stop_strings: list[str]) -> None:
         self.model = model
         eos, pad = _eos_token_ids(model), model.config.pad_token_id
         self.eos = torch.tensor(eos if stop_at_eos else (), dtype=torch.long, device=prompt.device)
@@ -204,7 +202,7 @@ class _Stop:
 class _Record:
     """Activations of prompt and generated tokens, joined along the positions."""
 
-    def __init__(self, model: HookedLLaVA, names_filter: NamesFilter, prompt: Inputs) -> None:
+    def __init__(self, model: HookedModule, names_filter: NamesFilter, prompt: Inputs) -> None:
         self.model = model
         self.prompt = prompt
         self.names = model.hooks_table.resolve(names_filter, with_image=prompt.pixel_values is not None)
@@ -238,7 +236,7 @@ class _Record:
         return parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
 
 
-def _by_phase(model: HookedLLaVA, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str) -> dict[str, list[Hook]]:
+def _by_phase(model: HookedModule, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str) -> dict[str, list[Hook]]:
     """What is attached in each phase: over single new tokens the image side is not run."""
     one_of(hook_phase, ("prefill", "decode", "both"), "hook_phase")
     phases: dict[str, list[Hook]] = {"prefill": [], "decode": []}
@@ -279,7 +277,7 @@ def _is_heard_at_the_end(language: LanguageTower) -> bool:
     return any(point.listening for point in (norm.hook_scale, norm.hook_normalized, language.hook_logits))
 
 
-def _eos_token_ids(model: HookedLLaVA) -> tuple[int, ...]:
+def _eos_token_ids(model: HookedModule) -> tuple[int, ...]:
     """Tokens that end an answer: the generation config's, as in transformers, else the model config's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     if own is None:
@@ -294,7 +292,7 @@ def _padded_left(inputs: Inputs) -> Inputs:
     return inputs.padded_left()
 
 
-def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int, return_type: str) -> None:
+def _check_request(model: HookedModule, prompt: Inputs, max_new_tokens: int, return_type: str) -> None:
     one_of(return_type, ("text", "tokens"), "return_type")
     whole_number(max_new_tokens, "max_new_tokens", least=1)
     n_ctx = model.config.language.n_ctx
@@ -305,7 +303,7 @@ def _check_request(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int, retu
         )
 
 
-def _texts(model: HookedLLaVA, tokens: Int[Tensor, "batch new_tokens"], eos: list[int]) -> str | list[str]:
+def _texts(model: HookedModule, tokens: Int[Tensor, "batch new_tokens"], eos: list[int]) -> str | list[str]:
     """Each row up to its end token as text; not in a list if there is one row."""
     rows = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in tokens.tolist()]
     kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -7,33 +7,58 @@ the weights.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
+from transformers import GenerationConfig
 
 from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver, shared_spans, tensor_bytes
+from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.projector import Projector
 from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, placing
+from hooked_llava.model.tl_protocol import TransformerLensSurface
+from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt.prepare import Inputs
 
 _FIELDS = ("input_ids", "pixel_values", "attention_mask", "position_ids")
 
 
-class HookedModule(HookedRootModule):
-    """A root module whose hooks are listed in a `HookTable`."""
+class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
+    """A model of three parts whose hooks are listed in a `HookTable`: what caches, generation and parity ask of it."""
 
     hooks_table: HookTable
+    vision: VisionTower
+    projector: Projector
+    generation_config: GenerationConfig | None
 
+    @abstractmethod
     def as_inputs(self, value: Any) -> Inputs:
         """Whatever a user gives as input, checked."""
-        raise AttributeError(f"{type(self).__name__} does not say what its inputs are; it must define as_inputs.")
+
+    @abstractmethod
+    def embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+        """What enters the language tower: token embeddings, with the image embeddings at the image positions."""
+
+    @abstractmethod
+    def context(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        attention_mask: Bool[Tensor, "batch key"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> AttentionContext:
+        """What attention needs for these positions."""
 
     def setup(self) -> None:
         """Name the hook points: the language tower's without a prefix, and none in blocks that are not run."""

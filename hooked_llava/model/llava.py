@@ -32,7 +32,6 @@ from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule, gather_fields, is_stream, layer_index
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.projector import Projector
-from hooked_llava.model.tl_protocol import TransformerLensSurface
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
 from hooked_llava.prompt.prepare import Inputs
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from hooked_llava.model.verify import ParityTable
 
 
-class HookedLLaVA(TransformerLensSurface, HookedModule):
+class HookedLLaVA(HookedModule):
     """A LLaVA model whose every activation can be read, cached and changed by name.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -71,7 +70,7 @@ class HookedLLaVA(TransformerLensSurface, HookedModule):
         self.language = language
         self.processor = processor
         self.hf_config = hf_config
-        self.generation_config: Any = None
+        self.generation_config = None
         self.no_processor = "none was given"
         self.hook_image_embed = HookPoint()
         self.hooks_table = HookTable(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from transformers import LlavaForConditionalGeneration
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import ConfigError
+from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.prompt.prepare import Inputs, InputsLike
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
 
 TOLERANCE = 1e-4
 """Largest difference in float32, as a part of the activation's largest number, that counts as the same."""
@@ -89,7 +87,7 @@ class ParityTable:
 
 
 def verify(
-    model: HookedLLaVA,
+    model: HookedModule,
     hf_model: LlavaForConditionalGeneration,
     inputs: InputsLike | None = None,
     *,
