@@ -11,7 +11,6 @@ from PIL import Image
 
 from hooked_llava.analysis.attribution_patching import agreement
 from hooked_llava.analysis.deciding_places import deciding_places
-from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.experiments.pairs import Direction, changed_patches
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -74,9 +73,10 @@ def _changed(patches: np.ndarray) -> str:
 
 
 def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:
-    heads = heads.squeeze("position", drop=True)
-    farthest = top_heads(abs(heads - neutral), min(_N_HEADS, heads.size))
-    return [f"layer {layer}, head {head}: {float(heads.sel(layer=layer, head=head)):.2f}" for layer, head in farthest]
+    flat = heads.squeeze("position", drop=True).stack(place=("layer", "head"))
+    farthest = np.argsort(-np.abs(flat.values - neutral), kind="stable")[:_N_HEADS]  # many may be equally far
+    places = flat["place"].values[farthest]
+    return [f"layer {layer}, head {head}: {float(flat.sel(place=(layer, head))):.2f}" for layer, head in places]
 
 
 def _by_patch(shares: dict[str, Any], base: Inputs, drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any]:
