@@ -7,7 +7,7 @@ heavy is imported inside the commands, so that `--help` is quick.
 import typer
 
 from hooked_llava.cli import ask, edit, explain, knockout, patch, trace, verify
-from hooked_llava.cli.common import examples
+from hooked_llava.cli.terminal import examples
 
 app = typer.Typer(
     name="hooked-llava",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hooked_llava.cli.common import (
+from hooked_llava.cli.common import prepare, split_arguments
+from hooked_llava.cli.options import (
     EMBEDDED_MODEL,
     Device,
     DTypeOption,
@@ -13,14 +14,8 @@ from hooked_llava.cli.common import (
     Second,
     TemplateName,
     Top,
-    busy,
-    clear_errors,
-    examples,
-    likely_tokens,
-    prepare,
-    show_answer,
-    split_arguments,
 )
+from hooked_llava.cli.terminal import busy, clear_errors, examples, show_answer
 
 _LARGE = 'ask cat.jpg "What is this?" -m llava-hf/llava-1.5-7b-hf --dtype bfloat16'
 EPILOG = examples('ask demo "What color is the star?"', 'ask "Who made the star?"', _LARGE)
@@ -42,6 +37,8 @@ def ask(
         image, question = split_arguments(first, second, no_image)
         loaded, inputs = prepare(model, image, question, template, device, dtype)
         with busy("answering"):
+            from hooked_llava.analysis import next_tokens
+
             answer = loaded.generate(inputs, max_new_tokens=max_new_tokens)
-            tokens = likely_tokens(loaded, inputs, top)
+            tokens = next_tokens(loaded, inputs, k=min(top, loaded.cfg.d_vocab))
         show_answer(question, answer, tokens)

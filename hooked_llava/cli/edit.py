@@ -6,13 +6,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from hooked_llava.cli.common import (
+from hooked_llava.cli.common import check_writable, prepare, split_arguments
+from hooked_llava.cli.edit_options import (
+    EMBEDDED_LAYER,
+    EMBEDDED_POSITION,
+    Ask,
+    AskText,
+    Clamp,
+    ConstraintWords,
+    Covariance,
+    Keep,
+    Lambda,
+    Layer,
+    Method,
+    MethodOption,
+    Position,
+    ReplaceBy,
+    Reword,
+    Save,
+    Sweep,
+    Target,
+)
+from hooked_llava.cli.edit_probes import Others, about_the_picture, probes_of, world_questions
+from hooked_llava.cli.options import (
     EMBEDDED_MODEL,
     Device,
     DTypeOption,
@@ -23,116 +42,36 @@ from hooked_llava.cli.common import (
     Output,
     Second,
     TemplateName,
+)
+from hooked_llava.cli.terminal import (
     busy,
-    check_writable,
     clear_errors,
     err,
     examples,
     needs_figures,
+    new_table,
     out,
-    prepare,
     say_where,
+    show_table,
     shown_steps,
-    split_arguments,
 )
-from hooked_llava.cli.edit_probes import Others, about_the_picture, probes_of, world_questions
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from hooked_llava.editing import Edit, EditRequest, KeyCovariance, Probe
     from hooked_llava.editing.request import Prepared
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.viz import EditPage
 
 EPILOG = examples(
     'edit one-shape "Who made this shape?" --constraint "this shape" --target Boris',
     'edit "Who made the star?" -c "the star" -t Boris --sweep --replace "the ring" --save edit.safetensors',
     'edit one-shape "Who made this shape?" -t Boris --reword "By whom was this shape made?" --ask "What shape is this?"',
 )
-# Where edits of the embedded world's facts take best, see benchmarks/editing.py.
-_EMBEDDED_LAYER, _EMBEDDED_POSITION = 3, "last"
 _MOST_NAMED = 8
-
-
-class Method(StrEnum):
-    """How the update is computed."""
-
-    multedit = "multedit"
-    rome = "rome"
-
-
-def _option(*names: str, metavar: str | None = None, help: str) -> Any:  # noqa: A002 (typer's name)
-    return typer.Option(*names, metavar=metavar, help=help)
-
-
-Target = Annotated[str | None, _option("--target", "-t", metavar="WORDS", help="What the model is to answer.")]
-ConstraintWords = Annotated[
-    str | None, _option("--constraint", "-c", metavar="WORDS", help="Words of the question that the fact is about.")
-]
-Layer = Annotated[
-    str | None,
-    _option(
-        metavar="N|auto",
-        help="The layer whose MLP is edited; auto: where a causal trace of the constraint finds that the MLP's output at "
-        f"the edited position restores most. Default: auto; in the embedded models, at position last, {_EMBEDDED_LAYER}, "
-        "where edits carry over best to other pictures and words, and change hardly anything else.",
-    ),
-]
-Position = Annotated[
-    str | None,
-    _option(
-        metavar="WHERE",
-        help="constraint: the constraint's last token, as in the paper; or a span, such as last or question, whose last "
-        f"token it is; auto: the constraint or the last position, where the trace's MLPs restore more. Default: auto; in the "
-        f"embedded models {_EMBEDDED_POSITION}, since hardly any edit at the constraint reaches the answer there.",
-    ),
-]
-MethodOption = Annotated[
-    Method, _option(help="multedit, or rome, which also takes into account what keys usually look like (--covariance).")
-]
-Lambda = Annotated[
-    float | None, _option(metavar="X", help="Weight of the update's size against its fit. Default: 0.01; 0 for rome.")
-]
-Clamp = Annotated[
-    float,
-    _option(
-        metavar="X",
-        help="Longest change of the MLP's output, in lengths of that output. The paper's released 1e-4 changes nothing.",
-    ),
-]
-Covariance = Annotated[
-    Path | None,
-    _option(
-        metavar="FILE",
-        help="For rome: the file that key_covariance wrote for this layer. The embedded models do without: their own "
-        "questions are taken.",
-    ),
-]
-ReplaceBy = Annotated[
-    str | None,
-    _option("--replace", metavar="WORDS", help="The trace replaces the constraint by these, of as many tokens."),
-]
-Keep = Annotated[
-    list[str] | None,
-    _option(metavar="QUESTION", help="Compute the update so that it leaves this question alone; may be repeated."),
-]
-Reword = Annotated[
-    list[str] | None,
-    _option(metavar="QUESTION", help="The same in other words, to be answered by the target too; may be repeated."),
-]
-Ask = Annotated[
-    list[str] | None,
-    _option(
-        metavar="QUESTION",
-        help="Another question about the picture, whose answer is to stay; may be repeated. Default: in the embedded "
-        "models other pictures, words, shapes, relations and colours, if the question is one of their facts.",
-    ),
-]
-AskText = Annotated[
-    list[str] | None, _option(metavar="QUESTION", help="The same without the picture; may be repeated.")
-]
-Sweep = Annotated[bool, typer.Option("--sweep", help="Also edit at every layer, and show where it works.")]
-Save = Annotated[Path | None, _option(metavar="FILE", help="Keep the edit in this file, which Edit.load reads.")]
 
 
 @dataclass(frozen=True)
@@ -187,9 +126,10 @@ def edit(
         if sweep and (keep or method is Method.rome):
             raise InputError("--sweep edits by multedit and without --keep; leave one of them out.")
         check_writable(output)
-        _check_save(save)
+        if save is not None:
+            check_writable(save, "--save")
         embedded = model in EMBEDDED
-        where = position or (_EMBEDDED_POSITION if embedded else "auto")
+        where = position or (EMBEDDED_POSITION if embedded else "auto")
         options = {"clamp": clamp} | ({} if lam is None else {"lam": lam})
         at = _layer(layer, where, embedded)
         plan = _Plan(target, constraint, at, where, method, covariance, replace, options, embedded)
@@ -207,20 +147,13 @@ def edit(
 
 def _layer(given: str | None, position: str, embedded: bool) -> int | str:
     if given is None:
-        return _EMBEDDED_LAYER if embedded and position == _EMBEDDED_POSITION else "auto"
+        return EMBEDDED_LAYER if embedded and position == EMBEDDED_POSITION else "auto"
     if given == "auto":
         return given
     try:
         return int(given)
     except ValueError:
         raise InputError(f"--layer {given} is no layer; expected a number, or auto.") from None
-
-
-def _check_save(path: Path | None) -> None:
-    """Said before the work is done, not after."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        problem = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise InputError(f"--save {path} {problem}; expected a file name in an existing folder.")
 
 
 # ---------------------------------------------------------------------- the edit
@@ -312,16 +245,16 @@ def _covariance(model: HookedLLaVA, layer: int, plan: _Plan) -> KeyCovariance:
 
 def _page(
     model: HookedLLaVA, inputs: Inputs, made: Edit, plan: _Plan, probes: list[Probe], sweep: bool, max_new_tokens: int
-) -> Any:
+) -> EditPage:
     with needs_figures():
         from hooked_llava.viz.pages.edit import STEPS, edit_page
+    from hooked_llava.editing import edit_sweep
+
     found = None
     if sweep:
         positions = ["constraint", "last"] if plan.constraint else ["last"]
         edited = made.method["position"]
         positions += [edited] if edited not in positions else []
-        from hooked_llava.editing import edit_sweep
-
         with busy("editing at every layer"):
             trace = _trace(model, inputs, plan) if plan.constraint else None
             request = _request(inputs, plan)
@@ -332,17 +265,14 @@ def _page(
         )
 
 
-def _show(question: str, page: Any, made: Edit, save: Path | None) -> None:
+def _show(question: str, page: EditPage, made: Edit, save: Path | None) -> None:
     """Both answers, what was changed, and how the other questions are answered."""
     from rich.markup import escape
-    from rich.table import Table
 
     from hooked_llava.editing import size_text
-    from hooked_llava.editing.evaluate import TO_CHANGE
     from hooked_llava.prompt.token_text import visible_token
-    from hooked_llava.viz.figures.edit import small
 
-    to, first, probes = out(), page.results["answers"], page.results["probes"]
+    to, first = out(), page.results["answers"]
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
     names = [escape(visible_token(token)) for token in first.token.values[:2]]
     for state, said in (("before", page.answer_before), ("after", page.answer)):
@@ -353,23 +283,29 @@ def _show(question: str, page: Any, made: Edit, save: Path | None) -> None:
         f"\n{method['name']}, layer {method['layer']}, position {method['position']}: {size_text(made)}\n",
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("asked", no_wrap=True)
-    table.add_column("should", no_wrap=True)
-    for name in ("n", "right before", "after", "KL"):
-        table.add_column(name, justify="right")
-    for one in (probes.isel(probe=i) for i in range(probes.sizes["probe"])):
-        numbers = f"{float(one.accuracy_before):.2f}", f"{float(one.accuracy):.2f}", small(float(one.kl))
-        should = "change" if str(one.role.values) in TO_CHANGE else "stay"
-        table.add_row(escape(str(one.probe.values)), should, str(int(one.n)), *numbers)
-    to.print(table)
-    to.print()
+    _show_probes(page.results["probes"])
     _show_wrong(page.results["questions"])
     if save is not None:
         to.print(f"The edit is in [bold]{save}[/bold]; Edit.load reads it.", soft_wrap=True)
 
 
-def _show_wrong(questions: Any) -> None:
+def _show_probes(probes: xr.Dataset) -> None:
+    """How the questions of each probe are answered, before and after."""
+    from rich.markup import escape
+
+    from hooked_llava.editing.evaluate import TO_CHANGE
+    from hooked_llava.viz.style import format_small
+
+    words, numbers = ("asked", "should"), ("n", "right before", "after", "KL")
+    table = new_table([*words, *numbers], right=numbers, whole=words)
+    for one in (probes.isel(probe=i) for i in range(probes.sizes["probe"])):
+        should = "change" if str(one.role.values) in TO_CHANGE else "stay"
+        accuracies = f"{float(one.accuracy_before):.2f}", f"{float(one.accuracy):.2f}"
+        table.add_row(escape(str(one.probe.values)), should, str(int(one.n)), *accuracies, format_small(float(one.kl)))
+    show_table(table)
+
+
+def _show_wrong(questions: xr.Dataset) -> None:
     """The questions that are not answered as they should be."""
     from rich.markup import escape
 

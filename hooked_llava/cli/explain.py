@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hooked_llava.cli.common import (
+from hooked_llava.cli.common import check_writable, prepare, split_arguments
+from hooked_llava.cli.options import (
     EMBEDDED_MODEL,
     Device,
     DTypeOption,
@@ -20,20 +21,8 @@ from hooked_llava.cli.common import (
     Second,
     TemplateName,
     Top,
-    check_writable,
-    clear_errors,
-    examples,
-    needs_figures,
-    prepare,
-    say_where,
-    show_answer,
-    shown_steps,
-    split_arguments,
 )
-
-if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, say_where, show_answer, shown_steps
 
 EPILOG = examples(
     'explain demo "What color is the star?" -o report.html',
@@ -55,32 +44,36 @@ class PatchMethod(StrEnum):
     token_ablation = "token_ablation"
 
 
+Answer = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="Explain the logit of this token. Default: the model's own first token."),
+]
+Versus = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="Explain why the answer and not this token: the difference of their logits."),
+]
+Patches = Annotated[
+    PatchMethod, typer.Option(metavar="METHOD", help=f"How the patch map is made: {', '.join(PatchMethod)}.")
+]
+WithOcclusion = Annotated[
+    bool | None,
+    typer.Option(
+        "--occlusion/--no-occlusion",
+        help="Draw occlusion beside the patch map. It runs the model about once for each patch. Default: up to 256 patches.",
+    ),
+]
+
+
 def explain(
     first: First = None,
     second: Second = None,
     output: Output = Path("report.html"),
     model: Model = EMBEDDED_MODEL,
     no_image: NoImage = False,
-    answer: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="Explain the logit of this token. Default: the model's own first token."),
-    ] = None,
-    versus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN", help="Explain why the answer and not this token: the difference of their logits."
-        ),
-    ] = None,
-    patches: Annotated[
-        PatchMethod, typer.Option(metavar="METHOD", help=f"How the patch map is made: {', '.join(PatchMethod)}.")
-    ] = PatchMethod.log_increase,
-    occlusion: Annotated[
-        bool | None,
-        typer.Option(
-            "--occlusion/--no-occlusion",
-            help="Draw occlusion beside the patch map. It runs the model about once for each patch. Default: up to 256 patches.",
-        ),
-    ] = None,
+    answer: Answer = None,
+    versus: Versus = None,
+    patches: Patches = PatchMethod.log_increase,
+    occlusion: WithOcclusion = None,
     template: TemplateName = "default",
     max_new_tokens: MaxNewTokens = 20,
     top: Top = 5,
@@ -92,17 +85,21 @@ def explain(
         image, question = split_arguments(first, second, no_image)
         check_writable(output)
         loaded, inputs = prepare(model, image, question, template, device, dtype)
-        options = {"answer": answer, "baseline": versus, "max_new_tokens": max_new_tokens, "k": top}
-        report = _explain(loaded, inputs, **options, patches=patches.value, occlusion=occlusion)
+        with needs_figures():
+            from hooked_llava.viz.pages.explain import STEPS
+            from hooked_llava.viz.pages.explain import explain as explained
+        with shown_steps(len(STEPS)) as on_step:
+            report = explained(
+                loaded,
+                inputs,
+                answer=answer,
+                baseline=versus,
+                max_new_tokens=max_new_tokens,
+                k=top,
+                patches=patches.value,
+                occlusion=occlusion,
+                on_step=on_step,
+            )
         path = report.save(output)
         show_answer(question, report.answer, report.results["next_tokens"])
         say_where(path)
-
-
-def _explain(model: HookedLLaVA, inputs: Inputs, **options: Any) -> Any:
-    """The report, with a bar that says which part of the work is being done."""
-    with needs_figures():
-        from hooked_llava.viz.pages.explain import STEPS
-        from hooked_llava.viz.pages.explain import explain as make_report
-    with shown_steps(len(STEPS)) as on_step:
-        return make_report(model, inputs, **options, on_step=on_step)

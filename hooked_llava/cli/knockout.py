@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hooked_llava.cli.common import (
+from hooked_llava.cli.common import check_writable, load_model, prepare, split_arguments, template_name
+from hooked_llava.cli.options import (
     EMBEDDED_MODEL,
     Device,
     DTypeOption,
@@ -18,17 +19,16 @@ from hooked_llava.cli.common import (
     Output,
     Second,
     TemplateName,
-    check_writable,
+)
+from hooked_llava.cli.terminal import (
     clear_errors,
     examples,
-    load_model,
     needs_figures,
+    new_table,
     out,
-    prepare,
     say_where,
+    show_table,
     shown_steps,
-    split_arguments,
-    template_name,
 )
 from hooked_llava.errors import InputError
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hooked_llava.datasets import StudyRow
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.viz import KnockoutPage
 
 EPILOG = examples(
     'knockout demo "What color is the star?" --box 20,40,36,55',
@@ -78,29 +79,36 @@ _OWN_TABLE = "tiny-shapes"
 _DEFAULT_LIMIT = 50
 
 
+Boxes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the picture's pixels; may be repeated."),
+]
+EdgeNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EDGE", help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.'
+    ),
+]
+ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's pictures are.")]
+Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
+]
+
+
 def knockout(
     first: First = None,
     second: Second = None,
-    box: Annotated[
-        list[str] | None,
-        typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the picture's pixels; may be repeated."),
-    ] = None,
-    edge: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="EDGE", help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.'
-        ),
-    ] = None,
+    box: Boxes = None,
+    edge: EdgeNames = None,
     window: Window = None,
     metric: MetricOption = Metric.relative_change,
     dataset: TableName = None,
-    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's pictures are.")] = None,
+    images: ImageFolder = None,
     limit: Limit = None,
-    every: Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")] = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
-    ] = None,
+    every: Every = False,
+    results: Results = None,
     batch_size: BatchSize = None,
     output: Output = Path("knockout.html"),
     model: Model = EMBEDDED_MODEL,
@@ -185,7 +193,7 @@ def _box(text: str) -> tuple[float, ...]:
 
 def _one(
     model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, settings: dict[str, Any]
-) -> Any:
+) -> KnockoutPage:
     with needs_figures():
         from hooked_llava.viz.pages.knockout import STEPS, knockout_page
     with shown_steps(len(STEPS)) as on_step:
@@ -194,19 +202,18 @@ def _one(
 
 def _study(
     model: HookedLLaVA, rows: list[StudyRow], edges: list[str] | None, window: int | None, settings: dict[str, Any]
-) -> Any:
+) -> KnockoutPage:
     with needs_figures():
         from hooked_llava.viz.pages.knockout import study_page
     from hooked_llava.analysis import flow_study
 
-    chosen = {} if edges is None else {"edges": edges}
+    chosen: dict[str, Any] = {} if edges is None else {"edges": edges}
     return study_page(flow_study(model, rows, window=window, **chosen, **settings))
 
 
-def _show(page: Any) -> None:
+def _show(page: KnockoutPage) -> None:
     """The answer, and for each edge what blocking it does."""
     from rich.markup import escape
-    from rich.table import Table
 
     found, summary = page.results["knockout"], page.results["summary"]
     if "kind" in found.dims:
@@ -214,27 +221,19 @@ def _show(page: Any) -> None:
         found, summary = found.sel(every), summary.sel(every)
     if "statistic" in found.dims:
         found = found.sel(statistic="mean")
-    to = out()
-    to.print(f"[dim]{escape(page.question)}[/dim]", soft_wrap=True)
+    out().print(f"[dim]{escape(page.question)}[/dim]", soft_wrap=True)
     if page.answer:
-        to.print(f"[bold]{escape(page.answer)}[/bold]", soft_wrap=True)
-    to.print()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in (
-        ("blocked", "left"),
-        ("in all layers", "right"),
-        ("deepest window", "right"),
-        ("at", "right"),
-    ):
-        table.add_column(name, justify=justify)
+        out().print(f"[bold]{escape(page.answer)}[/bold]", soft_wrap=True)
+    out().print()
+    numbers = ("in all layers", "deepest window", "at")
+    table = new_table(["blocked", *numbers], right=numbers)
     percent = str(found.effect.attrs.get("units", "")).startswith("%")
     for name in found.edge.values.tolist():
         total, depth = (float(x.sel(edge=name)) for x in (found.total_effect, summary.depth))
         layer = float(summary.peak_layer.sel(edge=name))
         at = f"layer {layer:.0f}" if summary.half_width.sel(edge=name) > 0 else ""
         table.add_row(escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at)
-    to.print(table)
-    to.print()
+    show_table(table)
 
 
 def _shown(value: float, *, percent: bool) -> str:

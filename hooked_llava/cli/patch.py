@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hooked_llava.cli.common import (
-    EMBEDDED_MODEL,
-    Device,
-    DTypeOption,
-    MaxNewTokens,
-    Model,
-    Output,
-    TemplateName,
-    check_writable,
-    clear_errors,
-    examples,
-    load_model,
-    needs_figures,
-    open_picture,
-    out,
-    say_where,
-    shown_steps,
-    template_name,
-)
+from hooked_llava.cli.common import check_writable, load_model, open_picture, template_name
+from hooked_llava.cli.options import EMBEDDED_MODEL, Device, DTypeOption, MaxNewTokens, Model, Output, TemplateName
+from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, out, say_where, shown_steps
 
 if TYPE_CHECKING:
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.viz import PatchingReport
 
 EPILOG = examples(
     'patch demo demo-blue-star "What color is the star?" -o patching.html',
@@ -45,38 +28,47 @@ class Way(StrEnum):
     noise = "noise"
 
 
+CleanImage = Annotated[
+    str, typer.Argument(metavar="CLEAN_IMAGE", help="A picture: a file, or the name of a bundled one.")
+]
+CorruptedImage = Annotated[
+    str, typer.Argument(metavar="CORRUPTED_IMAGE", help="Another, about which the answer is another.")
+]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about both, in quotes.")]
+WayOption = Annotated[
+    Way,
+    typer.Option(
+        help="denoise: clean activations into the corrupted run, is a place enough? noise: the reverse, is it needed?"
+    ),
+]
+Answer = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean picture."),
+]
+Versus = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="Minus that of this one. Default: the answer to the corrupted picture."),
+]
+MaxRuns = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Patches are measured one by one up to so many runs; beyond that they are estimated.",
+    ),
+]
+
+
 def patch(
-    clean_image: Annotated[
-        str, typer.Argument(metavar="CLEAN_IMAGE", help="A picture: a file, or the name of a bundled one.")
-    ],
-    corrupted_image: Annotated[
-        str, typer.Argument(metavar="CORRUPTED_IMAGE", help="Another, about which the answer is another.")
-    ],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about both, in quotes.")],
+    clean_image: CleanImage,
+    corrupted_image: CorruptedImage,
+    question: Question,
     output: Output = Path("patching.html"),
     model: Model = EMBEDDED_MODEL,
-    direction: Annotated[
-        Way,
-        typer.Option(
-            help="denoise: clean activations into the corrupted run, is a place enough? noise: the reverse, is it needed?"
-        ),
-    ] = Way.denoise,
-    answer: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean picture."),
-    ] = None,
-    versus: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="Minus that of this one. Default: the answer to the corrupted picture."),
-    ] = None,
-    max_runs: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Patches are measured one by one up to so many runs; beyond that they are estimated.",
-        ),
-    ] = 2000,
+    direction: WayOption = Way.denoise,
+    answer: Answer = None,
+    versus: Versus = None,
+    max_runs: MaxRuns = 2000,
     template: TemplateName = "default",
     max_new_tokens: MaxNewTokens = 20,
     device: Device = "auto",
@@ -91,28 +83,25 @@ def patch(
         pictures = [open_picture(image) for image in (clean_image, corrupted_image)]
         loaded = load_model(model, device, dtype)
         pair = [loaded.prepare(question, picture, template=template_name(template)) for picture in pictures]
-        report = _report(
-            loaded,
-            pair,
-            answer=answer,
-            baseline=versus,
-            direction=direction.value,
-            max_runs=max_runs,
-            max_new_tokens=max_new_tokens,
-        )
+        with needs_figures():
+            from hooked_llava.viz.pages.patching import STEPS, patching_report
+        with shown_steps(len(STEPS)) as on_step:
+            report = patching_report(
+                loaded,
+                *pair,
+                answer=answer,
+                baseline=versus,
+                direction=direction.value,
+                max_runs=max_runs,
+                max_new_tokens=max_new_tokens,
+                on_step=on_step,
+            )
         path = report.save(output)
         _show_answers(question, report)
         say_where(path)
 
 
-def _report(model: HookedLLaVA, pair: list[Inputs], **options: Any) -> Any:
-    with needs_figures():
-        from hooked_llava.viz.pages.patching import STEPS, patching_report
-    with shown_steps(len(STEPS)) as on_step:
-        return patching_report(model, *pair, **options, on_step=on_step)
-
-
-def _show_answers(question: str, report: Any) -> None:
+def _show_answers(question: str, report: PatchingReport) -> None:
     from rich.markup import escape
 
     metric = report.results["heads"].attrs

@@ -6,16 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hooked_llava.cli.common import (
-    EMBEDDED_MODEL,
-    Device,
-    DTypeOption,
-    busy,
-    clear_errors,
-    examples,
-    load_model,
-    out,
-)
+from hooked_llava.cli.common import load_model
+from hooked_llava.cli.options import EMBEDDED_MODEL, Device, DTypeOption
+from hooked_llava.cli.terminal import busy, clear_errors, examples, out
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -51,7 +44,7 @@ def _verify(model: HookedLLaVA, name: str) -> Any:
     from hooked_llava.loading import resolve
     from hooked_llava.model.verify import verify as compare
 
-    hf_model = LlavaForConditionalGeneration.from_pretrained(resolve(name), dtype=model.cfg.dtype)
+    hf_model: Any = LlavaForConditionalGeneration.from_pretrained(resolve(name), dtype=model.cfg.dtype)
     return compare(model, hf_model.eval().to(model.cfg.device))
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -33,7 +33,7 @@ UNITS = {"logit": "logits", "attention": "share of attention", "probability": "p
 """What the values of a result are counted in, by the result's name."""
 
 _SIGNED = ("logit", "recovered")  # the names of results whose values may be negative, even if these are not
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 9.0,
     "font.family": "sans-serif",
     "axes.titlesize": 10.0,
@@ -195,12 +195,12 @@ def unit_of(result: xr.DataArray) -> str:
     return str(result.attrs.get("units") or UNITS.get(str(result.name), result.name or "value"))
 
 
-def only(result: xr.DataArray, *dims: str) -> xr.DataArray:
+def require_dims(result: xr.DataArray, *dims: str) -> xr.DataArray:
     """The result with exactly these axes, in this order; axes of length one are dropped.
 
     Raises `InputError` if one is missing, or another longer than one is left.
 
-    >>> only(xr.DataArray(np.zeros((1, 2, 3)), dims=("image", "head", "layer")), "layer", "head").shape
+    >>> require_dims(xr.DataArray(np.zeros((1, 2, 3)), dims=("image", "head", "layer")), "layer", "head").shape
     (3, 2)
     """
     if not isinstance(result, xr.DataArray):
@@ -228,6 +228,17 @@ def token_label(token: object, longest: int | None = None) -> str:
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
 
 
+def format_small(value: float) -> str:
+    """A number that is not below 0 but for rounding, in few letters.
+
+    >>> format_small(0.01234), format_small(0.000123), format_small(-1e-9)
+    ('0.012', '1e-4', '< 1e-6')
+    """
+    if value < 1e-6:
+        return "< 1e-6"
+    return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def tick_every(n: int, most: int = 16) -> int:
     """A step such that ticks at its multiples are at most `most`.
 
@@ -237,7 +248,26 @@ def tick_every(n: int, most: int = 16) -> int:
     return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, n) if n / step <= most)
 
 
-def bare(axes: Axes) -> None:
+def value_lines(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Thin lines behind what is drawn, to read values by."""
+    axes.grid(axis=which, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def legend_beside(axes: Axes, *handles_and_labels: Any, handlelength: float = 1.4) -> None:
+    """A legend to the right of a panel."""
+    axes.legend(
+        *handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK, handlelength=handlelength
+    )
+
+
+def add_heading(figure: Plot, text: str) -> None:
+    """The title of a figure with several panels; none for ""."""
+    if text:
+        figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+
+
+def hide_axes(axes: Axes) -> None:
     """No ticks and no frame: for pictures and tables."""
     axes.set_xticks([])
     axes.set_yticks([])

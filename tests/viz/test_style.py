@@ -13,8 +13,9 @@ from hooked_llava.viz.style import (
     ColorScale,
     Plot,
     color_scale,
-    only,
+    format_small,
     plot,
+    require_dims,
     scale_of,
     unit_of,
 )
@@ -77,10 +78,21 @@ def test_only_refuses_missing_and_surplus_axes():
     with pytest.raises(
         InputError, match=r"The result has the axes image, layer; expected layer, head\. Choose or average"
     ):
-        only(result, "layer", "head")
+        require_dims(result, "layer", "head")
     with pytest.raises(InputError, match="Choose or average"):
-        only(result, "layer")
-    assert only(result[:1], "layer").dims == ("layer",)
+        require_dims(result, "layer")
+    assert require_dims(result[:1], "layer").dims == ("layer",)
+
+
+def test_small_numbers():
+    assert [format_small(x) for x in (8.0246, 0.25, 0.001, 0.00012, 1e-5, -2e-8)] == [
+        "8",
+        "0.25",
+        "0.001",
+        "1e-4",
+        "1e-5",
+        "< 1e-6",
+    ]
 
 
 def test_another_value_than_zero_may_stand_for_nothing():

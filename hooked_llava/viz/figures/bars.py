@@ -9,7 +9,18 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.checks import whole_number
-from hooked_llava.viz.style import BLUE, INK, MUTED, ORANGE, RULE, only, plot, tick_every, unit_of
+from hooked_llava.viz.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    legend_beside,
+    plot,
+    require_dims,
+    tick_every,
+    unit_of,
+    value_lines,
+)
 from hooked_llava.viz.titles import add_note, title_of
 
 _OF_LAYER = re.compile(r"(\d+)_(attn|mlp)")
@@ -29,7 +40,7 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
     >>> [float(bar.get_height()) for bars in figure.axes[0].containers for bar in bars]
     [1.0, 2.0, -0.5]
     """
-    result = only(result, "component")
+    result = require_dims(result, "component")
     values = dict(zip((str(name) for name in result["component"].values), result.values.tolist(), strict=True))
     others = [name for name in values if not _OF_LAYER.fullmatch(name)]
     layers = sorted({int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))})
@@ -51,10 +62,9 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
         axes.set_xticks([*before, *named], [*others, *map(str, named)])
         axes.set_xlabel("layer")
         axes.set_ylabel(unit_of(result))
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        value_lines(axes, "y")
         axes.set_title(title_of(result) if title is None else title)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
+        legend_beside(axes)
         add_note(figure, result.attrs, title)
     return figure
 
@@ -69,7 +79,7 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
     ['L0 N0', 'L0 N1']
     """
     whole_number(top, "top", least=1, expected="at least 1 bar")
-    result = only(result, "layer", "neuron")
+    result = require_dims(result, "layer", "neuron")
     flat = result.values.ravel()
     largest = np.argsort(-np.abs(flat), kind="stable")[:top]
     order = largest[np.argsort(-flat[largest], kind="stable")]
@@ -82,8 +92,7 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
         axes.set_yticks(range(len(order)), names)
         axes.invert_yaxis()
         axes.set_xlabel(unit_of(result))
-        axes.grid(axis="x", color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        value_lines(axes, "x")
         shown = f"{len(order)} of {flat.size} neurons"
         axes.set_title(f"{title_of(result) if title is None else title}\n{shown}")
         add_note(figure, result.attrs, title)

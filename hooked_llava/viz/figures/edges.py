@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -81,7 +81,7 @@ def _senders(name: str, part: xr.DataArray) -> list[tuple[tuple[float, float], n
     return [((layer, head), part.values[:, i, j]) for i, layer in enumerate(layers) for j, head in enumerate(heads)]
 
 
-def _layers(axes: Axes, which: str, names: list[str]) -> None:
+def _layers(axes: Axes, which: Literal["x", "y"], names: list[str]) -> None:
     """The layer in the middle of its cells, and a line between one and the next."""
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     stops = [*starts[1:], len(names)]

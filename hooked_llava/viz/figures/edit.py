@@ -18,12 +18,15 @@ from hooked_llava.viz.style import (
     MUTED,
     ORANGE,
     PURPLE,
-    RULE,
     Plot,
-    only,
+    add_heading,
+    format_small,
+    legend_beside,
     plot,
+    require_dims,
     tick_every,
     token_label,
+    value_lines,
 )
 
 ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
@@ -48,7 +51,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['Clara', 'Boris']
     """
-    answers = only(check_array(answers, "answer_shift", "edit_page(...).results['answers']"), "state", "token")
+    answers = require_dims(check_array(answers, "answer_shift", "edit_page(...).results['answers']"), "state", "token")
     if set(answers["state"].values.tolist()) != {"before", "after"}:
         raise InputError(f"The states are {answers['state'].values.tolist()}; expected before and after.")
     tokens = [str(token) for token in answers["token"].values]
@@ -66,8 +69,8 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.tick_params("y", length=0)
         axes.set_xlabel("probability of the answer's first token")
-        _grid(axes, "x")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
+        value_lines(axes, "x")
+        legend_beside(axes, handlelength=1.2)
         if title:
             axes.set_title(title)
     return figure
@@ -93,14 +96,14 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
         before = probes.accuracy_before.values
         line = axes.vlines(before, at - 0.42, at + 0.42, color=INK, linewidth=1.6, label="before the edit")
         for y, (kl, n) in enumerate(zip(probes.kl.values, probes.n.values, strict=True)):
-            axes.text(1.03, y, f"n {int(n)}, KL {small(float(kl))}", va="center", fontsize=7.5, color=MUTED)
+            axes.text(1.03, y, f"n {int(n)}, KL {format_small(float(kl))}", va="center", fontsize=7.5, color=MUTED)
         axes.set_yticks(at, [str(name) for name in probes.probe.values])
         axes.invert_yaxis()
         axes.set_xlim(-0.015, 1.26)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.tick_params("y", length=0)
         axes.set_xlabel("answered as they should be")
-        _grid(axes, "x")
+        value_lines(axes, "x")
         keys = [Patch(color=ROLE_COLORS[role], label=f"{role}: {WANTED[role]}") for role in dict.fromkeys(roles)]
         figure.legend(handles=[line, *keys], loc="outside lower center", ncols=2, handlelength=1.2)
         if title:
@@ -138,24 +141,12 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
             axes.set_title(f"position: {position}")
             axes.set_xticks(layers[:: tick_every(len(layers), 8)])
             axes.set_xlabel("edited layer")
-            _grid(axes, "y")
+            value_lines(axes, "y")
         panels[0].set_ylim(min(-0.04, 1.1 * _lowest(sweep)), 1.06)
         panels[0].set_ylabel("share")
         _legend(figure, panels[0])
-        if title:
-            figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        add_heading(figure, title or "")
     return figure
-
-
-def small(value: float) -> str:
-    """A number that is not below 0 but for rounding, in few letters.
-
-    >>> small(0.01234), small(0.000123), small(-1e-9)
-    ('0.012', '1e-4', '< 1e-6')
-    """
-    if value < 1e-6:
-        return "< 1e-6"
-    return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _lowest(sweep: xr.Dataset) -> float:
@@ -166,8 +157,3 @@ def _lowest(sweep: xr.Dataset) -> float:
 def _legend(figure: Plot, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", handlelength=1.8)
-
-
-def _grid(axes: Axes, which: str) -> None:
-    axes.grid(axis=which, color=RULE, linewidth=0.6)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)

@@ -15,11 +15,12 @@ from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.figures.maps import names_along
 from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.style import INK, MUTED, RULE, SERIES, Plot, plot
+from hooked_llava.viz.style import INK, MUTED, SERIES, Plot, add_heading, legend_beside, plot, value_lines
 from hooked_llava.viz.titles import add_note, shown_title
 
 _DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
 _COLUMNS = 3
+_HANDLE = 2.6
 _LEAST_PERCENT = 10.0  # how far the axis of a relative change reaches at least
 _FORMS = {
     "lower": (0, "-"),
@@ -198,8 +199,7 @@ def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dat
     window = result.attrs.get("window")
     units = str(effect.attrs.get("units", ""))
     for axes in every:
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        value_lines(axes, "y")
         axes.set_xlabel("layer" if window in (None, 1) else f"layer (middle of {window})")
     if units.startswith("%"):
         low, high = every[0].get_ylim()
@@ -213,10 +213,8 @@ def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dat
 
 def _legend(figure: Plot, axes: Axes, title: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    options = {"labelcolor": INK, "handlelength": 2.6}
     if len(figure.axes) == 1:
-        axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
+        legend_beside(axes, handles, labels, handlelength=_HANDLE)
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS, **options)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK, fontsize=10)
+        figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS, labelcolor=INK, handlelength=_HANDLE)
+    add_heading(figure, title)

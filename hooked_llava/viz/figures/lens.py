@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
@@ -15,14 +14,14 @@ from hooked_llava.viz.figures.maps import draw_cells, names_along
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, apart, name_layers
 from hooked_llava.viz.style import (
-    INK,
-    RULE,
     SEQUENTIAL,
     SERIES,
     ColorScale,
     add_color_bar,
+    legend_beside,
     plot,
     token_label,
+    value_lines,
 )
 from hooked_llava.viz.titles import add_note, title_of
 
@@ -100,10 +99,10 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.set_ylim(-0.02, 1.04)
         axes.set_xlabel(_axis(result))
         axes.set_ylabel("probability")
-        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        value_lines(axes, "y")
         axes.set_title(f"{_called(result)}: probability of answers by layer" if title is None else title)
         add_note(figure, result.attrs, title)
-        _legend(axes)
+        legend_beside(axes)
     return figure
 
 
@@ -140,7 +139,3 @@ def _cells(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray, list[str], str]:
     best = ordered.isel(rank=0)
     names = best["label"].values if "label" in best.coords else best["position"].values
     return best["token"].values, best["probability"].values, [_shown(str(name)) for name in names], "position"
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK, handlelength=1.4)

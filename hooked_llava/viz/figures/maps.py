@@ -21,8 +21,8 @@ from hooked_llava.viz.style import (
     PAPER,
     ColorScale,
     add_color_bar,
-    only,
     plot,
+    require_dims,
     scale_of,
     tick_every,
     token_label,
@@ -59,7 +59,7 @@ def cell_map(result: xr.DataArray, rows: str, columns: str, *, title: str | None
     >>> figure.axes[0].get_ylabel()
     'receiver'
     """
-    result = only(result, rows, columns)
+    result = require_dims(result, rows, columns)
     name = title_of(result) if title is None else title
     return cell_maps({name: result}, rows, columns, about={} if title == "" else result.attrs)
 
@@ -76,7 +76,7 @@ def cell_maps(
     >>> [axes.get_title(loc="left") for axes in figure.axes[:2]]
     ['q', 'k']
     """
-    panels = [only(result, rows, columns) for result in results.values()]
+    panels = [require_dims(result, rows, columns) for result in results.values()]
     n_rows, n_columns = (max(panel.shape[axis] for panel in panels) for axis in (0, 1))
     cell, n = min(0.46, 9.0 / n_columns), len(panels)
     width, height = max(4.2, 1.9 + cell * n_columns), max(1.5 if n > 1 else 2.4, 0.9 + 0.82 * cell * n_rows)
@@ -110,7 +110,7 @@ def layer_position_map(
     >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
     ['0', '1']
     """
-    result = only(result, "layer", "position")
+    result = require_dims(result, "layer", "position")
     name = title_of(result) if title is None else title
     return layer_position_maps({name: result}, inputs, collapse=collapse, about={} if title == "" else result.attrs)
 
@@ -135,7 +135,7 @@ def layer_position_maps(
     """
     if collapse is not None:
         one_of(collapse, get_args(Collapse), "collapse", expected="None, 'mean', 'sum' or 'max'")
-    panels = [only(result, "layer", "position") for result in results.values()]
+    panels = [require_dims(result, "layer", "position") for result in results.values()]
     if any(panel["position"].values.tolist() != panels[0]["position"].values.tolist() for panel in panels):
         raise InputError("The results are about different positions; draw them one at a time with layer_position_map.")
     groups = _groups(panels[0], inputs, collapse)

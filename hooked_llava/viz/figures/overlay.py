@@ -27,8 +27,9 @@ from hooked_llava.viz.style import (
     PAPER,
     ColorScale,
     add_color_bar,
-    bare,
+    add_heading,
     color_scale,
+    hide_axes,
     plot,
     scale_of,
     unit_of,
@@ -120,8 +121,7 @@ def patch_overlays(
             axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
-        if heading:
-            figure.suptitle(heading, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        add_heading(figure, heading)
         add_note(figure, result.attrs, title)
         add_color_bar(figure, panels, scale, unit_of(result), result.values, colors=_as_overlaid(scale))
     return figure
@@ -147,10 +147,11 @@ def draw_overlay(
         values,
         cmap=_vivid(scale),
         norm=scale.norm(),
-        alpha=_opacity(values, scale),
         linewidth=0,
         rasterized=True,  # as vectors, neighbouring patches would show seams
     )
+    alpha: Any = _opacity(values, scale)  # one for each patch, which matplotlib's types leave out
+    mesh.set_alpha(alpha)
     if geometry is not None:
         _mark_crop(axes, geometry)
     axes.set_xlim(0, original.width)
@@ -166,7 +167,7 @@ def draw_picture(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
         pixels = ((1 - fade) * pixels + fade * (120 + grey * 135 / 255)).astype(np.uint8)
     how = "nearest" if max(height, width) <= _SMALL else "antialiased"
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation=how)
-    bare(axes)
+    hide_axes(axes)
 
 
 def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:

@@ -15,7 +15,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.maps import layer_position_maps
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, plot
+from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, add_heading, plot, value_lines
 from hooked_llava.viz.titles import add_note, shown_title
 
 KIND_NAMES = {
@@ -91,8 +91,7 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
         panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", handlelength=1.4)
-        if heading := shown_title(effects, title):
-            figure.suptitle(heading, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        add_heading(figure, shown_title(effects, title))
         add_note(figure, effects.attrs, title)
     return figure
 
@@ -120,8 +119,7 @@ def _draw_roles(axes: Axes, effects: xr.Dataset, curves: Sequence[Curve]) -> Non
             axes.fill_between(layers, one.low.values, one.high.values, color=color, alpha=0.15, linewidth=0)
     name_layers(axes, layers, [str(layer) for layer in layers], 8)
     axes.set_xlabel("layer")
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    value_lines(axes, "y")
 
 
 def _unit(effects: xr.Dataset, value: str) -> str:

@@ -20,10 +20,11 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import spelled_out
-from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import about_model, answered
+from hooked_llava.viz.style import format_small
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""
@@ -152,7 +153,7 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         "same_first": ids[0] == made.targets[0][0],
         "said_already": bool(results["questions"].as_expected_before[0]),
         "reached": bool(results["questions"].as_expected[0]),
-        "own_kl": small(float(results["questions"].kl[0])),
+        "own_kl": format_small(float(results["questions"].kl[0])),
         "shift": answer_shift(answers),
     }
 
@@ -206,7 +207,7 @@ def _elsewhere(probes: Sequence[Probe], results: dict[str, Any]) -> dict[str, An
             "after": f"{float(one.accuracy):.2f}",
             "p": f"{float(one.probability_before):.3f} → {float(one.probability):.3f}",
             "changed": f"{float(one.changed):.2f}",
-            "kl": small(float(one.kl)),
+            "kl": format_small(float(one.kl)),
         }
         for one in (found.isel(probe=i) for i in range(found.sizes["probe"]))
     ]
@@ -227,7 +228,7 @@ def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
         "before": visible(str(question.before.values)),
         "after": visible(str(question.after.values)),
         "p": f"{float(question.probability_before):.3f} → {float(question.probability):.3f}",
-        "kl": small(float(question.kl)),
+        "kl": format_small(float(question.kl)),
         "wrong": wrong,
         "verdict": verdict,
     }

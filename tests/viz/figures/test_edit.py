@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.colors import to_hex
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.figures.edit import ROLE_COLORS, answer_shift, edit_by_layer, probe_bars, small
+from hooked_llava.viz.figures.edit import ROLE_COLORS, answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.style import PURPLE
 
 ROLES = ["efficacy", "generalisation", "specificity", "locality"]
@@ -97,14 +97,3 @@ def test_other_sweeps_are_refused(sweep):
     for wrong in (sweep.rename(layer="depth"), sweep[["indirect_effect"]], sweep.isel(position=0)):
         with pytest.raises(InputError, match="by position and layer|lacks 'efficacy'"):
             edit_by_layer(wrong)
-
-
-def test_small_numbers():
-    assert [small(x) for x in (8.0246, 0.25, 0.001, 0.00012, 1e-5, -2e-8)] == [
-        "8",
-        "0.25",
-        "0.001",
-        "1e-4",
-        "1e-5",
-        "< 1e-6",
-    ]

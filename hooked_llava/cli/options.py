@@ -1,0 +1,56 @@
+"""Options and arguments that several commands have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EMBEDDED_MODEL = "tiny-shapes"
+
+
+class DType(StrEnum):
+    """How the weights are held."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+# Two optional arguments, told apart by how many are given: a picture may be left out, a question may not.
+First = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="IMAGE", help="A picture: a file, or the name of a bundled one. Left out for questions without."
+    ),
+]
+Second = Annotated[str | None, typer.Argument(metavar="QUESTION", help="What is asked, in quotes.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="An embedded model, a folder in Hugging Face format, or a name on the hub.",
+    ),
+]
+NoImage = Annotated[bool, typer.Option("--no-image", help="Ask without a picture; then only the question is given.")]
+TemplateName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Conversation template: default (the model's own), chat (the processor's), or llava-1.5, vicuna-v1 and the "
+        "others of hooked_llava.prompt.templates; none: the question is the whole prompt, <image> included.",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the answer at most.")]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes an accelerator if there is one.")
+]
+DTypeOption = Annotated[
+    DType | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16. Default: as the checkpoint says.")
+]
+Top = Annotated[int, typer.Option(min=1, metavar="N", help="How many of the most probable tokens to show.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")]
