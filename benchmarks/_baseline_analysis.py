@@ -184,7 +184,7 @@ def ablation(s: Subject) -> Made:
 @on(SOME, quick=["direct-float64"])
 def signs_and_curves(s: Subject) -> Made:
     """What a map is worth."""
-    grid = s.model.config.vision.grid
+    grid = s.model.config.vision.patch_grid[0]
     coverage = np.zeros((grid, grid))
     coverage[0, 1] = coverage[1, 1] = 1.0
     both = analysis.patch_importance(s.model, s.batch())

@@ -9,6 +9,10 @@ To record version 0.1 (commit f8ca89f), import there from where it was: `span` f
 
 from hooked_llava.analysis.causal_trace import was_lowered
 from hooked_llava.analysis.studies.flow import flow_study
+from hooked_llava.architecture.image_axis import ImageAxis
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layouts import llava_layout
+from hooked_llava.architecture.processor_axes import processor_axes
 from hooked_llava.architecture.tensors import expected_tensors
 from hooked_llava.cli import app
 from hooked_llava.datasets.rows import boxes_lost
@@ -25,10 +29,9 @@ from hooked_llava.experiments.pairs import (
     without_object,
 )
 from hooked_llava.experiments.windows import centred_window, paper_width, released_window
-from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.spans import span as span_positions
 from hooked_llava.prompt.templates import find_template
+from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_cache import decide
 from hooked_llava.readout.metrics import (
     Answer,
@@ -58,6 +61,7 @@ from tests.builders import make_hf_model, make_prompt  # noqa: TID251 (models an
 from tests.compiled import compiled  # noqa: TID251 (models and processors that tests have)
 from tests.fixtures_processor import make_processor  # noqa: TID251 (models and processors that tests have)
 from tests.known_mechanism import OBJECTS, RECOLORED, places  # noqa: TID251 (models and processors that tests have)
+from tests.oracles.geometry import AxisGeometry, ImageGeometry  # noqa: TID251 (models and processors that tests have)
 from tests.pairs import GEOMETRIES  # noqa: TID251 (models and processors that tests have)
 
 __all__ = [
@@ -65,7 +69,6 @@ __all__ = [
     "OBJECTS",
     "RECOLORED",
     "Answer",
-    "ImageGeometry",
     "Inputs",
     "Intervention",
     "MeanEmbedding",
@@ -93,8 +96,10 @@ __all__ = [
     "flow_study",
     "from_transformer_lens",
     "gaussian_noise",
+    "geometry_of",
     "gqa_rows",
     "kl_divergence",
+    "llava_layout",
     "load_result",
     "log_probability",
     "logit_difference",
@@ -111,6 +116,7 @@ __all__ = [
     "picture_path",
     "places",
     "probability",
+    "processor_axes",
     "rank",
     "recovered",
     "relative_change",
@@ -125,3 +131,17 @@ __all__ = [
     "write_gqa",
     "written_whole",
 ]
+
+span_positions = TokenMap.span
+
+
+def geometry_of(layout: ImageLayout) -> ImageGeometry:
+    """The axes of a layout of one grid as version 0.1 shows them."""
+
+    def shown(axis: ImageAxis) -> AxisGeometry:
+        return AxisGeometry(**{name: length for name, length in vars(axis).items() if name in _LENGTHS})
+
+    return ImageGeometry(shown(layout.grids[0].rows.pixels), shown(layout.grids[0].columns.pixels))
+
+
+_LENGTHS = ("original", "padded", "before", "resized", "offset", "crop", "canvas", "patch_size")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks._baseline_cases import Made, on, once
-from benchmarks._baseline_names import ImageGeometry, find_template, make_processor
+from benchmarks._baseline_names import find_template, geometry_of, llava_layout, make_processor, processor_axes
 from benchmarks._baseline_subjects import SOME, Subject, named, subject, with_boxes
 from hooked_llava import HookedLLaVA, Inputs
 
@@ -78,7 +78,7 @@ def _formatted(name: str) -> list[Any]:
 def token_map(s: Subject) -> Made:
     """Words, patches, boxes and pixels to positions and back."""
     found = with_boxes(s.one).token_map
-    rows, columns = found.grid
+    rows, columns = found.layout().grids[0].shape
     width, height = s.images[0].size
     mask = np.zeros((height, width), bool)
     mask[height // 4 : height // 2, width // 3 : width * 2 // 3] = True
@@ -100,7 +100,7 @@ def token_map(s: Subject) -> Made:
         "outside": [found.outside(box) for box in boxes],
         "mask": lambda: found.mask_to_patches(mask, coverage=0.3).tolist(),
         "pixel": found.pixel_to_patch(width / 2, height / 2),
-        "geometry": repr(found.geometry()),
+        "geometry": repr(geometry_of(found.layout())),
         "shifted": lambda: list(s.batch(padding_side="right").padded_left().token_maps[1].real),
     }
 
@@ -120,14 +120,14 @@ def geometry() -> Made:
 
 
 def _geometry(processor: Any, height: int, width: int, patch_size: int) -> dict[str, Any]:
-    made = ImageGeometry.from_processor(processor, height=height, width=width, patch_size=patch_size)
+    made = llava_layout(*processor_axes(processor, height=height, width=width, patch_size=patch_size))
     return {
-        "repr": repr(made),
-        "visible": np.array(made.visible_box),
-        "corner": np.array(made.patch_box(0, 0)),
-        "shares": made.box_shares((width / 4, height / 4, width / 2, height / 3)),
+        "repr": repr(geometry_of(made)),
+        "visible": np.array(made.visible_box()),
+        "corner": np.array(made.cell_box(0, 0)),
+        "shares": made.box_shares((width / 4, height / 4, width / 2, height / 3))["base"],
         "outside": made.outside((0, 0, width / 2, height)),
-        "pixel": made.pixel_to_patch(width / 2, height / 2),
+        "pixel": made.pixel_to_cell(width / 2, height / 2),
     }
 
 

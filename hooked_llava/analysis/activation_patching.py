@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -213,19 +214,14 @@ def _intervention(
         rows = where
     else:
         where = None if at["patch"] is None else [at["patch"]]
-        rows = None if where is None else [where[0] + _class_token_first(model, hook)]
+        along = model.config.vision.patches_along(hook.axes[hook.position_axis or 1])
+        rows = None if where is None else [along[where[0]]]
     if rows is not None:
         value = value.index_select(axis, torch.tensor(rows, device=value.device))
     if head is not None:
         head_axis = next(i for i, axis_name in enumerate(hook.axes) if axis_name in ("head", "kv_head"))
         value = value.narrow(head_axis - 1, head, 1)
     return Intervention(name, positions=where, heads=None if head is None else [head], image=image, value=value)
-
-
-def _class_token_first(model: HookedLLaVA, hook: Hook) -> bool:
-    """Whether the hook's axis of patches begins with the class token."""
-    in_tower = "pos" in hook.axes or "query" in hook.axes
-    return in_tower or ("feature" in hook.axes and not model.config.vision.drop_class_token)
 
 
 def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes, base: Inputs) -> xr.DataArray:
@@ -249,8 +245,8 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
             result = result.assign_coords(n_positions=("position", sizes))
         return result
     if "patch" in taken:
-        grid = [divmod(patch, base.token_map.grid[1]) for patch in taken["patch"]]
-        rows, columns = zip(*grid, strict=True)
-        result.attrs["patch_grid"] = list(base.token_map.grid)
-        return result.assign_coords(patch_row=("patch", list(rows)), patch_col=("patch", list(columns)))
+        grid = model.config.vision.patch_grid
+        result.attrs["patch_grid"] = list(grid)
+        rows, columns = np.unravel_index(taken["patch"], grid)
+        return result.assign_coords(patch_row=("patch", rows), patch_col=("patch", columns))
     return result

@@ -48,8 +48,8 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
     ['confidence', 'entropy', 'map_entropy', 'map_peak', 'mass_on_objects']
     """
     prompts = model.as_inputs(inputs)
-    grid = model.config.vision.grid
-    both = [np.asarray(getattr(v, "values", v), dtype=np.float64).reshape(-1, grid, grid) for v in (maps, coverage)]
+    grid = prompts.patch_grid
+    both = [np.asarray(getattr(v, "values", v), dtype=np.float64).reshape(-1, *grid) for v in (maps, coverage)]
     if any(len(array) != len(prompts) for array in both):
         raise InputError(
             f"{len(prompts)} prompts, {len(both[0])} maps and {len(both[1])} coverages; give one of each per prompt."

@@ -165,7 +165,7 @@ def _labelled(
     }
     if token_map.n_images:
         grids = [sizes[..., 0, token_map.patches(i).tolist()] for i in range(token_map.n_images)]
-        grid = torch.stack(grids, -2).unflatten(-1, token_map.grid)  # (layer, *head, image, patch_row, patch_col)
+        grid = torch.stack(grids, -2).unflatten(-1, prompt.patch_grid)  # (layer, *head, image, patch_row, patch_col)
         found["image_to_constraint"] = ((*dims, "image", "patch_row", "patch_col"), numbers(grid), units)
     labels = [token_map.labels[p] for p in sources]
     return xr.Dataset(found, coords=coords | {"source": sources, "label": ("source", labels)})

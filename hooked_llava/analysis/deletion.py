@@ -65,10 +65,10 @@ def deletion_curves(
     """
     prompt = model.as_inputs(inputs)
     ways, steps = _ways(directions, where), _steps(shares)
-    grids = {name: _checked(model, name, values) for name, values in maps.items()}
-    if len(prompt) != 1 or not 0 <= image < prompt.n_images or not grids:
-        got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(grids)} maps, and image={image}"
+    if len(prompt) != 1 or not 0 <= image < prompt.n_images or not maps:
+        got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(maps)} maps, and image={image}"
         raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
+    grids = {name: _checked(prompt.patch_grid, name, values) for name, values in maps.items()}
     found = resolve_target(model, prompt, target)
     longer = found.inputs
     with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
@@ -108,11 +108,10 @@ def _steps(shares: Sequence[float | int]) -> Float[np.ndarray, " share"]:
     return steps
 
 
-def _checked(model: HookedLLaVA, name: str, values: Any) -> Float[np.ndarray, " patch"]:
+def _checked(grid: tuple[int, int], name: str, values: Any) -> Float[np.ndarray, " patch"]:
     array = np.asarray(getattr(values, "values", values), dtype=np.float64).squeeze()
-    grid = model.config.vision.grid
-    if array.shape != (grid, grid):
-        raise InputError(f"Map {name!r} has the shape {array.shape}; expected one number per patch, ({grid}, {grid}).")
+    if array.shape != grid:
+        raise InputError(f"Map {name!r} has the shape {array.shape}; expected one number per patch, {grid}.")
     return array.reshape(-1)
 
 

@@ -28,7 +28,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> picture = torch.zeros(3, model.config.vision.image_size, model.config.vision.image_size)
     >>> maps = image_attention(model, model.prepare("What color is the star?", images=picture))
-    >>> maps.sizes["patch_row"] == model.config.vision.grid
+    >>> (maps.sizes["patch_row"], maps.sizes["patch_col"]) == model.config.vision.patch_grid
     True
     """
     prompt = model.as_inputs(inputs)
@@ -36,7 +36,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         raise InputError(
             f"image_attention takes one prompt with an image; got {len(prompt)} prompts with {prompt.n_images} images."
         )
-    token_map, grid = prompt.token_map, model.config.vision.grid
+    token_map, grid = prompt.token_map, prompt.patch_grid
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; attention is read from one.")
@@ -47,7 +47,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         pattern = torch.stack([cache["pattern", i][:, 0] for i in range(model.cfg.n_layers)])  # (layer, head, key)
         maps = [pattern[..., token_map.patches(i).tensor(pattern.device)] for i in range(prompt.n_images)]
         return xr.DataArray(
-            torch.stack(maps).unflatten(-1, (grid, grid)).float().cpu().numpy(),
+            torch.stack(maps).unflatten(-1, grid).float().cpu().numpy(),
             dims=("image", "layer", "head", "patch_row", "patch_col"),
             coords={"layer": range(model.cfg.n_layers), "head": range(model.cfg.n_heads)},
             name="attention",

@@ -209,11 +209,8 @@ def _by_patch(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
 ) -> xr.DataArray:
     values, token_map = _messages(model, cache, direction), prompt.token_map
-    rows, columns = token_map.grid
-    grids = []
-    for image in range(token_map.n_images):
-        first = token_map.patch_to_position(0, 0, image)
-        grids.append(values[..., first : first + rows * columns].unflatten(-1, (rows, columns)))
+    patches = (token_map.patches(image).tensor(values.device) for image in range(token_map.n_images))
+    grids = [values[..., where].unflatten(-1, prompt.patch_grid) for where in patches]
     if len(grids) == 1:
         return _labelled(grids[0], "layer", "head", "patch_row", "patch_col")
     return _labelled(torch.stack(grids, 2), "layer", "head", "image", "patch_row", "patch_col")

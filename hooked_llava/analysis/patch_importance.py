@@ -154,9 +154,8 @@ def _importance(
         found = _METHODS[method].run(model, inputs, target, **options)
         attrs = found.target | {"n_backward": found.n_backward}
         attrs |= {} if found.heads is None else {"heads": one_or_all(found.heads)}
-        grid = model.config.vision.grid
         return xr.DataArray(
-            numbers(found.maps.unflatten(-1, (grid, grid))),
+            numbers(found.maps.unflatten(-1, prompts.patch_grid)),
             dims=("prompt", "image", "patch_row", "patch_col"),
             name=method,
             attrs=made.attrs(**attrs) | {"n_forward": found.n_forward},

@@ -1,4 +1,4 @@
-"""Boxes in pixels of the original image."""
+"""Boxes and masks in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import SupportsFloat, TypeAlias
 
 import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
 
 from hooked_llava.errors import SpanError
 
@@ -31,6 +33,17 @@ def checked_box(box: BoxLike) -> Box:
             "in pixels of the original image (not x, y, width, height)."
         )
     return edges
+
+
+def checked_mask(mask: np.ndarray | Tensor) -> Bool[np.ndarray, "height width"]:
+    """A mask over the original image as bool; raises `SpanError` unless it is [height, width] of bool, or 0 and 1."""
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
+    if array.ndim != 2 or (array.dtype != np.bool_ and not np.isin(array, (0, 1)).all()):
+        raise SpanError(
+            f"The mask is of shape {array.shape} and type {array.dtype}; expected [height, width] of the original "
+            "picture, bool or only 0 and 1 (mask > threshold makes one)."
+        )
+    return array.astype(np.bool_)
 
 
 def format_box(box: Sequence[float | int]) -> str:

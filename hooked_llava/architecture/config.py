@@ -96,7 +96,7 @@ class VisionConfig(TowerConfig):
     """The CLIP vision tower."""
 
     image_size: int
-    """Side of the square picture in pixels."""
+    """Side of a square tile in pixels."""
     patch_size: int
     """Side of a square patch in pixels."""
     n_channels: int
@@ -109,24 +109,35 @@ class VisionConfig(TowerConfig):
     """Whether the class token is left out of the features (select strategy "default")."""
 
     @property
-    def grid(self) -> int:
-        """Patches along one side of the picture."""
-        return self.image_size // self.patch_size
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in one tile."""
+        side = self.image_size // self.patch_size
+        return side, side
 
     @property
     def n_patches(self) -> int:
-        """Patches in one picture."""
-        return self.grid**2
+        """Patches in one tile."""
+        rows, columns = self.patch_grid
+        return rows * columns
 
     @property
     def n_positions(self) -> int:
         """Positions in the tower: the class token and the patches."""
-        return self.n_patches + 1
+        return self.patches_along("pos").stop
 
     @property
     def n_features(self) -> int:
-        """Vectors per picture that the projector receives, and so the image positions per picture in the prompt."""
-        return self.n_patches if self.drop_class_token else self.n_positions
+        """Vectors per tile that the projector receives."""
+        return self.patches_along("feature").stop
+
+    def patches_along(self, axis: str) -> range:
+        """The indices of the patches, row by row, along an axis of a hook's tensor: "patch", "feature", "pos", "query" or "key".
+
+        The axis has no entries after them. Before them comes the class token, except along "patch", and along "feature"
+        where the projector does not receive it.
+        """
+        first = 0 if axis == "patch" or (axis == "feature" and self.drop_class_token) else 1
+        return range(first, first + self.n_patches)
 
     @property
     def n_layers_run(self) -> int:
@@ -186,8 +197,8 @@ class LLaVAConfig:
         """Read a Hugging Face `LlavaConfig`; raises `ConfigError` for an architecture this library does not build.
 
         >>> from transformers import LlavaConfig
-        >>> LLaVAConfig.from_hf(LlavaConfig()).vision.grid
-        24
+        >>> LLaVAConfig.from_hf(LlavaConfig()).vision.patch_grid
+        (24, 24)
         """
         if hf_config.model_type != "llava":
             raise ConfigError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -143,6 +144,13 @@ class GridAxis:
         """How many original pixels each cell shows; the weighted mean over its patches."""
         return self.pool(self.pixels.stops - self.pixels.starts)
 
+    @property
+    def borders(self) -> Float[np.ndarray, " border"] | None:
+        """The lines between the cells in the original, the outer ones included; None unless cells lie side by side."""
+        if self.pooled or (self.starts[1:] != self.stops[:-1]).any():
+            return None
+        return np.append(self.starts, self.stops[-1:])
+
     @cached_property
     def stretches(self) -> list[tuple[float, float]]:
         """The stretches of the original that cells show, neighbours joined."""
@@ -193,6 +201,16 @@ class Grid:
             raise ConfigError(f"Grid(newline={self.newline!r}): expected one of {get_args(Newline)}.")
         if (self.rows.image is None) != (self.columns.image is None):
             raise ConfigError("The original's size is known along one axis of the grid only; expected both or none.")
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Grid:
+        """The grid that `dataclasses.asdict` wrote."""
+
+        def axis(fields: Mapping[str, Any]) -> GridAxis:
+            image = fields["image"]
+            return GridAxis(**{**fields, "image": None if image is None else ImageAxis(**image)})
+
+        return cls(**{**stored, "rows": axis(stored["rows"]), "columns": axis(stored["columns"])})
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.boxes import Box, BoxLike, checked_box, format_box, outside_share
-from hooked_llava.architecture.grid import Cell, Grid, GridAxis
-from hooked_llava.architecture.image_axis import ImageAxis, Number
+from hooked_llava.architecture.grid import Cell, Grid
+from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.region import Region
 from hooked_llava.architecture.resampling import Filter
 from hooked_llava.errors import ConfigError, InputError, SpanError, did_you_mean
@@ -39,6 +39,7 @@ class ImageLayout:
     A grid's cells show parts of the original image; class token and newlines show none and belong to no object.
     `grid=` is the name of a grid, or "all". Pixels and boxes raise `SpanError` if the original's size is not known.
 
+    >>> from hooked_llava.architecture.grid import GridAxis
     >>> layout = ImageLayout(grids=(Grid(name="base", rows=GridAxis.of(2), columns=GridAxis.of(2), newline="end"),))
     >>> layout.n_features, layout.cell_at(2), layout.feature_of(1, 0), layout.labels()[-2:]
     (5, Cell(grid='base', row=1, col=0), 2, ['img[1,1]', 'img[newline]'])
@@ -47,8 +48,8 @@ class ImageLayout:
     grids: tuple[Grid, ...]
     class_token: bool = False
     """Whether the features begin with the class token (LLaVA-1.5 with the select strategy "full")."""
-    resample: Filter = "bicubic"
-    """The processor's resampling filter."""
+    resample: Filter | None = "bicubic"
+    """The processor's resampling filter; None for one that is not followed here, so that footprints are not known."""
 
     def __post_init__(self) -> None:
         if not self.grids or len({*self.names, ALL}) != len(self.grids) + 1:
@@ -57,6 +58,9 @@ class ImageLayout:
             )
         if len(sizes := {grid.original_size for grid in self.grids}) > 1:
             raise ConfigError(f"The grids of one image show originals of different sizes: {sizes}.")
+
+    def __str__(self) -> str:
+        return " + ".join(f"{rows} x {columns}" for rows, columns in (grid.shape for grid in self.grids))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,6 +138,7 @@ class ImageLayout:
     def labels(self, name: str = "img") -> list[str]:
         """What stands at every feature: "img[row,col]", or "img.base[row,col]" where there are several grids.
 
+        >>> from hooked_llava.architecture.grid import GridAxis
         >>> grids = (Grid(name="base", rows=GridAxis.of(1), columns=GridAxis.of(1)),
         ...          Grid(name="fine", rows=GridAxis.of(1), columns=GridAxis.of(2), newline="row"))
         >>> ImageLayout(grids=grids).labels()
@@ -266,20 +271,29 @@ class ImageLayout:
             )
         return {name: shares for name, (shares, _) in found.items()}, outside
 
-    def box_to_features(self, box: BoxLike, *, coverage: Number = 0.5, grid: str = ALL) -> Selection:
+    def box_to_features(
+        self, box: BoxLike, *, coverage: Number = 0.5, grid: str = ALL, called: str = "the image"
+    ) -> Selection:
         """The cells of which a box covers at least the share `coverage`; 0 takes every cell that it touches.
 
-        Raises `SpanError` as `box_shares`, and if no cell is covered enough.
+        `called` is how errors call the image. Raises `SpanError` as `box_shares`, and if no cell is covered enough.
         """
         box = checked_box(box)
-        return self._covered(self.box_shares(box, grid), coverage, self.outside(box, grid), "box")
+        return self._covered(
+            self.box_shares(box, grid), coverage, self.outside(box, grid), f"{called} is covered by the box"
+        )
 
     def mask_to_features(
-        self, mask: Bool[np.ndarray, "height width"], *, coverage: Number = 0.5, grid: str = ALL
+        self,
+        mask: Bool[np.ndarray, "height width"],
+        *,
+        coverage: Number = 0.5,
+        grid: str = ALL,
+        called: str = "the image",
     ) -> Selection:
         """The cells of which a mask over the original covers at least the share `coverage`; as `box_to_features`."""
         shares, outside = self.mask_shares(mask, grid)
-        return self._covered(shares, coverage, outside, "mask")
+        return self._covered(shares, coverage, outside, f"{called} is covered by the mask")
 
     def cut(self, grid: str = ALL) -> float:
         """Share (0 to 1) of the original image that no cell shows: cropped, or lost where a grid was unpadded."""
@@ -310,9 +324,12 @@ class ImageLayout:
 
         Not zero for exactly the patches that the processor's output can differ in when the box is painted over:
         resampling blends neighbours in. Patches that unpadding cuts away are counted. Pixels that the box touches count whole.
+        Raises `ConfigError` if the filter is not known.
         """
         box = checked_box(box)
         self._known_size()
+        if self.resample is None:
+            raise ConfigError("The image processor's resampling filter is not followed here, so no footprint is known.")
         parts = sorted(self.grids, key=lambda grid: grid.first_tile)
         return np.concatenate([grid.patch_footprint(box, self.resample) for grid in parts])
 
@@ -336,12 +353,13 @@ class ImageLayout:
     def from_dict(cls, stored: Mapping[str, Any]) -> ImageLayout:
         """The layout that `to_dict` wrote; raises `InputError` for anything else.
 
+        >>> from hooked_llava.architecture.grid import GridAxis
         >>> layout = ImageLayout(grids=(Grid(name="base", rows=GridAxis.of(2), columns=GridAxis.of(3)),))
         >>> ImageLayout.from_dict(layout.to_dict()) == layout
         True
         """
         try:
-            return cls(**{**stored, "grids": tuple(_stored_grid(grid) for grid in stored["grids"])})
+            return cls(**{**stored, "grids": tuple(Grid.from_dict(grid) for grid in stored["grids"])})
         except (TypeError, KeyError, ConfigError) as error:
             raise InputError(
                 f"This is no stored image layout ({error}); expected what ImageLayout.to_dict() gives."
@@ -365,7 +383,7 @@ class ImageLayout:
         grid = self.grids[0]
         return grid.rows.pixels.original, grid.columns.pixels.original
 
-    def _covered(self, shares: Mapping[str, np.ndarray], coverage: Number, outside: float, what: str) -> Selection:
+    def _covered(self, shares: Mapping[str, np.ndarray], coverage: Number, outside: float, covered: str) -> Selection:
         if not 0 <= coverage <= 1:
             raise SpanError(f"coverage={coverage} is not a share of a patch's area; expected 0 to 1.")
         # Full coverage must survive rounding; 0 means any overlap at all.
@@ -374,16 +392,7 @@ class ImageLayout:
         if not len(features):
             most = max(float(share.max(initial=0.0)) for share in shares.values())
             raise SpanError(
-                f"No patch of the image is covered by the {what} to a share of {coverage:g}; the most is {most:.2g}. "
+                f"No patch of {covered} to a share of {coverage:g}; the most is {most:.2g}. "
                 "Lower coverage= (0 takes every patch that it touches)."
             )
         return Selection(features, outside)
-
-
-def _stored_grid(stored: Mapping[str, Any]) -> Grid:
-    return Grid(**{**stored, "rows": _stored_axis(stored["rows"]), "columns": _stored_axis(stored["columns"])})
-
-
-def _stored_axis(stored: Mapping[str, Any]) -> GridAxis:
-    image = stored["image"]
-    return GridAxis(**{**stored, "image": None if image is None else ImageAxis(**image)})

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
+from hooked_llava.architecture.config import VisionConfig
 from hooked_llava.architecture.grid import Grid, GridAxis
 from hooked_llava.architecture.image_axis import ImageAxis
 from hooked_llava.architecture.layout import ImageLayout
-from hooked_llava.architecture.resampling import Filter
+from hooked_llava.architecture.processor_axes import processor_axes
+from hooked_llava.architecture.resampling import Filter, filter_of
 from hooked_llava.architecture.tiles import Size, best_resolution, pooled_grid, scaled_size, unpadding
 from hooked_llava.errors import ConfigError, InputError
 
@@ -15,8 +20,32 @@ BASE, FINE = "base", "fine"
 """The grid that shows the whole image on one tile, and the grid over the tiles of a canvas."""
 
 
+def layout_of(vision: VisionConfig, image_processor: Any, *, height: int, width: int) -> ImageLayout:
+    """The layout of an image of that size, as the model's image processor and vision tower treat it.
+
+    Raises as `processor_axes`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> layout = layout_of(model.config.vision, model.processor.image_processor, height=64, width=128)
+    >>> layout.cell_box(0, 0)
+    (32.0, 0.0, 40.0, 8.0)
+    """
+    axes = processor_axes(image_processor, height=height, width=width, patch_size=vision.patch_size)
+    resample = None
+    with suppress(ConfigError):
+        resample = filter_of(image_processor.resample)
+    return llava_layout(*axes, class_token=not vision.drop_class_token, resample=resample)
+
+
+@lru_cache
+def layout_without_original(vision: VisionConfig) -> ImageLayout:
+    """The layout of an image of which only the pixel values are known: it has positions, and no pixels of an original."""
+    return llava_layout(*vision.patch_grid, class_token=not vision.drop_class_token)
+
+
 def llava_layout(
-    rows: ImageAxis | int, columns: ImageAxis | int, *, class_token: bool = False, resample: Filter = "bicubic"
+    rows: ImageAxis | int, columns: ImageAxis | int, *, class_token: bool = False, resample: Filter | None = "bicubic"
 ) -> ImageLayout:
     """LLaVA-1.5: one grid, perhaps with the class token in front.
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from hooked_llava.architecture.boxes import checked_box
+from hooked_llava.architecture.image_axis import Number
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.prompt.geometry import Number, checked_box
 from hooked_llava.prompt.images import Picture, load_picture, upright_size
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL

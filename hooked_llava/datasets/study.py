@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from hooked_llava.architecture.image_axis import Number
 from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.prompt.geometry import Number
 from hooked_llava.prompt.images import load_picture
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL
 from hooked_llava.prompt.templates import DEFAULT

@@ -21,7 +21,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_map import GIVE_POSITIONS, TokenMap
-from hooked_llava.prompt.token_text import begins_with_bos
+from hooked_llava.prompt.token_text import begins_with_bos, repeat_image_tokens
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 
@@ -196,7 +196,7 @@ def _tokenized_in_place(
     changed = text.text
     for (start, stop), word in sorted(zip(spans, words, strict=True), reverse=True):
         changed = changed[:start] + word + changed[stop:]
-    before, after = (_encoded(model, t, token_map.n_features) for t in (text.text, changed))
+    before, after = (_encoded(model, t, [len(image) for image in token_map.image_ranges]) for t in (text.text, changed))
     real = [token_map.token_ids[p] for p in token_map.own]
     if before != real or len(after) != len(real):
         return None
@@ -216,10 +216,11 @@ def _characters(token_map: TokenMap, where: Positions) -> tuple[int, int]:
     return start, stop
 
 
-def _encoded(model: HookedLLaVA, text: str, n_features: int) -> list[int]:
+def _encoded(model: HookedLLaVA, text: str, sizes: Sequence[int]) -> list[int]:
     image = model.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     special = not begins_with_bos(model.tokenizer, text)
-    return list(model.tokenizer(text.replace(image, image * n_features), add_special_tokens=special)["input_ids"])
+    longer = repeat_image_tokens(text, image, sizes)
+    return list(model.tokenizer(longer, add_special_tokens=special)["input_ids"])
 
 
 def _alone(model: HookedLLaVA, word: str) -> list[int]:

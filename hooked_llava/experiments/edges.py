@@ -19,7 +19,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.spans import BY_OBJECT, edge_end, split_edge, split_expression
+from hooked_llava.prompt.spans import BY_OBJECT, split_edge, split_expression
 from hooked_llava.prompt.token_map import SPANS, TokenMap
 from hooked_llava.replay.intervention import Intervention
 
@@ -181,7 +181,7 @@ def _check_names(edges: Sequence[Edge], known: Iterable[str]) -> None:
 
 
 def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:
-    given = Positions(positions_of(edge_end(where, token_map), token_map, len(token_map), seed=seed))
+    given = Positions(positions_of(token_map.edge_end(where), token_map, len(token_map), seed=seed))
     if outside := given - token_map.real:
         raise InputError(
             f"Positions {outside.tolist()} lie outside the prompt, whose tokens are at {token_map.real.start} to "

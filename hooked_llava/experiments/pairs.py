@@ -12,11 +12,12 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.architecture.boxes import BoxLike, checked_box
+from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.geometry import BoxLike, ImageGeometry, checked_box
 from hooked_llava.prompt.images import load_picture
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import Metric
@@ -50,7 +51,7 @@ def check_direction(direction: str) -> None:
 
 def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image patch_row patch_col"]:
     """Which patches of two prompts' images differ in a pixel, as the model receives them."""
-    rows, columns = first.token_map.grid
+    rows, columns = first.patch_grid
     differs = (_pixels(first) != _pixels(second)).any(1)  # (image, height, width)
     n, height, width = differs.shape
     blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
@@ -351,19 +352,14 @@ def _with_pictures(
     model: HookedLLaVA, inputs: Inputs, pixels: Tensor, pictures: tuple[Image.Image, ...] | None
 ) -> Inputs:
     """The inputs with other pictures, and token maps that know how these came to their patches."""
+    vision, processor = model.config.vision, model.processor
+    if pictures is None or processor is None:
+        layouts = [layout_without_original(vision)] * inputs.n_images
+    else:
+        sizes = [{"height": picture.height, "width": picture.width} for picture in pictures]
+        layouts = [layout_of(vision, processor.image_processor, **size) for size in sizes]
     token_maps, first = [], 0
     for token_map, n in zip(inputs.token_maps, inputs.images_per_prompt, strict=True):
-        own = None if pictures is None or model.processor is None else pictures[first : first + n]
-        geometries = None if own is None else tuple(_geometry(model, picture) for picture in own)
-        token_maps.append(replace(token_map, geometries=geometries))
+        token_maps.append(replace(token_map, layouts=tuple(layouts[first : first + n])))
         first += n
     return replace(inputs, pixel_values=pixels, images=pictures, token_maps=tuple(token_maps))
-
-
-def _geometry(model: HookedLLaVA, picture: Image.Image) -> ImageGeometry:
-    return ImageGeometry.from_processor(
-        model.processor.image_processor,
-        height=picture.height,
-        width=picture.width,
-        patch_size=model.config.vision.patch_size,
-    )

@@ -16,7 +16,6 @@ from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.prompt.spans import span
 from hooked_llava.prompt.token_map import TokenMap
 
 Positions = str | SupportsIndex | slice | Sequence[int] | np.ndarray | Tensor
@@ -31,12 +30,15 @@ def positions_of(
 ) -> list[int]:
     """The positions that a user's `Where` means in one prompt: what every `positions=` and every end of an edge goes by.
 
-    A span or spans joined ("question|last", see `spans.span`), one index or several (from the end where negative, padding
+    A span or spans joined ("question|last", see `TokenMap.span`), one index or several (from the end where negative, padding
     counted), a slice, or None for all real positions. `seed` is of the span "random". Raises `SpanError` for spans that
     are not there, and `InputError` for what is no position, lies outside, or is a span where no token map is known.
 
     >>> from hooked_llava.prompt.token_map import TokenMap
-    >>> token_map = TokenMap(token_ids=(1, 9, 9, 9, 9, 5, 0), real=range(6), image_starts=(1,), grid=(2, 2))
+    >>> from hooked_llava.architecture.layouts import llava_layout
+    >>> token_map = TokenMap(
+    ...     token_ids=(1, 9, 9, 9, 9, 5, 0), real=range(6), image_starts=(1,), layouts=(llava_layout(2, 2),)
+    ... )
     >>> positions_of("image|last", token_map, 7), positions_of(None, token_map, 7), positions_of([-1], token_map, 7)
     ([1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [6])
     """
@@ -47,7 +49,7 @@ def positions_of(
             if where is None:
                 return list(range(n_positions))
             raise InputError(f"A residual stream has no spans, so {what}={where!r} means nothing; give numbers.")
-        return list(token_map.real) if where is None else span(token_map, where, seed=seed).tolist()
+        return list(token_map.real) if where is None else token_map.span(where, seed=seed).tolist()
 
     def outside(wrong: list[int]) -> str:
         return (

@@ -1,4 +1,4 @@
-"""A batch of prompts and pictures as the model takes it: ids, mask, pixels, and the map of what stands where."""
+"""A batch of prompts and images as the model takes it: ids, mask, pixels, and the map of what stands where."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.architecture.image_axis import Number
 from hooked_llava.errors import InputError, naming_prompt
-from hooked_llava.prompt.geometry import Number
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_map import TokenMap
 
@@ -24,9 +24,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Inputs:
-    """A batch of prompts with their pictures, checked and ready to run; `prepare` and `as_inputs` make them.
+    """A batch of prompts with their images, checked and ready to run; `prepare` and `as_inputs` make them.
 
-    `print(inputs)` shows the tokens with pictures collapsed and the spans under them. Where TransformerLens expects
+    `print(inputs)` shows the tokens with images collapsed and the spans under them. Where TransformerLens expects
     tokens, this stands in: it has their `shape`, `ndim`, `device`, length, batch slicing and `to`.
 
     >>> inputs = Inputs(
@@ -34,26 +34,26 @@ class Inputs:
     ...     attention_mask=torch.ones(1, 3, dtype=torch.bool),
     ...     pixel_values=None,
     ...     images_per_prompt=(0,),
-    ...     token_maps=(TokenMap(token_ids=(1, 5, 7), real=range(3), grid=(2, 2)),),
+    ...     token_maps=(TokenMap(token_ids=(1, 5, 7), real=range(3)),),
     ... )
     >>> inputs.shape, inputs.n_images, inputs.token_map["last"]
     (torch.Size([1, 3]), 0, Positions(2))
     """
 
     input_ids: Int[Tensor, "batch pos"]
-    """Token ids, padding included; every picture takes as many image tokens as it has features."""
+    """Token ids, padding included; every image takes as many image tokens as it has features."""
     attention_mask: Bool[Tensor, "batch pos"]
     """True at real tokens, False at padding."""
     pixel_values: Float[Tensor, "image channel height width"] | None
-    """Normalised pixels of all pictures, prompt after prompt; None for text only."""
+    """Normalised pixels of all images, prompt after prompt; None for text only."""
     images_per_prompt: tuple[int, ...]
-    """How many of the pictures belong to each prompt."""
+    """How many of the images belong to each prompt."""
     token_maps: tuple[TokenMap, ...]
     """For each prompt, what stands where."""
     position_ids: Int[Tensor, "batch pos"] | None = None
     """Positions for the rotary embedding; None for counting real tokens from 0."""
     prompts: tuple[str, ...] | None = None
-    """The texts, with one image token per picture, if they are known."""
+    """The texts, with one image token per image, if they are known."""
     images: tuple[Image.Image, ...] | None = None
     """The original images as the model's image processor got them (RGB, upright, on white), if they are known."""
 
@@ -74,7 +74,7 @@ class Inputs:
 
     @property
     def n_images(self) -> int:
-        """Number of pictures in all prompts."""
+        """Number of images in all prompts."""
         return sum(self.images_per_prompt)
 
     @property
@@ -87,13 +87,27 @@ class Inputs:
             )
         return self.token_maps[0]
 
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, of all images the same: what results with axes patch_row and patch_col need.
+
+        Raises `InputError` without images, for images of several grids, and for grids of different shapes.
+        """
+        grids = [[grid.shape for grid in layout.grids] for m in self.token_maps for layout in m.layouts]
+        if not grids or any(shapes != grids[0][:1] for shapes in grids):
+            raise InputError(
+                f"Numbers by patch_row and patch_col need images with one grid of patches each, all of one shape; these "
+                f"{len(grids)} images have grids of {grids} (rows, columns)."
+            )
+        return grids[0][0]
+
     @cached_property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the positions that image embeddings take."""
         mask = torch.zeros(self.shape, dtype=torch.bool)
         for row, token_map in enumerate(self.token_maps):
-            for start in token_map.image_starts:
-                mask[row, start : start + token_map.n_features] = True
+            for image in token_map.image_ranges:
+                mask[row, image.start : image.stop] = True
         return mask.to(self.device)
 
     @cached_property
@@ -116,7 +130,7 @@ class Inputs:
         return replace(self, token_maps=token_maps)
 
     def with_boxes(self, *, coverage: Number = 0, **boxes: Sequence[Any]) -> Inputs:
-        """A copy with further spans made of the patches under boxes (x0, y0, x1, y1) on the first picture, in its pixels.
+        """A copy with further spans made of the patches under boxes (x0, y0, x1, y1) on the first image, in its pixels.
 
         For one prompt a list of boxes, whose patches are joined; for several a list of such lists, where an empty one
         leaves that prompt without the span. `coverage` is the share of a patch that a box must cover; 0 takes every patch
@@ -198,7 +212,7 @@ class Inputs:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, index: int | slice) -> Inputs:
-        """One prompt, or a slice of prompts, as a batch with its own pictures; raises `InputError` out of range."""
+        """One prompt, or a slice of prompts, as a batch with its own images; raises `InputError` out of range."""
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise InputError(f"There is no prompt {index}; expected 0 to {len(self) - 1}.")
@@ -222,13 +236,13 @@ class Inputs:
         return "\n\n".join(blocks)
 
     def _summary(self) -> str:
-        rows, columns = self.token_maps[0].grid
         parts = [_count(len(self), "prompt"), _count(self.shape[1], "position")]
         if self.pixel_values is None:
             parts.append("no picture")
         else:
             dtype = str(self.pixel_values.dtype).removeprefix("torch.")
-            parts.append(f"{_count(self.n_images, 'picture')} of {rows} x {columns} patches ({dtype})")
+            shapes = {str(layout): None for m in self.token_maps for layout in m.layouts}
+            parts.append(f"{_count(self.n_images, 'picture')} of {' or '.join(shapes)} patches ({dtype})")
         return f"{', '.join(parts)}, on {self.device}"
 
     def _per_prompt(self, name: str, where: str | Iterable[Any]) -> list[Any]:

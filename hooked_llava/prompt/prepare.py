@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.prompt.images import Picture, load_picture
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
@@ -113,7 +113,7 @@ def as_inputs(
     Inputs(batch=1, positions=3, images_per_prompt=(0,))
     """
     if isinstance(value, Inputs):
-        check.check_grid(value.token_maps[0].n_features, config)
+        check.check_layouts((layout for m in value.token_maps for layout in m.layouts), config)
         return value.to(device, dtype)
     if isinstance(value, Tensor):
         value = {"input_ids": value}
@@ -325,7 +325,7 @@ def _with_texts(
     processor: Any,
     config: LLaVAConfig,
 ) -> tuple[TokenMap, ...]:
-    """The token maps with the characters of their prompts, the question's span, and the pictures' geometry."""
+    """The token maps with the characters of their prompts, the question's span, and the images' layouts."""
     mapped = []
     for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, pictures, strict=True)):
         assert token_map.words is not None  # a processor has a tokenizer
@@ -334,14 +334,10 @@ def _with_texts(
         if offsets is not None:
             pairs = [(start, stop) for start, stop in offsets[row].tolist()]
             token = image_token_of(processor)
-            words = replace(words, prompt_offsets=prompt_offsets(pairs, prompt.text, token, token_map.n_features))
-        geometries = tuple(
-            ImageGeometry.from_processor(
-                processor.image_processor, height=p.height, width=p.width, patch_size=config.vision.patch_size
-            )
-            for p in own
-        )
-        token_map = replace(token_map, words=words, geometries=geometries)
+            sizes = [len(image) for image in words.images]
+            words = replace(words, prompt_offsets=prompt_offsets(pairs, prompt.text, token, sizes))
+        layouts = (layout_of(config.vision, processor.image_processor, height=p.height, width=p.width) for p in own)
+        token_map = replace(token_map, words=words, layouts=tuple(layouts))
         if "question" in prompt.spans and offsets is not None:
             token_map = token_map.with_spans(question=token_map.locate(*prompt.spans["question"]))
         mapped.append(token_map)
@@ -375,7 +371,8 @@ def _token_maps(
     config: LLaVAConfig,
     tokenizer: Any,
 ) -> Iterable[TokenMap]:
-    for row, real, images in zip(ids.tolist(), mask, starts, strict=True):
+    layout = layout_without_original(config.vision)
+    for row, real, firsts in zip(ids.tolist(), mask, starts, strict=True):
         at = real.nonzero()[:, 0].tolist()
         tokens, positions = tuple(row), range(at[0], at[-1] + 1)
         words = None
@@ -384,15 +381,9 @@ def _token_maps(
                 token_ids=tokens,
                 tokenizer=tokenizer,
                 image_token_id=config.image_token_id,
-                image_starts=images,
-                n_features=config.vision.n_features,
+                images=tuple(range(first, first + layout.n_features) for first in firsts),
                 real=positions,
             )
         yield TokenMap(
-            token_ids=tokens,
-            real=positions,
-            image_starts=images,
-            grid=(config.vision.grid, config.vision.grid),
-            has_class_token=not config.vision.drop_class_token,
-            words=words,
+            token_ids=tokens, real=positions, image_starts=firsts, layouts=(layout,) * len(firsts), words=words
         )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError, SpanError, did_you_mean
 from hooked_llava.prompt.positions import Positions
-
-if TYPE_CHECKING:
-    from hooked_llava.prompt.token_map import TokenMap
 
 _OPERATORS: dict[str, Callable[[Positions, Positions], Positions]] = {
     "|": Positions.__or__,
@@ -24,24 +20,16 @@ BY_OBJECT = ("object", "other", "random")
 """The user's span `object`, the images' patches outside it, and as many of those drawn at random."""
 
 
-def span(token_map: TokenMap, expression: str, *, seed: int = 0) -> Positions:
-    """Positions of spans joined from left to right by | (union), & (intersection) and - (difference).
+def join_spans(expression: str, find: Callable[[str], Positions]) -> Positions:
+    """The spans of an expression joined from left to right, each found by its name.
 
-    Besides the token map's own spans there are `other`, the images' patches that are not in the user's span `object`,
-    and `random`, as many of those as the object has, drawn at random. A name that is a span as it stands is never taken
-    apart. Raises `SpanError` for spans that the prompt does not have.
-
-    >>> from hooked_llava.prompt.token_map import TokenMap
-    >>> token_map = TokenMap(token_ids=(1, 9, 9, 9, 9, 5), real=range(6), image_starts=(1,), grid=(2, 2))
-    >>> span(token_map.with_spans(object=[2]), "other|last")
-    Positions(1, 3..5)
+    >>> join_spans("image - object", {"image": Positions(range(4)), "object": Positions([2])}.__getitem__)
+    Positions(0..1, 3)
     """
-    if expression in token_map.named:
-        return token_map[expression]
     first, *rest = split_expression(expression)
-    found = _one_span(token_map, first, seed)
+    found = find(first)
     for operator, name in zip(rest[::2], rest[1::2], strict=True):
-        found = _OPERATORS[operator](found, _one_span(token_map, name, seed))
+        found = _OPERATORS[operator](found, find(name))
     return found
 
 
@@ -68,33 +56,25 @@ def split_edge(edge: str) -> tuple[str, str]:
     return source.strip(), target.strip()
 
 
-def edge_end(where: Any, token_map: TokenMap) -> Any:
-    """An end of an edge, where `last` is where the answer is read: with an appended answer all positions that predict it.
-
-    >>> from hooked_llava.prompt.token_map import TokenMap
-    >>> edge_end("rest|last", TokenMap(token_ids=(1, 7, 8, 5), real=range(4), grid=(2, 2), n_answer=2))
-    'rest|predicting'
-    """
-    if not isinstance(where, str) or not token_map.n_answer or where in token_map.named:
-        return where
-    return "".join("predicting" if part == "last" else part for part in split_expression(where))
-
-
 def is_joined(expression: str) -> bool:
-    """Whether `span` has more to say of it than that it is unknown: several spans, or one that follows from the object."""
+    """Whether it stands for several spans, or for one that follows from the object."""
     return len(split_expression(expression)) > 1 or expression in BY_OBJECT
 
 
-def _one_span(token_map: TokenMap, name: str, seed: int) -> Positions:
-    if name in token_map.named or name not in BY_OBJECT:
-        return token_map[name]
-    if "object" not in token_map.named:
+def span_by_object(
+    name: str, wanted: Positions | None, patches: Positions, token_ids: Sequence[int], *, start: int, seed: int
+) -> Positions:
+    """The span `other` or `random` of a prompt: the images' patches outside the object, or some of them.
+
+    `token_ids` are the prompt's own, from position `start` on. Raises `SpanError` without an object, and where too few
+    patches are left.
+    """
+    if wanted is None:
         raise SpanError(
             f"This prompt has no span 'object'{'' if name == 'object' else f', which {name!r} needs'}. Say where the object "
             "is: inputs.with_boxes(object=[(x0, y0, x1, y1)]) or inputs.with_spans(object=positions)."
         )
-    wanted = token_map["object"]
-    others = Positions(p for i in range(token_map.n_images) for p in token_map.patches(i)) - wanted
+    others = patches - wanted
     if name == "other":
         return others
     if len(others) < len(wanted):
@@ -102,7 +82,21 @@ def _one_span(token_map: TokenMap, name: str, seed: int) -> Positions:
             f"The object covers {len(wanted)} patches and leaves {len(others)}: too few for as many others."
         )
     # The same patches however the prompt is padded or batched, and others for another prompt or object.
-    start = token_map.real.start
-    about = [[token_map.token_ids[p] for p in token_map.real], [p - start for p in wanted]]
+    about = [list(token_ids), [p - start for p in wanted]]
     drawn = np.random.default_rng([seed, zlib.crc32(repr(about).encode())])
     return Positions(drawn.choice(others.tolist(), len(wanted), replace=False).tolist())
+
+
+def unknown_span(name: str, known: Sequence[str], text: str) -> str:
+    """What an error says of a name that is no span; `text` is the prompt's, in which it may stand."""
+    if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text):
+        own = name if name.isidentifier() else "this"
+        return (
+            f"There is no span {name!r}; it is in the prompt's text. Words are not spans until they are given a name: "
+            f"inputs.with_spans({own}={name!r}), and then positions={own!r}; token_map.find({name!r}) gives their "
+            f"positions. Known spans: {', '.join(known)}."
+        )
+    return (
+        f"There is no span {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Words of the prompt become one "
+        "by inputs.with_spans(name='words'); token_map.find('words') gives their positions."
+    )

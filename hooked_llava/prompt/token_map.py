@@ -4,15 +4,15 @@ The named spans of a prompt (padding belongs to none):
 
 | span | positions |
 |---|---|
-| `system` | text before the first picture, or before the question where there is no picture, that is in no other span |
-| `image` | all pictures; `token_map["image", 1]` or `token_map.image(1)` is the second one |
+| `system` | text before the first image, or before the question where there is no image, that is in no other span |
+| `image` | all images; `token_map["image", 1]` or `token_map.image(1)` is the second one |
 | `question` | the question as asked, its options included |
 | `options` | the answer options named in the question, a part of it |
 | `rest` | every other text: template, instruction tail, answer prefix; without it knocked-out edges leak |
 | `last` | the last position, from which the answer's first token is predicted; in no other span but `text` [1] |
 | `text` | everything that is not image |
 
-[1] Where a prompt ends with a picture, `last` is the picture's last position, and so part of `image` instead.
+[1] Where a prompt ends with an image, `last` is the image's last position, and so part of `image` instead.
 
 An answer appended to the prompt (`metrics.teacher_forced`) is its span `answer` and in none of these: `last` stays the
 prompt's own last position. `predicting` are the positions that predict the answer's tokens, from `last` on.
@@ -23,20 +23,22 @@ reach across the border of a span (a word piece with the question's first letter
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 from torch import Tensor
 
-from hooked_llava.errors import SpanError, did_you_mean
-from hooked_llava.prompt.geometry import Box, BoxLike, ImageGeometry, Number
+from hooked_llava.architecture.boxes import Box, BoxLike, checked_mask
+from hooked_llava.architecture.grid import Cell
+from hooked_llava.architecture.image_axis import Number
+from hooked_llava.architecture.layout import ALL, ImageLayout, Selection
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.positions import PatchPositions, Positions, format_runs
-from hooked_llava.prompt.spans import is_joined, span
-from hooked_llava.prompt.token_table import format_token_map
+from hooked_llava.prompt.spans import BY_OBJECT, is_joined, join_spans, span_by_object, split_expression, unknown_span
+from hooked_llava.prompt.token_table import format_table
 from hooked_llava.prompt.token_text import TokenText, roll
 
 SPANS = ("system", "image", "question", "options", "rest", "text", "last")
@@ -57,7 +59,13 @@ _NOT_GIVEN = {
 class TokenMap:
     """The positions of one prompt of a batch, padding counted, by name, by words, by patch and by pixel.
 
-    >>> token_map = TokenMap(token_ids=(1, 7, 9, 9, 9, 9, 5, 6), real=range(1, 8), image_starts=(2,), grid=(2, 2))
+    How an image's patches, pixels and positions belong together is its layout's to say. Where a layout has several grids,
+    `grid=` chooses one: the first by default where one patch is asked about, all where sets of patches are.
+
+    >>> from hooked_llava.architecture.layouts import llava_layout
+    >>> token_map = TokenMap(
+    ...     token_ids=(1, 7, 9, 9, 9, 9, 5, 6), real=range(1, 8), image_starts=(2,), layouts=(llava_layout(2, 2),)
+    ... )
     >>> token_map["image"], token_map["system"], token_map["last"]
     (Positions(2..5), Positions(1), Positions(7))
     >>> token_map["text"] - token_map["last"], token_map["text-last"], token_map["system|image"]
@@ -71,25 +79,27 @@ class TokenMap:
     real: range
     """The positions that are not padding."""
     image_starts: tuple[int, ...] = ()
-    """First position of each picture."""
-    grid: tuple[int, int]
-    """Rows and columns of patches in a picture."""
-    has_class_token: bool = False
-    """Whether each picture's positions begin with the class token (select strategy "full"), which is no patch."""
+    """First position of each image."""
+    layouts: tuple[ImageLayout, ...] = ()
+    """For each image how its patches become positions, and where they lie in the original if that is known."""
     words: TokenText | None = None
     """Text of the tokens and their characters, if a tokenizer is there."""
     named: Mapping[str, Positions] = field(default_factory=dict)
     """`question` and `options` where they are known, and the user's own spans."""
-    geometries: tuple[ImageGeometry, ...] | None = None
-    """For each picture its way through the processor, if the original pictures are known."""
     n_answer: int = 0
     """How many of the last positions hold an answer put behind the prompt, which belongs to none of the built-in spans."""
+
+    def __post_init__(self) -> None:
+        if len(self.layouts) != len(self.image_starts):
+            raise InputError(
+                f"TokenMap: {len(self.image_starts)} image_starts and {len(self.layouts)} layouts; expected as many."
+            )
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def __getitem__(self, name: str | tuple[str, int]) -> Positions:
-        """The positions of a span, or of spans joined by | & and - ("question|last"); `token_map["image", i]` for picture i.
+        """The positions of a span, or of spans joined by | & and - ("question|last"); `token_map["image", i]` for image i.
 
         Raises `SpanError` for an unknown name, and for a span that this prompt does not have.
         """
@@ -99,27 +109,47 @@ class TokenMap:
             return self.image(name[1])
         if name not in (*SPANS, *self.named):
             if is_joined(name):
-                return span(self, name)
-            raise SpanError(self._unknown(name))
+                return self.span(name)
+            raise SpanError(unknown_span(name, self._names, "" if self.words is None else self.words.text))
         positions = self._positions(name)
         if not positions and name in _NOT_GIVEN:
             raise SpanError(f"This prompt has no span {name!r}: {_NOT_GIVEN[name]}.")
         return positions
 
-    def _unknown(self, name: str) -> str:
-        known = (*SPANS, *(own for own in self.named if own not in SPANS))
-        text = "" if self.words is None else self.words.text
-        if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text):
-            own = name if name.isidentifier() else "this"
-            return (
-                f"There is no span {name!r}; it is in the prompt's text. Words are not spans until they are given a name: "
-                f"inputs.with_spans({own}={name!r}), and then positions={own!r}; token_map.find({name!r}) gives their "
-                f"positions. Known spans: {', '.join(known)}."
-            )
-        return (
-            f"There is no span {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Words of the prompt become one "
-            "by inputs.with_spans(name='words'); token_map.find('words') gives their positions."
-        )
+    def span(self, expression: str, *, seed: int = 0) -> Positions:
+        """Positions of spans joined from left to right by | (union), & (intersection) and - (difference).
+
+        Besides the token map's own spans there are `other`, the images' patches that are not in the user's span `object`,
+        and `random`, as many of those as the object has, drawn at random. A name that is a span as it stands is never taken
+        apart. Raises `SpanError` for spans that the prompt does not have.
+
+        >>> from hooked_llava.architecture.layouts import llava_layout
+        >>> token_map = TokenMap(
+        ...     token_ids=(1, 9, 9, 9, 9, 5), real=range(6), image_starts=(1,), layouts=(llava_layout(2, 2),)
+        ... )
+        >>> token_map.with_spans(object=[2]).span("other|last")
+        Positions(1, 3..5)
+        """
+        if expression in self.named:
+            return self[expression]
+        return join_spans(expression, lambda name: self._one_span(name, seed))
+
+    def edge_end(self, where: Any) -> Any:
+        """An end of an edge, where `last` is where the answer is read: with an appended answer all positions that predict it.
+
+        >>> TokenMap(token_ids=(1, 7, 8, 5), real=range(4), n_answer=2).edge_end("rest|last")
+        'rest|predicting'
+        """
+        if not isinstance(where, str) or not self.n_answer or where in self.named:
+            return where
+        return "".join("predicting" if part == "last" else part for part in split_expression(where))
+
+    def _one_span(self, name: str, seed: int) -> Positions:
+        if name in self.named or name not in BY_OBJECT:
+            return self[name]
+        patches = Positions(p for image in range(self.n_images) for p in self.patches(image))
+        ids = [self.token_ids[p] for p in self.real]
+        return span_by_object(name, self.named.get("object"), patches, ids, start=self.real.start, seed=seed)
 
     def __contains__(self, name: object) -> bool:
         return name in self.spans
@@ -127,8 +157,7 @@ class TokenMap:
     @property
     def spans(self) -> dict[str, Positions]:
         """Every span that this prompt has and that is not empty, the user's own included."""
-        names = (*SPANS, *(own for own in self.named if own not in SPANS))
-        return {name: positions for name in names if (positions := self._positions(name))}
+        return {name: positions for name in self._names if (positions := self._positions(name))}
 
     @property
     def own(self) -> range:
@@ -137,22 +166,30 @@ class TokenMap:
 
     @property
     def n_images(self) -> int:
-        """Number of pictures in the prompt."""
+        """Number of images in the prompt."""
         return len(self.image_starts)
 
-    @property
-    def n_features(self) -> int:
-        """Positions per picture: its patches, and the class token where it is kept."""
-        return self.grid[0] * self.grid[1] + self.has_class_token
+    @cached_property
+    def image_ranges(self) -> tuple[range, ...]:
+        """The positions of each image."""
+        both = zip(self.image_starts, self.layouts, strict=True)
+        return tuple(range(start, start + layout.n_features) for start, layout in both)
 
     def image(self, image: int = 0) -> Positions:
-        """All positions of one picture, the class token included where it is kept; raises `SpanError` out of range."""
-        start = self._image_start(image)
-        return Positions(range(start, start + self.n_features))
+        """All positions of one image, class token and newlines included; raises `SpanError` out of range."""
+        self.layout(image)
+        return Positions(self.image_ranges[image])
 
-    def patches(self, image: int = 0) -> Positions:
-        """The positions of one picture's patches, row by row, without a class token."""
-        return self.image(image)[int(self.has_class_token) :]
+    def patches(self, image: int = 0, grid: str = ALL) -> Positions:
+        """The positions of one image's patches, row by row, without class token and newlines."""
+        return self._at(image, self.layout(image).object_features(grid))
+
+    def layout(self, image: int = 0) -> ImageLayout:
+        """How one image's patches become positions; raises `SpanError` for an image that is not there."""
+        if not 0 <= image < self.n_images:
+            images = f"{self.n_images} picture{'' if self.n_images == 1 else 's'}"
+            raise SpanError(f"There is no image {image}: the prompt has {images}, counted from 0.")
+        return self.layouts[image]
 
     def with_spans(self, **spans: str | Iterable[int]) -> TokenMap:
         """A copy with further named spans, each a substring that occurs once or positions; the original stays as it is.
@@ -160,7 +197,7 @@ class TokenMap:
         `question` and `options` may be set, also anew. Raises `SpanError` for the other built-in names, for
         positions outside the prompt and for what `find` refuses.
 
-        >>> token_map = TokenMap(token_ids=(1, 7, 8, 5), real=range(4), grid=(2, 2))
+        >>> token_map = TokenMap(token_ids=(1, 7, 8, 5), real=range(4))
         >>> token_map.with_spans(subject=[1, 2])["subject"]
         Positions(1..2)
         """
@@ -208,91 +245,91 @@ class TokenMap:
 
     @property
     def labels(self) -> list[str]:
-        """What stands at every position: the token's text, or "img[row,col]" (with several pictures "img1[row,col]").
+        """What stands at every position: the token's text, or "img[row,col]" (with several images "img1[row,col]").
 
         Without a tokenizer the token id stands for the text.
         """
         labels = list(self.words.tokens) if self.words else [str(token_id) for token_id in self.token_ids]
-        rows, columns = self.grid
-        for image in range(self.n_images):
-            name = f"img{image}" if self.n_images > 1 else "img"
-            patches = [f"{name}[{row},{col}]" for row in range(rows) for col in range(columns)]
-            start = self._image_start(image)
-            labels[start : start + self.n_features] = [f"{name}[cls]"] * self.has_class_token + patches
+        for image, (here, layout) in enumerate(zip(self.image_ranges, self.layouts, strict=True)):
+            labels[here.start : here.stop] = layout.labels(f"img{image}" if self.n_images > 1 else "img")
         return labels
 
-    def patch_to_position(self, row: int, col: int, image: int = 0) -> int:
-        """The position of a patch; raises `SpanError` outside the grid or for a picture that is not there."""
-        rows, columns = self.grid
-        if not (0 <= row < rows and 0 <= col < columns):
-            raise SpanError(
-                f"Patch ({row}, {col}) is outside the grid of {rows} x {columns} patches; "
-                f"rows go from 0 to {rows - 1} and columns from 0 to {columns - 1}."
-            )
-        return self._image_start(image) + self.has_class_token + row * columns + col
+    def patch_to_position(self, row: int, col: int, image: int = 0, grid: str | None = None) -> int:
+        """The position of a patch; raises `SpanError` outside the grid or for an image that is not there."""
+        return self.layout(image).feature_of(row, col, grid) + self.image_starts[image]
 
-    def position_to_patch(self, position: int) -> tuple[int, int, int]:
-        """The (image, row, col) at a position; raises `SpanError` for text, padding and a class token."""
-        for image, start in enumerate(self.image_starts):
-            index = position - start - self.has_class_token
-            if 0 <= index < self.grid[0] * self.grid[1]:
-                return image, *divmod(index, self.grid[1])
-            if index == -1 and self.has_class_token:
-                raise SpanError(f"Position {position} is the class token of image {image}, which is no patch.")
+    def position_to_patch(self, position: int, grid: str | None = None) -> tuple[int, int, int]:
+        """The (image, row, col) at a position; raises `SpanError` for what is no patch of that grid (see `cell_at`)."""
+        image, cell = self.cell_at(position)
+        wanted = self.layouts[image].names[0] if grid is None else self.layouts[image].grid(grid).name
+        if cell.grid != wanted:
+            raise SpanError(
+                f"Position {position} is a patch of the {cell.grid} grid of image {image} and not of the {wanted} grid; "
+                f"give grid={cell.grid!r}."
+            )
+        return image, cell.row, cell.col
+
+    def cell_at(self, position: int) -> tuple[int, Cell]:
+        """The image at a position, and its cell; raises `SpanError` for text, padding, class tokens and newlines."""
+        for image, (here, layout) in enumerate(zip(self.image_ranges, self.layouts, strict=True)):
+            if position in here:
+                try:
+                    return image, layout.cell_at(position - here.start)
+                except SpanError:
+                    what = "the class token" if layout.class_token and position == here.start else "a newline"
+                    raise SpanError(f"Position {position} is {what} of image {image}, which is no patch.") from None
         where = f"images are at {format_runs(self._positions('image'))}" if self.n_images else "the prompt has no image"
         raise SpanError(f"Position {position} is not an image patch; {where}.")
 
-    def patch_box(self, row: int, col: int, image: int = 0) -> Box:
-        """The part (x0, y0, x1, y1) of the original picture, in its pixels, that a patch shows.
+    def patch_box(self, row: int, col: int, image: int = 0, grid: str | None = None) -> Box:
+        """The part (x0, y0, x1, y1) of the original image, in its pixels, that a patch shows.
 
         Raises `SpanError` outside the grid, for a patch of nothing but padding, and if the originals are not known.
         """
-        return self.geometry(image).patch_box(row, col)
+        return self.layout(image).cell_box(row, col, grid)
 
-    def pixel_to_patch(self, x: SupportsFloat, y: SupportsFloat, image: int = 0) -> tuple[int, int]:
-        """The (row, col) of the patch that shows the point (x, y) of the original picture.
+    def pixel_to_patch(
+        self, x: SupportsFloat, y: SupportsFloat, image: int = 0, grid: str | None = None
+    ) -> tuple[int, int]:
+        """The (row, col) of the patch that shows the point (x, y) of the original image.
 
-        Raises `SpanError` for a point outside the picture or cut away by the processor's crop.
+        Raises `SpanError` for a point outside the image or cut away before the model sees it.
         """
-        return self.geometry(image).pixel_to_patch(x, y)
+        return self.layout(image).pixel_to_cell(x, y, grid)
 
-    def box_to_patches(self, box: BoxLike, *, coverage: Number = 0.5, image: int = 0) -> PatchPositions:
+    def box_to_patches(
+        self, box: BoxLike, *, coverage: Number = 0.5, image: int = 0, grid: str = ALL
+    ) -> PatchPositions:
         """The patches of which a box (x0, y0, x1, y1) in original pixels covers at least the share `coverage`.
 
         0 takes every patch that the box touches. The result's `outside` says which share of the box no patch shows.
         Raises `SpanError` for a box wholly outside what the model sees, and if no patch is covered enough.
         """
-        geometry, box = self.geometry(image), tuple(box)
-        return self._select(geometry.box_shares(box), coverage, image, geometry.outside(box), "box")
+        layout = self.layout(image)
+        return self._selected(image, layout.box_to_features(box, coverage=coverage, grid=grid, called=f"image {image}"))
 
-    def mask_to_patches(self, mask: np.ndarray | Tensor, *, coverage: Number = 0.5, image: int = 0) -> PatchPositions:
-        """The patches of which a mask over the original picture covers at least the share `coverage`.
+    def mask_to_patches(
+        self, mask: np.ndarray | Tensor, *, coverage: Number = 0.5, image: int = 0, grid: str = ALL
+    ) -> PatchPositions:
+        """The patches of which a mask over the original image covers at least the share `coverage`.
 
         The mask is [height, width], bool or 0 and 1. Otherwise as `box_to_patches`.
         """
-        shares, outside = self.geometry(image).mask_shares(_bool_mask(mask))
-        return self._select(shares, coverage, image, outside, "mask")
+        layout, mask = self.layout(image), checked_mask(mask)
+        return self._selected(
+            image, layout.mask_to_features(mask, coverage=coverage, grid=grid, called=f"image {image}")
+        )
 
-    def outside(self, box: BoxLike, image: int = 0) -> float:
-        """Share (0 to 1) of a box's area that lies outside the picture or is cut away by the processor's crop."""
-        return self.geometry(image).outside(box)
-
-    def geometry(self, image: int = 0) -> ImageGeometry:
-        """How one picture came from its original to the patches; raises `SpanError` if the originals are not known."""
-        self._image_start(image)
-        if self.geometries is None:
-            raise SpanError(
-                "The original pictures are not known, since pixel_values were given; pixels and boxes need "
-                "prepare(question, images=...), which follows the processor's resizing and cropping."
-            )
-        return self.geometries[image]
+    def outside(self, box: BoxLike, image: int = 0, grid: str = ALL) -> float:
+        """Share (0 to 1) of a box's area that no patch shows: outside the image, or cut away."""
+        return self.layout(image).outside(box, grid)
 
     def shifted(self, by: int) -> TokenMap:
         """The map of the same prompt with its padding moved: every token stands `by` positions further right.
 
         Raises `SpanError` if a token would leave the row.
 
-        >>> TokenMap(token_ids=(7, 8, 0), real=range(2), grid=(2, 2)).shifted(1)["last"]
+        >>> TokenMap(token_ids=(7, 8, 0), real=range(2)).shifted(1)["last"]
         Positions(2)
         """
         real = range(self.real.start + by, self.real.stop + by)
@@ -315,31 +352,44 @@ class TokenMap:
         return f"TokenMap({len(self)} positions; {spans})"
 
     def __str__(self) -> str:
-        return format_token_map(self)
+        return self.format()
+
+    def format(self, width: int = 100) -> str:
+        """Positions, tokens and the spans below them, in lines of at most `width` characters; images and padding collapsed.
+
+        A line is longer only where a single token is.
+        """
+        tokens = self.words.tokens if self.words is not None else [str(token_id) for token_id in self.token_ids]
+        return format_table(tokens, self.real, self.image_ranges, self.spans, width)
 
     @cached_property
     def _partition(self) -> dict[str, Positions]:
         """All built-in spans, empty where the prompt does not have them."""
         prompt = self.own
         last = Positions(prompt[-1:])
-        image = Positions(p for start in self.image_starts for p in range(start, start + self.n_features))
+        image = Positions(p for here in self.image_ranges for p in here)
         text = Positions(prompt) - image
         question = (self.named.get("question", Positions()) & text) - last
         options = (self.named.get("options", Positions()) & text) - last
-        begin = self.image_starts[0] if image else next(iter(question), self.real.start)
+        begin = self.image_starts[0] if self.n_images else next(iter(question), self.real.start)
         other = text - question - last
         system = other & range(self.real.start, begin)
         spans = (system, image, question, options, other - system, text, last)
         return dict(zip(SPANS, spans, strict=True))
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*SPANS, *(own for own in self.named if own not in SPANS))
+
     def _positions(self, name: str) -> Positions:
         return self._partition[name] if name in SPANS else self.named[name]
 
-    def _image_start(self, image: int) -> int:
-        if not 0 <= image < self.n_images:
-            pictures = f"{self.n_images} picture{'' if self.n_images == 1 else 's'}"
-            raise SpanError(f"There is no image {image}: the prompt has {pictures}, counted from 0.")
-        return self.image_starts[image]
+    def _at(self, image: int, features: np.ndarray) -> Positions:
+        return Positions((features + self.image_starts[image]).tolist())
+
+    def _selected(self, image: int, selection: Selection) -> PatchPositions:
+        features = selection.features + self.image_starts[image]
+        return PatchPositions(features.tolist(), outside=selection.outside)
 
     def _checked(self, name: str, positions: Positions) -> Positions:
         if not positions or positions - self.real:
@@ -348,28 +398,3 @@ class TokenMap:
                 f"{self.real.start} to {self.real.stop - 1}, where this prompt's tokens are."
             )
         return positions
-
-    def _select(
-        self, shares: np.ndarray, coverage: Number, image: int, outside: float, what: Literal["box", "mask"]
-    ) -> PatchPositions:
-        if not 0 <= coverage <= 1:
-            raise SpanError(f"coverage={coverage} is not a share of a patch's area; expected 0 to 1.")
-        # Full coverage must survive rounding; 0 means any overlap at all.
-        chosen = np.flatnonzero((shares > 0) & (shares >= coverage - 1e-9))
-        if not len(chosen):
-            raise SpanError(
-                f"No patch of image {image} is covered by the {what} to a share of {coverage:g}; the most is "
-                f"{shares.max():.2g}. Lower coverage= (0 takes every patch that it touches)."
-            )
-        first = self._image_start(image) + self.has_class_token
-        return PatchPositions((first + int(index) for index in chosen), outside=outside)
-
-
-def _bool_mask(mask: np.ndarray | Tensor) -> np.ndarray:
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
-    if array.ndim != 2 or (array.dtype != np.bool_ and not np.isin(array, (0, 1)).all()):
-        raise SpanError(
-            f"The mask is of shape {array.shape} and type {array.dtype}; expected [height, width] of the original "
-            "picture, bool or only 0 and 1 (mask > threshold makes one)."
-        )
-    return array.astype(np.bool_)

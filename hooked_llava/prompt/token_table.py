@@ -1,18 +1,17 @@
-"""A token map as text: the tokens in columns, pictures and padding collapsed, the spans drawn under them."""
+"""A prompt as text: its tokens in columns, images and padding collapsed, the spans drawn under them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_text import visible_token
 
-if TYPE_CHECKING:
-    from hooked_llava.prompt.token_map import TokenMap
-
 _MARGIN = "  "
 _LINE = "─"
+_DIVIDING = ("system", "image", "question", "rest", "last")
+"""The spans that divide a prompt, besides `text`, which says nothing that they do not."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,21 @@ class _Column:
         return str(self.positions[0]) if len(self.positions) == 1 else f"{self.positions[0]}..{self.positions[-1]}"
 
 
-def format_token_map(token_map: TokenMap, width: int = 100) -> str:
+def format_table(
+    tokens: Sequence[str], real: range, images: Sequence[range], spans: Mapping[str, Positions], width: int
+) -> str:
     """Lines of at most `width` characters: positions, tokens, the spans that divide the prompt, and those inside them.
 
     A line is longer only where a single token is.
+
+    >>> spans = {"system": Positions([0]), "image": Positions([1, 2]), "last": Positions([3])}
+    >>> print(format_table(["<s>", "<image>", "<image>", "?"], range(4), [range(1, 3)], spans, 80))
+      0       1..2        3
+      <s>     <image> x2  ?
+      system  image─────  last
     """
-    columns = _columns(token_map)
-    lines = _span_lines(token_map)
+    columns = _columns(tokens, (range(real.start), *images, range(real.stop, len(tokens))))
+    lines = _span_lines(spans, images)
     marks = [[_mark(column, line) for column in columns] for line in lines]
     widths = [_column_width(index, column, marks) for index, column in enumerate(columns)]
     blocks = []
@@ -44,34 +51,28 @@ def format_token_map(token_map: TokenMap, width: int = 100) -> str:
     return "\n\n".join(blocks)
 
 
-def _columns(token_map: TokenMap) -> list[_Column]:
-    """One column a token; all positions of one picture, and all padding on one side, share one."""
-    names = [str(token_id) for token_id in token_map.token_ids]
-    if token_map.words is not None:
-        names = [visible_token(token) for token in token_map.words.tokens]
-    columns, position, pictures = [], 0, set(token_map.image_starts)
-    while position < len(token_map):
-        stop = position + 1
-        if position not in token_map.real:
-            stop = token_map.real.start if position < token_map.real.start else len(token_map)
-        elif position in pictures:
-            stop = position + token_map.n_features
+def _columns(tokens: Sequence[str], collapsed: Sequence[range]) -> list[_Column]:
+    """One column a token; all positions of one image, and all padding on one side, share one."""
+    stops = {positions.start: positions.stop for positions in collapsed if positions}
+    columns, position = [], 0
+    while position < len(tokens):
+        stop = stops.get(position, position + 1)
         count = f" x{stop - position}" if stop - position > 1 else ""
-        columns.append(_Column(range(position, stop), names[position] + count))
+        columns.append(_Column(range(position, stop), visible_token(tokens[position]) + count))
         position = stop
     return columns
 
 
-def _span_lines(token_map: TokenMap) -> list[dict[str, Positions]]:
+def _span_lines(spans: Mapping[str, Positions], images: Sequence[range]) -> list[dict[str, Positions]]:
     """The spans that divide the prompt in one line, every further one in the first line with room for it."""
-    spans = dict(token_map.spans)
-    spans.pop("text")  # everything but image: says nothing that the others do not
-    lines = [{name: spans.pop(name) for name in ("system", "image", "question", "rest", "last") if name in spans}]
-    if token_map.n_images > 1:
+    lines = [{name: spans[name] for name in _DIVIDING if name in spans}]
+    if len(images) > 1:
         lines[0].pop("image")
-        lines[0] |= {f"image {i}": token_map.image(i) for i in range(token_map.n_images)}
+        lines[0] |= {f"image {i}": Positions(positions) for i, positions in enumerate(images)}
     inner: list[dict[str, Positions]] = []
     for name, positions in spans.items():
+        if name in (*_DIVIDING, "text"):
+            continue
         free = (line for line in inner if all(positions.isdisjoint(other) for other in line.values()))
         line = next(free, None)
         if line is None:

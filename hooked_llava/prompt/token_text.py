@@ -45,15 +45,13 @@ class TokenText:
     tokenizer: Any
     """A Hugging Face tokenizer."""
     image_token_id: int
-    """Token id of the image positions; all positions of one picture count as one image token in the text."""
-    image_starts: tuple[int, ...]
-    """First position of each picture."""
-    n_features: int
-    """Positions per picture."""
+    """Token id of the image positions; all positions of one image count as one image token in the text."""
+    images: tuple[range, ...]
+    """The positions of each image."""
     real: range
     """The positions that are not padding."""
     prompt: str | None = None
-    """The text that was tokenized, one image token per picture; None if only ids are known."""
+    """The text that was tokenized, one image token per image; None if only ids are known."""
     prompt_offsets: _Offsets | None = None
     """For every position the first character in `prompt` and the one after the last, (0, 0) for added tokens."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -115,7 +113,7 @@ class TokenText:
         return replace(
             self,
             token_ids=roll(self.token_ids, by),
-            image_starts=tuple(start + by for start in self.image_starts),
+            images=tuple(range(image.start + by, image.stop + by) for image in self.images),
             real=range(self.real.start + by, self.real.stop + by),
             prompt_offsets=None if self.prompt_offsets is None else roll(self.prompt_offsets, by),
         )
@@ -149,9 +147,9 @@ class TokenText:
     def _decoded(self) -> tuple[str, _Offsets]:
         """Text and offsets rebuilt from the ids, token by token, each decoded after its neighbour for the spaces."""
         text, offsets, previous = "", [(0, 0)] * len(self.token_ids), None
-        pictures = {start + i for start in self.image_starts for i in range(self.n_features)}
+        inside = {position for image in self.images for position in image[1:]}
         for position in self.real:
-            if position in pictures and position not in self.image_starts:
+            if position in inside:
                 offsets[position] = offsets[position - 1]
                 continue
             token_id = self.token_ids[position]
@@ -162,26 +160,36 @@ class TokenText:
         return text, tuple(offsets)
 
 
-def prompt_offsets(offsets: Sequence[tuple[int, int]], prompt: str, image_token: str, n_features: int) -> _Offsets:
-    """Character offsets in the text with every image token written n_features times -> offsets in the prompt.
+def repeat_image_tokens(prompt: str, image_token: str, sizes: Sequence[int]) -> str:
+    """A prompt with the image token of each image written as many times as the image has positions; further ones once.
 
-    >>> prompt_offsets([(0, 1), (1, 4), (4, 7), (7, 9)], "a<i>bc", "<i>", 2)
+    >>> repeat_image_tokens("a<i>b<i>", "<i>", [2, 1])
+    'a<i><i>b<i>'
+    """
+    left = iter(sizes)
+    return re.sub(re.escape(image_token), lambda found: found[0] * next(left, 1), prompt)
+
+
+def prompt_offsets(offsets: Sequence[tuple[int, int]], prompt: str, image_token: str, sizes: Sequence[int]) -> _Offsets:
+    """Character offsets in the text with repeated image tokens (see `repeat_image_tokens`) -> offsets in the prompt.
+
+    >>> prompt_offsets([(0, 1), (1, 4), (4, 7), (7, 9)], "a<i>bc", "<i>", [2])
     ((0, 1), (1, 4), (1, 4), (4, 6))
     """
     length = len(image_token)
-    grown = length * (n_features - 1)
-    pictures = [match.start() for match in re.finditer(re.escape(image_token), prompt)]
-    mapped, image = [], 0
+    images = [match.start() for match in re.finditer(re.escape(image_token), prompt)]
+    mapped, image, grown = [], 0, 0  # grown: characters by which the images before here are longer in the long text
     for start, stop in offsets:
-        while image < len(pictures) and start >= pictures[image] + (image + 1) * grown + length:
-            image += 1  # this token lies behind picture number `image` in the long text
-        inside = image < len(pictures) and stop > start >= pictures[image] + image * grown
+        while image < len(images) and start >= images[image] + grown + length * sizes[image]:
+            grown += length * (sizes[image] - 1)
+            image += 1
+        inside = image < len(images) and stop > start >= images[image] + grown
         if stop <= start:  # a token that the tokenizer added, or padding
             mapped.append((0, 0))
         elif inside:
-            mapped.append((pictures[image], pictures[image] + length))
+            mapped.append((images[image], images[image] + length))
         else:
-            mapped.append((start - image * grown, stop - image * grown))
+            mapped.append((start - grown, stop - grown))
     return tuple(mapped)
 
 

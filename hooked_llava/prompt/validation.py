@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layouts import layout_without_original
+from hooked_llava.architecture.processor_axes import processor_axes
 from hooked_llava.errors import ConfigError, InputError, did_you_mean
-from hooked_llava.prompt.geometry import ImageGeometry
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
@@ -122,7 +124,7 @@ def find_images(
 
 
 def _image_starts(row: int, positions: list[int], config: LLaVAConfig) -> tuple[int, ...]:
-    size, starts = config.vision.n_features, []
+    size, starts = layout_without_original(config.vision).n_features, []
     while positions:
         start = positions[0]
         run = next((i for i, position in enumerate(positions) if position != start + i), len(positions))
@@ -193,7 +195,8 @@ def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
         image_processor = getattr(processor, "image_processor", None)
         if image_processor is not None:
             of_this_size = {"height": side[0], "width": side[1], "patch_size": patch_size or vision.patch_size}
-            made = ImageGeometry.from_processor(image_processor, **of_this_size).canvas_size
+            rows, columns = processor_axes(image_processor, **of_this_size)
+            made = rows.canvas, columns.canvas
     if made not in (None, side):
         raise InputError(
             f"The {name} makes images of {made[0]} x {made[1]} pixels and the model takes {side[0]} x {side[1]} "
@@ -249,12 +252,13 @@ def check_position_ids(positions: Tensor | None, ids: Int[Tensor, "batch pos"]) 
     return positions.to(torch.int64)
 
 
-def check_grid(n_features: int, config: LLaVAConfig) -> None:
-    """Raises `InputError` for inputs prepared for a model with other pictures."""
-    if n_features != config.vision.n_features:
+def check_layouts(layouts: Iterable[ImageLayout], config: LLaVAConfig) -> None:
+    """Raises `InputError` for inputs prepared for a model with other images."""
+    expected = layout_without_original(config.vision).n_features
+    if other := [layout.n_features for layout in layouts if layout.n_features != expected]:
         raise InputError(
-            f"These inputs were prepared for a model with {n_features} positions per picture; this one has "
-            f"{config.vision.n_features}. Call prepare(...) of the model that runs them."
+            f"These inputs were prepared for a model with {other[0]} positions per picture; this one has "
+            f"{expected}. Call prepare(...) of the model that runs them."
         )
 
 

@@ -364,4 +364,4 @@ def _with_answer(new: TokenMap, old: TokenMap, n: int) -> TokenMap:
         offsets = None if offsets is None else offsets + ((0, 0),) * further
         known = {"prompt": old.words.prompt, "parts": old.words.parts, "prompt_offsets": offsets}
         words = replace(words, real=old.words.real, **known)
-    return replace(new, named=named, geometries=old.geometries, words=words, n_answer=n)
+    return replace(new, named=named, layouts=old.layouts, words=words, n_answer=n)

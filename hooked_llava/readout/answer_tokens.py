@@ -306,7 +306,7 @@ def _variants(model: HookedLLaVA, context: _Context, answer: str, *, first_token
 
 def _own_ids(prompt: TokenMap) -> list[int]:
     """Token ids of a prompt, without an appended answer and with one placeholder for each image."""
-    inside = {p for start in prompt.image_starts for p in range(start + 1, start + prompt.n_features)}
+    inside = {p for image in prompt.image_ranges for p in image[1:]}
     return [prompt.token_ids[p] for p in prompt.own if p not in inside]
 
 

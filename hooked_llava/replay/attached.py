@@ -19,7 +19,6 @@ from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.spans import edge_end
 from hooked_llava.replay.binding import bind, check_operand
 from hooked_llava.replay.bound import BoundIntervention
 from hooked_llava.replay.intervention import Intervention
@@ -74,7 +73,7 @@ def _names_new_tokens(where: Any, bound: BoundIntervention, inputs: Inputs) -> l
     found = []
     for token_map in inputs.token_maps:
         grown = continued(token_map, 2)  # the first of two predicts the second, as every new token predicts the next
-        end = edge_end(where, grown) if bound.intervention.block is not None else where
+        end = grown.edge_end(where) if bound.intervention.block is not None else where
         found.append(token_map.real.stop in positions_of(end, grown, len(grown)))
     return found
 

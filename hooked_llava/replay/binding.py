@@ -10,7 +10,6 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import axis_sizes, positions_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.spans import edge_end
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.replay.bound import POSITION_AXES, BoundIntervention, spread
 from hooked_llava.replay.intervention import SCORES, Intervention
@@ -72,7 +71,7 @@ def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tup
     """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
 
     def of_prompt(token_map: TokenMap) -> tuple[int, ...]:
-        end = edge_end(where, token_map) if of_edge else where
+        end = token_map.edge_end(where) if of_edge else where
         return tuple(positions_of(end, token_map, inputs.shape[1]))
 
     return tuple(inputs.each(of_prompt, inputs.token_maps))
@@ -88,19 +87,14 @@ def _check_image(image: Any, inputs: Inputs, name: str) -> None:
 def patches_of(where: Any, hook: Hook, model: HookedLLaVA) -> tuple[int, ...]:
     """Patch indices as indices of the hook's own position axis (in the tower the class token comes first); `InputError`."""
     vision = model.config.vision
-    if "feature" in hook.axes:
-        n_all, shift = vision.n_features, 0 if vision.drop_class_token else 1
-    elif "patch" in hook.axes:
-        n_all, shift = vision.n_patches, 0
-    else:
-        n_all, shift = vision.n_positions, 1
+    along = vision.patches_along(hook.axes[hook.position_axis or 1])
     if where is None:
-        return tuple(range(n_all))
+        return tuple(range(along.stop))
     if isinstance(where, slice):
-        where = range(vision.n_patches)[where]
+        return tuple(along[where])
     if isinstance(where, str):
         raise InputError(f"positions={where!r} on {hook.spec.name}: image hooks take patch indices, not spans.")
-    return tuple(i + shift for i in indices(where, vision.n_patches, "positions", hook.spec.name) or ())
+    return tuple(along[i] for i in indices(where, len(along), "positions", hook.spec.name) or ())
 
 
 def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ def exact() -> Any:
 
 def test_patches_go_and_come_in_the_maps_order() -> None:
     models, prompt = exact(), exact().prompt()
-    grid, size = models.ours.config.vision.grid, models.ours.config.vision.patch_size
+    (grid, _), size = models.ours.config.vision.patch_grid, models.ours.config.vision.patch_size
     values = np.random.default_rng(0).permutation(grid * grid).reshape(grid, grid)
     shares = (0, 1 / 9, 4 / 9, 1)
     curves = deletion_curves(models.ours, prompt, {"a": values, "b": -values}, 7, shares=shares)

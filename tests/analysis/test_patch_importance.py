@@ -153,7 +153,7 @@ def test_rollout_is_the_product_of_whole_matrices(geometry: str) -> None:
     found = patch_importance(models.ours, models.prompt(), 7, method="rollout")
     np.testing.assert_allclose(found.values.ravel(), row[list(token_map(geometry).patches())], atol=1e-6)
     features = row[list(token_map(geometry)["image"])]
-    if not token_map(geometry).has_class_token:
+    if not token_map(geometry).layout().class_token:
         features = torch.cat([features.new_zeros(1), features])
     expected = (features @ rollout(tower, 0.5, 0.5))[1:]
     through = patch_importance(models.ours, models.prompt(), 7, method="rollout", vision=True)
@@ -185,7 +185,7 @@ def test_relevancy_weighs_patterns_by_their_gradients() -> None:
 @pytest.mark.parametrize("window", [1, 2])
 def test_occlusion_blanks_patches_in_the_picture(window: int) -> None:
     models, prompt = exact("odd"), exact("odd").prompt()
-    grid, size = models.ours.config.vision.grid, models.ours.config.vision.patch_size
+    (grid, _), size = models.ours.config.vision.patch_grid, models.ours.config.vision.patch_size
     total, times = np.zeros((grid, grid)), np.zeros((grid, grid))
     for row in range(grid - window + 1):
         for column in range(grid - window + 1):

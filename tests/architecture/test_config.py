@@ -44,7 +44,7 @@ def test_every_size_comes_from_the_checkpoint() -> None:
     )
     assert (vision.eps, vision.act_fn, vision.normalization_type, vision.n_channels) == (0.004, "gelu", "LN", 1)
     assert (vision.gated_mlp, vision.causal, vision.rotary) == (False, False, None)
-    assert (vision.grid, vision.n_patches, vision.n_positions, vision.n_features) == (3, 9, 10, 9)
+    assert (vision.patch_grid, vision.n_patches, vision.n_positions, vision.n_features) == ((3, 3), 9, 10, 9)
     assert (config.projector.d_in, config.projector.d_model, config.projector.act_fn) == (28, 54, "relu")
     assert config.image_token_id == 5
     assert language.final_rms

@@ -11,7 +11,7 @@ from PIL import Image
 from hooked_llava.architecture import ImageLayout, llava_layout, processor_axes
 from hooked_llava.architecture.resampling import filter_of
 from tests.architecture.processors import REMAINDER_TILE, TILE, changed_patches, make_layout, predicted_tiles, process
-from tests.prompt.test_geometry import EVERY, PROCESSORS
+from tests.architecture.test_layouts import EVERY, PROCESSORS
 
 KINDS = pytest.mark.parametrize(
     ("kind", "tile"),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hooked_llava.architecture import ImageLayout, llava_layout, processor_axes
 from hooked_llava.errors import SpanError
-from hooked_llava.prompt.geometry import ImageGeometry
-from tests.prompt.test_geometry import EVERY, PROCESSORS
+from tests.architecture.test_layouts import EVERY, PROCESSORS
+from tests.oracles.geometry import ImageGeometry
 
 
 def both(name: str, height: int, width: int) -> tuple[ImageGeometry, ImageLayout]:

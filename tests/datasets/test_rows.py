@@ -89,7 +89,7 @@ def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaV
     assert shown is not None
     assert shown.size == (80, 64)
     token_map = prepare_rows(tiny_shapes, named, tmp_path).token_map
-    assert token_map.geometry().original_size == (64, 80)
+    assert token_map.layout().original_size == (64, 80)
     assert token_map["object"].tolist() == [token_map.patch_to_position(0, 0)]
     if kind != "tif":  # an ending that must be given
         assert prepare_rows(tiny_shapes, [asked], tmp_path).token_map["object"] == token_map["object"]

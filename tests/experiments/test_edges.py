@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hooked_llava.architecture.layouts import llava_layout
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.edges import STANDARD, Edge, edge_names, edges_of, marked, study_edges
 from hooked_llava.prompt.token_map import TokenMap
@@ -13,7 +14,9 @@ from hooked_llava.replay.binding import bind
 from tests.pairs import as_users_run, pair
 
 # <s> picture(2 x 2) text | question question | rest | last
-TEXT = TokenMap(token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), grid=(2, 2))
+TEXT = TokenMap(
+    token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), layouts=(llava_layout(2, 2),)
+)
 TOKENS = TEXT.with_spans(question=[6, 7], object=[2])
 
 

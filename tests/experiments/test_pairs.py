@@ -50,7 +50,7 @@ def test_other_image_is_drawn_by_seed_and_never_the_same() -> None:
         check_pair(clean, corrupted)
         assert not torch.equal(corrupted.pixel_values, clean.pixel_values)
         assert torch.equal(corrupted.input_ids, clean.input_ids)
-        assert corrupted.token_map.geometry().horizontal.original == corrupted.images[0].width
+        assert corrupted.token_map.layout().original_size[1] == corrupted.images[0].width
     assert len({float(corrupted.pixel_values.sum()) for corrupted in drawn}) > 1
     again = other_image(model(), clean, pool, seed=3)
     assert torch.equal(again.pixel_values, drawn[3].pixel_values)
@@ -77,7 +77,7 @@ def test_blank_image_is_the_mean_pixel() -> None:
     expected = clean.pixel_values.flatten(2).mean(-1)[..., None, None].expand(-1, -1, 16, 16)
     torch.testing.assert_close(blank.pixel_values, expected)
     assert len(blank.images[0].getcolors()) == 1
-    assert blank.token_map.geometry() == clean.token_map.geometry()
+    assert blank.token_map.layout() == clean.token_map.layout()
 
 
 def test_other_question_fits_position_by_position() -> None:
@@ -163,7 +163,7 @@ def test_without_object_paints_over_a_box_and_nothing_else() -> None:
     np.testing.assert_allclose(after[4:10, 2:8], np.broadcast_to(before[outside].mean(0), (6, 6, 3)), atol=0.51)
     direct = model().prepare(QUESTION, images=without.images[0])
     torch.testing.assert_close(direct.pixel_values, without.pixel_values)
-    assert without.token_map.geometry() == clean.token_map.geometry()
+    assert without.token_map.layout() == clean.token_map.layout()
 
 
 def test_swapped_objects_change_places() -> None:

@@ -179,14 +179,14 @@ def test_the_embedded_processor_brings_its_template() -> None:
     token_map = inputs.token_map
     assert [token_map.labels[p] for p in token_map["rest"]] == ["Answer", "briefly", "."]
     assert [token_map.labels[p] for p in token_map["options"]] == ["red", "blue"]
-    assert token_map.grid == (8, 8)
-    assert token_map.geometry().original_size == (30, 50)
+    assert token_map.layout().grids[0].shape == (8, 8)
+    assert token_map.layout().original_size == (30, 50)
 
 
-def test_llava_geometry_end_to_end() -> None:
+def test_llavas_layout_end_to_end() -> None:
     config, processor = make_config(336, 14, text={"max_position_embeddings": 1000}), make_processor(336, 14)
     token_map = prepare(QUESTION, Image.new("RGB", (640, 480)), config=config, processor=processor).token_map
-    assert token_map.grid == (24, 24)
+    assert token_map.layout().grids[0].shape == (24, 24)
     assert len(token_map["image"]) == 24 * 24
     assert token_map.patch_box(0, 0) == pytest.approx((80, 0, 100, 20))
     assert token_map.position_to_patch(token_map.patch_to_position(*token_map.pixel_to_patch(320, 240))) == (0, 12, 12)

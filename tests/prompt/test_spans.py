@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from hooked_llava.architecture.layouts import llava_layout
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.prompt.spans import span, split_edge
+from hooked_llava.prompt.spans import split_edge
 from hooked_llava.prompt.token_map import TokenMap
 
 # <s> image(2 x 2) text | question question | rest | last
-TEXT = TokenMap(token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), grid=(2, 2))
+TEXT = TokenMap(
+    token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), layouts=(llava_layout(2, 2),)
+)
 TOKENS = TEXT.with_spans(question=[6, 7], object=[2])
 
 
@@ -29,44 +32,46 @@ TOKENS = TEXT.with_spans(question=[6, 7], object=[2])
     ],
 )
 def test_spans_are_joined_from_left_to_right(expression: str, positions: list[int]) -> None:
-    assert span(TOKENS, expression) == TOKENS[expression] == positions
+    assert TOKENS.span(expression) == TOKENS[expression] == positions
 
 
 def test_random_patches_are_as_many_and_none_of_the_objects() -> None:
-    big = TokenMap(token_ids=(1, *[5] * 64, 9, 10), real=range(67), image_starts=(1,), grid=(8, 8))
+    big = TokenMap(token_ids=(1, *[5] * 64, 9, 10), real=range(67), image_starts=(1,), layouts=(llava_layout(8, 8),))
     big = big.with_spans(object=[10, 11, 18, 19])
-    draws = {tuple(span(big, "random", seed=seed)) for seed in range(20)}
+    draws = {tuple(big.span("random", seed=seed)) for seed in range(20)}
     assert len(draws) > 15
     for drawn in draws:
         assert len(drawn) == len(set(drawn)) == 4
         assert set(drawn) <= set(big["image"]) - set(big["object"])
-    assert span(big, "random") == span(big, "random")
-    padded = TokenMap(token_ids=(0, 0, 0, *big.token_ids), real=range(3, 70), image_starts=(4,), grid=(8, 8))
+    assert big.span("random") == big.span("random")
+    padded = TokenMap(
+        token_ids=(0, 0, 0, *big.token_ids), real=range(3, 70), image_starts=(4,), layouts=(llava_layout(8, 8),)
+    )
     padded = padded.with_spans(object=[13, 14, 21, 22])
-    assert [p - 3 for p in span(padded, "random")] == list(span(big, "random"))
-    other = TokenMap(token_ids=(1, *[5] * 64, 9, 11), real=range(67), image_starts=(1,), grid=(8, 8))
-    assert span(other.with_spans(object=big["object"]), "random") != span(big, "random")
+    assert [p - 3 for p in padded.span("random")] == list(big.span("random"))
+    other = TokenMap(token_ids=(1, *[5] * 64, 9, 11), real=range(67), image_starts=(1,), layouts=(llava_layout(8, 8),))
+    assert other.with_spans(object=big["object"]).span("random") != big.span("random")
 
 
 def test_names_of_ones_own_come_first() -> None:
-    assert span(TOKENS.with_spans(random=[3], other=[4]), "random|other") == [3, 4]
+    assert TOKENS.with_spans(random=[3], other=[4]).span("random|other") == [3, 4]
 
 
 def test_spans_that_are_not_there() -> None:
     with pytest.raises(SpanError, match="no span 'object', which 'other' needs. Say where the object is: inputs.with_"):
-        span(TEXT, ["other", "question"][0])
+        TEXT.span(["other", "question"][0])
     with pytest.raises(SpanError, match="no span 'object'. Say where"):
-        span(TEXT, "object")
+        TEXT.span("object")
     with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
-        span(TOKENS, "imge|question")
+        TOKENS.span("imge|question")
     with pytest.raises(SpanError, match="covers 3 patches and leaves 1: too few"):
-        span(TEXT.with_spans(object=[1, 2, 3]), "random")
+        TEXT.with_spans(object=[1, 2, 3]).span("random")
 
 
 def test_a_name_with_an_operator_in_it_is_taken_as_it_stands() -> None:
     mine = TOKENS.with_spans(**{"image-last": [5]})
-    assert span(mine, "image-last") == mine["image-last"] == [5]
-    assert span(mine, "image - last") == mine["image"]
+    assert mine.span("image-last") == mine["image-last"] == [5]
+    assert mine.span("image - last") == mine["image"]
 
 
 @pytest.mark.parametrize("wrong", ["image", "->last", "image->", "", "->"])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hooked_llava.architecture.layouts import llava_layout
 from hooked_llava.errors import SpanError
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import prepare
@@ -206,7 +207,9 @@ def test_unknown_spans() -> None:
 
 
 def test_without_a_tokenizer() -> None:
-    token_map = TokenMap(token_ids=(1, 7, 9, 9, 9, 9, 6, 0), real=range(7), image_starts=(2,), grid=(2, 2))
+    token_map = TokenMap(
+        token_ids=(1, 7, 9, 9, 9, 9, 6, 0), real=range(7), image_starts=(2,), layouts=(llava_layout(2, 2),)
+    )
     assert token_map["system"] == [0, 1]
     assert token_map["last"] == [6]
     assert token_map.labels == ["1", "7", "img[0,0]", "img[0,1]", "img[1,0]", "img[1,1]", "6", "0"]
@@ -223,7 +226,7 @@ def test_without_a_tokenizer() -> None:
     ):
         token_map.locate(0, 1)
     with pytest.raises(
-        SpanError, match=re.escape("The original pictures are not known, since pixel_values were given; ")
+        SpanError, match=re.escape("The original images are not known, since pixel_values were given; ")
     ):
         token_map.patch_box(0, 0)
 
@@ -235,8 +238,7 @@ def test_patches_and_positions(class_token: bool) -> None:
         token_ids=(9,) * (2 * size + 1),
         real=range(2 * size + 1),
         image_starts=(0, size),
-        grid=(2, 3),
-        has_class_token=class_token,
+        layouts=(llava_layout(2, 3, class_token=class_token),) * 2,
     )
     seen = []
     for image in range(2):
@@ -353,7 +355,7 @@ def test_shows_its_spans() -> None:
 
 def test_an_answer_behind_the_prompt_is_in_no_built_in_span() -> None:
     ids = (0, 1, 9, 9, 9, 9, 5, 6, 7, 8)
-    prompt = {"token_ids": ids, "image_starts": (2,), "grid": (2, 2)}
+    prompt = {"token_ids": ids, "image_starts": (2,), "layouts": (llava_layout(2, 2),)}
     alone = TokenMap(**prompt, real=range(1, 8))
     longer = TokenMap(**prompt, real=range(1, 10), n_answer=2)
     assert longer.spans == alone.spans

@@ -4,7 +4,6 @@ from PIL import Image
 
 from hooked_llava.prompt.prepare import prepare
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.prompt.token_table import format_token_map
 from tests.fixtures_processor import make_config, make_processor
 
 PICTURE = Image.new("RGB", (20, 20))
@@ -41,7 +40,7 @@ def test_columns_stand_above_each_other() -> None:
 
 def test_long_prompts_wrap() -> None:
     token_map = make_map("What is the color of the star in the picture ? " * 3, tail="Answer briefly.")
-    text = format_token_map(token_map, width=60)
+    text = token_map.format(width=60)
     assert all(len(line) <= 60 for line in text.splitlines())
     assert len(text.split("\n\n")) > 3
     assert text.replace("\n", " ").split().count("star") == 3
@@ -59,5 +58,5 @@ def test_two_pictures_line_breaks_and_overlapping_spans() -> None:
 
 
 def test_padding_is_collapsed_and_ids_stand_for_missing_text() -> None:
-    token_map = TokenMap(token_ids=(0, 0, 0, 7, 8, 0), real=range(3, 5), grid=(2, 2))
+    token_map = TokenMap(token_ids=(0, 0, 0, 7, 8, 0), real=range(3, 5))
     assert str(token_map).splitlines()[:2] == ["  0..2  3     4     5", "  0 x3  7     8     0"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hooked_llava.errors import SpanError
-from hooked_llava.prompt.token_text import TokenText, prompt_offsets, roll, visible_token
+from hooked_llava.prompt.token_text import TokenText, prompt_offsets, repeat_image_tokens, roll, visible_token
 from tests.fixtures_processor import make_processor
 
 PROMPT = "USER: <image>\nWhat color is the red star? A redder star. ASSISTANT:"
@@ -32,11 +32,10 @@ def make_text(prompt: str = PROMPT, *, metaspace: bool = False, known: bool = Tr
         token_ids=ids,
         tokenizer=processor.tokenizer,
         image_token_id=processor.image_token_id,
-        image_starts=tuple(image[::N_FEATURES]),
-        n_features=N_FEATURES,
+        images=tuple(range(first, first + N_FEATURES) for first in image[::N_FEATURES]),
         real=range(len(ids)),
         prompt=prompt if known else None,
-        prompt_offsets=prompt_offsets(offsets, prompt, "<image>", N_FEATURES) if known else None,
+        prompt_offsets=prompt_offsets(offsets, prompt, "<image>", [N_FEATURES] * n_images) if known else None,
         parts={"question": (prompt.find("What"), prompt.find("?") + 1)} if known else {},
     )
 
@@ -56,7 +55,7 @@ def test_text_is_rebuilt_from_ids(metaspace: bool) -> None:
     assert " ".join(words.text.split()) == "<s> " * True + PROMPT.replace("\n", " ") if not metaspace else words.text
     start, stop = words.find("What color is the red star?")
     assert words.text[start:stop] == "What color is the red star?"
-    image = [words.offsets[p] for p in range(words.image_starts[0], words.image_starts[0] + N_FEATURES)]
+    image = [words.offsets[p] for p in words.images[0]]
     assert len(set(image)) == 1
     assert words.text[slice(*image[0])].strip() == "<image>"
 
@@ -121,8 +120,7 @@ def plain(prompt: str) -> TokenText:
         token_ids=(),
         tokenizer=tokenizer,
         image_token_id=5,
-        image_starts=(),
-        n_features=1,
+        images=(),
         real=range(0),
         prompt=prompt,
         prompt_offsets=(),
@@ -172,17 +170,23 @@ def test_advice_is_the_callers() -> None:
         make_text(known=False).find("star")
 
 
-@given(pieces=st.lists(st.sampled_from(["<image>", "a", "bc", " ", "<s>"]), max_size=12), n_features=st.integers(1, 5))
-def test_offsets_in_the_long_text_lead_back_to_the_prompt(pieces: list[str], n_features: int) -> None:
-    prompt = "".join(pieces)
-    offsets, expected, long, short = [(0, 0)], [(0, 0)], 0, 0
-    for piece in pieces:
-        for _ in range(n_features if piece == "<image>" else 1):
-            offsets.append((long, long + len(piece)))
+PIECES = st.lists(st.tuples(st.sampled_from(["<image>", "a", "bc", " ", "<s>"]), st.integers(1, 5)), max_size=12)
+
+
+@given(pieces=PIECES)
+def test_offsets_in_the_long_text_lead_back_to_the_prompt(pieces: list[tuple[str, int]]) -> None:
+    """Images may have different numbers of positions."""
+    prompt = "".join(piece for piece, _ in pieces)
+    sizes = [n for piece, n in pieces if piece == "<image>"]
+    offsets, expected, long, short = [(0, 0)], [(0, 0)], "", 0
+    for piece, n in pieces:
+        for _ in range(n if piece == "<image>" else 1):
+            offsets.append((len(long), len(long) + len(piece)))
             expected.append((short, short + len(piece)))
-            long += len(piece)
+            long += piece
         short += len(piece)
-    assert prompt_offsets(offsets, prompt, "<image>", n_features) == tuple(expected)
+    assert repeat_image_tokens(prompt, "<image>", sizes) == long
+    assert prompt_offsets(offsets, prompt, "<image>", sizes) == tuple(expected)
 
 
 @given(row=st.lists(st.integers(), max_size=6).map(tuple), by=st.integers(-6, 6))

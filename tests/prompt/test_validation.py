@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hooked_llava.architecture import llava_layout
 from hooked_llava.errors import InputError
 from hooked_llava.prompt import validation as check
 from tests.builders import D_VOCAB, IMAGE_TOKEN_ID
@@ -204,9 +205,10 @@ def test_position_ids() -> None:
         check.check_position_ids(torch.arange(4) - 1, IDS)
 
 
-def test_grid() -> None:
-    check.check_grid(4, CONFIG)
+def test_layouts() -> None:
+    check.check_layouts([], CONFIG)
+    check.check_layouts([llava_layout(2, 2)] * 2, CONFIG)
     with says(
         "These inputs were prepared for a model with 9 positions per picture; this one has 4. Call prepare(...) of the "
     ):
-        check.check_grid(9, CONFIG)
+        check.check_layouts([llava_layout(2, 2), llava_layout(3, 3)], CONFIG)

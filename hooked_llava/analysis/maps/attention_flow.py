@@ -96,6 +96,6 @@ def _to_patches(
     features = torch.stack(
         [row[i, m.image(j).tensor()] for i, m in enumerate(inputs.token_maps) for j in range(m.n_images)]
     )  # (picture, feature)
-    if model.config.vision.drop_class_token:
-        features = torch.nn.functional.pad(features, (1, 0))
-    return _descend(features, list(steps), keep=keep, pass_on=pass_on)[:, 1:].reshape(where.shape)
+    patches = model.config.vision.patches_along("pos")
+    features = torch.nn.functional.pad(features, (patches.stop - features.shape[1], 0))  # a class token that is dropped
+    return _descend(features, list(steps), keep=keep, pass_on=pass_on)[:, patches].reshape(where.shape)

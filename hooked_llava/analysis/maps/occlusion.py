@@ -72,14 +72,15 @@ def occlusion(
 
     With `window` > 1 squares of so many patches are taken away, and a patch gets the mean over the squares that hold it.
     """
-    grid = model.config.vision.grid
-    side = f"1 to {grid} patches, the side of the square that is taken away"
-    whole_number(window, "window", least=1, most=grid, expected=side)
+    rows, columns = inputs.patch_grid
+    most = min(rows, columns)
+    side = f"1 to {most} patches, the side of the square that is taken away"
+    whole_number(window, "window", least=1, most=most, expected=side)
     replay = Replay(model, inputs)
     squares = [
-        [(row + i) * grid + column + j for i in range(window) for j in range(window)]
-        for row in range(grid - window + 1)
-        for column in range(grid - window + 1)
+        [(row + i) * columns + column + j for i in range(window) for j in range(window)]
+        for row in range(rows - window + 1)
+        for column in range(columns - window + 1)
     ]
     runs = []
     for image in range(inputs.n_images):
@@ -94,7 +95,7 @@ def occlusion(
 
     lost = metric(replay.logits(positions)) - replay.run(runs, metric, positions=positions, batch_size=batch_size)
     per_square = lost.float().reshape(inputs.n_images, len(squares))
-    total, times = per_square.new_zeros(inputs.n_images, grid * grid), per_square.new_zeros(grid * grid)
+    total, times = per_square.new_zeros(inputs.n_images, rows * columns), per_square.new_zeros(rows * columns)
     for i, square in enumerate(squares):
         total[:, square] += per_square[:, i : i + 1]
         times[square] += 1

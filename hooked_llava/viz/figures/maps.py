@@ -247,7 +247,7 @@ def _groups(result: xr.DataArray, inputs: Inputs | None, collapse: Collapse | No
             f"The result has position {max(positions)} and the prompt {len(token_map)} positions; "
             "give the inputs that the result was made from."
         )
-    image_of = {p: i for i in range(token_map.n_images) for p in token_map.image(i)}
+    image_of = {p: i for i, image in enumerate(token_map.image_ranges) for p in image}
     found: dict[object, list[int]] = {}
     for index, position in enumerate(positions):
         found.setdefault(("image", image_of[position]) if position in image_of else position, []).append(index)
@@ -257,8 +257,8 @@ def _groups(result: xr.DataArray, inputs: Inputs | None, collapse: Collapse | No
         if not isinstance(key, tuple):
             groups.append(_Group(_short(token_map.labels[here[0]]), here, indices, 1))
             continue
-        whole = token_map.n_features == len(indices)
-        count = str(len(indices)) if whole else f"{len(indices)} of {token_map.n_features}"
+        size = len(token_map.image_ranges[key[1]])
+        count = str(size) if size == len(indices) else f"{len(indices)} of {size}"
         name = f"image {key[1]}" if token_map.n_images > 1 else "image"
         how = (
             f"{count} patch{'' if count == '1' else 'es'}, row by row" if collapse is None else f"{collapse} of {count}"

@@ -1,4 +1,4 @@
-"""Numbers by patch, drawn on the original picture where the patches lie; and the picture as the model sees it."""
+"""Numbers by patch, drawn on the original image where the patches lie; and the image as the model sees it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.prompt.images import Picture, load_picture
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
@@ -37,9 +36,10 @@ from hooked_llava.viz.style import (
 from hooked_llava.viz.titles import add_note, shown_title, title_of
 
 Grid = xr.DataArray | np.ndarray | Tensor
-"""Values by patch: [patch_row, patch_col]."""
+"""Values by patch, [patch_row, patch_col]; or by position of the image, [feature]."""
 Underlay = Literal["grey", "color"]
 """How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
+_PLACES = ("patch_row", "patch_col", "feature")
 _SMALL = 160
 _FADE = 0.75
 _MOST_OPAQUE = 0.92
@@ -51,30 +51,33 @@ def patch_overlay(
     grid: Grid,
     *,
     image: int = 0,
-    geometry: ImageGeometry | None = None,
+    layout: ImageLayout | None = None,
     underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
-    """One number for each patch, [patch_row, patch_col], laid over the original picture.
+    """One number for each patch, [patch_row, patch_col], laid over the original image.
 
     With `Inputs` every patch is drawn where the processor's resizing and cropping took it from
-    (`token_map.patch_box`), and what was cut away is dimmed. With a picture alone the patches divide all of it, unless
-    `geometry` says otherwise. The image is faded to grey, so that every color in the figure is a value; underlay="color"
+    (`token_map.patch_box`), and what was cut away is dimmed. With an image alone the patches divide all of it, unless
+    `layout` says otherwise. The image is faded to grey, so that every color in the figure is a value; underlay="color"
     keeps its colors, faded. A patch is the more opaque the larger its value.
 
-    Raises `InputError` if the grid is not two-dimensional or not the picture's grid.
+    Where an image has several grids of patches, give one number for each of its positions, [feature]: the mean of the
+    grids is drawn, each by the area that its patches show (`ImageLayout.draw`).
+
+    Raises `InputError` for another number of values than the image has patches.
 
     >>> figure = patch_overlay(np.zeros((30, 60, 3), dtype=np.uint8), np.eye(3))
     >>> figure.axes[0].collections[0].get_coordinates()[-1, -1].tolist()
     [60.0, 30.0]
     """
     values = _grid_values(grid)
-    original, geometry = _original(picture, image, geometry, values.shape)
+    original, layout = _original(picture, image, layout, values.shape)
     scale = scale_of(grid, values) if isinstance(grid, xr.DataArray) else color_scale(values)
     width, height = _panel_size(original, 3.6)
     with plot(width + 0.9, height + 0.4) as figure:
         axes = figure.add_subplot()
-        draw_overlay(axes, original, values, scale, geometry, underlay)
+        draw_overlay(axes, original, values, scale, layout, underlay)
         subject, unit = (title_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
         axes.set_title(subject if title is None else title)
         add_color_bar(figure, axes, scale, unit, values, colors=_as_overlaid(scale))
@@ -87,12 +90,12 @@ def patch_overlays(
     result: xr.DataArray,
     *,
     image: int = 0,
-    geometry: ImageGeometry | None = None,
+    layout: ImageLayout | None = None,
     columns: int = 4,
     underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
-    """Small multiples of `patch_overlay` on one colour scale: result has one axis besides patch_row and patch_col.
+    """Small multiples of `patch_overlay` on one colour scale: result has one axis besides patch_row and patch_col (or feature).
 
     Raises `InputError` as `patch_overlay`, and for a result with other axes.
 
@@ -101,14 +104,15 @@ def patch_overlays(
     >>> [axes.get_title() for axes in figure.axes[:3]]
     ['layer 0', 'layer 1', 'layer 2']
     """
-    over = [str(dim) for dim in result.dims if dim not in ("patch_row", "patch_col")]
-    if len(over) != 1 or result.ndim != 3:
+    over = [str(dim) for dim in result.dims if dim not in _PLACES]
+    places = [dim for dim in _PLACES if dim in result.dims]
+    if len(over) != 1 or places not in (["feature"], ["patch_row", "patch_col"]):
         raise InputError(
             f"patch_overlays draws one picture along one axis; the result has {', '.join(map(str, result.dims))}. "
             "Expected patch_row, patch_col and one more; choose or average the others first."
         )
-    result = result.transpose(over[0], "patch_row", "patch_col")
-    original, geometry = _original(picture, image, geometry, result.shape[1:])
+    result = result.transpose(over[0], *places)
+    original, layout = _original(picture, image, layout, result.shape[1:])
     scale, n = scale_of(result), result.shape[0]
     columns = min(columns, n)
     rows, heading = -(-n // columns), shown_title(result, title)
@@ -116,7 +120,7 @@ def patch_overlays(
     with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
-            draw_overlay(axes, original, values, scale, geometry, underlay)
+            draw_overlay(axes, original, values, scale, layout, underlay)
             label = str(name) if isinstance(name, str) else f"{over[0]} {name}"
             axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
@@ -132,31 +136,30 @@ def draw_overlay(
     original: Image.Image,
     values: np.ndarray,
     scale: ColorScale,
-    geometry: ImageGeometry | None,
+    layout: ImageLayout | None,
     underlay: Underlay = "grey",
-) -> QuadMesh:
+) -> None:
     """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
     one_of(underlay, get_args(Underlay), "underlay")
     draw_picture(
         axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE
     )
-    x_edges, y_edges = patch_edges(original, values.shape, geometry)
-    mesh = axes.pcolormesh(
-        x_edges,
-        y_edges,
-        values,
-        cmap=_vivid(scale),
-        norm=scale.norm(),
-        linewidth=0,
-        rasterized=True,  # as vectors, neighbouring patches would show seams
-    )
-    alpha: Any = _opacity(values, scale)  # one for each patch, which matplotlib's types leave out
-    mesh.set_alpha(alpha)
-    if geometry is not None:
-        _mark_crop(axes, geometry)
+    how: dict[str, Any] = {"cmap": _vivid(scale), "norm": scale.norm()}
+    borders = _borders(original, values, layout)
+    if borders is None:
+        assert layout is not None
+        values = layout.draw(_by_feature(values, layout))
+        mapped: Any = axes.imshow(
+            values, extent=(0, original.width, original.height, 0), interpolation="nearest", **how
+        )
+    else:
+        # As vectors, neighbouring patches would show seams.
+        mapped = axes.pcolormesh(*borders, values, linewidth=0, rasterized=True, **how)
+    mapped.set_alpha(_opacity(values, scale))  # one for each patch, which matplotlib's types leave out
+    if layout is not None:
+        _mark_crop(axes, layout)
     axes.set_xlim(0, original.width)
     axes.set_ylim(original.height, 0)
-    return mesh
 
 
 def draw_picture(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
@@ -196,15 +199,15 @@ def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: 
     picture that is not there.
     """
     seen = model_view(inputs, image_processor, image=image)
-    rows, columns = inputs.token_maps[0].grid
-    geometry = _geometry(inputs, image)
+    layout = _layouts(inputs)[image]
+    rows, columns = layout.grids[0].shape
     original = inputs.images[image] if inputs.images is not None else None
-    both = original is not None and geometry is not None and not _unchanged(geometry)
+    both = original is not None and layout.original_size is not None and not _unchanged(layout)
     with plot(7.2 if both else 3.6, 3.5) as figure:
         panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
-        if both and original is not None and geometry is not None:
+        if both and original is not None:
             draw_picture(panels[0], np.asarray(original))
-            _mark_crop(panels[0], geometry)
+            _mark_crop(panels[0], layout)
             panels[0].set_anchor("N")
             panels[0].set_title(f"original, {original.width} x {original.height} pixels", fontweight="normal")
         axes = panels[-1]
@@ -215,19 +218,35 @@ def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: 
     return figure
 
 
-def patch_edges(
-    original: Image.Image, shape: tuple[int, ...], geometry: ImageGeometry | None
-) -> tuple[Float[np.ndarray, " column_edge"], Float[np.ndarray, " row_edge"]]:
-    """The borders of patch columns and rows in the original's pixels; without a geometry they divide it evenly."""
-    if geometry is None:
-        return np.linspace(0.0, original.width, shape[1] + 1), np.linspace(0.0, original.height, shape[0] + 1)
-    return np.array(geometry.horizontal.edges), np.array(geometry.vertical.edges)
+def _borders(
+    original: Image.Image, values: np.ndarray, layout: ImageLayout | None
+) -> tuple[Float[np.ndarray, " column_border"], Float[np.ndarray, " row_border"]] | None:
+    """The borders of patch columns and rows in the original's pixels, where the patches lie side by side.
+
+    Without a layout they divide the image evenly.
+    """
+    if layout is None:
+        rows, columns = values.shape
+        return np.linspace(0.0, original.width, columns + 1), np.linspace(0.0, original.height, rows + 1)
+    if values.ndim == 1:
+        return None
+    x, y = layout.grids[0].columns.borders, layout.grids[0].rows.borders
+    return None if x is None or y is None else (x, y)
+
+
+def _by_feature(values: np.ndarray, layout: ImageLayout) -> Float[np.ndarray, " feature"]:
+    """Values by patch of the only grid as values by position."""
+    if values.ndim == 1:
+        return values
+    by_feature = np.full(layout.n_features, np.nan)
+    by_feature[layout.cell_features(layout.names[0])] = values
+    return by_feature
 
 
 def _original(
-    picture: Inputs | Picture, image: int, geometry: ImageGeometry | None, shape: tuple[int, ...]
-) -> tuple[Image.Image, ImageGeometry | None]:
-    """The picture to draw on and the way from it to the patches."""
+    picture: Inputs | Picture, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
+) -> tuple[Image.Image, ImageLayout | None]:
+    """The image to draw on, and its layout if it knows the original's pixels."""
     if isinstance(picture, Inputs):
         if picture.images is None or not 0 <= image < len(picture.images):
             held = "none are known" if picture.images is None else f"there are {len(picture.images)}"
@@ -235,36 +254,39 @@ def _original(
                 f"Cannot draw on original picture {image}: {held}. Use prepare(question, images=...), which keeps "
                 "them, or give a picture in place of the inputs."
             )
-        geometry = _geometry(picture, image)
+        layout = _layouts(picture)[image]
         picture = picture.images[image]
     original = load_picture(picture)
-    if geometry is not None and geometry.grid != tuple(shape):
+    if layout is None or layout.original_size is None:
+        if len(shape) == 1:
+            raise InputError("Values by position of an image need its layout; give inputs made by prepare, or layout=.")
+        return original, None
+    expected = [(layout.n_features,), *(grid.shape for grid in layout.grids if len(layout.grids) == 1)]
+    if shape not in expected:
+        given = f"{shape[0]} by position" if len(shape) == 1 else f"{shape[0]} x {shape[1]} (patch_row x patch_col)"
+        several = "" if len(layout.grids) == 1 else f" in several grids, {layout.n_features} positions in all"
         raise InputError(
-            f"The values are {shape[0]} x {shape[1]} (patch_row x patch_col) and the picture has "
-            f"{geometry.grid[0]} x {geometry.grid[1]} patches; give one value per patch."
+            f"The values are {given} and the picture has {layout} patches{several}; "
+            f"give one value per {'position' if several else 'patch'}."
         )
-    return original, geometry
+    return original, layout
 
 
-def _geometry(inputs: Inputs, image: int) -> ImageGeometry | None:
-    """How picture `image` of all prompts came to its patches, if that is known."""
-    for n_images, token_map in zip(inputs.images_per_prompt, inputs.token_maps, strict=True):
-        if image < n_images:
-            return None if token_map.geometries is None else token_map.geometries[image]
-        image -= n_images
-    return None
+def _layouts(inputs: Inputs) -> list[ImageLayout]:
+    """The layouts of the images of all prompts."""
+    return [layout for token_map in inputs.token_maps for layout in token_map.layouts]
 
 
-def _grid_values(grid: Grid) -> Float[np.ndarray, "patch_row patch_col"]:
+def _grid_values(grid: Grid) -> Float[np.ndarray, "..."]:
     if isinstance(grid, xr.DataArray):
-        kept = [dim for dim in grid.dims if dim in ("patch_row", "patch_col") or grid.sizes[dim] > 1]
+        kept = [dim for dim in grid.dims if dim in _PLACES or grid.sizes[dim] > 1]
         values = grid.squeeze([dim for dim in grid.dims if dim not in kept], drop=True)
         if set(kept) == {"patch_row", "patch_col"}:
             values = values.transpose("patch_row", "patch_col")
         values = values.values
     else:
         values = grid.detach().float().cpu().numpy() if isinstance(grid, Tensor) else grid
-    if values.ndim != 2:
+    if values.ndim not in (1, 2):
         raise InputError(
             f"The values have the shape {values.shape}; expected one number per patch, [patch_row, patch_col]. "
             "Choose or average the other axes first, or draw one axis with patch_overlays."
@@ -278,21 +300,19 @@ def _panel_size(picture: Image.Image, longest: float) -> tuple[float, float]:
     return max(0.8, picture.width * scale), max(0.8, picture.height * scale)
 
 
-def _unchanged(geometry: ImageGeometry) -> bool:
-    height, width = geometry.original_size
-    return geometry.original_size == geometry.canvas_size and geometry.visible_box == (0, 0, width, height)
+def _unchanged(layout: ImageLayout) -> bool:
+    grid, whole = layout.grids[0], layout.original_size
+    return whole == (grid.rows.pixels.canvas, grid.columns.pixels.canvas) and not layout.cut_boxes()
 
 
-def _mark_crop(axes: Axes, geometry: ImageGeometry) -> None:
-    """Dim what no patch sees, and draw a line around what patches see, if that is not the whole picture."""
-    height, width = geometry.original_size
-    left, top, right, bottom = geometry.visible_box
-    if (left, top, right, bottom) == (0, 0, width, height):
+def _mark_crop(axes: Axes, layout: ImageLayout) -> None:
+    """Dim what no patch shows, and draw a line around what patches show, if that is not the whole image."""
+    cut = layout.cut_boxes()
+    if not cut:
         return
-    margins = [(0, 0, width, top), (0, bottom, width, height), (0, top, left, bottom), (right, top, width, bottom)]
-    for x0, y0, x1, y1 in margins:
-        if x1 > x0 and y1 > y0:
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=PAPER, alpha=0.7, linewidth=0))
+    for x0, y0, x1, y1 in cut:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=PAPER, alpha=0.7, linewidth=0))
+    left, top, right, bottom = layout.visible_box()
     frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.0, label="seen")
     frame.set_clip_on(False)
     axes.add_patch(frame)

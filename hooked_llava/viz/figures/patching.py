@@ -108,7 +108,7 @@ def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, im
         axis = "position"
         indices, places = _patches_of(result, prompt, image)
     rows, columns = np.array(places).T
-    grid = tuple(prompt.token_map.grid if prompt is not None else result.attrs.get("patch_grid", ()))
+    grid = tuple(prompt.patch_grid if prompt is not None else result.attrs.get("patch_grid", ()))
     if not grid:
         raise InputError(
             "The result does not say how many patches the image has (attribute patch_grid), so where these patches lie is "

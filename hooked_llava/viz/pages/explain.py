@@ -136,7 +136,7 @@ def _patch_maps(
 ) -> dict[str, xr.DataArray]:
     """The chosen patch map, and occlusion beside it unless that is it already or would take too long unasked."""
     begin("patches")
-    window: dict[str, Any] = {"window": max(1, model.config.vision.grid // _WINDOWS)}
+    window: dict[str, Any] = {"window": max(1, min(prompt.patch_grid) // _WINDOWS)}
     own = window if options.patches in ("occlusion", "token_ablation") else {}
     maps = {"patches": patch_importance(model, prompt, scored, method=options.patches, **own)}
     n_patches = prompt.n_images * model.config.vision.n_patches

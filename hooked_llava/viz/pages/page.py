@@ -103,10 +103,10 @@ def _environment() -> jinja2.Environment:
 
 def run_footer(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
     """What a page of one prompt says below: model, precision, prompt, what it cost, and with which packages it was made."""
-    grid = model.config.vision.grid
+    rows, columns = model.config.vision.patch_grid
     sizes = f"{model.cfg.n_layers} layers of {model.cfg.n_heads} heads, d_model {model.cfg.d_model}"
     return {
-        "Model": f"{model.cfg.model_name or 'unnamed'} ({sizes}; pictures of {grid} x {grid} patches)",
+        "Model": f"{model.cfg.model_name or 'unnamed'} ({sizes}; pictures of {rows} x {columns} patches)",
         "Numbers": f"{str(model.cfg.dtype).removeprefix('torch.')} on {model.cfg.device}",
         "Prompt": prompt.prompts[0] if prompt.prompts else f"{prompt.shape[1]} token ids",
         "Cost": cost,

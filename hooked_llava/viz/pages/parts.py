@@ -60,9 +60,10 @@ def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
         span = next((name for name in _SPANS if position in spans.get(name, ())), "rest")
         if span == "image":
             image = token_map.image_starts.index(position)
+            size = len(token_map.image_ranges[image])
             name = f"picture {image}" if token_map.n_images > 1 else "picture"
-            entries.append({"text": f"{name}, {token_map.n_features} positions", "span": span})
-            position += token_map.n_features
+            entries.append({"text": f"{name}, {size} positions", "span": span})
+            position += size
             continue
         entries.append({"text": visible(token_map.labels[position]), "span": span})
         position += 1

@@ -6,8 +6,8 @@ import torch
 import xarray as xr
 from matplotlib.patches import Rectangle
 
+from hooked_llava.architecture import llava_layout, processor_axes
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.geometry import ImageGeometry
 from hooked_llava.viz import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run
@@ -46,13 +46,13 @@ def test_nothing_is_marked_where_nothing_is_cut_away(model):
 
 def test_large_grids_and_real_processors_fit():
     processor = make_processor(image_size=336, patch_size=14).image_processor
-    geometry = ImageGeometry.from_processor(processor, height=480, width=640, patch_size=14)
+    layout = llava_layout(*processor_axes(processor, height=480, width=640, patch_size=14))
     picture = np.zeros((480, 640, 3), np.uint8)
-    axes = patch_overlay(picture, np.random.default_rng(0).random((24, 24)), geometry=geometry).axes[0]
-    assert np.allclose(extents(axes.collections[0])[5, 7], geometry.patch_box(5, 7))
+    axes = patch_overlay(picture, np.random.default_rng(0).random((24, 24)), layout=layout).axes[0]
+    assert np.allclose(extents(axes.collections[0])[5, 7], layout.cell_box(5, 7))
 
 
-def test_patches_without_geometry_divide_the_picture_evenly(wide_picture):
+def test_patches_without_a_layout_divide_the_picture_evenly(wide_picture):
     drawn = extents(patch_overlay(wide_picture, np.ones((2, 4))).axes[0].collections[0])
     assert drawn[1, 3].tolist() == [150, 50, 200, 100]
 

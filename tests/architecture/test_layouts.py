@@ -11,12 +11,12 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from hooked_llava.architecture import ImageAxis, ImageLayout, llava_layout, processor_axes
 from hooked_llava.errors import ConfigError, InputError, SpanError
-from hooked_llava.prompt.geometry import AxisGeometry, ImageGeometry
 
 SIDES = st.integers(1, 400)
 # (image processor, patch size): CLIP's shortest edge and centre crop in two sizes, squeezed to a rectangle, a crop that
-# is larger than the picture, no crop, no resize, zeros appended, and LLaVA's own padding to a square.
+# is larger than the image, no crop, no resize, zeros appended, and LLaVA's own padding to a square.
 PROCESSORS: dict[str, tuple[Any, int]] = {
     "tiny": (CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), 8),
     "llava-1.5": (CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}), 14),
@@ -45,9 +45,18 @@ PROCESSORS: dict[str, tuple[Any, int]] = {
 EVERY = pytest.mark.parametrize("name", PROCESSORS)
 
 
-def make_geometry(name: str, height: int, width: int) -> ImageGeometry:
+def make_layout(name: str, height: int, width: int) -> ImageLayout:
     processor, patch_size = PROCESSORS[name]
-    return ImageGeometry.from_processor(processor, height=height, width=width, patch_size=patch_size)
+    return llava_layout(*processor_axes(processor, height=height, width=width, patch_size=patch_size))
+
+
+def axes(layout: ImageLayout) -> tuple[ImageAxis, ImageAxis]:
+    return layout.grids[0].rows.pixels, layout.grids[0].columns.pixels
+
+
+def sizes(layout: ImageLayout, length: str) -> tuple[int, int]:
+    rows, columns = axes(layout)
+    return getattr(rows, length), getattr(columns, length)
 
 
 def process(name: str, picture: Image.Image) -> np.ndarray:
@@ -56,14 +65,14 @@ def process(name: str, picture: Image.Image) -> np.ndarray:
     return processor(picture, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0][0]
 
 
-def drawn_geometry(name: str, height: int, width: int) -> ImageGeometry:
-    """For a size that hypothesis drew; slivers only make large pictures, and with a longest edge nothing at all."""
+def drawn_layout(name: str, height: int, width: int) -> ImageLayout:
+    """For a size that hypothesis drew; slivers only make large images, and with a longest edge nothing at all."""
     assume(max(height, width) <= 12 * min(height, width))
-    return make_geometry(name, height, width)
+    return make_layout(name, height, width)
 
 
-def patches_with_area(geometry: ImageGeometry) -> list[tuple[int, int]]:
-    rows, columns = np.diff(geometry.vertical.edges), np.diff(geometry.horizontal.edges)
+def patches_with_area(layout: ImageLayout) -> list[tuple[int, int]]:
+    rows, columns = layout.grids[0].rows.lengths, layout.grids[0].columns.lengths
     return [(int(r), int(c)) for r in np.flatnonzero(rows) for c in np.flatnonzero(columns)]
 
 
@@ -71,21 +80,21 @@ def patches_with_area(geometry: ImageGeometry) -> list[tuple[int, int]]:
 @given(height=SIDES, width=SIDES)
 @settings(max_examples=6, deadline=None)
 def test_sizes_are_those_of_the_real_processor(name: str, height: int, width: int) -> None:
-    geometry = drawn_geometry(name, height, width)
-    assert process(name, Image.new("RGB", (width, height))).shape == geometry.canvas_size
+    layout = drawn_layout(name, height, width)
+    assert process(name, Image.new("RGB", (width, height))).shape == sizes(layout, "canvas")
 
 
 @EVERY
 @given(data=st.data(), height=SIDES, width=SIDES)
 @settings(max_examples=20, deadline=None)
 def test_the_box_of_a_pixels_patch_contains_the_pixel(name: str, data: st.DataObject, height: int, width: int) -> None:
-    geometry = drawn_geometry(name, height, width)
-    left, top, right, bottom = geometry.visible_box
+    layout = drawn_layout(name, height, width)
+    left, top, right, bottom = layout.visible_box()
     assume(left < right and top < bottom)
     x = data.draw(st.floats(left, right, exclude_max=True))
     y = data.draw(st.floats(top, bottom, exclude_max=True))
-    row, col = geometry.pixel_to_patch(x, y)
-    x0, y0, x1, y1 = geometry.patch_box(row, col)
+    row, col = layout.pixel_to_cell(x, y)
+    x0, y0, x1, y1 = layout.cell_box(row, col)
     assert x0 <= x < x1
     assert y0 <= y < y1
 
@@ -94,8 +103,8 @@ def test_the_box_of_a_pixels_patch_contains_the_pixel(name: str, data: st.DataOb
 @given(height=SIDES, width=SIDES)
 @settings(max_examples=12, deadline=None)
 def test_boxes_tile_what_the_model_sees(name: str, height: int, width: int) -> None:
-    geometry = drawn_geometry(name, height, width)
-    boxes = {patch: geometry.patch_box(*patch) for patch in patches_with_area(geometry)}
+    layout = drawn_layout(name, height, width)
+    boxes = {patch: layout.cell_box(*patch) for patch in patches_with_area(layout)}
     for (row, col), (x0, y0, x1, y1) in boxes.items():
         assert 0 <= x0 < x1 <= width
         assert 0 <= y0 < y1 <= height
@@ -103,20 +112,20 @@ def test_boxes_tile_what_the_model_sees(name: str, height: int, width: int) -> N
             assert boxes[row, col + 1][0] == x1
         if (row + 1, col) in boxes:
             assert boxes[row + 1, col][1] == y1
-    left, top, right, bottom = geometry.visible_box
+    left, top, right, bottom = layout.visible_box()
     area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes.values())
     assert area == pytest.approx((right - left) * (bottom - top))
-    assert geometry.outside((0, 0, width, height)) == pytest.approx(1 - area / (width * height), abs=1e-8)
+    assert layout.outside((0, 0, width, height)) == pytest.approx(1 - area / (width * height), abs=1e-8)
 
 
 @EVERY
 @pytest.mark.parametrize(("height", "width"), [(197, 333), (331, 205), (150, 150)])
-def test_a_coloured_block_lights_up_the_patch_that_the_geometry_says(name: str, height: int, width: int) -> None:
-    geometry = make_geometry(name, height, width)
+def test_a_coloured_block_lights_up_the_patch_that_the_layout_says(name: str, height: int, width: int) -> None:
+    layout = make_layout(name, height, width)
     _, patch_size = PROCESSORS[name]
-    rows, columns = geometry.grid
-    for row, col in patches_with_area(geometry)[3::11]:
-        x0, y0, x1, y1 = geometry.patch_box(row, col)
+    rows, columns = layout.grids[0].shape
+    for row, col in patches_with_area(layout)[3::11]:
+        x0, y0, x1, y1 = layout.cell_box(row, col)
         if (x1 - x0) < 3 or (y1 - y0) < 3:  # a sliver at the border: bicubic resizing spreads it over its neighbour
             continue
         picture = np.zeros((height, width, 3), dtype=np.uint8)
@@ -129,33 +138,33 @@ def test_a_coloured_block_lights_up_the_patch_that_the_geometry_says(name: str, 
         assert light[row, col] > 0.6 * light.sum()
 
 
-def test_the_centre_of_a_block_is_where_the_geometry_says_to_a_tenth_of_a_pixel() -> None:
-    geometry = make_geometry("llava-1.5", 427, 640)
+def test_the_centre_of_a_block_is_where_the_layout_says_to_a_tenth_of_a_pixel() -> None:
+    layout = make_layout("llava-1.5", 427, 640)
     picture = np.zeros((427, 640, 3), dtype=np.uint8)
     picture[200:240, 300:360] = 255
     light = np.clip(process("llava-1.5", Image.fromarray(picture)).astype(float), 0, None)
     centre_y = (light.sum(1) * (np.arange(336) + 0.5)).sum() / light.sum()
     centre_x = (light.sum(0) * (np.arange(336) + 0.5)).sum() / light.sum()
-    assert geometry.vertical.to_canvas(220) == pytest.approx(centre_y, abs=0.1)
-    assert geometry.horizontal.to_canvas(330) == pytest.approx(centre_x, abs=0.1)
+    assert axes(layout)[0].to_canvas(220) == pytest.approx(centre_y, abs=0.1)
+    assert axes(layout)[1].to_canvas(330) == pytest.approx(centre_x, abs=0.1)
 
 
-def test_llava_geometry_by_hand() -> None:
-    geometry = make_geometry("llava-1.5", 480, 640)
-    assert geometry.original_size == (480, 640)
-    assert geometry.resized_size == (336, 448)
-    assert geometry.crop_offset == (0, 56)
-    assert geometry.grid == (24, 24)
-    assert geometry.visible_box == pytest.approx((80, 0, 560, 480))
-    assert geometry.patch_box(0, 0) == pytest.approx((80, 0, 100, 20))
-    assert geometry.patch_box(23, 23) == pytest.approx((540, 460, 560, 480))
-    assert geometry.pixel_to_patch(319.5, 239.5) == (11, 11)
+def test_llavas_layout_by_hand() -> None:
+    layout = make_layout("llava-1.5", 480, 640)
+    assert layout.original_size == (480, 640)
+    assert sizes(layout, "resized") == (336, 448)
+    assert sizes(layout, "offset") == (0, 56)
+    assert layout.grids[0].shape == (24, 24)
+    assert layout.visible_box() == pytest.approx((80, 0, 560, 480))
+    assert layout.cell_box(0, 0) == pytest.approx((80, 0, 100, 20))
+    assert layout.cell_box(23, 23) == pytest.approx((540, 460, 560, 480))
+    assert layout.pixel_to_cell(319.5, 239.5) == (11, 11)
 
 
 def test_longer_edge_is_cut_off_not_rounded() -> None:
     # 64 * 51 / 31 = 105.29; 64 * 50 / 30 = 106.67
-    assert make_geometry("tiny", 31, 51).resized_size == (64, 105)
-    assert make_geometry("tiny", 50, 30).resized_size == (106, 64)
+    assert sizes(make_layout("tiny", 31, 51), "resized") == (64, 105)
+    assert sizes(make_layout("tiny", 50, 30), "resized") == (106, 64)
 
 
 def test_odd_padding_goes_before_with_pil_and_after_with_torchvision() -> None:
@@ -167,29 +176,27 @@ def test_odd_padding_goes_before_with_pil_and_after_with_torchvision() -> None:
     class Pil(Torchvision):
         backend = "pil"
 
-    offsets = [
-        ImageGeometry.from_processor(kind(), height=5, width=11, patch_size=4).crop_offset
-        for kind in (Torchvision, Pil)
-    ]
+    both = [processor_axes(kind(), height=5, width=11, patch_size=4) for kind in (Torchvision, Pil)]
+    offsets = [(rows.offset, columns.offset) for rows, columns in both]
     assert offsets == [(-1, 1), (-2, 1)]
 
 
 def test_padding_patches_have_no_box() -> None:
-    geometry = make_geometry("zeros appended", 40, 40)
-    assert geometry.patch_box(4, 4) == (32, 32, 40, 40)
+    layout = make_layout("zeros appended", 40, 40)
+    assert layout.cell_box(4, 4) == (32, 32, 40, 40)
     message = re.escape(
-        "Patch (5, 0) shows only the padding that the processor adds, and no part of the picture; the picture lies "
+        "Patch (5, 0) shows only the padding that the processor adds, and no part of the image; the image lies "
         "under the patches that box_to_patches((0, 0, 40, 40)) gives."
     )
     with pytest.raises(SpanError, match=message):
-        geometry.patch_box(5, 0)
-    assert geometry.box_shares((0, 0, 40, 40))[:5, :5].min() == 1.0
-    assert geometry.box_shares((0, 0, 40, 40))[5:].max() == 0.0
+        layout.cell_box(5, 0)
+    assert layout.box_shares((0, 0, 40, 40))["base"][:5, :5].min() == 1.0
+    assert layout.box_shares((0, 0, 40, 40))["base"][5:].max() == 0.0
 
 
 def test_box_shares_by_hand() -> None:
-    geometry = make_geometry("tiny", 64, 64)
-    shares = geometry.box_shares((4, 8, 16, 12))
+    layout = make_layout("tiny", 64, 64)
+    shares = layout.box_shares((4, 8, 16, 12))["base"]
     assert shares.sum() == pytest.approx(0.25 + 0.5)
     assert shares[1, 0] == pytest.approx(0.25)
     assert shares[1, 1] == pytest.approx(0.5)
@@ -199,81 +206,81 @@ def test_box_shares_by_hand() -> None:
 @given(data=st.data(), height=st.integers(1, 60), width=st.integers(1, 60))
 @settings(max_examples=12, deadline=None)
 def test_a_box_and_the_same_box_as_a_mask_agree(name: str, data: st.DataObject, height: int, width: int) -> None:
-    geometry = drawn_geometry(name, height, width)
+    layout = drawn_layout(name, height, width)
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
-    outside = geometry.outside((x0, y0, x1, y1))
+    outside = layout.outside((x0, y0, x1, y1))
     assume(outside < 1)
     mask = np.zeros((height, width), dtype=bool)
     mask[y0:y1, x0:x1] = True
-    shares, mask_outside = geometry.mask_shares(mask)
-    np.testing.assert_allclose(shares, geometry.box_shares((x0, y0, x1, y1)), atol=1e-9)
+    shares, mask_outside = layout.mask_shares(mask)
+    np.testing.assert_allclose(shares["base"], layout.box_shares((x0, y0, x1, y1))["base"], atol=1e-9)
     assert mask_outside == pytest.approx(outside, abs=1e-8)
 
 
 def test_what_a_centre_crop_cuts_away() -> None:
-    geometry = make_geometry("tiny", 100, 200)  # sees x from 50 to 150
-    assert geometry.outside((40, 0, 60, 10)) == pytest.approx(0.5)
-    assert geometry.outside((60, 0, 70, 10)) == 0.0
-    assert geometry.outside((-10, -10, 0, 0)) == 1.0
+    layout = make_layout("tiny", 100, 200)  # sees x from 50 to 150
+    assert layout.outside((40, 0, 60, 10)) == pytest.approx(0.5)
+    assert layout.outside((60, 0, 70, 10)) == 0.0
+    assert layout.outside((-10, -10, 0, 0)) == 1.0
     with pytest.raises(
         SpanError,
         match=re.escape(
-            "Pixel (10, 20) is cut away before the model sees the picture; it sees "
+            "Pixel (10, 20) is cut away before the model sees the image; it sees "
             "the box (50, 0, 150, 100) of 200 x 100 pixels."
         ),
     ):
-        geometry.pixel_to_patch(10, 20)
+        layout.pixel_to_cell(10, 20)
     message = (
-        "The box (0, 0, 50, 100) lies wholly outside what the model sees, which is (50, 0, 150, 100) of a picture of "
-        "200 x 100 pixels; boxes are (x0, y0, x1, y1) in pixels of the original picture."
+        "The box (0, 0, 50, 100) lies wholly outside what the model sees, which is (50, 0, 150, 100) of an image of "
+        "200 x 100 pixels; boxes are (x0, y0, x1, y1) in pixels of the original image."
     )
     with pytest.raises(SpanError, match=re.escape(message)):
-        geometry.box_shares((0, 0, 50, 100))
+        layout.box_shares((0, 0, 50, 100))["base"]
     mask = np.zeros((100, 200), dtype=bool)
     mask[:, :40] = True
     with pytest.raises(
         SpanError, match=re.escape("The mask lies wholly outside what the model sees, which is (50, 0, ")
     ):
-        geometry.mask_shares(mask)
+        layout.mask_shares(mask)
 
 
 def test_other_errors_say_what_to_do() -> None:
-    geometry = make_geometry("tiny", 100, 200)
+    layout = make_layout("tiny", 100, 200)
     with pytest.raises(
         SpanError,
         match=re.escape(
-            "Pixel (200, 5) is outside the picture of 200 x 100 (width x height) "
+            "Pixel (200, 5) is outside the image of 200 x 100 (width x height) "
             "pixels; give x first, then y, counted from the top left corner."
         ),
     ):
-        geometry.pixel_to_patch(200, 5)
+        layout.pixel_to_cell(200, 5)
     with pytest.raises(
         SpanError,
         match=re.escape(
             "Patch (8, 0) is outside the grid of 8 x 8 patches; rows go from 0 to 7 and columns from 0 to 7."
         ),
     ):
-        geometry.patch_box(8, 0)
+        layout.cell_box(8, 0)
     for box in [(5, 5, 5, 9), (5, 9, 7, 9), (9, 0, 5, 5), (0, 0, float("inf"), 5), (float("nan"), 0, 1, 1)]:
         with pytest.raises(
             SpanError,
             match=re.escape(
                 "is not a box with an area; expected (x0, y0, x1, y1) with x0 < x1 "
-                "and y0 < y1, in pixels of the original picture (not x, y, width, "
+                "and y0 < y1, in pixels of the original image (not x, y, width, "
             ),
         ):
-            geometry.box_shares(box)
+            layout.box_shares(box)
     with pytest.raises(
         SpanError,
         match=re.escape(
-            "The mask is 5 x 6 (height x width) and the original picture 100 x 200; "
+            "The mask is 5 x 6 (height x width) and the original image 100 x 200; "
             "give one mask value per pixel of the original."
         ),
     ):
-        geometry.mask_shares(np.ones((5, 6), dtype=bool))
+        layout.mask_shares(np.ones((5, 6), dtype=bool))
     with pytest.raises(SpanError, match=r"The mask is empty: no pixel is set\. Give a mask with at least one True\."):
-        geometry.mask_shares(np.zeros((100, 200), dtype=bool))
+        layout.mask_shares(np.zeros((100, 200), dtype=bool))
 
 
 def test_an_unknown_way_of_resizing_is_refused() -> None:
@@ -283,17 +290,17 @@ def test_an_unknown_way_of_resizing_is_refused() -> None:
         match=r"The image processor resizes to .*'max_height': 30.*; expected the keys "
         r"'shortest_edge', or 'height' and 'width'\. Patch geometry is known for CLIP",
     ):
-        ImageGeometry.from_processor(processor, height=30, width=30, patch_size=8)
+        processor_axes(processor, height=30, width=30, patch_size=8)
 
 
 def test_a_picture_of_which_nothing_is_left_is_refused() -> None:
-    message = "A picture of 175 x 1 (width x height) pixels has nothing left when the image processor resizes it"
+    message = "An image of 175 x 1 (width x height) pixels has nothing left when the image processor resizes it"
     with pytest.raises(InputError, match=re.escape(message)):
-        make_geometry("longest edge", 1, 175)
+        make_layout("longest edge", 1, 175)
 
 
 def test_axis_maps_are_inverse() -> None:
-    axis = AxisGeometry(original=97, padded=97, before=0, resized=64, offset=-3, crop=70, canvas=70, patch_size=8)
+    axis = ImageAxis(original=97, padded=97, before=0, resized=64, offset=-3, crop=70, canvas=70, patch_size=8)
     for x in (0.0, 13.7, 97.0):
         assert axis.to_original(axis.to_canvas(x)) == pytest.approx(x)
     assert axis.patch_of(-0.1) is None
