@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, one_of, whole_number
-from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.landing import check_landed
@@ -53,6 +52,7 @@ def finetune(
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> from hooked_llava.editing import EditRequest
     >>> edit = finetune(model, EditRequest("Who made the star?", "Boris"), layers=4)
     >>> edit.layers, edit.landed
     ([4], True)
@@ -78,7 +78,7 @@ def finetune(
         "seconds": round(time.perf_counter() - began, 4),
     }
     asked = tuple({**r.words, "target_probability": p} for r, p in zip(prepared, reached, strict=True))
-    edit = Edit(model, {name: Change.dense(delta) for name, delta in tuned.deltas.items()}, asked, method)
+    edit = Edit(model, {name: Change.dense(delta.detach()) for name, delta in tuned.deltas.items()}, asked, method)
     return check_landed(edit, tuned.rows)
 
 
@@ -91,30 +91,35 @@ class _Tuned:
         whole = (f"language.blocks.{layer}.{name}" for layer, own in names.items() for name in own)
         self.weights = {name: model.get_parameter(name).detach() for name in whole}
         wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}
-        self.deltas = {name: torch.zeros_like(weight, dtype=wide[name]) for name, weight in self.weights.items()}
+        self.deltas = {
+            name: torch.zeros_like(weight, dtype=wide[name]).requires_grad_() for name, weight in self.weights.items()
+        }
 
     def descend(self, steps: int, lr: float, stop: float, max_change: float | None) -> tuple[list[float], int]:
         """Steps of Adam until every prompt's target has the probability `stop`; P(target) of each request, and steps made."""
-        adams = {name: Adam(delta, lr) for name, delta in self.deltas.items()}
+        adam = torch.optim.Adam(self.deltas.values(), lr=lr)
         made = 0
         for _ in range(steps):
             with torch.enable_grad():
-                leaves = {name: delta.detach().requires_grad_() for name, delta in self.deltas.items()}
-                log_p = self._log_probability(leaves)
-                if float(log_p.detach().min()) >= math.log(stop):
-                    break
-                gradients = torch.autograd.grad(-self.rows.mean(log_p).mean(), list(leaves.values()))
+                log_p = self._log_probability()
+                loss = -self.rows.mean(log_p).mean()
+            if float(log_p.detach().min()) >= math.log(stop):
+                break
             made += 1
-            for name, gradient in zip(leaves, gradients, strict=True):
-                delta = adams[name].step(self.deltas[name], gradient)
-                self.deltas[name] = delta if max_change is None else delta.clamp(-max_change, max_change)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            if max_change is not None:
+                with torch.no_grad():
+                    for delta in self.deltas.values():
+                        delta.clamp_(-max_change, max_change)
         with torch.no_grad():
-            reached = self.rows.mean(self._log_probability(self.deltas)).exp()
+            reached = self.rows.mean(self._log_probability()).exp()
         return [round(p, 6) for p in reached.tolist()], made
 
-    def _log_probability(self, deltas: dict[str, Tensor]) -> Float[Tensor, " row"]:
+    def _log_probability(self) -> Float[Tensor, " row"]:
         """log P(target) of every row with the differences in place."""
-        changed = {name: (weight + deltas[name]).to(weight.dtype) for name, weight in self.weights.items()}
+        changed = {name: (weight + self.deltas[name]).to(weight.dtype) for name, weight in self.weights.items()}
         return self.rows.log_probability(self.rows.logits_with(changed, self.first))
 
 

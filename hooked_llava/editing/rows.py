@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,10 @@ class Rows:
         """Averages over the rows of each request."""
         total = values.new_zeros(self.n_requests, *values.shape[1:]).index_add(0, self.request, values)
         return total / self.per_request.to(values).view(-1, *[1] * (values.ndim - 1))
+
+    def lowest(self, values: Float[Tensor, " row"]) -> Float[Tensor, " request"]:
+        """The lowest value among the rows of each request."""
+        return values.new_full((self.n_requests,), math.inf).scatter_reduce(0, self.request, values, "amin")
 
     @property
     def start(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
-from hooked_llava.editing.adam import Adam
 from hooked_llava.editing.rows import Rows
 from hooked_llava.errors import InputError
 
@@ -73,20 +71,29 @@ def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_mode
     step a difference longer than `clamp` |z| is cut to that length.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
+    tiny = torch.finfo(wide).tiny
     size = value.to(wide).norm(dim=-1)
-    delta = torch.zeros_like(value, dtype=wide)
-    adam, done = Adam(delta, search.lr), torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
-    loss = _loss_function(rows, layer, size, search)
+    longest, decay = search.clamp * size, search.weight_decay / size.clamp(min=tiny) ** 2
+    delta = torch.zeros_like(value, dtype=wide).requires_grad_()
+    adam = torch.optim.Adam([delta], lr=search.lr)
+    done = torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
     made = 0
     for _ in range(search.steps):
-        gradient, worst = loss(delta)
-        done |= worst >= math.log(search.stop)
+        with torch.enable_grad():
+            log_p = rows.log_probability(_run(rows, layer, delta))
+            loss = (decay * delta.norm(dim=-1) - rows.mean(log_p)).sum()
+        done |= rows.lowest(log_p.detach()) >= math.log(search.stop)
         if bool(done.all()):
             break
         made += 1
-        delta = torch.where(done[:, None], delta, adam.step(delta, gradient))
-        longest = search.clamp * size
-        delta = delta * (longest / delta.norm(dim=-1).clamp(min=torch.finfo(wide).tiny)).clamp(max=1.0)[:, None]
+        before = delta.detach().clone()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            delta[done] = before[done]
+            delta *= (longest / delta.norm(dim=-1).clamp(min=tiny)).clamp(max=1.0)[:, None]
+    delta = delta.detach()
     with torch.no_grad():
         reached = rows.mean(rows.log_probability(_run(rows, layer, delta))).exp()
     return Values(delta, reached, made)
@@ -97,22 +104,3 @@ def _run(rows: Rows, layer: int, delta: Tensor) -> Tensor:
     resid = rows.entering(layer + 1)
     index = torch.arange(len(resid), device=resid.device), rows.edited - rows.start
     return rows.logits(resid.index_put(index, delta[rows.request].to(resid), accumulate=True), layer + 1)
-
-
-def _loss_function(
-    rows: Rows, layer: int, size: Tensor, search: ValueSearch
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """From differences to the loss's gradient, and for each request the lowest log P(target) among its prompts."""
-
-    def loss(delta: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = delta.detach().requires_grad_()
-            log_p = rows.log_probability(_run(rows, layer, leaf))
-            total = -rows.mean(log_p).sum()
-            (gradient,) = torch.autograd.grad(total, leaf)
-        decay = search.weight_decay / size.clamp(min=torch.finfo(size.dtype).tiny) ** 2
-        length = delta.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-        worst = torch.full_like(size, math.inf).scatter_reduce(0, rows.request, log_p.detach().to(size), "amin")
-        return gradient + decay[:, None] * delta / length, worst
-
-    return loss
