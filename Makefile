@@ -1,6 +1,7 @@
 # Every target sets up .venv when it is missing or older than what it was made from.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO_STAMP := .venv/.installed-demo
 STAMP := .venv/.installed
 LINT_STAMP := .venv/.installed-lint
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -16,14 +17,19 @@ help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # torch goes first and by its exact version, so that no other package's wish for torch is heard before the constraint.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+# The demo needs no development tools, and compiles to bytecode only what it imports.
+$(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) --no-compile "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) --no-compile -e '.[viz]'
+	@touch $@
+
+$(STAMP): $(DEMO_STAMP)
 	@$(PIP) -e '.[dev,viz,docs]'
 	@touch $@
 
-demo: $(STAMP)  ## ask the embedded model about a picture and write report.html
+demo: $(DEMO_STAMP)  ## ask the embedded model about a picture and write report.html
 	@$(BIN)/hooked-llava explain $(PICTURE) "$(QUESTION)" -o report.html
 
 test: $(STAMP)  ## run the tests, the doctests and the notebooks, on up to four cores
