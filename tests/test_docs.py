@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import hooked_llava.errors
-from benchmarks.readme import ROOT
+from benchmarks.readme import ROOT, blocks, pages
 
 DOCS = ROOT / "docs"
 NEEDED = ("sphinx", "furo", "myst_nb", "latex2mathml")
@@ -58,3 +59,25 @@ def test_every_error_class_has_a_page() -> None:
         and kind.__module__ == hooked_llava.errors.__name__
     ]
     assert sorted(path.stem for path in (DOCS / "errors").glob("*.md") if path.stem != "index") == sorted(classes)
+
+
+PUBLIC = ("", ".analysis", ".experiments", ".editing", ".datasets", ".results", ".toy", ".viz", ".readout.metrics")
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_every_public_name_has_an_executed_example(room: str) -> None:
+    """In its docstring, in one of a class's methods, or on a page."""
+    module = import_module(f"hooked_llava{room}")
+    shown = "\n".join(block for page in pages() for block in blocks(page.read_text(encoding="utf-8")))
+    without = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        own = vars(value).values() if inspect.isclass(value) else ()
+        docs = [inspect.getdoc(part) or "" for part in (value, *own)]
+        if callable(value) and not any(">>>" in doc for doc in docs) and not re.search(rf"\b{name}\b", shown):
+            without.append(name)
+    assert without == []
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"version: {hooked_llava.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
