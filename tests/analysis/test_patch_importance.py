@@ -12,9 +12,12 @@ import xarray as xr
 
 from hooked_llava import results
 from hooked_llava.analysis import head_scores, image_attention, patch_importance, top_heads
+from hooked_llava.analysis.maps.patches import patch_positions
+from hooked_llava.architecture import llava_layout
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
+from tests.layouts import by_hand, inputs_of
 from tests.oracles.naive_scores import NaiveScores, rollout
 from tests.pairs import as_users_run, batch, pair
 
@@ -285,3 +288,10 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
                 patch_importance(models.ours, models.prompt(), 7, method=method, heads=heads)
     with pytest.raises(InputError, match="There are no heads"):
         patch_importance(models.ours, models.prompt(), 7, heads=[(0, 99)])
+
+
+def test_maps_by_row_and_column_need_images_of_one_grid() -> None:
+    assert patch_positions(inputs_of([llava_layout(2, 3), llava_layout(2, 3, class_token=True)])).shape == (1, 2, 6)
+    for images in ([by_hand()], [llava_layout(2, 3), llava_layout(3, 2)]):
+        with pytest.raises(InputError, match="one grid of patches each"):
+            patch_positions(inputs_of(images))

@@ -12,30 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_llava.architecture import Cell, Grid, GridAxis, ImageAxis, ImageLayout, llava_layout
+from hooked_llava.architecture import Cell, Grid, GridAxis, ImageLayout, llava_layout
 from hooked_llava.errors import ConfigError, InputError, SpanError
 from tests.architecture.processors import REMAINDER_TILE, TILE, make_layout
-
-
-def axis(
-    original: int, resized: int, *, offset: int = 0, canvas: int | None = None, patch: int = 4, tiles: int = 1
-) -> ImageAxis:
-    canvas = resized if canvas is None else canvas
-    return ImageAxis(
-        original=original, padded=original, before=0, resized=resized, offset=offset, crop=canvas, canvas=canvas,
-        patch_size=patch, n_tiles=tiles,
-    )  # fmt: skip
-
-
-def by_hand() -> ImageLayout:
-    """An image of 16 x 24 (height x width): a class token, 2 x 3 cells with one newline, and a canvas of 2 x 1 tiles that
-    shows columns 4 to 20, pooled from 4 x 4 to 2 x 2 patches, with a newline after each row."""
-    base = Grid(name="base", rows=GridAxis.of(axis(16, 8)), columns=GridAxis.of(axis(24, 12)), newline="end")
-    fine_rows = GridAxis.of(axis(16, 16, tiles=2), cells=2)
-    fine_columns = GridAxis.of(axis(24, 24, canvas=24), first=1, kept=4, cells=2)
-    fine = Grid(name="fine", rows=fine_rows, columns=fine_columns, newline="row", first_tile=1)
-    return ImageLayout(grids=(base, fine), class_token=True)
-
+from tests.layouts import axis, by_hand
 
 SHAPES = st.tuples(st.integers(8, 90), st.integers(8, 90))
 KINDS = st.sampled_from(["next", "onevision", "several"])

@@ -11,6 +11,7 @@ from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.metrics import teacher_forced
 from hooked_llava.replay import Intervention
 from hooked_llava.replay.binding import bind
+from tests.layouts import by_hand, inputs_of
 from tests.pairs import as_users_run, pair
 
 # <s> picture(2 x 2) text | question question | rest | last
@@ -95,3 +96,25 @@ def test_last_is_where_an_appended_answer_is_read() -> None:
             named = bind(Intervention("blocks.1.hook_mlp_out", positions=end, zero=True), ours, inputs)
             assert list(named.positions[0]) == [p for p in positions if p < 11]
     assert forced.token_map["predicting"] == [10, 11, 12]
+
+
+def test_edges_of_images_with_unequal_layouts() -> None:
+    """The object's patches in every grid, without newlines and class token, whatever the layout."""
+    prompts = inputs_of([by_hand(), llava_layout(2, 2)], [by_hand()]).padded_left()
+    prompts = prompts.with_boxes(object=[[(0, 0, 8, 8)], [(16, 8, 24, 16)]])
+    edges = edges_of(["object->last", "image->last", "other->last", "random->last", "image-object-other->last"])
+    found, present = marked(prompts, edges)
+    assert present.all()
+    for token_map, shown in zip(found.token_maps, (["base", "fine"], ["base", "fine"]), strict=True):
+        ends = {edge.name: token_map[edge.ends[0]] for edge in edges}
+        assert [token_map.cell_at(p)[1].grid for p in ends["object->last"]] == shown
+        assert ends["image->last"] == token_map["image"]
+        assert len(ends["random->last"]) == len(ends["object->last"])
+        patches = ends["object->last"] | ends["other->last"]
+        assert ends["image-object-other->last"] == token_map["image"] - patches
+        assert [token_map.labels[p].rpartition("[")[2] for p in ends["image-object-other->last"]] == [
+            "cls]",
+            "newline]",
+            "0,newline]",
+            "1,newline]",
+        ]

@@ -14,6 +14,7 @@ from hooked_llava.analysis import (
     logit_lens,
     position_scores,
 )
+from hooked_llava.architecture import llava_layout
 from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
@@ -22,6 +23,7 @@ from hooked_llava.prompt.prepare import as_inputs, prepare
 from hooked_llava.replay import Intervention, Replay
 from tests.builders import IMAGE_TOKEN_ID
 from tests.fixtures_processor import make_config, make_processor
+from tests.layouts import IMAGE_ID, by_hand, inputs_of
 from tests.pairs import pair
 
 CONFIG, PROCESSOR = make_config(), make_processor()
@@ -240,3 +242,32 @@ def test_prompts_without_words_are_named_by_number() -> None:
 def test_each_gives_what_the_function_makes_of_every_entry() -> None:
     inputs = MODEL.prepare(ASKED)
     assert inputs.each(lambda prompt, name: (len(prompt), name), inputs, "ab") == [(1, "a"), (1, "b")]
+
+
+# Images of unequal layouts in one batch
+
+
+def test_a_batch_of_images_with_different_layouts() -> None:
+    inputs = inputs_of([by_hand(), llava_layout(2, 2)], [], [llava_layout(1, 3)])
+    assert torch.equal(inputs.image_mask, inputs.input_ids == IMAGE_ID)
+    assert inputs.image_mask.sum(1).tolist() == [18, 0, 3]
+    assert "3 pictures of 2 x 3 + 2 x 2 or 2 x 2 or 1 x 3 patches" in str(inputs)
+    left = inputs.padded_left()
+    assert torch.equal(left.image_mask, left.input_ids == IMAGE_ID)
+    for row in range(3):
+        by = inputs.shape[1] - inputs.token_maps[row].real.stop
+        assert left.token_maps[row]["text"] == [p + by for p in inputs.token_maps[row]["text"]]
+        for image, layout in enumerate(inputs.token_maps[row].layouts):
+            assert left[row].token_map.layout(image) is layout
+            assert left[row].token_map.patches(image) == [p + by for p in inputs.token_maps[row].patches(image)]
+    boxes = inputs[0].with_boxes(object=[(0, 0, 8, 8)])
+    assert boxes.token_map["object"] == boxes.token_map.box_to_patches((0, 0, 8, 8), coverage=0)
+    assert [boxes.token_map.cell_at(p)[1].grid for p in boxes.token_map["object"]] == ["base", "fine"]
+
+
+def test_numbers_by_row_and_column_need_one_grid_of_one_shape() -> None:
+    assert inputs_of([llava_layout(2, 3)], [llava_layout(2, 3, class_token=True)]).patch_grid == (2, 3)
+    for other in ([by_hand()], [llava_layout(2, 3), llava_layout(3, 2)], []):
+        unequal = inputs_of(other)
+        with says("Numbers by patch_row and patch_col need images with one grid of patches each, all of one shape; "):
+            _ = unequal.patch_grid

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from hooked_llava.architecture.layouts import llava_layout
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooked_llava.architecture import llava_layout
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.spans import split_edge
 from hooked_llava.prompt.token_map import TokenMap
+from tests.layouts import DRAWN, made, map_of
 
 # <s> image(2 x 2) text | question question | rest | last
 TEXT = TokenMap(
@@ -78,3 +84,24 @@ def test_a_name_with_an_operator_in_it_is_taken_as_it_stands() -> None:
 def test_edges_that_are_none(wrong: str) -> None:
     with pytest.raises(InputError, match="expected 'source->target'"):
         split_edge(wrong)
+
+
+@given(drawn=st.lists(DRAWN, min_size=1, max_size=3), data=st.data(), before=st.integers(0, 2))
+@settings(max_examples=30, deadline=None)
+def test_object_other_and_random_are_patches_of_any_layout(drawn: list[Any], data: st.DataObject, before: int) -> None:
+    """Newlines and class tokens belong to the image, and to no object."""
+    images = [made(one) for one in drawn]
+    token_map = map_of(images, before=before)
+    patches = Positions(p for image in range(len(images)) for p in token_map.patches(image))
+    half = len(patches) // 2
+    chosen = data.draw(st.lists(st.sampled_from(patches.tolist()), min_size=1, max_size=max(1, half), unique=True))
+    named = token_map.with_spans(object=chosen)
+    assert named["other"] == patches - chosen
+    assert named["object|other"] == patches
+    assert named["image - object - other"].isdisjoint(patches)
+    if len(chosen) <= half:
+        random = named["random"]
+        assert len(random) == len(chosen)
+        assert random - named["other"] == []
+        unpadded = map_of(images).with_spans(object=[p - before for p in chosen])
+        assert unpadded["random"] == [p - before for p in random]

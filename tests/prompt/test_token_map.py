@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hooked_llava.architecture.layouts import llava_layout
-from hooked_llava.errors import SpanError
+from hooked_llava.architecture import Cell, llava_layout
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import prepare
 from hooked_llava.prompt.token_map import SPANS, TokenMap
 from tests.fixtures_processor import make_config, make_processor
+from tests.layouts import DRAWN, by_hand, made, map_of
 
 QUESTION = "Is the star red or blue?"
 PARTS = ("system", "image", "question", "rest", "last")
@@ -377,3 +378,131 @@ def test_parts_of_words_and_other_words_are_just_unknown(part: str) -> None:
     token_map = make_map("What is the red star?")
     with pytest.raises(SpanError, match=r"Known: .*with_spans\(name='words'\)"):
         token_map[part]
+
+
+# Images of several grids, of unequal length, with newlines and pooled cells
+
+
+def test_an_image_of_several_grids_by_hand() -> None:
+    token_map = map_of([by_hand(), llava_layout(2, 2)])  # of 14 and of 4 positions
+    assert token_map.image_ranges == (range(1, 15), range(17, 21))
+    assert token_map["image"] == [*range(1, 15), *range(17, 21)]
+    assert token_map["text"] == [0, 15, 16, 21, 22]
+    assert token_map.patches(0) == [2, 3, 4, 5, 6, 7, 9, 10, 12, 13]
+    assert token_map.patches(0, "fine") == [9, 10, 12, 13]
+    assert token_map.patches(1) == [17, 18, 19, 20]
+    assert token_map.patch_to_position(1, 0) == 5
+    assert token_map.patch_to_position(1, 0, grid="fine") == 12
+    assert token_map.patch_to_position(1, 0, image=1) == 19
+    assert token_map.position_to_patch(5) == (0, 1, 0)
+    assert token_map.position_to_patch(12, grid="fine") == (0, 1, 0)
+    assert token_map.position_to_patch(19) == (1, 1, 0)
+    assert token_map.cell_at(12) == (0, Cell("fine", 1, 0))
+    assert token_map.patch_box(0, 0) == (0, 0, 8, 8)
+    assert token_map.patch_box(0, 0, grid="fine") == (4, 0, 12, 8)
+    assert token_map.pixel_to_patch(5, 9) == token_map.pixel_to_patch(5, 9, grid="fine") == (1, 0)
+    assert token_map.box_to_patches((0, 0, 8, 4), coverage=0.25) == [2, 9]
+    assert token_map.box_to_patches((0, 0, 8, 4), coverage=0, grid="fine") == [9]
+    assert token_map.box_to_patches((0, 0, 8, 4), coverage=0, grid="fine").outside == 0.5
+    assert token_map.outside((0, 0, 4, 4)) == 0
+    assert token_map.outside((0, 0, 4, 4), grid="fine") == 1
+    assert [token_map.labels[p] for p in (1, 8, 9, 11, 17)] == [
+        "img0[cls]",
+        "img0.base[newline]",
+        "img0.fine[0,0]",
+        "img0.fine[0,newline]",
+        "img1[0,0]",
+    ]
+    assert str(token_map).splitlines()[1].split()[:3] == ["1", "5", "x14"]
+
+
+def test_what_is_no_patch_of_a_grid_is_refused() -> None:
+    token_map = map_of([by_hand(), llava_layout(2, 2)])
+    for position, what in ((1, "the class token"), (8, "a newline"), (11, "a newline")):
+        with pytest.raises(SpanError, match=f"Position {position} is {what} of image 0, which is no patch"):
+            token_map.position_to_patch(position)
+    with pytest.raises(
+        SpanError, match=r"Position 12 is a patch of the fine grid .*not of the base grid; give grid='fine'"
+    ):
+        token_map.position_to_patch(12)
+    with pytest.raises(SpanError, match="no grid 'fine'; it has base"):
+        token_map.position_to_patch(19, grid="fine")
+    with pytest.raises(SpanError, match="images are at 1..14, 17..20"):
+        token_map.cell_at(15)
+    with pytest.raises(SpanError, match=r"Patch \(0, 2\) is outside the fine grid of 2 x 2 patches"):
+        token_map.patch_to_position(0, 2, grid="fine")
+    with pytest.raises(SpanError, match="No patch of image 0 is covered by the box"):
+        token_map.box_to_patches((0, 0, 1, 1))
+    with pytest.raises(SpanError, match="original images are not known"):
+        token_map.box_to_patches((0, 0, 1, 1), image=1)
+    with pytest.raises(InputError, match="1 image_starts and 0 layouts"):
+        TokenMap(token_ids=(1, 2), real=range(2), image_starts=(0,))
+
+
+@given(drawn=st.lists(DRAWN, min_size=1, max_size=3), before=st.integers(0, 3), after=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_every_position_is_text_padding_or_one_thing_of_one_image(drawn: list[Any], before: int, after: int) -> None:
+    images = [made(one) for one in drawn]
+    token_map = map_of(images, before=before, after=after)
+    labels, seen = token_map.labels, []
+    for image, layout in enumerate(images):
+        here = token_map.image(image)
+        assert len(here) == layout.n_features
+        patches = token_map.patches(image)
+        assert patches - here == []
+        for name in layout.names:
+            for row, col in np.ndindex(layout.grid(name).shape):
+                position = token_map.patch_to_position(row, col, image, grid=name)
+                assert token_map.position_to_patch(position, grid=name) == (image, row, col)
+                assert token_map.cell_at(position) == (image, Cell(name, row, col))
+                assert position in token_map.patches(image, name)
+                assert re.fullmatch(rf"img.*\[{row},{col}\]", labels[position])
+                seen.append(position)
+        for position in here - patches:
+            with pytest.raises(SpanError, match="which is no patch"):
+                token_map.cell_at(position)
+            assert labels[position].endswith(("newline]", "[cls]"))
+    assert len(set(seen)) == len(seen)
+    assert len({labels[p] for p in token_map["image"]}) == len(token_map["image"])
+    assert token_map["image"] | token_map["text"] == token_map.real
+    assert token_map["image"].isdisjoint(token_map["text"])
+    for position in [*range(before), *token_map["text"], *range(len(token_map) - after, len(token_map))]:
+        with pytest.raises(SpanError, match=f"Position {position} is not an image patch"):
+            token_map.position_to_patch(position)
+
+
+@given(drawn=DRAWN, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_boxes_masks_and_pixels_find_the_positions_of_every_grid_that_shows_them(
+    drawn: Any, data: st.DataObject
+) -> None:
+    image = made(drawn)
+    token_map = map_of([llava_layout(1, 1), image])
+    height, width = image.original_size or (0, 0)
+    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box, mask = (x, y, x + 1, y + 1), np.zeros((height, width), dtype=bool)
+    mask[y, x] = True
+    inside = (x + data.draw(st.floats(0.1, 0.9)), y + data.draw(st.floats(0.1, 0.9)))
+    expected = [token_map.patch_to_position(c.row, c.col, 1, grid=c.grid) for c in image.pixel_to_cells(*inside)]
+    if token_map.outside(box, image=1) == 1.0:
+        assert not expected
+        for find in (lambda: token_map.box_to_patches(box, image=1), lambda: token_map.mask_to_patches(mask, image=1)):
+            with pytest.raises(SpanError, match="wholly outside"):
+                find()
+        return
+    found = token_map.box_to_patches(box, coverage=0, image=1)
+    assert found == token_map.mask_to_patches(mask, coverage=0, image=1)
+    assert found - token_map.patches(1) == []
+    assert Positions(expected) - found == []
+    by_grid = Positions()
+    for name in image.names:
+        if token_map.outside(box, image=1, grid=name) < 1:
+            by_grid |= token_map.box_to_patches(box, coverage=0, image=1, grid=name)
+    assert by_grid == found
+    for position in found:
+        _, cell = token_map.cell_at(position)
+        x0, y0, x1, y1 = token_map.patch_box(cell.row, cell.col, 1, grid=cell.grid)
+        assert x0 < x + 1
+        assert x < x1
+        assert y0 < y + 1
+        assert y < y1

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.patches import Rectangle
+from PIL import Image
 
-from hooked_llava.architecture import llava_layout, processor_axes
+from hooked_llava.architecture import Grid, GridAxis, ImageLayout, llava_layout, processor_axes
 from hooked_llava.errors import InputError
 from hooked_llava.viz import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
 from tests.fixtures_processor import make_processor
+from tests.layouts import DRAWN, axis, by_hand, inputs_of, made
 from tests.pairs import as_users_run
 
 
@@ -156,3 +162,81 @@ def test_the_image_below_is_grey_unless_asked(inputs):
     assert not (shown == shown[..., :1]).all()
     with as_users_run(), pytest.raises(InputError, match=r"underlay='red'; expected 'grey' or 'color'"):
         patch_overlay(red, np.zeros((4, 4)), underlay="red")  # type: ignore[arg-type]
+
+
+# Images of several grids
+
+
+def drawn(figure) -> np.ndarray:
+    """The values laid over the image, NaN where there are none."""
+    [image] = [image for image in figure.axes[0].images if np.asarray(image.get_array()).ndim == 2]
+    assert image.get_extent() == [0, 24, 16, 0]
+    return np.ma.filled(np.ma.masked_invalid(image.get_array()).astype(float), np.nan)
+
+
+def test_every_grid_is_drawn_by_the_area_that_its_cells_show():
+    layout, image = by_hand(), np.zeros((16, 24, 3), np.uint8)
+    values = np.random.default_rng(0).random(layout.n_features)
+    figure = patch_overlay(image, values, layout=layout)
+    np.testing.assert_allclose(drawn(figure), layout.draw(values))
+    values[[0, *layout.newline_features()]] = 1e9  # they show nothing
+    np.testing.assert_allclose(drawn(patch_overlay(image, values, layout=layout)), layout.draw(values))
+    # The fine grid alone: the base grid's cells have no value.
+    fine = np.full(layout.n_features, np.nan)
+    fine[layout.object_features("fine")] = [1, 2, 3, 4]
+    seen = drawn(patch_overlay(image, fine, layout=layout))
+    assert np.isnan(seen[:, :4]).all()
+    assert seen[0, 4] == 1
+    assert seen[15, 19] == 4
+    assert not figure.axes[0].patches  # the base grid shows all of the image
+
+
+def test_the_layouts_of_inputs_are_drawn(inputs):
+    """Unequal images of one prompt, each by its own layout; and small multiples by position."""
+    images = (Image.new("RGB", (24, 16)), Image.new("RGB", (24, 16)))
+    prompt = replace(inputs_of([llava_layout(2, 2), by_hand()]), images=images)
+    values = np.arange(14.0)
+    np.testing.assert_allclose(drawn(patch_overlay(prompt, values, image=1)), by_hand().draw(values))
+    assert extents(patch_overlay(prompt, np.ones((2, 2))).axes[0].collections[0])[1, 1].tolist() == [12, 8, 24, 16]
+    maps = xr.DataArray(np.stack([values, -values]), dims=("layer", "feature"))
+    panels = patch_overlays(prompt, maps, image=1)
+    np.testing.assert_allclose(drawn(panels), by_hand().draw(values))
+    assert [axes.get_title() for axes in panels.axes[:2]] == ["layer 0", "layer 1"]
+
+
+def test_a_single_pooled_grid_is_drawn_by_area_too():
+    columns = GridAxis.of(axis(24, 24, canvas=24), first=1, kept=4, cells=3)
+    layout = ImageLayout(grids=(Grid(name="base", rows=GridAxis.of(axis(16, 8)), columns=columns, newline="row"),))
+    values = np.array([[1.0, 2, 3], [4, 5, 6]])
+    figure = patch_overlay(np.zeros((16, 24, 3), np.uint8), values, layout=layout)
+    by_feature = np.array([1.0, 2, 3, 0, 4, 5, 6, 0])
+    np.testing.assert_allclose(drawn(figure), layout.draw(by_feature))
+    boxes = [patch.get_bbox().extents.tolist() for patch in figure.axes[0].patches]
+    assert boxes == [
+        [0, 0, 4, 16],
+        [20, 0, 24, 16],
+        [4, 0, 20, 16],
+    ]  # cut away, cut away, and the frame around the rest
+
+
+def test_values_that_do_not_fit_several_grids(inputs):
+    image = np.zeros((16, 24, 3), np.uint8)
+    with pytest.raises(InputError, match=r"2 x 3 .* 2 x 3 \+ 2 x 2 patches in several grids, 14 positions in all"):
+        patch_overlay(image, np.ones((2, 3)), layout=by_hand())
+    with pytest.raises(InputError, match=r"13 by position .* 14 positions in all; give one value per position"):
+        patch_overlay(image, np.ones(13), layout=by_hand())
+    with pytest.raises(InputError, match="need its layout"):
+        patch_overlay(image, np.ones(14))
+
+
+@given(of=DRAWN, seed=st.integers(0, 9))
+@settings(max_examples=10, deadline=None)
+def test_any_layout_is_drawn(of, seed):
+    layout = made(of)
+    height, width = layout.original_size
+    values = np.random.default_rng(seed).random(layout.n_features)
+    axes = patch_overlay(np.zeros((height, width, 3), np.uint8), values, layout=layout).axes[0]
+    seen = np.ma.filled(np.ma.masked_invalid(axes.images[1].get_array()).astype(float), np.nan)
+    np.testing.assert_allclose(seen, layout.draw(values))
+    dimmed = sum(patch.get_width() * patch.get_height() for patch in axes.patches if patch.get_label() != "seen")
+    assert dimmed == pytest.approx(layout.cut() * height * width, abs=1e-6)
