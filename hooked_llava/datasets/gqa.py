@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hooked_llava.checks import one_of
 from hooked_llava.datasets.rows import PixelBox, StudyRow
-from hooked_llava.datasets.tables import number, plain_id, read_table, whole
+from hooked_llava.datasets.tables import number, plain_id, read_table, released_files, whole
 from hooked_llava.errors import InputError
 
 GQA_TAIL = " \nAnswer the question using a single word or phrase."
@@ -108,13 +107,7 @@ def read_gqa(
     (2, 'QueryAttr', True, 1)
     """
     wanted = GQA_KINDS if kinds is None else tuple(kinds)
-    for kind in wanted:
-        one_of(kind, GQA_KINDS, "kinds", says=f"There is no kind {kind!r}.")
-    path = Path(path)
-    files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
-    if not files:
-        what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
-        raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
+    files = released_files(path, wanted, FILES)
     rows = [row for file in files for row in _read(file, limit, encoding) if row.kind in wanted]
     if not rows:
         raise InputError(f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}.")

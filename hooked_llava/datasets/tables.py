@@ -7,12 +7,12 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from hooked_llava.checks import whole_number
+from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import InputError, warn_user
 
 _DELIMITERS = ",;\t"
@@ -36,6 +36,22 @@ class Table:
     """Names of the columns."""
     rows: list[dict[str, str]]
     """For each line its cells by column; "" where there is none."""
+
+
+def released_files(path: str | Path, kinds: Iterable[str], names: Mapping[str, str]) -> list[Path]:
+    """The file itself, or those in a folder that hold questions of these kinds; `names` says how each kind's is called.
+
+    Raises `InputError` for unknown kinds, and where there is no such file.
+    """
+    path, wanted = (
+        Path(path),
+        [names[one_of(kind, names, "kinds", says=f"There is no kind {kind!r}.")] for kind in kinds],
+    )
+    files = [path] if path.is_file() else [path / name for name in wanted if (path / name).is_file()]
+    if not files:
+        what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(names.values())}"
+        raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
+    return files
 
 
 def read_table(file: Path, *, encoding: str | None = None, limit: int | None = None) -> Table:

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hooked_llava.checks import one_of
 from hooked_llava.datasets.rows import StudyRow
-from hooked_llava.datasets.tables import plain_id, read_table
+from hooked_llava.datasets.tables import plain_id, read_table, released_files
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.token_text import word_borders
 
@@ -91,13 +90,7 @@ def read_vqa_constraints(
     (2, 'this shape', [])
     """
     wanted = CONSTRAINT_KINDS if kinds is None else tuple(kinds)
-    for kind in wanted:
-        one_of(kind, CONSTRAINT_KINDS, "kinds", says=f"There is no kind {kind!r}.")
-    path = Path(path)
-    files = [path] if path.is_file() else [path / FILES[kind] for kind in wanted if (path / FILES[kind]).is_file()]
-    if not files:
-        what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(FILES.values())}"
-        raise InputError(f"{str(path)!r} {what}; give one of the released CSV files, or the folder they are in.")
+    files = released_files(path, wanted, FILES)
     tables = [_read(file, limit, encoding) for file in files]
     return ConstraintTable(
         [row for table in tables for row in table.rows if row.kind in wanted],

@@ -288,41 +288,40 @@ def _caption(scene: Scene, rng: np.random.Generator) -> Question:
     )
 
 
-def _list(scene: Scene, rng: np.random.Generator) -> Question:
+def _listed(
+    scene: Scene, rng: np.random.Generator, kind: str, text: str, say: Callable[[SceneObject], str]
+) -> Question | None:
+    """A question whose answer is what is said of every object, in random order; None if nothing is said of any."""
+    caption, objects = _caption(scene, rng), {o.shape: o for o in scene.objects}
+    said = " ".join(words for shape in caption.objects if (words := say(objects[shape])))
+    return replace(caption, kind=kind, text=text, answer=said) if said else None
+
+
+def _list(scene: Scene, rng: np.random.Generator) -> Question | None:
     # Here the colour follows its shape at once: the shortest way to learn which colour belongs to which shape.
-    caption = _caption(scene, rng)
-    colors = {o.shape: o.color for o in scene.objects}
-    said = " ".join(f"{shape} {colors[shape]}." for shape in caption.objects)
-    return replace(caption, kind="list", text="List the shapes.", answer=said)
+    return _listed(scene, rng, "list", "List the shapes.", lambda o: f"{o.shape} {o.color}.")
 
 
 def _list_places(scene: Scene, rng: np.random.Generator) -> Question | None:
-    caption = _caption(scene, rng)
-    said = []
-    for shape in caption.objects:
-        (x, y), middle = scene.find(shape).center, IMAGE_SIZE / 2
+    def place(o: SceneObject) -> str:
+        (x, y), middle = o.center, IMAGE_SIZE / 2
         words = ["left" if x < middle else "right"] * (abs(x - middle) >= MIN_OFF_CENTER)
         words += ["above" if y < middle else "below"] * (abs(y - middle) >= MIN_OFF_CENTER)
-        if words:
-            said.append(f"{shape} {_pick(rng, words)}.")
-    if not said:
-        return None
-    return replace(caption, kind="list_places", text="On which side is which shape?", answer=" ".join(said))
+        return f"{o.shape} {_pick(rng, words)}." if words else ""
+
+    return _listed(scene, rng, "list_places", "On which side is which shape?", place)
 
 
-def _list_patterns(scene: Scene, rng: np.random.Generator) -> Question:
-    caption = _caption(scene, rng)
-    patterns = {o.shape: o.pattern for o in scene.objects}
-    said = " ".join(f"{shape} {patterns[shape]}." for shape in caption.objects)
-    return replace(caption, kind="list_patterns", text="List pattern and shape.", answer=said)
+def _list_patterns(scene: Scene, rng: np.random.Generator) -> Question | None:
+    return _listed(scene, rng, "list_patterns", "List pattern and shape.", lambda o: f"{o.shape} {o.pattern}.")
 
 
 def _list_by_color(scene: Scene, rng: np.random.Generator) -> Question | None:
-    caption = _caption(scene, rng)
     colors = [o.color for o in scene.objects]
-    only = {o.shape: o.color for o in scene.objects if colors.count(o.color) == 1}
-    said = " ".join(f"{only[shape]} {shape}." for shape in caption.objects if shape in only)
-    return replace(caption, kind="list_by_color", text="List color and shape.", answer=said) if said else None
+    text = "List color and shape."
+    return _listed(
+        scene, rng, "list_by_color", text, lambda o: f"{o.color} {o.shape}." if colors.count(o.color) == 1 else ""
+    )
 
 
 def _list_common(scene: Scene, rng: np.random.Generator) -> Question | None:
