@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Constraint, find_constraints
-from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
@@ -115,8 +115,8 @@ def _held(
     table = model.hooks_table
     store: dict[str, Tensor] = {}
     hooks: list[Any] = [
-        (table.resolve("pattern"), saver(store, table, torch.tensor([targets]))),
-        (table.resolve("v"), saver(store, table)),
+        (table.resolve("pattern"), caching_hook(store, table, torch.tensor([targets]))),
+        (table.resolve("v"), caching_hook(store, table)),
     ]
     final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None

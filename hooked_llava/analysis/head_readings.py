@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver
+from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions
 from hooked_llava.readout.answer_cache import Decision, Target, decide, resolve_target
 from hooked_llava.readout.head_outputs import attention_messages
 from hooked_llava.readout.lens import Space, check_k, check_spaces, project, wide, words
@@ -123,7 +123,7 @@ def _vectors(
     names = ["hook_embed", table.name("resid_pre", layer)]
     names += [table.name("attn_out", below) for below in range(layer)]
     store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(names, saver(store, table, index[None]))]
+    hooks: list[Any] = [(names, caching_hook(store, table, index[None]))]
     with torch.no_grad():
         # one layer further, so that the stream entering this one is certain to have passed its hook
         model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import resolve_positions, saver
+from hooked_llava.model.cache_hooks import caching_hook, resolve_positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.head_outputs import messages_along
@@ -132,9 +132,9 @@ def _cache(
     """What the parts are made of, at the position where the logit is read, but values everywhere; and the final stream."""
     table = model.hooks_table
     store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(table.resolve(list(_PARTS[by])), saver(store, table, torch.tensor([where])))]
+    hooks: list[Any] = [(table.resolve(list(_PARTS[by])), caching_hook(store, table, torch.tensor([where])))]
     if by in ("source", "patch"):
-        hooks.append((table.resolve("v"), saver(store, table)))
+        hooks.append((table.resolve("v"), caching_hook(store, table)))
     final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     return store, final

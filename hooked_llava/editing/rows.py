@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.editing.request import Prepared
-from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.language import count_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -89,7 +89,7 @@ class Rows:
         """What the edited position's neurons are, and what the MLP adds there: `mlp.hook_post` and `hook_mlp_out`."""
         model, seen = self.kept.model, dict[str, Tensor]()
         names = [model.hooks_table.name(site, layer) for site in ("mlp.post", "mlp_out")]
-        with model.hooks([(names, saver(seen, model.hooks_table))]):
+        with model.hooks([(names, caching_hook(seen, model.hooks_table))]):
             self.kept.rerun(range(layer, layer + 1), start=self.start)
         rows = torch.arange(len(self.edited), device=self.edited.device)
         key, value = (seen[name][rows, self.edited - self.start] for name in names)

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
+from hooked_llava.architecture.config import TowerConfig
 from hooked_llava.architecture.hooks import Hook, HookTable
 from hooked_llava.errors import HookNameError, SpanError, did_you_mean
+from hooked_llava.model.components.block import Blocks
 from hooked_llava.model.tl_protocol import ConfigView, sum_biases
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt.token_map import TokenMap
@@ -42,8 +44,8 @@ class CachedModel(Protocol):
 class _VisionModel:
     """The vision tower as ActivationCache's methods see a model: only the blocks that were run."""
 
-    cfg: Any
-    blocks: Any
+    cfg: TowerConfig
+    blocks: Blocks
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)

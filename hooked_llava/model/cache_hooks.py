@@ -98,7 +98,7 @@ def shared_spans(inputs: Inputs) -> dict[str, Int[Tensor, " n_positions"]]:
     return spans
 
 
-def saver(
+def caching_hook(
     store: dict[str, Tensor],
     table: HookTable,
     index: Int[Tensor, "batch n_positions"] | None = None,

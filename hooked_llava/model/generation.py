@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
-from hooked_llava.model.cache_hooks import saver, shared_spans
+from hooked_llava.model.cache_hooks import caching_hook, shared_spans
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
-from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, with_answer_span
+from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, with_answer_span
 from hooked_llava.prompt.prepare import Inputs
 
 Phase = Literal["prefill", "decode", "both"]
@@ -65,7 +65,8 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None:
             warpers.append(TopPLogitsWarper(self.top_p))
-        scores = warpers(logits.new_empty(0), logits.float())
+        no_tokens = cast("torch.LongTensor", logits.new_empty(0, dtype=torch.long))  # these warpers do not read them
+        scores = warpers(no_tokens, cast("torch.FloatTensor", logits.float()))
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
 
 
@@ -138,7 +139,7 @@ def _decode(
     max_new_tokens: int,
     sampling: Sampling,
     stop: _Stop,
-    hooks: dict[str, list[Hook]],
+    hooks: dict[str, list[HookEntry]],
     record: _Record | None,
 ) -> Int[Tensor, "batch new_tokens"]:
     """The loop: one run over the prompt, then one position at a time."""
@@ -214,7 +215,7 @@ class _Record:
         self.steps.append(store)
         table = self.model.hooks_table
         firing = [name for name in self.names if phase == "prefill" or not table[name].on_image_side]
-        hooks = [(firing, saver(store, table))] if firing else []
+        hooks = [(firing, caching_hook(store, table))] if firing else []
         with self.model.hooks(hooks):
             yield
 
@@ -236,10 +237,12 @@ class _Record:
         return parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
 
 
-def _by_phase(model: HookedModule, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str) -> dict[str, list[Hook]]:
+def _by_phase(
+    model: HookedModule, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str
+) -> dict[str, list[HookEntry]]:
     """What is attached in each phase: over single new tokens the image side is not run."""
     one_of(hook_phase, ("prefill", "decode", "both"), "hook_phase")
-    phases: dict[str, list[Hook]] = {"prefill": [], "decode": []}
+    phases: dict[str, list[HookEntry]] = {"prefill": [], "decode": []}
     entries = [as_hook(entry, model) for entry in fwd_hooks]
     for names, fn in entries:
         in_prompt = model.hooks_table.resolve(names, with_image=prompt.pixel_values is not None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,17 +21,16 @@ from transformers import GenerationConfig
 from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
-from hooked_llava.model.cache_hooks import Positions, resolve_positions, saver, shared_spans, tensor_bytes
+from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions, shared_spans, tensor_bytes
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.projector import Projector
-from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, placing
+from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, placing
+from hooked_llava.model.request import ForwardRequest, forward_request
 from hooked_llava.model.tl_protocol import TransformerLensSurface
 from hooked_llava.model.vision import VisionTower
-from hooked_llava.prompt.prepare import Inputs
-
-_FIELDS = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 
 class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
@@ -82,7 +81,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     def hooks(
         self,
         fwd_hooks: Sequence[Any] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        bwd_hooks: Sequence[HookEntry] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Self]:
@@ -93,8 +92,11 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         misspelt one (`HookNameError`) leaves no trace.
         """
         entries = [as_hook(entry, self) for entry in fwd_hooks]
-        wanted = [(name, fn, "fwd") for names, fn in entries for name in self.hooks_table.resolve(names)]
-        wanted += [(name, fn, "bwd") for names, fn in bwd_hooks for name in self.hooks_table.resolve(names)]
+        table = self.hooks_table
+        wanted: list[tuple[str, Callable[..., Any], Literal["fwd", "bwd"]]] = [
+            *((name, fn, "fwd") for names, fn in entries for name in table.resolve(names)),
+            *((name, fn, "bwd") for names, fn in bwd_hooks for name in table.resolve(names)),
+        ]
         PromptHook.prepare_all([fn for _, fn in entries])
         attached = []
         self.context_level += 1
@@ -140,10 +142,10 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
 
     def run_with_hooks(
         self,
-        inputs: Any = None,
+        inputs: InputsLike | None = None,
         *,
         fwd_hooks: Sequence[Any] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        bwd_hooks: Sequence[HookEntry] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **kwargs: Any,
@@ -159,15 +161,15 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
                 "bwd_hooks would be removed at the end of this run, before a backward pass. Use `with model.hooks("
                 "bwd_hooks=...)` around both, or reset_hooks_end=False and model.reset_hooks() afterwards."
             )
-        prompt, fires = self._plan(inputs, kwargs)
-        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
-        bwd_hooks = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in bwd_hooks]
+        request = self.request(inputs, **kwargs)
+        fwd_hooks = self._entries(fwd_hooks, request)
+        bwd_hooks = [(self.hooks_table.resolve(names, **request.fires), fn) for names, fn in bwd_hooks]
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(prompt, **kwargs)
+            return self(request)
 
     def run_with_cache(
         self,
-        inputs: Any = None,
+        inputs: InputsLike | None = None,
         *,
         names_filter: NamesFilter = None,
         fwd_hooks: Sequence[Any] = (),
@@ -198,28 +200,29 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         """
         if metric is not None and not incl_bwd:
             raise InputError("metric= says what gradients are taken of; give incl_bwd=True with it, or leave it out.")
-        prompt, fires = self._plan(inputs, kwargs)
-        if remove_batch_dim and len(prompt) != 1:
-            raise InputError(f"remove_batch_dim=True needs one prompt, got {len(prompt)}. Leave it out for a batch.")
-        names = self.hooks_table.resolve(names_filter, **fires)
-        fwd_hooks = self._entries(fwd_hooks, prompt, fires)
-        index = None if positions is None else resolve_positions(positions, prompt)
+        request = self.request(inputs, **kwargs)
+        prompt, n_prompts = request.prompt, len(request.begin)
+        if remove_batch_dim and n_prompts != 1:
+            raise InputError(f"remove_batch_dim=True needs one prompt, got {n_prompts}. Leave it out for a batch.")
+        names = self.hooks_table.resolve(names_filter, **request.fires)
+        fwd_hooks = self._entries(fwd_hooks, request)
+        index = None if positions is None else resolve_positions(positions, request.begin)
         store: dict[str, Tensor] = {}
-        fwd = saver(store, self.hooks_table, index, device)
-        bwd = saver(store, self.hooks_table, index, device, suffix="_grad")
+        fwd = caching_hook(store, self.hooks_table, index, device)
+        bwd = caching_hook(store, self.hooks_table, index, device, suffix="_grad")
         with (
             torch.set_grad_enabled(incl_bwd),
             self.hooks([*fwd_hooks, (names, fwd)], [(names, bwd)] if incl_bwd else []),
         ):
-            result = self(prompt, **kwargs)
+            result = self(request)
             if incl_bwd:
                 result = _backward(result, metric)
         if not return_cache_object:
             return result, store
-        spans = shared_spans(prompt) if index is None and isinstance(prompt, Inputs) else {}
+        spans = {} if prompt is None or index is not None else shared_spans(prompt)
         cache = LLaVACache(store, self, spans=spans)
         cache.some_positions = index is not None
-        cache.token_maps = prompt.token_maps if isinstance(prompt, Inputs) else None
+        cache.token_maps = None if prompt is None else prompt.token_maps
         if remove_batch_dim:
             cache.remove_batch_dim(batch_size=1)
         return result, cache
@@ -234,7 +237,9 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         names = frozenset(self.hooks_table.resolve(names_filter))
         return super().get_caching_hooks(lambda name: name in names, *args, **kwargs)
 
-    def cache_size(self, inputs: Any, names_filter: NamesFilter = None, positions: Positions | None = None) -> int:
+    def cache_size(
+        self, inputs: InputsLike, names_filter: NamesFilter = None, positions: Positions | None = None
+    ) -> int:
         """Bytes that `run_with_cache` would keep, without running the model (neighbours that share storage counted each).
 
         >>> from hooked_llava import HookedLLaVA
@@ -251,23 +256,19 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         """The dtype that the activation of that name is computed in, without autocast."""
         return next(self.get_submodule(self.hooks_table[name].tower).parameters()).dtype
 
-    def _plan(self, inputs: Any, options: dict[str, Any]) -> tuple[Inputs | Tensor, dict[str, Any]]:
-        """What is run (taking a Hugging Face processor's fields out of `options`), and what of the model it reaches."""
-        n_layers = self.hooks_table.config.language.n_layers
-        start, stop = (layer_index(options.get(name), n_layers) for name in ("start_at_layer", "stop_at_layer"))
-        end = n_layers + 1 if stop is None else stop
-        if start or is_stream(inputs):
-            return inputs, {"with_image": False, "stages": range(start or -1, end)}
-        prompt = self.as_inputs(gather_fields(inputs, *(options.pop(name, None) for name in _FIELDS)))
-        return prompt, {"with_image": prompt.pixel_values is not None, "stages": range(-2, end)}
+    def request(self, inputs: InputsLike | ForwardRequest | None, **options: Any) -> ForwardRequest:
+        """The arguments of `forward`, checked; raises `InputError`."""
+        if isinstance(inputs, ForwardRequest):
+            return inputs
+        return forward_request(self.as_inputs, self.config.language, inputs, **options)
 
-    def _entries(self, fwd_hooks: Sequence[Any], prompt: Inputs | Tensor, fires: dict[str, Any]) -> list[Hook]:
+    def _entries(self, fwd_hooks: Sequence[Any], request: ForwardRequest) -> list[HookEntry]:
         """The entries of `fwd_hooks` by full names, checked against the run and the prompt."""
         entries = [as_hook(entry, self) for entry in fwd_hooks]
-        found: list[Hook] = [(self.hooks_table.resolve(names, **fires), fn) for names, fn in entries]
+        found: list[HookEntry] = [(self.hooks_table.resolve(names, **request.fires), fn) for names, fn in entries]
         for _, fn in found:
-            if isinstance(fn, PromptHook) and isinstance(prompt, Inputs):
-                fn.place(prompt)
+            if isinstance(fn, PromptHook) and request.prompt is not None:
+                fn.place(request.prompt)
         return found
 
     def _refuse_image_hooks(self) -> None:
@@ -278,34 +279,6 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
                     f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
                     "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."
                 )
-
-
-def is_stream(value: Any) -> bool:
-    """Whether this is a residual stream [batch pos d_model], and not tokens."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
-
-
-def layer_index(layer: int | None, n_layers: int) -> int | None:
-    """A layer counted from 0, given that or a negative number; raises `InputError` out of range."""
-    if layer is not None and not -n_layers <= layer <= n_layers:
-        raise InputError(f"Layer {layer} is out of range; this model has layers {-n_layers}..{n_layers}.")
-    return layer if layer is None or layer >= 0 else layer + n_layers
-
-
-def gather_fields(inputs: Any, input_ids: Any, pixel_values: Any, attention_mask: Any, position_ids: Any) -> Any:
-    """One value for `as_inputs`: what was given alone, or a Hugging Face processor's fields as a mapping."""
-    given = zip(_FIELDS, (input_ids, pixel_values, attention_mask, position_ids), strict=True)
-    fields = {name: value for name, value in given if value is not None}
-    if not fields:
-        return inputs
-    if isinstance(inputs, Tensor) and "input_ids" not in fields:
-        return {"input_ids": inputs, **fields}
-    if inputs is not None:
-        raise InputError(
-            f"Both inputs ({type(inputs).__name__}) and {', '.join(fields)} were given; give either prepared inputs, "
-            "or the fields that a Hugging Face processor returns."
-        )
-    return fields
 
 
 def _backward(result: Tensor | None, metric: Callable[[Tensor], Tensor] | None) -> Tensor:

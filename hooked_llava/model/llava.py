@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
-from hooked_llava.checks import one_of
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.loading.checkpoint import load_into, load_processor, read_config, read_generation_config
 from hooked_llava.loading.embedded import resolve
@@ -29,16 +28,14 @@ from hooked_llava.model import generation
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
-from hooked_llava.model.hooked_module import HookedModule, gather_fields, is_stream, layer_index
+from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.projector import Projector
+from hooked_llava.model.request import ForwardRequest, ReturnType
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
-from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.prompt.validation import check_mask, check_position_ids, check_processor_fits
-
-ReturnType = Literal["logits", "loss"] | None
-
+from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.validation import check_processor_fits
 
 if TYPE_CHECKING:
     from hooked_llava.model.verify import ParityTable
@@ -82,7 +79,7 @@ class HookedLLaVA(HookedModule):
 
     def forward(
         self,
-        inputs: Any = None,
+        inputs: InputsLike | ForwardRequest | None = None,
         *,
         return_type: ReturnType = "logits",
         start_at_layer: int = 0,
@@ -99,28 +96,29 @@ class HookedLLaVA(HookedModule):
         instead. The loss is the mean cross-entropy in nats of the next token, over text tokens. Raises `InputError` for
         input that does not fit.
         """
-        n_layers = self.config.language.n_layers
-        start, stop = layer_index(start_at_layer, n_layers), layer_index(stop_at_layer, n_layers)
-        _check_request(start, stop, return_type)
-        if start or is_stream(inputs):
-            _check_residual(inputs, self.config.language.d_model, return_type if stop_at_layer is None else None)
-            like = inputs.new_zeros(inputs.shape[:2], dtype=torch.long)
-            mask = None if attention_mask is None else check_mask(attention_mask.to(like.device), like)
-            position_ids, prompt = check_position_ids(position_ids, like), None
-        else:
-            prompt = self.as_inputs(gather_fields(inputs, input_ids, pixel_values, attention_mask, position_ids))
-            mask, position_ids = prompt.attention_mask, prompt.position_ids
-        with self.placing(prompt):
-            resid = inputs if prompt is None else self.embed(prompt)
-            context = self.context(resid, mask, position_ids)
-            resid = self.language(resid, context, start_at_layer=start, stop_at_layer=stop)
-            if stop_at_layer is not None:
+        request = self.request(
+            inputs,
+            return_type=return_type,
+            start_at_layer=start_at_layer,
+            stop_at_layer=stop_at_layer,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        with self.placing(request.prompt):
+            resid = (
+                self.embed(request.begin) if isinstance(request.begin, Inputs) else request.begin
+            )  # (batch, pos, d_model)
+            context = self.context(resid, request.attention_mask, request.position_ids)
+            resid = self.language(resid, context, start_at_layer=request.start, stop_at_layer=request.stop)
+            if request.stop is not None:
                 return resid
-            logits = self.language.to_logits(resid)
-        if return_type == "loss":
-            assert prompt is not None
-            return self.loss(logits, prompt)
-        return logits if return_type == "logits" else None
+            logits = self.language.to_logits(resid)  # (batch, pos, d_vocab)
+        if request.return_type == "loss":
+            assert request.prompt is not None
+            return self.loss(logits, request.prompt)
+        return logits if request.return_type == "logits" else None
 
     def embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """What enters the language tower: token embeddings, with the image embeddings at the image positions."""
@@ -292,20 +290,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _check_request(start: int | None, stop: int | None, return_type: ReturnType) -> None:
-    if return_type is not None:
-        one_of(return_type, ("logits", "loss"), "return_type", expected="'logits', 'loss' or None")
-    if stop is not None and stop < (start or 0):
-        raise InputError(f"start_at_layer={start} lies above stop_at_layer={stop}; a run goes upward.")
-
-
-def _check_residual(resid: Any, d_model: int, return_type: ReturnType) -> None:
-    shape = tuple(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
-    if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != d_model or not resid.is_floating_point():
-        raise InputError(f"start_at_layer takes a residual stream [batch pos {d_model}] as inputs; got {shape}.")
-    if return_type == "loss":
-        raise InputError(
-            "return_type='loss' needs the tokens, which a residual stream does not hold; ask for 'logits'."
-        )

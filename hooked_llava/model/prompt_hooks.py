@@ -22,7 +22,7 @@ from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
-Hook = tuple[NamesFilter, Callable[..., Any]]
+HookEntry = tuple[NamesFilter, Callable[..., Any]]
 """Which activations, and the function `fn(tensor)` or `fn(tensor, hook)` that reads or replaces them."""
 
 
@@ -66,7 +66,7 @@ class PromptHook(ABC):
 
 
 @singledispatch
-def as_hook(entry: Any, model: Any) -> Hook:
+def as_hook(entry: Any, model: Any) -> HookEntry:
     """An entry of `fwd_hooks` as (names, function); whoever makes entries of another kind registers how they are read.
 
     >>> as_hook(("pattern", print), None)

@@ -6,6 +6,7 @@ directions in the residual stream, and strings to tokens and back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformer_lens import FactoredMatrix
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.block import Blocks
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.prompt.inputs import Inputs
@@ -44,11 +46,11 @@ class ConfigView:
 
 
 def sum_biases(
-    blocks: nn.ModuleList, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    blocks: Blocks, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, " d_model"]:
     """Sum of all output biases of a tower below a layer (with `mlp_input`, below its MLP)."""
     total = torch.zeros_like(blocks[0].attn.b_O)
-    for i, block in enumerate(blocks[: layer + mlp_input]):
+    for i, block in enumerate(itertools.islice(blocks, layer + mlp_input)):
         total = total + block.attn.b_O
         if include_mlp_biases and i < layer:
             total = total + block.mlp.b_out
@@ -80,7 +82,7 @@ class TransformerLensSurface(nn.Module):
         return self.processor.tokenizer
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Blocks:
         """Blocks of the language tower."""
         return self.language.blocks
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
 from hooked_llava.readout.answer_tokens import Answer, one_each
@@ -130,9 +130,9 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     table = model.hooks_table
     streams = table.resolve("resid_pre")
     here = [*streams, *(n for part in parts if part != "v" for n in table.resolve(part))]
-    hooks: list[Any] = [(here, saver(store, table, read.cpu()))]
+    hooks: list[Any] = [(here, caching_hook(store, table, read.cpu()))]
     if "v" in parts:
-        hooks.append((table.resolve("v"), saver(store, table)))
+        hooks.append((table.resolve("v"), caching_hook(store, table)))
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     last = rows_at(final, read)  # (prompt, read, d_model)

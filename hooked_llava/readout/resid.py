@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.model.cache_hooks import saver
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.prepare import Inputs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def logits_and_activations(
     n_layers = model.cfg.n_layers
     store: dict[str, Tensor] = {}
     in_blocks = all(model.hooks_table[name].stage < n_layers for name in names)
-    hooks = [(list(names), saver(store, model.hooks_table))]
+    hooks = [(list(names), caching_hook(store, model.hooks_table))]
     rows = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=n_layers if in_blocks else None)
     assert rows is not None
     return (logits_at(model, rows, positions) if in_blocks else rows_at(rows, positions)), store
@@ -68,7 +68,7 @@ def resid_by_layer(
     """What enters every layer, and what leaves the last, at each prompt's own positions, in one forward pass."""
     names = model.hooks_table.resolve("resid_pre")
     store: dict[str, Tensor] = {}
-    hooks = [(names, saver(store, model.hooks_table, positions.cpu()))]
+    hooks = [(names, caching_hook(store, model.hooks_table, positions.cpu()))]
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     return torch.stack([*(store[name] for name in names), rows_at(final, positions)])

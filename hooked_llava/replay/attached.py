@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.model.prompt_hooks import Hook, PromptHook, as_hook, continued
+from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.binding import bind, check_operand
 from hooked_llava.replay.bound import BoundIntervention
@@ -62,7 +62,7 @@ class AttachedIntervention(PromptHook):
 
 
 @as_hook.register
-def _(entry: Intervention, model: Any) -> Hook:
+def _(entry: Intervention, model: Any) -> HookEntry:
     return model.hooks_table.one(entry.hook), AttachedIntervention(entry, model)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook, NamesFilter
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, saver
+from hooked_llava.model.cache_hooks import Positions, caching_hook
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.readout.resid import rows_at
 from hooked_llava.replay.plan import PlannedRun
@@ -210,7 +210,7 @@ class LayerPass:
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
         table = self.model.hooks_table
         names = [name for name in self._listen if table[name].layer == (layer if layer < self.n_layers else None)]
-        return [(names, saver(self.seen, table))] if names else []
+        return [(names, caching_hook(self.seen, table))] if names else []
 
     def _row(self, prompt: int, run: int, n_runs: int) -> int:
         return prompt * n_runs + run

@@ -28,7 +28,7 @@ from hooked_llava.model.components.prefix_attention import (
 )
 from hooked_llava.model.components.rotary import Rotation, rotate
 
-Fork = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
+PreNorm = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
 """The residual stream before the norm, and the norm: what `hook_q_input` and its kin are made from."""
 
 
@@ -70,17 +70,17 @@ class AttentionContext:
         return torch.ones(n, n, dtype=torch.bool, device=device).tril()[None, None]
 
     @functools.cached_property
-    def blind(self) -> Bool[Tensor, "batch 1 query 1"] | None:
+    def fully_masked(self) -> Bool[Tensor, "batch 1 query 1"] | None:
         """Queries that may see no key at all (padding on the left), or None; their pattern and z are 0."""
         if self.allowed is None:
             return None
-        blind = ~self.allowed.any(-1, keepdim=True)
-        return blind if bool(blind.any()) else None
+        fully_masked = ~self.allowed.any(-1, keepdim=True)
+        return fully_masked if bool(fully_masked.any()) else None
 
     @functools.cached_property
-    def allowed_or_blind(self) -> Bool[Tensor, "batch 1 query key"] | None:
-        """`allowed`, but blind queries see everything: a row of -inf has no softmax, so what they saw is cleared after."""
-        return self.allowed if self.blind is None or self.allowed is None else self.allowed | self.blind
+    def allowed_in_softmax(self) -> Bool[Tensor, "batch 1 query key"] | None:
+        """`allowed`, but fully masked queries see everything: a row of -inf has no softmax, so what they saw is cleared after."""
+        return self.allowed if self.fully_masked is None or self.allowed is None else self.allowed | self.fully_masked
 
     def mask_scores(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
         """Set the scores of blocked edges to minus infinity, in place."""
@@ -95,10 +95,10 @@ class AttentionContext:
 def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
     """Softmax over the keys in float32; a query with no allowed key gets 0 everywhere, without NaN in gradients."""
     wide = torch.promote_types(scores.dtype, torch.float32)
-    blind = scores.amax(-1, keepdim=True) == float("-inf")
-    if not bool(blind.any()):  # the rule; the copies below are for padding and for hooks that block everything
+    fully_masked = scores.amax(-1, keepdim=True) == float("-inf")
+    if not bool(fully_masked.any()):  # the rule; the copies below are for padding and for hooks that block everything
         return scores.softmax(-1, dtype=wide)
-    return scores.masked_fill(blind, 0.0).softmax(-1, dtype=wide).masked_fill(blind, 0.0)
+    return scores.masked_fill(fully_masked, 0.0).softmax(-1, dtype=wide).masked_fill(fully_masked, 0.0)
 
 
 class Attention(nn.Module):
@@ -121,13 +121,13 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, fork: Fork
+        self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, pre_norm: PreNorm
     ) -> Float[Tensor, "batch query d_model"]:
         """What attention adds to the residual stream, given the normalized stream x."""
-        asking = context.read(x), (context.read(fork[0]), fork[1])
-        q = self.hook_q(self.project(self.query, self.hook_q_input, *asking))  # (batch, query, head, d_head)
-        k = self.hook_k(self.project(self.key, self.hook_k_input, x, fork))  # (batch, pos, kv_head, d_head)
-        v = self.hook_v(self.project(self.value, self.hook_v_input, x, fork))  # (batch, pos, kv_head, d_head)
+        query_source = context.read(x), (context.read(pre_norm[0]), pre_norm[1])
+        q = self.hook_q(self.project(self.query, self.hook_q_input, *query_source))  # (batch, query, head, d_head)
+        k = self.hook_k(self.project(self.key, self.hook_k_input, x, pre_norm))  # (batch, pos, kv_head, d_head)
+        v = self.hook_v(self.project(self.value, self.hook_v_input, x, pre_norm))  # (batch, pos, kv_head, d_head)
         if context.rotation is not None:
             q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
             k = self.hook_rot_k(rotate(k, context.rotation))
@@ -138,12 +138,12 @@ class Attention(nn.Module):
         return self.output(z.flatten(2))
 
     def project(
-        self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], fork: Fork
+        self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], pre_norm: PreNorm
     ) -> Float[Tensor, "batch pos any_head d_head"]:
         """Queries, keys or values of all heads; with a listener on the input, each head reads its own copy."""
         if not hook_input.listening:
             return linear(x).unflatten(-1, (-1, self.cfg.d_head))
-        resid, norm = fork
+        resid, norm = pre_norm
         weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
         copies = resid[:, :, None].expand(-1, -1, weight.shape[0], -1)  # (batch, pos, head, d_model)
         # x may carry edits made inside the norm; the difference adds to it what was changed before the norm.
@@ -172,12 +172,12 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=context.allowed_or_blind,
+            attn_mask=context.allowed_in_softmax,
             is_causal=context.causal,
             scale=self.scale,
             enable_gqa=self.cfg.n_key_value_heads != self.cfg.n_heads,
         )
-        return (z if context.blind is None else z.masked_fill(context.blind, 0.0)).transpose(1, 2)
+        return (z if context.fully_masked is None else z.masked_fill(context.fully_masked, 0.0)).transpose(1, 2)
 
     def attend_explicitly(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch query d_model"]:
         """The residual stream after the block, at the positions that `context` wants."""
         resid_pre = self.hook_resid_pre(resid)
-        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), context, fork=(resid_pre, self.ln1)))
+        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), context, pre_norm=(resid_pre, self.ln1)))
         resid_mid = self.hook_resid_mid(context.read(resid_pre) + attn_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
         return self.hook_resid_post(resid_mid + mlp_out)
@@ -45,6 +46,12 @@ class Block(nn.Module):
 
 class Blocks(nn.ModuleList):
     """The blocks of a tower. Whatever goes through several of them goes through `states` or `run`."""
+
+    if TYPE_CHECKING:  # for readers of types: a ModuleList says of its modules only that they are modules
+
+        def __iter__(self) -> Iterator[Block]: ...
+
+        def __getitem__(self, idx: int) -> Block: ...
 
     def states(
         self,

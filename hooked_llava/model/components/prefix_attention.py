@@ -135,8 +135,8 @@ def _average(
 ) -> tuple[Float[Tensor, "batch kv_head query d_head"], Float[Tensor, "batch kv_head query 1"]]:
     """Values averaged over the allowed keys, and the logarithm of the sum of exponentials, both in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    blind = allowed is not None and not bool(allowed.any(-1).all())
-    if _FLASH_ON_CPU is not None and q.device.type == "cpu" and not blind:
+    fully_masked = allowed is not None and not bool(allowed.any(-1).all())
+    if _FLASH_ON_CPU is not None and q.device.type == "cpu" and not fully_masked:
         mask = None if allowed is None else q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         z, total = _FLASH_ON_CPU(q, k, v, attn_mask=mask, scale=scale)
         return z.to(wide), total[..., None]

@@ -1,4 +1,4 @@
-"""Attention: fused and explicit are the same, grouped queries, masks, blind queries, views of the weights."""
+"""Attention: fused and explicit are the same, grouped queries, masks, fully masked queries, views of the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(attention: Attention, x: Tensor, context: AttentionContext, *listened: s
     for name, point in zip(listened, points, strict=True):
         point.add_hook(lambda t, hook, name=name: seen.__setitem__(name, t))
     norm = with_weights(make_norm(attention.cfg))
-    out = attention(x, context, fork=(x, norm))
+    out = attention(x, context, pre_norm=(x, norm))
     for point in points:
         point.remove_hooks()
     return out, seen
@@ -80,7 +80,7 @@ def test_queries_of_a_group_read_the_same_keys_and_values() -> None:
 
 
 @pytest.mark.parametrize("listened", [[], ["pattern"], ["attn_scores"]])
-def test_blind_queries_read_nothing_and_pass_no_nan(listened: list[str]) -> None:
+def test_fully_masked_queries_read_nothing_and_pass_no_nan(listened: list[str]) -> None:
     attention = with_weights(Attention(tower(LANGUAGE, rotary=None), 0))
     x = torch.randn(2, N_POS, LANGUAGE.d_model, dtype=torch.float64, requires_grad=True)
     out, seen = run(attention, x, AttentionContext(**CONTEXTS["padded"]), "z", *listened)
@@ -95,14 +95,14 @@ def test_blind_queries_read_nothing_and_pass_no_nan(listened: list[str]) -> None
         assert torch.equal(seen["attn_scores"][1, 0] == -torch.inf, ~CONTEXTS["padded"]["allowed"][1, 0])
 
 
-def test_a_mask_without_blind_queries_has_none() -> None:
+def test_a_mask_without_fully_masked_queries_has_none() -> None:
     right_padded = AttentionContext(allowed=allowed_by(MASK.flip(1)))
-    assert right_padded.blind is None
-    assert AttentionContext(causal=True).blind is None
-    blind = AttentionContext(allowed=allowed_by(MASK)).blind
-    assert blind is not None
-    assert blind.flatten().nonzero().flatten().tolist() == [5, 6]
-    opened = AttentionContext(allowed=allowed_by(MASK)).allowed_or_blind
+    assert right_padded.fully_masked is None
+    assert AttentionContext(causal=True).fully_masked is None
+    fully_masked = AttentionContext(allowed=allowed_by(MASK)).fully_masked
+    assert fully_masked is not None
+    assert fully_masked.flatten().nonzero().flatten().tolist() == [5, 6]
+    opened = AttentionContext(allowed=allowed_by(MASK)).allowed_in_softmax
     assert opened is not None
     assert opened.any(-1).all(), "no row of nothing but -inf enters a softmax"
 
@@ -162,19 +162,19 @@ def test_weights_are_views_in_transformer_lenss_orientation(cfg: TowerConfig) ->
 
 
 def test_an_input_hook_works_beside_an_edit_within_the_norm() -> None:
-    """x was changed after the norm; the fork adds what was changed before it, for its own head only."""
+    """x was changed after the norm; `pre_norm` adds what was changed before it, for its own head only."""
     attention, norm = with_weights(Attention(tower(LANGUAGE, rotary=None), 0)), with_weights(make_norm(LANGUAGE))
     resid = torch.randn(1, 3, LANGUAGE.d_model, dtype=torch.float64)
     edited = norm(resid) + 1
     seen: list[Tensor] = []
     attention.hook_q.add_hook(lambda t, hook: seen.append(t))
-    attention(edited, AttentionContext(), fork=(resid, norm))
+    attention(edited, AttentionContext(), pre_norm=(resid, norm))
 
     def shift_head_two(t: Tensor, hook: object) -> None:
         t[:, :, 2] += 0.5
 
     attention.hook_q_input.add_hook(shift_head_two)
-    attention(edited, AttentionContext(), fork=(resid, norm))
+    attention(edited, AttentionContext(), pre_norm=(resid, norm))
     assert off(seen[1][:, :, :2], seen[0][:, :, :2]) < 1e-12
     x = edited + norm(resid + 0.5) - norm(resid)
     assert off(seen[1][:, :, 2], x @ attention.W_Q[2] + attention.b_Q[2]) < 1e-12

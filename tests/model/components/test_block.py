@@ -17,7 +17,7 @@ def test_two_additions(cfg: TowerConfig) -> None:
     block = with_weights(Block(cfg, 0))
     context = AttentionContext(causal=cfg.causal)
     x = torch.randn(2, 4, cfg.d_model, dtype=torch.float64)
-    attn_out = block.attn(block.ln1(x), context, fork=(x, block.ln1))
+    attn_out = block.attn(block.ln1(x), context, pre_norm=(x, block.ln1))
     middle = x + attn_out
     assert off(block(x, context), middle + block.mlp(block.ln2(middle))) < 1e-12
 
