@@ -15,9 +15,11 @@ from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves
 from hooked_llava.viz.figures.lens import answer_curve, lens_table
-from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
-from hooked_llava.viz.figures.overlay import as_the_model_sees_it, model_view, patch_overlay, patch_overlays
+from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
+from hooked_llava.viz.figures.model_view import as_the_model_sees_it, model_view
+from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.figures.patching import by_patch, plot_patching
+from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import xarray as xr
 
 from hooked_llava.errors import InputError
 
-_FIGURES = {
-    "activation_patching": "plot_patching",
-    "answer_probability": "probability_curves",
-    "attention_contribution": "contribution_maps",
-    "attention_knockout": "knockout_curves",
-    "attribution_patching": "plot_patching",
-    "causal_trace": "trace_maps (or role_curves(by_role(trace)))",
-    "edge_attribution": "edge_map",
-    "evaluate_edit": "probe_bars",
-    "head_scores": "layer_head_map",
-    "heads_by_attention": "layer_head_map",
-    "image_attention": "patch_overlays",
-    "logit_attribution": "plot_contributions",
-    "logit_lens": "lens_table or answer_curve",
-    "patch_importance": "patch_overlay",
-    "path_patching": "plot_patching",
+
+class Kind(NamedTuple):
+    """How the result of an analysis is shown."""
+
+    figure: str | None = None
+    """Which function of `hooked_llava.viz` draws it, where there is one of its own."""
+    title: str | None = None
+    """What it is called, where the names of its arrays say less."""
+
+
+KINDS = {
+    "activation_patching": Kind("plot_patching"),
+    "answer_probability": Kind("probability_curves", "Answer probability"),
+    "attention_contribution": Kind("contribution_maps", "Attention contributions"),
+    "attention_knockout": Kind("knockout_curves", "Attention knockout"),
+    "attribution_patching": Kind("plot_patching"),
+    "causal_trace": Kind("trace_maps (or role_curves(by_role(trace)))", "Causal trace"),
+    "edge_attribution": Kind("edge_map", "Edges"),
+    "edit_sweep": Kind(title="The edit at each layer and position"),
+    "evaluate_edit": Kind("probe_bars", "The edit, asked"),
+    "head_scores": Kind("layer_head_map"),
+    "heads_by_attention": Kind("layer_head_map"),
+    "image_attention": Kind("patch_overlays"),
+    "logit_attribution": Kind("plot_contributions"),
+    "logit_lens": Kind("lens_table or answer_curve", "Logit lens"),
+    "patch_importance": Kind("patch_overlay"),
+    "path_patching": Kind("plot_patching"),
 }
-"""Which function of `hooked_llava.viz` draws the result of an analysis."""
+"""By the name of the analysis, which its result says."""
+
+
+def kind_of(result: Any) -> Kind:
+    """What is known of the analysis that a result says it is of.
+
+    >>> kind_of(xr.Dataset(attrs={"analysis": "logit_lens"})).title
+    'Logit lens'
+    """
+    return KINDS.get(str(getattr(result, "attrs", {}).get("analysis")), Kind())
 
 
 def check_array(result: Any, figure: str, maker: str) -> xr.DataArray:
@@ -63,7 +83,7 @@ def check_not_another(result: Any, figures: Sequence[str]) -> None:
 
     >>> check_not_another(xr.Dataset(attrs={"analysis": "attribution_patching"}), ["plot_patching"])
     """
-    own = _FIGURES.get(str(getattr(result, "attrs", {}).get("analysis")))
+    own = kind_of(result).figure
     if isinstance(result, xr.Dataset) and own and own not in figures:
         raise InputError(f"{figures[0]} does not draw {described(result)}.{_instead(result, figures[0])}")
 
@@ -86,5 +106,5 @@ def described(result: Any) -> str:
 
 def _instead(result: Any, figure: str) -> str:
     """Which figure to take, where another one draws the result."""
-    own = _FIGURES.get(str(getattr(result, "attrs", {}).get("analysis")))
+    own = kind_of(result).figure
     return f" Draw it with viz.{own}." if own and figure not in own else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,7 +143,13 @@ def plot(width: float, height: float) -> Iterator[Plot]:
 
 
 def add_color_bar(
-    figure: Plot, axes: Any, scale: ColorScale, label: str, values: np.ndarray, *, colors: Colormap | None = None
+    figure: Plot,
+    axes: Axes | Sequence[Axes] | np.ndarray,
+    scale: ColorScale,
+    label: str,
+    values: np.ndarray,
+    *,
+    colors: Colormap | None = None,
 ) -> None:
     """A thin color bar to the right of one or several axes, its unit written along it; `colors` replace the scale's.
 

@@ -8,19 +8,9 @@ from typing import Any
 
 import xarray as xr
 
+from hooked_llava.viz.kinds import kind_of
 from hooked_llava.viz.style import MUTED, Plot
 
-_ANALYSES = {
-    "answer_probability": "Answer probability",
-    "attention_contribution": "Attention contributions",
-    "attention_knockout": "Attention knockout",
-    "causal_trace": "Causal trace",
-    "edge_attribution": "Edges",
-    "edit_sweep": "The edit at each layer and position",
-    "evaluate_edit": "The edit, asked",
-    "logit_lens": "Logit lens",
-}
-"""How the results of analyses are called whose arrays' names say less."""
 _SAY_LITTLE = ("", "value", "probability")
 _OF_LAYERS = ("attention_knockout", "causal_trace")  # whose windows are of layers
 _WAYS = {"denoise": "clean into the corrupted run", "noise": "corrupted into the clean run"}
@@ -44,8 +34,8 @@ def title_of(result: xr.DataArray | xr.Dataset) -> str:
         )
     way = _WAYS.get(str(attrs.get("direction")))
     if way:
-        return f"{_patched(attrs, name)}, {way}"
-    called = _ANALYSES.get(str(attrs.get("analysis"))) if name in _SAY_LITTLE else None
+        return f"{_patched(result, name)}, {way}"
+    called = kind_of(result).title if name in _SAY_LITTLE else None
     title = called or (name or "value").replace("_", " ").capitalize()
     target = attrs.get("target")
     return f"{title} for {_word(target)}" if isinstance(target, str) and target else title
@@ -89,12 +79,13 @@ def add_note(figure: Plot, attrs: Mapping[str, Any], title: str | None = None) -
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=MUTED, linespacing=1.3)
 
 
-def _patched(attrs: Mapping[str, Any], name: str) -> str:
+def _patched(result: xr.DataArray | xr.Dataset, name: str) -> str:
     """What was patched: the hook as it is written, or senders."""
+    attrs = result.attrs
     if "hook" in attrs:
         hook = attrs["hook"]
         return str(hook) if isinstance(hook, str) else " ".join(map(str, hook))
-    what = attrs.get("senders") or _ANALYSES.get(str(attrs.get("analysis"))) or name or "value"
+    what = attrs.get("senders") or kind_of(result).title or name or "value"
     return str(what).replace("_", " ").capitalize()
 
 

@@ -9,8 +9,9 @@ from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import Picture
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.bars import contribution_bars, top_bars
-from hooked_llava.viz.figures.maps import cell_map, layer_head_map, layer_position_map
+from hooked_llava.viz.figures.maps import cell_map, layer_head_map
 from hooked_llava.viz.figures.overlay import patch_overlays
+from hooked_llava.viz.figures.positions import layer_position_map
 from hooked_llava.viz.titles import title_of
 
 

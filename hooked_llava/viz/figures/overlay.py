@@ -1,4 +1,4 @@
-"""Numbers by patch, drawn on the original image where the patches lie; and the image as the model sees it."""
+"""Numbers by patch, drawn on the original image where the patches lie."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     DIVERGING,
     INK,
-    MUTED,
     PAPER,
     ColorScale,
     add_color_bar,
@@ -141,9 +140,7 @@ def draw_overlay(
 ) -> None:
     """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
     one_of(underlay, get_args(Underlay), "underlay")
-    draw_picture(
-        axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE
-    )
+    draw_image(axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE)
     how: dict[str, Any] = {"cmap": _vivid(scale), "norm": scale.norm()}
     borders = _borders(original, values, layout)
     if borders is None:
@@ -157,12 +154,12 @@ def draw_overlay(
         mapped = axes.pcolormesh(*borders, values, linewidth=0, rasterized=True, **how)
     mapped.set_alpha(_opacity(values, scale))  # one for each patch, which matplotlib's types leave out
     if layout is not None:
-        _mark_crop(axes, layout)
+        mark_crop(axes, layout)
     axes.set_xlim(0, original.width)
     axes.set_ylim(original.height, 0)
 
 
-def draw_picture(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
+def draw_image(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
     """A picture [height, width, 3] such that pixel column i covers i to i + 1; `fade` mixes it with its light grey."""
     height, width = pixels.shape[:2]
     if fade:
@@ -171,51 +168,6 @@ def draw_picture(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
     how = "nearest" if max(height, width) <= _SMALL else "antialiased"
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation=how)
     hide_axes(axes)
-
-
-def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:
-    """One of the prompts' pictures as the model receives it, 0 to 1: `pixel_values` with the normalisation undone.
-
-    Without an image processor (or one that does not normalise) the values are stretched to 0 to 1 instead. Raises
-    `InputError` for a picture that is not there.
-    """
-    if inputs.pixel_values is None or not 0 <= image < len(inputs.pixel_values):
-        held = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
-        raise InputError(f"There is no picture {image}: the inputs hold {held}, counted from 0.")
-    pixels = np.moveaxis(inputs.pixel_values[image].detach().float().cpu().numpy(), 0, -1)
-    if getattr(image_processor, "do_normalize", False):
-        shown = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
-        if not image_processor.do_rescale:
-            shown = shown / 255
-    else:
-        shown = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-12)
-    return np.clip(shown, 0, 1).astype(np.float32)
-
-
-def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Figure:
-    """The picture that the model receives, divided into its patches; beside it the original, where the two differ.
-
-    `image_processor` (such as `model.processor.image_processor`) undoes the normalisation. Raises `InputError` for a
-    picture that is not there.
-    """
-    seen = model_view(inputs, image_processor, image=image)
-    layout = _layouts(inputs)[image]
-    rows, columns = layout.grids[0].shape
-    original = inputs.images[image] if inputs.images is not None else None
-    both = original is not None and layout.original_size is not None and not _unchanged(layout)
-    with plot(7.2 if both else 3.6, 3.5) as figure:
-        panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
-        if both and original is not None:
-            draw_picture(panels[0], np.asarray(original))
-            _mark_crop(panels[0], layout)
-            panels[0].set_anchor("N")
-            panels[0].set_title(f"original, {original.width} x {original.height} pixels", fontweight="normal")
-        axes = panels[-1]
-        height, width = seen.shape[:2]
-        draw_picture(axes, (seen * 255).round().astype(np.uint8))
-        _draw_grid(axes, np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1))
-        axes.set_title(f"{width} x {height} pixels, {rows} x {columns} patches", fontweight="normal")
-    return figure
 
 
 def _borders(
@@ -254,7 +206,7 @@ def _original(
                 f"Cannot draw on original picture {image}: {held}. Use prepare(question, images=...), which keeps "
                 "them, or give a picture in place of the inputs."
             )
-        layout = _layouts(picture)[image]
+        layout = layouts_of(picture)[image]
         picture = picture.images[image]
     original = load_picture(picture)
     if layout is None or layout.original_size is None:
@@ -272,7 +224,7 @@ def _original(
     return original, layout
 
 
-def _layouts(inputs: Inputs) -> list[ImageLayout]:
+def layouts_of(inputs: Inputs) -> list[ImageLayout]:
     """The layouts of the images of all prompts."""
     return [layout for token_map in inputs.token_maps for layout in token_map.layouts]
 
@@ -300,12 +252,7 @@ def _panel_size(picture: Image.Image, longest: float) -> tuple[float, float]:
     return max(0.8, picture.width * scale), max(0.8, picture.height * scale)
 
 
-def _unchanged(layout: ImageLayout) -> bool:
-    grid, whole = layout.grids[0], layout.original_size
-    return whole == (grid.rows.pixels.canvas, grid.columns.pixels.canvas) and not layout.cut_boxes()
-
-
-def _mark_crop(axes: Axes, layout: ImageLayout) -> None:
+def mark_crop(axes: Axes, layout: ImageLayout) -> None:
     """Dim what no patch shows, and draw a line around what patches show, if that is not the whole image."""
     cut = layout.cut_boxes()
     if not cut:
@@ -316,12 +263,6 @@ def _mark_crop(axes: Axes, layout: ImageLayout) -> None:
     frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.0, label="seen")
     frame.set_clip_on(False)
     axes.add_patch(frame)
-
-
-def _draw_grid(axes: Axes, x_edges: np.ndarray, y_edges: np.ndarray) -> None:
-    style = {"colors": MUTED, "linewidth": 0.5 if len(x_edges) < 20 else 0.25, "clip_on": False}
-    axes.vlines(x_edges, y_edges[0], y_edges[-1], **style)
-    axes.hlines(y_edges, x_edges[0], x_edges[-1], **style)
 
 
 def _vivid(scale: ColorScale) -> Colormap:

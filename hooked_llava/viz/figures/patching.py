@@ -15,8 +15,9 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.arrays import recovered
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
-from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map, layer_position_map, layer_position_maps
+from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
 from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
+from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.kinds import check_not_another
 from hooked_llava.viz.titles import title_of
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.viz.figures.maps import layer_position_maps
+from hooked_llava.viz.figures.positions import layer_position_maps
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, add_heading, plot, value_lines

@@ -18,6 +18,7 @@ from hooked_llava.editing.sweep import own_probe
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import spelled_out
 from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars
@@ -43,7 +44,7 @@ class EditPage(Page):
 
 def edit_page(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     edit: Edit,
     *,
     probes: Sequence[Probe] = (),

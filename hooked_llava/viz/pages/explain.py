@@ -18,6 +18,7 @@ from hooked_llava.analysis.patch_importance import Method, patch_importance
 from hooked_llava.checks import one_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.viz.pages.explain_context import explanation
@@ -56,7 +57,7 @@ class Report(Page):
 
 def explain(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     *,
     answer: str | int | None = None,
     baseline: str | int | None = None,

@@ -16,7 +16,8 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
 from hooked_llava.viz.figures.maps import layer_head_map, names_along
-from hooked_llava.viz.figures.overlay import as_the_model_sees_it, patch_overlay, patch_overlays
+from hooked_llava.viz.figures.model_view import as_the_model_sees_it
+from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.parts import about_model, canvas, panel_columns, prompt_tokens, shown_images
 from hooked_llava.viz.style import SEQUENTIAL, ColorScale

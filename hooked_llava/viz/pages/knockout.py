@@ -24,7 +24,8 @@ from hooked_llava.datasets.study import by_kind
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
@@ -57,7 +58,7 @@ def page_edges(inputs: Inputs) -> list[str]:
 
 def knockout_page(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     edges: Edges | None = None,
     window: Window = None,
     *,

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
+from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.viz.figures.overlay import model_view
+from hooked_llava.viz.figures.model_view import model_view
 from hooked_llava.viz.pages.embed import visible
 
 _SPANS = ("last", "question", "image", "system", "rest")
 
 
-def one_prompt(model: HookedLLaVA, inputs: Any, caller: str) -> Inputs:
+def one_prompt(model: HookedLLaVA, inputs: InputsLike, caller: str) -> Inputs:
     """The prompt as the model takes it; raises `InputError` for several."""
     prompt = model.as_inputs(inputs)
     if len(prompt) != 1:
@@ -33,7 +36,7 @@ def answered(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> tuple[s
     return answer_text(model, tokens), tokens.shape[1]
 
 
-def answer_text(model: HookedLLaVA, tokens: Any) -> str:
+def answer_text(model: HookedLLaVA, tokens: Int[Tensor, "1 token"]) -> str:
     """Generated tokens [1, n] as text, without what ends or fills them; without a tokenizer their ids."""
     ids = tokens[0].tolist()
     ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]

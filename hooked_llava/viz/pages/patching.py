@@ -16,6 +16,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import Direction, check_direction, check_pair
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.metrics import logit_difference
@@ -42,8 +43,8 @@ class PatchingReport(Page):
 
 def patching_report(
     model: HookedLLaVA,
-    clean: Any,
-    corrupted: Any,
+    clean: InputsLike,
+    corrupted: InputsLike,
     *,
     answer: str | int | None = None,
     baseline: str | int | None = None,

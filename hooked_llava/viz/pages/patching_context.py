@@ -16,9 +16,10 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.results.arrays import recovered
-from hooked_llava.viz.figures.maps import layer_head_map, layer_position_maps
+from hooked_llava.viz.figures.maps import layer_head_map
 from hooked_llava.viz.figures.overlay import patch_overlays
 from hooked_llava.viz.figures.patching import by_patch
+from hooked_llava.viz.figures.positions import layer_position_maps
 from hooked_llava.viz.pages.parts import about_model, canvas, panel_columns, prompt_tokens, shown_images
 
 _N_HEADS = 5  # named below the map

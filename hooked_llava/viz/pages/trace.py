@@ -14,6 +14,7 @@ from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.viz.figures.overlay import patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
@@ -32,7 +33,7 @@ class TracePage(Page):
 
 def trace_page(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     constraint: Constraint | Sequence[Constraint],
     *,
     corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)

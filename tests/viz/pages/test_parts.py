@@ -24,7 +24,7 @@ def test_padding_is_no_part_of_the_prompt(model):
 def test_answers_end_where_the_model_ended_them(model):
     end = model.config.eos_token_ids[0]
     red, blue = (model.to_single_token(word) for word in ("red", "blue"))
-    assert answer_text(model, [torch.tensor([red, blue, end, red])]) == model.tokenizer.decode([red, blue])
+    assert answer_text(model, torch.tensor([[red, blue, end, red]])) == model.tokenizer.decode([red, blue])
 
 
 def test_a_page_is_of_one_prompt(model, inputs):

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hooked_llava.errors import InputError
+from hooked_llava.viz import as_the_model_sees_it, model_view
+
+
+def test_the_models_view_undoes_the_normalisation(model):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    inputs = model.prepare("What is it?", picture)
+    seen = model_view(inputs, model.processor.image_processor)
+    assert np.abs(seen * 255 - picture).max() < 0.6
+
+
+def test_without_an_image_processor_the_view_is_stretched_to_its_range(inputs):
+    seen = model_view(inputs)
+    assert (seen.min(), seen.max()) == (0.0, 1.0)
+
+
+def test_the_original_stands_beside_the_view_where_they_differ(model, inputs):
+    figure = as_the_model_sees_it(inputs, model.processor.image_processor)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "original, 200 x 100 pixels",
+        "32 x 32 pixels, 4 x 4 patches",
+    ]
+    same = model.prepare("What is it?", np.zeros((32, 32, 3), np.uint8))
+    assert len(as_the_model_sees_it(same).axes) == 1
+
+
+def test_a_picture_that_is_not_there_has_no_view(inputs, text_inputs):
+    with pytest.raises(InputError, match=r"There is no picture 1: the inputs hold 1, counted from 0"):
+        model_view(inputs, image=1)
+    with pytest.raises(InputError, match=r"There is no picture 0: the inputs hold 0"):
+        as_the_model_sees_it(text_inputs)
