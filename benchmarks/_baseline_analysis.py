@@ -20,7 +20,7 @@ from benchmarks._baseline_names import (
     at_last,
     average_precision,
     bootstrap,
-    decide,
+    cache_answer,
     find_constraints,
     from_transformer_lens,
     kl_divergence,
@@ -112,11 +112,11 @@ def scores(s: Subject) -> Made:
 def scores_of_several_tokens(s: Subject) -> Made:
     """Answers of two tokens, and of several spellings."""
     two = " ".join(s.answers)
-    decision = decide(s.model, s.one, two)
+    decision = cache_answer(s.model, s.one, two)
     spelled = Answer.of(s.model, s.answers[0], variants=True)
     return {
-        "decision": [decision.names, decision.read, decision.target, decision.scale],
-        "streams": torch.stack(decision.streams)[..., ::4],
+        "decision": [decision.names, decision.logit_positions, decision.target, decision.scale],
+        "streams": torch.stack(decision.resid)[..., ::4],
         "heads": lambda: analysis.head_scores(s.model, s.one, two),
         "spelled": lambda: analysis.head_scores(s.model, s.one, spelled),
         "map": lambda: analysis.patch_importance(s.model, s.batch(), two),

@@ -32,7 +32,7 @@ from hooked_llava.experiments.windows import centred_window, paper_width, releas
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.templates import find_template
 from hooked_llava.prompt.token_map import TokenMap
-from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.readout.metrics import (
     Answer,
     at_last,
@@ -87,7 +87,7 @@ __all__ = [
     "color_scale",
     "compiled",
     "constraint_rows",
-    "decide",
+    "cache_answer",
     "edit_sweep",
     "edit_table",
     "expected_tensors",

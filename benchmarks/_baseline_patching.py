@@ -153,7 +153,7 @@ def activation_patching(s: Subject) -> Made:
             teacher_forced(model, s.other, " ".join(s.answers)).inputs,
             positions="last",
             metric=forced.metric,
-            read=forced.positions,
+            logit_positions=forced.positions,
         ),
     }
     found["recovered"] = lambda: recovered(found["positions"]())

@@ -30,7 +30,7 @@ from benchmarks._measure import (
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes
 from hooked_llava.analysis import head_scores, layer_scores, patch_importance
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.answer_cache import cache_answer
 
 FORWARD, HEADS, BOTH, ALL = "forward, all logits", "head scores", "head scores and a patch map", "map of all heads"
 _MB = 2**20
@@ -58,13 +58,13 @@ def ours(model: HookedLLaVA, inputs: dict[str, Tensor]) -> dict[str, Work]:
 
 def heads_and_map(model: HookedLLaVA, prompt: Any) -> list[Any]:
     """Scores of all heads, and the map of the best: one forward pass."""
-    decision = decide(model, prompt, parts=("pattern", "v", "z"))
+    decision = cache_answer(model, prompt, parts=("pattern", "v", "z"))
     return [head_scores(model, decision), patch_importance(model, decision)]
 
 
 def everything(model: HookedLLaVA, prompt: Any) -> list[Any]:
     """All that one forward pass gives."""
-    decision = decide(model, prompt)
+    decision = cache_answer(model, prompt)
     maps = [patch_importance(model, decision, **how) for how in ({}, {"heads": 4}, {"method": "attention"})]
     return [head_scores(model, decision), layer_scores(model, decision), *maps]
 

@@ -92,10 +92,16 @@ POSITIONS: dict[str, Call] = {
     "mean_embedding": lambda p: mean_embedding(model(), p, reference=text()),
     "activation_patching": lambda p: patching(positions=p),
     "activation_patching read": lambda p: do.activation_patching(
-        model(), text(), text("ring"), hook="hook_embed", metric=lambda x: x[..., 5].sum(-1), read=p, positions="last"
+        model(),
+        text(),
+        text("ring"),
+        hook="hook_embed",
+        metric=lambda x: x[..., 5].sum(-1),
+        logit_positions=p,
+        positions="last",
     ),
     "attribution_patching read": lambda p: do.attribution_patching(
-        model(), text(), text("ring"), hooks="mlp_out", metric=lambda x: x[..., 5].sum(-1), read=p
+        model(), text(), text("ring"), hooks="mlp_out", metric=lambda x: x[..., 5].sum(-1), logit_positions=p
     ),
     "path_patching": lambda p: do.path_patching(
         model(), text(), text("ring"), senders="mlps", metric=red(), positions=p

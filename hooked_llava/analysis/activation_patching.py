@@ -27,7 +27,7 @@ from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import check_sizes, numbers, stack
+from hooked_llava.results.arrays import check_sizes, stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def activation_patching(
     heads: Each = "each",
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
-    read: Positions = "last",
+    logit_positions: Positions = "last",
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """The metric with one activation taken from the other prompt, by layer, position and head as the hook has them.
@@ -79,7 +79,7 @@ def activation_patching(
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
-        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
+        logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
         batch_size: rows at once; chosen from the free memory by default.
 
     Returns an array with those of the axes layer, position (or image and patch) and head (kv_head) that were taken in
@@ -97,13 +97,13 @@ def activation_patching(
     """
     check_direction(direction)
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
-    check_metrics(model, pairs, read)
+    check_metrics(model, pairs, logit_positions)
     plans = []
     for one, _, _ in pairs:
         names = _names(model, one, hook, layers)
         plans.append((names, _axes(model, names, one, positions, heads)))
     check_sizes([{axis: len(choices) for axis, choices in axes.items()} for _, axes in plans])
-    options: dict[str, Any] = {"direction": direction, "read": read, "batch_size": batch_size}
+    options: dict[str, Any] = {"direction": direction, "logit_positions": logit_positions, "batch_size": batch_size}
     options["asked"] = {"layers": layers, "positions": positions, "heads": heads}
     results = [_one_pair(model, *pair, hook, *plan, **options) for pair, plan in zip(pairs, plans, strict=True)]
     return stack(results, "pair") if several else results[0]
@@ -119,21 +119,23 @@ def _one_pair(
     axes: _Axes,
     *,
     direction: Direction,
-    read: Positions,
+    logit_positions: Positions,
     batch_size: int | None,
     asked: dict[str, Any],
 ) -> xr.DataArray:
     source, base = source_and_base(clean, corrupted, direction)
-    how = {"hook": hook, "direction": direction, "read": read, **asked}
+    how = {"hook": hook, "direction": direction, "read": logit_positions, **asked}
     with provenance("activation_patching", model, clean, corrupted=corrupted, n_forward=2, **how) as made:
         replay = Replay(model, base)
-        logits, cache = logits_and_activations(model, source, resolve_positions(read, source), names)
-        there_logits = replay.shaped(logits[None], read)[0]
-        metric, baselines = metric_with_baselines(model, metric, there_logits, replay.logits(read), direction)
+        logits, cache = logits_and_activations(model, source, resolve_positions(logit_positions, source), names)
+        there_logits = replay.shaped(logits[None], logit_positions)[0]
+        metric, baselines = metric_with_baselines(
+            model, metric, there_logits, replay.logits(logit_positions), direction
+        )
         cells = list(product(names, *axes.values()))
         real = list(base.token_map.real)
         runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]
-        values = replay.run(runs, metric, read, batch_size)
+        values = replay.run(runs, metric, logit_positions, batch_size)
         attrs = made.attrs(**baselines, runs=len(runs), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
@@ -235,7 +237,7 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
     if "position" in taken:
         taken["position"] = [place.positions[0] if isinstance(place, _Together) else place for place in places]
     shape = [len(choices) for choices in taken.values()]
-    result = xr.DataArray(numbers(values).reshape(shape), dims=tuple(taken), coords=dict(taken), name="metric")
+    result = xr.DataArray(to_numpy(values).reshape(shape), dims=tuple(taken), coords=dict(taken), name="metric")
     if "position" in taken:
         labels = base.token_map.labels
         named = [place.name if isinstance(place, _Together) else labels[place] for place in places]

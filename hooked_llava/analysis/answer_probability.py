@@ -14,11 +14,13 @@ import numpy as np
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.readout.answer import FIRST, unwrapped
-from hooked_llava.readout.answer_tokens import first_tokens, one_each, token_names
-from hooked_llava.readout.lens import lens, wide
+from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.readout.answer import FIRST, unwrap_single
+from hooked_llava.readout.answer_tokens import first_tokens, per_prompt
+from hooked_llava.readout.lens import lens
 from hooked_llava.readout.resid import resid_by_layer
-from hooked_llava.results.arrays import numbers, stream_coords
+from hooked_llava.readout.vocabulary import token_names
+from hooked_llava.results.arrays import resid_coords, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -64,11 +66,11 @@ def answer_probability(
         raise InputError(
             "answer_probability spells answers, and this model has no tokenizer; pass processor= to from_hf."
         )
-    answers = None if answer is None else one_each(answer, len(prompts), "answer")
-    options = one_each(false_option or "", len(prompts), "false_option")
+    answers = None if answer is None else per_prompt(answer, len(prompts), "answer")
+    options = per_prompt(false_option or "", len(prompts), "false_option")
     with provenance("answer_probability", model, prompts, n_forward=1) as made:
-        streams = resid_by_layer(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
-        logits = lens(model, wide(streams), norm="none"), wide(lens(model, streams))
+        resid = resid_by_layer(model, prompts, prompts.last[:, None])[:, :, 0]  # (layer, prompt, d_model)
+        logits = lens(model, at_least_float32(resid), norm="none"), at_least_float32(lens(model, resid))
         readings = [each.softmax(-1) for each in logits]
         own: list[int | None] = [None] * len(prompts) if answers else readings[1][-1].argmax(-1).tolist()
         answers = answers or [str(model.to_string([token])) for token in own if token is not None]
@@ -76,15 +78,15 @@ def answer_probability(
             _forms(model, prompt, word, token) + _forms(model, prompt, option)
             for prompt, word, option, token in zip(prompts.token_maps, answers, options, own, strict=True)
         ]
-        found = np.full((len(prompts), len(_READINGS), len(streams), len(FORMS)), np.nan)
+        found = np.full((len(prompts), len(_READINGS), len(resid), len(FORMS)), np.nan)
         for row, forms in enumerate(tokens):
             for column, token in enumerate(forms):
                 if token is not None:
-                    found[row, :, :, column] = np.stack([numbers(reading[:, row, token]) for reading in readings])
-        coords = {"norm": list(_READINGS), **stream_coords(len(streams) - 1), "form": list(FORMS)}
+                    found[row, :, :, column] = np.stack([to_numpy(reading[:, row, token]) for reading in readings])
+        coords = {"norm": list(_READINGS), **resid_coords(len(resid) - 1), "form": list(FORMS)}
         result = xr.DataArray(found, coords, dims=("prompt", "norm", "layer", "form"), name="probability")
         names = [["" if token is None else token_names(model, [token])[0] for token in forms] for forms in tokens]
-        attrs = {"answer": unwrapped(answers), "answer_tokens": unwrapped(names), "measured": FIRST}
+        attrs = {"answer": unwrap_single(answers), "answer_tokens": unwrap_single(names), "measured": FIRST}
         result = result.assign_attrs(made.attrs(**attrs))
         return result.isel(prompt=0) if len(prompts) == 1 else result.assign_coords(prompt=range(len(prompts)))
 

@@ -1,6 +1,6 @@
 """What does attention carry to the constraint, and from the constraint to the answer?
 
-Attention contributions (Basu et al. 2024, arXiv 2406.04236, after Yuksekgonul et al. 2023): the message from position k
+Attention contributions (Basu et al. 2024, arXiv 2406.04236, after Yuksekgonul et al. 2023): what heads write from position k
 to position q is o = A v W_O, and the contribution of k to q in a layer is the norm of the heads' sum, || sum_h o ||. Two
 steps are looked at: from the picture to the constraint's last token, and from the constraint to the last position.
 """
@@ -23,11 +23,11 @@ from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
-from hooked_llava.readout.head_outputs import attention_messages, messages_along, summed_messages
-from hooked_llava.readout.lens import words
+from hooked_llava.readout.head_outputs import head_outputs, head_outputs_along, summed_head_outputs
 from hooked_llava.readout.metrics import probability
 from hooked_llava.readout.resid import logits_at, rows_at
-from hooked_llava.results.arrays import numbers
+from hooked_llava.readout.vocabulary import decode_text
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.map_quality import roc_auc
 from hooked_llava.results.provenance import provenance
 
@@ -47,15 +47,15 @@ def attention_contribution(
     by_head: bool = False,
     answer: str | int | None = None,
 ) -> xr.Dataset:
-    """Size of the messages from the picture to the constraint's last token, and from the constraint to the last position.
+    """Size of what heads write from the picture to the constraint's last token, and from the constraint to the last position.
 
     Args:
         model: the model.
         inputs: one prompt, anything `model.as_inputs` takes.
-        constraint: words of the question, positions, or a list of several; messages go to the last one's last token.
-        measure: "norm" of the message (of the heads' sum, unless `by_head`), or "logit", its signed part along the
+        constraint: words of the question, positions, or a list of several; the first step ends at the last one's last token.
+        measure: "norm" of the output (of the heads' sum, unless `by_head`), or "logit", its signed part along the
             answer's direction through the frozen final norm, in logits.
-        by_head: every head's messages apart.
+        by_head: every head's outputs apart.
         answer: for "logit", a token id, or a word that is one token after the prompt; the model's own next token by default.
 
     Returns a dataset with `constraint_to_last` [layer, source] over the constraint's tokens (`source` are positions,
@@ -82,7 +82,7 @@ def attention_contribution(
         token = int(logits.argmax()) if token is None else token
         sizes = _sizes(model, held, token, measure, by_head=by_head)
         attrs = made.attrs(
-            answer=str(words(model, torch.tensor(token))),
+            answer=decode_text(model, [token]),
             measured=FIRST if answer is None else WHOLE,
             confidence=float(probability(int(logits.argmax()))(logits)),
             constraint_positions=[where.tolist() for where in constraints],
@@ -128,7 +128,7 @@ def _held(
 def _sizes(
     model: HookedLLaVA, held: dict[str, Tensor], token: int, measure: Measure, *, by_head: bool
 ) -> Float[Tensor, "layer *head target key"]:
-    """The size of every message to the two targets."""
+    """The size of what is written at the two targets from every position."""
     direction = None
     if measure == "logit":
         scale = held["ln_final.hook_scale"][0].float()
@@ -137,14 +137,14 @@ def _sizes(
     for layer in range(model.cfg.n_layers):
         pattern, value = (held[model.hooks_table.name(name, layer)] for name in ("pattern", "v"))
         if direction is not None:
-            along = messages_along(model, layer, pattern, value, direction)
+            along = head_outputs_along(model, layer, pattern, value, direction)
             rows.append(along if by_head else along.sum(0))
         elif by_head:  # one head at a time: [head target key d_model] is large
             heads = range(model.cfg.n_heads)
-            each = [attention_messages(model, layer, pattern, value, heads=[head]).norm(dim=-1) for head in heads]
+            each = [head_outputs(model, layer, pattern, value, heads=[head]).norm(dim=-1) for head in heads]
             rows.append(torch.cat(each))
         else:
-            rows.append(summed_messages(model, layer, pattern, value).norm(dim=-1))
+            rows.append(summed_head_outputs(model, layer, pattern, value).norm(dim=-1))
     return torch.stack(rows)
 
 
@@ -161,11 +161,11 @@ def _labelled(
     sources = [p for where in constraints for p in where]
     units = {"units": "logits" if measure == "logit" else "norm of the message"}
     found: dict[str, Any] = {
-        "constraint_to_last": ((*dims, "source"), numbers(sizes[..., 1, sources]), units),
+        "constraint_to_last": ((*dims, "source"), to_numpy(sizes[..., 1, sources]), units),
     }
     if token_map.n_images:
         grids = [sizes[..., 0, token_map.patches(i).tolist()] for i in range(token_map.n_images)]
         grid = torch.stack(grids, -2).unflatten(-1, prompt.patch_grid)  # (layer, *head, image, patch_row, patch_col)
-        found["image_to_constraint"] = ((*dims, "image", "patch_row", "patch_col"), numbers(grid), units)
+        found["image_to_constraint"] = ((*dims, "image", "patch_row", "patch_col"), to_numpy(grid), units)
     labels = [token_map.labels[p] for p in sources]
     return xr.Dataset(found, coords=coords | {"source": sources, "label": ("source", labels)})

@@ -27,7 +27,7 @@ from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.readout.resid import logits_at
-from hooked_llava.results.arrays import check_sizes, numbers, stack
+from hooked_llava.results.arrays import check_sizes, stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def attribution_patching(
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
-    read: Positions = "last",
+    logit_positions: Positions = "last",
 ) -> xr.Dataset:
     """First-order estimate of `activation_patching` at every layer and position (and head) of several hooks.
 
@@ -61,7 +61,7 @@ def attribution_patching(
             the two prompts' own answers.
         direction: "denoise": effect of clean activations in the corrupted run; "noise": the reverse.
         steps: points of the path for integrated gradients; 0 takes the gradient at the run that is patched.
-        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
+        logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
 
     Returns one array for each hook, [layer, position] or [layer, position, head] (or kv_head), for several pairs behind
     an axis pair: the estimated change of the metric. Attributes `clean` and `corrupted` hold the metric of the two
@@ -92,7 +92,7 @@ def attribution_patching(
         return xr.Dataset({hook: _estimate(model, base, own, changes, gradients) for hook, own in by_hook.items()})
 
     about = {"analysis": "attribution_patching", "hooks": list(by_hook)}
-    results = _each_pair(model, pairs, names, names, estimate, direction, steps, read, **about)
+    results = _each_pair(model, pairs, names, names, estimate, direction, steps, logit_positions, **about)
     return stack(results, "pair") if several else results[0]
 
 
@@ -104,7 +104,7 @@ def edge_attribution(
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
-    read: Positions = "last",
+    logit_positions: Positions = "last",
 ) -> xr.Dataset:
     """First-order estimate of `path_patching` between every sender and every receiver.
 
@@ -134,7 +134,9 @@ def edge_attribution(
         return _edges(model, changes, point.held, point.gradients(behind, metric))
 
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
-    results = _each_pair(model, pairs, senders, held, estimate, direction, steps, read, analysis="edge_attribution")
+    results = _each_pair(
+        model, pairs, senders, held, estimate, direction, steps, logit_positions, analysis="edge_attribution"
+    )
     return stack(results, "pair") if several else results[0]
 
 
@@ -189,7 +191,7 @@ def _each_pair(
     estimate: Callable[[Inputs, Activations, _Run, Metric], xr.Dataset],
     direction: Direction,
     steps: int,
-    read: Positions,
+    logit_positions: Positions,
     *,
     analysis: str,
     **about: Any,
@@ -200,32 +202,46 @@ def _each_pair(
     """
     check_direction(direction)
     whole_number(steps, "steps", least=0, expected="0 for a plain gradient, or the number of points of the path")
-    check_metrics(model, pairs, read, swept=False)
-    results, how = [], {"direction": direction, "steps": steps, "read": read, **about}
+    check_metrics(model, pairs, logit_positions, swept=False)
+    results, how = [], {"direction": direction, "steps": steps, "read": logit_positions, **about}
     for clean, corrupted, own_metric in pairs:
         source, base = source_and_base(clean, corrupted, direction)
         with provenance(analysis, model, clean, corrupted=corrupted, n_forward=2 + steps, **how) as made:
             start, end = model.embed(base), model.embed(source)
-            there = _run(model, source, end, changing, read)
-            here = _run(model, base, start, changing if steps else [*changing, *at_points], read, graph=not steps)
+            there = _run(model, source, end, changing, logit_positions)
+            here = _run(
+                model, base, start, changing if steps else [*changing, *at_points], logit_positions, graph=not steps
+            )
             measure, baselines = metric_with_baselines(model, own_metric, there.logits, here.logits.detach(), direction)
             changes = {name: there.held.pop(name) - here.held[name].detach() for name in changing}
-            points = _along_path(model, base, start, end, at_points, read, steps) if steps else [here]
+            points = _along_path(model, base, start, end, at_points, logit_positions, steps) if steps else [here]
             result = sum(estimate(base, changes, point, measure) for point in points) / max(1, steps)
             results.append(result.assign_attrs(made.attrs(**baselines)))
     return results
 
 
 def _along_path(
-    model: HookedLLaVA, base: Inputs, start: Tensor, end: Tensor, names: list[str], read: Positions, steps: int
+    model: HookedLLaVA,
+    base: Inputs,
+    start: Tensor,
+    end: Tensor,
+    names: list[str],
+    logit_positions: Positions,
+    steps: int,
 ) -> Iterator[_Run]:
     """Runs at the midpoints of equal parts of the line between two embeddings."""
     for step in range(steps):
-        yield _run(model, base, start + (step + 0.5) / steps * (end - start), names, read, graph=True)
+        yield _run(model, base, start + (step + 0.5) / steps * (end - start), names, logit_positions, graph=True)
 
 
 def _run(
-    model: HookedLLaVA, inputs: Inputs, embedding: Tensor, names: list[str], read: Positions, *, graph: bool = False
+    model: HookedLLaVA,
+    inputs: Inputs,
+    embedding: Tensor,
+    names: list[str],
+    logit_positions: Positions,
+    *,
+    graph: bool = False,
 ) -> _Run:
     """A forward pass that enters with what the merge gives, and computes logits only where they are read."""
     held: Activations = {}
@@ -242,8 +258,8 @@ def _run(
         entering = embedding.detach().requires_grad_(graph)
         where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
         resid = model(entering, **where, stop_at_layer=model.cfg.n_layers)  # (1, pos, d_model)
-        logits = logits_at(model, resid, resolve_positions(read, inputs))[0]  # (position, d_vocab)
-        return _Run(held, logits[0] if isinstance(read, str) and read == "last" else logits)
+        logits = logits_at(model, resid, resolve_positions(logit_positions, inputs))[0]  # (position, d_vocab)
+        return _Run(held, logits[0] if isinstance(logit_positions, str) and logit_positions == "last" else logits)
 
 
 def _checked(model: HookedLLaVA, hook: Any) -> list[str]:
@@ -271,9 +287,9 @@ def _estimate(
     if len(dims) > 1:
         coords[dims[1]] = range(rows[0].shape[-1])
     if model.hooks_table[names[0]].layer is None:
-        return xr.DataArray(numbers(rows[0]), dims=dims, coords=coords, name="change")
+        return xr.DataArray(to_numpy(rows[0]), dims=dims, coords=coords, name="change")
     coords["layer"] = [model.hooks_table[name].layer for name in names]
-    return xr.DataArray(numbers(torch.stack(rows)), dims=("layer", *dims), coords=coords, name="change")
+    return xr.DataArray(to_numpy(torch.stack(rows)), dims=("layer", *dims), coords=coords, name="change")
 
 
 def _receivers(model: HookedLLaVA) -> list[list[str]]:
@@ -344,13 +360,13 @@ def _into_layer(
     cfg = model.config.language
     heads = np.full((len(reading), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
     mlps = heads[:, :, 0].copy()
-    embed = numbers(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
+    embed = to_numpy(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
     for sender in range(min(layer + 1, cfg.n_layers)):
         hears = slice(None) if sender < layer else slice(-1, None)
         z = changes[model.hooks_table.name("z", sender)][0]  # (pos, head, d_head)
         wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
-        heads[hears, sender] = numbers(einsum("h p m, r p m -> r h", wrote, reading[hears]))
+        heads[hears, sender] = to_numpy(einsum("h p m, r p m -> r h", wrote, reading[hears]))
         if sender < layer:
             change = changes[model.hooks_table.name("mlp_out", sender)][0].float()
-            mlps[:, sender] = numbers(einsum("p m, r p m -> r", change, reading))
+            mlps[:, sender] = to_numpy(einsum("p m, r p m -> r", change, reading))
     return heads, mlps, embed

@@ -33,12 +33,12 @@ from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import AnswerReading, read_answer
 from hooked_llava.readout.answer_tokens import Answer
-from hooked_llava.readout.lens import words
 from hooked_llava.readout.metric_names import about_metric
 from hooked_llava.readout.metrics import Metric, value_of
+from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import join_attrs, n_tied, numbers
+from hooked_llava.results.arrays import join_attrs, n_tied, to_numpy
 from hooked_llava.results.provenance import Provenance, provenance
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan)
     """What was asked, what was said, and what it cost, for the attributes."""
     token_map = clean.inputs.token_map
     return {
-        "corrupted_answer": str(words(model, corrupted.replays[0].logits().argmax())),
+        "corrupted_answer": decode_text(model, [int(corrupted.replays[0].logits().argmax())]),
         "constraint": [" ".join(token_map.labels[p].strip() for p in where) for where in plan.constraints],
         "constraint_positions": [where.tolist() for where in plan.constraints],
         "constraint_last": plan.constraints[-1][-1],
@@ -303,7 +303,7 @@ def _effects(
     batch_size: int | None,
 ) -> tuple[Float[np.ndarray, "kind layer position"], int]:
     """What each restored output adds to the corrupted runs' metric, averaged over them, and the number of runs."""
-    cells = _cells(plan, corrupted.first, plan.reading.read[0].tolist(), clean.model.cfg.n_layers)
+    cells = _cells(plan, corrupted.first, plan.reading.logit_positions[0].tolist(), clean.model.cfg.n_layers)
     table = np.zeros((len(baseline), len(plan.kinds), len(plan.layers), len(plan.positions)))
     if not cells:
         return table.mean(0), 0
@@ -312,7 +312,7 @@ def _effects(
     runs = [_restoration(there, plan, first, *cell) for cell in cells]
     for effects, replay, without in zip(table, corrupted.replays, baseline, strict=True):
         effects[tuple(np.array(cells).T)] = (
-            numbers(replay.run(runs, metric, plan.reading.positions, batch_size)) - without
+            to_numpy(replay.run(runs, metric, plan.reading.positions, batch_size)) - without
         )
     return table.mean(0), len(runs) * len(baseline)
 

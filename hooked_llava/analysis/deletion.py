@@ -16,9 +16,9 @@ from jaxtyping import Float
 from hooked_llava.analysis.maps.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.readout.answer_cache import Target, resolve_target
+from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import numbers
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def deletion_curves(
         got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(maps)} maps, and image={image}"
         raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
     grids = {name: _checked(prompt.patch_grid, name, values) for name, values in maps.items()}
-    found = resolve_target(model, prompt, target)
+    found = read_target(model, prompt, target)
     longer = found.inputs
     with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
-        replay, positions = Replay(model, longer), found.read[0].tolist()
+        replay, positions = Replay(model, longer), found.logit_positions[0].tolist()
         found = found.with_own(model, replay.logits(positions)[None])
         fill = mean_embedding(model, longer, image) if where == "tokens" else None
         gone = [_gone(values, share, way) for way in ways for values in grids.values() for share in steps]
@@ -80,7 +80,7 @@ def deletion_curves(
         runs = [[blank(model, longer, p, image=image, where=where, fill=fill)] if p else [] for p in different]
         once = replay.run(runs, found.metric(0), positions=positions)
         log_p = once[[different.index(p) for p in gone]]
-        values = numbers(log_p.exp()).reshape(len(ways), len(grids), len(steps))
+        values = to_numpy(log_p.exp()).reshape(len(ways), len(grids), len(steps))
         made.n_forward = forwards_of(replay)  # its runs included
         attrs = made.attrs(**found.attrs(model, "target"), runs=len(runs))
     area = np.trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0])

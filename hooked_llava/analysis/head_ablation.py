@@ -19,11 +19,11 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_is_said
-from hooked_llava.readout.answer_cache import Target, resolve_target
+from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import numbers
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def ablate_heads(
     others = prompts if reference is None else reference
     if replace == "mean" and isinstance(others, Inputs) and len(others) < 2:
         raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")
-    found = resolve_target(model, prompts, target)
-    if found.read.shape[1] != 1:
+    found = read_target(model, prompts, target)
+    if found.logit_positions.shape[1] != 1:
         raise InputError("ablate_heads scores answers of one token; give a word that is one, or its first token.")
     with provenance("ablate_heads", model, prompts, n_forward=1, replace=replace, heads=sets) as made:
         means = _means(model, others) if replace == "mean" else None
@@ -84,7 +84,7 @@ def ablate_heads(
         made.n_forward = 1 + (means is not None)
         dims = ("set", "prompt")
         return xr.Dataset(
-            {"log_probability": (dims, numbers(log_p)), "correct": (dims, right.cpu().numpy())},
+            {"log_probability": (dims, to_numpy(log_p)), "correct": (dims, right.cpu().numpy())},
             coords={"set": list(sets), "n_heads": ("set", [len(set(pairs)) for pairs in sets.values()])},
             attrs=made.attrs(**found.attrs(model, "target"), work=replay.work.forwards),
         )

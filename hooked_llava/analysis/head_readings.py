@@ -2,7 +2,7 @@
 
 The query-key and value-output readings of Yu & Ananiadou (arXiv 2411.10950): at the positions that matter, the words in
 the stream that a head reads, in the two parts of it that attention and the MLPs wrote (by which the paper explains where
-the head looks and what it takes), and in the message that it sends.
+the head looks and what it takes), and in what it writes from there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions
-from hooked_llava.readout.answer_cache import Decision, Target, decide, resolve_target
-from hooked_llava.readout.head_outputs import attention_messages
-from hooked_llava.readout.lens import Space, check_k, check_spaces, project, wide, words
-from hooked_llava.results.arrays import numbers
+from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.readout.answer_cache import AnswerCache, Target, cache_answer, read_target
+from hooked_llava.readout.head_outputs import head_outputs
+from hooked_llava.readout.lens import Space, check_spaces, project
+from hooked_llava.readout.vocabulary import check_k, decode_tokens
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def head_readings(
     """Words at the positions that a head reads from: `token`, `token_id`, `value`, each [reading, position, rank].
 
     Readings of position p, at the head's layer l: "layer_input" the stream x_l; "key_input" what attention wrote there in
-    earlier layers, "value_input" what the MLPs wrote (together x_l - x_0); "value_output" the head's message from p to the
+    earlier layers, "value_input" what the MLPs wrote (together x_l - x_0); "value_output" what the head writes from p at the
     answer's position. All are read with the final norm's scale at the answer's position, as the paper's code does.
 
     Args:
@@ -77,35 +79,35 @@ def head_readings(
     check_spaces([space])
     top = check_top(top)
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
-    if resolve_target(model, prompt, target).read.shape[1] != 1:
+    if read_target(model, prompt, target).logit_positions.shape[1] != 1:
         raise InputError("head_readings reads one message from each position; give a target of one token.")
     with provenance("head_readings", model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
-        decision = decide(model, prompt, target, parts=("pattern", "v"))
-        index = best_positions(decision, (layer, head), top) if chosen is None else chosen
-        result = _read(decision, layer, head, index, k, space)
-        scores = score_positions(decision, layer, head, index[None].to(prompt.device))[0]
-        result["score"] = ("position", numbers(scores))
-        return result.assign_attrs(made.attrs(**decision.target_attrs()))
+        cache = cache_answer(model, prompt, target, parts=("pattern", "v"))
+        index = best_positions(cache, (layer, head), top) if chosen is None else chosen
+        result = _read(cache, layer, head, index, k, space)
+        scores = score_positions(cache, layer, head, index[None].to(prompt.device))[0]
+        result["score"] = ("position", to_numpy(scores))
+        return result.assign_attrs(made.attrs(**cache.target_attrs()))
 
 
 def _read(
-    decision: Decision, layer: int, head: int, index: Int[Tensor, " position"], k: int, space: Space
+    cache: AnswerCache, layer: int, head: int, index: Int[Tensor, " position"], k: int, space: Space
 ) -> xr.Dataset:
     """The k best words of every reading at every position, and the attention that the head pays it."""
-    model, prompt = decision.model, decision.inputs
-    pattern, value = decision.part(layer, "pattern")[0], decision.part(layer, "v")[0]
-    message = attention_messages(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
-    stream, *parts = [*_vectors(model, prompt, layer, index), message]
-    read = [project(model, stream, space, decision.scale[0, 0], bias=True)]  # the bias belongs to the whole stream
-    read.append(project(model, torch.stack(parts), space, decision.scale[0, 0]))
+    model, prompt = cache.model, cache.inputs
+    pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
+    written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
+    stream, *parts = [*_vectors(model, prompt, layer, index), written]
+    read = [project(model, stream, space, cache.scale[0, 0], bias=True)]  # the bias belongs to the whole stream
+    read.append(project(model, torch.stack(parts), space, cache.scale[0, 0]))
     values, ids = torch.cat([read[0][None], read[1]]).topk(k, dim=-1)
     dims = ("reading", "position", "rank")
     return xr.Dataset(
         {
-            "token": (dims, words(model, ids)),
+            "token": (dims, decode_tokens(model, ids)),
             "token_id": (dims, ids.cpu().numpy()),
-            "value": (dims, numbers(values)),
-            "attention": ("position", numbers(pattern[head, 0, index.to(pattern.device)])),
+            "value": (dims, to_numpy(values)),
+            "attention": ("position", to_numpy(pattern[head, 0, index.to(pattern.device)])),
         },
         coords={
             "reading": list(READINGS),
@@ -127,7 +129,7 @@ def _vectors(
     with torch.no_grad():
         # one layer further, so that the stream entering this one is certain to have passed its hook
         model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)
-    held = {name: wide(tensor[0]) for name, tensor in store.items()}
+    held = {name: at_least_float32(tensor[0]) for name, tensor in store.items()}
     stream = held[names[1]]
     by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(stream))
     return torch.stack([stream, by_attention, stream - held["hook_embed"] - by_attention])
@@ -170,20 +172,20 @@ def attention_to_object(
         attrs = made.attrs(other=list(sides[1].prompts or ()))
         if pairs is None:
             coords = {"question": ["same", "other"], "layer": range(n_layers), "head": range(n_heads)}
-            return xr.DataArray(numbers(mass), coords=coords, dims=list(coords), name="attention", attrs=attrs)
+            return xr.DataArray(to_numpy(mass), coords=coords, dims=list(coords), name="attention", attrs=attrs)
         chosen = torch.stack([mass[:, layer, head] for layer, head in pairs], -1)
         coords = {"question": ["same", "other"], "head": range(len(pairs))}
         named = ("head", [f"{layer}.{head}" for layer, head in pairs])
-        found = xr.DataArray(numbers(chosen), coords=coords, dims=list(coords), name="attention", attrs=attrs)
+        found = xr.DataArray(to_numpy(chosen), coords=coords, dims=list(coords), name="attention", attrs=attrs)
         return found.assign_coords(layer_head=named)
 
 
 def _mass(model: HookedLLaVA, prompts: Inputs, positions: Positions) -> Float[Tensor, "layer head"]:
     """Attention from the answer's position to the object's, averaged over prompts."""
-    decision = decide(model, prompts, parts=("pattern",))
+    cache = cache_answer(model, prompts, parts=("pattern",))
     total = []
     for i, prompt in enumerate(prompts):
         index = resolve_positions(positions, prompt)[0]
-        rows = [decision.part(layer, "pattern")[i, :, 0].float() for layer in range(decision.n_layers)]
+        rows = [cache.part(layer, "pattern")[i, :, 0].float() for layer in range(cache.n_layers)]
         total.append(torch.stack([row[:, index.to(row.device)].sum(-1) for row in rows]))
     return torch.stack(total).mean(0)

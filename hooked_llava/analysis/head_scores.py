@@ -27,8 +27,9 @@ from hooked_llava.analysis.maps.scores import (
 )
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
-from hooked_llava.readout.answer_cache import Decision, Target, as_decision, one_by_one, one_or_all, prompts_of
-from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.readout.answer import unwrap_single
+from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of, split_prompts
+from hooked_llava.results.arrays import stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
 
     Args:
         model: the model.
-        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them
+        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `AnswerCache` of them
             (`hooked_llava.analysis.maps.decide`), so that several analyses share one forward pass.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing, as the sum over its tokens; a list has one for each prompt.
@@ -58,9 +59,9 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
     (('layer', 'head'), 'log-probability increase (nats)')
     """
     with provenance("head_scores", model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
-        decision, made.n_forward = as_decision(model, inputs, target, ("z",))
-        scores = score_heads(decision)
-        return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**_target(decision)))
+        cache, made.n_forward = as_answer_cache(model, inputs, target, ("z",))
+        scores = score_heads(cache)
+        return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**_target(cache)))
 
 
 def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
@@ -78,22 +79,22 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
     True
     """
     with provenance("layer_scores", model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
-        decision, made.n_forward = as_decision(model, inputs, target, ("attn_out", "mlp_out"))
-        ends = [decision.log_probability(decision.streams[i]).tolist() for i in (-1, 0)]
+        cache, made.n_forward = as_answer_cache(model, inputs, target, ("attn_out", "mlp_out"))
+        ends = [cache.log_probability(cache.resid[i]).tolist() for i in (-1, 0)]
         attrs = {
-            "log_probability": one_or_all(ends[0]),
-            "log_probability_of_embedding": one_or_all(ends[1]),
-            **_target(decision),
+            "log_probability": unwrap_single(ends[0]),
+            "log_probability_of_embedding": unwrap_single(ends[1]),
+            **_target(cache),
         }
         dims = ("prompt", "layer", "component")
-        result = _labelled(score_layers(decision), dims, "layer_score", made.attrs(**attrs))
+        result = _labelled(score_layers(cache), dims, "layer_score", made.attrs(**attrs))
         return result.assign_coords(component=["attn", "mlp"])
 
 
 def position_scores(
     model: HookedLLaVA, inputs: Any, target: Target = None, *, heads: Heads = 1, positions: Positions | None = None
 ) -> xr.Dataset:
-    """What the heads bring from every position: `score`, S of the message A v W_O, and `attention`, [head, position].
+    """What the heads bring from every position: `score`, S of A v W_O, and `attention`, [head, position].
 
     Args:
         model: the model.
@@ -101,7 +102,7 @@ def position_scores(
         target: as for `head_scores`; a list may here have words of several tokens.
         heads: the k heads with the largest scores (best first), or (layer, head) pairs. The coordinate
             `layer_head` on their axis says which they are, such as "2.1"; of several prompts each has its own.
-        positions: where the messages come from; all of the prompt by default. Padding has the score NaN.
+        positions: which; all of the prompt by default. Padding has the score NaN.
 
     With an answer of several tokens scores are summed and attention averaged over them, and positions are those of the
     prompts padded on the left. Raises `InputError` for heads or positions that are not there.
@@ -113,7 +114,7 @@ def position_scores(
     (('head', 'position'), 2)
     """
     heads = check_choice(model, heads)
-    apart = one_by_one(model, inputs, target)
+    apart = split_prompts(model, inputs, target)
     prompts = prompts_of(model, inputs)
     results = prompts.each(lambda one: _positions_of(model, *one, heads, positions), apart)
     if len(results) == 1:
@@ -124,32 +125,34 @@ def position_scores(
 
 
 def _positions_of(
-    model: HookedLLaVA, inputs: Inputs | Decision, target: Target, heads: Heads, positions: Positions | None
+    model: HookedLLaVA, inputs: Inputs | AnswerCache, target: Target, heads: Heads, positions: Positions | None
 ) -> xr.Dataset:
     prompt, named = prompts_of(model, inputs), slice(None) if positions is None else positions
     index = resolve_positions(named, prompt)
     with provenance(
         "position_scores", model, prompt, n_forward=1, units=_UNITS, heads=heads, positions=positions
     ) as made:
-        decision, made.n_forward = as_decision(model, inputs, target, ("pattern", "v", "z"))
-        if decision.read.shape[1] > 1 and not isinstance(inputs, Decision):  # the answer stands behind the prompt
+        cache, made.n_forward = as_answer_cache(model, inputs, target, ("pattern", "v", "z"))
+        if cache.logit_positions.shape[1] > 1 and not isinstance(
+            inputs, AnswerCache
+        ):  # the answer stands behind the prompt
             prompt = prompt.padded_left()
             index = resolve_positions(named, prompt)
         where = index.to(prompt.device)
-        pairs = chosen_heads(decision, heads)[0]
-        scores = torch.stack([score_positions(decision, layer, head, where)[0] for layer, head in pairs])
+        pairs = chosen_heads(cache, heads)[0]
+        scores = torch.stack([score_positions(cache, layer, head, where)[0] for layer, head in pairs])
         scores = scores.masked_fill(~prompt.attention_mask[0, where[0]], float("nan"))
-        seen = torch.stack([decision.part(layer, "pattern")[0, head].float().mean(0) for layer, head in pairs])
+        seen = torch.stack([cache.part(layer, "pattern")[0, head].float().mean(0) for layer, head in pairs])
         dims = ("head", "position")
         return xr.Dataset(
-            {"score": (dims, numbers(scores)), "attention": (dims, numbers(seen[:, where[0]]))},
+            {"score": (dims, to_numpy(scores)), "attention": (dims, to_numpy(seen[:, where[0]]))},
             coords={
                 "head": range(len(pairs)),
                 "layer_head": ("head", named_heads([pairs])[0]),
                 "position": index[0].tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index[0].tolist()]),
             },
-            attrs=made.attrs(**_target(decision)),
+            attrs=made.attrs(**_target(cache)),
         )
 
 
@@ -192,7 +195,7 @@ def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, i
 def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image") -> xr.DataArray:
     """Attention of every head from the answer's position to a span, [layer, head]: the other way to rank heads.
 
-    Of several prompts each has a span of its own length, and a first axis prompt comes before. A `Decision` may stand in
+    Of several prompts each has a span of its own length, and a first axis prompt comes before. A `AnswerCache` may stand in
     their place, as for `head_scores`. Raises `InputError` or `SpanError` for positions that are not there.
 
     >>> from hooked_llava import HookedLLaVA
@@ -205,17 +208,17 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
     places = prompts.each(lambda prompt: resolve_positions(span, prompt)[0].to(prompts.device), prompts)
     said = span if isinstance(span, str) else places[0].tolist()
     with provenance("heads_by_attention", model, prompts, n_forward=1, span=said, units="attention") as made:
-        decision, made.n_forward = as_decision(model, inputs, None, ("pattern",))
-        rows = torch.stack([decision.part(i, "pattern").float().mean(2) for i in range(decision.n_layers)], 1)
+        cache, made.n_forward = as_answer_cache(model, inputs, None, ("pattern",))
+        rows = torch.stack([cache.part(i, "pattern").float().mean(2) for i in range(cache.n_layers)], 1)
         mass = torch.stack([row[..., where].sum(-1) for row, where in zip(rows, places, strict=True)])
         return _labelled(mass, ("prompt", "layer", "head"), "attention", made.attrs())
 
 
-def _target(decision: Decision) -> dict[str, Any]:
-    return decision.target_attrs()
+def _target(cache: AnswerCache) -> dict[str, Any]:
+    return cache.target_attrs()
 
 
 def _labelled(values: torch.Tensor, dims: Sequence[str], name: str, attrs: dict[str, Any]) -> xr.DataArray:
     coords = {dim: range(n) for dim, n in zip(dims, values.shape, strict=True)}
-    result = xr.DataArray(numbers(values), dims=dims, coords=coords, name=name, attrs=attrs)
+    result = xr.DataArray(to_numpy(values), dims=dims, coords=coords, name=name, attrs=attrs)
     return result.isel(prompt=0, drop=True) if len(values) == 1 else result

@@ -25,12 +25,13 @@ from hooked_llava.analysis.maps.scores import (
 )
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
-from hooked_llava.readout.answer_cache import Decision, as_decision, one_by_one, prompts_of
-from hooked_llava.readout.answer_tokens import one_each, single_token
-from hooked_llava.readout.head_outputs import attention_messages
-from hooked_llava.readout.lens import Space, check_spaces, project, words
+from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, prompts_of, split_prompts
+from hooked_llava.readout.answer_tokens import per_prompt, single_token
+from hooked_llava.readout.head_outputs import head_outputs
+from hooked_llava.readout.lens import Space, check_spaces, project
 from hooked_llava.readout.resid import resid_by_layer
-from hooked_llava.results.arrays import numbers, stack, stream_coords
+from hooked_llava.readout.vocabulary import decode_text
+from hooked_llava.results.arrays import resid_coords, stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def information_storage(
 
     Args:
         model: the model.
-        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `Decision` of them, with
+        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `AnswerCache` of them, with
             a target of one token.
         correct: the word that should be stored (the colour, the object's name), one token where it follows the prompt; a list
             has one for each prompt.
@@ -65,13 +66,13 @@ def information_storage(
         top: only so many of these positions: those with the largest scores for the best of the heads, the best first. All
             of them, in their order, where positions are named and `top` is not; by default 20 of the prompt. The
             paper's metric at image positions is positions="image", top=20.
-        heads: whose messages are read: the k best by their scores, "all", or (layer, head) pairs. Scores are those for
-            the model's own answer (or a decision's target).
+        heads: whose outputs are read: the k best by their scores, "all", or (layer, head) pairs. Scores are those for
+            the model's own answer (or the answer cache's target).
         spaces: how vectors become words, see `head_readings`.
 
     Returns, for the stream entering each layer (layer 0 is the embedding: at image positions what the projector gives;
     layer n_layers the final stream), `logit_difference` and `rank` [space, layer, position, (word)], and for the heads'
-    messages to the answer's position `message_logit_difference` and `message_rank` [space, head, position, (word)]. A rank
+    outputs at the answer's position `message_logit_difference` and `message_rank` [space, head, position, (word)]. A rank
     counts from 1; the paper's MRR is the mean of its reciprocal, as `reciprocal_rank` takes it. "Logits" of the spaces
     "embed" and "cosine" are inner products and cosines. Raises `InputError` for words of several tokens, and for spaces,
     heads or positions that are not there. Methods (e) and (f) of the paper.
@@ -82,18 +83,18 @@ def information_storage(
     >>> stored["rank"].dims, bool(stored["rank"].min() >= 1)
     (('space', 'layer', 'position', 'word'), True)
     """
-    apart = [prompt for prompt, _ in one_by_one(model, inputs, None)]
+    apart = [prompt for prompt, _ in split_prompts(model, inputs, None)]
     check_spaces(spaces)
     heads = check_choice(model, heads)
     top = check_top(20 if top is None else top) if positions is None or top is not None else None
-    given = [one_each(words, len(apart), what) for words, what in ((correct, "correct"), (distractor, "distractor"))]
+    given = [per_prompt(words, len(apart), what) for words, what in ((correct, "correct"), (distractor, "distractor"))]
     maps = prompts_of(model, inputs).token_maps
 
     def tokens(token_map: TokenMap, one: str | SupportsIndex, other: str | SupportsIndex) -> tuple[int, int]:
         return single_token(model, token_map, one), single_token(model, token_map, other)
 
     ids = prompts_of(model, inputs).each(tokens, maps, *given)
-    if isinstance(inputs, Decision) and inputs.read.shape[1] != 1:
+    if isinstance(inputs, AnswerCache) and inputs.logit_positions.shape[1] != 1:
         raise InputError("information_storage reads one message from each position; give a decision of one token.")
     results = [
         _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(apart, ids, strict=True)
@@ -117,7 +118,7 @@ def reciprocal_rank(stored: xr.Dataset, *, dim: Sequence[str] = ("prompt", "posi
 
 def _one_prompt(
     model: HookedLLaVA,
-    inputs: Inputs | Decision,
+    inputs: Inputs | AnswerCache,
     ids: tuple[int, int],
     positions: Positions | None,
     top: int | None,
@@ -127,48 +128,48 @@ def _one_prompt(
     prompt = prompts_of(model, inputs)
     index = among = None if positions is None else resolve_positions(positions, prompt)[0]
     with provenance("information_storage", model, prompt, n_forward=2, spaces=spaces, top=top) as made:
-        decision, n_forward = as_decision(model, inputs, None, ("pattern", "v", "z"))
+        cache, n_forward = as_answer_cache(model, inputs, None, ("pattern", "v", "z"))
         made.n_forward = n_forward + 1
-        pairs = chosen_heads(decision, heads)[0]
+        pairs = chosen_heads(cache, heads)[0]
         if top is not None:
-            best = pairs[0] if isinstance(heads, int) else best_of(decision, pairs)
-            index = best_positions(decision, best, top, None if among is None else among.tolist())
+            best = pairs[0] if isinstance(heads, int) else best_of(cache, pairs)
+            index = best_positions(cache, best, top, None if among is None else among.tolist())
         assert index is not None  # without positions there is always a `top`
-        streams = resid_by_layer(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
-        messages = torch.stack([_messages(decision, layer, head, index) for layer, head in pairs])
-        scale = decision.scale[0, 0]
-        read = [_compare(project(model, streams, space, scale), ids) for space in spaces]
-        sent = [_compare(project(model, messages, space, scale), ids) for space in spaces]
+        resid = resid_by_layer(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
+        written = torch.stack([_written(cache, layer, head, index) for layer, head in pairs])
+        scale = cache.scale[0, 0]
+        read = [_compare(project(model, resid, space, scale), ids) for space in spaces]
+        sent = [_compare(project(model, written, space, scale), ids) for space in spaces]
         by_layer, by_head = ("space", "layer", "position"), ("space", "head", "position")
         return xr.Dataset(
             {
-                "logit_difference": (by_layer, numbers(torch.stack([difference for difference, _ in read]))),
+                "logit_difference": (by_layer, to_numpy(torch.stack([difference for difference, _ in read]))),
                 "rank": ((*by_layer, "word"), torch.stack([rank for _, rank in read]).cpu().numpy()),
-                "message_logit_difference": (by_head, numbers(torch.stack([difference for difference, _ in sent]))),
+                "message_logit_difference": (by_head, to_numpy(torch.stack([difference for difference, _ in sent]))),
                 "message_rank": ((*by_head, "word"), torch.stack([rank for _, rank in sent]).cpu().numpy()),
             },
             coords={
                 "space": list(spaces),
-                **stream_coords(len(streams) - 1),
+                **resid_coords(len(resid) - 1),
                 "head": range(len(pairs)),
                 "position": index.tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
                 "word": ["correct", "distractor"],
             },
             attrs=made.attrs(
-                correct=str(words(model, torch.tensor(ids[0]))),
-                distractor=str(words(model, torch.tensor(ids[1]))),
+                correct=decode_text(model, [ids[0]]),
+                distractor=decode_text(model, [ids[1]]),
                 heads=named_heads([pairs])[0],
             ),
         )
 
 
-def _messages(
-    decision: Decision, layer: int, head: int, index: Int[Tensor, " position"]
+def _written(
+    cache: AnswerCache, layer: int, head: int, index: Int[Tensor, " position"]
 ) -> Float[Tensor, "position d_model"]:
-    pattern, value = decision.part(layer, "pattern")[0], decision.part(layer, "v")[0]
+    pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
     where = index.to(value.device)
-    return attention_messages(decision.model, layer, pattern[..., where], value[where], heads=[head])[0, 0]
+    return head_outputs(cache.model, layer, pattern[..., where], value[where], heads=[head])[0, 0]
 
 
 def _compare(

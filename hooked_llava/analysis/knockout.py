@@ -39,7 +39,7 @@ from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_ans
 from hooked_llava.readout.answer_tokens import Answer
 from hooked_llava.readout.metrics import Metric, logit_difference, measured
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import numbers
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading |
         raise InputError(
             "metric='logit_difference' and baseline= belong together: the logit of which token is subtracted?"
         )
-    several = [one.texts for one in (reading, baseline) if one is not None and one.read.shape[1] > 1]
+    several = [one.texts for one in (reading, baseline) if one is not None and one.logit_positions.shape[1] > 1]
     if metric == "logit_difference" and several:
         raise InputError(
             f"metric='logit_difference' compares the logits of two single tokens, and {several[0]} has several after its "
@@ -305,7 +305,7 @@ class _Scores:
 
     def attrs(self, model: HookedLLaVA) -> dict[str, Any]:
         """What a result says of the answers, and of `last`."""
-        several = self.reading.read.shape[1] > 1
+        several = self.reading.logit_positions.shape[1] > 1
         last = "the positions that predict the answer's tokens" if several else "the prompt's last position"
         against = {} if self.baseline is None else {"baseline": self.baseline.attrs(model)["answer"]}
         return {**self.reading.attrs(model), **against, "last_is": last}
@@ -327,7 +327,7 @@ def _run(
 ) -> Float[Tensor, "run prompt 2"]:
     """The scores of every planned run; runs that are the same are done once."""
     n_layers, reading = replay.model.cfg.n_layers, scores.reading
-    predicting = reading.read.tolist()
+    predicting = reading.logit_positions.tolist()
     keys = []
     for edge, window in plan:
         # In the last layer only the positions that predict the answer still feed it.
@@ -351,14 +351,14 @@ def _labelled(
     present: np.ndarray,
 ) -> xr.Dataset:
     names = [edge.name for edge in edges]
-    table = numbers(values).astype(float) + 0.0  # no -0.0
+    table = to_numpy(values).astype(float) + 0.0  # no -0.0
     n = len(edges) * len(windows)
     parts = {"": table[:n].reshape(len(edges), len(windows), *table.shape[1:])}
     if None in windows:
         parts = {"": table[:n]}
     if len(table) > n:
         parts["total_"] = table[n:]
-    found: dict[str, Any] = {"base": ("prompt", numbers(scores.base).astype(float))}
+    found: dict[str, Any] = {"base": ("prompt", to_numpy(scores.base).astype(float))}
     for prefix, part in parts.items():
         part = np.moveaxis(part, -2, 0)  # (prompt, edge, [layer], number)
         part = np.where(present.reshape(*present.shape, *[1] * (part.ndim - 2)), part, np.nan)

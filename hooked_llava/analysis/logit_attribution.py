@@ -20,12 +20,13 @@ from torch import Tensor
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook, resolve_positions
+from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
-from hooked_llava.readout.head_outputs import messages_along
-from hooked_llava.readout.lens import wide, words
+from hooked_llava.readout.head_outputs import head_outputs_along
 from hooked_llava.readout.resid import logits_at, rows_at
-from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.readout.vocabulary import decode_text
+from hooked_llava.results.arrays import stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def logit_attribution(
             "component" [component] (embed, 0_attn, 0_mlp, ..., and ln_final_bias of a LayerNorm);
             "layer" [layer] (attention and MLP of each together);
             "head" [layer, head]; "neuron" [layer, neuron];
-            "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its value-output
-            message); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
+            "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its
+            value-output); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
         position: where the logit is read.
 
     The parts and the attribute `rest` (what is divided no further: the embedding, biases, for heads and neurons
@@ -145,7 +146,7 @@ def _direction(model: HookedLLaVA, answer: int, baseline: int | None) -> Float[T
     direction = model.tokens_to_residual_directions(answer)
     if baseline is not None:
         direction = direction - model.tokens_to_residual_directions(baseline)
-    return wide(direction)
+    return at_least_float32(direction)
 
 
 def _by_component(
@@ -155,12 +156,14 @@ def _by_component(
     for layer in range(model.cfg.n_layers):
         names |= {f"{layer}_{part}": model.hooks_table.name(f"{part}_out", layer) for part in ("attn", "mlp")}
     values = torch.stack([cache[name][0, 0].to(direction.dtype) @ direction for name in names.values()])
-    return xr.DataArray(numbers(values), dims="component", coords={"component": list(names)}, name="logit")
+    return xr.DataArray(to_numpy(values), dims="component", coords={"component": list(names)}, name="logit")
 
 
 def _norm_bias(model: HookedLLaVA, bias: Float[Tensor, " d_model"], answer: int, baseline: int | None) -> xr.DataArray:
     """What the final norm's bias gives the logit, whatever the prompt."""
-    reading = wide(model.W_U[:, answer]) - (0.0 if baseline is None else wide(model.W_U[:, baseline]))
+    reading = at_least_float32(model.W_U[:, answer]) - (
+        0.0 if baseline is None else at_least_float32(model.W_U[:, baseline])
+    )
     value = float(reading @ bias.to(reading.dtype))
     return xr.DataArray([value], dims="component", coords={"component": ["ln_final_bias"]}, name="logit")
 
@@ -200,7 +203,7 @@ def _by_neuron(
 def _by_source(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
 ) -> xr.DataArray:
-    values = _messages(model, cache, direction)
+    values = _by_position(model, cache, direction)
     labels = ("source", prompt.token_map.labels)
     return _labelled(values, "layer", "head", "source").assign_coords(label=labels)
 
@@ -208,7 +211,7 @@ def _by_source(
 def _by_patch(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
 ) -> xr.DataArray:
-    values, token_map = _messages(model, cache, direction), prompt.token_map
+    values, token_map = _by_position(model, cache, direction), prompt.token_map
     patches = (token_map.patches(image).tensor(values.device) for image in range(token_map.n_images))
     grids = [values[..., where].unflatten(-1, prompt.patch_grid) for where in patches]
     if len(grids) == 1:
@@ -216,20 +219,20 @@ def _by_patch(
     return _labelled(torch.stack(grids, 2), "layer", "head", "image", "patch_row", "patch_col")
 
 
-def _messages(
+def _by_position(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "layer head source"]:
     """A v W_O . direction: what each head carries from each position into the logit."""
     rows = []
     for i in range(model.cfg.n_layers):
         held = (cache[model.hooks_table.name(name, i)][0] for name in ("pattern", "v"))
-        rows.append(messages_along(model, i, *held, direction)[:, 0])  # (head, source)
+        rows.append(head_outputs_along(model, i, *held, direction)[:, 0])  # (head, source)
     return torch.stack(rows)
 
 
 def _labelled(values: Tensor, *dims: str) -> xr.DataArray:
     coords = {dim: range(n) for dim, n in zip(dims, values.shape, strict=True)}
-    return xr.DataArray(numbers(values), dims=dims, coords=coords, name="logit")
+    return xr.DataArray(to_numpy(values), dims=dims, coords=coords, name="logit")
 
 
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -251,4 +254,4 @@ _DIVIDE: dict[str, Callable[..., xr.DataArray]] = {
 
 
 def _word(model: HookedLLaVA, token: int | None) -> str:
-    return "" if token is None else str(words(model, torch.tensor(token)))
+    return "" if token is None else decode_text(model, [token])

@@ -18,8 +18,9 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
-from hooked_llava.readout.lens import Lens, check_k, lens, top_tokens, words
-from hooked_llava.results.arrays import stack, stream_coords
+from hooked_llava.readout.lens import Lens, lens, top_tokens
+from hooked_llava.readout.vocabulary import check_k, decode_tokens
+from hooked_llava.results.arrays import resid_coords, stack
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _one_prompt(
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
             {
-                "token": ((*dims, "rank"), words(model, ids)),
+                "token": ((*dims, "rank"), decode_tokens(model, ids)),
                 "token_id": ((*dims, "rank"), ids.cpu().numpy()),
                 "probability": ((*dims, "rank"), probability.cpu().numpy()),
             },
@@ -136,7 +137,7 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | Non
 def _layers(model: HookedLLaVA, names: list[str], hook: str | tuple[Any, ...] | None) -> dict[str, Any]:
     """Coordinates of the axis layer: streams have names, another hook's layers their numbers."""
     if hook is None:
-        return stream_coords(len(names) - 1)
+        return resid_coords(len(names) - 1)
     return {"layer": [model.hooks_table[name].layer or 0 for name in names]}
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from hooked_llava.readout.lens import check_k, words
 from hooked_llava.readout.resid import next_token_logits
+from hooked_llava.readout.vocabulary import check_k, decode_tokens
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def next_tokens(model: HookedLLaVA, inputs: Any, *, k: int = 10) -> xr.Dataset:
         dims = ("prompt", "rank")
         return xr.Dataset(
             {
-                "token": (dims, words(model, ids)),
+                "token": (dims, decode_tokens(model, ids)),
                 "token_id": (dims, ids.cpu().numpy()),
                 "probability": (dims, probability.cpu().numpy()),
             },

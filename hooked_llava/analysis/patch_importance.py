@@ -1,8 +1,8 @@
 """Which patches of the picture decide the answer?
 
-The log-probability increase (Yu & Ananiadou, arXiv 2411.10950) asks what each patch's message to the answer's position
-adds; it costs one forward pass. The other methods are what it is to be compared with; occlusion is the only one that
-takes the patch away and looks.
+The log-probability increase (Yu & Ananiadou, arXiv 2411.10950) asks what each patch's part of a head's output adds
+at the answer's position; it costs one forward pass. The other methods are what it is to be compared with; occlusion is the
+only one that takes the patch away and looks.
 """
 
 from __future__ import annotations
@@ -31,17 +31,10 @@ from hooked_llava.analysis.maps.scores import (
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.readout.answer import AnswerReading
-from hooked_llava.readout.answer_cache import (
-    Decision,
-    Target,
-    as_decision,
-    one_or_all,
-    prompts_of,
-    resolve_target,
-)
-from hooked_llava.readout.answer_tokens import one_each
-from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.readout.answer import AnswerReading, unwrap_single
+from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of, read_target
+from hooked_llava.readout.answer_tokens import per_prompt
+from hooked_llava.results.arrays import stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -76,13 +69,13 @@ def patch_importance(
     Args:
         model: the model.
         inputs: prompts with equally many pictures each, anything `model.as_inputs` takes. For "log_increase" and
-            "attention" also a `Decision` of them (`hooked_llava.analysis.maps.decide`), which brings its own target.
+            "attention" also a `AnswerCache` of them (`hooked_llava.readout.cache_answer`), which brings its own target.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing; a list has one word for each prompt.
         method: how.
-            "log_increase": S of each patch's message to the answer's position, in nats, by the heads with the largest
+            "log_increase": S of what heads write from each patch at the answer's position, in nats, by the heads with the largest
             scores: the best one by default (the paper's tool), the sum over the k best, or with "all" over the layers,
-            each with the messages of all its heads together.
+            each with all its heads together.
             "attention": pattern from the answer's position, mean over all heads by default, or over the k best.
             "grad_x_input", "integrated_gradients": of the image embeddings.
             "rollout" (arXiv 2005.00928), "relevancy" (arXiv 2103.15679): attention followed through all layers.
@@ -110,14 +103,14 @@ def patch_importance(
     """
     given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "fill": fill}
     options, how = _options(model, method, given), _METHODS[method]
-    if isinstance(inputs, Decision) and not how.takes_decision:
+    if isinstance(inputs, AnswerCache) and not how.takes_cache:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not a decision.")
     prompts = prompts_of(model, inputs)
     patch_positions(prompts)  # refuses prompts without pictures before anything runs
     if how.one_by_one and len(prompts) > 1:
-        apart = zip(prompts, one_each(target, len(prompts)), strict=True)
+        apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
         return stack([_importance(model, p, t, method, options).isel(prompt=0, drop=True) for p, t in apart], "prompt")
-    result = _importance(model, inputs if how.takes_decision else prompts, target, method, options)
+    result = _importance(model, inputs if how.takes_cache else prompts, target, method, options)
     return result if len(prompts) > 1 else result.isel(prompt=0, drop=True)
 
 
@@ -153,9 +146,9 @@ def _importance(
     with provenance("patch_importance", model, prompts, n_forward=1, method=method, **said) as made:
         found = _METHODS[method].run(model, inputs, target, **options)
         attrs = found.target | {"n_backward": found.n_backward}
-        attrs |= {} if found.heads is None else {"heads": one_or_all(found.heads)}
+        attrs |= {} if found.heads is None else {"heads": unwrap_single(found.heads)}
         return xr.DataArray(
-            numbers(found.maps.unflatten(-1, prompts.patch_grid)),
+            to_numpy(found.maps.unflatten(-1, prompts.patch_grid)),
             dims=("prompt", "image", "patch_row", "patch_col"),
             name=method,
             attrs=made.attrs(**attrs) | {"n_forward": found.n_forward},
@@ -164,69 +157,69 @@ def _importance(
 
 def _log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> _Found:
     parts = ("pattern", "v") if heads == "all" else ("pattern", "v", "z")
-    decision, n_forward = as_decision(model, inputs, target, parts)
-    where = patch_positions(decision.inputs)
+    cache, n_forward = as_answer_cache(model, inputs, target, parts)
+    where = patch_positions(cache.inputs)
     if heads == "all":
-        layers = [score_positions_of_layer(decision, i, where.flatten(1)) for i in range(decision.n_layers)]
-        return _Found(torch.stack(layers).sum(0).reshape(where.shape), decision.target_attrs(), n_forward, heads="all")
-    chosen = chosen_heads(decision, 1 if heads is None else heads)
+        layers = [score_positions_of_layer(cache, i, where.flatten(1)) for i in range(cache.n_layers)]
+        return _Found(torch.stack(layers).sum(0).reshape(where.shape), cache.target_attrs(), n_forward, heads="all")
+    chosen = chosen_heads(cache, 1 if heads is None else heads)
     maps = torch.zeros(where.shape, device=where.device)
     for layer, head in sorted({pair for row in chosen for pair in row}):
         rows = [i for i, row in enumerate(chosen) if (layer, head) in row]
-        scores = score_positions(decision.take(rows), layer, head, where[rows].flatten(1))
+        scores = score_positions(cache.take(rows), layer, head, where[rows].flatten(1))
         maps[rows] += scores.float().reshape(len(rows), *where.shape[1:])
-    return _Found(maps, decision.target_attrs(), n_forward, heads=named_heads(chosen))
+    return _Found(maps, cache.target_attrs(), n_forward, heads=named_heads(chosen))
 
 
 def _attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> _Found:
     heads = "all" if heads is None else heads
     parts = ("pattern", "z") if isinstance(heads, int) else ("pattern",)
-    decision, n_forward = as_decision(model, inputs, target, parts)
-    where = patch_positions(decision.inputs)
-    pattern = torch.stack([decision.part(i, "pattern").float().mean(2) for i in range(decision.n_layers)], 1)
-    chosen = chosen_heads(decision, heads)
+    cache, n_forward = as_answer_cache(model, inputs, target, parts)
+    where = patch_positions(cache.inputs)
+    pattern = torch.stack([cache.part(i, "pattern").float().mean(2) for i in range(cache.n_layers)], 1)
+    chosen = chosen_heads(cache, heads)
     rows = [torch.stack([row[pair] for pair in pairs]).mean(0) for row, pairs in zip(pattern, chosen, strict=True)]
     maps = at_patches(torch.stack(rows), where)
-    return _Found(maps, decision.target_attrs(), n_forward, heads="all" if heads == "all" else named_heads(chosen))
+    return _Found(maps, cache.target_attrs(), n_forward, heads="all" if heads == "all" else named_heads(chosen))
 
 
 def _gradient(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    found = resolve_target(model, prompts, target)
-    maps, ids = gradient_times_input(model, found.inputs, found.read, found.ids, vision=vision)
+    found = read_target(model, prompts, target)
+    maps, ids = gradient_times_input(model, found.inputs, found.logit_positions, found.ids, vision=vision)
     return _Found(maps, _said(model, found, ids), n_backward=1)
 
 
 def _integrated(model: HookedLLaVA, prompts: Inputs, target: Target, steps: int, vision: bool) -> _Found:
-    found = resolve_target(model, prompts, target)
-    maps, ids = integrated_gradients(model, found.inputs, found.read, found.ids, steps=steps, vision=vision)
+    found = read_target(model, prompts, target)
+    maps, ids = integrated_gradients(model, found.inputs, found.logit_positions, found.ids, steps=steps, vision=vision)
     return _Found(maps, _said(model, found, ids), n_forward=steps + (found.ids is None), n_backward=steps)
 
 
 def _rollout(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    found = resolve_target(model, prompts, target)
-    own = {"target": one_or_all(("any",) * len(prompts)), "measured": found.measured}  # it asks for no answer
+    found = read_target(model, prompts, target)
+    own = {"target": unwrap_single(("any",) * len(prompts)), "measured": found.measured}  # it asks for no answer
     return _Found(
-        attention_rollout(model, found.inputs, found.read, vision=vision),
+        attention_rollout(model, found.inputs, found.logit_positions, vision=vision),
         found.attrs(model, "target") if found.texts else own,
     )
 
 
 def _relevancy(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> _Found:
-    found = resolve_target(model, prompts, target)
-    maps, ids = relevancy(model, found.inputs, found.read, found.ids, vision=vision)
+    found = read_target(model, prompts, target)
+    maps, ids = relevancy(model, found.inputs, found.logit_positions, found.ids, vision=vision)
     return _Found(maps, _said(model, found, ids), n_backward=1)
 
 
 def _occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int) -> _Found:
-    found = resolve_target(model, prompts, target)
-    maps, ids, n_forward = occlusion(model, found.inputs, found.read, found.ids, window=window)
+    found = read_target(model, prompts, target)
+    maps, ids, n_forward = occlusion(model, found.inputs, found.logit_positions, found.ids, window=window)
     return _Found(maps[None], _said(model, found, ids), n_forward=n_forward)
 
 
 def _token_ablation(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, fill: Tensor | None) -> _Found:
-    found = resolve_target(model, prompts, target)
+    found = read_target(model, prompts, target)
     maps, ids, n_forward = occlusion(
-        model, found.inputs, found.read, found.ids, where="tokens", window=window, fill=fill
+        model, found.inputs, found.logit_positions, found.ids, where="tokens", window=window, fill=fill
     )
     return _Found(maps[None], _said(model, found, ids), n_forward=n_forward)
 
@@ -242,13 +235,13 @@ class _How:
     options: tuple[str, ...]
     units: str
     one_by_one: bool = False
-    takes_decision: bool = False
+    takes_cache: bool = False
 
 
 _NATS = "change of log P (nats)"
 _METHODS: dict[str, _How] = {
-    "log_increase": _How(_log_increase, ("heads",), "log-probability increase (nats)", takes_decision=True),
-    "attention": _How(_attention, ("heads",), "attention", takes_decision=True),
+    "log_increase": _How(_log_increase, ("heads",), "log-probability increase (nats)", takes_cache=True),
+    "attention": _How(_attention, ("heads",), "attention", takes_cache=True),
     "grad_x_input": _How(_gradient, ("vision",), _NATS),
     "integrated_gradients": _How(_integrated, ("steps", "vision"), _NATS),
     "rollout": _How(_rollout, ("vision",), "attention rollout"),

@@ -26,7 +26,7 @@ from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import numbers, stack
+from hooked_llava.results.arrays import stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def path_patching(
     positions: Positions | None = None,
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
-    read: Positions = "last",
+    logit_positions: Positions = "last",
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """The metric when one sender's output, as one receiver alone reads it, is taken from the other prompt.
@@ -72,7 +72,7 @@ def path_patching(
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
         direction: "denoise": clean outputs into the corrupted run; "noise": the reverse.
-        read: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
+        logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
         batch_size: rows at once; chosen from the free memory by default.
 
     Returns [receiver, layer, head] or [receiver, layer], for several pairs behind an axis pair, with NaN where the
@@ -90,8 +90,8 @@ def path_patching(
     one_of(senders, ("heads", "mlps"), "senders")
     targets = [_target(model, receiver) for receiver in _listed(receivers)]
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
-    check_metrics(model, pairs, read)
-    options = {"senders": senders, "positions": positions, "direction": direction, "read": read}
+    check_metrics(model, pairs, logit_positions)
+    options = {"senders": senders, "positions": positions, "direction": direction, "logit_positions": logit_positions}
     options["batch_size"] = batch_size
     results = [_one_pair(model, *pair, targets, **options) for pair in pairs]
     results = [result.assign_coords(receiver=[_label(target) for target in targets]) for result in results]
@@ -108,27 +108,29 @@ def _one_pair(
     senders: Literal["heads", "mlps"],
     positions: Positions | None,
     direction: Direction,
-    read: Positions,
+    logit_positions: Positions,
     batch_size: int | None,
 ) -> xr.DataArray:
     source, base = source_and_base(clean, corrupted, direction)
     where = list(base.token_map.real) if positions is None else resolve_positions(positions, base)[0].tolist()
-    how = {"senders": senders, "positions": positions, "direction": direction, "read": read}
+    how = {"senders": senders, "positions": positions, "direction": direction, "read": logit_positions}
     with provenance("path_patching", model, clean, corrupted=corrupted, n_forward=3, **how) as made:
         replay = Replay(model, base)
         sending = model.hooks_table.resolve("z" if senders == "heads" else "mlp_out")
-        read_there = resolve_positions(read, source)
+        read_there = resolve_positions(logit_positions, source)
         logits, there = logits_and_activations(model, source, read_there, sending)
         _, here = logits_and_activations(model, base, read_there, sending)
-        there_logits = replay.shaped(logits[None], read)[0]
-        metric, baselines = metric_with_baselines(model, metric, there_logits, replay.logits(read), direction)
+        there_logits = replay.shaped(logits[None], logit_positions)[0]
+        metric, baselines = metric_with_baselines(
+            model, metric, there_logits, replay.logits(logit_positions), direction
+        )
         n_heads = (model.cfg.n_heads,) if senders == "heads" else ()
         table = np.full((len(targets), model.cfg.n_layers, *n_heads), np.nan)
         for layer in range(model.cfg.n_layers):  # one layer's changes at a time: [head pos d_model] is large
             receiving = [r for r, target in enumerate(targets) if _lies_before(layer, target, senders)]
             changes = _changes(model, there, here, layer, where)
             runs = [[_path(targets[r], change, where)] for r in receiving for change in changes]
-            values = numbers(replay.run(runs, metric, read, batch_size))
+            values = to_numpy(replay.run(runs, metric, logit_positions, batch_size))
             table[receiving, layer] = values.reshape(len(receiving), *n_heads)
         return xr.DataArray(
             table,

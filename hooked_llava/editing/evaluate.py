@@ -32,8 +32,9 @@ from hooked_llava.readout.answer import (
     said_until_wrong,
     token_table,
 )
-from hooked_llava.readout.answer_tokens import one_answer, spelled_out
+from hooked_llava.readout.answer_tokens import one_answer
 from hooked_llava.readout.metrics import kl_divergence
+from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.provenance import Provenance
 
 Role = Literal["efficacy", "generalisation", "specificity", "locality"]
@@ -87,7 +88,7 @@ class Asked:
         """What each prompt is answered before and after, up to the first token that is not the expected answer's."""
         rows = [logits.argmax(-1) for logits in (self.before, self.after)]
         before, after = (
-            [spelled_out(model, said_until_wrong(best, ids)) for best, ids in zip(row, self.expected, strict=True)]
+            [decode_text(model, said_until_wrong(best, ids)) for best, ids in zip(row, self.expected, strict=True)]
             for row in rows
         )
         return before, after

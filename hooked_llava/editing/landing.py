@@ -12,7 +12,7 @@ from hooked_llava.editing.rows import Rows
 from hooked_llava.editing.values import TargetNotReached
 from hooked_llava.errors import warn_user
 from hooked_llava.readout.answer import answer_is_said, said_until_wrong
-from hooked_llava.readout.answer_tokens import spelled_out
+from hooked_llava.readout.vocabulary import decode_text
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def check_landed(edit: Edit, rows: Rows) -> Edit:
     for i, request in enumerate(edit.requests):
         own = (rows.request == i).nonzero()[:, 0]
         shown = own[right[own].long().argmin()]  # the first prompt that is missed, if any is
-        answer = spelled_out(rows.kept.model, said_until_wrong(best[shown], rows.ids[shown]))
+        answer = decode_text(rows.kept.model, said_until_wrong(best[shown], rows.ids[shown]))
         landed = bool(right[own].all())
         found.append({**request, "landed": landed, "answer": answer})
         if not landed:

@@ -12,9 +12,8 @@ from torch import Tensor
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.evaluate import TO_CHANGE, Probe, ask_probes, averaged, edited_questions
 from hooked_llava.prompt.question import question_text
-from hooked_llava.readout.answer_tokens import spelled_out
-from hooked_llava.readout.lens import words
-from hooked_llava.results.arrays import numbers
+from hooked_llava.readout.vocabulary import decode_text, decode_tokens
+from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -52,13 +51,13 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
         "text": [question_text(prompt) for _, prompt in asked],
         "probe": [probe.name for probe, _ in asked],
         "role": [probe.role for probe, _ in asked],
-        "expected": [spelled_out(model, ids) for ids in wanted],
+        "expected": [decode_text(model, ids) for ids in wanted],
         "before": [text for before, _ in said for text in before],
         "after": [text for _, after in said for text in after],
         "changed": each["changed"].bool().cpu().numpy(),
         "as_expected_before": each["accuracy_before"].bool().cpu().numpy(),
         "as_expected": each["accuracy"].bool().cpu().numpy(),
-        **{name: numbers(each[name]) for name in ("probability_before", "probability", "kl")},
+        **{name: to_numpy(each[name]) for name in ("probability_before", "probability", "kl")},
     }
     questions = xr.Dataset({name: ("question", values) for name, values in columns.items()}, attrs=probed.attrs)
     own = found[0]
@@ -81,6 +80,6 @@ def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Ten
     p = torch.stack([before, after]).float().softmax(-1)
     top = p.topk(min(_TOP, p.shape[-1]), dim=-1).indices.flatten().tolist()
     ids = list(dict.fromkeys([int(before.argmax()), int(target), *top]))
-    names = words(model, torch.tensor(ids))
+    names = decode_tokens(model, torch.tensor(ids))
     coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids)}
     return xr.DataArray(p[:, ids].cpu().numpy(), dims=("state", "token"), coords=coords, name="probability")

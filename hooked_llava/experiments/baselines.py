@@ -28,14 +28,19 @@ def source_and_base(clean: T, corrupted: T, direction: Direction) -> tuple[T, T]
 
 
 def check_metrics(
-    model: HookedLLaVA, pairs: Sequence[tuple[Inputs, Inputs, Metric | None]], read: Positions, *, swept: bool = True
+    model: HookedLLaVA,
+    pairs: Sequence[tuple[Inputs, Inputs, Metric | None]],
+    logit_positions: Positions,
+    *,
+    swept: bool = True,
 ) -> None:
     """Raise `InputError` for a metric that does not give one number a run, tried on zeros before the model is run.
 
     `swept` if it will be called on many runs at once.
     """
     for prompt, _, metric in pairs:
-        n_read = [] if isinstance(read, str) and read == "last" else [resolve_positions(read, prompt).shape[1]]
+        at_last = isinstance(logit_positions, str) and logit_positions == "last"
+        n_read = [] if at_last else [resolve_positions(logit_positions, prompt).shape[1]]
         zeros = torch.zeros(*n_read, model.config.language.d_vocab, device=model.cfg.device, dtype=model.cfg.dtype)
         if metric is not None:
             value_of(metric, zeros)

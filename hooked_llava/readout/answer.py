@@ -16,20 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.readout.answer_tokens import (
-    Answer,
-    answer_tokens,
-    continued,
-    is_index,
-    one_answer,
-    one_each,
-    spelled_out,
-    token_names,
-)
-from hooked_llava.readout.lens import log_p_of_odds, wide
+from hooked_llava.readout.answer_tokens import Answer, answer_tokens, continued, is_index, one_answer, per_prompt
+from hooked_llava.readout.lens import log_p_of_odds
 from hooked_llava.readout.metric_names import NamedMetric
+from hooked_llava.readout.vocabulary import decode_text, token_names
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -55,7 +48,7 @@ def answer_log_probability(
     >>> answer_log_probability(torch.zeros(2, 4), torch.tensor([[1], [3]])).exp().item()
     0.0625
     """
-    values = wide(logits)
+    values = at_least_float32(logits)
     index, missing = _indices(ids, values)
     absent = missing & ~missing[..., :1]  # where nothing counts a number stays, whose gradient is one
     own = values.gather(-1, index).masked_fill(absent, float("-inf")).logsumexp(-1)
@@ -121,7 +114,7 @@ class AnswerReading:
 
     inputs: Inputs
     """The prompts; with answers of several tokens appended."""
-    read: Int[Tensor, "prompt read"]
+    logit_positions: Int[Tensor, "prompt read"]
     """Where each of the answer's tokens is predicted."""
     ids: Int[Tensor, "prompt read variant"] | None
     """The tokens that count there, -1 for none; None for the model's own next token."""
@@ -134,11 +127,11 @@ class AnswerReading:
     def positions(self) -> Literal["last"] | list[int]:
         """`positions=` of `Replay`: where logits are read."""
         appended = any(m.n_answer for m in self.inputs.token_maps)
-        return self.read[0].tolist() if appended else "last"
+        return self.logit_positions[0].tolist() if appended else "last"
 
     def shaped(self, logits: Float[Tensor, "..."], *lead: int) -> Float[Tensor, "*lead prompt read d_vocab"]:
         """Logits that Replay read at `positions`, with all axes; `lead` are the axes before the prompts'."""
-        return logits.reshape(*lead, *self.read.shape, logits.shape[-1])
+        return logits.reshape(*lead, *self.logit_positions.shape, logits.shape[-1])
 
     def with_own(self, model: HookedLLaVA, logits: Float[Tensor, "prompt read d_vocab"]) -> AnswerReading:
         """The same, with the model's own next tokens, read off its logits, filled in if no answer was given."""
@@ -148,7 +141,7 @@ class AnswerReading:
         """The same, with these tokens filled in if no answer was given."""
         if self.ids is not None:
             return self
-        return replace(self, ids=ids, texts=tuple(spelled_out(model, [i]) for i in ids[:, 0, 0].tolist()))
+        return replace(self, ids=ids, texts=tuple(decode_text(model, [i]) for i in ids[:, 0, 0].tolist()))
 
     def log_probability(self, logits: Float[Tensor, "*run prompt read d_vocab"]) -> Float[Tensor, "*run prompt"]:
         """log P of each prompt's answer; the model's own must have been filled in."""
@@ -191,16 +184,18 @@ def about_answers(
     """
     rows = [] if ids is None else ids[..., 0].tolist()
     tokens = [token_names(model, [i for i in row if i >= 0]) for row in rows]
-    return {what: unwrapped(list(texts)), "answer_tokens": unwrapped(tokens), "measured": measured}
+    return {what: unwrap_single(texts), "answer_tokens": unwrap_single(tokens), "measured": measured}
 
 
-def unwrapped(values: list[Any]) -> Any:
-    """What an attribute says: the only prompt's value, or the list of all.
+def unwrap_single(values: Sequence[Any]) -> Any:
+    """What an attribute says: the only prompt's value, or the list of all; text as it is.
 
-    >>> unwrapped(["red"]), unwrapped(["red", "blue"])
+    >>> unwrap_single(["red"]), unwrap_single(["red", "blue"])
     ('red', ['red', 'blue'])
     """
-    return values[0] if len(values) == 1 else values
+    if isinstance(values, str):
+        return values
+    return values[0] if len(values) == 1 else list(values)
 
 
 def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str = "answer") -> AnswerReading:
@@ -247,7 +242,7 @@ def _appended_already(model: HookedLLaVA, inputs: Inputs) -> AnswerReading:
     rows = [[[m.token_ids[p]] for p in range(m.own.stop, m.real.stop)] for m in inputs.token_maps]
     table = token_table(rows, inputs.device)
     read = torch.arange(start - 1, start - 1 + table.shape[1], device=inputs.device).expand(len(inputs), -1)
-    texts = tuple(spelled_out(model, [i for (i,) in row]) for row in rows)
+    texts = tuple(decode_text(model, [i for (i,) in row]) for row in rows)
     return AnswerReading(inputs, read, table, texts, WHOLE)
 
 
@@ -284,7 +279,7 @@ def teacher_forced(
     """An answer of one or more tokens appended to the prompts, to be scored as a whole.
 
     `Replay(model, forced.inputs).run(runs, forced.metric, positions=forced.positions)` gives log P(answer) under each
-    run, and `activation_patching(..., metric=forced.metric, read=forced.positions)` a map of it. `causal_trace` and
+    run, and `activation_patching(..., metric=forced.metric, logit_positions=forced.positions)` a map of it. `causal_trace` and
     `attention_knockout` take `forced.inputs` as they are and measure the whole answer.
 
     Args:
@@ -305,7 +300,7 @@ def teacher_forced(
     """
     prompt = model.as_inputs(inputs)
     one_for_all = isinstance(answer, str) or not isinstance(answer, Iterable) or all(is_index(i) for i in answer)
-    given = [answer] * len(prompt) if one_for_all else one_each(answer, len(prompt))
+    given = [answer] * len(prompt) if one_for_all else per_prompt(answer, len(prompt))
     found = prompt.each(lambda token_map, one: one_answer(model, token_map, one), prompt.token_maps, given)
     table = token_table([one.variants for one in found], prompt.device)
     longer = append_tokens(model, prompt, table[..., 0], [one.text if one.from_text else None for one in found])

@@ -1,4 +1,5 @@
-"""One forward pass, kept only where the answer is read: the last row of every pattern, the values, the streams there.
+"""One forward pass, kept only where the answer is read: the last row of every pattern, the values, and the
+residual stream there.
 
 That is a small part of what passes by: for a LLaVA-1.5 of 7 billion weights and 600 positions 0.3 GB instead of tens.
 """
@@ -17,7 +18,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
-from hooked_llava.readout.answer_tokens import Answer, one_each
+from hooked_llava.readout.answer_tokens import Answer, per_prompt
 from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase
 from hooked_llava.readout.resid import logits_at, rows_at
 
@@ -32,13 +33,13 @@ PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
 
 
 @dataclass(frozen=True, eq=False)
-class Decision:
+class AnswerCache:
     """What a forward pass holds at the positions where the answer's tokens are predicted."""
 
     model: HookedLLaVA
     inputs: Inputs
     """The prompts, with the answer appended if it has several tokens."""
-    read: Int[Tensor, "prompt read"]
+    logit_positions: Int[Tensor, "prompt read"]
     """Where the answer's tokens are predicted."""
     target: Int[Tensor, "prompt read variant"]
     """The tokens that are scored there."""
@@ -46,7 +47,7 @@ class Decision:
     """The target of each prompt in words."""
     measured: str
     """Whether the target is the "whole answer", or the "first token" of one."""
-    streams: tuple[Float[Tensor, "prompt read d_model"], ...]
+    resid: tuple[Float[Tensor, "prompt read d_model"], ...]
     """What enters every block, and what leaves the last."""
     scale: Float[Tensor, "prompt read 1"]
     """The final norm's scale: what the frozen lens divides by."""
@@ -56,7 +57,7 @@ class Decision:
     @property
     def n_layers(self) -> int:
         """Blocks of the language tower."""
-        return len(self.streams) - 1
+        return len(self.resid) - 1
 
     def part(self, layer: int, name: str) -> Tensor:
         """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
@@ -66,28 +67,28 @@ class Decision:
         """What a result says of the target: `target` in words, `answer_tokens` and `measured`."""
         return about_answers(self.model, self.names, self.target, self.measured, "target")
 
-    def take(self, prompts: Sequence[int]) -> Decision:
+    def take(self, prompts: Sequence[int]) -> AnswerCache:
         """The same for some of the prompts; `inputs` stays that of all."""
-        if list(prompts) == list(range(len(self.read))):
+        if list(prompts) == list(range(len(self.logit_positions))):
             return self
-        index = torch.tensor(list(prompts), device=self.read.device)
+        index = torch.tensor(list(prompts), device=self.logit_positions.device)
         return replace(
             self,
-            read=self.read[index],
+            logit_positions=self.logit_positions[index],
             target=self.target[index],
             names=tuple(self.names[i] for i in prompts),
-            streams=tuple(stream[index] for stream in self.streams),
+            resid=tuple(resid[index] for resid in self.resid),
             scale=self.scale[index],
             held={name: tensor[index] for name, tensor in self.held.items()},
         )
 
-    def only(self, prompt: int) -> Decision:
+    def only(self, prompt: int) -> AnswerCache:
         """One prompt's part of it, `inputs` included."""
         return replace(self.take([prompt]), inputs=self.inputs[prompt])
 
-    def log_probability(self, streams: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
-        """log P(answer) that a stream at the answer's position stands for, through the frozen lens."""
-        return log_probabilities(self.model, streams, self.target, scale=self.scale).sum(-1)
+    def log_probability(self, resid: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
+        """log P(answer) that a residual stream at the answer's position stands for, through the frozen lens."""
+        return log_probabilities(self.model, resid, self.target, scale=self.scale).sum(-1)
 
     def score(
         self,
@@ -95,7 +96,7 @@ class Decision:
         base: Float[Tensor, "prompt read d_model"],
     ) -> Tensor:
         """S(v | u) of each vector, summed over the answer's tokens: [prompt, *more]."""
-        deeper = (*self.read.shape, *[1] * (vectors.ndim - 3))
+        deeper = (*self.logit_positions.shape, *[1] * (vectors.ndim - 3))
         target = self.target.reshape(*deeper, -1)
         scale, below = self.scale.reshape(*deeper, 1), base.reshape(*deeper, -1)
         return log_probability_increase(self.model, vectors, below.to(vectors.dtype), target, scale=scale).sum(1)
@@ -114,22 +115,24 @@ class Decision:
 
 
 @torch.no_grad()
-def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Sequence[str] = PARTS) -> Decision:
-    """Run the prompts once and keep what the answer is read from; see `Decision`.
+def cache_answer(
+    model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Sequence[str] = PARTS
+) -> AnswerCache:
+    """Run the prompts once and keep what the answer is read from; see `AnswerCache`.
 
     Raises `InputError` for a target that does not fit the prompts, before anything runs.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> decide(model, model.prepare("Who made the star?"), "Red").part(3, "pattern").shape[1] == model.cfg.n_heads
+    >>> cache_answer(model, model.prepare("Who made the star?"), "Red").part(3, "pattern").shape[1] == model.cfg.n_heads
     True
     """
-    found = resolve_target(model, inputs, target)
-    prompts, read = found.inputs, found.read
+    found = read_target(model, inputs, target)
+    prompts, read = found.inputs, found.logit_positions
     store: dict[str, Tensor] = {}
     table = model.hooks_table
-    streams = table.resolve("resid_pre")
-    here = [*streams, *(n for part in parts if part != "v" for n in table.resolve(part))]
+    resid = table.resolve("resid_pre")
+    here = [*resid, *(n for part in parts if part != "v" for n in table.resolve(part))]
     hooks: list[Any] = [(here, caching_hook(store, table, read.cpu()))]
     if "v" in parts:
         hooks.append((table.resolve("v"), caching_hook(store, table)))
@@ -140,17 +143,17 @@ def decide(model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Seq
     if found.ids is None:
         found = found.with_own(model, logits_at(model, final, read))
     assert found.ids is not None
-    streams = (*(store.pop(name) for name in streams), last)
-    return Decision(model, prompts, read, found.ids, found.texts, found.measured, streams, scale, store)
+    resid = (*(store.pop(name) for name in resid), last)
+    return AnswerCache(model, prompts, read, found.ids, found.texts, found.measured, resid, scale, store)
 
 
-def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[Decision, int]:
-    """The decision of some prompts and how many forward passes it took: none if it is given in place of the prompts.
+def as_answer_cache(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[AnswerCache, int]:
+    """The answer cache of some prompts, and how many forward passes it took: none if it is given in place of the prompts.
 
-    Raises `InputError` for a given decision of another model, without the parts, or with a target beside it.
+    Raises `InputError` for a given cache of another model, without the parts, or with a target beside it.
     """
-    if not isinstance(inputs, Decision):
-        return decide(model, inputs, target, parts=parts), 1
+    if not isinstance(inputs, AnswerCache):
+        return cache_answer(model, inputs, target, parts=parts), 1
     missing = [part for part in parts if not any(name.endswith(f"hook_{part}") for name in inputs.held)]
     if inputs.model is not model or target is not None or missing:
         raise InputError(
@@ -160,20 +163,20 @@ def as_decision(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence
     return inputs, 0
 
 
-def one_by_one(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple[Inputs | Decision, Any]]:
-    """Each prompt apart with its target; or each prompt's part of a decision, which brings its own target."""
-    if isinstance(inputs, Decision):
-        return [(inputs.only(i), target) for i in range(len(inputs.read))]
+def split_prompts(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple[Inputs | AnswerCache, Any]]:
+    """Each prompt apart with its target; or each prompt's part of an answer cache, which brings its own target."""
+    if isinstance(inputs, AnswerCache):
+        return [(inputs.only(i), target) for i in range(len(inputs.logit_positions))]
     prompts = model.as_inputs(inputs)
-    return list(zip(prompts, one_each(target, len(prompts)), strict=True))
+    return list(zip(prompts, per_prompt(target, len(prompts)), strict=True))
 
 
 def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
-    """The prompts, or those of a decision that stands in their place."""
-    return inputs.inputs if isinstance(inputs, Decision) else model.as_inputs(inputs)
+    """The prompts, or those of an answer cache that stands in their place."""
+    return inputs.inputs if isinstance(inputs, AnswerCache) else model.as_inputs(inputs)
 
 
-def resolve_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerReading:
+def read_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerReading:
     """The prompts (with an answer of several tokens appended), where it is read, and its tokens (None: the model's own).
 
     Raises `InputError` for a list that has not one target for each prompt, or targets of different numbers of tokens.
@@ -185,8 +188,3 @@ def resolve_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerRea
             "prompt by prompt, or give them as single tokens."
         )
     return found
-
-
-def one_or_all(values: Sequence[Any]) -> Any:
-    """What an attribute says: the only prompt's value, or the list of all."""
-    return values if isinstance(values, str) else values[0] if len(values) == 1 else list(values)

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import torch
-
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.templates import default_template, format_chat
 from hooked_llava.prompt.token_text import begins_with_bos
-from hooked_llava.readout.lens import token_id, words
+from hooked_llava.readout.vocabulary import decode_text, token_id, token_names
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -106,7 +104,7 @@ def answer_tokens(model: HookedLLaVA, inputs: Any, answer: Any, what: str = "ans
     ['Red', 'star']
     """
     prompts = model.as_inputs(inputs)
-    each = one_each(answer, len(prompts), what)
+    each = per_prompt(answer, len(prompts), what)
     return prompts.each(lambda token_map, one: one_answer(model, token_map, one, what), prompts.token_maps, each)
 
 
@@ -115,7 +113,7 @@ def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any, what: s
     if isinstance(answer, AnswerTokens):
         return answer
     if isinstance(answer, Answer):
-        text = spelled_out(model, answer.ids[:1]) if answer.text == str(answer.ids[0]) else answer.text
+        text = decode_text(model, answer.ids[:1]) if answer.text == str(answer.ids[0]) else answer.text
         return AnswerTokens(text, (answer.ids,), answer.whole, from_text=False)
     if isinstance(answer, str):
         ids = _checked(model, _Context.of(model, prompt), answer, what)
@@ -124,7 +122,7 @@ def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any, what: s
         ids = [token_id(model, i) for i in several]
         if not ids:
             raise InputError(f"The {what} {answer!r} has no tokens; give at least one.")
-    text = answer if isinstance(answer, str) else spelled_out(model, ids)
+    text = answer if isinstance(answer, str) else decode_text(model, ids)
     return AnswerTokens(text, tuple((i,) for i in ids), whole=True, from_text=isinstance(answer, str))
 
 
@@ -156,10 +154,10 @@ def first_tokens(model: HookedLLaVA, prompt: TokenMap, answers: Sequence[str]) -
     return [ids[0] if ids and ids[0] != model.tokenizer.unk_token_id else None for ids in found]
 
 
-def one_each(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
+def per_prompt(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
     """One answer for each prompt: the same for all, or a list's own; raises `InputError` for a list of another length.
 
-    >>> one_each("Red", 2), one_each([7, 8], 2)
+    >>> per_prompt("Red", 2), per_prompt([7, 8], 2)
     (['Red', 'Red'], [7, 8])
     """
     if given is None or is_index(given) or isinstance(given, (str, Answer)):
@@ -201,20 +199,6 @@ def separator(model: HookedLLaVA, prompt: str, answer: str, of_template: str | N
 def continued(model: HookedLLaVA, prompt: TokenMap, text: str, answer: str) -> str:
     """The text of a prompt with its answer."""
     return text + separator(model, text, answer, prompt.words.answer_separator if prompt.words else None) + answer
-
-
-def spelled_out(model: HookedLLaVA, ids: Sequence[int]) -> str:
-    """Token ids as text; "#17 #4" for a model without a tokenizer."""
-    if len(ids) == 1 or model.processor is None:
-        return " ".join(words(model, torch.tensor(list(ids))).tolist())
-    return str(model.to_string(list(ids)))
-
-
-def token_names(model: HookedLLaVA, ids: Sequence[int]) -> list[str]:
-    """Each token as the vocabulary writes it ("▁red", "Ġred"); "#17" for a model without a tokenizer."""
-    if model.processor is None:
-        return [f"#{i}" for i in ids]
-    return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a head carries from one position to another: o = A v W_O.
 
-Attention's output is a sum of such messages over heads and keys (Elhage et al. 2021), less its bias. Yu & Ananiadou
+Attention's output is a sum of such outputs over heads and keys (Elhage et al. 2021), less its bias. Yu & Ananiadou
 (arXiv 2411.10950) score each of them alone; attention contributions (Basu et al., arXiv 2406.04236) add up their heads.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices
+from hooked_llava.model.components.precision import at_least_float32
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
 
-def attention_messages(
+def head_outputs(
     model: HookedLLaVA,
     layer: int,
     pattern: Float[Tensor, "*batch head query key"],
@@ -28,14 +28,14 @@ def attention_messages(
     *,
     heads: Sequence[int] | None = None,
 ) -> Float[Tensor, "*batch one_head query key d_model"]:
-    """Message of every head from every key to every query, A v W_O, in float32 at least.
+    """What every head writes at every query from every key, A v W_O, in float32 at least.
 
     Args:
         model: the model whose output weights are used; its hooks do not fire.
         layer: block of the language tower.
         pattern: `hook_pattern` of all heads, cut to the queries that are wanted.
         value: `hook_v`; with grouped queries each is read by several heads.
-        heads: heads whose messages are wanted; all by default.
+        heads: heads whose outputs are wanted; all by default.
 
     The sum over keys is the head's `hook_result`; over heads too, `hook_attn_out` less the output bias. Raises
     `InputError` for a layer or head that is not there.
@@ -43,8 +43,8 @@ def attention_messages(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v", "attn_out"])
-    >>> messages = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
-    >>> torch.allclose(messages.sum((1, 3)), cache["attn_out", 3], atol=1e-4)
+    >>> each = head_outputs(model, 3, cache["pattern", 3], cache["v", 3])
+    >>> torch.allclose(each.sum((1, 3)), cache["attn_out", 3], atol=1e-4)
     True
     """
     wanted = _heads(model, heads)
@@ -53,7 +53,7 @@ def attention_messages(
     return pattern[..., wanted, :, :].to(written.dtype)[..., None] * written[..., None, :, :]
 
 
-def summed_messages(
+def summed_head_outputs(
     model: HookedLLaVA,
     layer: int,
     pattern: Float[Tensor, "*batch head query key"],
@@ -61,13 +61,13 @@ def summed_messages(
 ) -> Float[Tensor, "*batch query key d_model"]:
     """What all heads of a layer together carry from every key to every query; one matrix product, no head axis held.
 
-    Arguments as for `attention_messages`. Raises `InputError` for a layer that is not there.
+    Arguments as for `head_outputs`. Raises `InputError` for a layer that is not there.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)
-    >>> each = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
-    >>> torch.allclose(summed_messages(model, 3, cache["pattern", 3], cache["v", 3]), each.sum(0), atol=1e-4)
+    >>> each = head_outputs(model, 3, cache["pattern", 3], cache["v", 3])
+    >>> torch.allclose(summed_head_outputs(model, 3, cache["pattern", 3], cache["v", 3]), each.sum(0), atol=1e-4)
     True
     """
     per_head = _each_head(model, layer, value)  # (*batch, key, head, d_head)
@@ -75,23 +75,23 @@ def summed_messages(
     return averaged.flatten(-2) @ _output(model, layer, per_head).flatten(0, 1)
 
 
-def messages_along(
+def head_outputs_along(
     model: HookedLLaVA,
     layer: int,
     pattern: Float[Tensor, "*batch head query key"],
     value: Float[Tensor, "*batch key kv_head d_head"],
     direction: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "*batch head query key"]:
-    """The part of every message along one direction, A v W_O . direction, without a message being made.
+    """The part of every output along one direction, A v W_O . direction, without an output being made.
 
-    Arguments as for `attention_messages`. Raises `InputError` for a layer that is not there.
+    Arguments as for `head_outputs`. Raises `InputError` for a layer that is not there.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)
     >>> word = model.tokens_to_residual_directions(model.to_single_token("Red"))
-    >>> each = attention_messages(model, 3, cache["pattern", 3], cache["v", 3])
-    >>> torch.allclose(messages_along(model, 3, cache["pattern", 3], cache["v", 3], word), each @ word, atol=1e-4)
+    >>> each = head_outputs(model, 3, cache["pattern", 3], cache["v", 3])
+    >>> torch.allclose(head_outputs_along(model, 3, cache["pattern", 3], cache["v", 3], word), each @ word, atol=1e-4)
     True
     """
     per_head = _each_head(model, layer, value)  # (*batch, key, head, d_head)
@@ -106,8 +106,7 @@ def _each_head(
     """The value that every query head reads, in float32 at least."""
     cfg = model.config.language
     as_indices(layer, cfg.n_layers, "layers")
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    return wide.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=-2)
+    return at_least_float32(value).repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=-2)
 
 
 def _output(model: HookedLLaVA, layer: int, like: Tensor) -> Float[Tensor, "head d_head d_model"]:

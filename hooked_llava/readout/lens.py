@@ -8,15 +8,16 @@ A LayerNorm also subtracts the mean of every vector and adds its bias once, to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.checks import as_index, is_whole_number, one_of, whole_number
+from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.readout.vocabulary import check_k
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -120,7 +121,7 @@ def project(
     >>> project(model, model.W_E[:3], "cosine").argmax(-1).tolist()
     [0, 1, 2]
     """
-    rows = wide(vectors)
+    rows = at_least_float32(vectors)
     if space == "unembed":
         if scale is None:
             raise InputError("space='unembed' needs scale=, the final norm's scale at the position of the answer.")
@@ -142,7 +143,7 @@ def log_probability_increase(
     model: HookedLLaVA,
     vectors: Float[Tensor, "*n d_model"],
     base: Float[Tensor, "*base d_model"],
-    target: int | Sequence[int] | Int[Tensor, "*targets spelling"],
+    target: int | Sequence[int] | Int[Tensor, "*targets variant"],
     *,
     scale: Float[Tensor, "*scale 1"],
 ) -> Float[Tensor, "*n"]:
@@ -169,13 +170,13 @@ def log_probability_increase(
     device = vectors.device
     ids = target.to(device) if isinstance(target, Tensor) else torch.tensor(target, device=device).reshape(-1)
     before = log_probabilities(model, base, ids, scale=scale)
-    return log_probabilities(model, wide(vectors) + base, ids, scale=scale) - before
+    return log_probabilities(model, at_least_float32(vectors) + base, ids, scale=scale) - before
 
 
 def log_probabilities(
     model: HookedLLaVA,
     vectors: Float[Tensor, "*n d_model"],
-    target: Int[Tensor, "*targets spelling"],
+    target: Int[Tensor, "*targets variant"],
     *,
     scale: Float[Tensor, "*scale 1"],
 ) -> Float[Tensor, "*out"]:
@@ -189,7 +190,7 @@ def log_probabilities(
     >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
     True
     """
-    read = model.ln_final.frozen(wide(vectors), scale)  # (*n, d_model)
+    read = model.ln_final.frozen(at_least_float32(vectors), scale)  # (*n, d_model)
     return _over_vocabulary(model, lambda words_of: read @ words_of.to(read.dtype), read.shape[:-1], target)
 
 
@@ -198,13 +199,13 @@ def log_probabilities_along(
     coordinates: Float[Tensor, "*n rank"],
     basis: Float[Tensor, "rank d_model"],
     base: Float[Tensor, "*base d_model"],
-    target: Int[Tensor, "*targets spelling"],
+    target: Int[Tensor, "*targets variant"],
     *,
     scale: Float[Tensor, "*scale 1"],
 ) -> Float[Tensor, "*n"]:
     """`log_probabilities` of u + c B, for vectors given by their coordinates c in a small basis B.
 
-    What one head writes lies in the d_head directions of its output weights, so thousands of its messages meet the
+    What one head writes lies in the d_head directions of its output weights, so thousands of its outputs meet the
     vocabulary at that width instead of d_model's. `base`, `target` and `scale` broadcast against the vectors.
 
     >>> from hooked_llava import HookedLLaVA
@@ -216,9 +217,9 @@ def log_probabilities_along(
     True
     """
     norm = model.ln_final
-    steps = wide(coordinates) / wide(scale)  # (*n, rank)
-    start = norm.frozen(wide(base), scale)  # (*base, d_model)
-    directions = norm.frozen(wide(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
+    steps = at_least_float32(coordinates) / at_least_float32(scale)  # (*n, rank)
+    start = norm.frozen(at_least_float32(base), scale)  # (*base, d_model)
+    directions = norm.frozen(at_least_float32(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
 
     def logits(words_of: Float[Tensor, "d_model word"]) -> Float[Tensor, "*n word"]:
         return steps @ (directions @ words_of) + start @ words_of
@@ -230,14 +231,14 @@ def _over_vocabulary(
     model: HookedLLaVA,
     logits_of: Callable[[Float[Tensor, "d_model word"]], Float[Tensor, "*n word"]],
     shape: torch.Size,
-    target: Int[Tensor, "*targets spelling"],
+    target: Int[Tensor, "*targets variant"],
 ) -> Float[Tensor, "*out"]:
     """log P of the target's tokens together, from logits of a piece of the vocabulary at a time."""
     shape = torch.broadcast_shapes(shape, target.shape[:-1])
     target, first = target.expand(*shape, -1), 0
     own, others = [], []
     for part in model.unembed.weight.split(max(1, _SCORED // max(1, shape.numel()))):
-        logits = logits_of(wide(part).T).expand(*shape, -1)
+        logits = logits_of(at_least_float32(part).T).expand(*shape, -1)
         index = (target - first).clamp(0, len(part) - 1)
         here = index == target - first
         own.append(logits.gather(-1, index).masked_fill(~here, float("-inf")).logsumexp(-1))
@@ -256,34 +257,3 @@ def log_p_of_odds(odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     tensor([-6.9315e-01, -9.3576e-14])
     """
     return torch.nn.functional.logsigmoid(odds)
-
-
-def words(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
-    """Each token as a string, in an array of the same shape; "#17" for a model without a tokenizer."""
-    flat = ids.reshape(-1).tolist()
-    if model.processor is None:
-        names = [f"#{i}" for i in flat]
-    else:
-        names = [model.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in flat]
-    return np.array(names, dtype=object).reshape(tuple(ids.shape)).astype(str)
-
-
-def check_k(model: HookedLLaVA, k: int) -> None:
-    """Raise `InputError` unless the vocabulary has k words."""
-    d_vocab = model.cfg.d_vocab
-    whole_number(k, "k", least=1, most=d_vocab, of=" words", expected=f"1 to {d_vocab}, the size of the vocabulary")
-
-
-def token_id(model: HookedLLaVA, token: str | SupportsIndex) -> int:
-    """Id of a word that is a single token, or of an id within the vocabulary (any integer); raises `InputError`."""
-    if isinstance(token, str):
-        return model.to_single_token(token)
-    if not is_whole_number(token):
-        raise InputError(f"{token!r} is no token; expected a word, or a token id that is a whole number.")
-    says = f"Token id {token} is not in the vocabulary"
-    return as_index(token, model.cfg.d_vocab, "token", says=says, from_end=False)
-
-
-def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from hooked_llava.readout.lens import words
+from hooked_llava.readout.vocabulary import decode_text
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -46,6 +45,6 @@ def about_metric(model: HookedLLaVA, metric: Any) -> dict[str, Any]:
         return {"metric": f"a function of your own, {getattr(metric, '__name__', type(metric).__name__)}"}
     about: dict[str, Any] = {"metric": metric.name}
     for role, ids in metric.tokens.items():
-        about[role] = str(words(model, torch.tensor(int(ids[0]))))
+        about[role] = decode_text(model, [int(ids[0])])
         about[f"{role}_ids"] = [int(i) for i in ids]
     return about

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hooked_llava.checks import is_whole_number
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import TeacherForced, answer_log_probability, teacher_forced
-from hooked_llava.readout.answer_tokens import Answer, one_each
-from hooked_llava.readout.lens import wide, words
+from hooked_llava.readout.answer_tokens import Answer, per_prompt
 from hooked_llava.readout.metric_names import NamedMetric
+from hooked_llava.readout.vocabulary import decode_tokens
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -36,7 +37,7 @@ __all__ = [
     "kl_divergence",
     "log_probability",
     "logit_difference",
-    "one_each",
+    "per_prompt",
     "own_answers",
     "probability",
     "rank",
@@ -70,7 +71,7 @@ def logit_difference(answer: Answer | SupportsIndex, baseline: Answer | Supports
     """Logit of the answer less that of the baseline; of several variants the logits' log-sum-exp is taken."""
     a, b = _ids(answer), _ids(baseline)
     return NamedMetric(
-        lambda logits: wide(_of(logits, a)).logsumexp(-1) - wide(_of(logits, b)).logsumexp(-1),
+        lambda logits: at_least_float32(_of(logits, a)).logsumexp(-1) - at_least_float32(_of(logits, b)).logsumexp(-1),
         "logit_difference",
         {"answer": a, "baseline": b},
     )
@@ -89,7 +90,7 @@ def own_answers(
     if len(answers) != 2:
         raise InputError("Logits are read at several positions, so there is no one answer to compare; give metric=.")
     if answers[0] == answers[1]:
-        word = "" if model is None or model.processor is None else f"{words(model, clean.argmax())!s}, "
+        word = "" if model is None or model.processor is None else f"{decode_tokens(model, clean.argmax())!s}, "
         raise InputError(
             f"The clean and the corrupted prompt have the same answer ({word}token {answers[0]}), so there is no difference "
             "of answers to measure. Give metric=, for example log_probability(Answer.of(model, 'Red'))."
@@ -107,9 +108,9 @@ def rank(answer: Answer | SupportsIndex) -> Metric:
 
 def kl_divergence(reference: Float[Tensor, "*shape d_vocab"]) -> Metric:
     """KL(reference || changed) in nats, of next-token distributions, given the reference logits."""
-    log_p = wide(reference).log_softmax(-1)
+    log_p = at_least_float32(reference).log_softmax(-1)
     return NamedMetric(
-        lambda logits: (log_p.exp() * (log_p - wide(logits).log_softmax(-1))).sum(-1), "kl_divergence", {}
+        lambda logits: (log_p.exp() * (log_p - at_least_float32(logits).log_softmax(-1))).sum(-1), "kl_divergence", {}
     )
 
 

@@ -139,7 +139,7 @@ def _along_pairs(end: float | Sequence[float], result: Any) -> Any:
     return xr.DataArray(end, dims="pair" if isinstance(end, (list, tuple)) else ())
 
 
-def stream_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
+def resid_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
     """Coordinates of an axis of residual streams: the number of the layer that each enters, and its name, last "final".
 
     The name stays with its stream where some layers are chosen, which a number by itself does not say.
@@ -160,7 +160,7 @@ def n_tied(values: np.ndarray) -> int:
     return int((values >= largest - _TIED * abs(largest)).sum()) - 1
 
 
-def numbers(values: Tensor) -> np.ndarray:
+def to_numpy(values: Tensor) -> np.ndarray:
     """A tensor's numbers for a result: in its own precision, or in float32 where NumPy has none such.
 
     >>> numbers(torch.ones(2, dtype=torch.bfloat16)).dtype

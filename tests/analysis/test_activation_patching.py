@@ -192,9 +192,9 @@ def test_refuses_prompts_that_do_not_match_and_shows_both() -> None:
         ({"hook": "hook_image_embed", "positions": "image"}, InputError, "no choice of positions"),
         ({"hook": "blocks.*.hook_*_out"}, InputError, "means several hooks"),
         ({"hook": "rezid_pre"}, HookNameError, "resid_pre"),
-        ({"read": [1, 2], "metric": None}, InputError, "give metric="),
+        ({"logit_positions": [1, 2], "metric": None}, InputError, "give metric="),
         (
-            {"read": [-2, -1]},
+            {"logit_positions": [-2, -1]},
             InputError,
             r"returned shape \(2,\) for the logits \(2, 99\) of one run; expected one number",
         ),
@@ -218,7 +218,13 @@ def test_reading_an_answer_of_several_tokens() -> None:
     forced = [teacher_forced(model, inputs, [8, 9]) for inputs in (clean, corrupted)]
     where = forced[0].positions
     found = activation_patching(
-        model, forced[0].inputs, forced[1].inputs, hook="mlp_out", positions=[3], metric=forced[0].metric, read=where
+        model,
+        forced[0].inputs,
+        forced[1].inputs,
+        hook="mlp_out",
+        positions=[3],
+        metric=forced[0].metric,
+        logit_positions=where,
     )
     there = activations(model, forced[0].inputs, ["blocks.1.hook_mlp_out"])["blocks.1.hook_mlp_out"]
 
@@ -259,7 +265,7 @@ def test_one_layer_may_stand_by_itself() -> None:
 def test_the_last_position_of_a_forced_answer_is_the_prompts_own() -> None:
     model, clean, corrupted = prompts()
     forced = [teacher_forced(model, inputs, [8]) for inputs in (clean, corrupted)]
-    options = {"metric": forced[0].metric, "read": forced[0].positions}
+    options = {"metric": forced[0].metric, "logit_positions": forced[0].positions}
     found = activation_patching(model, *(f.inputs for f in forced), positions="last", **options)
     assert found.position.values.tolist() == [clean.shape[1] - 1]
     plain = activation_patching(model, clean, corrupted, positions="last", metric=log_probability(8))

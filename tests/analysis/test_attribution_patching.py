@@ -195,7 +195,7 @@ def test_reading_an_answer_of_several_tokens(steps: int) -> None:
     model, clean, corrupted = prompts()
     forced = [teacher_forced(model, inputs, [8, 9]) for inputs in (clean, corrupted)]
     bases, score, where = [f.inputs for f in forced], forced[0].metric, forced[0].positions
-    options = {"metric": score, "read": where, "steps": steps}
+    options = {"metric": score, "logit_positions": where, "steps": steps}
     found = attribution_patching(model, *bases, hooks=["z", "mlp_out", "hook_embed"], **options)
     with torch.no_grad():
         assert found.clean == pytest.approx(float(score(model(bases[0])[0, where])), abs=1e-4)

@@ -23,7 +23,7 @@ from hooked_llava.analysis import (
 )
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.readout.metrics import Answer
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores
@@ -114,9 +114,9 @@ def test_the_models_own_token_is_the_default_and_words_are_taken() -> None:
 
 def test_a_zero_vector_scores_zero() -> None:
     models = exact()
-    decision = decide(models.ours, models.prompt(), 7)
+    cache = cache_answer(models.ours, models.prompt(), 7)
     nothing = torch.zeros(1, 1, 5, 48, dtype=torch.float64)
-    assert decision.score(nothing, decision.streams[1]).abs().max() < 1e-13
+    assert cache.score(nothing, cache.resid[1]).abs().max() < 1e-13
 
 
 def test_an_answer_of_several_tokens_is_the_sum_over_its_tokens_under_teacher_forcing() -> None:
@@ -158,17 +158,17 @@ def test_in_half_precision_scores_are_taken_in_single() -> None:
 
 def test_several_analyses_share_one_forward_pass() -> None:
     models = exact()
-    decision = decide(models.ours, models.prompt(), 7)
+    cache = cache_answer(models.ours, models.prompt(), 7)
     for analysis in (head_scores, layer_scores, patch_importance):
-        shared, alone = analysis(models.ours, decision), analysis(models.ours, models.prompt(), 7)
+        shared, alone = analysis(models.ours, cache), analysis(models.ours, models.prompt(), 7)
         np.testing.assert_allclose(shared, alone, atol=1e-12)
         assert (shared.n_forward, alone.n_forward) == (0, 1)
     with pytest.raises(InputError, match=r"it lacks \['z'\], and target=None"):
-        head_scores(models.ours, decide(models.ours, models.prompt(), 7, parts=("v",)))
+        head_scores(models.ours, cache_answer(models.ours, models.prompt(), 7, parts=("v",)))
     with pytest.raises(InputError, match="bring its own target"):
-        head_scores(models.ours, decision, 8)
+        head_scores(models.ours, cache, 8)
     with pytest.raises(InputError, match="runs the model itself"):
-        patch_importance(models.ours, decision, method="rollout")
+        patch_importance(models.ours, cache, method="rollout")
 
 
 def test_each_of_several_prompts_has_its_own_best_heads() -> None:
@@ -183,8 +183,8 @@ def test_each_of_several_prompts_has_its_own_best_heads() -> None:
 def test_positions_of_a_decision_and_padding_that_scores_nothing() -> None:
     models = exact()
     prompts = batch([models.prompt(n_text=7), models.prompt(n_text=4, seed=1)], "right")
-    decision = decide(models.ours, prompts, [7, 8])
-    shared = position_scores(models.ours, decision, heads=2)
+    cache = cache_answer(models.ours, prompts, [7, 8])
+    shared = position_scores(models.ours, cache, heads=2)
     alone = position_scores(models.ours, prompts, [7, 8], heads=2)
     xr.testing.assert_allclose(shared, alone)
     assert shared.layer_head.values.tolist() == alone.layer_head.values.tolist()
@@ -195,7 +195,7 @@ def test_positions_of_a_decision_and_padding_that_scores_nothing() -> None:
     assert np.isnan(alone.score[1, :, n:]).all()
     assert np.isfinite(alone.score[0]).all()
     with pytest.raises(InputError, match="bring its own target"):
-        position_scores(models.ours, decision, 8)
+        position_scores(models.ours, cache, 8)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -212,20 +212,20 @@ def test_positions_under_an_answer_of_several_tokens_are_those_of_the_prompt(sid
 def test_only_a_little_is_kept() -> None:
     models = exact()
     prompts = models.ours.as_inputs(models.prompt())
-    decision = decide(models.ours, prompts)
+    cache = cache_answer(models.ours, prompts)
     n, cfg = prompts.shape[1], models.ours.config.language
     per_layer = cfg.n_heads * n + n * cfg.n_key_value_heads * cfg.d_head + cfg.n_heads * cfg.d_head + 2 * cfg.d_model
-    assert sum(t.numel() for t in decision.held.values()) == 3 * per_layer
+    assert sum(t.numel() for t in cache.held.values()) == 3 * per_layer
 
 
 def test_the_first_order_of_a_score_is_the_direct_attribution_less_that_of_the_mean_word() -> None:
     """For a small vector S = v . (u_w - E_p[u]), so scores of a head scaled down follow the attribution."""
     models = exact()
-    decision = decide(models.ours, models.prompt(), 7)
-    z = decision.part(2, "z")[0, 0, 1].double() @ models.ours.blocks[2].attn.W_O[1].double()
-    stream = decision.streams[2].double()
-    small = decision.score((1e-5 * z)[None, None], stream).item() / 1e-5
-    logits = models.ours.unembed(stream[0, 0] / decision.scale[0, 0] * models.ours.ln_final.weight)
+    cache = cache_answer(models.ours, models.prompt(), 7)
+    z = cache.part(2, "z")[0, 0, 1].double() @ models.ours.blocks[2].attn.W_O[1].double()
+    stream = cache.resid[2].double()
+    small = cache.score((1e-5 * z)[None, None], stream).item() / 1e-5
+    logits = models.ours.unembed(stream[0, 0] / cache.scale[0, 0] * models.ours.ln_final.weight)
     parts = [
         float(logit_attribution(models.ours, models.prompt(), w, by="head").sel(layer=2, head=1))
         for w in range(models.ours.cfg.d_vocab)
@@ -254,7 +254,7 @@ def test_each_prompt_attends_to_a_span_of_its_own_length() -> None:
     for i, question in enumerate(questions):
         alone = heads_by_attention(model, model.prepare(question), "question")
         np.testing.assert_allclose(both.sel(prompt=i), alone, atol=1e-5)
-    shared = heads_by_attention(model, decide(model, model.prepare(questions), parts=("pattern",)), "question")
+    shared = heads_by_attention(model, cache_answer(model, model.prepare(questions), parts=("pattern",)), "question")
     np.testing.assert_array_equal(shared, both)
 
 

@@ -12,7 +12,7 @@ import torch
 from hooked_llava.analysis import head_scores, information_storage, position_scores, reciprocal_rank, top_heads
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.readout.answer_cache import decide
+from hooked_llava.readout.answer_cache import cache_answer
 from tests.oracles.naive_scores import NaiveScores
 from tests.pairs import as_users_run, batch, pair
 
@@ -98,12 +98,12 @@ def test_padding_is_none_of_the_best_positions(side: Any) -> None:
 def test_a_decision_stands_in_for_its_prompts() -> None:
     models = exact()
     two = models.ours.as_inputs(models.prompt(batch=2))
-    decision = decide(models.ours, two)
-    shared = information_storage(models.ours, decision, [7, 9], 8, top=3)
+    cache = cache_answer(models.ours, two)
+    shared = information_storage(models.ours, cache, [7, 9], 8, top=3)
     alone = information_storage(models.ours, two, [7, 9], 8, top=3)
     np.testing.assert_allclose(shared.logit_difference, alone.logit_difference, atol=1e-9)
     assert (shared.n_forward, alone.n_forward) == (2, 4)
-    other = information_storage(models.ours, decide(models.ours, two[0], 7), 7, 8, top=3, heads=[(1, 2)])
+    other = information_storage(models.ours, cache_answer(models.ours, two[0], 7), 7, 8, top=3, heads=[(1, 2)])
     scores = position_scores(models.ours, two[0], 7, heads=[(1, 2)]).score[0]
     assert other.position.values.tolist() == np.argsort(-scores.values)[:3].tolist(), "for the decision's own target"
 

@@ -76,7 +76,9 @@ def test_reading_an_answer_of_several_tokens() -> None:
     model, clean, corrupted = prompts()
     forced = [teacher_forced(model, inputs, [8, 9]) for inputs in (clean, corrupted)]
     where, bases = forced[0].positions, [f.inputs for f in forced]
-    found = path_patching(model, *bases, receivers=["logits", ("q", 2, 1)], metric=forced[0].metric, read=where)
+    found = path_patching(
+        model, *bases, receivers=["logits", ("q", 2, 1)], metric=forced[0].metric, logit_positions=where
+    )
     with torch.no_grad():
         ends = [float(forced[0].metric(model(inputs)[0, where])) for inputs in bases]
     assert [found.clean, found.corrupted] == pytest.approx(ends, abs=1e-4)

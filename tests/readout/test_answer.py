@@ -106,7 +106,7 @@ def test_answers_of_different_lengths_are_appended_and_read_apart() -> None:
         assert token_map["predicting"] == [p - 1 for p in token_map["answer"]]
         assert token_map["last"] == joined.padded_left().token_maps[row]["last"]
     again = read_answer(models.ours, reading.inputs)
-    assert torch.equal(again.read, reading.read)
+    assert torch.equal(again.logit_positions, reading.logit_positions)
     assert torch.equal(again.ids, reading.ids)
     assert again.measured == "whole answer"
 

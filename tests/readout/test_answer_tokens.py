@@ -24,7 +24,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.templates import TEMPLATES, Template
 from hooked_llava.readout.answer import teacher_forced
-from hooked_llava.readout.answer_tokens import Answer, answer_tokens, one_each, separator, single_token
+from hooked_llava.readout.answer_tokens import Answer, answer_tokens, per_prompt, separator, single_token
 from tests.fixtures_tokenizers import KINDS, Kind, talking
 from tests.pairs import pair
 
@@ -155,7 +155,7 @@ def test_every_prompt_of_a_batch_has_its_own(kind: Kind) -> None:
     prompts = ["The color of the star is", "Who made the star?\n"]
     batch = model.prepare(prompts, template=None)
     for given in ("Red", ["Red", "2"]):
-        for prompt, one, found in zip(prompts, one_each(given, 2), answer_tokens(model, batch, given), strict=True):
+        for prompt, one, found in zip(prompts, per_prompt(given, 2), answer_tokens(model, batch, given), strict=True):
             glue = "" if prompt.endswith("\n") else " "
             assert [*ids_of(model, prompt), *found.ids] == ids_of(model, prompt + glue + one)
 

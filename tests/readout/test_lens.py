@@ -13,10 +13,9 @@ from hooked_llava.readout.lens import (
     log_probabilities,
     log_probabilities_along,
     log_probability_increase,
-    token_id,
     top_tokens,
-    words,
 )
+from hooked_llava.readout.vocabulary import decode_tokens, token_id
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run, off, pair
 
@@ -74,11 +73,11 @@ def test_more_words_than_there_are_is_refused(k: int) -> None:
 
 
 def test_words_of_tokens() -> None:
-    assert words(OURS, torch.tensor([[7, 8]])).tolist() == [["#7", "#8"]]
+    assert decode_tokens(OURS, torch.tensor([[7, 8]])).tolist() == [["#7", "#8"]]
     model = talking()
     ids = torch.tensor([[model.to_single_token("star")], [model.to_single_token("red")]])
-    assert words(model, ids).tolist() == [["star"], ["red"]]
-    assert words(model, ids).dtype.kind == "U"
+    assert decode_tokens(model, ids).tolist() == [["star"], ["red"]]
+    assert decode_tokens(model, ids).dtype.kind == "U"
 
 
 def test_ids_of_words() -> None:

@@ -16,6 +16,7 @@ from hooked_llava import analysis
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer_tokens import per_prompt
 from hooked_llava.readout.metrics import (
     Answer,
     at_last,
@@ -23,7 +24,6 @@ from hooked_llava.readout.metrics import (
     kl_divergence,
     log_probability,
     logit_difference,
-    one_each,
     own_answers,
     probability,
     rank,
@@ -133,11 +133,11 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_answer() -> None:
 
 
 def test_one_answer_for_all_prompts_or_one_for_each() -> None:
-    assert one_each(TWO, 2) == [TWO, TWO]
-    assert one_each(np.array([7, 8]), 2) == [7, 8]
-    assert one_each(torch.tensor(7), 2) == [7, 7]
+    assert per_prompt(TWO, 2) == [TWO, TWO]
+    assert per_prompt(np.array([7, 8]), 2) == [7, 8]
+    assert per_prompt(torch.tensor(7), 2) == [7, 7]
     with pytest.raises(InputError, match="word= names 1 answers for 2 prompts"):
-        one_each(["red"], 2, "word")
+        per_prompt(["red"], 2, "word")
 
 
 def test_teacher_forcing_multiplies_the_tokens_probabilities() -> None:

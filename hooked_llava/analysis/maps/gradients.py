@@ -18,9 +18,9 @@ from torch import Tensor
 from hooked_llava.analysis.maps.patches import at_patches, patch_positions, sum_pixels
 from hooked_llava.checks import whole_number
 from hooked_llava.model.components.hook_point import reads_only
+from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_log_probability
-from hooked_llava.readout.lens import wide
 from hooked_llava.readout.resid import logits_at
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _read_logits(
     model: HookedLLaVA, inputs: Inputs, entering: Float[Tensor, "prompt pos d_model"], read: Read
 ) -> Float[Tensor, "prompt read d_vocab"]:
     where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
-    return wide(logits_at(model, model(entering, **where, stop_at_layer=model.cfg.n_layers), read))
+    return at_least_float32(logits_at(model, model(entering, **where, stop_at_layer=model.cfg.n_layers), read))
 
 
 def gradient_times_input(
@@ -86,7 +86,7 @@ def integrated_gradients(
         with torch.no_grad():
             ids = log_p(end, None)[1]
     start = torch.zeros_like(end) if vision else _without_picture(inputs, end, baseline)
-    way = wide(end) - wide(start)
+    way = at_least_float32(end) - at_least_float32(start)
     total = torch.zeros_like(way)
     for step in range(steps):
         total += _gradient(log_p, (start + (step + 0.5) / steps * way).to(end.dtype), ids)[0]
@@ -126,7 +126,7 @@ def _without_picture(
     for row, token_map in enumerate(inputs.token_maps):
         for image in range(token_map.n_images):
             where = token_map.image(image).tensor(end.device)
-            own = wide(end[row, where]).mean(0) if baseline is None else baseline.to(end.device)
+            own = at_least_float32(end[row, where]).mean(0) if baseline is None else baseline.to(end.device)
             start[row, where] = own.to(end.dtype)
     return start
 

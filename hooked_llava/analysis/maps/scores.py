@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hooked_llava.checks import is_whole_number, whole_number, whole_numbers
 from hooked_llava.errors import InputError
-from hooked_llava.readout.answer_cache import Decision
-from hooked_llava.readout.head_outputs import summed_messages
-from hooked_llava.readout.lens import wide
+from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.readout.answer_cache import AnswerCache
+from hooked_llava.readout.head_outputs import summed_head_outputs
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -23,50 +23,50 @@ Heads = int | Literal["all"] | Sequence[tuple[int, int]]
 """Which heads make a map: the k best by their scores, all of them, or (layer, head) pairs."""
 
 
-def score_layers(decision: Decision) -> Float[Tensor, "prompt layer 2"]:
-    """S(attention | stream entering the block) and S(MLP | stream between the two)."""
+def score_layers(cache: AnswerCache) -> Float[Tensor, "prompt layer 2"]:
+    """S(attention | resid_pre) and S(MLP | resid_mid)."""
     rows = []
-    for layer in range(decision.n_layers):
-        stream, attention = decision.streams[layer], decision.part(layer, "attn_out")
-        middle = wide(stream) + attention
+    for layer in range(cache.n_layers):
+        resid, attention = cache.resid[layer], cache.part(layer, "attn_out")
+        middle = at_least_float32(resid) + attention
         scores = [
-            decision.score(wide(attention), stream),
-            decision.score(wide(decision.part(layer, "mlp_out")), middle),
+            cache.score(at_least_float32(attention), resid),
+            cache.score(at_least_float32(cache.part(layer, "mlp_out")), middle),
         ]
         rows.append(torch.stack(scores, -1))
     return torch.stack(rows, 1)
 
 
-def score_heads(decision: Decision, layers: Sequence[int] | None = None) -> Float[Tensor, "prompt layer head"]:
-    """S(z W_O | stream entering the block) of every head."""
+def score_heads(cache: AnswerCache, layers: Sequence[int] | None = None) -> Float[Tensor, "prompt layer head"]:
+    """S(z W_O | resid_pre) of every head."""
     rows = []
-    for layer in range(decision.n_layers) if layers is None else layers:
-        z, output = wide(decision.part(layer, "z")), wide(decision.model.blocks[layer].attn.W_O)
+    for layer in range(cache.n_layers) if layers is None else layers:
+        z, output = at_least_float32(cache.part(layer, "z")), at_least_float32(cache.model.blocks[layer].attn.W_O)
         written = einsum("b r h d, h d m -> b r h m", z, output)  # (prompt, read, head, d_model)
-        rows.append(decision.score(written, decision.streams[layer]))
+        rows.append(cache.score(written, cache.resid[layer]))
     return torch.stack(rows, 1)
 
 
 def score_positions(
-    decision: Decision, layer: int, head: int, positions: Int[Tensor, "prompt key"] | None = None
+    cache: AnswerCache, layer: int, head: int, positions: Int[Tensor, "prompt key"] | None = None
 ) -> Float[Tensor, "prompt key"]:
-    """S(message | stream entering the block) of every message of one head into the answer's positions.
+    """S(A v W_O | resid_pre) of what one head writes at the answer's positions from every key.
 
-    A message is A v W_O: its coordinates A v in the head's own directions W_O are all that is made of it.
+    Its coordinates A v in the head's own directions W_O are all that is made of it.
     """
-    pattern, value = _at(decision, layer, positions)
-    cfg = decision.model.config.language
+    pattern, value = _at(cache, layer, positions)
+    cfg = cache.model.config.language
     own = value[:, None, :, head // (cfg.n_heads // cfg.n_key_value_heads)]  # (prompt, 1, key, d_head)
-    coordinates = wide(pattern[:, head])[..., None] * wide(own)  # (prompt, read, key, d_head)
-    return decision.score_along(coordinates, decision.model.blocks[layer].attn.W_O[head], decision.streams[layer])
+    coordinates = at_least_float32(pattern[:, head])[..., None] * at_least_float32(own)  # (prompt, read, key, d_head)
+    return cache.score_along(coordinates, cache.model.blocks[layer].attn.W_O[head], cache.resid[layer])
 
 
 def score_positions_of_layer(
-    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None = None
+    cache: AnswerCache, layer: int, positions: Int[Tensor, "prompt key"] | None = None
 ) -> Float[Tensor, "prompt key"]:
     """The same for what all heads of a layer together bring from each position."""
-    messages = summed_messages(decision.model, layer, *_at(decision, layer, positions))
-    return decision.score(messages, decision.streams[layer])
+    written = summed_head_outputs(cache.model, layer, *_at(cache, layer, positions))
+    return cache.score(written, cache.resid[layer])
 
 
 def best_heads(scores: Float[Tensor, "prompt layer head"], k: int) -> list[list[tuple[int, int]]]:
@@ -89,32 +89,32 @@ def check_choice(model: HookedLLaVA, heads: Heads) -> Heads:
     return whole_number(heads, "k", least=1, most=cfg.n_layers * cfg.n_heads, of=" heads")
 
 
-def chosen_heads(decision: Decision, heads: Heads) -> list[list[tuple[int, int]]]:
+def chosen_heads(cache: AnswerCache, heads: Heads) -> list[list[tuple[int, int]]]:
     """The heads of each prompt that `heads` means, the best first where they are chosen by their scores."""
-    cfg = decision.model.config.language
+    cfg = cache.model.config.language
     if isinstance(heads, int):
-        return best_heads(score_heads(decision), heads)
+        return best_heads(score_heads(cache), heads)
     if isinstance(heads, str):
         pairs = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     else:
         pairs = check_heads(heads, cfg.n_layers, cfg.n_heads)
-    return [pairs] * len(decision.inputs)
+    return [pairs] * len(cache.inputs)
 
 
-def best_of(decision: Decision, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def best_of(cache: AnswerCache, pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of one prompt's heads the one with the largest score."""
     layers = sorted({layer for layer, _ in pairs})
-    scores = score_heads(decision, layers)[0]
+    scores = score_heads(cache, layers)[0]
     return max(pairs, key=lambda pair: float(scores[layers.index(pair[0]), pair[1]]))
 
 
 def best_positions(
-    decision: Decision, pair: tuple[int, int], top: int, among: Sequence[int] | None = None
+    cache: AnswerCache, pair: tuple[int, int], top: int, among: Sequence[int] | None = None
 ) -> Int[Tensor, " position"]:
     """The tokens of one prompt with the largest scores for a head, the best first; padding is no token."""
-    real = decision.inputs.token_map.real
+    real = cache.inputs.token_map.real
     where = torch.tensor([p for p in (real if among is None else among) if p in real])
-    scores = score_positions(decision, *pair, where[None].to(decision.read.device))[0]  # (position)
+    scores = score_positions(cache, *pair, where[None].to(cache.logit_positions.device))[0]  # (position)
     return where[scores.topk(min(top, len(where))).indices.cpu()]
 
 
@@ -153,9 +153,9 @@ def check_heads(heads: Iterable[Any], n_layers: int, n_heads: int) -> list[tuple
 
 
 def _at(
-    decision: Decision, layer: int, positions: Int[Tensor, "prompt key"] | None
+    cache: AnswerCache, layer: int, positions: Int[Tensor, "prompt key"] | None
 ) -> tuple[Float[Tensor, "prompt head read key"], Float[Tensor, "prompt key kv_head d_head"]]:
-    pattern, value = decision.part(layer, "pattern"), decision.part(layer, "v")
+    pattern, value = cache.part(layer, "pattern"), cache.part(layer, "v")
     if positions is None:
         return pattern, value
     rows = torch.arange(len(positions), device=value.device)[:, None]

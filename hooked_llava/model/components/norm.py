@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hooked_llava.architecture.config import TowerConfig
 from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.precision import at_least_float32
 
 
 class _Norm(nn.Module, ABC):
@@ -43,13 +44,15 @@ class _Norm(nn.Module, ABC):
         if not (self.hook_scale.listening or self.hook_normalized.listening):
             return self.fused(x)
         scale = self.hook_scale(self.scale_of(x))  # (batch, pos, 1)
-        normalized = self.hook_normalized((self.centred(_wide(x)) / scale).to(x.dtype))  # (batch, pos, d_model)
+        normalized = self.hook_normalized(
+            (self.centred(at_least_float32(x)) / scale).to(x.dtype)
+        )  # (batch, pos, d_model)
         out = normalized * self.weight
         return out if self.bias is None else out + self.bias
 
     def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """The number that each vector is divided by, in float32 at least: what `hook_scale` holds."""
-        return (self.centred(_wide(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (self.centred(at_least_float32(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def frozen(
         self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*scale 1"], *, bias: bool = True
@@ -59,7 +62,7 @@ class _Norm(nn.Module, ABC):
         With its own scale a vector gets what the norm gives. With one scale for all the norm is a linear map and its bias:
         the parts of a vector, each without the bias, sum to the vector's output less the bias.
         """
-        centred = self.centred(_wide(x))
+        centred = self.centred(at_least_float32(x))
         out = (centred / scale.to(centred.dtype)).to(x.dtype) * self.weight.to(x.dtype)
         return out if self.bias is None or not bias else out + self.bias.to(x.dtype)
 
@@ -102,10 +105,6 @@ class LayerNorm(_Norm):
     def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """x less its mean."""
         return x - x.mean(-1, keepdim=True)
-
-
-def _wide(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def make_norm(cfg: TowerConfig) -> RMSNorm | LayerNorm:

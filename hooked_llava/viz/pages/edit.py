@@ -20,7 +20,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
-from hooked_llava.readout.answer_tokens import spelled_out
+from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
@@ -147,7 +147,7 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         for i in range(len(ids))
     ]
     return {
-        "target": wanted if isinstance(wanted, str) else spelled_out(model, made.targets[0]),
+        "target": wanted if isinstance(wanted, str) else decode_text(model, made.targets[0]),
         "n_target": made.n_target,
         "old": rows[0],
         "new": rows[ids.index(made.targets[0][0])],

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.results.arrays import stream_coords
+from hooked_llava.results.arrays import resid_coords
 from hooked_llava.viz import answer_curve, lens_table, role_curves, trace_maps
 from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves, shown_edge
 from tests.pairs import as_users_run
@@ -74,7 +74,7 @@ def test_probabilities_by_form():
     forms = ["lower", "capitalised", "false lower", "false capitalised"]
     result = xr.DataArray(
         values,
-        coords={"norm": ["none", "final"], "form": forms, **stream_coords(3, "stream")},
+        coords={"norm": ["none", "final"], "form": forms, **resid_coords(3, "stream")},
         dims=("norm", "stream", "form"),
         name="p",
     )
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_said():
 def test_chosen_streams_keep_their_names():
     result = xr.DataArray(
         np.arange(5.0)[None, :, None] / 5,
-        coords={"norm": ["none"], "form": ["lower"], **stream_coords(4)},
+        coords={"norm": ["none"], "form": ["lower"], **resid_coords(4)},
         dims=("norm", "layer", "form"),
         name="p",
     )

@@ -6,7 +6,7 @@ import xarray as xr
 
 from hooked_llava.analysis import logit_lens
 from hooked_llava.errors import InputError
-from hooked_llava.results.arrays import load, save, stream_coords
+from hooked_llava.results.arrays import load, resid_coords, save
 from hooked_llava.viz import answer_curve, lens_table
 
 
@@ -43,7 +43,7 @@ def test_answer_curve_has_a_line_for_each_answer(model, inputs):
 def test_answer_curve_of_many_layers_names_few_of_them():
     values = np.linspace(0, 1, 33)[:, None, None]
     read = xr.Dataset(
-        {"answer_probability": (("layer", "position", "answer"), values)}, {**stream_coords(32), "answer": ["Red"]}
+        {"answer_probability": (("layer", "position", "answer"), values)}, {**resid_coords(32), "answer": ["Red"]}
     )
     labels = [label.get_text() for label in answer_curve(read).axes[0].get_xticklabels()]
     assert labels[:3] == ["0", "5", "10"]
