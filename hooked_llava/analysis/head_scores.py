@@ -44,8 +44,8 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
 
     Args:
         model: the model.
-        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `AnswerCache` of them
-            (`hooked_llava.analysis.maps.decide`), so that several analyses share one forward pass.
+        inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or an `AnswerCache` of them
+            (`hooked_llava.readout.answer_cache.cache_answer`), so that several analyses share one forward pass.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing, as the sum over its tokens; a list has one for each prompt.
 
