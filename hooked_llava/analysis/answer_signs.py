@@ -43,6 +43,7 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> import torch
     >>> inputs = model.prepare("What color is the star?", images=torch.zeros(3, 64, 64))
     >>> sorted(answer_signs(model, inputs, np.eye(8)[None], np.ones((1, 8, 8))))
     ['confidence', 'entropy', 'map_entropy', 'map_peak', 'mass_on_objects']

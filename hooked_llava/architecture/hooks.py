@@ -8,11 +8,12 @@ is the single list of them, and a test holds it against the model.
 from __future__ import annotations
 
 import fnmatch
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias
 
 from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
 from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, vision_hooks
@@ -123,14 +124,14 @@ class HookTable:
         """The sizes of a hook's tower; the projector's and the merge's hooks have the language tower's."""
         return self.config.vision if hook.tower == "vision" else self.config.language
 
-    def name(self, short: str, layer: int) -> str:
+    def name(self, short: str, layer: SupportsIndex) -> str:
         """The full name of a hook in one layer (from the end where negative); raises as `one`.
 
         >>> from transformers import LlavaConfig
         >>> HookTable(LLaVAConfig.from_hf(LlavaConfig())).name("resid_post", -1)
         'blocks.31.hook_resid_post'
         """
-        return self.one((short, layer))
+        return self.one((short, operator.index(layer)))
 
     def resolve(self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None) -> list[str]:
         """Full names, in firing order, of the hooks that a filter asks for.
