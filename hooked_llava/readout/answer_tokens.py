@@ -177,6 +177,7 @@ def per_prompt(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
 def is_index(given: Any) -> bool:
     """Whether it is a whole number of any library.
 
+    >>> import torch
     >>> is_index(torch.tensor(7)), is_index("7")
     (True, False)
     """

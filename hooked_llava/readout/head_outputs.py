@@ -40,6 +40,7 @@ def head_outputs(
     The sum over keys is the head's `hook_result`; over heads too, `hook_attn_out` less the output bias. Raises
     `InputError` for a layer or head that is not there.
 
+    >>> import torch
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v", "attn_out"])
@@ -63,6 +64,7 @@ def summed_head_outputs(
 
     Arguments as for `head_outputs`. Raises `InputError` for a layer that is not there.
 
+    >>> import torch
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)
@@ -86,6 +88,7 @@ def head_outputs_along(
 
     Arguments as for `head_outputs`. Raises `InputError` for a layer that is not there.
 
+    >>> import torch
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> _, cache = model.run_with_cache(model.prepare("Who made the star?"), names_filter=["pattern", "v"], remove_batch_dim=True)

@@ -144,7 +144,7 @@ def resid_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
 
     The name stays with its stream where some layers are chosen, which a number by itself does not say.
 
-    >>> stream_coords(2)
+    >>> resid_coords(2)
     {'layer': [0, 1, 2], 'layer_name': ('layer', ['0', '1', 'final'])}
     """
     return {dim: list(range(n_layers + 1)), "layer_name": (dim, [*map(str, range(n_layers)), "final"])}
@@ -163,7 +163,7 @@ def n_tied(values: np.ndarray) -> int:
 def to_numpy(values: Tensor) -> np.ndarray:
     """A tensor's numbers for a result: in its own precision, or in float32 where NumPy has none such.
 
-    >>> numbers(torch.ones(2, dtype=torch.bfloat16)).dtype
+    >>> to_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype
     dtype('float32')
     """
     values = values.detach().cpu()
