@@ -5,7 +5,7 @@ DEMO_STAMP := .venv/.installed-demo
 STAMP := .venv/.installed
 LINT_STAMP := .venv/.installed-lint
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
-PICTURE ?= demo
+IMAGE ?= demo
 COSTS := hook_overhead generation cache_memory loading patching head_scores knockout causal_trace
 FINDINGS := patch_importance top_heads information_flow causal_trace_study editing
 QUESTION ?= What color is the star?
@@ -29,8 +29,8 @@ $(STAMP): $(DEMO_STAMP)
 	@$(PIP) -e '.[dev,viz,docs]'
 	@touch $@
 
-demo: $(DEMO_STAMP)  ## ask the embedded model about a picture and write report.html
-	@$(BIN)/hooked-llava explain $(PICTURE) "$(QUESTION)" -o report.html
+demo: $(DEMO_STAMP)  ## ask the embedded model about an image and write report.html
+	@$(BIN)/hooked-llava explain $(IMAGE) "$(QUESTION)" -o report.html
 
 test: $(STAMP)  ## run the tests, the doctests and the notebooks, on up to four cores
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4

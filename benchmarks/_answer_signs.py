@@ -24,7 +24,7 @@ NOISE = 90.0
 
 
 def absent(n: int, kind: str = "query_color") -> list[tuple[Example, bool]]:
-    """Half the questions as they are, half about a shape that is not in the picture: whatever is answered is made up."""
+    """Half the questions as they are, half about a shape that is not in the image: whatever is answered is made up."""
     rng = np.random.default_rng(_SEED)
     found = []
     for i, example in enumerate(held_out(kind, n)):
@@ -40,7 +40,7 @@ def absent(n: int, kind: str = "query_color") -> list[tuple[Example, bool]]:
 
 
 def noisy(n: int, kind: str, sigma: float = NOISE) -> list[tuple[Example, None]]:
-    """Held-out questions with noise on the pictures, so that some answers are wrong."""
+    """Held-out questions with noise on the images, so that some answers are wrong."""
     rng = np.random.default_rng(_SEED)
     found = []
     for example in held_out(kind, n):
@@ -54,8 +54,8 @@ def noisy(n: int, kind: str, sigma: float = NOISE) -> list[tuple[Example, None]]
 CASES: dict[str, Callable[[int], list[tuple[Example, bool | None]]]] = {
     "colour of an absent object (half of the questions)": absent,
     '"is there a ...", wrong colours and absent shapes': lambda n: [(e, None) for e in held_out("exist", n)],
-    '"is there a ...", noisy pictures': lambda n: noisy(n, "exist"),
-    "colour, noisy pictures": lambda n: noisy(n, "query_color"),
+    '"is there a ...", noisy images': lambda n: noisy(n, "exist"),
+    "colour, noisy images": lambda n: noisy(n, "query_color"),
     "relations of two objects": lambda n: [(e, None) for e in held_out("choose_rel", n)],
 }
 """Questions, and for each whether its answer is wrong; None where that is what the model says."""

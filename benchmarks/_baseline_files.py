@@ -18,8 +18,8 @@ from benchmarks._baseline_names import (
     answers_match,
     boxes_lost,
     gqa_rows,
+    image_path,
     load_result,
-    picture_path,
     save_result,
     write_gqa,
 )
@@ -92,10 +92,10 @@ def tables() -> Made:
     inputs = prepare_rows(model, rows, coverage=0.2)
     return {
         "rows": [[r.id, r.kind, r.question, r.answer, r.false_option, r.objects, r.boxes] for r in rows],
-        "read": [[r.id, r.kind, r.question, r.answer, r.picture, r.size] for r in read_gqa("gqa")],
+        "read": [[r.id, r.kind, r.question, r.answer, r.image, r.size] for r in read_gqa("gqa")],
         "limited": [r.id for r in read_gqa("gqa", kinds=["ChooseRel"], limit=1)],
         "files": {path.name: path.read_text(encoding="utf-8") for path in sorted(Path("gqa").glob("*.csv"))},
-        "images": [np.asarray(r.picture)[::8, ::8] for r in rows[:3]],
+        "images": [np.asarray(r.image)[::8, ::8] for r in rows[:3]],
         "constraints": [[r.id, r.question, r.constraint] for r in constraints.rows],
         "unplaced": [[r.id, r.why] for r in constraints.unplaced],
         "spans": [{name: list(where) for name, where in m.spans.items()} for m in inputs.token_maps],
@@ -212,4 +212,4 @@ def bundled() -> Made:
     from PIL import Image
 
     names = ("demo", "one-shape", "two-shapes", "five-shapes", "demo-blue-star")
-    return {name: np.asarray(Image.open(picture_path(name)).convert("RGB"))[::8, ::8] for name in names}
+    return {name: np.asarray(Image.open(image_path(name)).convert("RGB"))[::8, ::8] for name in names}

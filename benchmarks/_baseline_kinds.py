@@ -147,7 +147,7 @@ def world() -> Made:
     rng = np.random.default_rng(3)
     scenes = [toy.sample_scene(rng) for _ in range(4)]
     asked = [toy.ask(kind, scene, rng) for scene in scenes for kind in toy.KINDS]
-    table = edit_table(n_pictures=2)
+    table = edit_table(n_images=2)
     first = scenes[0].objects[0]
     return {
         "scenes": [[(o.shape, o.color, o.pattern, o.box) for o in scene.objects] for scene in scenes],

@@ -55,7 +55,7 @@ from hooked_llava.storage import written_whole
 from hooked_llava.toy.constraint_tables import constraint_rows
 from hooked_llava.toy.edit_tables import edit_table
 from hooked_llava.toy.gqa_tables import gqa_rows, write_gqa
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 from hooked_llava.viz.style import color_scale
 from tests.builders import make_hf_model, make_prompt  # noqa: TID251 (models and processors that tests have)
 from tests.compiled import compiled  # noqa: TID251 (models and processors that tests have)
@@ -113,7 +113,7 @@ __all__ = [
     "other_question",
     "own_answers",
     "paper_width",
-    "picture_path",
+    "image_path",
     "places",
     "probability",
     "processor_axes",

@@ -20,9 +20,9 @@ from benchmarks._baseline_names import (
     RECOLORED,
     Inputs,
     compiled,
+    image_path,
     make_hf_model,
     make_processor,
-    picture_path,
 )
 from hooked_llava import HookedLLaVA
 
@@ -103,8 +103,8 @@ def subject(name: str) -> Subject:
 def _embedded(name: str, kind: str, dtype: torch.dtype) -> Subject:
     model = HookedLLaVA.from_pretrained(f"tiny-shapes-{kind}", dtype=dtype)
     images = (
-        Image.open(picture_path("demo")).convert("RGB"),
-        Image.open(picture_path("demo-blue-star")).convert("RGB"),
+        Image.open(image_path("demo")).convert("RGB"),
+        Image.open(image_path("demo-blue-star")).convert("RGB"),
     )
     question = "What color is the star?"
     questions = (question, "Who made the star?")

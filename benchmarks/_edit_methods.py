@@ -32,14 +32,14 @@ from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.toy.edit_tables import THIS, EditCase, EditTable, ProbeRows
 from hooked_llava.toy.evaluate import Example, held_out
 
-# Chosen on the facts CHOSEN_ON of tiny-shapes (seed 1), asked with other pictures than the benchmark's.
+# Chosen on the facts CHOSEN_ON of tiny-shapes (seed 1), asked with other images than the benchmark's.
 LAYER = 3
 LEARNING_RATE = {"one": 3e-3, "all": 1e-3}
 MAX_CHANGE = 0.02
 CHOSEN_ON = (3, 14, 27, 36, 41, 58, 62, 75, 80, 99)
 RELEASED_CLAMP = 1e-4
 LAMBDAS = (0.0, 0.01, 1.0, 10.0, 100.0, 1000.0)
-_SEEN_KINDS = ("fact_picture", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
+_SEEN_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
 _SEEN_EACH = 40
 _SEEN_SEED = 7_000_003
 
@@ -59,7 +59,7 @@ class Bench:
         table = _only(table, cases)
         layers = range(model.cfg.n_layers)
         pools = {
-            "pictures": keep_prompts(model, prepared(model, table.pictures), layers),
+            "images": keep_prompts(model, prepared(model, table.images), layers),
             "words": keep_prompts(model, prepared(model, table.words), layers),
         }
         return cls(model, table, pools)
@@ -77,12 +77,10 @@ class Bench:
             "evaluation_seconds": round(time.perf_counter() - began, 4),
         }
 
-    def request(
-        self, case: int, *, n_pictures: int = 1, by_name: bool = False, constraint: bool = False
-    ) -> EditRequest:
-        """The request for a case: asked about one picture or two, and by name besides."""
+    def request(self, case: int, *, n_images: int = 1, by_name: bool = False, constraint: bool = False) -> EditRequest:
+        """The request for a case: asked about one image or two, and by name besides."""
         one = self.table.cases[case]
-        examples = [*one.requests[:n_pictures], *([one.requests[-1]] if by_name else [])]
+        examples = [*one.requests[:n_images], *([one.requests[-1]] if by_name else [])]
         return EditRequest(
             [e.question.text for e in examples],
             one.target,
@@ -102,8 +100,8 @@ class Bench:
 
 def prepared(model: HookedLLaVA, examples: Sequence[Example]) -> Inputs:
     """Questions as the model takes them."""
-    pictures = [None if e.scene is None else e.scene.render() for e in examples]
-    return model.prepare([e.prompt for e in examples], pictures, template=None)
+    images = [None if e.scene is None else e.scene.render() for e in examples]
+    return model.prepare([e.prompt for e in examples], images, template=None)
 
 
 # ---------------------------------------------------------------------- contestants
@@ -114,7 +112,7 @@ Method = Callable[[Bench, Sequence[int]], Iterator[Edit]]
 
 def search_of(bench: Bench, cases: Sequence[int], layer: int, position: str, **options: Any) -> Solved:
     """Keys and value differences of all cases in one batch."""
-    asked = {name: options.pop(name) for name in ("n_pictures", "by_name") if name in options}
+    asked = {name: options.pop(name) for name in ("n_images", "by_name") if name in options}
     requests = [bench.request(case, constraint=position == "constraint", **asked) for case in cases]
     with _misses_are_measured():
         return solve(bench.model, requests, layer, position, ValueSearch(**options))
@@ -172,8 +170,8 @@ def methods() -> dict[str, Method]:
     """All contestants of the main table."""
     return {
         "MultEdit": _closed("multedit"),
-        "MultEdit, key and value over 2 pictures and the name": _closed("multedit", n_pictures=2, by_name=True),
-        "ROME, the same prompts": _closed("rome", n_pictures=2, by_name=True),
+        "MultEdit, key and value over 2 images and the name": _closed("multedit", n_images=2, by_name=True),
+        "ROME, the same prompts": _closed("rome", n_images=2, by_name=True),
         "ROME": _closed("rome"),
         "MultEdit at the constraint's last token": _closed("multedit", position="constraint"),
         "MultEdit, released clamp 1e-4": _closed("multedit", clamp=RELEASED_CLAMP),
@@ -204,7 +202,7 @@ def lambda_sweep() -> dict[str, Method]:
 
 def _only(table: EditTable, cases: Sequence[int]) -> EditTable:
     """The table with only the questions that some cases ask, rows counted anew."""
-    chosen: dict[str, dict[int, int]] = {"pictures": {}, "words": {}}
+    chosen: dict[str, dict[int, int]] = {"images": {}, "words": {}}
     for case in cases:
         for probe in table.cases[case].probes:
             for row in probe.rows:
@@ -216,8 +214,8 @@ def _only(table: EditTable, cases: Sequence[int]) -> EditTable:
         else case
         for i, case in enumerate(table.cases)
     )
-    pictures = tuple(table.pictures[row] for row in chosen["pictures"])
-    return EditTable(renumbered, pictures, tuple(table.words[row] for row in chosen["words"]))
+    images = tuple(table.images[row] for row in chosen["images"])
+    return EditTable(renumbered, images, tuple(table.words[row] for row in chosen["words"]))
 
 
 def _renumbered(probe: ProbeRows, rows: dict[int, int]) -> ProbeRows:

@@ -1,4 +1,4 @@
-"""Patch maps of held-out pictures by every method, computed in batches and kept in files, so that a run can go on."""
+"""Patch maps of held-out images by every method, computed in batches and kept in files, so that a run can go on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SINGLE_PATCHES = "single patches"
 
 @dataclass(frozen=True)
 class Case:
-    """A picture, a question about one of its objects, and what is true of the patches."""
+    """An image, a question about one of its objects, and what is true of the patches."""
 
     example: Example
     coverage: np.ndarray
@@ -62,7 +62,7 @@ class Case:
     others: np.ndarray
     """The same for all other objects together."""
     other_question: str
-    """The same question about another object of the picture."""
+    """The same question about another object of the image."""
 
     @property
     def scene(self) -> Scene:
@@ -71,7 +71,7 @@ class Case:
 
 
 def cases(kind: str, n: int) -> list[Case]:
-    """The first n held-out questions of a kind; every picture has at least two objects."""
+    """The first n held-out questions of a kind; every image has at least two objects."""
     found = []
     for example in held_out(kind, n):
         assert example.scene is not None
@@ -92,7 +92,7 @@ def cases(kind: str, n: int) -> list[Case]:
 
 
 def prepared(model: HookedLLaVA, some: Sequence[Case], *, other: bool = False) -> Inputs:
-    """The questions with their pictures, or the same pictures with the question about another object."""
+    """The questions with their images, or the same images with the question about another object."""
     prompts = [case.other_question if other else case.example.prompt for case in some]
     return model.prepare(prompts, images=[case.scene.render() for case in some], template=None)
 
@@ -104,9 +104,9 @@ def batches(some: Sequence[T], size: int = BATCH) -> Iterator[Sequence[T]]:
 
 
 def maps_of(model: HookedLLaVA, some: Sequence[Case], name: str, file: Path, *, other: bool = False) -> xr.DataArray:
-    """Maps [prompt, patch_row, patch_col] with attributes `forwards` (a picture's) and `seconds` (all); kept in the file.
+    """Maps [prompt, patch_row, patch_col] with attributes `forwards` (an image's) and `seconds` (all); kept in the file.
 
-    A file of other weights, options or questions is made anew. Seconds are the method's alone, prompts and pictures ready.
+    A file of other weights, options or questions is made anew. Seconds are the method's alone, prompts and images ready.
     """
     about = identity(model, some, name, other=other)
     if file.is_file():

@@ -1,4 +1,4 @@
-"""The models that are compared: Hugging Face's class with seeded random weights, and a prompt with a picture."""
+"""The models that are compared: Hugging Face's class with seeded random weights, and a prompt with an image."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def random_hf_model(config: LlavaConfig, attention: str = "sdpa") -> LlavaForCon
 
 
 def random_prompt(config: LlavaConfig, n_positions: int, *, batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
-    """Tensors as a processor returns them: one picture a row, then text; row i has `i * pad` pads on its left."""
+    """Tensors as a processor returns them: one image a row, then text; row i has `i * pad` pads on its left."""
     torch.manual_seed(1)
     size, n_features = config.vision_config.image_size, config.image_seq_length
     image = config.image_token_id

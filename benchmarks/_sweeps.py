@@ -45,7 +45,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model with random weights and two prompts of the same words about different pictures."""
+    """A model with random weights and two prompts of the same words about different images."""
 
     hf_model: Any
     model: HookedLLaVA
@@ -101,7 +101,7 @@ def z(setting: Setting, positions: Sequence[int]) -> Sweep:
 
 
 def blocked(setting: Setting) -> Sweep:
-    """No attention from the last position to the picture, in a window of layers around each; no tool of TransformerLens's."""
+    """No attention from the last position to the image, in a window of layers around each; no tool of TransformerLens's."""
     n_layers, reach = setting.model.cfg.n_layers, WINDOW // 2
     windows = [range(max(0, layer - reach), min(n_layers, layer + reach + 1)) for layer in range(n_layers)]
     image = list(setting.inputs.token_map["image"])
@@ -146,8 +146,8 @@ def largest_difference(setting: Setting, replay: Replay, sweep: Sweep, chosen: l
     return float(((quick - slow).abs().amax(-1) / slow.abs().amax(-1)).max())
 
 
-class WithPicture:
-    """TransformerLens's bridge for its patching tools, which hand on token ids only: this passes the picture too."""
+class WithImage:
+    """TransformerLens's bridge for its patching tools, which hand on token ids only: this passes the image too."""
 
     training = False
 
@@ -187,9 +187,9 @@ def token_layers_of_a_forward(hf_model: Any, n_positions: int) -> float:
         if parameter.ndim < 2 or name.endswith(("embed_tokens.weight", "position_embedding.weight")):
             continue
         in_tower = ".encoder." in name
-        on_picture = n_patches + in_tower if "vision_tower" in name else n_patches
-        of_picture = "vision_tower" in name or "multi_modal_projector" in name
-        total += parameter.numel() * (on_picture if of_picture else n_positions)
+        on_image = n_patches + in_tower if "vision_tower" in name else n_patches
+        of_image = "vision_tower" in name or "multi_modal_projector" in name
+        total += parameter.numel() * (on_image if of_image else n_positions)
     return total / block
 
 

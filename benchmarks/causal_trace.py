@@ -26,10 +26,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "one kind: MLP": {"kinds": ("mlp",)},
     "three kinds": {},
     "three kinds, windows of 3": {"window": 3},
-    "three kinds, the first word behind the picture": {"behind": 0},
-    "three kinds, another picture": {"behind": 0, "other": True},
+    "three kinds, the first word behind the image": {"behind": 0},
+    "three kinds, another image": {"behind": 0, "other": True},
 }
-"""What is traced; `behind` says how many words stand between picture and constraint."""
+"""What is traced; `behind` says how many words stand between image and constraint."""
 BEHIND = 9
 TO_REACH = {"three kinds": 12.0}
 """Counted forwards besides the kept run, at the medium geometry."""
@@ -39,7 +39,7 @@ Measured = dict[str, Any]
 
 
 def options_of(row: str, prompt: dict[str, Tensor], n_image: int) -> dict[str, Any]:
-    """Arguments of `causal_trace` for a row; the picture stands behind the first token."""
+    """Arguments of `causal_trace` for a row; the image stands behind the first token."""
     given = dict(ROWS[row])
     first = 1 + n_image + min(given.pop("behind", BEHIND), prompt["input_ids"].shape[1] - n_image - 4)
     corruption: Any = Noise()
@@ -54,7 +54,7 @@ def measure_row(row: str, model: HookedLLaVA, hf_model: Any, prompt: dict[str, T
     inputs = model.as_inputs(prompt)
     options = options_of(row, prompt, hf_model.config.image_seq_length)
     if not isinstance(options["corruption"], Noise):
-        options["corruption"] = type(options["corruption"])(model.as_inputs(options["corruption"].picture))
+        options["corruption"] = type(options["corruption"])(model.as_inputs(options["corruption"].image))
     trace = causal_trace(model, inputs, **options)
     difference = largest_difference(model, inputs, trace, options) if options.get("window", 1) == 1 else None
     if difference is not None and difference > _TOLERANCE:
@@ -75,7 +75,7 @@ def measure_row(row: str, model: HookedLLaVA, hf_model: Any, prompt: dict[str, T
 def largest_difference(model: HookedLLaVA, inputs: Any, trace: Any, options: dict[str, Any]) -> float:
     """Some cells against full forward passes with plain hooks, relative to the largest probability."""
     if not isinstance(options["corruption"], Noise):
-        return _difference(model, options["corruption"].picture, inputs, trace, {})
+        return _difference(model, options["corruption"].image, inputs, trace, {})
     noise = gaussian_noise(model, inputs, options["constraint"])
 
     def corrupt(tensor: Tensor, hook: object) -> Tensor:

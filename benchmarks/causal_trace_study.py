@@ -1,8 +1,8 @@
 """Where facts come back on the embedded models, over many questions: `python -m benchmarks.causal_trace_study`.
 
-For every checkpoint: traces of held-out fact questions asked by picture ("this shape") and by name ("the star"), under
+For every checkpoint: traces of held-out fact questions asked by image ("this shape") and by name ("the star"), under
 four corruptions; mean indirect effect by kind, layer and role with 95% intervals, over the questions whose answer the
-corruption lowers; agreement between corruptions and between checkpoints; how the messages from the picture lie beside
+corruption lowers; agreement between corruptions and between checkpoints; how the messages from the image lie beside
 the trace; and attention contributions as predictors of wrong answers, beside confidence.
 """
 
@@ -24,7 +24,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.evaluate import embedded, held_out
 
-KINDS = {"by picture": "Known", "by name": "OK-VQA"}
+KINDS = {"by image": "Known", "by name": "OK-VQA"}
 CORRUPTIONS: dict[str, Callable[[StudyRow], Corruption]] = {
     "another shape's name": lambda row: Replace(other_shape(row)),
     "noise": lambda row: Noise(seed=len(row.question)),
@@ -94,7 +94,7 @@ def agreement(first: Measured, second: Measured) -> float | None:
 
 
 def messages(model: HookedLLaVA, rows: Sequence[StudyRow]) -> Measured:
-    """Norm of what goes from the picture to the constraint, by layer, and its shares on the object and the last row."""
+    """Norm of what goes from the image to the constraint, by layer, and its shares on the object and the last row."""
     norms, on_object, last_row, object_share = [], [], [], []
     for row in rows:
         inputs = prepare_rows(model, [row], coverage=0.2)
@@ -141,7 +141,7 @@ def _scores(model: HookedLLaVA, example: Any) -> dict[str, float]:
     to_constraint = found.image_to_constraint.sum(("image", "patch_row", "patch_col")).values
     middle = [len(to_last) // 2 - 1, len(to_last) // 2]
     named = {f"constraint to last, layer {i}": float(value) for i, value in enumerate(to_last)}
-    named |= {f"picture to constraint, layer {i}": float(value) for i, value in enumerate(to_constraint)}
+    named |= {f"image to constraint, layer {i}": float(value) for i, value in enumerate(to_constraint)}
     return {"confidence": found.confidence, "constraint to last, middle layers": float(to_last[middle].mean()), **named}
 
 
@@ -174,7 +174,7 @@ def study(model: HookedLLaVA, n: int, n_asked: int) -> Measured:
             "windows": windows,
             "agreement": {name: agreement(by_corruption[first], of) for name, of in by_corruption.items()},
         }
-        if kind == KINDS["by picture"]:  # asked by name, the shape need not be in the picture
+        if kind == KINDS["by image"]:  # asked by name, the shape need not be in the image
             result[label]["messages"] = messages(model, rows)
     result["errors"] = errors(model, n_asked)
     return result

@@ -1,10 +1,10 @@
-"""Does an edit change the fact, its other wordings and pictures, and nothing else? `python -m benchmarks.editing`.
+"""Does an edit change the fact, its other wordings and images, and nothing else? `python -m benchmarks.editing`.
 
 The hundred facts of the embedded world are edited one by one in every embedded checkpoint and asked again: the same
-question, other pictures, the shape in other colours and at other places, other words, by name; other shapes, other
+question, other images, the shape in other colours and at other places, other words, by name; other shapes, other
 relations, colours, unrelated questions. Contestants are MultEdit and ROME, three kinds of fine-tuning, the released clamp,
 and a random key. Besides: every layer, every lambda, many edits one after the other and together, and whether the causal
-trace says which layer to edit. Settings were chosen on ten facts of one checkpoint with pictures that are not asked about
+trace says which layer to edit. Settings were chosen on ten facts of one checkpoint with images that are not asked about
 here. The result file is written after every part, and what it holds already is not measured again.
 """
 
@@ -41,7 +41,7 @@ from hooked_llava.toy.edit_tables import THIS, edit_table
 
 CHECKPOINTS = ("tiny-shapes-seed0", "tiny-shapes-seed1", "tiny-shapes-seed2")
 SEQUENCE = (1, 2, 5, 10, 20, 50)
-ASKED = ("other pictures", "other colors", "other places", "other words", "by name")
+ASKED = ("other images", "other colors", "other places", "other words", "by name")
 STAY = ("other shapes", "other shapes, by name", "other relations", "other relations, by name", "colors")
 COLUMNS = ["efficacy", *ASKED, "specificity drop, points", "KL elsewhere", "s for one edit alone", "edits"]
 TIMED = 3
@@ -67,7 +67,7 @@ def run_methods(bench: Bench, found: Found, contestants: dict[str, Method], case
 def run_sequence(bench: Bench, cases: Sequence[int]) -> dict[str, list[dict[str, float]]]:
     """Facts edited one after the other, and as many in one closed form."""
     order = [int(i) for i in np.random.default_rng(0).permutation(cases)]
-    requests = [bench.request(case, n_pictures=2, by_name=True) for case in order]
+    requests = [bench.request(case, n_images=2, by_name=True) for case in order]
 
     def make(model: HookedLLaVA, request: EditRequest) -> Edit:
         return multedit(model, request, layer=LAYER, position="last")
@@ -79,7 +79,7 @@ def run_sequence(bench: Bench, cases: Sequence[int]) -> dict[str, list[dict[str,
     after = sequential_edits(bench.model, requests, make, measure, at=at)
     one_by_one = [{name: float(after[name].sel(n_edits=n)) for name in after} | {"n": n} for n in at]
     together = []
-    search = search_of(bench, order[: at[-1]], LAYER, "last", n_pictures=2, by_name=True)
+    search = search_of(bench, order[: at[-1]], LAYER, "last", n_images=2, by_name=True)
     for n in at:
         with search.edit(only=range(n)).applied():
             together.append(_held(bench, order[:n]) | {"n": n})
@@ -90,14 +90,14 @@ def _held(bench: Bench, edited: Sequence[int]) -> dict[str, float]:
     """Under the edits that are active: how the edited facts are answered, and how far the other answers dropped."""
     facts = {(bench.table.cases[case].relation, bench.table.cases[case].shape) for case in edited}
     hits: dict[str, list[float]] = {"efficacy": [], "generalisation": []}
-    stay: dict[str, dict[int, str]] = {"pictures": {}, "words": {}}
+    stay: dict[str, dict[int, str]] = {"images": {}, "words": {}}
     for case in edited:
         for probe in bench.table.cases[case].probes:
             if probe.role in hits:
                 prompts = bench.pools[probe.pool][probe.rows]
                 hits[probe.role].append(_right(bench, prompts.logits(LAYER), probe.expected))
             elif probe.role == "specificity":
-                examples = bench.table.pictures if probe.pool == "pictures" else bench.table.words
+                examples = bench.table.images if probe.pool == "images" else bench.table.words
                 asked = [(examples[row].question.relation, examples[row].question.objects[:1]) for row in probe.rows]
                 kept = [(relation, shape[0]) not in facts for relation, shape in asked]
                 stay[probe.pool] |= {r: e for r, e, k in zip(probe.rows, probe.expected, kept, strict=True) if k}
@@ -116,7 +116,7 @@ def _right(bench: Bench, logits: Any, answers: Sequence[str]) -> float:
 
 
 def run_trace(bench: Bench, cases: Sequence[int]) -> Found:
-    """Mean indirect effect of every layer's MLP at both positions, the picture exchanged for another shape's.
+    """Mean indirect effect of every layer's MLP at both positions, the image exchanged for another shape's.
 
     Cases whose answer that does not lower have nothing to restore, and are left out.
     """
@@ -279,7 +279,7 @@ def measure_checkpoint(name: str, found: Found, options: Any, save: Callable[[],
     cases, some, few = (spread(k, n) for k in (options.facts, options.baseline_facts, options.sweep_facts))
     began = time.perf_counter()
     bench = Bench.of(name, table, sorted({*cases, *some, *few}))
-    print(f"{name}: {len(bench.pools['pictures'])} questions with a picture, {len(bench.pools['words'])} without, "
+    print(f"{name}: {len(bench.pools['images'])} questions with an image, {len(bench.pools['words'])} without, "
           f"kept in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
     run_methods(bench, found.setdefault("methods", {}), methods(), cases, save)
     run_methods(bench, found["methods"], baselines(), some, save)

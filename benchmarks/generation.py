@@ -1,4 +1,4 @@
-"""Greedy generation after a prompt with a picture: `python -m benchmarks.generation`.
+"""Greedy generation after a prompt with an image: `python -m benchmarks.generation`.
 
 Everybody generates the same tokens from the same weights (asserted); no end token ends a row early. The prefill is a
 generation of one token; decoding is the rest: each repetition's seconds less the median prefill's. Batches have rows of

@@ -1,6 +1,6 @@
 """Do patch maps lie on the object that is asked about? `python -m benchmarks.patch_importance` (some minutes a checkpoint).
 
-Held-out pictures of the embedded world, where the queried object's patches are known, under every method of
+Held-out images of the embedded world, where the queried object's patches are known, under every method of
 `patch_importance` and every embedded checkpoint: AUC, average precision, pointing game, IoU at the object's size,
 specificity against the other objects, rank correlation with occlusion, deletion and insertion, the same maps under a
 question about another object, seconds and forward passes; the log-probability increase against mean attention, paired;
@@ -32,7 +32,7 @@ OCCLUSION = "occlusion, 2 x 2 patches"
 INCREASE, ATTENTION = "log increase, best head", "attention, mean of all heads"
 COMPARED = ("log increase, best head", "log increase, best 4 heads", "log increase, all heads")
 SHARES = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-FEW, FEWER = 4, 10  # part of the costly pictures for single patches; part of all for curves and other questions
+FEW, FEWER = 4, 10  # part of the costly images for single patches; part of all for curves and other questions
 _COLUMNS = {
     "auc": "AUC",
     "average_precision": "average precision",
@@ -49,13 +49,13 @@ Rows = dict[str, dict[str, Any]]
 
 
 def measure(model: HookedLLaVA, checkpoint: str, some: Sequence[Case], costly: int, folder: Path) -> Rows:
-    """Every number of every method for each picture."""
+    """Every number of every method for each image."""
     few, fewer = some[: max(2, costly // FEW)], some[: max(2, len(some) // FEWER)]
     names = [*METHODS, RANDOM]
     maps = {}
     for name in tqdm(names, desc=checkpoint, leave=False):
-        pictures = few if SINGLE_PATCHES in name else some[:costly] if name.startswith(COSTLY) else some
-        maps[name] = maps_of(model, pictures, name, folder / _file(checkpoint, name, len(pictures)))
+        images = few if SINGLE_PATCHES in name else some[:costly] if name.startswith(COSTLY) else some
+        maps[name] = maps_of(model, images, name, folder / _file(checkpoint, name, len(images)))
     rows: Rows = {}
     for name, of in maps.items():
         own = some[: len(of)]
@@ -80,7 +80,7 @@ def correlations(maps: xr.DataArray, reference: xr.DataArray) -> np.ndarray:
 
 
 def curves(model: HookedLLaVA, some: Sequence[Case], maps: Mapping[str, xr.DataArray]) -> dict[str, Any]:
-    """Area under deletion and insertion curves of every map of some pictures."""
+    """Area under deletion and insertion curves of every map of some images."""
     areas: list[xr.DataArray] = []
     for i, case in enumerate(tqdm(some, desc="deletion and insertion", leave=False)):
         own = {name: of.values[i] for name, of in maps.items()}
@@ -95,7 +95,7 @@ def summary(rows: Rows) -> Rows:
     """Means with intervals."""
     found: Rows = {}
     for name, row in rows.items():
-        found[name] = {"pictures": len(row["auc"])}
+        found[name] = {"images": len(row["auc"])}
         for key, values in row.items():
             if isinstance(values, np.ndarray):
                 found[name][key] = [round(x, 4) for x in bootstrap(values)]
@@ -105,10 +105,10 @@ def summary(rows: Rows) -> Rows:
 
 
 def pooled(each: Mapping[str, Rows]) -> Rows:
-    """Every number's mean over the checkpoints, picture by picture.
+    """Every number's mean over the checkpoints, image by image.
 
-    All checkpoints see the same pictures, so that intervals over pictures are taken of these means: three measurements of
-    one picture are not three pictures.
+    All checkpoints see the same images, so that intervals over images are taken of these means: three measurements of
+    one image are not three images.
     """
     first = next(iter(each.values()))
     return {
@@ -125,7 +125,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def compared(rows: Rows) -> dict[str, Any]:
-    """Difference of AUC and of the other measures to mean attention, picture by picture."""
+    """Difference of AUC and of the other measures to mean attention, image by image."""
     return {
         name: {m: [round(x, 4) for x in bootstrap(rows[name][m] - rows[ATTENTION][m])] for m in MEASURES}
         for name in COMPARED
@@ -137,11 +137,11 @@ def table(summaries: Rows, corner: str) -> str:
     cells = {}
     for name, row in summaries.items():
         mean, low, high = row["auc"]
-        values = [str(row["pictures"]), f"{mean:.3f} ± {(high - low) / 2:.3f}"]
+        values = [str(row["images"]), f"{mean:.3f} ± {(high - low) / 2:.3f}"]
         values += [f"{row[key][0]:.3f}" if key in row else "-" for key in _COLUMNS if key != "auc"]
         passes = f"{row['forwards']:.0f}" + (f" + {row['backwards']:.0f} backward" if row["backwards"] else "")
         cells[name] = [*values, passes, f"{row['milliseconds']:.0f}"]
-    return markdown(["pictures", *_COLUMNS.values(), "forward passes", "ms"], cells, corner)
+    return markdown(["images", *_COLUMNS.values(), "forward passes", "ms"], cells, corner)
 
 
 def comparison_table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -151,7 +151,7 @@ def comparison_table(found: Mapping[str, Mapping[str, Any]]) -> str:
         for checkpoint, of in found.items()
         for name, row in of.items()
     }
-    return markdown([_COLUMNS[m] for m in MEASURES], cells, "less mean attention, picture by picture")
+    return markdown([_COLUMNS[m] for m in MEASURES], cells, "less mean attention, image by image")
 
 
 def signs_table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -171,8 +171,8 @@ def _file(checkpoint: str, name: str, n: int) -> str:
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__, repetitions=1)
-    parser.add_argument("--n", type=int, default=500, help="pictures (default 500)")
-    parser.add_argument("--costly", type=int, default=200, help="pictures for methods of many passes (default 200)")
+    parser.add_argument("--n", type=int, default=500, help="images (default 500)")
+    parser.add_argument("--costly", type=int, default=200, help="images for methods of many passes (default 200)")
     parser.add_argument(
         "--checkpoints", type=Path, nargs="+", default=embedded(), help="folders; all embedded by default"
     )
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "patch_importance",
         options,
         question=KIND,
-        pictures=options.n,
+        images=options.n,
         accuracy=right,
         checkpoints=summaries,
         against_mean_attention=against,

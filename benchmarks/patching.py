@@ -39,7 +39,7 @@ from benchmarks._sweeps import (
     WINDOW,
     Setting,
     Sweep,
-    WithPicture,
+    WithImage,
     blocked,
     largest_difference,
     make_setting,
@@ -86,7 +86,7 @@ def sweep_of(row: str, setting: Setting) -> Sweep:
     return z(setting, positions[-1:] if row == "z-last" else positions)
 
 
-def measure_row(row: str, setting: Setting, bridge: WithPicture | None, repetitions: int) -> Measured:
+def measure_row(row: str, setting: Setting, bridge: WithImage | None, repetitions: int) -> Measured:
     """Seconds and ratios to a forward of one row; of a sweep also counted work and differences."""
     model, inputs = setting.model, setting.inputs
     if row == "kept":
@@ -107,7 +107,7 @@ def measure_row(row: str, setting: Setting, bridge: WithPicture | None, repetiti
     }
 
 
-def measure_sweep(sweep: Sweep, setting: Setting, bridge: WithPicture | None, repetitions: int) -> Measured:
+def measure_sweep(sweep: Sweep, setting: Setting, bridge: WithImage | None, repetitions: int) -> Measured:
     """A sweep beside forwards and TransformerLens's own on a sample; with 0 repetitions timed once, with a bar."""
     replay, runs = Replay(setting.model, setting.inputs), [run.data for run in sweep.runs]
     chosen = sample(sweep, _BRIDGE_SAMPLE)
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     for geometry in options.geometry:
         found = geometries.setdefault(geometry, {"sizes": sizes(hf_config(geometry), POSITIONS[geometry]), "rows": {}})
         setting = make_setting(geometry, POSITIONS[geometry])
-        bridge = WithPicture(setting) if set(rows) - {"kept", "attribution", "block"} else None
+        bridge = WithImage(setting) if set(rows) - {"kept", "attribution", "block"} else None
         for row in rows:
             found["rows"][row] = measure_row(row, setting, bridge, options.repetitions)
             write("patching", options, geometries=geometries)  # a long run that is cut off keeps what it has

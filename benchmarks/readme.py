@@ -137,7 +137,7 @@ def costs(report: Report) -> list[str]:
 def importance(report: Report) -> list[str]:
     """Patch maps against the truth, and signs of wrong answers."""
     checkpoints, against = report["checkpoints"], report["against_mean_attention"]
-    asked = f"{report['pictures']} pictures x {len(checkpoints) - 1} checkpoints"
+    asked = f"{report['images']} images x {len(checkpoints) - 1} checkpoints"
     return [
         patch_importance.table(checkpoints["all"], asked),
         patch_importance.comparison_table({"all checkpoints": against["all"]}),

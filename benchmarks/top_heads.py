@@ -1,9 +1,9 @@
-"""Do the heads with the largest scores carry the answer, in words as in pictures? `python -m benchmarks.top_heads`.
+"""Do the heads with the largest scores carry the answer, in words as in images? `python -m benchmarks.top_heads`.
 
 For every embedded checkpoint the comparison that Yu & Ananiadou (arXiv 2411.10950) make, and the check that they leave out.
-The same question about a colour is asked of a picture and of sentences that say what is in it; the ten heads with the
+The same question about a colour is asked of an image and of sentences that say what is in it; the ten heads with the
 largest mean scores are compared, and then the best heads' z at the answer's position is replaced by its mean over other
-questions of the kind: the best 1, 2, 4, 8, 16 by score, by attention to the picture (or the sentences), and at random.
+questions of the kind: the best 1, 2, 4, 8, 16 by score, by attention to the image (or the sentences), and at random.
 Heads are ranked and means are taken on other questions than those that are asked.
 """
 
@@ -34,8 +34,8 @@ from hooked_llava.results.map_quality import mean_intervals
 from hooked_llava.toy.evaluate import Example, embedded, held_out
 
 KINDS = {"color_tqa": "facts", "color_vqa": "image"}
-"""Kinds of question, and the span that tells what is in the picture."""
-NAMES = {"color_tqa": "in words", "color_vqa": "in a picture"}
+"""Kinds of question, and the span that tells what is in the image."""
+NAMES = {"color_tqa": "in words", "color_vqa": "in an image"}
 TOP = 10
 SIZES = (1, 2, 4, 8, 16)
 SCORE, ATTENTION, RANDOM = "largest scores", "most attention", "random"
@@ -46,7 +46,7 @@ Ranking = list[tuple[int, int]]
 
 
 def asked(model: HookedLLaVA, examples: Sequence[Example]) -> Inputs:
-    """The prompts, with the sentences that stand for the picture as the span `facts` where there is none."""
+    """The prompts, with the sentences that stand for the image as the span `facts` where there is none."""
     images = [e.scene.render() for e in examples if e.scene is not None]
     inputs = model.prepare([e.prompt for e in examples], images=images or None, template=None)
     if images:
@@ -97,12 +97,12 @@ def _means(found: xr.Dataset) -> dict[str, list[float]]:
 
 def overlap(scores: Mapping[str, xr.DataArray]) -> Measured:
     """Share of the ten best heads in common, its interval over questions, and what two sets drawn at random share."""
-    text, picture = scores.values()
+    text, image = scores.values()
     best = {kind: top_heads(of, TOP) for kind, of in scores.items()}
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(_DRAWN):
-        pair = [_best(of.values[rng.integers(len(of), size=len(of))].mean(0)) for of in (text, picture)]
+        pair = [_best(of.values[rng.integers(len(of), size=len(of))].mean(0)) for of in (text, image)]
         drawn.append(len(pair[0] & pair[1]) / TOP)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return {
@@ -120,7 +120,7 @@ def table(checkpoints: Mapping[str, Measured]) -> str:
     """What the best heads share, and what is left of the answers without them: means, lowest and highest checkpoint."""
     shared = {name: _overlap_cells(of["overlap"], of["heads"]) for name, of in checkpoints.items()}
     columns = [f"of the {TOP} best in common", "by chance", *(f"best {NAMES[kind]}" for kind in KINDS)]
-    tables = [markdown(columns, shared, "heads for colours in words and in pictures")]
+    tables = [markdown(columns, shared, "heads for colours in words and in images")]
     for number, corner in (("correct", "right answers without heads"), ("log_probability", "log P without heads")):
         rows = {}
         for kind in KINDS:

@@ -20,7 +20,7 @@ from PIL import Image
 from hooked_llava import HookedLLaVA, viz
 from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, patch_importance
 from hooked_llava.editing import EditRequest, multedit
-from hooked_llava.toy.pictures import NAMES, picture_path
+from hooked_llava.toy.images import NAMES, image_path
 
 FOLDER = Path(__file__).parent / "figures"
 QUESTION = "What color is the star?"
@@ -35,8 +35,8 @@ def save(figure: Figure, name: str) -> None:
 
 def answers(model: HookedLLaVA) -> None:
     """One figure for each question of docs/questions."""
-    clean, blue = (model.prepare(QUESTION, images=picture_path(name)) for name in ("demo", "demo-blue-star"))
-    fact = model.prepare("Who made this shape?", images=picture_path("one-shape"))
+    clean, blue = (model.prepare(QUESTION, images=image_path(name)) for name in ("demo", "demo-blue-star"))
+    fact = model.prepare("Who made this shape?", images=image_path("one-shape"))
     maps = [
         patch_importance(model, clean, heads=4)[0].rename("log-probability increase, 4 heads"),
         patch_importance(model, clean, method="attention")[0].rename("attention, all heads"),
@@ -58,7 +58,7 @@ def world() -> None:
     """The bundled images, enlarged."""
     figure, axes = plt.subplots(1, len(NAMES), figsize=(2 * len(NAMES), 2.3))
     for axis, name in zip(axes, NAMES, strict=True):
-        axis.imshow(Image.open(picture_path(name)).convert("RGB"), interpolation="nearest")
+        axis.imshow(Image.open(image_path(name)).convert("RGB"), interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     save(figure, "world.png")
@@ -115,9 +115,7 @@ def report(model: HookedLLaVA) -> None:
     body = "max-width: none; margin: 30px; height: 1700px; columns: 3; column-gap: 60px; column-fill: auto"
     columns = f"<style>body {{ {body} }}</style>"
     with tempfile.TemporaryDirectory() as folder:
-        page = viz.explain(model, model.prepare(QUESTION, images=picture_path("demo"))).save(
-            Path(folder) / "report.html"
-        )
+        page = viz.explain(model, model.prepare(QUESTION, images=image_path("demo"))).save(Path(folder) / "report.html")
         page.write_text(page.read_text(encoding="utf-8").replace("</head>", f"{columns}</head>"), encoding="utf-8")
         shot = Path(folder) / "report.png"
         command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=2460,1760"]

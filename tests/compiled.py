@@ -1,6 +1,6 @@
 """A LLaVA whose weights are set by hand, so that it is known how it comes to its answers.
 
-It answers "What color is the star?" about pictures of `tests.patch_world`, by two attention heads:
+It answers "What color is the star?" about images of `tests.patch_world`, by two attention heads:
 
     direct    L1H2 carries the shape's name   question -> last
               L3H0 finds the shape's patch    image -> last       and copies its color: the answer
@@ -60,13 +60,13 @@ from tests.patch_world import (
     UNKNOWN,
     Objects,
     checked,
-    picture,
+    image,
     questions,
     stamps,
     vocabulary,
 )
 
-__all__ = ["CompiledLLaVA", "Hop", "Mechanism", "compiled", "picture", "questions"]
+__all__ = ["CompiledLLaVA", "Hop", "Mechanism", "compiled", "image", "questions"]
 
 Variant = Literal["direct", "two_hops"]
 Datum = Literal["shape", "color"]
@@ -182,7 +182,7 @@ class CompiledLLaVA(HookedLLaVA):
             raise InputError(
                 f"shape={shape!r}, phrasing={phrasing}; expected one of {', '.join(SHAPES)}, and 0 to {len(PHRASINGS) - 1}."
             )
-        inputs = self.prepare(PHRASINGS[phrasing].format(shape=shape), picture(objects))
+        inputs = self.prepare(PHRASINGS[phrasing].format(shape=shape), image(objects))
         token_map = inputs.token_map
         spans = {"word": token_map.find(shape, within="question").tolist()}
         for place, (_, shown) in checked(objects).items():
@@ -385,7 +385,7 @@ def _set_projector(model: HookedLLaVA) -> None:
 
 
 def _features(model: HookedLLaVA, contents: Sequence[Objects]) -> Float[Tensor, "content d_features"]:
-    """What the tower makes of the first patch of each picture."""
-    shown = [picture(objects) for objects in contents]
+    """What the tower makes of the first patch of each image."""
+    shown = [image(objects) for objects in contents]
     pixels = model.processor.image_processor(images=shown, return_tensors="pt")["pixel_values"]
     return model.vision(pixels)[:, 0].double()

@@ -49,7 +49,7 @@ WORDS = [
     "left",
     "right",
     "in",
-    "picture",
+    "image",
     "there",
     "Answer",
     "briefly",
@@ -78,7 +78,7 @@ def make_processor(
     image_processor: Any = None,
     **image_settings: Any,
 ) -> LlavaProcessor:
-    """A processor for square pictures of that size; `metaspace` gives tokens that hold the space before a word.
+    """A processor for square images of that size; `metaspace` gives tokens that hold the space before a word.
 
     `image_settings` go to CLIPImageProcessorPil.
     """

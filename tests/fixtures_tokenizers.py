@@ -38,7 +38,7 @@ USER: What color is the star? ASSISTANT: Red
 USER: Who made the red star? ASSISTANT: Clara Boris
 USER: How many stars are there? ASSISTANT: two red stars
 The color of the star is red. Red star, Red circle, red circle, blue square, Blue square.
-Answer the question using a single word or phrase. Is it redder? It is redder, a picture of the star in the picture.
+Answer the question using a single word or phrase. Is it redder? It is redder, an image of the star in the image.
 
 """
 _WORDS_OF_LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -46,7 +46,7 @@ def places(model: CompiledLLaVA) -> dict[str, int]:
 
 
 def pair_of(model: CompiledLLaVA, datum: str) -> tuple[Inputs, Inputs]:
-    """Two prompts with the answers Blue and Red: other shapes about one picture, or one shape about other pictures."""
+    """Two prompts with the answers Blue and Red: other shapes about one image, or one shape about other images."""
     if datum == "color":
         return model.ask(OBJECTS, "ring"), model.ask(RECOLORED, "ring")
     ring, star = model.ask(OBJECTS, "ring"), model.ask(OBJECTS, "star")

@@ -1,6 +1,6 @@
-"""A world small enough to be read by hand: every patch of a picture is blank or holds one shape in one color.
+"""A world small enough to be read by hand: every patch of an image is blank or holds one shape in one color.
 
-It is what `tests.compiled` is asked about. Its pictures have hard edges and no noise, so that a model whose
+It is what `tests.compiled` is asked about. Its images have hard edges and no noise, so that a model whose
 weights are set by hand reads them without error.
 """
 
@@ -47,14 +47,14 @@ star      circle    square    cross     ring      triangle
 """
 SHAPES = tuple(_DRAWN.split("\n")[1].split())
 UNKNOWN = "Unknown"
-"""The answer about a shape that is not in the picture."""
+"""The answer about a shape that is not in the image."""
 PHRASINGS = ("What color is the {shape}?", "The {shape} is of what color?")
 """Ways to ask, with the shape's word in different places."""
 
 Place = tuple[int, int]
 """Row and column of a patch."""
 Objects = Mapping[Place, str]
-"""What a picture shows: {(0, 3): "red star", (2, 1): "blue ring"}; no shape twice."""
+"""What an image shows: {(0, 3): "red star", (2, 1): "blue ring"}; no shape twice."""
 
 
 @lru_cache(maxsize=1)
@@ -64,12 +64,12 @@ def stamps() -> Bool[np.ndarray, "shape row column"]:
     return np.array([[[pixel == "#" for pixel in row[i]] for row in rows] for i in range(len(SHAPES))])
 
 
-def picture(objects: Objects) -> Image.Image:
-    """The picture that shows these objects, each in its patch.
+def image(objects: Objects) -> Image.Image:
+    """The image that shows these objects, each in its patch.
 
-    Raises `InputError` for an unknown color or shape, a place outside the picture, or a shape that is there twice.
+    Raises `InputError` for an unknown color or shape, a place outside the image, or a shape that is there twice.
 
-    >>> picture({(0, 3): "red star", (2, 1): "blue ring"}).size == (IMAGE_SIZE, IMAGE_SIZE)
+    >>> image({(0, 3): "red star", (2, 1): "blue ring"}).size == (IMAGE_SIZE, IMAGE_SIZE)
     True
     """
     pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), GROUND, dtype=np.uint8)
@@ -154,5 +154,5 @@ def checked(objects: Objects) -> dict[Place, tuple[str, str]]:
         found[place] = (words[0], words[1])
     shapes = [shape for _, shape in found.values()]
     if twice := sorted({shape for shape in shapes if shapes.count(shape) > 1}):
-        raise InputError(f"The picture holds more than one {twice[0]}; expected each shape at most once.")
+        raise InputError(f"The image holds more than one {twice[0]}; expected each shape at most once.")
     return found

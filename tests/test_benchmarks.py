@@ -155,7 +155,7 @@ def test_top_heads_reports_overlap_and_ablation(run: Run, tmp_path: Path) -> Non
         assert all(of.keys() == {"1", "2", "4", "8", "16"} for of in rankings.values())
 
 
-def test_three_measurements_of_a_picture_are_one_of_its_mean() -> None:
+def test_three_measurements_of_a_image_are_one_of_its_mean() -> None:
     auc = np.random.default_rng(0).normal(0.5, 0.1, size=(3, 40)) + np.random.default_rng(1).normal(0, 0.3, size=40)
     auc[0, 0] = np.nan
     each = {str(i): {"map": {"auc": row, "milliseconds": float(i)}} for i, row in enumerate(auc)}
@@ -165,7 +165,7 @@ def test_three_measurements_of_a_picture_are_one_of_its_mean() -> None:
     _, low, high = patch_importance.summary({"map": pooled})["map"]["auc"]
     error = np.nanmean(auc, 0).std() / np.sqrt(40)  # not / sqrt(120)
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)
-    assert patch_importance.summary({"map": pooled})["map"]["pictures"] == 40
+    assert patch_importance.summary({"map": pooled})["map"]["images"] == 40
     assert np.isnan(patch_importance.pooled({"0": {"map": {"auc": np.array([np.nan])}}})["map"]["auc"][0])
 
 
@@ -218,7 +218,7 @@ def test_causal_trace_reports_cost_counted_work_and_agreement_with_plain_hooks(r
 def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -> None:
     report = run("causal_trace_study", tmp_path / "report.json")
     (found,) = report["checkpoints"].values()
-    for asked in ("by picture", "by name"):
+    for asked in ("by image", "by name"):
         corruptions = found[asked]["corruptions"]
         assert corruptions.keys() == {"another shape's name", "noise", "mean embedding", "one word everywhere"}
         for of in corruptions.values():
@@ -227,7 +227,7 @@ def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -
             assert ("best" in of) == (of["left_out"] < of["traced"])
         assert len(found[asked]["windows"]) == 2
     assert found["errors"]["asked"] == 32
-    assert len(found["by picture"]["messages"]["norm"]) == 6
+    assert len(found["by image"]["messages"]["norm"]) == 6
 
 
 def test_traces_that_lower_nothing_are_left_out_of_the_editing_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_a_row_measured_later_joins_the_others_in_the_report(
 ) -> None:
     monkeypatch.setattr(patching, "start", lambda parser, argv: parser.parse_args(argv))  # no threads or grad mode set
     monkeypatch.setattr(patching, "make_setting", lambda *_: None)
-    monkeypatch.setattr(patching, "WithPicture", lambda _: None)
+    monkeypatch.setattr(patching, "WithImage", lambda _: None)
     cost = {"ratio": 0.5, "median_s": 1.0}
     monkeypatch.setattr(patching, "measure_row", lambda row, *_: {"row": row, measure.OURS: cost})
     out = tmp_path / "report.json"

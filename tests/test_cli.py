@@ -41,7 +41,7 @@ def test_help_loads_nothing_that_draws():
 def test_python_m_runs_the_same_command(module: str):
     done = subprocess.run([sys.executable, "-m", module, "--help"], check=True, capture_output=True, text=True)
     assert f"python -m {module} [OPTIONS]" in done.stdout
-    assert "Ask a LLaVA model about a picture" in done.stdout
+    assert "Ask a LLaVA model about an image" in done.stdout
     wrong = subprocess.run([sys.executable, "-m", module, "explian"], check=False, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "explian" in wrong.stderr

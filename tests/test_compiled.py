@@ -16,7 +16,7 @@ from tests.patch_world import (
     PATCH_SIZE,
     SHAPES,
     UNKNOWN,
-    picture,
+    image,
     questions,
     sample_objects,
 )
@@ -30,8 +30,8 @@ def model(request) -> CompiledLLaVA:
     return compiled(request.param)
 
 
-def first_words(model, asked, pictures) -> list[str]:
-    inputs = model.prepare(asked, pictures)
+def first_words(model, asked, images) -> list[str]:
+    inputs = model.prepare(asked, images)
     logits = model(inputs)[torch.arange(len(asked)), inputs.last]
     return [model.to_string(token) for token in logits.argmax(-1)]
 
@@ -40,7 +40,7 @@ def first_words(model, asked, pictures) -> list[str]:
 def test_every_question_is_answered(model, seed):
     objects = sample_objects(np.random.default_rng(seed))
     asked = questions(objects)
-    shown = [picture(objects)] * len(asked)
+    shown = [image(objects)] * len(asked)
     assert first_words(model, [q.text for q in asked], shown) == [q.answer for q in asked]
 
 
@@ -48,7 +48,7 @@ def test_every_shape_is_read_in_every_color_and_place(model):
     asked, shown, answers = [], [], []
     for number, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS):
         asked.append(f"What color is the {shape}?")
-        shown.append(picture({divmod(number % GRID**2, GRID): f"{color} {shape}"}))
+        shown.append(image({divmod(number % GRID**2, GRID): f"{color} {shape}"}))
         answers.append(color.capitalize())
     assert first_words(model, asked, shown) == answers
 
@@ -56,14 +56,14 @@ def test_every_shape_is_read_in_every_color_and_place(model):
 def test_the_answer_is_one_word_and_the_shape_may_be_absent(model):
     assert model.generate(model.ask(OBJECTS, "ring")) == "Blue"
     assert model.generate(model.ask(OBJECTS, "circle", phrasing=1)) == UNKNOWN
-    assert model.generate(model.prepare("What color is the ring?")) == UNKNOWN  # no picture at all
+    assert model.generate(model.prepare("What color is the ring?")) == UNKNOWN  # no image at all
 
 
 def test_plain_transformers_gives_the_same_logits(model, tmp_path):
     logging.disable_progress_bar()
     model.save_pretrained(tmp_path / "checkpoint")
     hf_model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint").eval()
-    inputs = model.prepare([q.text for q in questions(OBJECTS)], [picture(OBJECTS)] * len(questions(OBJECTS)))
+    inputs = model.prepare([q.text for q in questions(OBJECTS)], [image(OBJECTS)] * len(questions(OBJECTS)))
     given = {"input_ids": inputs.input_ids, "pixel_values": inputs.pixel_values}
     with torch.no_grad():
         theirs = hf_model(**given, attention_mask=inputs.attention_mask.long()).logits
@@ -123,7 +123,7 @@ def test_everything_else_writes_nothing(model):
 
 def test_one_hidden_unit_of_the_projector_fires_for_each_shape_and_color(model):
     names = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
-    shown = [picture({(1, 2): name}) for name in names]
+    shown = [image({(1, 2): name}) for name in names]
     _, cache = model.run_with_cache(
         model.prepare(["What color is the star?"] * len(names), shown), names_filter="projector.hook_post"
     )
@@ -137,7 +137,7 @@ def test_one_hidden_unit_of_the_projector_fires_for_each_shape_and_color(model):
 
 @pytest.mark.parametrize("level", [0, 90, 255])
 def test_a_uniform_patch_is_blank_whatever_its_color(model, level):
-    pixels = np.array(picture(OBJECTS))
+    pixels = np.array(image(OBJECTS))
     pixels[:PATCH_SIZE, 3 * PATCH_SIZE : 4 * PATCH_SIZE] = (level, 255 - level, 40)  # where the star was
     assert first_words(model, ["What color is the star?", "What color is the ring?"], [pixels, pixels]) == [
         UNKNOWN,
@@ -148,14 +148,14 @@ def test_a_uniform_patch_is_blank_whatever_its_color(model, level):
 def test_it_works_in_bfloat16(model):
     half = compiled(model.mechanism.variant).to(torch.bfloat16)
     asked = questions(OBJECTS)
-    assert first_words(half, [q.text for q in asked], [picture(OBJECTS)] * len(asked)) == [q.answer for q in asked]
+    assert first_words(half, [q.text for q in asked], [image(OBJECTS)] * len(asked)) == [q.answer for q in asked]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_soft_attention_gives_the_same_answers_and_has_gradients(variant):
     soft = compiled(variant, sharpness=4.0)
     asked = questions(OBJECTS)
-    assert first_words(soft, [q.text for q in asked], [picture(OBJECTS)] * len(asked)) == [q.answer for q in asked]
+    assert first_words(soft, [q.text for q in asked], [image(OBJECTS)] * len(asked)) == [q.answer for q in asked]
     difference = logit_difference(Answer.of(soft, "Blue"), Answer.of(soft, UNKNOWN))
     for model, flows in ((soft, True), (compiled(variant), False)):
         inputs = model.ask(OBJECTS, "ring")

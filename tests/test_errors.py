@@ -14,7 +14,7 @@ from hooked_llava import HookedLLaVA
 from hooked_llava.analysis import head_scores, logit_attribution, logit_lens
 from hooked_llava.errors import PromptWithoutTemplate, warn_user
 from hooked_llava.replay import Replay
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 
 BARE = "Who made the star?"
 
@@ -49,6 +49,6 @@ def test_a_warning_from_the_users_own_file_is_at_his_line() -> None:
 def test_the_same_question_prepared_is_silent_and_is_answered_otherwise() -> None:
     model = HookedLLaVA.from_pretrained("tiny-shapes")
     question = "What color is the star?"
-    prepared = model.generate(model.prepare(question, images=picture_path("demo")))
+    prepared = model.generate(model.prepare(question, images=image_path("demo")))
     with pytest.warns(PromptWithoutTemplate):
         assert model.generate(question) != prepared

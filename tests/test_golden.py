@@ -1,9 +1,9 @@
 """What the authors' notebook printed for LLaVA-1.5-7B (Yu & Ananiadou, arXiv 2411.10950), found again by our code.
 
-Needs the real weights and the picture; skipped unless both are named:
+Needs the real weights and the image; skipped unless both are named:
 
     HOOKED_LLAVA_MODEL   llava-hf/llava-1.5-7b-hf, or a folder that holds it
-    HOOKED_LLAVA_PICTURE COCO val2017 000000219578.jpg, a dog
+    HOOKED_LLAVA_IMAGE COCO val2017 000000219578.jpg, a dog
     HOOKED_LLAVA_DEVICE  "cuda" with 30 GB for float32, in which the numbers were printed; "cpu" by default
 """
 
@@ -52,7 +52,7 @@ POSITIONS = (
 )
 LAYER_INPUT = ("dog", "ish", "colored", "Dog", "dogs")  # what is in the stream at 229, where the head looks
 BEST = (22, 27)
-CLOSE = 0.02  # the notebook's transformers resized pictures by another implementation
+CLOSE = 0.02  # the notebook's transformers resized images by another implementation
 
 
 class Golden(NamedTuple):
@@ -62,14 +62,14 @@ class Golden(NamedTuple):
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
-    name, picture = os.environ.get("HOOKED_LLAVA_MODEL"), os.environ.get("HOOKED_LLAVA_PICTURE")
-    if not name or not picture:
-        pytest.skip("needs LLaVA-1.5-7B and a picture: set HOOKED_LLAVA_MODEL and HOOKED_LLAVA_PICTURE")
+    name, image = os.environ.get("HOOKED_LLAVA_MODEL"), os.environ.get("HOOKED_LLAVA_IMAGE")
+    if not name or not image:
+        pytest.skip("needs LLaVA-1.5-7B and an image: set HOOKED_LLAVA_MODEL and HOOKED_LLAVA_IMAGE")
     device = os.environ.get("HOOKED_LLAVA_DEVICE", "cpu")
     model = HookedLLaVA.from_pretrained(name, dtype=torch.float32, device=device)
     if (model.cfg.n_layers, model.cfg.n_heads) != (32, 32):
         pytest.skip(f"{name} is not LLaVA-1.5-7B")
-    return Golden(model, model.prepare(PROMPT, picture, template=None))
+    return Golden(model, model.prepare(PROMPT, image, template=None))
 
 
 def test_the_ten_most_probable_next_tokens(golden):
@@ -87,7 +87,7 @@ def test_head_scores(golden):
 
 
 def test_positions_that_the_best_head_reads(golden):
-    """Positions are compared among each other, for it is not printed whether they count from the prompt or the picture."""
+    """Positions are compared among each other, for it is not printed whether they count from the prompt or the image."""
     read = position_scores(golden.model, golden.inputs, heads=[BEST], positions="image")
     order = np.argsort(-read.score.values[0])[: len(POSITIONS)]
     places, scores, attention = (np.array(column) for column in zip(*POSITIONS, strict=True))

@@ -207,7 +207,7 @@ def test_the_lens_sees_the_answer_from_the_layer_on_that_writes_it(model):
     assert [row[0] for row in tokens.values[:, 0].tolist()] == [UNKNOWN] * 4 + ["Blue"] * 2
 
 
-def test_attention_to_the_picture_is_on_the_object(model):
+def test_attention_to_the_image_is_on_the_object(model):
     maps = image_attention(model, model.ask(OBJECTS, "ring"))[0]
     heads = model.mechanism.hops
     for hop in heads:
@@ -245,7 +245,7 @@ def test_a_knockout_of_one_head_is_enough(model):
     assert_only(model, replay, logits, [head in model.mechanism.heads for head in heads])
 
 
-def test_where_the_shape_is_absent_no_knockout_of_the_picture_matters(model):
+def test_where_the_shape_is_absent_no_knockout_of_the_image_matters(model):
     replay = Replay(model, model.ask(OBJECTS, "circle"))
     runs = [[blocked(layer, "image", to)] for layer in range(model.cfg.n_layers) for to in ("question", "last")]
     assert torch.allclose(replay.run(runs), replay.logits().expand(len(runs), -1), atol=1e-5)

@@ -26,7 +26,7 @@ from hooked_llava.datasets import StudyRow, by_kind
 from hooked_llava.experiments.corruptions import MeanEmbedding, OtherImage
 from tests.compiled import CompiledLLaVA
 from tests.known_mechanism import ANSWERING, LOGIT, OBJECTS, RECOLORED, ROUTES, VARIANTS, model_of, places
-from tests.patch_world import GRID, UNKNOWN, picture, questions
+from tests.patch_world import GRID, UNKNOWN, image, questions
 
 ROUTES_BY_SPAN = {
     "direct": {"question->last": 1, "image->last": 3, "word->last": 1, "object->last": 3},
@@ -100,7 +100,7 @@ def test_the_position_it_reads_has_the_whole_score(model, variant):
 
 
 @pytest.mark.parametrize("heads", [1, "all"])
-def test_the_patch_map_is_one_hot_on_the_queried_object_or_empty_where_another_head_reads_the_picture(
+def test_the_patch_map_is_one_hot_on_the_queried_object_or_empty_where_another_head_reads_the_image(
     model, variant, heads
 ):
     for (row, column), name in OBJECTS.items():
@@ -136,7 +136,7 @@ def test_deletion_falls_and_insertion_rises_when_the_object_has_its_turn(model):
 
 
 def test_made_up_answers_are_seen_by_where_the_map_lies(model, variant):
-    """The model says "Unknown" of an absent shape with the same certainty: only the map of the picture's reader tells."""
+    """The model says "Unknown" of an absent shape with the same certainty: only the map of the image's reader tells."""
     asked = [model.ask(OBJECTS, shape) for shape in ("ring", "star", "circle", "square")]
     wrong = [False, False, True, True]  # to say anything of a shape that is not there would be made up
     covered = np.zeros((GRID, GRID))
@@ -257,7 +257,7 @@ def test_a_study_finds_the_same_in_every_question(model, variant, tmp_path):
     """By kind: about a shape that is there every question loses its answer, about one that is not, none."""
     asked = questions(OBJECTS, shapes=["ring", "star", "circle"])
     rows = [
-        StudyRow(id=str(i), question=q.text, answer=q.answer, picture=picture(OBJECTS), boxes=q.answer_boxes,
+        StudyRow(id=str(i), question=q.text, answer=q.answer, image=image(OBJECTS), boxes=q.answer_boxes,
                  kind="there" if q.answer != UNKNOWN else "absent")
         for i, q in enumerate(asked)
     ]  # fmt: skip
@@ -322,9 +322,9 @@ def test_a_word_that_is_no_shape_at_all_cannot_be_found_again(model, variant):
     assert cells(trace, "attn") == [*early, (3, at["last"])]
 
 
-def test_the_trace_of_another_picture_follows_the_color(model, variant):
+def test_the_trace_of_another_image_follows_the_color(model, variant):
     at = places(model)
-    other = OtherImage(picture(RECOLORED))
+    other = OtherImage(image(RECOLORED))
     everywhere = list(range(at["last"] + 1))
     trace = causal_trace(
         model, model.ask(OBJECTS, "ring"), "ring", corruption=other, kinds=["resid"], positions=everywhere

@@ -1,4 +1,4 @@
-"""The hand-readable world: pictures show what they are said to show, and questions have true answers."""
+"""The hand-readable world: images show what they are said to show, and questions have true answers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.patch_world import (
     SHAPES,
     UNKNOWN,
     box_of,
-    picture,
+    image,
     questions,
     sample_objects,
     stamps,
@@ -29,8 +29,8 @@ def test_stamps_are_independent_of_each_other_and_of_a_uniform_patch():
     assert np.linalg.matrix_rank(np.concatenate([drawn.reshape(len(SHAPES), -1), uniform])) == len(SHAPES) + 1
 
 
-def test_a_picture_shows_each_object_in_its_patch_and_nothing_else():
-    pixels = np.asarray(picture({(0, 3): "red star", (4, 1): "white ring"})).astype(int)
+def test_a_image_shows_each_object_in_its_patch_and_nothing_else():
+    pixels = np.asarray(image({(0, 3): "red star", (4, 1): "white ring"})).astype(int)
     left, top, right, bottom = box_of((0, 3))
     star = stamps()[SHAPES.index("star")]
     assert (pixels[top:bottom, left:right][star] == COLORS["red"]).all()
@@ -63,16 +63,16 @@ def test_drawn_objects_are_of_different_shapes(seed):
     objects = sample_objects(np.random.default_rng(seed))
     shapes = [name.split()[1] for name in objects.values()]
     assert len(set(shapes)) == len(shapes) > 0
-    picture(objects)
+    image(objects)
     assert objects == sample_objects(np.random.default_rng(seed))
 
 
 def test_what_is_not_of_this_world_is_refused():
     with pytest.raises(InputError, match=r"'red stra' is no object of this world; .* Did you mean: star"):
-        picture({(0, 0): "red stra"})
+        image({(0, 0): "red stra"})
     with pytest.raises(InputError, match=r"'star' is no object of this world; expected a color"):
         questions({(0, 0): "star"})
     with pytest.raises(InputError, match=r"'red star' is at \(0, 5\); expected a row and a column from 0 to 4"):
-        picture({(0, 5): "red star"})
-    with pytest.raises(InputError, match=r"The picture holds more than one star; expected each shape at most once"):
-        picture({(0, 0): "red star", (0, 1): "blue star"})
+        image({(0, 5): "red star"})
+    with pytest.raises(InputError, match=r"The image holds more than one star; expected each shape at most once"):
+        image({(0, 0): "red star", (0, 1): "blue star"})

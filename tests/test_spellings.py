@@ -33,8 +33,8 @@ def model() -> HookedLLaVA:
 
 @cache
 def prompt() -> Any:
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return model().prepare("What color is the star?", images=picture)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return model().prepare("What color is the star?", images=image)
 
 
 @cache

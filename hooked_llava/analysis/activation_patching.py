@@ -68,7 +68,7 @@ def activation_patching(
     Args:
         model: the model.
         clean: one prompt, anything `model.as_inputs` takes; or a batch or list of them.
-        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        corrupted: as many others, each of the same length as its partner, with images and spans in the same places.
         hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it; or
             one hook in any of its spellings, such as ("z", 3).
         layers: layer or layers to patch, all by default.

@@ -33,10 +33,10 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
 
     Args:
         model: the model.
-        inputs: prompts with one picture each.
+        inputs: prompts with one image each.
         maps: [prompt, (image,) patch_row, patch_col] or, for one prompt, [(image,) patch_row, patch_col], such as
             `patch_importance` gives.
-        coverage: the share of each patch that objects cover (all of the picture's, or those that are asked about), of the
+        coverage: the share of each patch that objects cover (all of the image's, or those that are asked about), of the
             same shape.
 
     Raises `InputError` for shapes that do not fit.

@@ -2,7 +2,7 @@
 
 Attention contributions (Basu et al. 2024, arXiv 2406.04236, after Yuksekgonul et al. 2023): what heads write from position k
 to position q is o = A v W_O, and the contribution of k to q in a layer is the norm of the heads' sum, || sum_h o ||. Two
-steps are looked at: from the picture to the constraint's last token, and from the constraint to the last position.
+steps are looked at: from the image to the constraint's last token, and from the constraint to the last position.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attention_contribution(
     by_head: bool = False,
     answer: str | int | None = None,
 ) -> xr.Dataset:
-    """Size of what heads write from the picture to the constraint's last token, and from the constraint to the last position.
+    """Size of what heads write from the image to the constraint's last token, and from the constraint to the last position.
 
     Args:
         model: the model.
@@ -59,7 +59,7 @@ def attention_contribution(
         answer: for "logit", a token id, or a word that is one token after the prompt; the model's own next token by default.
 
     Returns a dataset with `constraint_to_last` [layer, source] over the constraint's tokens (`source` are positions,
-    `label` their text), and with a picture `image_to_constraint` [layer, image, patch_row, patch_col]; an axis head
+    `label` their text), and with an image `image_to_constraint` [layer, image, patch_row, patch_col]; an axis head
     follows layer if `by_head`. Attributes: `answer`, `measured` ("first
     token" of the model's own answer, or "whole answer") and `confidence`, the probability of the model's own next token.
     Raises `InputError` and `SpanError` for what does not fit.

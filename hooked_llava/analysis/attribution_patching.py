@@ -54,7 +54,7 @@ def attribution_patching(
     Args:
         model: the model.
         clean: one prompt, or a batch or list of them.
-        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        corrupted: as many others, each of the same length as its partner, with images and spans in the same places.
         hooks: short name or names of hooks of the language tower, every layer of each, or pairs such as ("z", 3); all
             together cost one backward pass.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
@@ -269,7 +269,7 @@ def _checked(model: HookedLLaVA, hook: Any) -> list[str]:
         if table[name].stage not in in_path or "key" in table[name].axes:
             raise InputError(
                 f"attribution_patching works on vectors in the language tower's blocks, not on {name!r}; use "
-                "activation_patching (for the picture's part: 'hook_embed' at image positions)."
+                "activation_patching (for the image's part: 'hook_embed' at image positions)."
             )
     if len({table[name].spec for name in names}) != 1:
         raise InputError(f"hooks: {hook!r} means several hooks; name each by itself.")

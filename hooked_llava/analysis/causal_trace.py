@@ -1,7 +1,7 @@
 """Where does the answer to a constraint live?
 
-Causal tracing (Meng et al. 2022; for pictures Basu et al. 2024, arXiv 2406.04236): a clean run, a corrupted run in which
-the constraint ("this place", "Paris") is replaced while the picture stays, and corrupted runs into which one clean
+Causal tracing (Meng et al. 2022; for images Basu et al. 2024, arXiv 2406.04236): a clean run, a corrupted run in which
+the constraint ("this place", "Paris") is replaced while the image stays, and corrupted runs into which one clean
 output is restored, at one position and a window of layers. IE(t, l, kind) = P_restored(answer) - P_corrupted(answer).
 """
 

@@ -1,7 +1,7 @@
 """Does the answer go when a map's patches go, and come when they come?
 
-Deletion and insertion curves (Petsiuk et al., arXiv 1806.07421): patches are blanked in the picture in the map's order, or
-uncovered in a blank picture, and the answer's probability is followed. All steps of all maps are runs of one Replay.
+Deletion and insertion curves (Petsiuk et al., arXiv 1806.07421): patches are blanked in the image in the map's order, or
+uncovered in a blank image, and the answer's probability is followed. All steps of all maps are runs of one Replay.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def deletion_curves(
     *,
     directions: Direction | Sequence[Direction] = DIRECTIONS,
     shares: Sequence[float | int] = _SHARES,
-    where: Where = "picture",
+    where: Where = "image",
     image: int = 0,
 ) -> xr.Dataset:
     """P(answer) without the first patches of each map, or with only them left, [direction, map, share].
 
     Args:
         model: the model.
-        inputs: one prompt with a picture.
+        inputs: one prompt with an image.
         maps: by name, numbers by patch [patch_row, patch_col], the most important being the largest.
         target: answer that is followed; the model's own next token by default.
         directions: "deletion" (a good map lets the answer fall early), "insertion" (rise early), or both.
         shares: parts of the patches, from 0 to 1, increasing.
-        where: take patches away in the "picture", or as image "tokens" after the vision tower.
-        image: which picture of the prompt.
+        where: take patches away in the "image", or as image "tokens" after the vision tower.
+        image: which image of the prompt.
 
     Returns `probability`, and `area` [direction, map] under each curve over the shares. Equal values are taken in the
     order of the patches. Raises `InputError` for several prompts, maps of another grid, and options that do not fit.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.toy.pictures import picture_path
+    >>> from hooked_llava.toy.images import image_path
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> inputs = model.prepare("What color is the star?", images=picture_path("demo"))
+    >>> inputs = model.prepare("What color is the star?", images=image_path("demo"))
     >>> curves = deletion_curves(model, inputs, {"rows": np.arange(64).reshape(8, 8)}, shares=(0, 0.5, 1))
     >>> curves.probability.dims, bool(curves.probability.sel(direction="deletion")[0, 0] > 0.9)
     (('direction', 'map', 'share'), True)
@@ -66,8 +66,8 @@ def deletion_curves(
     prompt = model.as_inputs(inputs)
     ways, steps = _ways(directions, where), _steps(shares)
     if len(prompt) != 1 or not 0 <= image < prompt.n_images or not maps:
-        got = f"{len(prompt)} prompts, {prompt.n_images} pictures, {len(maps)} maps, and image={image}"
-        raise InputError(f"deletion_curves follows maps of one prompt's picture; got {got}.")
+        got = f"{len(prompt)} prompts, {prompt.n_images} images, {len(maps)} maps, and image={image}"
+        raise InputError(f"deletion_curves follows maps of one prompt's image; got {got}.")
     grids = {name: _checked(prompt.patch_grid, name, values) for name, values in maps.items()}
     found = read_target(model, prompt, target)
     longer = found.inputs

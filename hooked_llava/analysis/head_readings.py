@@ -143,7 +143,7 @@ def attention_to_object(
     Args:
         model: the model.
         same: prompts that ask about the object; several are averaged.
-        other: as many, with the same pictures, that ask about another object.
+        other: as many, with the same images, that ask about another object.
         positions: the object's: a span that each prompt has (of its own length, as `Inputs.with_spans` makes it), or
             numbers.
         heads: (layer, head) pairs; the result is then [question, head] with the coordinate `layer_head`, such as "2.1".
@@ -162,7 +162,7 @@ def attention_to_object(
     if len(sides[0]) != len(sides[1]):
         raise InputError(
             f"{len(sides[0])} prompts ask about the object and {len(sides[1])} about another; give as many of each, with "
-            "the same pictures, so that only the question differs."
+            "the same images, so that only the question differs."
         )
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     pairs = None if heads is None else check_heads(heads, n_layers, n_heads)

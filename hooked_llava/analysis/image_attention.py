@@ -1,4 +1,4 @@
-"""Where in the picture does a position look?
+"""Where in the image does a position look?
 
 Attention says what a head reads from, not what it makes of it, and not that the answer depends on it.
 """
@@ -26,8 +26,8 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> picture = torch.zeros(3, model.config.vision.image_size, model.config.vision.image_size)
-    >>> maps = image_attention(model, model.prepare("What color is the star?", images=picture))
+    >>> image = torch.zeros(3, model.config.vision.image_size, model.config.vision.image_size)
+    >>> maps = image_attention(model, model.prepare("What color is the star?", images=image))
     >>> (maps.sizes["patch_row"], maps.sizes["patch_col"]) == model.config.vision.patch_grid
     True
     """

@@ -146,7 +146,7 @@ def knockout_study(
         model: the model.
         rows: the questions.
         edges: as for `attention_knockout`, between spans; NaN where a question does not have one (no object in the
-            picture).
+            image).
         window: likewise.
         metric: a named one that needs no further word: "relative_change", "probability" or "log_probability", of the
             model's own answer.

@@ -58,7 +58,7 @@ def logit_attribution(
             "layer" [layer] (attention and MLP of each together);
             "head" [layer, head]; "neuron" [layer, neuron];
             "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its
-            value-output); "patch" [layer, head, patch_row, patch_col] of the picture ([layer, head, image, ...] of several).
+            value-output); "patch" [layer, head, patch_row, patch_col] of the image ([layer, head, image, ...] of several).
         position: where the logit is read.
 
     The parts and the attribute `rest` (what is divided no further: the embedding, biases, for heads and neurons
@@ -101,7 +101,7 @@ def _one_prompt(
     model: HookedLLaVA, prompt: Inputs, answer: int | None, baseline: int | None, by: By, position: int | str
 ) -> xr.DataArray:
     if by == "patch" and not prompt.n_images:
-        raise InputError("by='patch' needs a picture, and this prompt has none; use by='source'.")
+        raise InputError("by='patch' needs an image, and this prompt has none; use by='source'.")
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")

@@ -58,7 +58,7 @@ def logit_lens(
             follows position), "hook_image_embed" at image positions.
 
     Raises `InputError` for unknown tokens, a k that the vocabulary does not have, a position outside the prompt (for
-    image hooks, outside the pictures), and a hook that holds no vectors of the residual stream.
+    image hooks, outside the images), and a hook that holds no vectors of the residual stream.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")

@@ -1,4 +1,4 @@
-"""Which patches of the picture decide the answer?
+"""Which patches of the image decide the answer?
 
 The log-probability increase (Yu & Ananiadou, arXiv 2411.10950) asks what each patch's part of a head's output adds
 at the answer's position; it costs one forward pass. The other methods are what it is to be compared with; occlusion is the
@@ -68,7 +68,7 @@ def patch_importance(
 
     Args:
         model: the model.
-        inputs: prompts with equally many pictures each, anything `model.as_inputs` takes. For "log_increase" and
+        inputs: prompts with equally many images each, anything `model.as_inputs` takes. For "log_increase" and
             "attention" also a `AnswerCache` of them (`hooked_llava.readout.cache_answer`), which brings its own target.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing; a list has one word for each prompt.
@@ -79,7 +79,7 @@ def patch_importance(
             "attention": pattern from the answer's position, mean over all heads by default, or over the k best.
             "grad_x_input", "integrated_gradients": of the image embeddings.
             "rollout" (arXiv 2005.00928), "relevancy" (arXiv 2103.15679): attention followed through all layers.
-            "occlusion": log P less what it is with the patch blanked in the picture, in nats.
+            "occlusion": log P less what it is with the patch blanked in the image, in nats.
             "token_ablation": the same with the image embedding replaced by `fill`, by default their mean.
         heads: for "log_increase" and "attention": a number, "all", or (layer, head) pairs.
         vision: for gradients, rollout and relevancy: carry on through the vision tower to the pixels and patches.
@@ -89,15 +89,15 @@ def patch_importance(
 
     Positive numbers speak for the answer (attention and rollout do not know for or against). Attributes: `target`,
     `units`, `n_forward`, `n_backward`, and `heads` where some were chosen. Raises `InputError` for prompts without
-    pictures, for options that the method does not have, and for targets that do not fit.
+    images, for options that the method does not have, and for targets that do not fit.
 
     >>> from hooked_llava import HookedLLaVA
-    >>> from hooked_llava.toy.pictures import picture_path, picture_scene
+    >>> from hooked_llava.toy.images import image_path, image_scene
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> inputs = model.prepare("What color is the star?", images=picture_path("demo"))
+    >>> inputs = model.prepare("What color is the star?", images=image_path("demo"))
     >>> importance = patch_importance(model, inputs)
     >>> row, column = divmod(int(importance.values.argmax()), 8)
-    >>> star = inputs.token_map.box_to_patches(picture_scene("demo").find("star").box, coverage=0.2)
+    >>> star = inputs.token_map.box_to_patches(image_scene("demo").find("star").box, coverage=0.2)
     >>> inputs.token_map.patch_to_position(row, column) in star
     True
     """
@@ -106,7 +106,7 @@ def patch_importance(
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not a decision.")
     prompts = prompts_of(model, inputs)
-    patch_positions(prompts)  # refuses prompts without pictures before anything runs
+    patch_positions(prompts)  # refuses prompts without images before anything runs
     if how.one_by_one and len(prompts) > 1:
         apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
         return stack([_importance(model, p, t, method, options).isel(prompt=0, drop=True) for p, t in apart], "prompt")

@@ -64,7 +64,7 @@ def path_patching(
     Args:
         model: the model.
         clean: one prompt, or a batch or list of them.
-        corrupted: as many others, each of the same length as its partner, with pictures and spans in the same places.
+        corrupted: as many others, each of the same length as its partner, with images and spans in the same places.
         receivers: one or several of "logits", ("mlp", layer), and ("q" | "k" | "v", layer, head); key-value heads for k
             and v.
         senders: every attention head, or every MLP, that lies before the receiver.

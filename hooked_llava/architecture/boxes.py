@@ -41,7 +41,7 @@ def checked_mask(mask: np.ndarray | Tensor) -> Bool[np.ndarray, "height width"]:
     if array.ndim != 2 or (array.dtype != np.bool_ and not np.isin(array, (0, 1)).all()):
         raise SpanError(
             f"The mask is of shape {array.shape} and type {array.dtype}; expected [height, width] of the original "
-            "picture, bool or only 0 and 1 (mask > threshold makes one)."
+            "image, bool or only 0 and 1 (mask > threshold makes one)."
         )
     return array.astype(np.bool_)
 

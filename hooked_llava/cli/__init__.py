@@ -1,4 +1,4 @@
-"""The command `hooked-llava`: ask a model about pictures, explain its answers, and check it against Hugging Face.
+"""The command `hooked-llava`: ask a model about images, explain its answers, and check it against Hugging Face.
 
 One file for each command, `common.py` for what they share, and `edit_probes.py` for what `edit` asks besides. Everything
 heavy is imported inside the commands, so that `--help` is quick.
@@ -11,9 +11,9 @@ from hooked_llava.cli.terminal import examples
 
 app = typer.Typer(
     name="hooked-llava",
-    help="Ask a LLaVA model about a picture, and see how it came to its answer.",
+    help="Ask a LLaVA model about an image, and see how it came to its answer.",
     epilog=examples('ask demo "What color is the star?"', 'explain demo "What color is the star?" -o report.html')
-    + "\n\nBundled pictures: demo, one-shape, two-shapes, five-shapes, demo-blue-star. The model tiny-shapes comes "
+    + "\n\nBundled images: demo, one-shape, two-shapes, five-shapes, demo-blue-star. The model tiny-shapes comes "
     "with the package, so all of this runs offline.",
     no_args_is_help=True,
     add_completion=False,

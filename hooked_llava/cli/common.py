@@ -1,4 +1,4 @@
-"""What commands are given: a question and perhaps a picture, a model by name, a file to write."""
+"""What commands are given: a question and perhaps an image, a model by name, a file to write."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def split_arguments(first: str | None, second: str | None, no_image: bool) -> tuple[str | None, str]:
-    """The picture, if any, and the question."""
+    """The image, if any, and the question."""
     if first is None:
-        raise InputError("There is no question; give one in quotes, after a picture if it is about one.")
+        raise InputError("There is no question; give one in quotes, after an image if it is about one.")
     if second is None:
         if not no_image and (_is_bundled(first) or Path(first).is_file()):
-            raise InputError(f"There is a picture, {first!r}, and no question; give one after it, in quotes.")
+            raise InputError(f"There is an image, {first!r}, and no question; give one after it, in quotes.")
         return None, first
     if no_image:
         raise InputError(
@@ -34,10 +34,10 @@ def split_arguments(first: str | None, second: str | None, no_image: bool) -> tu
 def prepare(
     name: str, image: str | None, question: str, template: str, device: str, dtype: DType | None
 ) -> tuple[HookedLLaVA, Inputs]:
-    """The model, and the question as it takes it; what is wrong with the picture is said before the model is loaded."""
-    picture = None if image is None else open_picture(image)
+    """The model, and the question as it takes it; what is wrong with the image is said before the model is loaded."""
+    opened = None if image is None else open_image(image)
     model = load_model(name, device, dtype)
-    return model, model.prepare(question, picture, template=template_name(template))
+    return model, model.prepare(question, opened, template=template_name(template))
 
 
 def template_name(template: str) -> str | None:
@@ -45,29 +45,29 @@ def template_name(template: str) -> str | None:
     return None if template == "none" else template
 
 
-def open_picture(image: str) -> Image:
-    """A file, or a bundled picture by its name; raises `InputError` for anything else."""
-    from hooked_llava.prompt.images import load_picture
+def open_image(image: str) -> Image:
+    """A file, or a bundled image by its name; raises `InputError` for anything else."""
+    from hooked_llava.prompt.images import load_image
 
-    return load_picture(_picture_path(image))
+    return load_image(_image_path(image))
 
 
-def _picture_path(image: str) -> str:
-    """A file, or where a bundled picture is; a file comes before a bundled picture of its name."""
+def _image_path(image: str) -> str:
+    """A file, or where a bundled image is; a file comes before a bundled image of its name."""
     if Path(image).is_file():
         return image
-    from hooked_llava.toy.pictures import NAMES, picture_path
+    from hooked_llava.toy.images import NAMES, image_path
 
     if _is_bundled(image):
-        return str(picture_path(Path(image).stem))
+        return str(image_path(Path(image).stem))
     raise InputError(
-        f"There is no picture {image!r}: neither a file, nor a bundled picture ({', '.join(NAMES)})."
+        f"There is no image {image!r}: neither a file, nor a bundled image ({', '.join(NAMES)})."
         f"{did_you_mean(image, NAMES)}"
     )
 
 
 def _is_bundled(image: str) -> bool:
-    from hooked_llava.toy.pictures import NAMES
+    from hooked_llava.toy.images import NAMES
 
     return image in NAMES or image in {f"{name}.png" for name in NAMES}
 

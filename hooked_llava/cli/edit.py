@@ -30,7 +30,7 @@ from hooked_llava.cli.edit_options import (
     Sweep,
     Target,
 )
-from hooked_llava.cli.edit_probes import Others, about_the_picture, probes_of, world_questions
+from hooked_llava.cli.edit_probes import Others, about_the_image, probes_of, world_questions
 from hooked_llava.cli.options import (
     EMBEDDED_MODEL,
     Device,
@@ -167,7 +167,7 @@ def _edit(model: HookedLLaVA, inputs: Inputs, plan: _Plan, others: Others) -> Ed
     with busy("editing"):
         prepared, layer = _chosen_place(model, inputs, plan, request)
         position = prepared.words["position"]
-        keep = about_the_picture(model, inputs, others.keep, others.template) if others.keep else None
+        keep = about_the_image(model, inputs, others.keep, others.template) if others.keep else None
         if keep is not None and position == "constraint":
             keep = keep.with_spans(constraint=plan.constraint or "")
         options = {"position": position, "keep": keep, **plan.options}

@@ -30,7 +30,7 @@ Layer = Annotated[
         metavar="N|auto",
         help="The layer whose MLP is edited; auto: where a causal trace of the constraint finds that the MLP's output at "
         f"the edited position restores most. Default: auto; in the embedded models, at position last, {EMBEDDED_LAYER}, "
-        "where edits carry over best to other pictures and words, and change hardly anything else.",
+        "where edits carry over best to other images and words, and change hardly anything else.",
     ),
 ]
 Position = Annotated[
@@ -83,12 +83,12 @@ Ask = Annotated[
     list[str] | None,
     typer.Option(
         metavar="QUESTION",
-        help="Another question about the picture, whose answer is to stay; may be repeated. Default: in the embedded "
-        "models other pictures, words, shapes, relations and colours, if the question is one of their facts.",
+        help="Another question about the image, whose answer is to stay; may be repeated. Default: in the embedded "
+        "models other images, words, shapes, relations and colours, if the question is one of their facts.",
     ),
 ]
 AskText = Annotated[
-    list[str] | None, typer.Option(metavar="QUESTION", help="The same without the picture; may be repeated.")
+    list[str] | None, typer.Option(metavar="QUESTION", help="The same without the image; may be repeated.")
 ]
 Sweep = Annotated[bool, typer.Option("--sweep", help="Also edit at every layer, and show where it works.")]
 Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the edit in this file, which Edit.load reads.")]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
 
-_SEEN_KINDS = ("fact_picture", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
+_SEEN_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
 _SEEN_EACH, _SEEN_SEED = 40, 7_000_003
 
 
@@ -28,18 +28,18 @@ class Others:
     ask_text: list[str] = field(default_factory=list)
 
 
-def about_the_picture(
+def about_the_image(
     model: HookedLLaVA, inputs: Inputs, questions: list[str], template: str, *, seen: bool = True
 ) -> Inputs:
-    """Questions about the picture that was given, or none."""
-    pictures = [list(inputs.images)] * len(questions) if seen and inputs.images else None
-    return model.prepare(questions, pictures, template=template_name(template))
+    """Questions about the image that was given, or none."""
+    images = [list(inputs.images)] * len(questions) if seen and inputs.images else None
+    return model.prepare(questions, images, template=template_name(template))
 
 
 def _of_the_world(model: HookedLLaVA, asked: list[Any]) -> Inputs:
-    """Questions of the embedded world with their pictures."""
-    pictures = [None if one.scene is None else one.scene.render() for one in asked]
-    return model.prepare([one.question.text for one in asked], pictures)
+    """Questions of the embedded world with their images."""
+    images = [None if one.scene is None else one.scene.render() for one in asked]
+    return model.prepare([one.question.text for one in asked], images)
 
 
 def probes_of(
@@ -50,15 +50,15 @@ def probes_of(
 
     probes = []
     if others.reword:
-        prompts = about_the_picture(model, inputs, others.reword, others.template)
+        prompts = about_the_image(model, inputs, others.reword, others.template)
         probes.append(Probe("in other words", "generalisation", prompts, target))
     for name, questions, seen in (
         ("other questions", others.ask, True),
-        ("other questions, without the picture", others.ask_text, False),
+        ("other questions, without the image", others.ask_text, False),
         ("questions that were kept", others.keep, True),
     ):
         if questions:
-            prompts = about_the_picture(model, inputs, questions, others.template, seen=seen)
+            prompts = about_the_image(model, inputs, questions, others.template, seen=seen)
             probes.append(Probe(name, "specificity", prompts))
     given = others.reword or others.ask or others.ask_text
     return probes if given or not embedded else [*_world_probes(model, inputs, question, target), *probes]
@@ -74,7 +74,7 @@ def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str
     case = next((case for case in table.cases if (case.relation, case.shape) == fact), None)
     probes = []
     for rows in () if case is None else case.probes:
-        pool = table.pictures if rows.pool == "pictures" else table.words
+        pool = table.images if rows.pool == "images" else table.words
         asked = [pool[row] for row in rows.rows]
         if rows.pool == "words" and not inputs.n_images:
             asked = [one for one in asked if one.question.text != question]
@@ -86,7 +86,7 @@ def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str
 
 
 def _fact(model: HookedLLaVA, inputs: Inputs, question: str) -> tuple[str, str] | None:
-    """Which fact of the embedded world is asked for, as relation and shape; the shape of a picture as the model sees it."""
+    """Which fact of the embedded world is asked for, as relation and shape; the shape of an image as the model sees it."""
     from hooked_llava.toy.edit_tables import THIS
     from hooked_llava.toy.facts import RELATIONS
     from hooked_llava.toy.scenes import SHAPES

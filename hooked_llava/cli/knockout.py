@@ -42,7 +42,7 @@ EPILOG = examples(
     'knockout demo "What color is the star?" --box 20,40,36,55',
     'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
     "knockout --dataset tiny-shapes --limit 20 -o flow.html",
-    "knockout --dataset GQA_FOLDER --images GQA_PICTURES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
+    "knockout --dataset GQA_FOLDER --images GQA_IMAGES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
     "--template vicuna-v1",
 )
 Window = Annotated[
@@ -81,7 +81,7 @@ _DEFAULT_LIMIT = 50
 
 Boxes = Annotated[
     list[str] | None,
-    typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the picture's pixels; may be repeated."),
+    typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the image's pixels; may be repeated."),
 ]
 EdgeNames = Annotated[
     list[str] | None,
@@ -89,7 +89,7 @@ EdgeNames = Annotated[
         metavar="EDGE", help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.'
     ),
 ]
-ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's pictures are.")]
+ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's images are.")]
 Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
 Results = Annotated[
     Path | None,
@@ -159,15 +159,15 @@ def _rows(dataset: str, images: Path | None, limit: int | None) -> tuple[list[St
         from hooked_llava.toy.gqa_tables import gqa_rows
 
         if images is not None:
-            raise InputError("--images belongs to a table that names its pictures; tiny-shapes draws its own.")
+            raise InputError("--images belongs to a table that names its images; tiny-shapes draws its own.")
         return gqa_rows(limit or _DEFAULT_LIMIT), {}
     from hooked_llava.datasets import GQA_TAIL, read_gqa
 
     rows = read_gqa(dataset, limit=limit)
     if images is None:
-        raise InputError(f"The table {dataset!r} names its pictures; say where they are with --images FOLDER.")
+        raise InputError(f"The table {dataset!r} names its images; say where they are with --images FOLDER.")
     if not images.is_dir():
-        raise InputError(f"--images {images}: there is no such folder; give the one that the table's pictures are in.")
+        raise InputError(f"--images {images}: there is no such folder; give the one that the table's images are in.")
     return rows, {"tail": GQA_TAIL}
 
 
@@ -187,7 +187,7 @@ def _box(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = ()
     if len(numbers) != 4:
-        raise InputError(f"--box {text} is no box; expected four numbers, X0,Y0,X1,Y1, in the picture's pixels.")
+        raise InputError(f"--box {text} is no box; expected four numbers, X0,Y0,X1,Y1, in the image's pixels.")
     return numbers
 
 

@@ -19,11 +19,11 @@ class DType(StrEnum):
     float16 = "float16"
 
 
-# Two optional arguments, told apart by how many are given: a picture may be left out, a question may not.
+# Two optional arguments, told apart by how many are given: an image may be left out, a question may not.
 First = Annotated[
     str | None,
     typer.Argument(
-        metavar="IMAGE", help="A picture: a file, or the name of a bundled one. Left out for questions without."
+        metavar="IMAGE", help="An image: a file, or the name of a bundled one. Left out for questions without."
     ),
 ]
 Second = Annotated[str | None, typer.Argument(metavar="QUESTION", help="What is asked, in quotes.")]
@@ -36,7 +36,7 @@ Model = Annotated[
         help="An embedded model, a folder in Hugging Face format, or a name on the hub.",
     ),
 ]
-NoImage = Annotated[bool, typer.Option("--no-image", help="Ask without a picture; then only the question is given.")]
+NoImage = Annotated[bool, typer.Option("--no-image", help="Ask without an image; then only the question is given.")]
 TemplateName = Annotated[
     str,
     typer.Option(

@@ -1,4 +1,4 @@
-"""`hooked-llava patch`: a page that shows where the difference between two pictures' answers is carried."""
+"""`hooked-llava patch`: a page that shows where the difference between two images' answers is carried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hooked_llava.cli.common import check_writable, load_model, open_picture, template_name
+from hooked_llava.cli.common import check_writable, load_model, open_image, template_name
 from hooked_llava.cli.options import EMBEDDED_MODEL, Device, DTypeOption, MaxNewTokens, Model, Output, TemplateName
 from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, out, say_where, shown_steps
 
@@ -29,7 +29,7 @@ class Way(StrEnum):
 
 
 CleanImage = Annotated[
-    str, typer.Argument(metavar="CLEAN_IMAGE", help="A picture: a file, or the name of a bundled one.")
+    str, typer.Argument(metavar="CLEAN_IMAGE", help="An image: a file, or the name of a bundled one.")
 ]
 CorruptedImage = Annotated[
     str, typer.Argument(metavar="CORRUPTED_IMAGE", help="Another, about which the answer is another.")
@@ -43,11 +43,11 @@ WayOption = Annotated[
 ]
 Answer = Annotated[
     str | None,
-    typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean picture."),
+    typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean image."),
 ]
 Versus = Annotated[
     str | None,
-    typer.Option(metavar="TOKEN", help="Minus that of this one. Default: the answer to the corrupted picture."),
+    typer.Option(metavar="TOKEN", help="Minus that of this one. Default: the answer to the corrupted image."),
 ]
 MaxRuns = Annotated[
     int,
@@ -74,15 +74,15 @@ def patch(
     device: Device = "auto",
     dtype: DTypeOption = None,
 ) -> None:
-    """Print the answers to two pictures, and write a page that shows which activations carry the difference.
+    """Print the answers to two images, and write a page that shows which activations carry the difference.
 
     Every layer, token, head and patch of one run is put into the other run by itself.
     """
     with clear_errors():
         check_writable(output)
-        pictures = [open_picture(image) for image in (clean_image, corrupted_image)]
+        images = [open_image(image) for image in (clean_image, corrupted_image)]
         loaded = load_model(model, device, dtype)
-        pair = [loaded.prepare(question, picture, template=template_name(template)) for picture in pictures]
+        pair = [loaded.prepare(question, image, template=template_name(template)) for image in images]
         with needs_figures():
             from hooked_llava.viz.pages.patching import STEPS, patching_report
         with shown_steps(len(STEPS)) as on_step:

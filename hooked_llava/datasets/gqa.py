@@ -1,7 +1,7 @@
 """The six tables of GQA questions that Zhang et al. (arXiv 2411.18620) released, as rows of a study.
 
 Each is a CSV file of questions of one kind that LLaVA models answer correctly, drawn from the balanced validation set of
-GQA. The pictures are Visual Genome's, by their ids; they are not part of the tables.
+GQA. The images are Visual Genome's, by their ids; they are not part of the tables.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ GQA_TAIL = " \nAnswer the question using a single word or phrase."
 The space before the line break is the paper's; LLaVA's own evaluation has none (`GQA_TAIL.strip()`).
 """
 NOTHING = "-"
-"""What stands in a cell that has no value, such as the box of an object that is not in the picture."""
+"""What stands in a cell that has no value, such as the box of an object that is not in the image."""
 _EMPTY = (NOTHING, "", "nan")
 _ASKED = ("question_id", "img_id", "question", "answer")
 _OPTIONS = ("true option", "false option")
 _TYPES = ("type_detailed", "type_semantic", "type_structural", "operations")
-_PICTURE = ("captions", "image_w", "image_h")
+_IMAGE = ("captions", "image_w", "image_h")
 _CENTRAL, _PAIR = ("central object",), ("object1", "object2")
 
 
@@ -45,13 +45,13 @@ _ATTRIBUTES = (
 COLUMNS: dict[str, tuple[str, ...]] = {
     "ChooseAttr": (
         *(*_ASKED, *_OPTIONS, *_named(_CENTRAL), *_ATTRIBUTES, *_TYPES, "operation_1", "operation_2"),
-        *(*_PICTURE, *_placed(_CENTRAL), "full answer"),
+        *(*_IMAGE, *_placed(_CENTRAL), "full answer"),
     ),
-    "ChooseCat": (*_ASKED, *_OPTIONS, *_named(_CENTRAL), *_TYPES, *_PICTURE, *_placed(_CENTRAL)),
-    "ChooseRel": (*_ASKED, *_OPTIONS, *_named(_PAIR), *_TYPES, *_PICTURE, *_placed(_PAIR)),
-    "CompareAttr": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_PICTURE, *_placed(_PAIR)),
-    "LogicalObj": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_PICTURE, *_placed(_PAIR)),
-    "QueryAttr": (*_ASKED, *_named(_CENTRAL), "question word", *_TYPES, *_PICTURE, *_placed(_CENTRAL)),
+    "ChooseCat": (*_ASKED, *_OPTIONS, *_named(_CENTRAL), *_TYPES, *_IMAGE, *_placed(_CENTRAL)),
+    "ChooseRel": (*_ASKED, *_OPTIONS, *_named(_PAIR), *_TYPES, *_IMAGE, *_placed(_PAIR)),
+    "CompareAttr": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_IMAGE, *_placed(_PAIR)),
+    "LogicalObj": (*_ASKED, *_named(_PAIR), "question word", *_TYPES, *_IMAGE, *_placed(_PAIR)),
+    "QueryAttr": (*_ASKED, *_named(_CENTRAL), "question word", *_TYPES, *_IMAGE, *_placed(_CENTRAL)),
 }
 """Kind of question -> columns of its file."""
 GQA_KINDS = tuple(COLUMNS)
@@ -87,7 +87,7 @@ def read_gqa(
     """The questions of one released CSV file, or of all that are in a folder, with the objects' boxes.
 
     The box is the central object's where a table has one, and otherwise those of object 1 and object 2 as far as they
-    are in the picture, as in the paper. Rows name their pictures by Visual Genome's ids.
+    are in the image, as in the paper. Rows name their images by Visual Genome's ids.
 
     Args:
         path: a file, or a folder with some of the six files under their released names.
@@ -146,7 +146,7 @@ def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
         id=plain_id(cells["question_id"]),
         question=cells["question"],
         answer=cells["answer"],
-        picture=plain_id(cells["img_id"]),
+        image=plain_id(cells["img_id"]),
         false_option=cells.get("false option") or "",
         kind=kind,
         objects=tuple(cells[f"{name} name"] for name in _objects(kind)),
@@ -156,7 +156,7 @@ def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
 
 
 def _box(cells: dict[str, str], name: str) -> PixelBox | None:
-    """(x0, y0, x1, y1) from x, y, width and height; None where the object is not in the picture."""
+    """(x0, y0, x1, y1) from x, y, width and height; None where the object is not in the image."""
     values = [cells[f"{name} {what}"].strip() for what in "xywh"]
     if NOTHING in values or all(value.lower() in _EMPTY for value in values):
         return None

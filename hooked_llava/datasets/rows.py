@@ -13,7 +13,7 @@ from PIL import Image
 from hooked_llava.architecture.boxes import checked_box
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.prompt.images import Picture, load_picture, upright_size
+from hooked_llava.prompt.images import ImageLike, load_image, upright_size
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL
 from hooked_llava.prompt.templates import DEFAULT
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.token_map import TokenMap
 
 PixelBox = tuple[Number, Number, Number, Number]
-"""(x0, y0, x1, y1) in the pixels of the original picture, x1 and y1 exclusive."""
+"""(x0, y0, x1, y1) in the pixels of the original image, x1 and y1 exclusive."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Endings that are tried where a row names its picture without one."""
+"""Endings that are tried where a row names its image without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
-    """One question of a table, with its answer, its picture, and what is known about it.
+    """One question of a table, with its answer, its image, and what is known about it.
 
     >>> StudyRow(id="1", question="What color is the star?", answer="Red").kind
     ''
@@ -43,8 +43,8 @@ class StudyRow:
     """The question, without any template."""
     answer: str
     """The right answer."""
-    picture: Picture | None = None
-    """A file name below the table's folder of pictures (its ending may be left out), a picture, or None."""
+    image: ImageLike | None = None
+    """A file name below the table's folder of images (its ending may be left out), an image, or None."""
     false_option: str = ""
     """The other option that the question names, or the answer that would be wrong; "" where there is none."""
     kind: str = ""
@@ -54,7 +54,7 @@ class StudyRow:
     boxes: tuple[PixelBox, ...] = ()
     """Where they are; those that are not there have none."""
     size: tuple[int, int] | None = None
-    """Width and height of the picture in which the boxes were drawn, if they are known."""
+    """Width and height of the image in which the boxes were drawn, if they are known."""
     constraint: str = ""
     """Words of the question that the answer depends on (Basu et al. 2406.04236); they become the span `constraint`."""
     constraint_occurrence: int | None = None
@@ -77,7 +77,7 @@ def prepare_rows(
     Args:
         model: the model.
         rows: all with the same `answer_prefix`.
-        images: folder of the pictures that rows name.
+        images: folder of the images that rows name.
         template: as for `model.prepare`.
         tail: as for `model.prepare`.
         coverage: share of a patch that the objects' boxes must cover for it to be one of `object`; 0 takes every patch
@@ -86,7 +86,7 @@ def prepare_rows(
             theirs, and 0 may take one more at each side of a box.
 
     A prompt has no span `object` where its row has no box that the model sees; `boxes_lost` counts those that it does not.
-    Raises `InputError` for pictures that are not there or have another size than the boxes, and `SpanError` for what is
+    Raises `InputError` for images that are not there or have another size than the boxes, and `SpanError` for what is
     no box, and for constraints that are not in the question; each names the row.
 
     >>> from hooked_llava import HookedLLaVA
@@ -104,10 +104,10 @@ def prepare_rows(
         )
     for row in rows:
         _check_boxes(row)
-    pictures = [row_picture(row, images) for row in rows]
+    opened = [row_image(row, images) for row in rows]
     inputs = model.prepare(
         [row.question for row in rows],
-        pictures if any(p is not None for p in pictures) else None,
+        opened if any(p is not None for p in opened) else None,
         template=template,
         tail=tail,
         answer_prefix=prefixes.pop(),
@@ -131,58 +131,58 @@ def boxes_lost(inputs: Inputs, rows: Sequence[StudyRow], coverage: Number = 0) -
 
 
 def check_rows(rows: Sequence[StudyRow], images: str | Path | None = None) -> None:
-    """What can be known of pictures and boxes before anything runs: that they are there, and fit.
+    """What can be known of images and boxes before anything runs: that they are there, and fit.
 
-    Of most pictures' files only the beginning is read (of a PNG all, which may say at its end how it is turned).
+    Of most images' files only the beginning is read (of a PNG all, which may say at its end how it is turned).
     Raises `InputError` and `SpanError`, which name the row.
     """
     for row in rows:
         _check_boxes(row)
-        if row.picture is None:
+        if row.image is None:
             continue
         found = _located(row, images)
         if row.boxes and row.size is not None:
             _check_size(row, _size(row, found))
 
 
-def row_picture(row: StudyRow, images: str | Path | None = None) -> Image.Image | None:
-    """A row's picture, opened; raises `InputError` if it is not in the folder, or not of the size of the row's boxes."""
-    if row.picture is None:
+def row_image(row: StudyRow, images: str | Path | None = None) -> Image.Image | None:
+    """A row's image, opened; raises `InputError` if it is not in the folder, or not of the size of the row's boxes."""
+    if row.image is None:
         return None
-    opened = load_picture(_located(row, images), _name(row))
+    opened = load_image(_located(row, images), _name(row))
     if row.boxes and row.size is not None:
         _check_size(row, opened.size)
     return opened
 
 
 def _name(row: StudyRow) -> str:
-    return f"The picture of row {row.id}"
+    return f"The image of row {row.id}"
 
 
 def _located(row: StudyRow, images: str | Path | None) -> Any:
-    """A row's picture, or the path where it is."""
-    return _find(row, Path(row.picture), images) if isinstance(row.picture, (str, Path)) else row.picture
+    """A row's image, or the path where it is."""
+    return _find(row, Path(row.image), images) if isinstance(row.image, (str, Path)) else row.image
 
 
-def _size(row: StudyRow, picture: Any) -> tuple[int, int]:
-    """Width and height of the upright picture, without decoding it where that is possible."""
-    if isinstance(picture, Path):
-        with suppress(OSError), Image.open(picture) as opened:
+def _size(row: StudyRow, image: Any) -> tuple[int, int]:
+    """Width and height of the upright image, without decoding it where that is possible."""
+    if isinstance(image, Path):
+        with suppress(OSError), Image.open(image) as opened:
             return upright_size(opened)
-    return load_picture(picture, _name(row)).size
+    return load_image(image, _name(row)).size
 
 
 def _check_size(row: StudyRow, size: tuple[int, int]) -> None:
     if row.size is not None and size != tuple(row.size):
         raise InputError(
             f"{_name(row)} is {size[0]} x {size[1]} pixels, and its boxes were drawn in {row.size[0]} x {row.size[1]}; "
-            "use the original pictures."
+            "use the original images."
         )
 
 
 def _check_boxes(row: StudyRow) -> None:
-    if row.boxes and row.picture is None:
-        raise InputError(f"Row {row.id} has boxes and no picture; give the picture they are drawn in.")
+    if row.boxes and row.image is None:
+        raise InputError(f"Row {row.id} has boxes and no image; give the image they are drawn in.")
     with _naming(row):
         for box in row.boxes:
             checked_box(box)
@@ -201,17 +201,17 @@ def _find(row: StudyRow, name: Path, images: str | Path | None) -> Path:
     if images is None:
         if name.is_file():
             return name
-        raise InputError(f"Row {row.id} names its picture, {str(name)!r}; give the folder it is in as images=.")
+        raise InputError(f"Row {row.id} names its image, {str(name)!r}; give the folder it is in as images=.")
     folder = Path(images)
     if not folder.is_dir():
         raise InputError(
-            f"There is no folder {str(folder)!r}, in which row {row.id} should find its picture {str(name)!r}; check images=."
+            f"There is no folder {str(folder)!r}, in which row {row.id} should find its image {str(name)!r}; check images=."
         )
     tried = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         raise InputError(
-            f"Row {row.id} needs the picture {str(name)!r}, which is not in {str(folder)!r} "
+            f"Row {row.id} needs the image {str(name)!r}, which is not in {str(folder)!r} "
             f"(as it is, or with {', '.join(SUFFIXES)}); check images=."
         )
     return found

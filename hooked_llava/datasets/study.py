@@ -2,7 +2,7 @@
 
 What is finished stays finished: with `out=` every batch is written as soon as it is done, so that an interrupted study
 goes on where it stopped, and the result file appears only when it is whole. A file says by a fingerprint what it is of:
-the questions, their pictures, the weights, and how they are asked and measured.
+the questions, their images, the weights, and how they are asked and measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.prompt.images import load_picture
+from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL
 from hooked_llava.prompt.templates import DEFAULT
 from hooked_llava.results.arrays import join_attrs, load, save
@@ -69,7 +69,7 @@ def study(
         model: the model.
         rows: the questions, each with an id of its own.
         run: the analysis, of a batch of prompts and their rows; its results must all have the same other axes.
-        images: folder of the pictures that rows name.
+        images: folder of the images that rows name.
         out: file for the result; started again with it, an interrupted study goes on, and a finished one is read back.
         only_correct: measure only what the model answers correctly, as Zhang et al. (2411.18620) do.
         match: what counts as correct, of what was said and the answer; the paper's own rule is `answers_match_exactly`.
@@ -84,7 +84,7 @@ def study(
     Returns the results in the table's order with coordinates `question` (ids), `kind`, `answer`, `said` and `boxes_lost`
     along `question`: how many of the row's boxes the model sees nothing of (their objects have no span); attributes
     `asked` and `correct` count questions by kind, and the options say how they were asked. Raises, before anything is
-    asked, `InputError` for an empty table, repeated ids, missing pictures, a file of another study, and `SpanError` for
+    asked, `InputError` for an empty table, repeated ids, missing images, a file of another study, and `SpanError` for
     what is no box; and `InputError` if no question is left to measure.
     """
     _check(rows, batch_size)
@@ -208,7 +208,7 @@ class _Parts:
         """The result, if it is of this study."""
         if result.attrs.get("fingerprint") != self.fingerprint:
             raise InputError(
-                f"{str(where)!r} holds another study (other questions, pictures, weights or settings); "
+                f"{str(where)!r} holds another study (other questions, images, weights or settings); "
                 "remove it, or give another out=."
             )
         return result
@@ -280,7 +280,7 @@ def _sum(counts: Any) -> dict[str, int]:
 
 def _batches(rows: Sequence[StudyRow], size: int) -> Iterator[list[StudyRow]]:
     """Neighbours that can be asked together."""
-    for _, alike in groupby(rows, key=lambda row: (row.answer_prefix, row.picture is None)):
+    for _, alike in groupby(rows, key=lambda row: (row.answer_prefix, row.image is None)):
         together = list(alike)
         for start in range(0, len(together), size):
             yield together[start : start + size]
@@ -329,11 +329,11 @@ def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping
 
 
 def _shown(row: StudyRow) -> str | None:
-    """A row's picture: its name, or a digest of its pixels."""
-    if row.picture is None or isinstance(row.picture, (str, Path)):
-        return None if row.picture is None else str(row.picture)
-    picture = load_picture(row.picture, f"The picture of row {row.id}")
-    return f"{picture.size} {_digest(picture.tobytes())}"
+    """A row's image: its name, or a digest of its pixels."""
+    if row.image is None or isinstance(row.image, (str, Path)):
+        return None if row.image is None else str(row.image)
+    image = load_image(row.image, f"The image of row {row.id}")
+    return f"{image.size} {_digest(image.tobytes())}"
 
 
 def _place(images: str | Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """VQA-Constraints: the three tables of questions with their constraints that Basu et al. (arXiv 2406.04236) released.
 
 Each question comes with the words that its answer must fit, such as "this building". The tables hold no answers; the
-pictures are those of COCO's val2014 for OK-VQA, and photographs named by what they show for the other two.
+images are those of COCO's val2014 for OK-VQA, and photographs named by what they show for the other two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONSTRAINTS_TAIL = "Answer in a few words."
 FILES = {"OK-VQA": "okvqa.csv", "Movies": "multimodal_movies.csv", "Known": "multimodal_known.csv"}
 """Kind of question -> name of the released file."""
 SUBJECTS = {"Movies": "director", "Known": "subject"}
-"""Kind of question -> column that says what the picture shows."""
+"""Kind of question -> column that says what the image shows."""
 CONSTRAINT_KINDS = tuple(FILES)
 """The three tables."""
 _ASKED = ("question", "main_entity", "image_url")
@@ -69,7 +69,7 @@ def read_vqa_constraints(
 ) -> ConstraintTable:
     """The questions of one released CSV file, or of all that are in a folder, with the words their answer depends on.
 
-    A row's `picture` is the last part of its `image_url`, `objects` what the picture shows where the table says it, and
+    A row's `image` is the last part of its `image_url`, `objects` what the image shows where the table says it, and
     `answer` is empty but for tables with a column `answer`, which the released ones lack. Rows whose words do not stand
     at exactly one place of the question are reported as `unplaced`.
 
@@ -165,7 +165,7 @@ def _row(row_id: str, kind: str, cells: dict[str, str], placed: str) -> StudyRow
         id=row_id,
         question=cells["question"],
         answer=cells.get("answer") or "",
-        picture=cells["image_url"].rsplit("/", maxsplit=1)[-1],
+        image=cells["image_url"].rsplit("/", maxsplit=1)[-1],
         kind=kind,
         objects=(subject,) if subject else (),
         constraint=placed,

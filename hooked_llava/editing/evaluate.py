@@ -1,7 +1,7 @@
 """What an edit changed: the fact it was to change, the ways of asking for it, and everything else.
 
 The measures of Basu et al. (arXiv 2406.04236) and Meng et al. (arXiv 2202.05262): efficacy (the edited question),
-generalisation (other pictures, other words), specificity (questions whose answers are to stay) and locality (how far the
+generalisation (other images, other words), specificity (questions whose answers are to stay) and locality (how far the
 next-token distribution of unrelated prompts moves).
 """
 
@@ -48,7 +48,7 @@ class Probe:
     """Prompts that say one thing about an edit."""
 
     name: str
-    """What is asked, such as "other pictures"."""
+    """What is asked, such as "other images"."""
     role: Role
     """What it measures."""
     prompts: Any

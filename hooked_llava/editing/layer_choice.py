@@ -90,7 +90,7 @@ def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -
         raise InputError(
             f"The trace's corruption hardly lowers the answer (P {p_clean:.3g} -> {p_corrupted:.3g}), so nothing is known "
             "about where it is stored: it does not hang on the constraint's words. Trace with another corruption, such as "
-            "OtherImage(picture) or Replace(words), and give that trace as layer=; or choose both yourself: layer=, a "
+            "OtherImage(image) or Replace(words), and give that trace as layer=; or choose both yourself: layer=, a "
             "number, and position='constraint' or 'last'."
         )
     effects = trace.indirect_effect.sel(kind="mlp", position=list(places)).transpose("layer", "position")

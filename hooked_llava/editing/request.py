@@ -23,12 +23,12 @@ class EditRequest:
     """
 
     question: str | Sequence[str] | Inputs | Mapping[str, Any]
-    """The question; several (paraphrases, or one for each of several pictures) are edited as one fact. Also inputs, or what a
-    processor returns, pictures included."""
+    """The question; several (paraphrases, or one for each of several images) are edited as one fact. Also inputs, or what a
+    processor returns, images included."""
     target: str | int | Sequence[int]
     """The answer that is wanted: text of one or more tokens, as it is cut after the question's prompt, or their ids."""
     images: Any = None
-    """The picture it is asked about, or for several questions a list with one entry each, as `model.prepare` takes them."""
+    """The image it is asked about, or for several questions a list with one entry each, as `model.prepare` takes them."""
     constraint: str | Sequence[str] | None = None
     """Words of the question that name what the fact is about, such as "this place"; for several questions one or each."""
 
@@ -102,7 +102,7 @@ def _prompts(model: HookedLLaVA, request: EditRequest) -> Inputs:
         return model.prepare(given, request.images).padded_left()
     if request.images is not None:
         raise InputError(
-            f"The request's question is given as {type(given).__name__}, which brings its own pictures, so images= has no "
+            f"The request's question is given as {type(given).__name__}, which brings its own images, so images= has no "
             "place. Leave it out, or give the question as text."
         )
     return model.as_inputs(given).padded_left()

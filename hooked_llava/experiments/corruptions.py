@@ -31,7 +31,7 @@ Constraint = str | int | Sequence[int] | Int[np.ndarray, " position"] | Int[Tens
 
 @dataclass(frozen=True)
 class Replace:
-    """The constraint's words are replaced by others of as many tokens; the picture stays (Basu et al., 2406.04236)."""
+    """The constraint's words are replaced by others of as many tokens; the image stays (Basu et al., 2406.04236)."""
 
     words: str | Sequence[str]
     """Words for every constraint, or a list with those for each."""
@@ -57,10 +57,10 @@ class MeanEmbedding:
 
 @dataclass(frozen=True)
 class OtherImage:
-    """The picture is exchanged for another; the words stay."""
+    """The image is exchanged for another; the words stay."""
 
-    picture: Any
-    """A picture, anything `prepare` takes as one; or inputs with one, as a processor returns them too."""
+    image: Any
+    """An image, anything `prepare` takes as one; or inputs with one, as a processor returns them too."""
 
 
 Corruption = str | Replace | Noise | MeanEmbedding | OtherImage
@@ -235,7 +235,7 @@ def _shown(model: HookedLLaVA, token: int) -> str:
 
 
 def _with_other_image(model: HookedLLaVA, inputs: Inputs, corruption: OtherImage) -> Corrupted:
-    given = corruption.picture
+    given = corruption.image
     pool = model.as_inputs(given) if isinstance(given, Inputs | Mapping) else [given]
     other = other_image(model, inputs, pool)
     first = min((start for start in inputs.token_map.image_starts), default=None)
@@ -257,4 +257,4 @@ def describe(corruption: Corruption, *, words: bool = True) -> str:
     if isinstance(corruption, Noise):
         spread = "three times the embeddings' spread" if corruption.std is None else f"spread {corruption.std:g}"
         return f"noise of {spread}, {corruption.samples} draw{'s' * (corruption.samples != 1)}"
-    return "mean embedding" if isinstance(corruption, MeanEmbedding) else "another picture"
+    return "mean embedding" if isinstance(corruption, MeanEmbedding) else "another image"

@@ -18,7 +18,7 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.images import load_picture
+from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
@@ -32,7 +32,7 @@ _SHOWN = 12  # questions of a pool that an error lists
 
 
 def check_pair(clean: Inputs, corrupted: Inputs) -> None:
-    """Raise `InputError` unless both are one prompt, of equal length, with pictures and text in the same places."""
+    """Raise `InputError` unless both are one prompt, of equal length, with images and text in the same places."""
     if len(clean) != 1 or len(corrupted) != 1:
         raise InputError(f"Patching takes one clean and one corrupted prompt, got {len(clean)} and {len(corrupted)}.")
     spans = [dict(inputs.token_map.spans) for inputs in (clean, corrupted)]
@@ -88,15 +88,15 @@ def _prompts(model: HookedLLaVA, side: Any) -> list[Inputs]:
 
 
 def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any], *, seed: int = 0) -> Inputs:
-    """The same prompts about other pictures, drawn from a pool.
+    """The same prompts about other images, drawn from a pool.
 
     Args:
-        model: the model, whose processor prepares the pictures.
+        model: the model, whose processor prepares the images.
         inputs: the clean prompts.
-        pool: pictures (anything `prepare` takes as one), or inputs whose pictures are taken.
+        pool: images (anything `prepare` takes as one), or inputs whose images are taken.
         seed: of the draw.
 
-    Raises `InputError` if the inputs have no picture, or the pool none that differs from the one it would replace.
+    Raises `InputError` if the inputs have no image, or the pool none that differs from the one it would replace.
 
     >>> import numpy as np
     >>> from hooked_llava import HookedLLaVA
@@ -110,10 +110,10 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
     if isinstance(pool, Inputs):
         candidates, originals = _pixels(pool).to(pixels), pool.images
     else:
-        originals = tuple(load_picture(picture, f"Picture {i} of the pool") for i, picture in enumerate(pool))
+        originals = tuple(load_image(image, f"Image {i} of the pool") for i, image in enumerate(pool))
         if model.processor is None:
             raise InputError(
-                "Pictures need a processor, and this model has none; give inputs with pixel_values as the pool."
+                "Images need a processor, and this model has none; give inputs with pixel_values as the pool."
             )
         candidates = _processed(model, originals, pixels)
     generator = torch.Generator().manual_seed(seed)
@@ -123,15 +123,15 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
         others = [j for j in order if not torch.equal(candidates[j], own)]
         if not others:
             raise InputError(
-                f"The pool of {len(candidates)} pictures holds none that differs from picture {i}; add another."
+                f"The pool of {len(candidates)} images holds none that differs from image {i}; add another."
             )
         chosen.append(others[0])
-    pictures = None if originals is None else tuple(originals[j] for j in chosen)
-    return _with_pictures(model, inputs, candidates[chosen], pictures)
+    images = None if originals is None else tuple(originals[j] for j in chosen)
+    return _with_images(model, inputs, candidates[chosen], images)
 
 
 def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
-    """The same prompts, each picture in one colour: its own mean pixel; raises `InputError` without a picture.
+    """The same prompts, each image in one colour: its own mean pixel; raises `InputError` without an image.
 
     >>> import numpy as np
     >>> from hooked_llava import HookedLLaVA
@@ -143,20 +143,20 @@ def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
     """
     pixels = _pixels(inputs)
     means = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels).contiguous()
-    return _with_pictures(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
+    return _with_images(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
 
 
 def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: int = 0) -> Inputs:
-    """The same prompt, and what lies under a box of a picture painted over with the mean colour of the rest.
+    """The same prompt, and what lies under a box of an image painted over with the mean colour of the rest.
 
     Args:
-        model: the model, whose processor prepares the picture again.
+        model: the model, whose processor prepares the image again.
         inputs: one prompt, made by `model.prepare`.
-        box: (x0, y0, x1, y1) in pixels of the original picture, rounded to whole ones; x1 and y1 are exclusive.
-        image: which picture of the prompt.
+        box: (x0, y0, x1, y1) in pixels of the original image, rounded to whole ones; x1 and y1 are exclusive.
+        image: which image of the prompt.
 
-    The picture keeps its size, and no pixel outside the box changes. Raises `InputError` for several prompts, unknown
-    originals, a box outside the picture or as large as it, and where the model would see no difference.
+    The image keeps its size, and no pixel outside the box changes. Raises `InputError` for several prompts, unknown
+    originals, a box outside the image or as large as it, and where the model would see no difference.
 
     >>> import numpy as np
     >>> from hooked_llava import HookedLLaVA
@@ -167,19 +167,19 @@ def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: i
     >>> int(differs.sum()), bool(differs[8:24, 8:24].all())
     (256, True)
     """
-    picture = _original(inputs, image, "without_object")
-    x0, y0, x1, y1 = _whole_pixels(box, picture)
-    values = np.array(picture)
+    original = _original(inputs, image, "without_object")
+    x0, y0, x1, y1 = _whole_pixels(box, original)
+    values = np.array(original)
     rest = np.ones(values.shape[:2], dtype=bool)
     rest[y0:y1, x0:x1] = False
     if not rest.any():
-        raise InputError(f"The box {(x0, y0, x1, y1)} is the whole picture, so nothing is left; use blank_image.")
+        raise InputError(f"The box {(x0, y0, x1, y1)} is the whole image, so nothing is left; use blank_image.")
     values[y0:y1, x0:x1] = values[rest].mean(0).round()
     return _repainted(model, inputs, image, values)
 
 
 def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: BoxLike, *, image: int = 0) -> Inputs:
-    """The same prompt, the pixels under two boxes of a picture exchanged: each object where the other was.
+    """The same prompt, the pixels under two boxes of an image exchanged: each object where the other was.
 
     Arguments as for `without_object`; the boxes are of one size and do not overlap, `InputError` otherwise. What lies
     around an object within its box moves along.
@@ -193,8 +193,8 @@ def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: Box
     >>> bool((swapped[:16, :16] == noise[40:56, 40:56]).all()), bool((swapped[40:56, 40:56] == noise[:16, :16]).all())
     (True, True)
     """
-    picture = _original(inputs, image, "swapped_objects")
-    first, second = (_whole_pixels(given, picture) for given in (box, other))
+    original = _original(inputs, image, "swapped_objects")
+    first, second = (_whole_pixels(given, original) for given in (box, other))
     (x0, y0, x1, y1), (u0, v0, u1, v1) = first, second
     if (x1 - x0, y1 - y0) != (u1 - u0, v1 - v0):
         raise InputError(
@@ -203,7 +203,7 @@ def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: Box
         )
     if x0 < u1 and u0 < x1 and y0 < v1 and v0 < y1:
         raise InputError(f"The boxes {first} and {second} overlap, so they cannot change places; give others.")
-    values = np.array(picture)
+    values = np.array(original)
     here, there = values[y0:y1, x0:x1].copy(), values[v0:v1, u0:u1].copy()
     values[y0:y1, x0:x1], values[v0:v1, u0:u1] = there, here
     return _repainted(model, inputs, image, values)
@@ -212,7 +212,7 @@ def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: Box
 def other_question(
     model: HookedLLaVA, inputs: Inputs, questions: Sequence[str], *, seed: int = 0, **options: Any
 ) -> Inputs:
-    """The same pictures under another question, drawn from those that fit position by position.
+    """The same images under another question, drawn from those that fit position by position.
 
     Args:
         model: the model.
@@ -221,7 +221,7 @@ def other_question(
         seed: of the draw.
         options: for `model.prepare`, as the clean prompt was made.
 
-    Raises `InputError` for several prompts, pictures known only as pixels, or if no question of the pool fits.
+    Raises `InputError` for several prompts, images known only as pixels, or if no question of the pool fits.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -233,7 +233,7 @@ def other_question(
         raise InputError(f"other_question takes one prompt, got {len(inputs)}; call it once for each.")
     if inputs.n_images and inputs.images is None:
         raise InputError(
-            "other_question needs the original pictures; make the prompt with prepare(question, images=...)."
+            "other_question needs the original images; make the prompt with prepare(question, images=...)."
         )
     images = None if inputs.images is None else list(inputs.images)
     lengths: dict[str, int] = {}
@@ -301,65 +301,63 @@ def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = Non
 
 def _pixels(inputs: Inputs) -> Tensor:
     if inputs.pixel_values is None:
-        raise InputError("These inputs have no picture to take or replace; give some with prepare(..., images=...).")
+        raise InputError("These inputs have no image to take or replace; give some with prepare(..., images=...).")
     return inputs.pixel_values
 
 
-def _processed(model: HookedLLaVA, pictures: Sequence[Image.Image], like: Tensor) -> Tensor:
-    return model.processor.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(like)
+def _processed(model: HookedLLaVA, images: Sequence[Image.Image], like: Tensor) -> Tensor:
+    return model.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"].to(like)
 
 
 def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
-    """One picture of one prompt, as it was given."""
+    """One image of one prompt, as it was given."""
     if len(inputs) != 1:
         raise InputError(f"{caller} takes one prompt, got {len(inputs)}; call it once for each.")
     if inputs.images is None:
-        raise InputError(f"{caller} needs the original picture; make the prompt with prepare(question, images=...).")
+        raise InputError(f"{caller} needs the original image; make the prompt with prepare(question, images=...).")
     if not 0 <= image < len(inputs.images):
-        raise InputError(f"image={image}, and the prompt has {len(inputs.images)} pictures, counted from 0.")
+        raise InputError(f"image={image}, and the prompt has {len(inputs.images)} images, counted from 0.")
     return inputs.images[image]
 
 
-def _whole_pixels(box: BoxLike, picture: Image.Image) -> tuple[int, int, int, int]:
+def _whole_pixels(box: BoxLike, image: Image.Image) -> tuple[int, int, int, int]:
     x0, y0, x1, y1 = (round(edge) for edge in checked_box(box))
-    if not (0 <= x0 < x1 <= picture.width and 0 <= y0 < y1 <= picture.height):
+    if not (0 <= x0 < x1 <= image.width and 0 <= y0 < y1 <= image.height):
         raise InputError(
-            f"The box {(x0, y0, x1, y1)} does not lie in the picture of {picture.width} x {picture.height} pixels, or "
+            f"The box {(x0, y0, x1, y1)} does not lie in the image of {image.width} x {image.height} pixels, or "
             "holds none of them; boxes are (x0, y0, x1, y1) in whole pixels of the original."
         )
     return x0, y0, x1, y1
 
 
 def _repainted(model: HookedLLaVA, inputs: Inputs, image: int, values: np.ndarray) -> Inputs:
-    """The prompt with one of its pictures painted anew; the others keep their pixels."""
-    pictures = list(inputs.images or ())
-    pictures[image] = Image.fromarray(values)
+    """The prompt with one of its images painted anew; the others keep their pixels."""
+    images = list(inputs.images or ())
+    images[image] = Image.fromarray(values)
     pixels = _pixels(inputs).clone()
-    pixels[image] = _processed(model, [pictures[image]], pixels)[0]
+    pixels[image] = _processed(model, [images[image]], pixels)[0]
     if torch.equal(pixels, _pixels(inputs)):
         raise InputError(
-            "The model would see the same picture as before: the boxes look alike, or lie where the processor crops. Give "
+            "The model would see the same image as before: the boxes look alike, or lie where the processor crops. Give "
             "others."
         )
-    return _with_pictures(model, inputs, pixels, tuple(pictures))
+    return _with_images(model, inputs, pixels, tuple(images))
 
 
-def _blank(picture: Image.Image) -> Image.Image:
-    return picture.resize((1, 1), Image.Resampling.BOX).resize(picture.size)
+def _blank(image: Image.Image) -> Image.Image:
+    return image.resize((1, 1), Image.Resampling.BOX).resize(image.size)
 
 
-def _with_pictures(
-    model: HookedLLaVA, inputs: Inputs, pixels: Tensor, pictures: tuple[Image.Image, ...] | None
-) -> Inputs:
-    """The inputs with other pictures, and token maps that know how these came to their patches."""
+def _with_images(model: HookedLLaVA, inputs: Inputs, pixels: Tensor, images: tuple[Image.Image, ...] | None) -> Inputs:
+    """The inputs with other images, and token maps that know how these came to their patches."""
     vision, processor = model.config.vision, model.processor
-    if pictures is None or processor is None:
+    if images is None or processor is None:
         layouts = [layout_without_original(vision)] * inputs.n_images
     else:
-        sizes = [{"height": picture.height, "width": picture.width} for picture in pictures]
+        sizes = [{"height": image.height, "width": image.width} for image in images]
         layouts = [layout_of(vision, processor.image_processor, **size) for size in sizes]
     token_maps, first = [], 0
     for token_map, n in zip(inputs.token_maps, inputs.images_per_prompt, strict=True):
         token_maps.append(replace(token_map, layouts=tuple(layouts[first : first + n])))
         first += n
-    return replace(inputs, pixel_values=pixels, images=pictures, token_maps=tuple(token_maps))
+    return replace(inputs, pixel_values=pixels, images=images, token_maps=tuple(token_maps))

@@ -71,7 +71,7 @@ def stored_dtype(hf_config: LlavaConfig) -> torch.dtype | None:
 def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
     """The processor of a checkpoint folder, or None and the reason why there is none.
 
-    Pictures are prepared by Pillow even where torchvision is installed, so that pixels do not depend on what is.
+    Images are prepared by Pillow even where torchvision is installed, so that pixels do not depend on what is.
 
     >>> from hooked_llava.loading import resolve
     >>> processor, reason = load_processor(resolve("tiny-shapes"))

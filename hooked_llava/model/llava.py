@@ -162,7 +162,7 @@ class HookedLLaVA(HookedModule):
     # ------------------------------------------------------------------ inputs
 
     def prepare(self, question: str | Sequence[str], images: Any = None, **options: Any) -> Inputs:
-        """A question about pictures as the model takes it; see `hooked_llava.prompt.prepare.prepare` for the options.
+        """A question about images as the model takes it; see `hooked_llava.prompt.prepare.prepare` for the options.
 
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
         >>> model.prepare("Who made the star?").shape[0]

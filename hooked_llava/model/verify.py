@@ -20,7 +20,7 @@ from hooked_llava.prompt.prepare import Inputs, InputsLike
 TOLERANCE = 1e-4
 """Largest difference in float32, as a part of the activation's largest number, that counts as the same."""
 _ROUNDINGS = 8  # in half precision two correct orders of summation differ by a few roundings
-_TEXT_TOKENS = (3, 12)  # before and after the picture, in the prompt that is made up when none is given
+_TEXT_TOKENS = (3, 12)  # before and after the image, in the prompt that is made up when none is given
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def verify(
 ) -> ParityTable:
     """Compare both models' activations on the same inputs: every residual stream, the projector, the logits.
 
-    Without inputs, a random picture among random tokens. The tolerance is by default 1e-4 of an activation's largest
+    Without inputs, a random image among random tokens. The tolerance is by default 1e-4 of an activation's largest
     number in float32, and a few roundings in half precision. Padding is left out. Raises `ConfigError` if the two
     models are of different sizes.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 
-Picture: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array [height, width, 3] or a tensor [3, height, width]."""
 _EXPECTED = (
     "a path, a PIL image, a numpy array [height, width, 3] (uint8, uint16, bool, or floats from 0 to 1) "
@@ -42,7 +42,7 @@ _BROKEN = (
 )
 
 
-def load_picture(picture: object, name: str = "The image") -> Image.Image:
+def load_image(image: object, name: str = "The image") -> Image.Image:
     """One image as a person sees it: upright, transparency on white, RGB with 8 bits per channel.
 
     Paths and PIL images: of any mode and bit depth, turned as their EXIF orientation says (so a PIL image that was turned
@@ -55,35 +55,35 @@ def load_picture(picture: object, name: str = "The image") -> Image.Image:
     from 0 to 1 (rounded to 8 bits). `name` is how errors call the image. Raises `InputError` for a missing or unreadable
     file and for any other value.
 
-    >>> load_picture(np.zeros((30, 50, 3), dtype=np.uint8)).size
+    >>> load_image(np.zeros((30, 50, 3), dtype=np.uint8)).size
     (50, 30)
-    >>> load_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+    >>> load_image(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
     (255, 255, 255)
     """
-    if isinstance(picture, (str, os.PathLike)):
-        return _open(os.fspath(picture), name)
-    if isinstance(picture, Image.Image):
-        with _reading(f"{name} is a PIL image of mode {picture.mode}", "open its file again, or give its path"):
-            return _seen(picture, name)
-    if isinstance(picture, Tensor):
-        return _seen(Image.fromarray(_pixels(_channels_last(picture, name), name)), name)
-    if isinstance(picture, np.ndarray):
-        _check_shape(picture.shape, picture.shape[2:], name)
-        return _seen(Image.fromarray(_pixels(picture, name)), name)
-    hint = " Open a file's content with PIL.Image.open(io.BytesIO(...))." if hasattr(picture, "read") else ""
-    hint = " Open bytes with PIL.Image.open(io.BytesIO(...))." if isinstance(picture, (bytes, bytearray)) else hint
-    raise InputError(f"{name} is a {type(picture).__name__}; expected {_EXPECTED}.{hint}")
+    if isinstance(image, (str, os.PathLike)):
+        return _open(os.fspath(image), name)
+    if isinstance(image, Image.Image):
+        with _reading(f"{name} is a PIL image of mode {image.mode}", "open its file again, or give its path"):
+            return _seen(image, name)
+    if isinstance(image, Tensor):
+        return _seen(Image.fromarray(_pixels(_channels_last(image, name), name)), name)
+    if isinstance(image, np.ndarray):
+        _check_shape(image.shape, image.shape[2:], name)
+        return _seen(Image.fromarray(_pixels(image, name)), name)
+    hint = " Open a file's content with PIL.Image.open(io.BytesIO(...))." if hasattr(image, "read") else ""
+    hint = " Open bytes with PIL.Image.open(io.BytesIO(...))." if isinstance(image, (bytes, bytearray)) else hint
+    raise InputError(f"{name} is a {type(image).__name__}; expected {_EXPECTED}.{hint}")
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) of a PIL image as a person sees it, by its EXIF orientation; for most formats nothing is decoded.
 
     >>> upright_size(Image.new("RGB", (50, 30)))
     (50, 30)
     """
-    width, height = picture.size
-    turns_itself = picture.format == "TIFF"  # PIL gives a TIFF's upright size, and turns it when it decodes it
-    return (height, width) if _orientation(picture) in _SIDEWAYS and not turns_itself else (width, height)
+    width, height = image.size
+    turns_itself = image.format == "TIFF"  # PIL gives a TIFF's upright size, and turns it when it decodes it
+    return (height, width) if _orientation(image) in _SIDEWAYS and not turns_itself else (width, height)
 
 
 def _open(path: str | bytes, name: str) -> Image.Image:
@@ -97,9 +97,9 @@ def _open(path: str | bytes, name: str) -> Image.Image:
     try:
         with (
             _reading(f"{name} is the file {shown}", "get the file anew, or save it as PNG"),
-            Image.open(file) as picture,
+            Image.open(file) as image,
         ):
-            return _seen(picture, name)
+            return _seen(image, name)
     except UnidentifiedImageError as error:
         raise InputError(
             f"{name} is the file {shown}, which is not an image that PIL can read; "
@@ -119,64 +119,62 @@ def _reading(what: str, advice: str) -> Iterator[None]:
         raise InputError(f"{what}, which cannot be read: damaged, cut short or closed ({why}); {advice}.") from error
 
 
-def _seen(picture: Image.Image, name: str) -> Image.Image:
+def _seen(image: Image.Image, name: str) -> Image.Image:
     """The image as a person sees it; the result shares nothing with the one given, and carries no metadata."""
-    if 0 in picture.size:
-        raise InputError(f"{name} has no pixels ({picture.width} x {picture.height}); give one with an area.")
-    key = _transparent_key(picture)  # known only as long as the file is not decoded
-    picture.load()
-    if _orientation(picture) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    rgb = _on_white(picture, key, name)
+    if 0 in image.size:
+        raise InputError(f"{name} has no pixels ({image.width} x {image.height}); give one with an area.")
+    key = _transparent_key(image)  # known only as long as the file is not decoded
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    rgb = _on_white(image, key, name)
     rgb.info = {}
     return rgb
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where there is none that can be read."""
     try:
-        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BROKEN:
         return 1
     return found if found in range(1, 9) else 1
 
 
-def _transparent_key(picture: Image.Image) -> int | bytes | tuple[int, ...] | None:
+def _transparent_key(image: Image.Image) -> int | bytes | tuple[int, ...] | None:
     """Which grey, colour or palette entries are transparent, in the units of the pixels as PIL decodes them."""
-    key = picture.info.get("transparency")
-    raw = next(
-        (tile[3] for tile in getattr(picture, "tile", ())), None
-    )  # how the file stores pixels; empty once decoded
-    if picture.mode == "P" and isinstance(key, (int, bytes)):
+    key = image.info.get("transparency")
+    raw = next((tile[3] for tile in getattr(image, "tile", ())), None)  # how the file stores pixels; empty once decoded
+    if image.mode == "P" and isinstance(key, (int, bytes)):
         return key
-    if picture.mode in ("1", "L", "I;16", "I;16B", "I") and isinstance(key, int):
+    if image.mode in ("1", "L", "I;16", "I;16B", "I") and isinstance(key, int):
         return key * _GREY_STEPS.get(str(raw), 1)
-    if picture.mode == "RGB" and isinstance(key, tuple) and len(key) == 3:
+    if image.mode == "RGB" and isinstance(key, tuple) and len(key) == 3:
         # Of 16 bits per channel PIL keeps the upper 8.
         return tuple(value >> 8 for value in key) if raw == "RGB;16B" or max(key) > 255 else key
     return None
 
 
-def _on_white(picture: Image.Image, key: int | bytes | tuple[int, ...] | None, name: str) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture)
-        grey = _eight_bits(values, picture.mode, name)
+def _on_white(image: Image.Image, key: int | bytes | tuple[int, ...] | None, name: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        grey = _eight_bits(values, image.mode, name)
         return Image.fromarray(grey if key is None else np.where(values == key, 255, grey).astype(np.uint8)).convert(
             "RGB"
         )
-    if picture.mode == "LAB":
+    if image.mode == "LAB":
         lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(space)) for space in ("LAB", "sRGB"))
-        return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(picture)
-    if picture.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
-        picture = picture.convert({"La": "LA", "RGBa": "RGBA"}[picture.mode])
-    has_palette_alpha = picture.mode == "P" and picture.has_transparency_data
-    if key is None and picture.mode not in ("LA", "PA", "RGBA") and not has_palette_alpha:
-        return picture.convert("RGB")
+        return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(image)
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    has_palette_alpha = image.mode == "P" and image.has_transparency_data
+    if key is None and image.mode not in ("LA", "PA", "RGBA") and not has_palette_alpha:
+        return image.convert("RGB")
     if key is not None:
-        picture = picture.copy()
-        picture.info["transparency"] = key
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+        image = image.copy()
+        image.info["transparency"] = key
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
@@ -197,9 +195,9 @@ def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
     )
 
 
-def _channels_last(picture: Tensor, name: str) -> np.ndarray:
-    _check_shape(tuple(picture.shape), tuple(picture.shape[:1]) if picture.ndim == 3 else (), name, "tensor")
-    array = picture.detach().cpu()
+def _channels_last(image: Tensor, name: str) -> np.ndarray:
+    _check_shape(tuple(image.shape), tuple(image.shape[:1]) if image.ndim == 3 else (), name, "tensor")
+    array = image.detach().cpu()
     if array.is_floating_point():
         array = array.float()  # numpy knows no bfloat16
     return np.moveaxis(array.numpy(), 0, -1) if array.ndim == 3 else array.numpy()

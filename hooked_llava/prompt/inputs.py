@@ -238,11 +238,11 @@ class Inputs:
     def _summary(self) -> str:
         parts = [_count(len(self), "prompt"), _count(self.shape[1], "position")]
         if self.pixel_values is None:
-            parts.append("no picture")
+            parts.append("no image")
         else:
             dtype = str(self.pixel_values.dtype).removeprefix("torch.")
             shapes = {str(layout): None for m in self.token_maps for layout in m.layouts}
-            parts.append(f"{_count(self.n_images, 'picture')} of {' or '.join(shapes)} patches ({dtype})")
+            parts.append(f"{_count(self.n_images, 'image')} of {' or '.join(shapes)} patches ({dtype})")
         return f"{', '.join(parts)}, on {self.device}"
 
     def _per_prompt(self, name: str, where: str | Iterable[Any]) -> list[Any]:

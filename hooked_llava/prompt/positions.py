@@ -115,7 +115,7 @@ class PatchPositions(Positions):
     def __init__(self, positions: Iterable[Any] = (), *, outside: float = 0.0) -> None:
         super().__init__(positions)
         self.outside = outside
-        """Share (0 to 1) of the box's or mask's area that lies outside the picture or was cut away by the crop."""
+        """Share (0 to 1) of the box's or mask's area that lies outside the image or was cut away by the crop."""
 
     def __repr__(self) -> str:
         share = f"; {self.outside:.0%} outside" if self.outside else ""

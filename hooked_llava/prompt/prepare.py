@@ -1,4 +1,4 @@
-"""Questions and pictures, or tensors, become `Inputs`: everything is checked here, before anything is computed."""
+"""Questions and images, or tensors, become `Inputs`: everything is checked here, before anything is computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.images import Picture, load_picture
+from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.templates import (
@@ -39,13 +39,13 @@ InputsLike: TypeAlias = Inputs | str | Sequence[str] | Tensor | Mapping[str, Any
 _SET_LATER = "leave options= out and set the span afterwards: inputs.with_spans(options=positions)"
 TEMPLATE_TAIL = "template"
 """`tail=` of `prepare` for the instruction that the template brings along."""
-Pictures: TypeAlias = Picture | Sequence[Picture | Sequence[Picture] | None]
-"""One picture; pictures of the only prompt; or for each prompt its picture, its pictures, or None."""
+ImagesLike: TypeAlias = ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None]
+"""One image; images of the only prompt; or for each prompt its image, its images, or None."""
 
 
 def prepare(
     question: str | Sequence[str],
-    images: Pictures | None = None,
+    images: ImagesLike | None = None,
     *,
     config: LLaVAConfig,
     processor: Any,
@@ -57,10 +57,10 @@ def prepare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Dress questions in the conversation template, tokenize them and process their pictures, all checked.
+    """Dress questions in the conversation template, tokenize them and process their images, all checked.
 
-    For one question, `images` is a picture or a list of its pictures; for a list of questions, a list with one entry
-    each (a picture, a list of pictures, or None). Pictures are paths, PIL images, arrays [height, width, 3] or tensors
+    For one question, `images` is an image or a list of its images; for a list of questions, a list with one entry
+    each (an image, a list of images, or None). Images are paths, PIL images, arrays [height, width, 3] or tensors
     [3, height, width]. The model sees them, and `inputs.images` holds them, as a person does: upright by their EXIF data
     and with white under what is transparent (`hooked_llava.prompt.images`), where transformers' processors take a file's
     pixels as they are stored. What a processor made already is taken as it is (`as_inputs`).
@@ -79,15 +79,15 @@ def prepare(
     """
     questions = _questions(question)
     _check_processor(processor, config, len(questions), padding_side)
-    pictures = _pictures(images, len(questions), single=isinstance(question, str))
+    opened = _images(images, len(questions), single=isinstance(question, str))
     chosen = _template(template, tail, answer_prefix, processor)
-    prompts = _prompts(questions, pictures, chosen, answer_prefix, processor)
-    _check_counts(prompts, pictures, image_token_of(processor))
-    encoded = _encode(prompts, pictures, processor, padding_side)
+    prompts = _prompts(questions, opened, chosen, answer_prefix, processor)
+    _check_counts(prompts, opened, image_token_of(processor))
+    encoded = _encode(prompts, opened, processor, padding_side)
     offsets = encoded.pop("offset_mapping", None)
     inputs = from_tensors(encoded, config=config, tokenizer=processor.tokenizer, device=device, dtype=dtype)
-    token_maps = _with_texts(inputs.token_maps, prompts, pictures, offsets, processor, config)
-    flat = tuple(picture for own in pictures for picture in own)
+    token_maps = _with_texts(inputs.token_maps, prompts, opened, offsets, processor, config)
+    flat = tuple(image for own in opened for image in own)
     texts = tuple(prompt.text for prompt in prompts)
     inputs = replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
     return inputs if options is None else _with_options(inputs, options, single=isinstance(question, str))
@@ -103,7 +103,7 @@ def as_inputs(
 ) -> Inputs:
     """Whatever stands for inputs, as `Inputs` on that device: ids [position] or [batch position], text, or a dict.
 
-    Text is the whole prompt, without template and pictures; warns with `PromptWithoutTemplate` where it looks like a bare
+    Text is the whole prompt, without template and images; warns with `PromptWithoutTemplate` where it looks like a bare
     question to a model that answers in a conversation template. A dict is what a Hugging Face processor returns:
     input_ids, pixel_values, attention_mask, position_ids. Token ids without a mask are all real. Raises `InputError`
     before anything is computed if they do not fit the model or each other.
@@ -161,7 +161,7 @@ def from_tensors(
     if pixels is not None:
         pixels = check.check_pixels(pixels, config)
     n_images = [len(row) for row in starts]
-    check.check_pictures(n_images, None if pixels is None else len(pixels))
+    check.check_images(n_images, None if pixels is None else len(pixels))
     inputs = Inputs(
         input_ids=ids,
         attention_mask=mask,
@@ -190,13 +190,13 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         given = "no processor" if processor is None else f"a {type(processor).__name__} as its processor"
         raise InputError(
-            f"Text and pictures need a processor, and the model has {given}; expected a LlavaProcessor "
+            f"Text and images need a processor, and the model has {given}; expected a LlavaProcessor "
             "(tokenizer and image processor). Pass processor= when loading, or give token ids and pixel_values."
         )
     if processor.image_token_id != config.image_token_id:
         raise InputError(
             f"The processor writes {processor.image_token!r} as token {processor.image_token_id} and the model expects "
-            f"pictures at token {config.image_token_id}; use the processor of this checkpoint."
+            f"images at token {config.image_token_id}; use the processor of this checkpoint."
         )
     lacks_count = hasattr(processor, "vision_feature_select_strategy") and (
         getattr(processor, "num_additional_image_tokens", None) is None
@@ -216,23 +216,23 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
         raise InputError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
 
 
-def _pictures(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
-    """For every prompt its pictures, opened."""
+def _images(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
+    """For every prompt its images, opened."""
     if images is None:
         return [[] for _ in range(n_prompts)]
     listed = isinstance(images, (list, tuple))
     if single:
         nested = [images if listed else [images]]
     elif not listed or len(images) != n_prompts:
-        given = f"{len(images)} entries" if listed else "one picture"
+        given = f"{len(images)} entries" if listed else "one image"
         raise InputError(
             f"{n_prompts} prompts and {given} in images; expected a list with one entry per prompt: "
-            "a picture, a list of pictures, or None."
+            "an image, a list of images, or None."
         )
     else:
         nested = [_entries(entry) for entry in images]
     return [
-        [load_picture(picture, f"Image {i} of prompt {row}") for i, picture in enumerate(entries)]
+        [load_image(image, f"Image {i} of prompt {row}") for i, image in enumerate(entries)]
         for row, entries in enumerate(nested)
     ]
 
@@ -265,10 +265,10 @@ def _template(template: str | Template | None, tail: str | None, answer_prefix: 
 
 
 def _prompts(
-    questions: list[str], pictures: list[list[Image.Image]], template: Any, answer_prefix: str, processor: Any
+    questions: list[str], images: list[list[Image.Image]], template: Any, answer_prefix: str, processor: Any
 ) -> list[Prompt]:
     made = []
-    for row, (text, own) in enumerate(zip(questions, pictures, strict=True)):
+    for row, (text, own) in enumerate(zip(questions, images, strict=True)):
         with naming_prompt(row, text) if len(questions) > 1 else nullcontext():
             made.append(_prompt(text, len(own), template, answer_prefix, processor))
     return made
@@ -282,8 +282,8 @@ def _prompt(text: str, n_images: int, template: Template | str | None, answer_pr
     return template.format(text, n_images, answer_prefix=answer_prefix, image_token=image_token_of(processor))
 
 
-def _check_counts(prompts: list[Prompt], pictures: list[list[Image.Image]], image_token: str) -> None:
-    for row, (prompt, own) in enumerate(zip(prompts, pictures, strict=True)):
+def _check_counts(prompts: list[Prompt], images: list[list[Image.Image]], image_token: str) -> None:
+    for row, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
         in_text = prompt.text.count(image_token)
         if in_text != len(own):
             where = f"Prompt {row}: " if len(prompts) > 1 else ""
@@ -291,10 +291,10 @@ def _check_counts(prompts: list[Prompt], pictures: list[list[Image.Image]], imag
 
 
 def _encode(
-    prompts: list[Prompt], pictures: list[list[Image.Image]], processor: Any, padding_side: str
+    prompts: list[Prompt], images: list[list[Image.Image]], processor: Any, padding_side: str
 ) -> dict[str, Tensor]:
     """What the processor makes of it, with each token's characters where the tokenizer knows them."""
-    flat = [picture for own in pictures for picture in own]
+    flat = [image for own in images for image in own]
     tokenizer = processor.tokenizer
     begun = [begins_with_bos(tokenizer, prompt.text) for prompt in prompts]
     if any(begun) and not all(begun):
@@ -320,14 +320,14 @@ def _encode(
 def _with_texts(
     token_maps: tuple[TokenMap, ...],
     prompts: list[Prompt],
-    pictures: list[list[Image.Image]],
+    images: list[list[Image.Image]],
     offsets: Tensor | None,
     processor: Any,
     config: LLaVAConfig,
 ) -> tuple[TokenMap, ...]:
     """The token maps with the characters of their prompts, the question's span, and the images' layouts."""
     mapped = []
-    for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, pictures, strict=True)):
+    for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, images, strict=True)):
         assert token_map.words is not None  # a processor has a tokenizer
         separator = prompt.answer_separator
         words = replace(token_map.words, prompt=prompt.text, parts=prompt.spans, answer_separator=separator)

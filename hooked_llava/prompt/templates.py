@@ -35,7 +35,7 @@ class Prompt:
     """The whole text that the model reads, and where its parts lie."""
 
     text: str
-    """The prompt, with one image token per picture."""
+    """The prompt, with one image token per image."""
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Name of a part (system, question, tail, answer_prefix) -> its first character and the one after its last."""
     answer_separator: str | None = None
@@ -72,9 +72,9 @@ class Template:
     def format(
         self, question: str, n_images: int = 0, *, answer_prefix: str = "", image_token: str = IMAGE_TOKEN
     ) -> Prompt:
-        r"""The prompt for a question about so many pictures, ending where the answer, or its continuation, begins.
+        r"""The prompt for a question about so many images, ending where the answer, or its continuation, begins.
 
-        Pictures come before the question, unless the question itself holds image tokens: then they stay where they
+        Images come before the question, unless the question itself holds image tokens: then they stay where they
         are. Raises `InputError` for an empty question, and for image tokens in it that do not match `n_images`.
 
         >>> TEMPLATES["tiny-shapes"].format("What color is the star?", n_images=1).text
@@ -276,7 +276,7 @@ def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_pref
 
 
 def image_token_of(processor: Any) -> str:
-    """The text that stands for a picture in this processor's prompts.
+    """The text that stands for an image in this processor's prompts.
 
     >>> image_token_of(None)
     '<image>'
@@ -295,14 +295,14 @@ def _image_lines(question: str, n_images: int, image_token: str, image_end: str)
 
 
 def count_message(in_text: int, given: int, image_token: str = IMAGE_TOKEN, where: str = "prompt") -> str:
-    """What to say when a text announces another number of pictures than are given.
+    """What to say when a text announces another number of images than are given.
 
     >>> count_message(2, 1)
-    '2 <image> in the prompt, 1 picture given: expected one <image> per picture. Give 2 pictures, or change the prompt.'
+    '2 <image> in the prompt, 1 image given: expected one <image> per image. Give 2 images, or change the prompt.'
     """
     return (
-        f"{in_text} {image_token} in the {where}, {given} picture{'' if given == 1 else 's'} given: expected one "
-        f"{image_token} per picture. Give {in_text} picture{'' if in_text == 1 else 's'}, or change the {where}."
+        f"{in_text} {image_token} in the {where}, {given} image{'' if given == 1 else 's'} given: expected one "
+        f"{image_token} per image. Give {in_text} image{'' if in_text == 1 else 's'}, or change the {where}."
     )
 
 

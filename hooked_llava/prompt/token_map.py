@@ -47,7 +47,7 @@ _SETTABLE = ("question", "options")
 GIVE_POSITIONS = "give positions instead, from token_map.find(words, occurrence=..., whole_words=...)"
 """Advice about words that are not found once, for functions that take positions as well as words."""
 _NOT_GIVEN = {
-    "image": "the prompt has no picture. Give one with prepare(..., images=...)",
+    "image": "the prompt has no image. Give one with prepare(..., images=...)",
     "question": "where the question stands in the prompt was not given. Use prepare(question, template=...), or name "
     "it yourself: token_map.with_spans(question='...')",
     "options": "no answer options were named. Use prepare(..., options=['red', 'blue']), or name them yourself: "
@@ -187,7 +187,7 @@ class TokenMap:
     def layout(self, image: int = 0) -> ImageLayout:
         """How one image's patches become positions; raises `SpanError` for an image that is not there."""
         if not 0 <= image < self.n_images:
-            images = f"{self.n_images} picture{'' if self.n_images == 1 else 's'}"
+            images = f"{self.n_images} image{'' if self.n_images == 1 else 's'}"
             raise SpanError(f"There is no image {image}: the prompt has {images}, counted from 0.")
         return self.layouts[image]
 

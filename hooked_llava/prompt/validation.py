@@ -30,7 +30,7 @@ def check_keys(value: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value[key] for key in KEYS if value.get(key) is not None}
     if "input_ids" not in given:
         also = "pixel_values are given without input_ids" if "pixel_values" in given else "There are no input_ids"
-        raise InputError(f"{also}; expected token ids [batch, position], with <image> tokens for the pictures.")
+        raise InputError(f"{also}; expected token ids [batch, position], with <image> tokens for the images.")
     return given
 
 
@@ -105,16 +105,16 @@ def check_length(mask: Bool[Tensor, "batch pos"], config: LLaVAConfig) -> None:
         if length > config.language.n_ctx:
             raise InputError(
                 f"Prompt {row} has {length} tokens, image tokens included; the model was made for at most "
-                f"{config.language.n_ctx}. Shorten the prompt or give fewer pictures."
+                f"{config.language.n_ctx}. Shorten the prompt or give fewer images."
             )
 
 
 def find_images(
     ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], config: LLaVAConfig
 ) -> list[tuple[int, ...]]:
-    """For every row the first position of each of its pictures.
+    """For every row the first position of each of its images.
 
-    Raises `InputError` where image tokens do not come in whole pictures, and where they are masked as padding.
+    Raises `InputError` where image tokens do not come in whole images, and where they are masked as padding.
     """
     is_image = (ids == config.image_token_id).cpu()
     if bool((is_image & ~mask.cpu()).any()):
@@ -132,7 +132,7 @@ def _image_starts(row: int, positions: list[int], config: LLaVAConfig) -> tuple[
             whole, left = divmod(run, size)
             raise InputError(
                 f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is {whole} "
-                f"picture{'' if whole == 1 else 's'} and {left} tokens; expected {size} per picture. A processor writes as "
+                f"image{'' if whole == 1 else 's'} and {left} tokens; expected {size} per image. A processor writes as "
                 f"many if you set {processor_settings(config)}; do not cut prompts short."
             )
         starts += range(start, start + run, size)
@@ -165,7 +165,7 @@ def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image ch
     if not pixels.is_floating_point():
         raise InputError(
             f"pixel_values are {_dtype(pixels)}; expected floats, normalised by the image processor. "
-            "For raw pictures use prepare(question, images=...)."
+            "For raw images use prepare(question, images=...)."
         )
     if pixels.ndim != 4 or list(pixels.shape[1:]) != expected:
         raise InputError(
@@ -174,7 +174,7 @@ def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image ch
         )
     finite = pixels.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
-        raise InputError(f"pixel_values of picture {int((~finite).nonzero()[0])} are not all finite (NaN or infinity).")
+        raise InputError(f"pixel_values of image {int((~finite).nonzero()[0])} are not all finite (NaN or infinity).")
     return pixels
 
 
@@ -220,18 +220,18 @@ def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
         )
 
 
-def check_pictures(n_per_row: list[int], n_given: int | None) -> None:
-    """Raises `InputError` if the prompts show another number of pictures than there are pixel values for."""
+def check_images(n_per_row: list[int], n_given: int | None) -> None:
+    """Raises `InputError` if the prompts show another number of images than there are pixel values for."""
     n_shown = sum(n_per_row)
     if n_given is None and n_shown:
         raise InputError(
-            f"input_ids show {_pictures(n_shown)} but no pixel_values are given: image tokens without pictures would "
+            f"input_ids show {_images(n_shown)} but no pixel_values are given: image tokens without images would "
             "run as text. Give pixel_values, or use prepare(question, images=...)."
         )
     if n_given is not None and n_given != n_shown:
         raise InputError(
-            f"input_ids show {_pictures(n_shown)} (per prompt: {n_per_row}) and pixel_values hold {n_given}; expected "
-            "as many. Give one picture per <image>, in order."
+            f"input_ids show {_images(n_shown)} (per prompt: {n_per_row}) and pixel_values hold {n_given}; expected "
+            "as many. Give one image per <image>, in order."
         )
 
 
@@ -257,13 +257,13 @@ def check_layouts(layouts: Iterable[ImageLayout], config: LLaVAConfig) -> None:
     expected = layout_without_original(config.vision).n_features
     if other := [layout.n_features for layout in layouts if layout.n_features != expected]:
         raise InputError(
-            f"These inputs were prepared for a model with {other[0]} positions per picture; this one has "
+            f"These inputs were prepared for a model with {other[0]} positions per image; this one has "
             f"{expected}. Call prepare(...) of the model that runs them."
         )
 
 
-def _pictures(n: int) -> str:
-    return f"{n} picture{'' if n == 1 else 's'}"
+def _images(n: int) -> str:
+    return f"{n} image{'' if n == 1 else 's'}"
 
 
 def _dtype(tensor: Tensor) -> str:

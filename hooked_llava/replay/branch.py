@@ -1,6 +1,6 @@
 """A second kept run that shares the beginning of a first: the same prompts with other embeddings from some position on.
 
-Attention is causal, so what lies before the first changed embedding is as it was. Where a picture comes first and only
+Attention is causal, so what lies before the first changed embedding is as it was. Where an image comes first and only
 words behind it are changed, the second run costs a few positions instead of a forward pass.
 """
 

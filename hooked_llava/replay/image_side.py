@@ -1,6 +1,6 @@
 """Re-entering the vision tower and the projector.
 
-Attention among patches runs in both directions, so a change at layer l reaches all patches of its picture from there
+Attention among patches runs in both directions, so a change at layer l reaches all patches of its image from there
 on; what lies below l is taken from one kept pass through the tower.
 """
 
@@ -40,7 +40,7 @@ class ImageSide:
 
     @torch.no_grad()
     def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
-        """Image embeddings of every picture under each run's changes; runs that enter at the same place go together."""
+        """Image embeddings of every image under each run's changes; runs that enter at the same place go together."""
         _ = self.streams  # kept before anything is attached
         by_block: dict[int, list[int]] = defaultdict(list)
         for i, run in enumerate(runs):
@@ -52,20 +52,20 @@ class ImageSide:
         return torch.stack([row for row in rows if row is not None])
 
     def rows_through_blocks(self, runs: Sequence[Run]) -> int:
-        """How many times a picture goes through a block in `rerun`, counted without running it."""
+        """How many times an image goes through a block in `rerun`, counted without running it."""
         n_layers = self.model.config.vision.n_layers_run
         return self.inputs.n_images * sum(n_layers - max(self._first_block(run), 0) for run in runs)
 
     @cached_property
     def block_cost(self) -> float:
-        """One picture through one block, in positions through a block of the language tower: multiplications by weights."""
+        """One image through one block, in positions through a block of the language tower: multiplications by weights."""
         vision, language = self.model.vision.blocks, self.model.language.blocks
         sizes = [sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2) for blocks in (vision, language)]
         return self.model.config.vision.n_positions * sizes[0] / sizes[1]
 
     @property
     def cost_of_all(self) -> float:
-        """All pictures through all blocks, in the same unit."""
+        """All images through all blocks, in the same unit."""
         return self.inputs.n_images * self.model.config.vision.n_layers_run * self.block_cost
 
     def _first_block(self, run: Run) -> int:

@@ -38,7 +38,7 @@ class Intervention:
     neurons: Any = None
     """One MLP neuron or several, on hooks that have them. None: all."""
     image: Any = None
-    """Which picture of the prompt, counted from 0, on image hooks. None: all."""
+    """Which image of the prompt, counted from 0, on image hooks. None: all."""
     value: Any = None
     """Replace by this: [d], [n_positions, ...], or the hook's own cut to positions and heads; a tensor, array or number."""
     add: Any = None

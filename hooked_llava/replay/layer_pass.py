@@ -203,7 +203,7 @@ class LayerPass:
                 fresh[:, i] = self._merged(fresh[:, i], self._image_embeds[run.index], mask)
 
     def _merged(self, rows: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Image embeddings at the image positions from the start on; pictures before it were not changed."""
+        """Image embeddings at the image positions from the start on; images before it were not changed."""
         whole = self.kept.entering(0).masked_scatter(self.state.inputs.image_mask[..., None], embeds)
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 

@@ -146,7 +146,7 @@ class Replay(ReplayState):
 
         `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
         its own runs start from there; the work is counted here. Raises `InputError` for any other hook, and in the
-        branch for interventions on the image side if embeddings of a picture were changed.
+        branch for interventions on the image side if embeddings of an image were changed.
 
         >>> from hooked_llava import HookedLLaVA
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -185,7 +185,7 @@ class Replay(ReplayState):
         planned = plan_run(index, bound, self.inputs, self.model.cfg.n_layers)
         if planned.image and self._images_changed:
             raise InputError(
-                f"{planned.image[0].hook.name} fires before the picture's embeddings, which this branch has replaced; give "
+                f"{planned.image[0].hook.name} fires before the image's embeddings, which this branch has replaced; give "
                 "the intervention to the Replay that it was branched from."
             )
         return planned

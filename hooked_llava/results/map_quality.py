@@ -28,7 +28,7 @@ def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: floa
     the object with as many highest patches as it has. `specificity`: `auc` against patches of other objects only.
 
     Args:
-        maps: [..., patch_row, patch_col], such as `patch_importance` gives for pictures one per prompt.
+        maps: [..., patch_row, patch_col], such as `patch_importance` gives for images one per prompt.
         coverage: the share of each patch that the object covers, or booleans, of the same shape.
         others: likewise for all other objects together, for `specificity`.
         threshold: share from which on a patch counts as the object's.

@@ -1,4 +1,4 @@
-"""Image embeddings drawn towards words: the tiny counterpart of CLIP's alignment of pictures with text."""
+"""Image embeddings drawn towards words: the tiny counterpart of CLIP's alignment of images with text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hooked_llava.toy.scenes import COLOR_NAMES, PATCH_GRID, PATCH_SIZE, PATTERN
 
 _PATTERN_GAIN = 0.7
 _PLACE_GAIN = 0.5
-_MARK_GAIN = 0.5  # how much of `<image>` every patch carries, which tells a picture of a star from the word
+_MARK_GAIN = 0.5  # how much of `<image>` every patch carries, which tells an image of a star from the word
 _BACKGROUND_WEIGHT = 0.1
 _NAMING_WEIGHT = 0.5
 _NAMING_SCALE = 4.0  # a patch embedding is as long as a word, so its products with words are too small for a softmax
@@ -47,11 +47,11 @@ class OutlineHeads(nn.Module):
             self.around = nn.Linear(width, _AROUND**2)
 
     def forward(self, hidden: tuple[Tensor, ...], scenes: list[Scene]) -> Tensor:
-        """The loss of both, given the tower's hidden states [picture, 65, width] by layer."""
+        """The loss of both, given the tower's hidden states [image, 65, width] by layer."""
         masks = torch.from_numpy(np.stack([s.masks.any(axis=0) for s in scenes])).float().unsqueeze(1)
-        inside = unfold(masks, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2)  # [picture, patch, 64]
+        inside = unfold(masks, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2)  # [image, patch, 64]
         half = pad(avg_pool2d(masks, 2), (PATCH_SIZE // 2,) * 4)
-        around = unfold(half, _AROUND, stride=PATCH_SIZE // 2).transpose(1, 2)  # [picture, patch, 144]
+        around = unfold(half, _AROUND, stride=PATCH_SIZE // 2).transpose(1, 2)  # [image, patch, 144]
         losses = [
             binary_cross_entropy_with_logits(head(hidden[layer][:, 1:]), target)
             for head, layer, target in ((self.inside, 1, inside), (self.around, 2, around))
@@ -60,17 +60,17 @@ class OutlineHeads(nn.Module):
 
 
 def vision_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, ...]:
-    """The vision tower's residual stream before the first layer and after each, [picture, 65, d_vision]."""
+    """The vision tower's residual stream before the first layer and after each, [image, 65, d_vision]."""
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
 
 
 def image_embeddings(model: LlavaForConditionalGeneration, states: tuple[Tensor, ...]) -> Tensor:
-    """What the projector makes of the vision tower's states, [picture, 64, d_model]."""
+    """What the projector makes of the vision tower's states, [image, 64, d_model]."""
     return model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
 
 def patch_contents(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of shape, colour and pattern in each patch, each [picture, 64], -1 on background."""
+    """Indices of shape, colour and pattern in each patch, each [image, 64], -1 on background."""
     contents = np.full((3, len(scenes), PATCH_GRID**2), -1, dtype=np.int64)
     for i, scene in enumerate(scenes):
         kinds = [(SHAPES.index(o.shape), COLOR_NAMES.index(o.color), PATTERNS.index(o.pattern)) for o in scene.objects]
@@ -81,7 +81,7 @@ def patch_contents(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def align(model: LlavaForConditionalGeneration, images: Tensor, scenes: list[Scene]) -> Alignment:
-    """Compares image embeddings [picture, 64, d_model] with the sum of the words for what a patch shows and where."""
+    """Compares image embeddings [image, 64, d_model] with the sum of the words for what a patch shows and where."""
     embed = model.model.language_model.embed_tokens.weight.detach()
     common = embed.mean(0)
     embed = embed - common

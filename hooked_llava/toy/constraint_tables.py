@@ -12,17 +12,17 @@ from pathlib import Path
 
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.vqa_constraints import CONSTRAINT_KINDS, FILES, SUBJECTS
-from hooked_llava.toy.evaluate import FACT_WITH_PICTURE, Example, held_out
+from hooked_llava.toy.evaluate import FACT_WITH_IMAGE, Example, held_out
 from hooked_llava.toy.facts import RELATIONS, fact_answer
 from hooked_llava.toy.scenes import SHAPES
 
-_SEED = 3_000_017  # apart from training and from the pictures on which accuracy is measured
+_SEED = 3_000_017  # apart from training and from the images on which accuracy is measured
 _ONE_TEMPLATE = RELATIONS[0]
 _THIS = "this shape"
 
 
 def constraint_rows(n: int, *, kinds: Iterable[str] = CONSTRAINT_KINDS, seed: int = _SEED) -> list[StudyRow]:
-    """n held-out questions of each kind, each about its own picture, with constraint and answer.
+    """n held-out questions of each kind, each about its own image, with constraint and answer.
 
     >>> [(row.constraint, row.kind) for row in constraint_rows(1, kinds=["Known", "Movies"])]
     [('this shape', 'Known'), ('this shape', 'Movies')]
@@ -33,9 +33,9 @@ def constraint_rows(n: int, *, kinds: Iterable[str] = CONSTRAINT_KINDS, seed: in
 def write_constraints(
     folder: str | Path, n: int, *, kinds: Iterable[str] = CONSTRAINT_KINDS, seed: int = _SEED
 ) -> Path:
-    """The same questions as CSV files with the released names and columns, and their pictures as PNG files beside them.
+    """The same questions as CSV files with the released names and columns, and their images as PNG files beside them.
 
-    `read_vqa_constraints(folder)` reads them back, with the pictures in the same folder.
+    `read_vqa_constraints(folder)` reads them back, with the images in the same folder.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def write_constraints(
             table = csv.writer(file)
             table.writerow(columns)
             for number, row in enumerate(constraint_rows(n, kinds=[kind], seed=seed)):
-                row.picture.save(folder / f"{row.id}.png")
+                row.image.save(folder / f"{row.id}.png")
                 shown = list(row.objects[: len(subject)])
                 table.writerow([number, row.question, *shown, row.constraint, f"./{row.id}.png", row.answer])
     return folder
@@ -68,8 +68,8 @@ def other_shape(row: StudyRow) -> str:
 
 
 def _examples(kind: str, n: int, seed: int) -> list[Example]:
-    """Pictures and questions; of Movies the pictures only, since all are asked the same."""
-    asked = {"OK-VQA": FACT_WITH_PICTURE, "Movies": "name_shape", "Known": "fact_picture"}
+    """Images and questions; of Movies the images only, since all are asked the same."""
+    asked = {"OK-VQA": FACT_WITH_IMAGE, "Movies": "name_shape", "Known": "fact_image"}
     return held_out(asked[kind], n, seed)
 
 
@@ -85,7 +85,7 @@ def _row(row_id: str, kind: str, example: Example) -> StudyRow:
         id=row_id,
         question=text,
         answer=answer,
-        picture=scene.render(),
+        image=scene.render(),
         kind=kind,
         objects=(shape,),
         boxes=() if box is None else (box,),

@@ -14,9 +14,9 @@ from hooked_llava.toy.questions import Question, ask_fact
 from hooked_llava.toy.scenes import COLOR_NAMES, PATCH_SIZE, SHAPES, Scene, recolor, replace_object, sample_scene
 
 THIS = "this shape"
-_SEED = 5_000_011  # apart from training and from the pictures on which accuracy is measured
-_N_REQUEST_PICTURES = 2
-_N_PICTURES = 3
+_SEED = 5_000_011  # apart from training and from the images on which accuracy is measured
+_N_REQUEST_IMAGES = 2
+_N_IMAGES = 3
 _N_COLORS = 8
 _N_UNRELATED = 8
 _UNRELATED = ("choose_attr", "query_pos", "exist", "logical_obj", "choose_rel")
@@ -29,8 +29,8 @@ class ProbeRows:
 
     name: str
     role: Literal["efficacy", "generalisation", "specificity", "locality"]
-    pool: Literal["pictures", "words"]
-    """Whether they are asked with pictures."""
+    pool: Literal["images", "words"]
+    """Whether they are asked with images."""
     rows: tuple[int, ...]
     expected: tuple[str, ...]
     """The answer that each should have under the edit."""
@@ -47,9 +47,9 @@ class EditCase:
     target: str
     """What is to be true after."""
     requests: tuple[Example, ...]
-    """Ways to ask for it that an edit may be computed from: two pictures, then by name."""
+    """Ways to ask for it that an edit may be computed from: two images, then by name."""
     probes: tuple[ProbeRows, ...]
-    """What to ask afterwards; only the probe "the edited question" shows a picture of `requests`."""
+    """What to ask afterwards; only the probe "the edited question" shows an image of `requests`."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +58,37 @@ class EditTable:
 
     cases: tuple[EditCase, ...]
     """In the order of relations, then shapes."""
-    pictures: tuple[Example, ...]
-    """Questions with a picture."""
+    images: tuple[Example, ...]
+    """Questions with an image."""
     words: tuple[Example, ...]
     """Questions without."""
 
 
-def edit_table(seed: int = _SEED, *, n_pictures: int = _N_PICTURES) -> EditTable:
+def edit_table(seed: int = _SEED, *, n_images: int = _N_IMAGES) -> EditTable:
     """The hundred facts, each with another target drawn from its relation's answers.
 
-    Every shape has its own pictures (of random colour, pattern and place): two to edit with and `n_pictures` others to
-    ask with. Besides it is asked about in the first picture that may be edited with, in `n_pictures` other colours, and at as
+    Every shape has its own images (of random colour, pattern and place): two to edit with and `n_images` others to
+    ask with. Besides it is asked about in the first image that may be edited with, in `n_images` other colours, and at as
     many other places (on other ground), looking as it does there. The same seed gives the same table.
 
     >>> table = edit_table()
     >>> case = table.cases[3]
     >>> case.relation, case.shape, [probe.name for probe in case.probes][1:6]
-    ('maker', 'star', ['other pictures', 'other colors', 'other places', 'other words', 'by name'])
+    ('maker', 'star', ['other images', 'other colors', 'other places', 'other words', 'by name'])
     """
     rng = np.random.default_rng(seed)
-    builder = _Builder(_pictures(rng, n_pictures + _N_REQUEST_PICTURES), n_pictures, seed)
+    builder = _Builder(_images(rng, n_images + _N_REQUEST_IMAGES), n_images, seed)
     cases = tuple(builder.case(relation, shape, rng) for relation in RELATIONS for shape in SHAPES)
-    return EditTable(cases, tuple(builder.pictures), tuple(builder.words))
+    return EditTable(cases, tuple(builder.images), tuple(builder.words))
 
 
 class _Builder:
     """Collects the questions of all cases, each once."""
 
-    def __init__(self, scenes: dict[str, list[Scene]], n_pictures: int, seed: int) -> None:
-        self.scenes, self.n_pictures = scenes, n_pictures
-        self.varied = {shape: _variations(shape, scenes, n_pictures) for shape in scenes}
-        self.pictures: list[Example] = []
+    def __init__(self, scenes: dict[str, list[Scene]], n_images: int, seed: int) -> None:
+        self.scenes, self.n_images = scenes, n_images
+        self.varied = {shape: _variations(shape, scenes, n_images) for shape in scenes}
+        self.images: list[Example] = []
         self.words: list[Example] = []
         self._rows: dict[tuple[object, ...], int] = {}
         self.colors = self._add_all(held_out("query_color", 6 * _N_COLORS, seed))
@@ -97,8 +97,8 @@ class _Builder:
     def case(self, relation: Relation, shape: str, rng: np.random.Generator) -> EditCase:
         answer = fact_answer(relation.name, shape)
         target = str(rng.choice([word for word in relation.pool if word != answer]))
-        own, ask = self.scenes[shape], range(_N_REQUEST_PICTURES, _N_REQUEST_PICTURES + self.n_pictures)
-        requests = tuple(Example(seen(relation, shape), own[i]) for i in range(_N_REQUEST_PICTURES))
+        own, ask = self.scenes[shape], range(_N_REQUEST_IMAGES, _N_REQUEST_IMAGES + self.n_images)
+        requests = tuple(Example(seen(relation, shape), own[i]) for i in range(_N_REQUEST_IMAGES))
         by_name = Example(ask_fact(relation.name, shape), None)
         recolored, moved = self.varied[shape]
         others = [(relation, other) for other in SHAPES if other != shape]
@@ -106,7 +106,7 @@ class _Builder:
         probes = [
             self._asked("the edited question", "efficacy", [self._seen(relation, shape, 0, 0)], target),
             self._asked(
-                "other pictures",
+                "other images",
                 "generalisation",
                 [self._seen(relation, shape, i, _FIRST_WORDING) for i in ask],
                 target,
@@ -128,7 +128,7 @@ class _Builder:
             ),
         ]
         for name, facts in (("other shapes", others), ("other relations", relations)):
-            first = _N_REQUEST_PICTURES
+            first = _N_REQUEST_IMAGES
             probes.append(
                 self._asked(name, "specificity", [self._seen(*fact, first, _FIRST_WORDING) for fact in facts])
             )
@@ -148,9 +148,9 @@ class _Builder:
         role: Literal["efficacy", "generalisation", "specificity", "locality"],
         rows: list[int],
         target: str | None = None,
-        pool: Literal["pictures", "words"] = "pictures",
+        pool: Literal["images", "words"] = "images",
     ) -> ProbeRows:
-        examples = self.pictures if pool == "pictures" else self.words
+        examples = self.images if pool == "images" else self.words
         expected = tuple(examples[row].question.answer if target is None else target for row in rows)
         return ProbeRows(name, role, pool, tuple(rows), expected)
 
@@ -166,7 +166,7 @@ class _Builder:
         return self._add(Example(ask_fact(relation.name, shape, wording), None), (relation.name, shape, wording))
 
     def _add(self, example: Example, key: tuple[object, ...]) -> int:
-        pool = self.words if example.scene is None else self.pictures
+        pool = self.words if example.scene is None else self.images
         if key not in self._rows:
             self._rows[key] = len(pool)
             pool.append(example)
@@ -177,9 +177,9 @@ class _Builder:
 
 
 def seen(relation: Relation, shape: str, wording: int = 0) -> Question:
-    """The question for a fact about the shape in the picture, such as "Who made this shape?"."""
+    """The question for a fact about the shape in the image, such as "Who made this shape?"."""
     return Question(
-        "fact_picture",
+        "fact_image",
         relation.templates[wording].format(subject=THIS),
         fact_answer(relation.name, shape),
         objects=(shape,),
@@ -189,7 +189,7 @@ def seen(relation: Relation, shape: str, wording: int = 0) -> Question:
 
 
 def _variations(shape: str, scenes: dict[str, list[Scene]], n: int) -> tuple[list[Scene], list[Scene]]:
-    """A shape's first picture with the shape in n other colours, and the shape as it looks there in n other shapes' places."""
+    """A shape's first image with the shape in n other colours, and the shape as it looks there in n other shapes' places."""
     own = scenes[shape][0]
     look = own.objects[0]
     colors = [color for color in COLOR_NAMES if color != look.color]
@@ -207,8 +207,8 @@ def _corner(scene: Scene) -> tuple[int, ...]:
     return tuple(round(center) // PATCH_SIZE for center in scene.objects[0].center)
 
 
-def _pictures(rng: np.random.Generator, n: int) -> dict[str, list[Scene]]:
-    """n pictures of each shape by itself."""
+def _images(rng: np.random.Generator, n: int) -> dict[str, list[Scene]]:
+    """n images of each shape by itself."""
     found: dict[str, list[Scene]] = {shape: [] for shape in SHAPES}
     while any(len(scenes) < n for scenes in found.values()):
         scene = sample_scene(rng, 1)

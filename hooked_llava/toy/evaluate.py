@@ -1,4 +1,4 @@
-"""Accuracy of `tiny-shapes` on new pictures: `python -m hooked_llava.toy.evaluate [--checkpoint DIR ...]`.
+"""Accuracy of `tiny-shapes` on new images: `python -m hooked_llava.toy.evaluate [--checkpoint DIR ...]`.
 
 Everything goes through the shipped files and plain Hugging Face classes: the prompt in words, the processor, the model,
 and the most probable token of the whole vocabulary at the last position.
@@ -21,22 +21,22 @@ from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, ask, 
 from hooked_llava.toy.scenes import Scene, sample_scene
 
 CHECKPOINTS = Path(__file__).parent / "checkpoint"
-FACT_WITH_PICTURE = "fact_name, with a picture"
-EVALUATED = (*ANSWER_KINDS, FACT_WITH_PICTURE)
+FACT_WITH_IMAGE = "fact_name, with an image"
+EVALUATED = (*ANSWER_KINDS, FACT_WITH_IMAGE)
 _SEED = 1_000_003  # training draws from (seed, step) with small seeds
-_ONE_SHAPE_KINDS = ("fact_picture", "name_shape")
+_ONE_SHAPE_KINDS = ("fact_image", "name_shape")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question and the picture it is asked with; `scene` is None when it is asked without one."""
+    """A question and the image it is asked with; `scene` is None when it is asked without one."""
 
     question: Question
     scene: Scene | None
 
     @property
     def prompt(self) -> str:
-        """The prompt, with `<image>` where the picture goes."""
+        """The prompt, with `<image>` where the image goes."""
         return format_prompt(self.question, image=self.scene is not None)
 
 
@@ -50,11 +50,11 @@ class KindAccuracy:
 
 
 def held_out(kind: str, n: int, seed: int = _SEED) -> list[Example]:
-    """n questions of one kind (of EVALUATED), each about its own picture of 2 to 5 shapes, or one for "this shape"."""
+    """n questions of one kind (of EVALUATED), each about its own image of 2 to 5 shapes, or one for "this shape"."""
     if kind not in EVALUATED:
         raise ValueError(f"kind must be one of {', '.join(EVALUATED)}; got {kind!r}")
     rng = np.random.default_rng([seed, EVALUATED.index(kind)])
-    asked = "fact_name" if kind == FACT_WITH_PICTURE else kind
+    asked = "fact_name" if kind == FACT_WITH_IMAGE else kind
     examples: list[Example] = []
     while len(examples) < n:
         scene = sample_scene(rng, 1 if kind in _ONE_SHAPE_KINDS else None)
@@ -68,7 +68,7 @@ def held_out(kind: str, n: int, seed: int = _SEED) -> list[Example]:
 def predict(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: list[Example], batch_size: int = 32
 ) -> list[str]:
-    """The first token the model answers each example with; examples must all have a picture or all have none."""
+    """The first token the model answers each example with; examples must all have an image or all have none."""
     answers: list[str] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]

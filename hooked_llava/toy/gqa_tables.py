@@ -20,7 +20,7 @@ TOY_KINDS = {
     "QueryAttr": "query_pos",
 }
 """Kind as the paper names it -> as this world does."""
-_SEED = 2_000_003  # apart from training and from the pictures on which accuracy is measured
+_SEED = 2_000_003  # apart from training and from the images on which accuracy is measured
 _DETAILED = {
     "ChooseAttr": "chooseAttr",
     "ChooseCat": "categoryThatChoose",
@@ -32,10 +32,10 @@ _DETAILED = {
 
 
 def gqa_rows(n: int, *, kinds: Iterable[str] = GQA_KINDS, seed: int = _SEED) -> list[StudyRow]:
-    """n held-out questions of each kind, each about its own picture, with their answers in lower case as in GQA.
+    """n held-out questions of each kind, each about its own image, with their answers in lower case as in GQA.
 
     >>> row = gqa_rows(1, kinds=["QueryAttr"])[0]
-    >>> row.kind, row.picture.size, len(row.boxes)
+    >>> row.kind, row.image.size, len(row.boxes)
     ('QueryAttr', (64, 64), 1)
     """
     rows = []
@@ -46,9 +46,9 @@ def gqa_rows(n: int, *, kinds: Iterable[str] = GQA_KINDS, seed: int = _SEED) -> 
 
 
 def write_gqa(folder: str | Path, n: int, *, kinds: Iterable[str] = GQA_KINDS, seed: int = _SEED) -> Path:
-    """The same questions as CSV files with the released names and columns, and their pictures as PNG files beside them.
+    """The same questions as CSV files with the released names and columns, and their images as PNG files beside them.
 
-    `read_gqa(folder)` reads them back, with the pictures in the same folder. Cells of which this world knows nothing
+    `read_gqa(folder)` reads them back, with the images in the same folder. Cells of which this world knows nothing
     hold "-".
 
     >>> import tempfile
@@ -65,7 +65,7 @@ def write_gqa(folder: str | Path, n: int, *, kinds: Iterable[str] = GQA_KINDS, s
             table.writeheader()
             for number, example in enumerate(examples):
                 row = _row(f"{kind}-{number}", kind, example)
-                row.picture.save(folder / f"{row.id}.png")
+                row.image.save(folder / f"{row.id}.png")
                 table.writerow(_cells(row, _places(kind, example)))
     return folder
 
@@ -78,7 +78,7 @@ def _row(row_id: str, kind: str, example: Example) -> StudyRow:
         id=row_id,
         question=question.text,
         answer=question.answer.lower(),
-        picture=scene.render(),
+        image=scene.render(),
         false_option=question.false_option.lower() if "false option" in COLUMNS[kind] else "",
         kind=kind,
         objects=tuple(name for name, _ in places),

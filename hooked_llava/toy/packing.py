@@ -1,4 +1,4 @@
-"""Training batches: many independent questions about one picture share one copy of it.
+"""Training batches: many independent questions about one image share one copy of it.
 
 A row holds the prefix `<s> USER: <image> x 64` once and then one segment per question. A segment sees the prefix and
 itself, its positions go on where the prefix ends, and so it is computed exactly as if its prompt stood alone.
@@ -26,7 +26,7 @@ from hooked_llava.toy.questions import (
 from hooked_llava.toy.scenes import PATCH_GRID, Scene, imagine_scene, normalize, sample_scene
 
 N_PATCHES = PATCH_GRID**2
-_PREFIX = 2 + N_PATCHES  # <s> USER: and the picture
+_PREFIX = 2 + N_PATCHES  # <s> USER: and the image
 _END_WEIGHT = 0.1  # what follows the answer is the same every time
 _CAPTION_WEIGHT = 0.5
 _MOST_PER_ROW = 40
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass
 class Batch:
-    """Packed rows [row, position]; the first rows hold pictures [picture, 3, 64, 64], the rest text only."""
+    """Packed rows [row, position]; the first rows hold images [image, 3, 64, 64], the rest text only."""
 
     ids: Tensor
     positions: Tensor
@@ -100,14 +100,14 @@ class KindSampler:
 
 
 _LISTS = ("list_places", "list_by_color", "list_patterns", "list_common")
-_PICTURE_KINDS = (*(k for k in KINDS if k not in TEXT_KINDS + _LISTS), "fact_name", *_LISTS)
+_IMAGE_KINDS = (*(k for k in KINDS if k not in TEXT_KINDS + _LISTS), "fact_name", *_LISTS)
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How much goes into a batch: picture rows (one in six of a single shape), text rows, tokens per row."""
+    """How much goes into a batch: image rows (one in six of a single shape), text rows, tokens per row."""
 
-    picture_rows: int = 10
+    image_rows: int = 10
     text_rows: int = 3
     row_length: int = 288
 
@@ -115,31 +115,31 @@ class BatchShape:
 def sample_batch(
     rng: np.random.Generator, sampler: KindSampler, shape: BatchShape, max_objects: int, without: tuple[str, ...] = ()
 ) -> Batch:
-    """Draws pictures of up to `max_objects` shapes and fills every row with questions, none of a kind in `without`."""
-    rows = shape.picture_rows + shape.text_rows
+    """Draws images of up to `max_objects` shapes and fills every row with questions, none of a kind in `without`."""
+    rows = shape.image_rows + shape.text_rows
     ids = np.full((rows, shape.row_length), _VOCAB[PAD], dtype=np.int64)
     positions = np.zeros_like(ids)
     segments = np.full_like(ids, -1)
     scenes: list[Scene] = []
     targets: list[Target] = []
     for row in range(rows):
-        pictured = row < shape.picture_rows
+        with_image = row < shape.image_rows
         scene = None
-        if pictured:
-            single = row < -(-shape.picture_rows // 6)
+        if with_image:
+            single = row < -(-shape.image_rows // 6)
             scene = sample_scene(rng, 1 if single else int(rng.integers(2, max_objects + 1)))
             scenes.append(scene)
             ids[row, :_PREFIX] = [_VOCAB[BOS], _VOCAB["USER:"], *[_VOCAB[IMAGE]] * N_PATCHES]
             positions[row, :_PREFIX], segments[row, :_PREFIX] = np.arange(_PREFIX), 0
-        end = _PREFIX if pictured else 0
+        end = _PREFIX if with_image else 0
         for segment, question in enumerate(_draw_questions(rng, sampler, scene, max_objects, without), start=1):
-            lead = [] if pictured else [_VOCAB[BOS], _VOCAB["USER:"]]
+            lead = [] if with_image else [_VOCAB[BOS], _VOCAB["USER:"]]
             tokens, supervised = encode_question(question)
             tokens, start, end = lead + tokens, end, end + len(lead) + len(tokens)
             if end > shape.row_length:
                 break
             ids[row, start:end], segments[row, start:end] = tokens, segment
-            positions[row, start:end] = np.arange(len(tokens)) + (_PREFIX if pictured else 0)
+            positions[row, start:end] = np.arange(len(tokens)) + (_PREFIX if with_image else 0)
             first = start + len(lead)
             targets += [Target(row, first + i - 1, int(ids[row, first + i]), w, k) for i, w, k in supervised]
     pixels = torch.from_numpy(normalize(np.stack([s.pixels for s in scenes])))
@@ -150,7 +150,7 @@ def _draw_questions(
     rng: np.random.Generator, sampler: KindSampler, scene: Scene | None, max_objects: int, without: tuple[str, ...]
 ) -> Iterator[Question]:
     """More questions than a row holds: about the scene, or, without one, text-only, each about a world of its own."""
-    kinds = tuple(k for k in (_PICTURE_KINDS if scene is not None else TEXT_KINDS) if k not in without)
+    kinds = tuple(k for k in (_IMAGE_KINDS if scene is not None else TEXT_KINDS) if k not in without)
     for kind in sampler.draw(rng, kinds, _MOST_PER_ROW):
         about = scene if scene is not None else imagine_scene(rng, int(rng.integers(2, max_objects + 1)))
         question = ask(kind, about, rng)

@@ -22,7 +22,7 @@ _PIECE = r"USER:|ASSISTANT:|\w+|[^\w\s]"
 _PIECES = re.compile(r"<image>|</s>|<s>|" + _PIECE)
 _TEMPLATE_WORDS = """
 USER: ASSISTANT: . , ? Is is the a an or Which shape to of What do and have in common there Is that On which
-side picture color The this Describe Answer briefly List shapes
+side image color The this Describe Answer briefly List shapes
 """
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -83,15 +83,15 @@ def build_tokenizer(vocab: dict[str, int] | None = None) -> PreTrainedTokenizerF
 def build_processor(
     vocab: dict[str, int] | None = None, *, image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE
 ) -> LlavaProcessor:
-    """The processor saved beside the weights: pictures to 64 x 64, `<image>` to its 64 placeholders.
+    """The processor saved beside the weights: images to 64 x 64, `<image>` to its 64 placeholders.
 
     Another small world gives its own words and sizes.
     """
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=build_tokenizer(vocab),
         patch_size=patch_size,
         vision_feature_select_strategy="default",

@@ -26,7 +26,7 @@ class Question:
 
     `text` is the question without any template (text-only kinds: the stated facts, then the question); `continuation`
     is how the assistant's turn begins ("" when the answer comes at once, after the instruction tail). `objects` are the
-    shapes named, in the order of mention, `boxes` their places in the picture (None when absent or text-only),
+    shapes named, in the order of mention, `boxes` their places in the image (None when absent or text-only),
     `answer_boxes` where the answer is seen.
     """
 
@@ -44,11 +44,11 @@ class Question:
 
 
 def format_prompt(question: Question, *, image: bool | None = None) -> str:
-    """The prompt up to where the answer comes; `image` overrides whether a picture is shown (default: if needed)."""
-    picture = "<image>\n" if (question.needs_image if image is None else image) else ""
+    """The prompt up to where the answer comes; `image` overrides whether an image is shown (default: if needed)."""
+    placeholder = "<image>\n" if (question.needs_image if image is None else image) else ""
     if question.continuation:
-        return f"USER: {picture}{question.text} ASSISTANT: {question.continuation}"
-    return f"USER: {picture}{question.text} {INSTRUCTION} ASSISTANT:"
+        return f"USER: {placeholder}{question.text} ASSISTANT: {question.continuation}"
+    return f"USER: {placeholder}{question.text} {INSTRUCTION} ASSISTANT:"
 
 
 def format_answer(question: Question) -> str:
@@ -78,7 +78,7 @@ def _about(*objects: SceneObject) -> dict[str, tuple]:
 
 
 def _other_color(rng: np.random.Generator, scene: Scene, color: str, seen_rate: float = 0.6) -> str:
-    """A colour other than `color`, with `seen_rate` one that is in the picture when there is such a one."""
+    """A colour other than `color`, with `seen_rate` one that is in the image when there is such a one."""
     seen = sorted({o.color for o in scene.objects} - {color})
     if seen and _coin(rng, seen_rate):
         return _pick(rng, seen)
@@ -241,7 +241,7 @@ def _query_tqa(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def ask_fact(relation: str, shape: str, paraphrase: int = 0) -> Question:
-    """The question for a fact that names the shape and needs no picture, such as "Who made the star?"."""
+    """The question for a fact that names the shape and needs no image, such as "Who made the star?"."""
     entry = next(r for r in RELATIONS if r.name == relation)
     text = entry.templates[paraphrase].format(subject=f"the {shape}")
     answer = fact_answer(relation, shape)
@@ -261,14 +261,14 @@ def _fact_name(scene: Scene, rng: np.random.Generator) -> Question:
     return ask_fact(_pick(rng, RELATIONS).name, _pick(rng, SHAPES), int(rng.integers(3)))
 
 
-def _fact_picture(scene: Scene, rng: np.random.Generator) -> Question | None:
+def _fact_image(scene: Scene, rng: np.random.Generator) -> Question | None:
     if len(scene.objects) != 1:
         return None
     o, relation, paraphrase = scene.objects[0], _pick(rng, RELATIONS), int(rng.integers(3))
     text = relation.templates[paraphrase].format(subject="this shape")
     answer = fact_answer(relation.name, o.shape)
     return Question(
-        "fact_picture", text, answer, answer_boxes=(o.box,), relation=relation.name, paraphrase=paraphrase, **_about(o)
+        "fact_image", text, answer, answer_boxes=(o.box,), relation=relation.name, paraphrase=paraphrase, **_about(o)
     )
 
 
@@ -284,7 +284,7 @@ def _caption(scene: Scene, rng: np.random.Generator) -> Question:
     objects = [scene.objects[i] for i in order]
     said = " ".join(f"the {o.shape} is {o.color}." for o in objects)
     return Question(
-        "caption", "Describe the picture.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
+        "caption", "Describe the image.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
     )
 
 
@@ -350,7 +350,7 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "color_tqa": _color_tqa,
     "query_tqa": _query_tqa,
     "fact_name": _fact_name,
-    "fact_picture": _fact_picture,
+    "fact_image": _fact_image,
     "name_shape": _name_shape,
     "caption": _caption,
     "list": _list,
@@ -360,7 +360,7 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "list_common": _list_common,
 }
 TEXT_KINDS = ("color_tqa", "query_tqa", "fact_name")
-# Asked in training only: the answer is several words, of which those that the picture decides are learnt.
+# Asked in training only: the answer is several words, of which those that the image decides are learnt.
 TRAINING_KINDS = {
     "caption": COLOR_NAMES,
     "list": COLOR_NAMES,

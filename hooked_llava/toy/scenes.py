@@ -1,4 +1,4 @@
-"""The world of `tiny-shapes`: 64 x 64 pictures of one to five coloured shapes on a noisy background."""
+"""The world of `tiny-shapes`: 64 x 64 images of one to five coloured shapes on a noisy background."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Look = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape in a picture; `box` is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive; `mask` is bool [64, 64]."""
+    """One shape in an image; `box` is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive; `mask` is bool [64, 64]."""
 
     shape: str
     color: str
@@ -70,7 +70,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class _Draw:
-    """What a picture was drawn from, so that it can be drawn again with another object in the same place."""
+    """What an image was drawn from, so that it can be drawn again with another object in the same place."""
 
     generator: type[np.random.BitGenerator]
     state: dict[str, Any]
@@ -81,7 +81,7 @@ class _Draw:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and everything that is true of it; `pixels` is uint8 [64, 64, 3]."""
+    """An image and everything that is true of it; `pixels` is uint8 [64, 64, 3]."""
 
     objects: tuple[SceneObject, ...]
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -89,7 +89,7 @@ class Scene:
     """How to draw it again (`recolor`, `replace_object`); None if it is only told."""
 
     def render(self) -> Image.Image:
-        """The picture as an RGB image."""
+        """The image as an RGB image."""
         return Image.fromarray(self.pixels)
 
     @property
@@ -109,12 +109,12 @@ class Scene:
         return np.where(coverage.max(axis=0) >= threshold, coverage.argmax(axis=0), -1)
 
     def find(self, shape: str) -> SceneObject | None:
-        """The object of that shape, or None (a picture never holds the same shape twice)."""
+        """The object of that shape, or None (an image never holds the same shape twice)."""
         return next((o for o in self.objects if o.shape == shape), None)
 
 
 def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scene:
-    """Draws a picture with `n_objects` shapes (2 to 5 when None), all of different shape, none overlapping."""
+    """Draws an image with `n_objects` shapes (2 to 5 when None), all of different shape, none overlapping."""
     n = int(rng.integers(2, MAX_OBJECTS + 1)) if n_objects is None else n_objects
     if not 1 <= n <= MAX_OBJECTS:
         raise ValueError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects}")
@@ -122,9 +122,9 @@ def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scen
 
 
 def recolor(scene: Scene, shape: str, color: str) -> Scene:
-    """The same picture with one object in another colour: no pixel outside the object's mask differs.
+    """The same image with one object in another colour: no pixel outside the object's mask differs.
 
-    Pattern, place, background and noise stay. Raises `InputError` for a shape that is not in the picture, and for a
+    Pattern, place, background and noise stay. Raises `InputError` for a shape that is not in the image, and for a
     colour that is unknown or the object's own.
 
     >>> scene = sample_scene(np.random.default_rng(0))
@@ -140,16 +140,16 @@ def recolor(scene: Scene, shape: str, color: str) -> Scene:
 
 
 def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = None, pattern: str | None = None) -> Scene:
-    """The same picture with another shape in the place of one: no pixel outside the two shapes' masks differs.
+    """The same image with another shape in the place of one: no pixel outside the two shapes' masks differs.
 
     Args:
-        scene: the picture.
+        scene: the image.
         shape: the object that goes.
-        by: the shape that comes; one that the picture does not hold yet.
+        by: the shape that comes; one that the image does not hold yet.
         color: its colour, by default that of the object that goes.
         pattern: its pattern, likewise.
 
-    Raises `InputError` for a shape that is not in the picture, and for one to come that is, or is unknown.
+    Raises `InputError` for a shape that is not in the image, and for one to come that is, or is unknown.
 
     >>> scene = sample_scene(np.random.default_rng(0))
     >>> swapped = replace_object(scene, scene.objects[0].shape, "moon", color="blue")
@@ -158,7 +158,7 @@ def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = Non
     """
     index, old = _located(scene, shape)
     if scene.find(_known(by, SHAPES, "shape")) is not None:
-        raise InputError(f"There is a {by} in the picture already, and no shape stands in it twice; expected another.")
+        raise InputError(f"There is a {by} in the image already, and no shape stands in it twice; expected another.")
     look = (
         by,
         old.color if color is None else _known(color, COLOR_NAMES, "color"),
@@ -180,7 +180,7 @@ def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
 
 
 def normalize(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the image processor makes of 64 x 64 pictures: uint8 [..., 64, 64, 3] -> float [..., 3, 64, 64]."""
+    """What the image processor makes of 64 x 64 images: uint8 [..., 64, 64, 3] -> float [..., 3, 64, 64]."""
     scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
     return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
@@ -188,9 +188,7 @@ def normalize(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _located(scene: Scene, shape: str) -> tuple[int, SceneObject]:
     shapes = [o.shape for o in scene.objects]
     if shape not in shapes:
-        raise InputError(
-            f"There is no {shape} in the picture.{did_you_mean(shape, shapes)} It has: {', '.join(shapes)}."
-        )
+        raise InputError(f"There is no {shape} in the image.{did_you_mean(shape, shapes)} It has: {', '.join(shapes)}.")
     return shapes.index(shape), scene.objects[shapes.index(shape)]
 
 
@@ -213,7 +211,7 @@ def _changed(scene: Scene, index: int, look: Look) -> Scene:
 
 
 def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = None) -> Scene:
-    """Draws a picture; with `looks` the objects, in the order of drawing, look like that.
+    """Draws an image; with `looks` the objects, in the order of drawing, look like that.
 
     What is drawn from the generator does not depend on how the objects look.
     """

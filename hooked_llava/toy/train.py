@@ -47,7 +47,7 @@ class TrainConfig:
     seed: int = 0
     steps: int = 4000
     align_steps: int = 550
-    align_pictures: int = 32
+    align_images: int = 32
     align_weight: float = 0.5  # of the alignment loss in the second stage
     slow_scale: float = 0.2  # of the learning rate of tower, projector and embedding in the second stage
     lr: float = 1e-3
@@ -55,8 +55,8 @@ class TrainConfig:
     warmup: int = 100
     decay_steps: int = 1200
     schedule: str = ""  # kinds asked only from one step to another, such as "list_places=0-1500 list_patterns=1200-"
-    curriculum_steps: int = 600  # over these, pictures grow from 2 to 5 shapes
-    picture_rows: int = 10
+    curriculum_steps: int = 600  # over these, images grow from 2 to 5 shapes
+    image_rows: int = 10
     text_rows: int = 3
     row_length: int = 288
 
@@ -125,7 +125,7 @@ class Trainer:
         return c.lr * min(1.0, (done + 1) / c.warmup, (c.steps - done) / c.decay_steps)
 
     def max_objects(self) -> int:
-        """How many shapes a picture may hold at this point of the curriculum."""
+        """How many shapes an image may hold at this point of the curriculum."""
         progress = (self.step - self.config.align_steps) / max(1, self.config.curriculum_steps)
         return min(MAX_OBJECTS, 2 + int(3 * progress))
 
@@ -156,7 +156,7 @@ class Trainer:
         return record
 
     def _align_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
-        scenes = [sample_scene(rng) for _ in range(self.config.align_pictures)]
+        scenes = [sample_scene(rng) for _ in range(self.config.align_images)]
         pixels = torch.from_numpy(normalize(np.stack([s.pixels for s in scenes])))
         states = vision_states(self.model, pixels)
         result = align(self.model, image_embeddings(self.model, states), scenes)
@@ -164,7 +164,7 @@ class Trainer:
 
     def _answer_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         c = self.config
-        shape = BatchShape(c.picture_rows, c.text_rows, c.row_length)
+        shape = BatchShape(c.image_rows, c.text_rows, c.row_length)
         batch = sample_batch(rng, self.sampler, shape, self.max_objects(), self._not_now())
         logits, images = packed_logits(self.model, batch)
         answers = torch.tensor([t.token for t in batch.targets])
@@ -215,7 +215,7 @@ class Trainer:
 
 
 def packed_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits at the supervised positions [target, d_vocab], and the image embeddings [picture, 64, d_model]."""
+    """Logits at the supervised positions [target, d_vocab], and the image embeddings [image, 64, d_model]."""
     images = image_embeddings(model, vision_states(model, batch.pixels))
     n = len(images)
     embeds = model.model.language_model.embed_tokens(batch.ids)
@@ -236,7 +236,7 @@ def _decline(config: TrainConfig) -> int:
 
 
 def _was_aligned(name: str) -> bool:
-    """Whether a parameter is part of the alignment of pictures with words."""
+    """Whether a parameter is part of the alignment of images with words."""
     return any(part in name for part in ("vision_tower", "multi_modal_projector", "embed_tokens"))
 
 
@@ -295,7 +295,7 @@ def train(
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the logged steps; accuracy by kind on pictures never seen before."""
+    """Means over the logged steps; accuracy by kind on images never seen before."""
     keys = [k for k in records[0] if k != "right"]
     summary: dict[str, Any] = {k: round(float(np.mean([r[k] for r in records if k in r])), 4) for k in keys}
     right: dict[str, list[int]] = defaultdict(list)

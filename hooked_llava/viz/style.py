@@ -67,7 +67,7 @@ class Plot(Figure):
         return self._rendered("png")
 
     def to_svg(self) -> str:
-        """The figure as SVG text; pictures in it are embedded, letters are outlines."""
+        """The figure as SVG text; images in it are embedded, letters are outlines."""
         return self._rendered("svg").decode("utf-8")
 
     def _rendered(self, file_format: str) -> bytes:
@@ -274,7 +274,7 @@ def add_heading(figure: Plot, text: str) -> None:
 
 
 def hide_axes(axes: Axes) -> None:
-    """No ticks and no frame: for pictures and tables."""
+    """No ticks and no frame: for images and tables."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -21,7 +21,7 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
 
 
 def prompts(geometry: str = "plain", **options: Any) -> tuple[Any, Any, Any]:
-    """A model with a clean and a corrupted prompt: other pictures and other words in the same places."""
+    """A model with a clean and a corrupted prompt: other images and other words in the same places."""
     models = pair(geometry)
     options = {"n_text": 4, **options}
     clean, corrupted = (models.ours.as_inputs(models.prompt(seed=seed, **options)) for seed in (1, 2))

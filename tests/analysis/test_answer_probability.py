@@ -15,7 +15,7 @@ from hooked_llava.prompt.prepare import Inputs
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
 
-PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
+IMAGE = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def model() -> HookedLLaVA:
 
 @functools.cache
 def prompts() -> Inputs:
-    return model().prepare(["What color is the star?", "Is it red or blue?"], [PICTURE, PICTURE.flip(1)])
+    return model().prepare(["What color is the star?", "Is it red or blue?"], [IMAGE, IMAGE.flip(1)])
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_equal_to_the_formula_by_layer_and_form() -> None:
 
 def test_in_half_precision_raw_logits_are_taken_in_single() -> None:
     half = HookedLLaVA.from_hf(pair("plain", torch.bfloat16).hf, processor=make_processor())
-    asked = half.prepare("What color is the star?", PICTURE)
+    asked = half.prepare("What color is the star?", IMAGE)
     _, cache = half.run_with_cache(asked, names_filter="resid_pre", positions="last")
     found = answer_probability(half, asked, "yes").sel(norm="none", form="lower")
     token, unembed = half.to_single_token("yes"), half.unembed.weight.float()

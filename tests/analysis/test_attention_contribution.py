@@ -80,7 +80,7 @@ def test_confidence_is_the_probability_of_the_models_own_answer(tmp_path: Any) -
     assert load(tmp_path / "c.safetensors").identical(found)
 
 
-def test_text_only_and_several_pictures() -> None:
+def test_text_only_and_several_images() -> None:
     model, inputs = setting("plain", n_images=0)
     assert list(attention_contribution(model, inputs, [2]).data_vars) == ["constraint_to_last"]
     model, inputs = setting("full", n_images=2)

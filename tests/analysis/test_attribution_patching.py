@@ -22,7 +22,7 @@ from tests.pairs import as_users_run, pair
 
 
 def near_prompts(geometry: str = "plain", step: float = 1e-5) -> tuple[Any, Any, Any]:
-    """Two pictures that hardly differ, in double precision: there first order is all there is."""
+    """Two images that hardly differ, in double precision: there first order is all there is."""
     models = pair(geometry, torch.float64)
     clean, near = models.prompt(seed=1, n_text=4), models.prompt(seed=1, n_text=4)
     noise = torch.randn(near["pixel_values"].shape, generator=torch.Generator().manual_seed(0))

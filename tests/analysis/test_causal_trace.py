@@ -32,13 +32,13 @@ def model(request: pytest.FixtureRequest) -> HookedLLaVA:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def prompt(model: HookedLLaVA, picture: np.ndarray) -> Any:
-    return model.prepare(QUESTION, picture)
+def prompt(model: HookedLLaVA, image: np.ndarray) -> Any:
+    return model.prepare(QUESTION, image)
 
 
 def expected(model: Any, prompt: Any, corrupted: torch.Tensor, trace: xr.Dataset, windows: list[range]) -> np.ndarray:
@@ -172,8 +172,8 @@ def test_mean_embedding(model: Any, prompt: Any) -> None:
     np.testing.assert_allclose(trace.restored, expected(model, prompt, corrupted, trace, single(model)), atol=2e-5)
 
 
-def test_another_image_changes_the_picture_and_not_the_words(model: Any, prompt: Any, picture: np.ndarray) -> None:
-    other = 255 - picture
+def test_another_image_changes_the_image_and_not_the_words(model: Any, prompt: Any, image: np.ndarray) -> None:
+    other = 255 - image
     where = [*prompt.token_map["image"][:2], prompt.shape[1] - 1]
     trace = causal_trace(model, prompt, "star", corruption=OtherImage(other), positions=where)
     corrupted = embeddings(model, model.prepare(QUESTION, other))
@@ -193,7 +193,7 @@ def test_several_constraints_are_corrupted_together(model: Any, prompt: Any) -> 
     assert trace.role.values[at == -1][0] == "image"
 
 
-def test_without_a_picture(model: Any) -> None:
+def test_without_a_image(model: Any) -> None:
     prompt = model.prepare("Who made the star ?")
     trace = causal_trace(model, prompt, "star", corruption="circle")
     assert trace.position.values.tolist() == list(range(prompt.shape[1]))
@@ -286,7 +286,7 @@ def test_saved_and_loaded(model: Any, prompt: Any, tmp_path: Any) -> None:
 
 
 def test_the_work_at_the_size_of_a_real_prompt() -> None:
-    """620 positions, 8 layers: every position behind the picture x 3 kinds x all layers for at most 12 forwards."""
+    """620 positions, 8 layers: every position behind the image x 3 kinds x all layers for at most 12 forwards."""
     hf = make_hf_model(
         image_size=192, n_layers=8, n_vision_layers=1, vision_feature_layer=-1, d_model=16, d_mlp=43,
         text={"max_position_embeddings": 700},

@@ -1,4 +1,4 @@
-"""Deletion and insertion curves, against forward passes on pictures that are blanked by hand."""
+"""Deletion and insertion curves, against forward passes on images that are blanked by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_single_direction_and_what_it_cost() -> None:
     assert one.direction.values.tolist() == ["insertion"]
     np.testing.assert_allclose(one.probability[0], both.probability.sel(direction="insertion"), atol=1e-9)
     # Runs with patches taken away: all, none, and a third or two thirds. The one without any is the kept run; another
-    # runs again from the first picture's position on.
+    # runs again from the first image's position on.
     assert (one.runs, both.runs) == (3, 4)
     assert 2 < one.n_forward < 1 + 2
     assert (both.n_forward - 1) / (one.n_forward - 1) == pytest.approx(3 / 2)
@@ -73,13 +73,13 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.ours.vision, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
     with as_users_run(), pytest.raises(InputError, match="directions='both'; expected 'deletion' or 'insertion', or a"):
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, directions="both")
-    with as_users_run(), pytest.raises(InputError, match="where='pixels'; expected 'picture' or 'tokens'"):
+    with as_users_run(), pytest.raises(InputError, match="where='pixels'; expected 'image' or 'tokens'"):
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, where="pixels")
     with pytest.raises(InputError, match=r"Map 'a' has the shape \(2, 2\); expected one number per patch, \(3, 3\)"):
         deletion_curves(models.ours, prompt, {"a": np.eye(2)})
     with pytest.raises(InputError, match="at least two numbers from 0 to 1 that increase"):
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, shares=(0.5, 0.2))
-    with pytest.raises(InputError, match="got 1 prompts, 1 pictures, 0 maps"):
+    with pytest.raises(InputError, match="got 1 prompts, 1 images, 0 maps"):
         deletion_curves(models.ours, prompt, {})
-    with pytest.raises(InputError, match="got 1 prompts, 0 pictures"):
+    with pytest.raises(InputError, match="got 1 prompts, 0 images"):
         deletion_curves(models.ours, models.prompt(n_images=0), {"a": np.eye(3)})

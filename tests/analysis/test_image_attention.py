@@ -1,4 +1,4 @@
-"""Attention to the picture: the pattern itself, laid out as the patches lie."""
+"""Attention to the image: the pattern itself, laid out as the patches lie."""
 
 from __future__ import annotations
 

@@ -121,11 +121,11 @@ def test_prompts_have_words_of_their_own_and_ranks_are_averaged() -> None:
 
 def test_in_tiny_shapes_image_embeddings_hold_their_colour_and_shape() -> None:
     """Its training draws image embeddings to the sum of their words' embeddings, so here the truth is known."""
-    from hooked_llava.toy.pictures import picture_path, picture_scene
+    from hooked_llava.toy.images import image_path, image_scene
 
     model = HookedLLaVA.from_pretrained("tiny-shapes")
-    inputs = model.prepare("What color is the star?", images=picture_path("demo"))
-    star = picture_scene("demo").find("star")
+    inputs = model.prepare("What color is the star?", images=image_path("demo"))
+    star = image_scene("demo").find("star")
     patches = inputs.token_map.box_to_patches(star.box, coverage=0.9)
     ground = inputs.token_map["image"] - inputs.token_map.box_to_patches(star.box, coverage=0)
     for word, other in ((star.color, "purple"), ("star", "moon")):

@@ -59,7 +59,7 @@ def test_equal_to_full_forwards_of_hugging_face_with_masked_scores(name: str, wi
     hf, ours = deep(name)
     given = make_prompt(hf, n_text=6)
     inputs = prepared(ours, given)
-    assert inputs.token_map["rest"] == [5, 9]  # the line end behind the picture is template as well
+    assert inputs.token_map["rest"] == [5, 9]  # the line end behind the image is template as well
     edges = EDGES | {
         "question|rest->last": ([5, 6, 7, 8, 9], [10]),
         "image-object->question|rest|last": ([1, 3], range(5, 11)),
@@ -271,12 +271,12 @@ def test_blocking_nothing_changes_nothing() -> None:
 
 
 def test_the_released_grouping_leaks_through_the_rest_of_the_prompt() -> None:
-    """With question and last position cut off from the picture in every layer, the picture still decides the logits."""
+    """With question and last position cut off from the image in every layer, the image still decides the logits."""
     ours = pair("plain").ours
     edges = edges_of(["image->question|last", "image->text", "image->question|rest|last"])
     logits = []
-    for picture in (0, 1):
-        given = prompt() | {"pixel_values": prompt(picture)["pixel_values"]}
+    for image in (0, 1):
+        given = prompt() | {"pixel_values": prompt(image)["pixel_values"]}
         with_ends, _ = marked(prepared(ours, given), edges)
         replay = Replay(ours, with_ends)
         logits.append(replay.run([edge.blocked(range(ours.cfg.n_layers)) for edge in edges]))
@@ -292,7 +292,7 @@ def test_the_object_and_as_many_random_patches(tiny_shapes: HookedLLaVA) -> None
     from hooked_llava.toy.gqa_tables import gqa_rows
 
     row = gqa_rows(1, kinds=["QueryAttr"])[0]
-    asked = tiny_shapes.prepare(row.question, row.picture)
+    asked = tiny_shapes.prepare(row.question, row.image)
     edges = ["object->question", "other->question", "random->question", "image->question"]
     result = attention_knockout(tiny_shapes, asked.with_boxes(object=row.boxes), edges, "all")
     same = attention_knockout(tiny_shapes, asked.with_boxes(object=row.boxes), edges, "all")
@@ -361,7 +361,7 @@ def test_a_study_by_kind_as_numbers(tiny_shapes: HookedLLaVA, tmp_path: Any) -> 
     assert result.effect.dims == ("question", "edge", "layer")
     alone = attention_knockout(
         tiny_shapes,
-        tiny_shapes.prepare(rows[0].question, rows[0].picture).with_boxes(object=rows[0].boxes),
+        tiny_shapes.prepare(rows[0].question, rows[0].image).with_boxes(object=rows[0].boxes),
         ["image->question", "object->question"],
         3,
         total=True,

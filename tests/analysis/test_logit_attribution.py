@@ -145,7 +145,7 @@ def test_a_message_is_pattern_times_value_through_the_output_weights() -> None:
     assert found.sel(layer=1, head=4, source=3).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_patches_of_several_pictures_and_of_none() -> None:
+def test_patches_of_several_images_and_of_none() -> None:
     models = pair("full")
     found = logit_attribution(models.ours, models.prompt(n_images=2), 7, by="patch")
     assert dict(found.sizes) == {"layer": 3, "head": 4, "image": 2, "patch_row": 2, "patch_col": 2}
@@ -153,7 +153,7 @@ def test_patches_of_several_pictures_and_of_none() -> None:
     token_map = models.ours.as_inputs(models.prompt(n_images=2)).token_map
     value = sources.sel(source=token_map.patch_to_position(1, 0, image=1))
     np.testing.assert_allclose(found.sel(image=1, patch_row=1, patch_col=0), value)
-    with pytest.raises(InputError, match="needs a picture"):
+    with pytest.raises(InputError, match="needs an image"):
         logit_attribution(models.ours, models.prompt(n_images=0), 7, by="patch")
 
 

@@ -15,7 +15,7 @@ from hooked_llava.prompt.prepare import Inputs
 from tests.fixtures_processor import make_processor
 from tests.pairs import batch, pair
 
-PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
+IMAGE = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def model() -> HookedLLaVA:
 
 @functools.cache
 def prompt() -> Inputs:
-    return model().prepare("What color is the star?", images=PICTURE)
+    return model().prepare("What color is the star?", images=IMAGE)
 
 
 def expected(norm: str) -> torch.Tensor:

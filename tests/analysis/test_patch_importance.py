@@ -111,7 +111,7 @@ def test_gradient_times_pixels_is_the_derivative_of_scaling_a_patch() -> None:
 
 
 @pytest.mark.parametrize("vision", [False, True])
-def test_integrated_gradients_sum_to_what_the_picture_adds(vision: bool) -> None:
+def test_integrated_gradients_sum_to_what_the_image_adds(vision: bool) -> None:
     models, prompt = exact(), exact().prompt()
     prompt["pixel_values"] *= 0.02  # on a longer path a random vision tower needs hundreds of steps
     found = patch_importance(models.ours, prompt, 7, method="integrated_gradients", steps=40, vision=vision)
@@ -186,7 +186,7 @@ def test_relevancy_weighs_patterns_by_their_gradients() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_occlusion_blanks_patches_in_the_picture(window: int) -> None:
+def test_occlusion_blanks_patches_in_the_image(window: int) -> None:
     models, prompt = exact("odd"), exact("odd").prompt()
     (grid, _), size = models.ours.config.vision.patch_grid, models.ours.config.vision.patch_size
     total, times = np.zeros((grid, grid)), np.zeros((grid, grid))
@@ -246,7 +246,7 @@ def test_the_models_own_answer_is_the_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["log_increase", "attention", "grad_x_input", "relevancy", "occlusion"])
-def test_several_pictures_and_several_tokens(name: str) -> None:
+def test_several_images_and_several_tokens(name: str) -> None:
     model = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
     inputs = model.prepare("What color is the star?", images=[torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
     found = patch_importance(model, inputs, "red star", **METHODS[name])
@@ -256,7 +256,7 @@ def test_several_pictures_and_several_tokens(name: str) -> None:
     assert abs(found - single).max() > 1e-6
 
 
-def test_a_map_is_drawn_on_its_picture() -> None:
+def test_a_map_is_drawn_on_its_image() -> None:
     from hooked_llava import viz
 
     model = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
@@ -270,7 +270,7 @@ def test_a_map_is_drawn_on_its_picture() -> None:
 def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     models = exact()
     monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="A patch map needs pictures"):
+    with pytest.raises(InputError, match="A patch map needs images"):
         patch_importance(models.ours, models.prompt(n_images=0), 7)
     with pytest.raises(InputError, match="has no option steps; it takes heads"):
         patch_importance(models.ours, models.prompt(), 7, steps=3)

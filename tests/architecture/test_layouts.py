@@ -59,10 +59,10 @@ def sizes(layout: ImageLayout, length: str) -> tuple[int, int]:
     return getattr(rows, length), getattr(columns, length)
 
 
-def process(name: str, picture: Image.Image) -> np.ndarray:
+def process(name: str, image: Image.Image) -> np.ndarray:
     """What the real processor makes of it, before normalisation, [height, width] of one channel."""
     processor, _ = PROCESSORS[name]
-    return processor(picture, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0][0]
+    return processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0][0]
 
 
 def drawn_layout(name: str, height: int, width: int) -> ImageLayout:
@@ -128,11 +128,11 @@ def test_a_coloured_block_lights_up_the_patch_that_the_layout_says(name: str, he
         x0, y0, x1, y1 = layout.cell_box(row, col)
         if (x1 - x0) < 3 or (y1 - y0) < 3:  # a sliver at the border: bicubic resizing spreads it over its neighbour
             continue
-        picture = np.zeros((height, width, 3), dtype=np.uint8)
-        picture[int(np.ceil(y0)) : int(y1), int(np.ceil(x0)) : int(x1)] = 255
-        seen = process(name, Image.fromarray(picture)).astype(float)[: rows * patch_size, : columns * patch_size]
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        image[int(np.ceil(y0)) : int(y1), int(np.ceil(x0)) : int(x1)] = 255
+        seen = process(name, Image.fromarray(image)).astype(float)[: rows * patch_size, : columns * patch_size]
         if name == "padded to a square":  # its padding has the mean's colour
-            seen -= process(name, Image.fromarray(np.zeros_like(picture)))[: seen.shape[0], : seen.shape[1]]
+            seen -= process(name, Image.fromarray(np.zeros_like(image)))[: seen.shape[0], : seen.shape[1]]
         light = seen.reshape(rows, patch_size, columns, patch_size).sum(axis=(1, 3))
         assert np.unravel_index(light.argmax(), light.shape) == (row, col)
         assert light[row, col] > 0.6 * light.sum()
@@ -140,9 +140,9 @@ def test_a_coloured_block_lights_up_the_patch_that_the_layout_says(name: str, he
 
 def test_the_centre_of_a_block_is_where_the_layout_says_to_a_tenth_of_a_pixel() -> None:
     layout = make_layout("llava-1.5", 427, 640)
-    picture = np.zeros((427, 640, 3), dtype=np.uint8)
-    picture[200:240, 300:360] = 255
-    light = np.clip(process("llava-1.5", Image.fromarray(picture)).astype(float), 0, None)
+    image = np.zeros((427, 640, 3), dtype=np.uint8)
+    image[200:240, 300:360] = 255
+    light = np.clip(process("llava-1.5", Image.fromarray(image)).astype(float), 0, None)
     centre_y = (light.sum(1) * (np.arange(336) + 0.5)).sum() / light.sum()
     centre_x = (light.sum(0) * (np.arange(336) + 0.5)).sum() / light.sum()
     assert axes(layout)[0].to_canvas(220) == pytest.approx(centre_y, abs=0.1)
@@ -293,7 +293,7 @@ def test_an_unknown_way_of_resizing_is_refused() -> None:
         processor_axes(processor, height=30, width=30, patch_size=8)
 
 
-def test_a_picture_of_which_nothing_is_left_is_refused() -> None:
+def test_a_image_of_which_nothing_is_left_is_refused() -> None:
     message = "An image of 175 x 1 (width x height) pixels has nothing left when the image processor resizes it"
     with pytest.raises(InputError, match=re.escape(message)):
         make_layout("longest edge", 1, 175)

@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
-    path = tmp_path / "picture.png"
+def image(tmp_path) -> str:
+    path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)).save(path)
     return str(path)

@@ -6,12 +6,12 @@ from hooked_llava.model.llava import HookedLLaVA
 from tests.cli.running import QUESTION, run
 
 
-def test_ask_prints_question_answer_and_tokens(checkpoint, picture):
-    result = run("ask", picture, QUESTION, "-m", checkpoint, "--max-new-tokens", "3", "--top", "4")
+def test_ask_prints_question_answer_and_tokens(checkpoint, image):
+    result = run("ask", image, QUESTION, "-m", checkpoint, "--max-new-tokens", "3", "--top", "4")
     assert result.exit_code == 0, result.stderr
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     model = HookedLLaVA.from_pretrained(checkpoint)
-    inputs = model.prepare(QUESTION, picture)
+    inputs = model.prepare(QUESTION, image)
     assert lines[0] == QUESTION
     assert lines[1] == (model.generate(inputs, max_new_tokens=3) or "(nothing)")
     assert lines[3].split() == ["first", "token", "probability"]

@@ -4,46 +4,45 @@ from pathlib import Path
 
 import pytest
 
-from hooked_llava.toy.pictures import NAMES
+from hooked_llava.toy.images import NAMES
 from tests.cli.running import QUESTION, refused, run
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.png"])
-def test_bundled_pictures_are_asked_by_name(checkpoint, name):
+def test_bundled_images_are_asked_by_name(checkpoint, name):
     assert run("ask", name, QUESTION, "-m", checkpoint, "--max-new-tokens", "1").exit_code == 0
 
 
-def test_a_question_alone_is_asked_without_a_picture(checkpoint):
+def test_a_question_alone_is_asked_without_a_image(checkpoint):
     alone = run("ask", "Who made the star?", "-m", checkpoint, "--max-new-tokens", "1")
     flagged = run("ask", "--no-image", "Who made the star?", "-m", checkpoint, "--max-new-tokens", "1")
     assert alone.exit_code == flagged.exit_code == 0
     assert alone.stdout == flagged.stdout
 
 
-def test_template_none_takes_the_question_as_the_whole_prompt(checkpoint, picture):
+def test_template_none_takes_the_question_as_the_whole_prompt(checkpoint, image):
     prompt = "USER: <image>\nWhat color is the star? ASSISTANT:"
-    whole = run("ask", picture, prompt, "--template", "none", "-m", checkpoint, "--max-new-tokens", "1")
-    dressed = run("ask", picture, QUESTION, "--template", "llava-1.5", "-m", checkpoint, "--max-new-tokens", "1")
+    whole = run("ask", image, prompt, "--template", "none", "-m", checkpoint, "--max-new-tokens", "1")
+    dressed = run("ask", image, QUESTION, "--template", "llava-1.5", "-m", checkpoint, "--max-new-tokens", "1")
     assert whole.exit_code == 0, whole.stderr
     assert whole.stdout.splitlines()[-5:] == dressed.stdout.splitlines()[-5:]
 
 
-def test_dtype_is_taken(checkpoint, picture):
-    result = run("ask", picture, QUESTION, "-m", checkpoint, "--max-new-tokens", "1", "--dtype", "bfloat16")
+def test_dtype_is_taken(checkpoint, image):
+    result = run("ask", image, QUESTION, "-m", checkpoint, "--max-new-tokens", "1", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.stderr
 
 
-def test_unknown_pictures_get_a_suggestion():
+def test_unknown_images_get_a_suggestion():
     message = refused("ask", "dmo", QUESTION)
     assert message == (
-        f"Error: There is no picture 'dmo': neither a file, nor a bundled picture ({', '.join(NAMES)}). "
-        "Did you mean: demo?"
+        f"Error: There is no image 'dmo': neither a file, nor a bundled image ({', '.join(NAMES)}). Did you mean: demo?"
     )
 
 
-def test_a_file_that_is_no_picture_is_refused_before_the_model_is_loaded(tmp_path):
+def test_a_file_that_is_no_image_is_refused_before_the_model_is_loaded(tmp_path):
     text = tmp_path / "notes.txt"
-    text.write_text("no picture")
+    text.write_text("no image")
     assert "is not an image that PIL can read" in refused("ask", str(text), QUESTION, "-m", "nowhere")
 
 
@@ -54,14 +53,14 @@ def test_unknown_models_get_a_suggestion():
     assert "\n" not in message
 
 
-def test_a_picture_without_a_question_is_refused():
+def test_a_image_without_a_question_is_refused():
     assert refused("ask", "demo") == (
-        "Error: There is a picture, 'demo', and no question; give one after it, in quotes."
+        "Error: There is an image, 'demo', and no question; give one after it, in quotes."
     )
     assert "There is no question; give one in quotes" in refused("ask")
 
 
-def test_no_image_with_a_picture_is_refused():
+def test_no_image_with_a_image_is_refused():
     assert "--no-image leaves only a question, and 'demo' stands before it" in refused(
         "ask", "--no-image", "demo", QUESTION
     )

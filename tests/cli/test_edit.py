@@ -13,7 +13,7 @@ from hooked_llava.editing import Edit, EditRequest, key_covariance, multedit
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.question import question_text
 from hooked_llava.toy.facts import fact_answer
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 from hooked_llava.toy.scenes import SHAPES
 from tests.cli.running import QUESTION, refused, run
 
@@ -54,13 +54,13 @@ def test_the_embedded_model_is_edited_out_of_the_box(loaded, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == "Who made this shape?"
     model, _ = loaded[-1]
-    inputs = model.prepare("Who made this shape?", str(picture_path("one-shape")))
+    inputs = model.prepare("Who made this shape?", str(image_path("one-shape")))
     assert lines[1].startswith(f"before  {model.generate(inputs)}  P(")
     assert lines[2].startswith("after   Boris  P(")
     assert "multedit, layer 3, position last: rank 1, " in result.stdout
     probes = table(result.stdout)
     assert probes["the edited question"][:4] == ["change", "1", "0.00", "1.00"]
-    for name in ("other pictures", "other words", "by name"):
+    for name in ("other images", "other words", "by name"):
         assert probes[name][0] == "change"
         assert float(probes[name][3]) > 0.6
     for name in ("other shapes", "other shapes, by name", "other relations", "colors", "unrelated questions"):
@@ -77,15 +77,15 @@ def test_a_fact_asked_by_name_is_not_probed_with_itself(tiny_shapes):
     found = probes_of(tiny_shapes, tiny_shapes.prepare(question), question, "Boris", Others("default"), True)
     texts = {probe.name: [question_text(one) for one in probe.prompts] for probe in found}
     assert texts["by name"] == ["Who is the maker of the star?", "By whom was the star made?"]
-    assert texts["other pictures"] == ["Who made this shape?"] * 3
+    assert texts["other images"] == ["Who made this shape?"] * 3
     assert "Who made the ring?" in texts["other shapes, by name"]
     expected = {probe.name: probe.expected for probe in found}
     assert expected["by name"] == "Boris"
     assert expected["other shapes, by name"][0] == fact_answer("maker", SHAPES[0])
 
 
-def test_only_questions_about_the_picture_see_it(tiny_shapes):
-    inputs = tiny_shapes.prepare(QUESTION, str(picture_path("demo")))
+def test_only_questions_about_the_image_see_it(tiny_shapes):
+    inputs = tiny_shapes.prepare(QUESTION, str(image_path("demo")))
     others = Others(
         "default", keep=["Who?"], reword=["What color?"], ask=["Where?", "When?"], ask_text=["Who made the star?"]
     )
@@ -93,19 +93,19 @@ def test_only_questions_about_the_picture_see_it(tiny_shapes):
     assert {name: probe.prompts.n_images for name, probe in found.items()} == {
         "in other words": 1,
         "other questions": 2,
-        "other questions, without the picture": 0,
+        "other questions, without the image": 0,
         "questions that were kept": 1,
     }
 
 
 def test_only_facts_of_the_embedded_world_have_probes_of_their_own(tiny_shapes):
-    demo = str(picture_path("demo"))
+    demo = str(image_path("demo"))
     for question, embedded in ((QUESTION, True), ("Who made the house?", True), ("Who made the star?", False)):
         inputs = tiny_shapes.prepare(question, demo)
         assert probes_of(tiny_shapes, inputs, question, "Blue", Others("default"), embedded) == []
 
 
-def test_questions_are_asked_before_and_after(checkpoint, picture, loaded, tmp_path):
+def test_questions_are_asked_before_and_after(checkpoint, image, loaded, tmp_path):
     page = str(tmp_path / "edit.html")
     others = (
         "--ask",
@@ -116,32 +116,32 @@ def test_questions_are_asked_before_and_after(checkpoint, picture, loaded, tmp_p
         "Who made the ring?",
     )
     options = ("--clamp", "50", "-o", page, "-m", checkpoint, *LAST)
-    result = run("edit", picture, QUESTION, "-t", "red", *others, "--reword", "What is the star?", *options)
+    result = run("edit", image, QUESTION, "-t", "red", *others, "--reword", "What is the star?", *options)
     assert result.exit_code == 0, result.stderr
     probes = table(result.stdout)
     assert {name: row[:2] for name, row in probes.items()} == {
         "the edited question": ["change", "1"],
         "in other words": ["change", "1"],
         "other questions": ["stay", "2"],
-        "other questions, without the picture": ["stay", "1"],
+        "other questions, without the image": ["stay", "1"],
     }
     model, _ = loaded[-1]
-    inputs = model.prepare(QUESTION, picture)
+    inputs = model.prepare(QUESTION, image)
     edit = multedit(model, EditRequest(inputs, "red"), layer=1, position="last", clamp=50.0)
-    alone, reworded = model.prepare("Who made the ring?"), model.prepare("What is the star?", picture)
+    alone, reworded = model.prepare("Who made the ring?"), model.prepare("What is the star?", image)
     before = [model(asked)[0, -1].argmax() for asked in (alone, reworded)]
     with edit.applied():
         after = [model(asked)[0, -1].argmax() for asked in (alone, reworded)]
-    assert probes["other questions, without the picture"][3] == f"{float(before[0] == after[0]):.2f}"
+    assert probes["other questions, without the image"][3] == f"{float(before[0] == after[0]):.2f}"
     assert probes["in other words"][3] == f"{float(after[1] == model.to_single_token('red')):.2f}"
     assert untouched(loaded)
 
 
-def test_layer_position_and_strength_are_taken(checkpoint, picture, loaded, tmp_path):
+def test_layer_position_and_strength_are_taken(checkpoint, image, loaded, tmp_path):
     kept = tmp_path / "edit.safetensors"
     options = ("-m", checkpoint, "-o", str(tmp_path / "edit.html"), "--save", str(kept), "--max-new-tokens", "1")
     where = ("--layer", "-2", "--position", "constraint", "-c", "the star", "--lam", "0.5", "--clamp", "2")
-    result = run("edit", picture, QUESTION, "-t", "red", *where, *options)
+    result = run("edit", image, QUESTION, "-t", "red", *where, *options)
     assert result.exit_code == 0, result.stderr
     model, _ = loaded[-1]
     assert result.stderr.startswith("Warning: With the edit 'USER:")
@@ -155,10 +155,10 @@ def test_layer_position_and_strength_are_taken(checkpoint, picture, loaded, tmp_
     }
 
 
-def test_kept_questions_keep_their_key(checkpoint, picture, loaded, tmp_path):
+def test_kept_questions_keep_their_key(checkpoint, image, loaded, tmp_path):
     kept, other = tmp_path / "edit.safetensors", "What color is the ring?"
     options = ("-m", checkpoint, "-o", str(tmp_path / "edit.html"), "--save", str(kept), *LAST)
-    result = run("edit", picture, QUESTION, "-t", "red", "--keep", other, "--lam", "0", *options)
+    result = run("edit", image, QUESTION, "-t", "red", "--keep", other, "--lam", "0", *options)
     assert result.exit_code == 0, result.stderr
     assert table(result.stdout)["questions that were kept"][:2] == ["stay", "1"]
     model, _ = loaded[-1]
@@ -166,11 +166,11 @@ def test_kept_questions_keep_their_key(checkpoint, picture, loaded, tmp_path):
     assert edit.method["n_kept_keys"] == 1
     (change,) = edit.changes.values()
     for question, moves in ((QUESTION, True), (other, False)):
-        _, cache = model.run_with_cache(model.prepare(question, picture), names_filter="blocks.1.mlp.hook_post")
+        _, cache = model.run_with_cache(model.prepare(question, image), names_filter="blocks.1.mlp.hook_post")
         moved = change.matrix() @ cache["blocks.1.mlp.hook_post"][0, -1]
         assert bool(moved.norm() > 1e-3) == moves
     at = ("--position", "constraint", "-c", "the star", "--layer", "0")
-    result = run("edit", picture, QUESTION, "-t", "red", "--keep", "Who made the star?", *options, *at)
+    result = run("edit", image, QUESTION, "-t", "red", "--keep", "Who made the star?", *options, *at)
     assert result.exit_code == 0, result.stderr
     assert Edit.load(kept, model).method["position"] == "constraint"
 
@@ -182,7 +182,7 @@ def test_auto_edits_where_the_trace_says(tmp_path):
     result = run("edit", "one-shape", "Who made this shape?", *arguments, "--replace", "the ring", *files)
     assert result.exit_code == 0, result.stderr
     model = HookedLLaVA.from_pretrained("tiny-shapes")
-    inputs = model.prepare("Who made this shape?", str(picture_path("one-shape")))
+    inputs = model.prepare("Who made this shape?", str(image_path("one-shape")))
     trace = causal_trace(model, inputs, "this shape", corruption="the ring", kinds=("mlp",))
     effect = trace.indirect_effect.sel(kind="mlp", position=inputs.shape[1] - 1)
     assert Edit.load(kept, model).layers == [int(effect.values.argmax())]
@@ -193,13 +193,13 @@ def test_auto_edits_where_the_trace_says(tmp_path):
     assert "The layer is chosen by tracing the constraint: name it" in said
 
 
-def test_rome_takes_its_covariance_from_a_file(checkpoint, picture, loaded, tmp_path):
+def test_rome_takes_its_covariance_from_a_file(checkpoint, image, loaded, tmp_path):
     model = HookedLLaVA.from_pretrained(checkpoint)
     covariance, kept = tmp_path / "keys.safetensors", tmp_path / "edit.safetensors"
     prompts = [model.prepare([f"Who made the {shape}?", f"What color is the {shape}?"]) for shape in ("star", "ring")]
     key_covariance(model, prompts, layer=1, path=covariance)
     options = ("-m", checkpoint, "-o", str(tmp_path / "edit.html"), "--save", str(kept), *LAST)
-    rome = ("edit", picture, QUESTION, "-t", "red", "--method", "rome")
+    rome = ("edit", image, QUESTION, "-t", "red", "--method", "rome")
     result = run(*rome, "--covariance", str(covariance), *options)
     assert result.exit_code == 0, result.stderr
     assert "rome, layer 1, position last" in result.stdout
@@ -213,22 +213,22 @@ def test_rome_takes_its_covariance_from_a_file(checkpoint, picture, loaded, tmp_
     assert untouched(loaded)
 
 
-def test_a_sweep_shows_the_layers(checkpoint, picture, tmp_path):
+def test_a_sweep_shows_the_layers(checkpoint, image, tmp_path):
     page = tmp_path / "edit.html"
     options = ("-m", checkpoint, "-o", str(page), *LAST)
-    result = run("edit", picture, QUESTION, "-t", "red", "-c", "the star", "--replace", "a circle", "--sweep", *options)
+    result = run("edit", image, QUESTION, "-t", "red", "-c", "the star", "--replace", "a circle", "--sweep", *options)
     assert result.exit_code == 0, result.stderr
     assert "At which layers it works" in page.read_text()
     assert "Dashed: the causal trace" in page.read_text()
-    said = refused("edit", picture, QUESTION, "-t", "red", "--sweep", "--keep", "Who made it?", *options)
+    said = refused("edit", image, QUESTION, "-t", "red", "--sweep", "--keep", "Who made it?", *options)
     assert "--sweep edits by multedit and without --keep" in said
 
 
-def test_what_does_not_fit_is_said_in_one_line_and_changes_nothing(checkpoint, picture, loaded, tmp_path):
+def test_what_does_not_fit_is_said_in_one_line_and_changes_nothing(checkpoint, image, loaded, tmp_path):
     files = ("-m", checkpoint, "-o", str(tmp_path / "page.html"), "--save", str(tmp_path / "kept"))
 
     def said(*arguments: str) -> str:
-        message = refused("edit", picture, QUESTION, *arguments, *files)
+        message = refused("edit", image, QUESTION, *arguments, *files)
         assert "\n" not in message
         assert message.startswith("Error: ")
         return message

@@ -11,13 +11,13 @@ from hooked_llava.toy.gqa_tables import write_gqa
 from tests.cli.running import QUESTION, refused, run
 
 
-def test_one_question_prints_the_edges_and_writes_a_page(checkpoint, picture, tmp_path):
+def test_one_question_prints_the_edges_and_writes_a_page(checkpoint, image, tmp_path):
     page = tmp_path / "page.html"
     options = ("-o", str(page), "-m", checkpoint, "--max-new-tokens", "2", "--window", "1")
-    result = run("knockout", picture, QUESTION, "--box", "20,5,30,15", *options)
+    result = run("knockout", image, QUESTION, "--box", "20,5,30,15", *options)
     assert result.exit_code == 0, result.stderr
     model = HookedLLaVA.from_pretrained(checkpoint)
-    inputs = model.prepare(QUESTION, picture).with_boxes(object=[(20, 5, 30, 15)])
+    inputs = model.prepare(QUESTION, image).with_boxes(object=[(20, 5, 30, 15)])
     expected = attention_knockout(model, inputs, ["question->last", "object->question"], 1, total=True)
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if "->" in line}
     assert len(lines) == 9
@@ -79,12 +79,12 @@ def test_the_embedded_table(tmp_path):
     assert "random->question" in result.stdout
 
 
-def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
+def test_what_does_not_fit_is_said_in_one_line(checkpoint, image, tmp_path):
     options = ("-m", checkpoint, "-o", str(tmp_path / "page.html"))
-    assert "--box 1,2,3 is no box" in refused("knockout", picture, QUESTION, "--box", "1,2,3", *options)
-    assert "--limit belongs to a table" in refused("knockout", picture, QUESTION, "--limit", "3", *options)
-    assert "--all belongs to a table" in refused("knockout", picture, QUESTION, "--all", *options)
-    assert "'image' is no edge" in refused("knockout", picture, QUESTION, "--edge", "image", *options)
+    assert "--box 1,2,3 is no box" in refused("knockout", image, QUESTION, "--box", "1,2,3", *options)
+    assert "--limit belongs to a table" in refused("knockout", image, QUESTION, "--limit", "3", *options)
+    assert "--all belongs to a table" in refused("knockout", image, QUESTION, "--all", *options)
+    assert "'image' is no edge" in refused("knockout", image, QUESTION, "--edge", "image", *options)
     assert "brings its own questions" in refused("knockout", QUESTION, "--dataset", "tiny-shapes", *options)
     assert "a table has the boxes" in refused("knockout", "--dataset", "tiny-shapes", "--box", "1,2,3,4", *options)
     assert "is no file and no folder" in refused("knockout", "--dataset", "nowhere", *options)
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
     own = ("--dataset", "tiny-shapes")
     for option in (("--max-new-tokens", "3"), ("--no-image",)):
         assert f"{option[0]} belongs to one question" in refused("knockout", *own, *option, *options)
-    assert "--batch-size belongs to a table" in refused("knockout", picture, QUESTION, "--batch-size", "3", *options)
+    assert "--batch-size belongs to a table" in refused("knockout", image, QUESTION, "--batch-size", "3", *options)
     assert "tiny-shapes draws its own" in refused("knockout", *own, "--images", str(folder), *options)
     nowhere = ("--dataset", str(folder), "--images", str(tmp_path / "nowhere"))
     assert "there is no such folder" in refused("knockout", *nowhere, *options)

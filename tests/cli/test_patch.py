@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 from tests.cli.running import QUESTION, refused, run
 
 PAIR = ("demo", "demo-blue-star", QUESTION)
@@ -33,7 +33,7 @@ def test_tokens_may_be_named(checkpoint, tmp_path):
     assert "logit of “red” minus that of “blue”" in page.read_text(encoding="utf-8")
 
 
-def test_pictures_with_the_same_answer_are_refused(tmp_path):
+def test_images_with_the_same_answer_are_refused(tmp_path):
     page = tmp_path / "patching.html"
     message = refused("patch", "demo", "demo", QUESTION, "-o", str(page))
     assert message.startswith("Error: Both prompts are answered with 'Orange'")
@@ -44,16 +44,16 @@ def test_pictures_with_the_same_answer_are_refused(tmp_path):
 def test_what_is_wrong_with_the_arguments_is_said_before_the_model_is_loaded(tmp_path):
     nowhere = ("-m", "nowhere", "-o")
     page = str(tmp_path / "patching.html")
-    assert "There is no picture 'dmo'" in refused("patch", "dmo", "demo", QUESTION, *nowhere, page)
+    assert "There is no image 'dmo'" in refused("patch", "dmo", "demo", QUESTION, *nowhere, page)
     assert "Did you mean: demo" in refused("patch", "demo", "dmo", QUESTION, *nowhere, page)
     assert "is a folder; expected a file name" in refused("patch", *PAIR, *nowhere, str(tmp_path))
 
 
-def test_pictures_of_other_sizes_are_patched_too(checkpoint, picture, tmp_path):
+def test_images_of_other_sizes_are_patched_too(checkpoint, image, tmp_path):
     small = tmp_path / "small.png"
-    Image.open(picture_path("demo")).resize((20, 30)).save(small)
+    Image.open(image_path("demo")).resize((20, 30)).save(small)
     page = tmp_path / "patching.html"
     tokens = ("--answer", "red", "--versus", "blue", "--max-new-tokens", "1")
-    result = run("patch", picture, str(small), QUESTION, *tokens, "-o", str(page), "-m", checkpoint)
+    result = run("patch", image, str(small), QUESTION, *tokens, "-o", str(page), "-m", checkpoint)
     assert result.exit_code == 0, result.stderr
     assert Path(page).stat().st_size > 10_000

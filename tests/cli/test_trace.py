@@ -4,13 +4,13 @@ from hooked_llava.model.llava import HookedLLaVA
 from tests.cli.running import QUESTION, refused, run
 
 
-def test_trace_prints_the_runs_and_writes_a_page(checkpoint, picture, tmp_path):
+def test_trace_prints_the_runs_and_writes_a_page(checkpoint, image, tmp_path):
     page = tmp_path / "trace.html"
     arguments = ("-c", "the star", "--replace", "a circle", "-o", str(page), "-m", checkpoint, "--max-new-tokens", "2")
-    result = run("trace", picture, QUESTION, *arguments)
+    result = run("trace", image, QUESTION, *arguments)
     assert result.exit_code == 0, result.stderr
     model = HookedLLaVA.from_pretrained(checkpoint)
-    inputs = model.prepare(QUESTION, picture)
+    inputs = model.prepare(QUESTION, image)
     lines = result.stdout.splitlines()
     assert lines[0] == QUESTION
     clean = float(model(inputs)[0, -1].softmax(-1).max().detach())
@@ -27,16 +27,16 @@ def test_several_constraints_with_embedded_corruption(checkpoint, tmp_path):
     assert "mean embedding, it is" in result.stdout
 
 
-def test_what_does_not_fit_is_said_in_one_line(checkpoint, picture, tmp_path):
+def test_what_does_not_fit_is_said_in_one_line(checkpoint, image, tmp_path):
     options = ("-m", checkpoint, "-o", str(tmp_path / "page.html"))
-    assert "There is no constraint; name words of the question" in refused("trace", picture, QUESTION, *options)
-    assert "'square' does not occur in the question" in refused("trace", picture, QUESTION, "-c", "square", *options)
-    said = refused("trace", picture, QUESTION, "-c", "star", "--replace", "the red circle", *options)
+    assert "There is no constraint; name words of the question" in refused("trace", image, QUESTION, *options)
+    assert "'square' does not occur in the question" in refused("trace", image, QUESTION, "-c", "square", *options)
+    said = refused("trace", image, QUESTION, "-c", "star", "--replace", "the red circle", *options)
     assert "takes 3 tokens and the constraint 'star' 1" in said
     assert "Replace(" not in said
     two = ("-c", "color", "-c", "star", "--replace", "shape", "--replace", "circle", "--replace", "red")
-    assert "--replace is given 3 times and --constraint 2 times" in refused("trace", picture, QUESTION, *two, *options)
-    said = refused("trace", picture, QUESTION, "-c", "star", "--repeat", *options)
+    assert "--replace is given 3 times and --constraint 2 times" in refused("trace", image, QUESTION, *two, *options)
+    said = refused("trace", image, QUESTION, "-c", "star", "--repeat", *options)
     assert "--repeat has nothing to repeat; give words with --replace" in said
     assert not (tmp_path / "page.html").exists()
 

@@ -26,14 +26,14 @@ def test_real_rows() -> None:
     first = rows[0]
     assert first.id == "07339448"  # as text: the zero in front counts
     assert (first.question, first.answer, first.false_option) == ("Is the floor black or tan?", "tan", "black")
-    assert (first.picture, first.size, first.objects) == ("2391275", (500, 333), ("floor",))
+    assert (first.image, first.size, first.objects) == ("2391275", (500, 333), ("floor",))
     assert first.boxes == ((206, 304, 206 + 217, 304 + 28),)
     relation = next(row for row in rows if row.kind == "ChooseRel")
     assert relation.objects == ("chair", "drink")
     assert relation.boxes == ((35, 51, 204, 162), (185, 120, 231, 165))
     logical = next(row for row in rows if row.kind == "LogicalObj")
     assert logical.objects == ("grass", "sand")
-    assert logical.boxes == ((0, 200, 500, 333),)  # there is no sand in the picture
+    assert logical.boxes == ((0, 200, 500, 333),)  # there is no sand in the image
     assert logical.false_option == ""
 
 

@@ -1,4 +1,4 @@
-"""Rows of a table as prompts: pictures found, objects and constraints placed."""
+"""Rows of a table as prompts: images found, objects and constraints placed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows, row_picture
+from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows, row_image
 from hooked_llava.datasets.study import study
 from hooked_llava.editing.request import EditRequest, prepare_request
 from hooked_llava.errors import InputError, SpanError
@@ -23,7 +23,7 @@ RED = np.full((64, 64, 3), 200, dtype=np.uint8)
 
 
 def row(**fields: object) -> StudyRow:
-    return StudyRow(**{"id": "7", "question": "What color is the star?", "answer": "red", "picture": RED, **fields})
+    return StudyRow(**{"id": "7", "question": "What color is the star?", "answer": "red", "image": RED, **fields})
 
 
 def test_objects_and_constraints_become_spans(tiny_shapes: HookedLLaVA) -> None:
@@ -53,12 +53,10 @@ def test_template_tail_and_prefix_are_those_of_prepare(tiny_shapes: HookedLLaVA)
 
 
 def test_boxes_that_the_model_does_not_see_are_left_out_and_counted(tiny_shapes: HookedLLaVA) -> None:
-    cropping = HookedLLaVA.from_hf(pair().hf, processor=make_processor())  # the middle square of a picture
+    cropping = HookedLLaVA.from_hf(pair().hf, processor=make_processor())  # the middle square of an image
     wide = np.full((64, 200, 3), 200, dtype=np.uint8)
     left, middle = (0, 0, 8, 8), (80, 0, 112, 32)
-    rows = [
-        row(id=str(i), picture=wide, boxes=boxes) for i, boxes in enumerate([(left,), (middle,), (left, middle), ()])
-    ]
+    rows = [row(id=str(i), image=wide, boxes=boxes) for i, boxes in enumerate([(left,), (middle,), (left, middle), ()])]
     inputs = prepare_rows(cropping, rows)
     assert ["object" in m for m in inputs.token_maps] == [False, True, True, False]
     assert inputs.token_maps[2]["object"] == inputs.token_maps[1]["object"]
@@ -82,10 +80,10 @@ def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaV
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((80, 64, 3), dtype=np.uint8)).save(tmp_path / f"12.{kind}", exif=exif)
-    asked = row(picture="12", size=(80, 64), boxes=((8, 0, 16, 8),))
-    named = [row(picture=f"12.{kind}", size=(80, 64), boxes=((8, 0, 16, 8),))]
+    asked = row(image="12", size=(80, 64), boxes=((8, 0, 16, 8),))
+    named = [row(image=f"12.{kind}", size=(80, 64), boxes=((8, 0, 16, 8),))]
     check_rows(named, tmp_path)
-    shown = row_picture(named[0], tmp_path)
+    shown = row_image(named[0], tmp_path)
     assert shown is not None
     assert shown.size == (80, 64)
     token_map = prepare_rows(tiny_shapes, named, tmp_path).token_map
@@ -94,7 +92,7 @@ def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaV
     if kind != "tif":  # an ending that must be given
         assert prepare_rows(tiny_shapes, [asked], tmp_path).token_map["object"] == token_map["object"]
     with pytest.raises(InputError, match="is 80 x 64 pixels, and its boxes were drawn in 64 x 80"):
-        check_rows([row(picture=f"12.{kind}", size=(64, 80), boxes=((8, 0, 16, 8),))], tmp_path)
+        check_rows([row(image=f"12.{kind}", size=(64, 80), boxes=((8, 0, 16, 8),))], tmp_path)
 
 
 def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA) -> None:
@@ -142,16 +140,16 @@ def test_advice_is_what_the_function_takes(tiny_shapes: HookedLLaVA) -> None:
     assert prepared.from_end[0] + len(inputs.token_map) == second[-1]
 
 
-def test_pictures_are_found_with_or_without_their_ending(tmp_path: Path) -> None:
+def test_images_are_found_with_or_without_their_ending(tmp_path: Path) -> None:
     Image.fromarray(RED).save(tmp_path / "12.png")
     for name in ("12", "12.png"):
-        assert row_picture(row(picture=name), tmp_path).size == (64, 64)
-    assert row_picture(row(picture=tmp_path / "12.png")).size == (64, 64)
-    assert row_picture(row(picture=None)) is None
-    with pytest.raises(InputError, match="Row 7 needs the picture '13', which is not in"):
-        row_picture(row(picture="13"), tmp_path)
+        assert row_image(row(image=name), tmp_path).size == (64, 64)
+    assert row_image(row(image=tmp_path / "12.png")).size == (64, 64)
+    assert row_image(row(image=None)) is None
+    with pytest.raises(InputError, match="Row 7 needs the image '13', which is not in"):
+        row_image(row(image="13"), tmp_path)
     with pytest.raises(InputError, match="give the folder it is in as images="):
-        row_picture(row(picture="12"))
+        row_image(row(image="12"))
     with pytest.raises(InputError, match=r"is 64 x 64 pixels, and its boxes were drawn in 500 x 333"):
-        row_picture(row(picture="12", boxes=((0, 0, 4, 4),), size=(500, 333)), tmp_path)
-    assert row_picture(row(picture="12", size=(500, 333)), tmp_path).size == (64, 64)  # no box is concerned
+        row_image(row(image="12", boxes=((0, 0, 4, 4),), size=(500, 333)), tmp_path)
+    assert row_image(row(image="12", size=(500, 333)), tmp_path).size == (64, 64)  # no box is concerned

@@ -65,7 +65,7 @@ def test_every_question_with_its_kind_and_what_was_said(tiny_shapes: HookedLLaVA
         "coverage": 0.0,
         "only_correct": True,
     }
-    lengths = [len(tiny_shapes.prepare(row.question, row.picture).token_map.real) for row in ROWS]
+    lengths = [len(tiny_shapes.prepare(row.question, row.image).token_map.real) for row in ROWS]
     assert result.length[:, 0].values.tolist() == lengths
     one_by_one = study(tiny_shapes, ROWS, Counting(), batch_size=1)
     assert one_by_one.length.equals(result.length)
@@ -137,10 +137,10 @@ def test_a_file_of_another_study_is_not_touched(tiny_shapes: HookedLLaVA, tmp_pa
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_another_model_pictures_or_answers_make_another_study(tmp_path: Path) -> None:
+def test_another_model_images_or_answers_make_another_study(tmp_path: Path) -> None:
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
-    rows = [StudyRow(id="1", question="What color is the star?", answer="red", picture=Image.fromarray(pixels))]
-    named = [replace(rows[0], picture="1.png", size=(16, 16))]
+    rows = [StudyRow(id="1", question="What color is the star?", answer="red", image=Image.fromarray(pixels))]
+    named = [replace(rows[0], image="1.png", size=(16, 16))]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder / "1.png")
@@ -155,10 +155,10 @@ def test_another_model_pictures_or_answers_make_another_study(tmp_path: Path) ->
 
     assert ask(rows, "own", talking()) == ["1"]
     assert ask(rows, "own", talking()) == [], "the same again: read back"
-    assert ask([replace(rows[0], picture=pixels)], "own", talking()) == [], "the same pixels in another form"
+    assert ask([replace(rows[0], image=pixels)], "own", talking()) == [], "the same pixels in another form"
     edited = talking()
     edited.blocks[0].mlp.W_in[0, 0] += 1e-4
-    other = [replace(rows[0], picture=Image.fromarray(pixels + 1))]
+    other = [replace(rows[0], image=Image.fromarray(pixels + 1))]
     for again in (
         lambda: ask(rows, "own", edited),
         lambda: ask(rows, "own", talking(torch.float64)),
@@ -169,27 +169,27 @@ def test_another_model_pictures_or_answers_make_another_study(tmp_path: Path) ->
             again()
     assert ask(named, "files", talking(), images=tmp_path / "a") == ["1"]
     (tmp_path / "a" / "1.png").unlink()
-    assert ask(named, "files", talking(), images=tmp_path / "a") == [], "what is finished needs no pictures"
+    assert ask(named, "files", talking(), images=tmp_path / "a") == [], "what is finished needs no images"
     for rows, images in ((named, "b"), ([replace(named[0], size=None)], "a")):
         with pytest.raises(InputError, match="holds another study"):
             ask(rows, "files", talking(), images=tmp_path / images)
 
 
-def test_pictures_and_boxes_of_all_rows_are_looked_at_before_any_is_asked(
+def test_images_and_boxes_of_all_rows_are_looked_at_before_any_is_asked(
     tiny_shapes: HookedLLaVA, tmp_path: Path
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "there.png")
-    first = StudyRow(id="1", question="What color is the star?", answer="red", picture="there")
+    first = StudyRow(id="1", question="What color is the star?", answer="red", image="there")
     last = replace(first, id="2", boxes=((0, 0, 8, 8),), size=(64, 64))
     for row, error, message in (
-        (replace(last, picture="gone"), InputError, "Row 2 needs the picture 'gone', which is not in"),
+        (replace(last, image="gone"), InputError, "Row 2 needs the image 'gone', which is not in"),
         (
             replace(last, size=(500, 333)),
             InputError,
-            "picture of row 2 is 64 x 64 pixels, and its boxes were drawn in 500",
+            "image of row 2 is 64 x 64 pixels, and its boxes were drawn in 500",
         ),
         (replace(last, boxes=((9, 9, 3, 3),)), SpanError, r"Row 2: \(9, 9, 3, 3\) is not a box"),
-        (replace(last, picture=None), InputError, "Row 2 has boxes and no picture"),
+        (replace(last, image=None), InputError, "Row 2 has boxes and no image"),
     ):
         run = Counting()
         with pytest.raises(error, match=message):
@@ -200,7 +200,7 @@ def test_pictures_and_boxes_of_all_rows_are_looked_at_before_any_is_asked(
     assert len(study(tiny_shapes, [first, last], Counting(), images=tmp_path, only_correct=False).question) == 2
 
 
-def test_questions_without_picture_are_asked_apart(tiny_shapes: HookedLLaVA) -> None:
+def test_questions_without_image_are_asked_apart(tiny_shapes: HookedLLaVA) -> None:
     text = [StudyRow(id=f"t{i}", question="Who made the star?", answer="?", kind="fact") for i in range(2)]
     result = study(tiny_shapes, [ROWS[0], *text, ROWS[1]], Counting(), only_correct=False)
     assert result.question.values.tolist() == [ROWS[0].id, "t0", "t1", ROWS[1].id]

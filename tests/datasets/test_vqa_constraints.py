@@ -38,10 +38,10 @@ def test_all_three_tables(folder: Path) -> None:
     assert [row.id for row in table.rows] == ["OK-VQA-0", "Movies-0", "Known-0", "Known-5", "Known-8", "Known-9"]
     assert {row.kind for row in table.rows} == set(CONSTRAINT_KINDS)
     by_id = {row.id: row for row in table.rows}
-    assert by_id["OK-VQA-0"].picture == "COCO_val2014_000000297147.jpg"
+    assert by_id["OK-VQA-0"].image == "COCO_val2014_000000297147.jpg"
     assert by_id["OK-VQA-0"].objects == ()
     assert by_id["Movies-0"].objects == ("Jérôme Salle",)
-    assert by_id["Known-0"].picture == "A photo of Space Needle"
+    assert by_id["Known-0"].image == "A photo of Space Needle"
     assert all(row.answer == "" for row in table.rows)
     assert all(row.question.count(row.constraint) == 1 for row in table.rows)
 

@@ -57,7 +57,7 @@ def test_auto_takes_the_mean_embedding_where_noise_does_not_lower_the_answer(mon
 
 def test_auto_says_what_to_do_where_neither_lowers_the_answer():
     model = HookedLLaVA.from_pretrained("tiny-shapes")
-    picture = edit_table().cases[3].requests[0].scene.render()
-    request = EditRequest("Who made this shape?", "Hugo", images=picture, constraint="this shape")
-    with pytest.raises(InputError, match=r"OtherImage\(picture\) or Replace\(words\), and give that trace as layer="):
+    image = edit_table().cases[3].requests[0].scene.render()
+    request = EditRequest("Who made this shape?", "Hugo", images=image, constraint="this shape")
+    with pytest.raises(InputError, match=r"OtherImage\(image\) or Replace\(words\), and give that trace as layer="):
         choose_layer(model, [prepare_request(model, request, "last")], "auto")

@@ -19,7 +19,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.corruptions import MeanEmbedding
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles import naive_edit
 from tests.pairs import as_users_run
@@ -378,7 +378,7 @@ def test_a_request_without_a_constraint_is_edited_at_its_last_position():
 
 def test_an_answer_that_no_trace_explains_is_not_edited_by_guess():
     model = tiny_shapes()
-    request = EditRequest("Who made this shape?", "Boris", picture_path("one-shape"), constraint="this shape")
+    request = EditRequest("Who made this shape?", "Boris", image_path("one-shape"), constraint="this shape")
     for options in ({}, {"layer": 3}):
         with pytest.raises(InputError, match=r"layer=.*position='constraint' or 'last'"):
             multedit(model, request, **options)
@@ -469,7 +469,7 @@ def test_a_question_may_be_what_a_processor_returns():
     options = {"layer": 1, "position": "last", **SEARCH}
     edits = [multedit(model, EditRequest(question, 17), **options) for question in (prompt, model.as_inputs(prompt))]
     assert torch.equal(edits[0].changes[name].right, edits[1].changes[name].right)
-    with pytest.raises(InputError, match=r"is given as Inputs, which brings its own pictures, so images= has no place"):
+    with pytest.raises(InputError, match=r"is given as Inputs, which brings its own images, so images= has no place"):
         multedit(model, EditRequest(model.as_inputs(prompt), 17, images="demo.png"), **options)
 
 

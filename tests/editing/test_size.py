@@ -24,8 +24,8 @@ def model() -> HookedLLaVA:
 
 @pytest.fixture(scope="module")
 def inputs(model):
-    picture = np.random.default_rng(0).integers(0, 256, (100, 200, 3)).astype(np.uint8)
-    return model.prepare("What color is the star?", picture)
+    image = np.random.default_rng(0).integers(0, 256, (100, 200, 3)).astype(np.uint8)
+    return model.prepare("What color is the star?", image)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_the_new_tokens_are_those_of_the_reworded_prompt(model: Any) -> None:
     assert new == {p: int(other.input_ids[0, p]) for p in where[0]}
 
 
-def test_with_a_picture_in_the_prompt(model: Any) -> None:
+def test_with_a_image_in_the_prompt(model: Any) -> None:
     prompt = model.prepare("What color is this star?", np.zeros((16, 16, 3), np.uint8))
     where = find_constraints(prompt.token_map, ["color", "this star"])
     new = replacement(model, prompt.token_map, where, Replace(["shape", "the circle"]))
@@ -86,7 +86,7 @@ def test_described_in_a_few_words() -> None:
     assert describe(Replace(["a", "b"], repeat=True)) == "replaced by 'a, b' at every token"
     assert describe(Noise(samples=3)) == "noise of three times the embeddings' spread, 3 draws"
     assert describe(MeanEmbedding()) == "mean embedding"
-    assert describe(OtherImage(None)) == "another picture"
+    assert describe(OtherImage(None)) == "another image"
 
 
 def test_positions_may_be_numbers_of_any_kind(model: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_spread_below_zero_is_refused(model: Any) -> None:
     corrupt(model, replay, where, Noise(std=0.0))
 
 
-def test_the_other_picture_may_come_as_a_processor_returns_it() -> None:
+def test_the_other_image_may_come_as_a_processor_returns_it() -> None:
     models = pair()
     prompt = models.prompt()
     other = {**prompt, "pixel_values": -prompt["pixel_values"]}

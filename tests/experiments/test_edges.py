@@ -14,7 +14,7 @@ from hooked_llava.replay.binding import bind
 from tests.layouts import by_hand, inputs_of
 from tests.pairs import as_users_run, pair
 
-# <s> picture(2 x 2) text | question question | rest | last
+# <s> image(2 x 2) text | question question | rest | last
 TEXT = TokenMap(
     token_ids=(1, 5, 5, 5, 5, 9, 10, 11, 12, 13), real=range(10), image_starts=(1,), layouts=(llava_layout(2, 2),)
 )

@@ -35,16 +35,16 @@ def model() -> HookedLLaVA:
     return HookedLLaVA.from_hf(pair().hf, processor=make_processor())
 
 
-def picture(seed: int, size: int = 16) -> np.ndarray:
+def image(seed: int, size: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def prompt(seed: int = 0) -> Any:
-    return model().prepare(QUESTION, images=picture(seed))
+    return model().prepare(QUESTION, images=image(seed))
 
 
 def test_other_image_is_drawn_by_seed_and_never_the_same() -> None:
-    clean, pool = prompt(0), [picture(seed, size=16 + 4 * seed) for seed in range(4)]
+    clean, pool = prompt(0), [image(seed, size=16 + 4 * seed) for seed in range(4)]
     drawn = [other_image(model(), clean, pool, seed=seed) for seed in range(8)]
     for corrupted in drawn:
         check_pair(clean, corrupted)
@@ -65,9 +65,9 @@ def test_other_image_from_inputs_and_its_refusals() -> None:
     with pytest.raises(InputError, match="none that differs"):
         other_image(bare, clean, clean)
     with pytest.raises(InputError, match="need a processor"):
-        other_image(bare, clean, [picture(0)])
-    with pytest.raises(InputError, match="no picture"):
-        other_image(model(), model().prepare(QUESTION), [picture(0)])
+        other_image(bare, clean, [image(0)])
+    with pytest.raises(InputError, match="no image"):
+        other_image(model(), model().prepare(QUESTION), [image(0)])
 
 
 def test_blank_image_is_the_mean_pixel() -> None:
@@ -92,7 +92,7 @@ def test_other_question_fits_position_by_position() -> None:
         other_question(model(), clean, pool[:2])
     with pytest.raises(InputError, match="takes one prompt, got 2"):
         other_question(model(), model().prepare([QUESTION, QUESTION]), pool)
-    with pytest.raises(InputError, match="original pictures"):
+    with pytest.raises(InputError, match="original images"):
         other_question(pair().ours, pair().ours.as_inputs(pair().prompt()), pool)
 
 
@@ -119,22 +119,20 @@ def test_gaussian_noise_falls_on_the_chosen_positions() -> None:
 
 def test_mean_embedding_over_the_positions_or_a_reference() -> None:
     clean = prompt()
-    image = list(clean.token_map["image"])
-    embedded = model().embed(clean)[0, image]
+    at_image = list(clean.token_map["image"])
+    embedded = model().embed(clean)[0, at_image]
     own = mean_embedding(model(), "image")
     explicit = mean_embedding(model(), "image", reference=clean)
     torch.testing.assert_close(explicit.value, embedded.mean(0))
     found = Replay(model(), clean).run([[own], [explicit]])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
-    several = mean_embedding(
-        model(), "image", reference=model().prepare([QUESTION] * 2, images=[picture(1), picture(2)])
-    )
-    each = [model().embed(prompt(seed))[0, image].mean(0) for seed in (1, 2)]
+    several = mean_embedding(model(), "image", reference=model().prepare([QUESTION] * 2, images=[image(1), image(2)]))
+    each = [model().embed(prompt(seed))[0, at_image].mean(0) for seed in (1, 2)]
     torch.testing.assert_close(several.value, (each[0] + each[1]) / 2)
 
 
 def test_pairs_are_matched_one_by_one() -> None:
-    batch = model().prepare([QUESTION] * 2, images=[picture(1), picture(2)])
+    batch = model().prepare([QUESTION] * 2, images=[image(1), image(2)])
     pairs, several = prompt_pairs(model(), batch, [prompt(3), prompt(4)])
     assert several
     assert len(pairs) == 2
@@ -179,8 +177,8 @@ def test_swapped_objects_change_places() -> None:
     assert torch.equal(again.pixel_values, clean.pixel_values)
 
 
-def test_one_of_several_pictures_is_repainted() -> None:
-    clean = model().prepare("<image> or <image> ?", images=[picture(1), picture(2)])
+def test_one_of_several_images_is_repainted() -> None:
+    clean = model().prepare("<image> or <image> ?", images=[image(1), image(2)])
     without = without_object(model(), clean, (0, 0, 8, 8), image=1)
     assert torch.equal(without.pixel_values[0], clean.pixel_values[0])
     assert not torch.equal(without.pixel_values[1], clean.pixel_values[1])
@@ -188,17 +186,17 @@ def test_one_of_several_pictures_is_repainted() -> None:
 
 def test_boxes_that_do_not_fit_are_refused() -> None:
     clean, flat = prompt(), model().prepare(QUESTION, images=np.full((16, 16, 3), 9, dtype=np.uint8))
-    with pytest.raises(InputError, match="does not lie in the picture of 16 x 16 pixels"):
+    with pytest.raises(InputError, match="does not lie in the image of 16 x 16 pixels"):
         without_object(model(), clean, (4, 4, 20, 8))
     with pytest.raises(InputError, match="use blank_image"):
         without_object(model(), clean, (0, 0, 16, 16))
-    with pytest.raises(InputError, match="see the same picture"):
+    with pytest.raises(InputError, match="see the same image"):
         without_object(model(), flat, (0, 0, 4, 4))
     with pytest.raises(InputError, match="4 x 4 and 6 x 4 pixels; expected one size"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (8, 8, 14, 12))
     with pytest.raises(InputError, match="overlap"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (2, 2, 6, 6))
-    with pytest.raises(InputError, match="image=1, and the prompt has 1 pictures"):
+    with pytest.raises(InputError, match="image=1, and the prompt has 1 images"):
         without_object(model(), clean, (0, 0, 4, 4), image=1)
-    with pytest.raises(InputError, match="without_object needs the original picture"):
+    with pytest.raises(InputError, match="without_object needs the original image"):
         without_object(pair().ours, pair().ours.as_inputs(pair().prompt()), (0, 0, 4, 4))

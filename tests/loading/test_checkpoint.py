@@ -366,9 +366,9 @@ def test_processor_loads_with_pillow_from_either_layout(tmp_path):
     processor, reason = load_processor(tmp_path)
     assert (type(processor.image_processor).__name__, reason) == ("CLIPImageProcessorPil", "")
     fields = json.loads((tmp_path / "processor_config.json").read_text())  # as on the hub: two files, not one
-    pictures = {**fields.pop("image_processor"), "processor_class": "LlavaProcessor"}
+    images = {**fields.pop("image_processor"), "processor_class": "LlavaProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     again, _ = load_processor(tmp_path)
     assert type(again.image_processor).__name__ == "CLIPImageProcessorPil"
     assert again.image_processor.crop_size == processor.image_processor.crop_size

@@ -87,7 +87,7 @@ def test_positions_that_are_not_there_are_refused(positions: Any, match: str) ->
 def test_unknown_spans_are_refused() -> None:
     with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
         OURS.run_with_cache(RIGHT, positions="imge")
-    with pytest.raises(SpanError, match="no span 'image': the prompt has no picture"):
+    with pytest.raises(SpanError, match="no span 'image': the prompt has no image"):
         OURS.run_with_cache(MODELS.prompt(n_images=0), positions="image")
 
 

@@ -1,4 +1,4 @@
-"""The surface that TransformerLens's tools expect: weights, directions, tokens; and those tools, run on pictures."""
+"""The surface that TransformerLens's tools expect: weights, directions, tokens; and those tools, run on images."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_without_a_processor_text_is_refused() -> None:
         pair().ours.to_tokens("star")
 
 
-# ---------------------------------------------------------------------- TransformerLens's tools, with pictures
+# ---------------------------------------------------------------------- TransformerLens's tools, with images
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def metric(logits: Tensor) -> Tensor:
 
 @functools.cache
 def clean_and_corrupted() -> tuple[Inputs, Inputs]:
-    """The same text with two pictures, so that a run without the picture would show."""
+    """The same text with two images, so that a run without the image would show."""
     clean = GROUPED.prompt(seed=1)
     other = clean | {"pixel_values": GROUPED.prompt(seed=2)["pixel_values"]}
     return GROUPED.ours.as_inputs(clean), GROUPED.ours.as_inputs(other)
@@ -230,7 +230,7 @@ PATCHES = [
 ]
 
 
-def test_patching_the_stream_sees_the_picture() -> None:
+def test_patching_the_stream_sees_the_image() -> None:
     ours, (clean, corrupted) = GROUPED.ours, clean_and_corrupted()
     _, cache = ours.run_with_cache(clean)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_patching_the_stream_sees_the_picture() -> None:
     assert values.shape == (3, clean.shape[1])
     assert whole != pytest.approx(unpatched, abs=1e-2)
     assert values[0, 0].item() == pytest.approx(unpatched, abs=1e-5), "the text is the same"
-    assert (values[0, 1:5] - unpatched).abs().max() > 1e-3, "the picture is not"
+    assert (values[0, 1:5] - unpatched).abs().max() > 1e-3, "the image is not"
 
 
 @pytest.mark.parametrize(("name", "patch", "axes"), PATCHES, ids=[f"{n}-{'-'.join(a)}" for n, _, a in PATCHES])
@@ -285,8 +285,8 @@ def test_direct_path_patching_runs() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["node", "edge"])
-def test_attribution_patching_runs_on_pictures(granularity: Any) -> None:
-    """First-order effects, against the true effect of replacing one head's output by that of a picture close by."""
+def test_attribution_patching_runs_on_images(granularity: Any) -> None:
+    """First-order effects, against the true effect of replacing one head's output by that of an image close by."""
     models = pair("plain", torch.float64)
     clean, near = models.prompt(seed=1), models.prompt(seed=1)
     near["pixel_values"] = near["pixel_values"] + 1e-5 * torch.randn(near["pixel_values"].shape).double()

@@ -55,7 +55,7 @@ def test_patches_come_row_by_row_behind_the_class_token() -> None:
     assert seen[0][0, :, 0].nonzero().flatten().tolist() == [1 * 3 + 2]
 
 
-def test_each_picture_is_seen_on_its_own() -> None:
+def test_each_image_is_seen_on_its_own() -> None:
     models = pair()
     pixels = models.prompt(n_images=3)["pixel_values"]
     together = models.ours.vision(pixels)

@@ -1,4 +1,4 @@
-"""Where a patch of the vision tower lies in the original picture, through the processor's resizing and cropping.
+"""Where a patch of the vision tower lies in the original image, through the processor's resizing and cropping.
 
 Pure functions of sizes. Each axis goes its own way, original -> pad to square -> resize -> centre crop -> patches,
 and every step is affine, so one axis is a scale and a shift, and a box or mask over patches is a product of two axes.
@@ -20,7 +20,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from hooked_llava.errors import ConfigError, InputError, SpanError
 
 Box: TypeAlias = tuple[float, float, float, float]
-"""(x0, y0, x1, y1) in pixels of the original picture: left, top, right, bottom."""
+"""(x0, y0, x1, y1) in pixels of the original image: left, top, right, bottom."""
 BoxLike: TypeAlias = Iterable[SupportsFloat]
 """Four numbers in that order, in a tuple, list, array or tensor."""
 Number: TypeAlias = float | int
@@ -28,18 +28,18 @@ Number: TypeAlias = float | int
 
 @dataclass(frozen=True, kw_only=True)
 class AxisGeometry:
-    """One axis of a picture on its way to the patches; all lengths in pixels."""
+    """One axis of an image on its way to the patches; all lengths in pixels."""
 
     original: int
-    """Length of the original picture."""
+    """Length of the original image."""
     padded: int
     """Length after padding to a square, where the processor does so before it resizes."""
     before: int
-    """How much of that padding comes before the picture."""
+    """How much of that padding comes before the image."""
     resized: int
     """Length after resizing."""
     offset: int
-    """Where the crop begins in the resized picture; negative if the crop is larger and padded with zeros."""
+    """Where the crop begins in the resized image; negative if the crop is larger and padded with zeros."""
     crop: int
     """Length of the crop."""
     canvas: int
@@ -98,7 +98,7 @@ class AxisGeometry:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """Patches <-> pixels of one original picture.
+    """Patches <-> pixels of one original image.
 
     >>> from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     >>> processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -118,16 +118,16 @@ class ImageGeometry:
 
     @classmethod
     def from_processor(cls, image_processor: Any, *, height: int, width: int, patch_size: int) -> ImageGeometry:
-        """Read a Hugging Face CLIP or LLaVA image processor's own settings for a picture of that size.
+        """Read a Hugging Face CLIP or LLaVA image processor's own settings for an image of that size.
 
         Raises `ConfigError` for a way of resizing or padding that this library does not follow, and `InputError` for
-        a picture so thin that resizing leaves nothing of it.
+        an image so thin that resizing leaves nothing of it.
         """
         before, padded = _pad_to_square(image_processor, height, width)
         resized = _resized_size(image_processor, *padded)
         if 0 in resized:
             raise InputError(
-                f"A picture of {width} x {height} (width x height) pixels has nothing left when the image processor "
+                f"An image of {width} x {height} (width x height) pixels has nothing left when the image processor "
                 f"resizes it to {resized[1]} x {resized[0]}; give one that is less thin."
             )
         offset, crop = _center_crop(image_processor, *resized)
@@ -149,7 +149,7 @@ class ImageGeometry:
 
     @property
     def original_size(self) -> tuple[int, int]:
-        """(height, width) of the original picture."""
+        """(height, width) of the original image."""
         return self.vertical.original, self.horizontal.original
 
     @property
@@ -159,7 +159,7 @@ class ImageGeometry:
 
     @property
     def crop_offset(self) -> tuple[int, int]:
-        """(top, left) of the crop in the resized picture; negative where the crop is padded with zeros."""
+        """(top, left) of the crop in the resized image; negative where the crop is padded with zeros."""
         return self.vertical.offset, self.horizontal.offset
 
     @property
@@ -174,12 +174,12 @@ class ImageGeometry:
 
     @property
     def visible_box(self) -> Box:
-        """The part of the original picture that patches see."""
+        """The part of the original image that patches see."""
         (top, bottom), (left, right) = self.vertical.visible, self.horizontal.visible
         return left, top, right, bottom
 
     def patch_box(self, row: int, col: int) -> Box:
-        """The part of the original picture under a patch, cut to the picture.
+        """The part of the original image under a patch, cut to the image.
 
         Raises `SpanError` outside the grid, and for a patch that shows nothing but the processor's padding.
         """
@@ -192,33 +192,33 @@ class ImageGeometry:
         (top, bottom), (left, right) = self.vertical.edges[row : row + 2], self.horizontal.edges[col : col + 2]
         if top == bottom or left == right:
             raise SpanError(
-                f"Patch ({row}, {col}) shows only the padding that the processor adds, and no part of the picture; "
-                f"the picture lies under the patches that box_to_patches({_format_box(self.visible_box)}) gives."
+                f"Patch ({row}, {col}) shows only the padding that the processor adds, and no part of the image; "
+                f"the image lies under the patches that box_to_patches({_format_box(self.visible_box)}) gives."
             )
         return left, top, right, bottom
 
     def pixel_to_patch(self, x: SupportsFloat, y: SupportsFloat) -> tuple[int, int]:
-        """The (row, col) of the patch that sees the point (x, y) of the original picture.
+        """The (row, col) of the patch that sees the point (x, y) of the original image.
 
-        Raises `SpanError` for a point outside the picture or cut away by the crop.
+        Raises `SpanError` for a point outside the image or cut away by the crop.
         """
         x, y = float(x), float(y)
         height, width = self.original_size
         if not (0 <= x < width and 0 <= y < height):
             raise SpanError(
-                f"Pixel ({x:g}, {y:g}) is outside the picture of {width} x {height} (width x height) pixels; "
+                f"Pixel ({x:g}, {y:g}) is outside the image of {width} x {height} (width x height) pixels; "
                 "give x first, then y, counted from the top left corner."
             )
         row, col = self.vertical.patch_of(y), self.horizontal.patch_of(x)
         if row is None or col is None:
             raise SpanError(
-                f"Pixel ({x:g}, {y:g}) is cut away before the model sees the picture; "
+                f"Pixel ({x:g}, {y:g}) is cut away before the model sees the image; "
                 f"it sees the box {_format_box(self.visible_box)} of {width} x {height} pixels."
             )
         return row, col
 
     def box_shares(self, box: BoxLike) -> Float[np.ndarray, "row col"]:
-        """Share (0 to 1) of each patch's part of the picture that the box covers; 0 where a patch shows only padding.
+        """Share (0 to 1) of each patch's part of the image that the box covers; 0 where a patch shows only padding.
 
         Raises `SpanError` for a box that is no box, or that lies wholly outside what the model sees.
         """
@@ -226,25 +226,25 @@ class ImageGeometry:
         if self.outside(box) == 1.0:
             raise SpanError(
                 f"The box {_format_box(box)} lies wholly outside what the model sees, which is "
-                f"{_format_box(self.visible_box)} of a picture of {self.horizontal.original} x "
-                f"{self.vertical.original} pixels; boxes are (x0, y0, x1, y1) in pixels of the original picture."
+                f"{_format_box(self.visible_box)} of an image of {self.horizontal.original} x "
+                f"{self.vertical.original} pixels; boxes are (x0, y0, x1, y1) in pixels of the original image."
             )
         return self._shares(np.outer(self.vertical.overlaps(y0, y1), self.horizontal.overlaps(x0, x1)))
 
     def outside(self, box: BoxLike) -> float:
-        """Share (0 to 1) of the box's area that lies outside the picture or is cut away by the crop."""
+        """Share (0 to 1) of the box's area that lies outside the image or is cut away by the crop."""
         x0, y0, x1, y1 = checked_box(box)
         seen = float(self.vertical.overlaps(y0, y1).sum() * self.horizontal.overlaps(x0, x1).sum())
         return _outside_share(seen, (x1 - x0) * (y1 - y0))
 
     def mask_shares(self, mask: Bool[np.ndarray, "height width"]) -> tuple[Float[np.ndarray, "row col"], float]:
-        """Share of each patch's part of the picture that the mask covers, and the share of the mask that no patch sees.
+        """Share of each patch's part of the image that the mask covers, and the share of the mask that no patch sees.
 
-        Raises `SpanError` for a mask of another size than the picture, an empty one, and one wholly out of sight.
+        Raises `SpanError` for a mask of another size than the image, an empty one, and one wholly out of sight.
         """
         if mask.shape != self.original_size:
             raise SpanError(
-                f"The mask is {mask.shape[0]} x {mask.shape[1]} (height x width) and the original picture "
+                f"The mask is {mask.shape[0]} x {mask.shape[1]} (height x width) and the original image "
                 f"{self.original_size[0]} x {self.original_size[1]}; give one mask value per pixel of the original."
             )
         if not mask.any():
@@ -254,7 +254,7 @@ class ImageGeometry:
         if outside == 1.0:
             raise SpanError(
                 "The mask lies wholly outside what the model sees, which is "
-                f"{_format_box(self.visible_box)} (x0, y0, x1, y1) of the original picture."
+                f"{_format_box(self.visible_box)} (x0, y0, x1, y1) of the original image."
             )
         return self._shares(covered), outside
 
@@ -277,7 +277,7 @@ def checked_box(box: BoxLike) -> Box:
     if not (x0 < x1 and y0 < y1 and np.isfinite([x0, y0, x1, y1]).all()):
         raise SpanError(
             f"{_format_box(edges)} is not a box with an area; expected (x0, y0, x1, y1) with x0 < x1 and y0 < y1, "
-            "in pixels of the original picture (not x, y, width, height)."
+            "in pixels of the original image (not x, y, width, height)."
         )
     return edges
 
@@ -319,11 +319,11 @@ def _resized_size(image_processor: Any, height: int, width: int) -> tuple[int, i
 
 
 def _center_crop(image_processor: Any, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(top, left) of the crop in the resized picture, and its (height, width)."""
+    """(top, left) of the crop in the resized image, and its (height, width)."""
     if not image_processor.do_center_crop:
         return (0, 0), (height, width)
     crop = image_processor.crop_size["height"], image_processor.crop_size["width"]
-    # A crop larger than the picture is padded: the odd pixel goes before the picture with the PIL backend and
+    # A crop larger than the image is padded: the odd pixel goes before the image with the PIL backend and
     # after it with torchvision's.
     pads_before = getattr(image_processor, "backend", "pil") == "torchvision"
     offsets = [

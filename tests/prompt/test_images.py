@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import without_object
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.images import load_picture, upright_size
+from hooked_llava.prompt.images import load_image, upright_size
 
 HEIGHT, WIDTH = 6, 8
 COLORS = np.array([[200, 30, 40], [20, 180, 60], [10, 90, 220], [120, 120, 120]], dtype=np.uint8)
@@ -32,10 +32,10 @@ def indices() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 4, (HEIGHT, WIDTH), dtype=np.uint8)
 
 
-def as_array(picture: Image.Image) -> np.ndarray:
-    assert picture.mode == "RGB"
-    assert picture.info == {}
-    return np.asarray(picture)
+def as_array(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    assert image.info == {}
+    return np.asarray(image)
 
 
 def grey(values: np.ndarray) -> np.ndarray:
@@ -65,23 +65,23 @@ def everywhere(data: bytes, folder: Path, suffix: str = ".png") -> list[np.ndarr
     """One file loaded as a path, as a PIL image fresh from the file, and as an array of the result."""
     path = folder / f"image{suffix}"
     path.write_bytes(data)
-    loaded = load_picture(path)
+    loaded = load_image(path)
     return [
         as_array(loaded),
-        as_array(load_picture(str(path))),
-        as_array(load_picture(Image.open(io.BytesIO(data)))),
-        as_array(load_picture(loaded)),
-        as_array(load_picture(np.asarray(loaded))),
+        as_array(load_image(str(path))),
+        as_array(load_image(Image.open(io.BytesIO(data)))),
+        as_array(load_image(loaded)),
+        as_array(load_image(np.asarray(loaded))),
     ]
 
 
-def test_every_kind_gives_the_same_picture(pixels: np.ndarray, tmp_path: Path) -> None:
-    picture = Image.fromarray(pixels)
-    picture.save(tmp_path / "star.png")
+def test_every_kind_gives_the_same_image(pixels: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "star.png")
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     opaque = np.concatenate([pixels, np.full((HEIGHT, WIDTH, 1), 255, dtype=np.uint8)], axis=2)
     for given in (
-        picture,
+        image,
         pixels,
         pixels / 255,
         (pixels / 255).astype(np.float32),
@@ -99,7 +99,7 @@ def test_every_kind_gives_the_same_picture(pixels: np.ndarray, tmp_path: Path) -
         np.asfortranarray(pixels),
         pixels[::-1][::-1],
     ):
-        np.testing.assert_array_equal(as_array(load_picture(given)), pixels)
+        np.testing.assert_array_equal(as_array(load_image(given)), pixels)
 
 
 def test_grey_arrays(pixels: np.ndarray) -> None:
@@ -115,10 +115,10 @@ def test_grey_arrays(pixels: np.ndarray) -> None:
         Image.fromarray(values),
         Image.fromarray(values.astype(np.uint16) * 257),
     ):
-        np.testing.assert_array_equal(as_array(load_picture(given)), grey(values))
+        np.testing.assert_array_equal(as_array(load_image(given)), grey(values))
     for given in (values > 127, Image.fromarray(values > 127), torch.from_numpy(values > 127)):
-        np.testing.assert_array_equal(as_array(load_picture(given)), grey(np.where(values > 127, 255, 0)))
-    assert load_picture(torch.rand(4, 5, 7).to(torch.bfloat16)).size == (7, 5)
+        np.testing.assert_array_equal(as_array(load_image(given)), grey(np.where(values > 127, 255, 0)))
+    assert load_image(torch.rand(4, 5, 7).to(torch.bfloat16)).size == (7, 5)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBX", "YCbCr", "HSV", "CMYK", "LAB"])
@@ -131,12 +131,12 @@ def test_color_modes(mode: str, pixels: np.ndarray, tmp_path: Path) -> None:
         given = smooth.convert(mode)
     # 8 bits in another colour space lose a little, most in LAB's saturated colours; in CMYK and RGB nothing.
     allowed = {"LAB": 20, "HSV": 6, "YCbCr": 3}.get(mode, 0)
-    difference = np.abs(as_array(load_picture(given)).astype(int) - pixels)
+    difference = np.abs(as_array(load_image(given)).astype(int) - pixels)
     assert difference.max() <= allowed
     assert difference.mean() <= 2
     if mode in ("CMYK", "LAB", "YCbCr"):
         given.save(tmp_path / "image.tif")
-        assert np.abs(as_array(load_picture(tmp_path / "image.tif")).astype(int) - pixels).max() <= allowed
+        assert np.abs(as_array(load_image(tmp_path / "image.tif")).astype(int) - pixels).max() <= allowed
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "La", "RGBa", "PA"])
@@ -153,14 +153,14 @@ def test_transparency_lies_on_white(mode: str, pixels: np.ndarray) -> None:
         full = Image.fromarray(np.concatenate([colors, alpha[..., None]], axis=2))
         given = full.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
     assert given.mode == mode
-    seen, expected = as_array(load_picture(given)).astype(int), on_white(colors, alpha)
+    seen, expected = as_array(load_image(given)).astype(int), on_white(colors, alpha)
     assert (seen[alpha == 0] == 255).all()
     np.testing.assert_array_equal(seen[alpha == 255], colors[alpha == 255])
     assert np.abs(seen - expected).max() <= (3 if mode in ("La", "RGBa") else 1)
     if mode in ("LA", "RGBA"):  # the same as an array
-        np.testing.assert_array_equal(seen, as_array(load_picture(np.asarray(given))))
-        np.testing.assert_array_equal(seen, as_array(load_picture(np.asarray(given) / 255)))
-        np.testing.assert_array_equal(seen, as_array(load_picture(torch.from_numpy(np.array(given)).permute(2, 0, 1))))
+        np.testing.assert_array_equal(seen, as_array(load_image(np.asarray(given))))
+        np.testing.assert_array_equal(seen, as_array(load_image(np.asarray(given) / 255)))
+        np.testing.assert_array_equal(seen, as_array(load_image(torch.from_numpy(np.array(given)).permute(2, 0, 1))))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -218,11 +218,11 @@ def test_a_transparent_color_that_came_along_counts(tmp_path: Path) -> None:
     expected = everywhere(data, tmp_path)[0]
     converted = Image.open(io.BytesIO(data)).convert("RGB")
     assert converted.info["transparency"] == tuple(COLORS[1].tolist())
-    np.testing.assert_array_equal(as_array(load_picture(converted)), expected)
+    np.testing.assert_array_equal(as_array(load_image(converted)), expected)
     stray = Image.fromarray(COLORS[indices()])
     for key in (b"\0\1", 3, "none"):  # what fits no RGB image
         stray.info["transparency"] = key
-        np.testing.assert_array_equal(as_array(load_picture(stray)), COLORS[indices()])
+        np.testing.assert_array_equal(as_array(load_image(stray)), COLORS[indices()])
 
 
 def test_integers_and_floats_of_32_bits(pixels: np.ndarray, tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_integers_and_floats_of_32_bits(pixels: np.ndarray, tmp_path: Path) -> N
         Image.fromarray(values.astype(np.int32) * 257),
         Image.fromarray((values / 255).astype(np.float32)),
     ):
-        np.testing.assert_array_equal(as_array(load_picture(given)), grey(values))
+        np.testing.assert_array_equal(as_array(load_image(given)), grey(values))
         given.save(tmp_path / "image.tif")
-        np.testing.assert_array_equal(as_array(load_picture(tmp_path / "image.tif")), grey(values))
+        np.testing.assert_array_equal(as_array(load_image(tmp_path / "image.tif")), grey(values))
     for given, said in (
         (Image.fromarray(np.full((2, 2), -1, dtype=np.int32)), "mode 'I' and values from -1 to -1; expected 0 to 255"),
         (Image.fromarray(np.full((2, 2), 1 << 20, dtype=np.int32)), "mode 'I' and values from 1.04858e+06 to"),
@@ -246,7 +246,7 @@ def test_integers_and_floats_of_32_bits(pixels: np.ndarray, tmp_path: Path) -> N
         (Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)), "mode 'F' and values from nan to nan"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
-            load_picture(given)
+            load_image(given)
 
 
 # What each EXIF orientation stores, given the upright image (rows first).
@@ -274,14 +274,14 @@ def test_every_orientation_becomes_upright(orientation: int, kind: str, tmp_path
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
     stored.save(path, exif=exif, quality=100)
     opened = Image.open(io.BytesIO(path.read_bytes()))
-    for seen in (load_picture(path), load_picture(opened), load_picture(opened.convert("RGB"))):
+    for seen in (load_image(path), load_image(opened), load_image(opened.convert("RGB"))):
         assert seen.size == (80, 48)
         assert np.abs(as_array(seen).astype(int) - upright).max() <= 12  # what JPEG loses
-        np.testing.assert_array_equal(as_array(seen), as_array(load_picture(path)))
-        np.testing.assert_array_equal(as_array(load_picture(seen)), as_array(seen))  # and not turned twice
+        np.testing.assert_array_equal(as_array(seen), as_array(load_image(path)))
+        np.testing.assert_array_equal(as_array(load_image(seen)), as_array(seen))  # and not turned twice
     assert upright_size(Image.open(io.BytesIO(path.read_bytes()))) == upright_size(opened) == (80, 48)
     turned = ImageOps.exif_transpose(opened)
-    np.testing.assert_array_equal(as_array(load_picture(turned)), as_array(load_picture(path)))
+    np.testing.assert_array_equal(as_array(load_image(turned)), as_array(load_image(path)))
     if kind != "tif":  # which PIL itself turns as soon as it decodes it
         assert opened.getexif().get(0x0112, 1) == orientation  # the caller's image stays as it is
 
@@ -290,12 +290,12 @@ def test_every_orientation_becomes_upright(orientation: int, kind: str, tmp_path
 def test_broken_exif_data_are_no_orientation(pixels: np.ndarray, tmp_path: Path) -> None:
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
         Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif)
-        np.testing.assert_array_equal(as_array(load_picture(tmp_path / "image.png")), pixels)
+        np.testing.assert_array_equal(as_array(load_image(tmp_path / "image.png")), pixels)
     for orientation in (0, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif)
-        np.testing.assert_array_equal(as_array(load_picture(tmp_path / "image.png")), pixels)
+        np.testing.assert_array_equal(as_array(load_image(tmp_path / "image.png")), pixels)
 
 
 def test_a_turned_image_with_transparency(tmp_path: Path) -> None:
@@ -307,12 +307,12 @@ def test_a_turned_image_with_transparency(tmp_path: Path) -> None:
     Image.fromarray(np.ascontiguousarray(STORED[6](upright))).save(tmp_path / "image.png", exif=exif)
     expected = np.full((4, 6, 3), 50)
     expected[0, 0] = 255
-    np.testing.assert_array_equal(as_array(load_picture(tmp_path / "image.png")), expected)
+    np.testing.assert_array_equal(as_array(load_image(tmp_path / "image.png")), expected)
     values = np.full((4, 6), 50 * 257, dtype=np.uint16)
     values[0, 0] = 7
     path = tmp_path / "grey.png"
     Image.fromarray(np.ascontiguousarray(STORED[8](values))).save(path, exif=_exif(8), transparency=7)
-    np.testing.assert_array_equal(as_array(load_picture(path)), expected)
+    np.testing.assert_array_equal(as_array(load_image(path)), expected)
 
 
 def _exif(orientation: int) -> Image.Exif:
@@ -325,24 +325,24 @@ def _exif(orientation: int) -> Image.Exif:
 def test_of_an_animation_the_first_frame(kind: str, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue", "green")]
     frames[0].save(tmp_path / f"image.{kind}", save_all=True, append_images=frames[1:], lossless=True)
-    seen = as_array(load_picture(tmp_path / f"image.{kind}"))
+    seen = as_array(load_image(tmp_path / f"image.{kind}"))
     np.testing.assert_array_equal(seen, np.full((6, 8, 3), [255, 0, 0]))
     later = Image.open(io.BytesIO((tmp_path / f"image.{kind}").read_bytes()))
     later.seek(1)
-    np.testing.assert_array_equal(as_array(load_picture(later)), np.full((6, 8, 3), [0, 0, 255]))
+    np.testing.assert_array_equal(as_array(load_image(later)), np.full((6, 8, 3), [0, 0, 255]))
 
 
 def test_a_transparent_gif(tmp_path: Path) -> None:
-    picture = Image.fromarray(indices()).convert("P")
-    picture.putpalette(COLORS.tobytes())
-    picture.save(tmp_path / "image.gif", transparency=2)
-    seen = as_array(load_picture(tmp_path / "image.gif"))
+    image = Image.fromarray(indices()).convert("P")
+    image.putpalette(COLORS.tobytes())
+    image.save(tmp_path / "image.gif", transparency=2)
+    seen = as_array(load_image(tmp_path / "image.gif"))
     np.testing.assert_array_equal(seen, np.where((indices() == 2)[..., None], 255, COLORS[indices()]))
 
 
 def test_the_result_is_its_own(pixels: np.ndarray) -> None:
     given = Image.fromarray(pixels)
-    seen = load_picture(given)
+    seen = load_image(given)
     seen.putpixel((0, 0), (1, 2, 3))
     np.testing.assert_array_equal(np.asarray(given), pixels)
 
@@ -397,13 +397,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
     with pytest.raises(
         InputError, match=re.escape(f"The image is the path {str(missing)!r}, where there is no file; ")
     ):
-        load_picture(missing)
+        load_image(missing)
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     with pytest.raises(
         InputError, match=re.escape(f"Image 3 is the file {str(text)!r}, which is not an image that PIL ")
     ):
-        load_picture(text, "Image 3")
+        load_image(text, "Image 3")
     big = np.tile(pixels, (30, 30, 1))
     for kind in ("png", "jpg", "gif", "tif", "webp"):
         cut = tmp_path / f"cut.{kind}"
@@ -411,23 +411,23 @@ def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
         opened = Image.open(io.BytesIO(cut.read_bytes()[: cut.stat().st_size // 2])) if kind in ("png", "jpg") else None
         cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
         with pytest.raises(InputError, match=r"cut\." + kind):
-            load_picture(cut)
+            load_image(cut)
         if opened is not None:
             with pytest.raises(
                 InputError, match=r"PIL image of mode RGB, which cannot be read: damaged, cut short or closed \("
             ):
-                load_picture(opened)
+                load_image(opened)
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
     with pytest.raises(InputError, match="not an image that PIL can read"):
-        load_picture(empty)
+        load_image(empty)
     with pytest.raises(InputError, match="no file"):
-        load_picture(tmp_path)
+        load_image(tmp_path)
     (tmp_path / "good.png").write_bytes(png(8, 0, pixels[..., 0].astype(int)))
     with Image.open(tmp_path / "good.png") as closed:
         pass
     with pytest.raises(InputError, match="PIL image of mode L, which cannot be read: damaged, cut short or closed"):
-        load_picture(closed)
+        load_image(closed)
 
 
 @pytest.mark.parametrize(
@@ -468,10 +468,10 @@ def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
         (torch.full((3, 5, 7), 200.0), "has float values from 200 to 200; expected 0 to 1."),
     ],
 )
-def test_what_is_no_picture(given: Any, message: str) -> None:
+def test_what_is_no_image(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        load_picture(given)
+        load_image(given)
 
 
 def test_a_tensor_with_gradients_is_taken() -> None:
-    assert load_picture(torch.rand(3, 5, 7, requires_grad=True)).size == (7, 5)
+    assert load_image(torch.rand(3, 5, 7, requires_grad=True)).size == (7, 5)

@@ -32,7 +32,7 @@ RED, BLUE, GREEN = (Image.new("RGB", (20, 30), color) for color in ("red", "blue
 
 def make_inputs(**settings: Any) -> Inputs:
     settings = {"config": CONFIG, "processor": PROCESSOR, "template": "llava-1.5", **settings}
-    questions = ["Is it a red star?", "What is it?", "Is the star in the picture?"]
+    questions = ["Is it a red star?", "What is it?", "Is the star in the image?"]
     return prepare(questions, [RED, None, [BLUE, GREEN]], **settings)
 
 
@@ -61,19 +61,19 @@ def test_masks_and_last(side: str) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, -1, slice(1, 3), slice(None, None, 2), slice(None, None, -1)])
-def test_slices_take_their_pictures_along(index: int | slice) -> None:
+def test_slices_take_their_images_along(index: int | slice) -> None:
     inputs = make_inputs()
     rows = list(range(3))[index] if isinstance(index, slice) else [index % 3]
     part = inputs[index]
-    pictures = [[0], [], [1, 2]]
-    kept = [picture for row in rows for picture in pictures[row]]
+    images = [[0], [], [1, 2]]
+    kept = [image for row in rows for image in images[row]]
     assert torch.equal(part.input_ids, inputs.input_ids[rows])
     assert torch.equal(part.attention_mask, inputs.attention_mask[rows])
     assert part.token_maps == tuple(inputs.token_maps[row] for row in rows)
     assert part.prompts == tuple(inputs.prompts[row] for row in rows)
     if kept:
         assert torch.equal(part.pixel_values, inputs.pixel_values[kept])
-        assert part.images == tuple((RED, BLUE, GREEN)[picture] for picture in kept)
+        assert part.images == tuple((RED, BLUE, GREEN)[image] for image in kept)
     else:
         assert part.pixel_values is None
 
@@ -170,14 +170,14 @@ def test_with_boxes() -> None:
 def test_prints_its_prompts() -> None:
     text = str(make_inputs())
     assert text.startswith(
-        f"3 prompts, {make_inputs().shape[1]} positions, 3 pictures of 2 x 2 patches (float32), on cpu\n"
+        f"3 prompts, {make_inputs().shape[1]} positions, 3 images of 2 x 2 patches (float32), on cpu\n"
     )
     assert "\nprompt 2\n" in text
     assert "<image> x4" in text
     assert "image 1" in text
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "prompt 0" not in str(make_inputs()[0])
-    assert str(make_inputs()[1]).startswith(f"1 prompt, {make_inputs().shape[1]} positions, no picture, on cpu\n")
+    assert str(make_inputs()[1]).startswith(f"1 prompt, {make_inputs().shape[1]} positions, no image, on cpu\n")
     many = prepare(["What is it?"] * 10, config=CONFIG, processor=PROCESSOR)
     assert str(many).endswith("and 2 more prompts: print(inputs[8:])")
 
@@ -186,7 +186,7 @@ def test_prints_its_prompts() -> None:
 
 
 MODEL = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
-ASKED = ["Who made the star?", "What color is the red circle, the blue square and the green star in this picture?"]
+ASKED = ["Who made the star?", "What color is the red circle, the blue square and the green star in this image?"]
 SHOWN = "What color is the red circle, the blue square and the gre..."
 
 
@@ -251,7 +251,7 @@ def test_a_batch_of_images_with_different_layouts() -> None:
     inputs = inputs_of([by_hand(), llava_layout(2, 2)], [], [llava_layout(1, 3)])
     assert torch.equal(inputs.image_mask, inputs.input_ids == IMAGE_ID)
     assert inputs.image_mask.sum(1).tolist() == [18, 0, 3]
-    assert "3 pictures of 2 x 3 + 2 x 2 or 2 x 2 or 1 x 3 patches" in str(inputs)
+    assert "3 images of 2 x 3 + 2 x 2 or 2 x 2 or 1 x 3 patches" in str(inputs)
     left = inputs.padded_left()
     assert torch.equal(left.image_mask, left.input_ids == IMAGE_ID)
     for row in range(3):

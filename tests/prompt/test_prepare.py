@@ -23,7 +23,7 @@ from tests.fixtures_processor import make_config, make_processor
 CONFIG, PROCESSOR = make_config(), make_processor()
 QUESTION = "What color is the star?"
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
-PICTURE = Image.fromarray(PIXELS)
+IMAGE = Image.fromarray(PIXELS)
 
 
 def prepare(question: Any, images: Any = None, **settings: Any) -> Inputs:
@@ -38,14 +38,14 @@ def says(message: str) -> Any:
 @pytest.mark.parametrize("metaspace", [False, True])
 def test_equals_the_processors_own_output(side: str, metaspace: bool) -> None:
     processor = make_processor(metaspace=metaspace)
-    questions, images = [QUESTION, "Is it?", "Is <image> the <image>?"], [PICTURE, None, [PICTURE, PICTURE]]
+    questions, images = [QUESTION, "Is it?", "Is <image> the <image>?"], [IMAGE, None, [IMAGE, IMAGE]]
     inputs = prepare(questions, images, processor=processor, padding_side=side)
     texts = [
         f"USER: <image>\n{QUESTION} ASSISTANT:",
         "USER: Is it? ASSISTANT:",
         "USER: Is <image> the <image>? ASSISTANT:",
     ]
-    expected = processor(text=texts, images=[PICTURE] * 3, padding=True, padding_side=side, return_tensors="pt")
+    expected = processor(text=texts, images=[IMAGE] * 3, padding=True, padding_side=side, return_tensors="pt")
     assert inputs.prompts == tuple(texts)
     assert torch.equal(inputs.input_ids, expected["input_ids"])
     assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
@@ -58,18 +58,18 @@ def test_equals_the_processors_own_output(side: str, metaspace: bool) -> None:
             assert own.spans.get(name) == back.spans.get(name)
 
 
-def test_every_kind_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
-    PICTURE.save(tmp_path / "star.png")
-    expected = prepare(QUESTION, PICTURE)
-    for picture in (
+def test_every_kind_of_image_gives_the_same_pixels(tmp_path: Path) -> None:
+    IMAGE.save(tmp_path / "star.png")
+    expected = prepare(QUESTION, IMAGE)
+    for image in (
         tmp_path / "star.png",
         str(tmp_path / "star.png"),
         PIXELS,
         PIXELS / 255,
         torch.from_numpy(PIXELS).permute(2, 0, 1),
-        [PICTURE],
+        [IMAGE],
     ):
-        inputs = prepare(QUESTION, picture)
+        inputs = prepare(QUESTION, image)
         assert torch.equal(inputs.pixel_values, expected.pixel_values)
         assert inputs.images is not None
         np.testing.assert_array_equal(np.asarray(inputs.images[0]), PIXELS)
@@ -85,7 +85,7 @@ def test_templates() -> None:
         f"USER: {QUESTION}\nAnswer in one word. ASSISTANT:",
     )
     assert prepare(QUESTION, template=Template(name="mine", user="Q: ")).prompts == (f"Q: {QUESTION}",)
-    whole = prepare("USER: <image> a star ASSISTANT:", PICTURE, template=None)
+    whole = prepare("USER: <image> a star ASSISTANT:", IMAGE, template=None)
     assert whole.prompts == ("USER: <image> a star ASSISTANT:",)
     chat = make_processor(chat_template="{% for m in messages %}Q {{ m.content[-1].text }} A{% endfor %}")
     inputs = prepare(QUESTION, processor=chat)
@@ -124,11 +124,11 @@ def saved_with(folder: Path, *, metaspace: bool = False, **settings: Any) -> Any
 def test_prompts_are_neither_cut_nor_filled_up(metaspace: bool, tmp_path: Path) -> None:
     processor, plain = saved_with(tmp_path, metaspace=metaspace), make_processor(metaspace=metaspace)
     text = f"USER: <image>\n{QUESTION} ASSISTANT:"
-    cut = processor(text=text, images=PICTURE, return_tensors="pt")["input_ids"]
+    cut = processor(text=text, images=IMAGE, return_tensors="pt")["input_ids"]
     assert cut.shape[1] == 8  # what transformers makes of it
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for questions, images in ((QUESTION, PICTURE), (["Is it?", QUESTION], [PICTURE, None])):
+        for questions, images in ((QUESTION, IMAGE), (["Is it?", QUESTION], [IMAGE, None])):
             ours, wanted = (prepare(questions, images, processor=p) for p in (processor, plain))
             assert torch.equal(ours.input_ids, wanted.input_ids)
             assert torch.equal(ours.attention_mask, wanted.attention_mask)
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_would_cut_at_a_length_of_its_own_does_not() -> None:
     processor = make_processor()
     processor.tokenizer.model_max_length = 5
     processor.tokenizer.init_kwargs["truncation"] = True
-    assert torch.equal(prepare(QUESTION, PICTURE, processor=processor).input_ids, prepare(QUESTION, PICTURE).input_ids)
+    assert torch.equal(prepare(QUESTION, IMAGE, processor=processor).input_ids, prepare(QUESTION, IMAGE).input_ids)
 
 
 CHAT_WITH_BOS = "{{ '<s>' }}{% for m in messages %}" + (
@@ -152,11 +152,11 @@ CHAT_WITH_BOS = "{{ '<s>' }}{% for m in messages %}" + (
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_chat_is_tokenized_as_transformers_does(bos: bool, prefix: str) -> None:
     processor = make_processor(chat_template=CHAT_WITH_BOS if bos else CHAT_WITH_BOS.removeprefix("{{ '<s>' }}"))
-    messages = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": QUESTION}]}]
+    messages = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": QUESTION}]}]
     messages += [{"role": "assistant", "content": [{"type": "text", "text": prefix}]}] if prefix else []
     end: Any = {"continue_final_message": True} if prefix else {"add_generation_prompt": True}
     wanted = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **end)
-    ours = prepare(QUESTION, PICTURE, processor=processor, answer_prefix=prefix)
+    ours = prepare(QUESTION, IMAGE, processor=processor, answer_prefix=prefix)
     assert ours.input_ids.tolist() == wanted["input_ids"].tolist()
     assert ours.input_ids.tolist()[0].count(1) == 1
     assert torch.equal(ours.pixel_values, wanted["pixel_values"])
@@ -174,7 +174,7 @@ def test_the_beginning_of_text_is_written_once() -> None:
 def test_the_embedded_processor_brings_its_template() -> None:
     processor = build_processor()
     config = make_config(64, image_token_id=processor.image_token_id, text={"vocab_size": len(processor.tokenizer)})
-    inputs = prepare("Is the star red or blue?", PICTURE, processor=processor, config=config, options=["red", "blue"])
+    inputs = prepare("Is the star red or blue?", IMAGE, processor=processor, config=config, options=["red", "blue"])
     assert inputs.prompts == ("USER: <image>\nIs the star red or blue? Answer briefly. ASSISTANT:",)
     token_map = inputs.token_map
     assert [token_map.labels[p] for p in token_map["rest"]] == ["Answer", "briefly", "."]
@@ -214,10 +214,10 @@ def test_options_in_a_batch() -> None:
 
 
 def test_device_and_dtype() -> None:
-    inputs = prepare(QUESTION, PICTURE, dtype=torch.bfloat16)
+    inputs = prepare(QUESTION, IMAGE, dtype=torch.bfloat16)
     assert inputs.pixel_values is not None
     assert inputs.pixel_values.dtype == torch.bfloat16
-    assert prepare(QUESTION, PICTURE, device="meta").device.type == "meta"
+    assert prepare(QUESTION, IMAGE, device="meta").device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -225,25 +225,25 @@ def test_device_and_dtype() -> None:
     [
         (
             "Is <image> a <image>?",
-            [PICTURE],
-            "2 <image> in the question, 1 picture given: expected one <image> per picture.",
+            [IMAGE],
+            "2 <image> in the question, 1 image given: expected one <image> per image.",
         ),
         (
             "Is <image> a star?",
-            [PICTURE, PICTURE],
-            "1 <image> in the question, 2 pictures given: expected one <image> per",
+            [IMAGE, IMAGE],
+            "1 <image> in the question, 2 images given: expected one <image> per",
         ),
         (
             "Is <image> a star?",
             None,
-            "1 <image> in the question, 0 pictures given: expected one <image> per picture. Give 1",
+            "1 <image> in the question, 0 images given: expected one <image> per image. Give 1",
         ),
         (
             ["A?", "B?"],
-            [PICTURE],
-            "2 prompts and 1 entries in images; expected a list with one entry per prompt: a picture, ",
+            [IMAGE],
+            "2 prompts and 1 entries in images; expected a list with one entry per prompt: an image, ",
         ),
-        (["A?", "B?"], PICTURE, "2 prompts and one picture in images; expected a list with one entry per prompt"),
+        (["A?", "B?"], IMAGE, "2 prompts and one image in images; expected a list with one entry per prompt"),
         ("", None, "Question 0 is empty; give at least one word to ask."),
         (["A?", " "], None, "Question 1 is empty; give at least one word to ask."),
         ([], None, "There is no question: an empty list was given; expected at least one."),
@@ -254,26 +254,22 @@ def test_device_and_dtype() -> None:
         ),
         (
             ["A?", "B?"],
-            [None, [PICTURE, np.zeros((5, 7, 9))]],
+            [None, [IMAGE, np.zeros((5, 7, 9))]],
             "Image 1 of prompt 1 is an array of 5 x 7 x 9; expected",
         ),
         ("is " * 300, None, "Prompt 0 has 303 tokens, image tokens included; the model was made for at most 256."),
     ],
 )
-def test_questions_and_pictures_that_do_not_fit(question: Any, images: Any, message: str) -> None:
+def test_questions_and_images_that_do_not_fit(question: Any, images: Any, message: str) -> None:
     with says(message):
         prepare(question, images)
 
 
 def test_whole_prompts_that_do_not_fit() -> None:
-    with says(
-        "2 <image> in the prompt, 1 picture given: expected one <image> per picture. Give 2 pictures, or change the "
-    ):
-        prepare("<image> <image> a", [PICTURE], template=None)
-    with says(
-        "Prompt 1: 0 <image> in the prompt, 1 picture given: expected one <image> per picture. Give 0 pictures, or "
-    ):
-        prepare(["<image> a", "a"], [PICTURE, PICTURE], template=None)
+    with says("2 <image> in the prompt, 1 image given: expected one <image> per image. Give 2 images, or change the "):
+        prepare("<image> <image> a", [IMAGE], template=None)
+    with says("Prompt 1: 0 <image> in the prompt, 1 image given: expected one <image> per image. Give 0 images, or "):
+        prepare(["<image> a", "a"], [IMAGE, IMAGE], template=None)
     with says(
         "answer_prefix='The' has no place where template=None: the text is the whole prompt. Write it at the prompt's "
     ):
@@ -289,13 +285,13 @@ def test_whole_prompts_that_do_not_fit() -> None:
 
 def test_processors_that_do_not_fit() -> None:
     with says(
-        "Text and pictures need a processor, and the model has no processor; expected a LlavaProcessor (tokenizer and "
+        "Text and images need a processor, and the model has no processor; expected a LlavaProcessor (tokenizer and "
     ):
         prepare("a", processor=None)
     with says("the model has a TokenizersBackend as its processor"):
         prepare("a", processor=PROCESSOR.tokenizer)
     with says(
-        "The processor writes '<image>' as token 5 and the model expects pictures at token 6; use the processor of "
+        "The processor writes '<image>' as token 5 and the model expects images at token 6; use the processor of "
     ):
         prepare("a", config=make_config(image_token_id=6))
     no_patch = make_processor()
@@ -305,11 +301,11 @@ def test_processors_that_do_not_fit() -> None:
         "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
         "processor.vision_feature_select_strategy = 'default'."
     ):
-        prepare("a", PICTURE, processor=no_patch)
+        prepare("a", IMAGE, processor=no_patch)
     with says("The LlavaProcessor writes 5 <image> tokens for an image"):
-        prepare("a", PICTURE, processor=make_processor(select_strategy="full"))
+        prepare("a", IMAGE, processor=make_processor(select_strategy="full"))
     with says("The LlavaProcessor makes images of 24 x 24 pixels and the model takes 16 x 16"):
-        prepare("a", PICTURE, processor=make_processor(24, 12))
+        prepare("a", IMAGE, processor=make_processor(24, 12))
     no_padding = make_processor()
     no_padding.tokenizer.pad_token = None
     with says(
@@ -341,11 +337,11 @@ def test_the_advice_for_an_old_processor_works(lacking: dict[str, Any], strategy
     if strategy == "full" and lacking == {"vision_feature_select_strategy": None}:
         pytest.skip("such a processor writes the right number all the same")
     with pytest.raises(InputError, match="set processor") as caught:
-        prepare(QUESTION, PICTURE, processor=processor, config=config)
+        prepare(QUESTION, IMAGE, processor=processor, config=config)
     for name, value in re.findall(r"processor\.(\w+) = ('?\w+'?)", str(caught.value)):
         setattr(processor, name, value.strip("'") if "'" in value else int(value))
-    ours = prepare(QUESTION, PICTURE, processor=processor, config=config)
-    assert torch.equal(ours.input_ids, prepare(QUESTION, PICTURE, processor=wanted, config=config).input_ids)
+    ours = prepare(QUESTION, IMAGE, processor=processor, config=config)
+    assert torch.equal(ours.input_ids, prepare(QUESTION, IMAGE, processor=wanted, config=config).input_ids)
 
 
 def test_a_slow_tokenizer_gives_no_question_span() -> None:
@@ -366,7 +362,7 @@ def test_a_slow_tokenizer_gives_no_question_span() -> None:
             assert not return_offsets_mapping
             return processor(**settings)
 
-    token_map = prepare(QUESTION, PICTURE, processor=Processor()).token_map
+    token_map = prepare(QUESTION, IMAGE, processor=Processor()).token_map
     with pytest.raises(SpanError, match="This prompt has no span 'question'"):
         token_map["question"]
     assert [token_map.labels[p] for p in token_map.find(QUESTION)] == ["What", "color", "is", "the", "star", "?"]
@@ -444,13 +440,13 @@ def test_no_warning_where_a_conversation_adds_nothing() -> None:
 
 def test_as_inputs_of_processor_output() -> None:
     text = ["USER: <image>\nWhat is it? ASSISTANT:", f"USER: <image>\n{QUESTION} ASSISTANT:"]
-    encoded = PROCESSOR(text=text, images=[PICTURE, PICTURE], padding=True, return_tensors="pt")
+    encoded = PROCESSOR(text=text, images=[IMAGE, IMAGE], padding=True, return_tensors="pt")
     inputs = as_inputs(encoded, config=CONFIG, processor=PROCESSOR, dtype=torch.bfloat16)
     assert inputs.images_per_prompt == (1, 1)
     assert inputs.attention_mask.dtype == torch.bool
     assert inputs.pixel_values is not None
     assert inputs.pixel_values.dtype == torch.bfloat16
-    prepared = prepare(["What is it?", QUESTION], [PICTURE, PICTURE], padding_side="right")
+    prepared = prepare(["What is it?", QUESTION], [IMAGE, IMAGE], padding_side="right")
     for own, map_ in zip(prepared.token_maps, inputs.token_maps, strict=True):
         for name in ("system", "image", "text", "last"):
             assert own[name] == map_[name]
@@ -475,10 +471,10 @@ def test_as_inputs_keeps_positions_and_several_images() -> None:
     ("value", "message"),
     [
         (torch.tensor([1, IMAGE_TOKEN_ID, 7]), "Prompt 0 has 1 <image> tokens in a row from position 1"),
-        (torch.tensor([1, *[IMAGE_TOKEN_ID] * 4]), "input_ids show 1 picture but no pixel_values are given"),
+        (torch.tensor([1, *[IMAGE_TOKEN_ID] * 4]), "input_ids show 1 image but no pixel_values are given"),
         (
             {"input_ids": [[1, 7]], "pixel_values": torch.rand(1, 3, 16, 16)},
-            "input_ids show 0 pictures (per prompt: [0]) and",
+            "input_ids show 0 images (per prompt: [0]) and",
         ),
         ({"pixel_values": torch.rand(1, 3, 16, 16)}, "pixel_values are given without input_ids"),
         (
@@ -489,7 +485,7 @@ def test_as_inputs_keeps_positions_and_several_images() -> None:
         ({"input_ids": [[1, 700]]}, "input_ids go from 1 to 700"),
         (torch.rand(1, 4), "input_ids are float32"),
         (torch.ones(1, 300, dtype=torch.int64), "Prompt 0 has 300 tokens"),
-        ("a <image>", "1 <image> in the prompt, 0 pictures given"),
+        ("a <image>", "1 <image> in the prompt, 0 images given"),
         ("", "Question 0 is empty"),
     ],
 )
@@ -499,7 +495,7 @@ def test_as_inputs_refuses(value: Any, message: str) -> None:
 
 
 def test_as_inputs_refuses_inputs_of_another_model() -> None:
-    with says("These inputs were prepared for a model with 4 positions per picture; this one has 16."):
-        as_inputs(prepare(QUESTION, PICTURE), config=make_config(32))
-    with says("Text and pictures need a processor, and the model has no processor"):
+    with says("These inputs were prepared for a model with 4 positions per image; this one has 16."):
+        as_inputs(prepare(QUESTION, IMAGE), config=make_config(32))
+    with says("Text and images need a processor, and the model has no processor"):
         as_inputs("a star", config=CONFIG)

@@ -216,16 +216,16 @@ def test_image_tokens_in_the_question_stay_where_they_are() -> None:
     )
     assert TEMPLATES["plain"].format("What is <pic>?", 1, image_token="<pic>").text == "What is <pic>?\n"
     message = (
-        "2 <image> in the question, 1 picture given: expected one <image> per picture. Give 2 pictures, or change the "
+        "2 <image> in the question, 1 image given: expected one <image> per image. Give 2 images, or change the "
         "question."
     )
     with pytest.raises(InputError, match=re.escape(message)):
         TEMPLATES["llava-1.5"].format("Is <image> like <image>?", 1)
 
 
-def test_count_message_speaks_of_pictures() -> None:
-    assert count_message(1, 0).startswith("1 <image> in the prompt, 0 pictures given:")
-    assert count_message(1, 0).endswith("Give 1 picture, or change the prompt.")
+def test_count_message_speaks_of_images() -> None:
+    assert count_message(1, 0).startswith("1 <image> in the prompt, 0 images given:")
+    assert count_message(1, 0).endswith("Give 1 image, or change the prompt.")
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])

@@ -68,7 +68,7 @@ def test_text_only() -> None:
     assert "image" not in token_map
     assert "image" not in token_map.spans
     with pytest.raises(
-        SpanError, match=re.escape("This prompt has no span 'image': the prompt has no picture. Give one ")
+        SpanError, match=re.escape("This prompt has no span 'image': the prompt has no image. Give one ")
     ):
         token_map["image"]
 
@@ -83,7 +83,7 @@ def test_several_images() -> None:
     assert token_map.labels[3] == "img0[0,0]"
     assert token_map.labels[35] == "img1[3,3]"
     for image in (2, -1):
-        with pytest.raises(SpanError, match=f"There is no image {image}: the prompt has 2 pictures, counted from 0"):
+        with pytest.raises(SpanError, match=f"There is no image {image}: the prompt has 2 images, counted from 0"):
             token_map.image(image)
     with pytest.raises(
         SpanError, match=re.escape("token_map['question', 1]: only 'image' takes a number; drop the 1.")
@@ -112,7 +112,7 @@ def test_parts_are_disjoint_and_cover_the_prompt_in_any_batch(
     for row, token_map in enumerate(batch.token_maps):
         real = batch.attention_mask[row].nonzero()[:, 0].tolist()
         spans = token_map.spans
-        if real[-1] in spans.get("image", []):  # a prompt may end with a picture
+        if real[-1] in spans.get("image", []):  # a prompt may end with an image
             assert spans["last"] == spans["image"][-1:]
             spans = {**spans, "image": spans["image"][:-1]}
         parts = [spans[name] for name in PARTS if name in spans]
@@ -132,7 +132,7 @@ def test_metaspace_tokens_belong_to_the_word_they_hold() -> None:
     assert token_map.find("<image>") == token_map["image"]
 
 
-def test_a_prompt_that_ends_with_a_picture() -> None:
+def test_a_prompt_that_ends_with_a_image() -> None:
     token_map = make_map("Is it <image>", template="plain")
     assert token_map["last"] == token_map["image"][-1:]
     assert spelt(token_map, token_map["question"]) == "Is it"
@@ -269,7 +269,7 @@ def test_patch_errors() -> None:
         token_map.position_to_patch(1)
     with pytest.raises(SpanError, match="Position 1 is not an image patch; the prompt has no image"):
         make_map(images=None).position_to_patch(1)
-    with pytest.raises(SpanError, match="There is no image 1: the prompt has 1 picture, counted from 0"):
+    with pytest.raises(SpanError, match="There is no image 1: the prompt has 1 image, counted from 0"):
         token_map.patch_box(0, 0, image=1)
 
 

@@ -6,18 +6,18 @@ from hooked_llava.prompt.prepare import prepare
 from hooked_llava.prompt.token_map import TokenMap
 from tests.fixtures_processor import make_config, make_processor
 
-PICTURE = Image.new("RGB", (20, 20))
+IMAGE = Image.new("RGB", (20, 20))
 
 
 def make_map(question: str, *, n_images: int = 1, metaspace: bool = False, **settings: str) -> TokenMap:
     processor = make_processor(metaspace=metaspace)
     inputs = prepare(
-        question, [PICTURE] * n_images, config=make_config(), processor=processor, template="llava-1.5", **settings
+        question, [IMAGE] * n_images, config=make_config(), processor=processor, template="llava-1.5", **settings
     )
     return inputs.token_map
 
 
-def test_one_picture() -> None:
+def test_one_image() -> None:
     token_map = make_map("Is the star red or blue?").with_spans(options=[9, 11])
     expected = """\
   0       1      2..5       6         7    8     9        10  11       12  13
@@ -39,14 +39,14 @@ def test_columns_stand_above_each_other() -> None:
 
 
 def test_long_prompts_wrap() -> None:
-    token_map = make_map("What is the color of the star in the picture ? " * 3, tail="Answer briefly.")
+    token_map = make_map("What is the color of the star in the image ? " * 3, tail="Answer briefly.")
     text = token_map.format(width=60)
     assert all(len(line) <= 60 for line in text.splitlines())
     assert len(text.split("\n\n")) > 3
     assert text.replace("\n", " ").split().count("star") == 3
 
 
-def test_two_pictures_line_breaks_and_overlapping_spans() -> None:
+def test_two_images_line_breaks_and_overlapping_spans() -> None:
     token_map = make_map("Is it?", n_images=2, metaspace=True)
     question = token_map["question"]
     text = str(token_map.with_spans(first=question[:2], second=question[1:]))

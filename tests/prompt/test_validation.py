@@ -122,19 +122,19 @@ def test_images_are_found(row: list[int], starts: tuple[int, ...]) -> None:
     assert check.find_images(ids, torch.ones_like(ids, dtype=torch.bool), CONFIG) == [starts]
 
 
-def test_image_tokens_come_in_whole_pictures() -> None:
+def test_image_tokens_come_in_whole_images() -> None:
     for row, message in (
         (
             [1, *IMAGE[:3], 7],
-            "Prompt 0 has 3 <image> tokens in a row from position 1, which is 0 pictures and 3 tokens; ",
+            "Prompt 0 has 3 <image> tokens in a row from position 1, which is 0 images and 3 tokens; ",
         ),
         (
             [1, *IMAGE, *IMAGE[:2]],
-            "Prompt 0 has 6 <image> tokens in a row from position 1, which is 1 picture and 2 tokens; ",
+            "Prompt 0 has 6 <image> tokens in a row from position 1, which is 1 image and 2 tokens; ",
         ),
         (
             [*IMAGE[:2], 7, *IMAGE[:2]],
-            "Prompt 0 has 2 <image> tokens in a row from position 0, which is 0 pictures and 2 ",
+            "Prompt 0 has 2 <image> tokens in a row from position 0, which is 0 images and 2 ",
         ),
     ):
         ids = torch.tensor([row])
@@ -143,7 +143,7 @@ def test_image_tokens_come_in_whole_pictures() -> None:
     full = make_config(select_strategy="full")
     ids = torch.tensor([[1, *IMAGE]])
     with says(
-        "expected 5 per picture. A processor writes as many if you set "
+        "expected 5 per image. A processor writes as many if you set "
         "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
         "processor.vision_feature_select_strategy = 'full'; do not cut prompts short."
     ):
@@ -162,7 +162,7 @@ def test_pixels() -> None:
     pixels = torch.rand(2, 3, 16, 16)
     assert check.check_pixels(pixels, CONFIG) is pixels
     with says(
-        "pixel_values are uint8; expected floats, normalised by the image processor. For raw pictures use prepare("
+        "pixel_values are uint8; expected floats, normalised by the image processor. For raw images use prepare("
     ):
         check.check_pixels(pixels.to(torch.uint8), CONFIG)
     for wrong in (pixels[0], pixels[:, :1], torch.rand(2, 3, 16, 17), torch.rand(2, 16, 16, 3)):
@@ -173,23 +173,21 @@ def test_pixels() -> None:
     for bad in (float("nan"), float("inf")):
         broken = pixels.clone()
         broken[1, 0, 3, 3] = bad
-        with says("pixel_values of picture 1 are not all finite (NaN or infinity)."):
+        with says("pixel_values of image 1 are not all finite (NaN or infinity)."):
             check.check_pixels(broken, CONFIG)
 
 
-def test_pictures_match() -> None:
-    check.check_pictures([1, 0, 2], 3)
-    check.check_pictures([0], None)
+def test_images_match() -> None:
+    check.check_images([1, 0, 2], 3)
+    check.check_images([0], None)
+    with says("input_ids show 2 images but no pixel_values are given: image tokens without images would run as text."):
+        check.check_images([2], None)
     with says(
-        "input_ids show 2 pictures but no pixel_values are given: image tokens without pictures would run as text."
+        "input_ids show 1 image (per prompt: [1, 0]) and pixel_values hold 2; expected as many. Give one image per "
     ):
-        check.check_pictures([2], None)
-    with says(
-        "input_ids show 1 picture (per prompt: [1, 0]) and pixel_values hold 2; expected as many. Give one picture per "
-    ):
-        check.check_pictures([1, 0], 2)
-    with says("input_ids show 0 pictures (per prompt: [0]) and pixel_values hold 1; expected as many."):
-        check.check_pictures([0], 1)
+        check.check_images([1, 0], 2)
+    with says("input_ids show 0 images (per prompt: [0]) and pixel_values hold 1; expected as many."):
+        check.check_images([0], 1)
 
 
 def test_position_ids() -> None:
@@ -209,6 +207,6 @@ def test_layouts() -> None:
     check.check_layouts([], CONFIG)
     check.check_layouts([llava_layout(2, 2)] * 2, CONFIG)
     with says(
-        "These inputs were prepared for a model with 9 positions per picture; this one has 4. Call prepare(...) of the "
+        "These inputs were prepared for a model with 9 positions per image; this one has 4. Call prepare(...) of the "
     ):
         check.check_layouts([llava_layout(2, 2), llava_layout(3, 3)], CONFIG)

@@ -58,12 +58,12 @@ def test_only_embeddings_branch_off() -> None:
         replay.branch(Intervention("projector.hook_out", zero=True))
 
 
-def test_a_picture_that_was_replaced_cannot_be_changed_below() -> None:
+def test_a_image_that_was_replaced_cannot_be_changed_below() -> None:
     models = pair()
     replay = Replay(models.ours, models.prompt())
     below = Intervention("vision.blocks.0.hook_mlp_out", zero=True)
     branch = replay.branch(changes(models.ours, [2, 3]))
-    with pytest.raises(InputError, match="fires before the picture's embeddings, which this branch has replaced"):
+    with pytest.raises(InputError, match="fires before the image's embeddings, which this branch has replaced"):
         branch.run([below])
     text_only = replay.branch(changes(models.ours, [replay.kept.n_positions - 1], "hook_text_embed"))
     again = replay.run([[below, changes(models.ours, [replay.kept.n_positions - 1], "hook_text_embed")]])

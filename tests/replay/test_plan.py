@@ -36,8 +36,8 @@ def test_enters_at_the_first_layer_that_must_run_again(hook: str, entry: int) ->
 def test_several_interventions_enter_where_the_first_does() -> None:
     late, early = (Intervention(f"blocks.{i}.hook_mlp_out", positions=[9 - i], zero=True) for i in (2, 1))
     assert (plan(late, early).first_layer, plan(late, early).start) == (1, 7)
-    picture = Intervention("vision.blocks.1.hook_mlp_out", zero=True)
-    assert (plan(late, picture).first_layer, plan(late, picture).start) == (0, 1)  # the picture begins at position 1
+    image = Intervention("vision.blocks.1.hook_mlp_out", zero=True)
+    assert (plan(late, image).first_layer, plan(late, image).start) == (0, 1)  # the image begins at position 1
 
 
 def test_a_run_that_changes_nothing_enters_nowhere() -> None:

@@ -42,9 +42,9 @@ def model_of(config: int) -> HookedLLaVA:
 def prompts(
     model: HookedLLaVA, config: int, *, batch: int, n_images: int, padding: str, lead: int = 0, unequal: bool = False
 ) -> Any:
-    """A batch whose rows have paddings of different lengths, `lead` words before the pictures, and maybe unequally many."""
+    """A batch whose rows have paddings of different lengths, `lead` words before the images, and maybe unequally many."""
     fields = make_prompt(hf_model_of(config), batch=batch, n_images=n_images, seed=batch)
-    if unequal and batch > 1 and n_images > 1:  # the first prompt's last picture becomes words
+    if unequal and batch > 1 and n_images > 1:  # the first prompt's last image becomes words
         ids = fields["input_ids"]
         image = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
         ids[0, image[len(image) // n_images * (n_images - 1) :]] = 9
@@ -243,7 +243,7 @@ def test_embeddings_are_recorded_and_the_image_side_is_refused() -> None:
     assert replay.run_with_cache([], "hook_embed")[1] == []
 
 
-def test_pictures_are_kept_as_they_were() -> None:
+def test_images_are_kept_as_they_were() -> None:
     model = model_of(0)
     inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
     replay, run = Replay(model, inputs), [[Intervention("vision.blocks.0.hook_mlp_out", scale=0.5)]]

@@ -42,13 +42,13 @@ def model() -> HookedLLaVA:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     return [np.random.default_rng(seed).integers(0, 256, (40, 40, 3)).astype(np.uint8) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def pair(model, pictures):
-    return tuple(model.prepare(QUESTION, picture) for picture in pictures)
+def pair(model, images):
+    return tuple(model.prepare(QUESTION, image) for image in images)
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ MADE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "deletion_curves": (
         lambda m, a, b: analysis.deletion_curves(m, a, {"rows": np.arange(16).reshape(4, 4)}, "red", shares=(0, 1)),
-        {"target": "red", "where": "picture"},
+        {"target": "red", "where": "image"},
     ),
     "ablate_heads": (
         lambda m, a, b: analysis.ablate_heads(m, a, {"one": [(1, 0)]}, "red", replace="zero"),
@@ -200,11 +200,11 @@ def test_the_stamp_of_the_weights_changes_with_them(model):
     assert weights_stamp(other) != before
 
 
-def test_hashes_tell_images_apart(model, pictures):
-    first, second = (model.prepare(QUESTION, picture) for picture in pictures)
-    assert image_hashes(first) == image_hashes(model.prepare("Another question?", pictures[0]))
+def test_hashes_tell_images_apart(model, images):
+    first, second = (model.prepare(QUESTION, image) for image in images)
+    assert image_hashes(first) == image_hashes(model.prepare("Another question?", images[0]))
     assert image_hashes(first) != image_hashes(second)
-    both = model.prepare([QUESTION, QUESTION], list(pictures))
+    both = model.prepare([QUESTION, QUESTION], list(images))
     assert image_hashes(both) == image_hashes(first) + image_hashes(second)
     bare = [model.as_inputs({"input_ids": i.input_ids, "pixel_values": i.pixel_values}) for i in (first, second)]
     assert len({*image_hashes(bare[0]), *image_hashes(bare[1])}) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hooked_llava.datasets.rows import row_picture
+from hooked_llava.datasets.rows import row_image
 from hooked_llava.datasets.vqa_constraints import CONSTRAINT_KINDS, FILES, read_vqa_constraints
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape, write_constraints
 from hooked_llava.toy.facts import RELATIONS, fact_table
@@ -25,10 +25,10 @@ def test_written_tables_are_read_back(tmp_path: Path) -> None:
         fields = ("id", "question", "answer", "kind", "constraint")
         assert [getattr(read, name) for name in fields] == [getattr(written, name) for name in fields]
         assert read.objects == (written.objects if written.kind != "OK-VQA" else ())
-        assert isinstance(written.picture, Image.Image)
-        picture = row_picture(read, tmp_path)
-        assert picture is not None
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(written.picture))
+        assert isinstance(written.image, Image.Image)
+        image = row_image(read, tmp_path)
+        assert image is not None
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(written.image))
     header = (tmp_path / FILES["Known"]).read_text().splitlines()[0]
     assert header == ",question,subject,main_entity,image_url,answer"
 

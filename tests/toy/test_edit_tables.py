@@ -15,7 +15,7 @@ def table() -> EditTable:
 
 
 def asked(table, probe):
-    pool = table.pictures if probe.pool == "pictures" else table.words
+    pool = table.images if probe.pool == "images" else table.words
     return [pool[row] for row in probe.rows]
 
 
@@ -32,7 +32,7 @@ def test_probes_ask_what_they_say(table):
     for case in table.cases[::7]:
         by_name = {probe.name: probe for probe in case.probes}
         for name in (
-            "the edited question", "other pictures", "other colors", "other places", "other words", "by name"
+            "the edited question", "other images", "other colors", "other places", "other words", "by name"
         ):  # fmt: skip
             assert set(by_name[name].expected) == {case.target}
             assert all(e.question.relation == case.relation for e in asked(table, by_name[name]))
@@ -49,7 +49,7 @@ def test_probes_ask_what_they_say(table):
         assert {e.question.relation for e in asked(table, by_name["other relations"])}.isdisjoint({case.relation})
 
 
-def test_only_the_edited_question_shows_a_picture_of_the_request(table):
+def test_only_the_edited_question_shows_a_image_of_the_request(table):
     for case in table.cases[::7]:
         used = {id(example.scene) for example in case.requests if example.scene is not None}
         for probe in case.probes:
@@ -57,16 +57,16 @@ def test_only_the_edited_question_shows_a_picture_of_the_request(table):
             assert bool(shown & used) == (probe.name == "the edited question")
 
 
-def test_pictures_show_the_shape_they_are_of(table):
-    for example in table.pictures:
-        if example.question.kind == "fact_picture":
+def test_images_show_the_shape_they_are_of(table):
+    for example in table.images:
+        if example.question.kind == "fact_image":
             assert [o.shape for o in example.scene.objects] == list(example.question.objects)
 
 
 def test_the_same_seed_gives_the_same_table(table):
     again = edit_table()
     assert [case.target for case in again.cases] == [case.target for case in table.cases]
-    assert (again.pictures[40].scene.pixels == table.pictures[40].scene.pixels).all()
+    assert (again.images[40].scene.pixels == table.images[40].scene.pixels).all()
     assert [case.target for case in edit_table(1).cases] != [case.target for case in table.cases]
 
 

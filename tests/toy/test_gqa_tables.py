@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hooked_llava.datasets.gqa import GQA_KINDS, read_gqa
-from hooked_llava.datasets.rows import row_picture
+from hooked_llava.datasets.rows import row_image
 from hooked_llava.toy.evaluate import held_out
 from hooked_llava.toy.gqa_tables import TOY_KINDS, gqa_rows, write_gqa
 
@@ -16,10 +16,10 @@ from hooked_llava.toy.gqa_tables import TOY_KINDS, gqa_rows, write_gqa
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     rows = gqa_rows(3)
     again = read_gqa(write_gqa(tmp_path, 3))
-    assert [replace(row, picture=None) for row in again] == [replace(row, picture=None) for row in rows]
+    assert [replace(row, image=None) for row in again] == [replace(row, image=None) for row in rows]
     assert len({row.id for row in rows}) == 3 * len(GQA_KINDS)
     for row, read in zip(rows, again, strict=True):
-        assert np.array_equal(np.asarray(row_picture(read, tmp_path)), np.asarray(row.picture))
+        assert np.array_equal(np.asarray(row_image(read, tmp_path)), np.asarray(row.image))
 
 
 def test_rows_say_what_the_world_says() -> None:
@@ -37,7 +37,7 @@ def test_rows_say_what_the_world_says() -> None:
                 assert [known[box].shape for box in row.boxes] == [s for s in row.objects if example.scene.find(s)]
 
 
-def test_pictures_are_not_those_that_accuracy_is_measured_on() -> None:
+def test_images_are_not_those_that_accuracy_is_measured_on() -> None:
     ours = gqa_rows(5, kinds=["QueryAttr"])
     theirs = [example.scene.render() for example in held_out("query_pos", 5)]
-    assert not any(np.array_equal(np.asarray(row.picture), np.asarray(p)) for row in ours for p in theirs)
+    assert not any(np.array_equal(np.asarray(row.image), np.asarray(p)) for row in ours for p in theirs)

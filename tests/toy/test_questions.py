@@ -33,7 +33,7 @@ def scene_pool(n_objects: int | None) -> list[Scene]:
 @cache
 def asked(kind: str) -> list[tuple[Scene, Question]]:
     rng = np.random.default_rng(sorted(KINDS).index(kind))
-    pool = scene_pool(1 if kind in ("fact_picture", "name_shape") else None)
+    pool = scene_pool(1 if kind in ("fact_image", "name_shape") else None)
     pairs: list[tuple[Scene, Question]] = []
     while len(pairs) < N_ASKED:
         scene = pool[rng.integers(len(pool))]
@@ -122,8 +122,8 @@ def test_what_is_listed_in_training_is_true(kind: str) -> None:
             assert words[-1] in TRAINING_KINDS[kind] or kind == "list_by_color"
 
 
-def test_facts_are_asked_by_name_and_by_picture() -> None:
-    for scene, question in asked("fact_picture"):
+def test_facts_are_asked_by_name_and_by_image() -> None:
+    for scene, question in asked("fact_image"):
         assert question.answer == fact_answer(question.relation, scene.objects[0].shape)
         assert "this shape" in question.text
         assert scene.objects[0].shape not in question.text

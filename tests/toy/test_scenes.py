@@ -1,4 +1,4 @@
-"""The toy world's pictures: what is drawn is what is said to be there."""
+"""The toy world's images: what is drawn is what is said to be there."""
 
 import zlib
 from functools import lru_cache
@@ -34,14 +34,14 @@ def scenes(n: int) -> list[Scene]:
     return scene_pool()[:n]
 
 
-def test_the_same_generator_draws_the_same_picture() -> None:
+def test_the_same_generator_draws_the_same_image() -> None:
     first, second = sample_scene(np.random.default_rng(3)), sample_scene(np.random.default_rng(3))
     assert first == second
     assert np.array_equal(first.pixels, second.pixels)
 
 
 def test_a_seed_draws_what_it_always_drew() -> None:
-    """The checkpoints were trained on these pictures, and figures in the documentation show them."""
+    """The checkpoints were trained on these images, and figures in the documentation show them."""
     rng = np.random.default_rng(0)
     drawn = [sample_scene(rng) for _ in range(100)]
     assert zlib.crc32(repr([s.objects for s in drawn]).encode()) == 729809851
@@ -119,7 +119,7 @@ def test_render_is_an_rgb_image_of_the_pixels() -> None:
     assert np.array_equal(np.asarray(image), scene.pixels)
 
 
-def test_a_told_scene_has_no_picture() -> None:
+def test_a_told_scene_has_no_image() -> None:
     scene = imagine_scene(np.random.default_rng(0), 4)
     assert len(scene.objects) == 4
     assert not scene.masks.any()
@@ -209,7 +209,7 @@ def test_a_told_scene_is_told_otherwise() -> None:
 def test_what_cannot_be_changed_is_refused() -> None:
     (scene,) = scenes(1)
     here, absent = scene.objects[0].shape, other(scene, 0)
-    with pytest.raises(InputError, match=f"There is no {absent} in the picture.* It has: {here}, "):
+    with pytest.raises(InputError, match=f"There is no {absent} in the image.* It has: {here}, "):
         recolor(scene, absent, "red")
     with pytest.raises(InputError, match="There is no color 'rde'. Did you mean: red"):
         recolor(scene, here, "rde")
@@ -217,5 +217,5 @@ def test_what_cannot_be_changed_is_refused() -> None:
         replace_object(scene, here, "bird")
     with pytest.raises(InputError, match="There is no pattern 'dotted'"):
         replace_object(scene, here, absent, pattern="dotted")
-    with pytest.raises(InputError, match=f"There is a {scene.objects[1].shape} in the picture already"):
+    with pytest.raises(InputError, match=f"There is a {scene.objects[1].shape} in the image already"):
         replace_object(scene, here, scene.objects[1].shape)

@@ -24,8 +24,8 @@ TINY = TrainConfig(
     align_steps=2,
     decay_steps=1,
     warmup=2,
-    align_pictures=3,
-    picture_rows=1,
+    align_images=3,
+    image_rows=1,
     text_rows=1,
     row_length=112,
 )
@@ -54,8 +54,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_a_packed_segment_equals_its_single_prompt(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
-    pictures = 3
-    batch = sample_batch(np.random.default_rng(5), KindSampler(), BatchShape(pictures, 2, 224), 5)
+    n_images = 3
+    batch = sample_batch(np.random.default_rng(5), KindSampler(), BatchShape(n_images, 2, 224), 5)
     with torch.no_grad():
         packed, _ = packed_logits(model, batch)
     seen = set()
@@ -67,7 +67,7 @@ def test_a_packed_segment_equals_its_single_prompt(
         before = torch.arange(len(segments)) <= target.position
         ids = batch.ids[target.row][((segments == segments[target.position]) | (segments == 0)) & before]
         prompt = processor.tokenizer.decode(ids[1:]).replace("<image> " * 64, "<image>\n")
-        images = [batch.scenes[target.row].render()] if target.row < pictures else None
+        images = [batch.scenes[target.row].render()] if target.row < n_images else None
         inputs = processor(images=images, text=prompt, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == ids.tolist()
         with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_training_loop_reads_words_and_pixels_as_the_processor_does(processo
     rng = np.random.default_rng(0)
     tokenizer = processor.tokenizer
     for kind in ANSWER_KINDS:
-        scene = sample_scene(rng, 1 if kind in ("fact_picture", "name_shape") else 5)
+        scene = sample_scene(rng, 1 if kind in ("fact_image", "name_shape") else 5)
         question = ask(kind, scene, rng)
         assert question is not None
         text = f"{format_prompt(question)} {format_answer(question)}"
@@ -217,7 +217,7 @@ def test_patch_words_are_found_where_the_targets_put_them(model: LlavaForConditi
 
 
 def test_evaluation_gives_a_table(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    kinds = ("query_color", "fact_name", "fact_name, with a picture")
+    kinds = ("query_color", "fact_name", "fact_name, with an image")
     results = evaluate(model, processor, n=8, kinds=kinds)
     assert set(results) == set(kinds) <= set(EVALUATED)
     table = markdown_table({"one": results, "two": results})

@@ -34,7 +34,7 @@ class Page(HTMLParser):
 
 
 def check_self_contained(html: str, most: int = 2_000_000) -> None:
-    """Well formed, with words for every picture, and nothing that a browser would have to fetch."""
+    """Well formed, with words for every image, and nothing that a browser would have to fetch."""
     page = Page(html)
     assert page.open == []
     assert page.references

@@ -17,14 +17,14 @@ def model() -> HookedLLaVA:
 
 
 @pytest.fixture(scope="session")
-def wide_picture() -> np.ndarray:
+def wide_image() -> np.ndarray:
     """Twice as wide as high, so that the processor cuts a quarter away on either side."""
     return np.random.default_rng(0).integers(0, 256, (100, 200, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
-def inputs(model: HookedLLaVA, wide_picture: np.ndarray) -> Inputs:
-    return model.prepare("What color is the star?", wide_picture)
+def inputs(model: HookedLLaVA, wide_image: np.ndarray) -> Inputs:
+    return model.prepare("What color is the star?", wide_image)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,6 @@ def text_inputs(model: HookedLLaVA) -> Inputs:
 
 @pytest.fixture(scope="session")
 def tensor_inputs(model: HookedLLaVA, inputs: Inputs) -> Inputs:
-    """The same prompt as a Hugging Face processor returns it: without the original picture."""
+    """The same prompt as a Hugging Face processor returns it: without the original image."""
     torch.manual_seed(0)
     return model.as_inputs({"input_ids": inputs.input_ids, "pixel_values": inputs.pixel_values})

@@ -39,8 +39,8 @@ QUESTION = "What color is the star?"
 
 
 @pytest.fixture(scope="module")
-def other(model, wide_picture):
-    return model.prepare(QUESTION, wide_picture[::-1])
+def other(model, wide_image):
+    return model.prepare(QUESTION, wide_image[::-1])
 
 
 @pytest.fixture(scope="module")

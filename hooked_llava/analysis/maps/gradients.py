@@ -75,7 +75,7 @@ def integrated_gradients(
 
     The model's own answer is the one that it gives at x.
 
-    The baseline of image embeddings is the mean of the picture's own (Neo et al. 2024 take a data set's mean: give it as
+    The baseline of image embeddings is the mean of the image's own (Neo et al. 2024 take a data set's mean: give it as
     `baseline` [d_model]), that of pixels the colour that the processor subtracts, 0. Gradients are added up in float32 at
     least, however the model computes. The parts sum to log P(x) - log
     P(x0), as closely as the steps allow. Raises `InputError` for fewer than one step.
@@ -85,7 +85,7 @@ def integrated_gradients(
     if ids is None:
         with torch.no_grad():
             ids = log_p(end, None)[1]
-    start = torch.zeros_like(end) if vision else _without_picture(inputs, end, baseline)
+    start = torch.zeros_like(end) if vision else _without_image(inputs, end, baseline)
     way = at_least_float32(end) - at_least_float32(start)
     total = torch.zeros_like(way)
     for step in range(steps):
@@ -118,10 +118,10 @@ def _gradient(log_p: _LogP, at: Tensor, ids: Ids) -> tuple[Tensor, Tensor]:
         return torch.autograd.grad(values.sum(), leaf)[0], ids
 
 
-def _without_picture(
+def _without_image(
     inputs: Inputs, end: Float[Tensor, "prompt pos d_model"], baseline: Tensor | None
 ) -> Float[Tensor, "prompt pos d_model"]:
-    """The embeddings with every picture's replaced by one vector; text stays."""
+    """The embeddings with every image's replaced by one vector; text stays."""
     start = end.clone()
     for row, token_map in enumerate(inputs.token_maps):
         for image in range(token_map.n_images):

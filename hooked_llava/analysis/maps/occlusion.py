@@ -1,4 +1,4 @@
-"""What the answer loses when a patch is taken away: in the picture, or after the vision tower, through Replay."""
+"""What the answer loses when a patch is taken away: in the image, or after the vision tower, through Replay."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hooked_llava.replay.replay import Replay
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
-Where = Literal["picture", "tokens"]
-WHERE = ("picture", "tokens")
+Where = Literal["image", "tokens"]
+WHERE = ("image", "tokens")
 
 
 def blank(
@@ -30,19 +30,19 @@ def blank(
     patches: Sequence[int],
     *,
     image: int = 0,
-    where: Where = "picture",
+    where: Where = "image",
     fill: Tensor | None = None,
 ) -> Intervention:
-    """The intervention that takes patches (counted row by row) of one prompt's picture away.
+    """The intervention that takes patches (counted row by row) of one prompt's image away.
 
-    "picture": the patches become the colour that the processor subtracts, a middle grey; it is 0 in what the vision
+    "image": the patches become the colour that the processor subtracts, a middle grey; it is 0 in what the vision
     tower receives and after its convolution, which has no bias. "tokens": their image embeddings become `fill`
     [d_model] (Neo et al. 2024 take a data set's mean).
     """
-    if where == "picture":
+    if where == "image":
         return Intervention("vision.hook_patch_embed", positions=list(patches), image=image, zero=True)
     if where != "tokens":
-        raise InputError(f"where={where!r}; expected 'picture' or 'tokens'.")
+        raise InputError(f"where={where!r}; expected 'image' or 'tokens'.")
     if fill is None:
         raise InputError("Ablating image tokens needs fill=, the vector that takes their place.")
     at = inputs.token_map.patches(image)
@@ -50,7 +50,7 @@ def blank(
 
 
 def mean_embedding(model: HookedLLaVA, inputs: Inputs, image: int = 0) -> Float[Tensor, " d_model"]:
-    """The mean of one picture's image embeddings, the class token's included where it is kept."""
+    """The mean of one image's image embeddings, the class token's included where it is kept."""
     with torch.no_grad():
         return model.embed(inputs)[0, inputs.token_map.image(image).tensor(inputs.device)].mean(0)
 
@@ -61,7 +61,7 @@ def occlusion(
     read: Read,
     ids: Ids,
     *,
-    where: Where = "picture",
+    where: Where = "image",
     window: int = 1,
     fill: Tensor | None = None,
     batch_size: int | None = None,
@@ -84,7 +84,7 @@ def occlusion(
     ]
     runs = []
     for image in range(inputs.n_images):
-        mean = fill if fill is not None or where == "picture" else mean_embedding(model, inputs, image)
+        mean = fill if fill is not None or where == "image" else mean_embedding(model, inputs, image)
         runs += [[blank(model, inputs, square, image=image, where=where, fill=mean)] for square in squares]
     positions = read[0].tolist()
     ids = replay.logits(positions).argmax(-1)[None, :, None] if ids is None else ids

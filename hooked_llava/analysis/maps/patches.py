@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def patch_positions(inputs: Inputs) -> Int[Tensor, "prompt image patch"]:
     """The sequence position of every patch.
 
-    Raises `InputError` unless all prompts have equally many pictures, one at least, and all pictures one grid of one shape.
+    Raises `InputError` unless all prompts have equally many images, one at least, and all images one grid of one shape.
     """
     counts = set(inputs.images_per_prompt)
     if len(counts) != 1 or counts == {0}:
         raise InputError(
-            f"A patch map needs pictures, equally many in every prompt; the prompts have "
+            f"A patch map needs images, equally many in every prompt; the prompts have "
             f"{', '.join(map(str, inputs.images_per_prompt))}."
         )
     _ = inputs.patch_grid

@@ -6,7 +6,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.images import Picture
+from hooked_llava.prompt.images import ImageLike
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.bars import contribution_bars, top_bars
 from hooked_llava.viz.figures.maps import cell_map, layer_head_map
@@ -16,7 +16,7 @@ from hooked_llava.viz.titles import title_of
 
 
 def plot_contributions(
-    result: xr.DataArray, inputs: Inputs | Picture | None = None, *, image: int = 0, title: str | None = None
+    result: xr.DataArray, inputs: Inputs | ImageLike | None = None, *, image: int = 0, title: str | None = None
 ) -> Figure:
     """The figure that fits a result of `logit_attribution`, by what the logit was divided among.
 
@@ -27,15 +27,15 @@ def plot_contributions(
     | head | a cell for each head |
     | neuron | bars of the neurons that contribute most, either way |
     | source | layer by token, summed over the heads; each image one column, the sum of its patches |
-    | patch | the picture with its patches, a panel a layer, summed over the heads |
+    | patch | the image with its patches, a panel a layer, summed over the heads |
 
     Args:
         result: what `logit_attribution` returned for one prompt.
-        inputs: the prompt (names the tokens, knows where the patches lie), or the picture alone.
-        image: which picture, where patches are drawn.
+        inputs: the prompt (names the tokens, knows where the patches lie), or the image alone.
+        image: which image, where patches are drawn.
         title: instead of the result's own.
 
-    Raises `InputError` for other axes, several prompts, and patches without a picture to draw them on.
+    Raises `InputError` for other axes, several prompts, and patches without an image to draw them on.
 
     >>> import numpy as np
     >>> parts = xr.DataArray(np.eye(3), dims=("layer", "neuron"), name="logit")
@@ -46,7 +46,7 @@ def plot_contributions(
     axes = {str(dim) for dim in result.dims}
     if "patch_row" in axes:
         if inputs is None:
-            raise InputError("A result by patch is drawn on the picture; give the inputs, or the picture itself.")
+            raise InputError("A result by patch is drawn on the image; give the inputs, or the image itself.")
         one = result.sel(image=image, drop=True) if "image" in axes else result
         return patch_overlays(inputs, _over_heads(one), image=image, title=title)
     if "source" in axes:

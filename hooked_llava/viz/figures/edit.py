@@ -83,7 +83,7 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     nats. Raises `InputError` for other results.
 
     >>> values = {name: ("probe", [0.5]) for name in ("accuracy_before", "accuracy", "kl", "n")}
-    >>> data = xr.Dataset(values, coords={"probe": ["other pictures"], "role": ("probe", ["generalisation"])})
+    >>> data = xr.Dataset(values, coords={"probe": ["other images"], "role": ("probe", ["generalisation"])})
     >>> [float(bar.get_width()) for bar in probe_bars(data).axes[0].patches]
     [0.5]
     """

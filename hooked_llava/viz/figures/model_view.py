@@ -17,14 +17,14 @@ from hooked_llava.viz.style import MUTED, plot
 
 
 def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:
-    """One of the prompts' pictures as the model receives it, 0 to 1: `pixel_values` with the normalisation undone.
+    """One of the prompts' images as the model receives it, 0 to 1: `pixel_values` with the normalisation undone.
 
     Without an image processor (or one that does not normalise) the values are stretched to 0 to 1 instead. Raises
-    `InputError` for a picture that is not there.
+    `InputError` for an image that is not there.
     """
     if inputs.pixel_values is None or not 0 <= image < len(inputs.pixel_values):
         held = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
-        raise InputError(f"There is no picture {image}: the inputs hold {held}, counted from 0.")
+        raise InputError(f"There is no image {image}: the inputs hold {held}, counted from 0.")
     pixels = np.moveaxis(inputs.pixel_values[image].detach().float().cpu().numpy(), 0, -1)
     if getattr(image_processor, "do_normalize", False):
         shown = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
@@ -36,10 +36,10 @@ def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -
 
 
 def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Figure:
-    """The picture that the model receives, divided into its patches; beside it the original, where the two differ.
+    """The image that the model receives, divided into its patches; beside it the original, where the two differ.
 
     `image_processor` (such as `model.processor.image_processor`) undoes the normalisation. Raises `InputError` for a
-    picture that is not there.
+    image that is not there.
     """
     seen = model_view(inputs, image_processor, image=image)
     layout = layouts_of(inputs)[image]

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.images import Picture, load_picture
+from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     DIVERGING,
@@ -42,11 +42,11 @@ _PLACES = ("patch_row", "patch_col", "feature")
 _SMALL = 160
 _FADE = 0.75
 _MOST_OPAQUE = 0.92
-_GROUND = 0.8  # the grey that stands for the picture in the color bar
+_GROUND = 0.8  # the grey that stands for the image in the color bar
 
 
 def patch_overlay(
-    picture: Inputs | Picture,
+    inputs: Inputs | Image,
     grid: Grid,
     *,
     image: int = 0,
@@ -71,7 +71,7 @@ def patch_overlay(
     [60.0, 30.0]
     """
     values = _grid_values(grid)
-    original, layout = _original(picture, image, layout, values.shape)
+    original, layout = _original(inputs, image, layout, values.shape)
     scale = scale_of(grid, values) if isinstance(grid, xr.DataArray) else color_scale(values)
     width, height = _panel_size(original, 3.6)
     with plot(width + 0.9, height + 0.4) as figure:
@@ -85,7 +85,7 @@ def patch_overlay(
 
 
 def patch_overlays(
-    picture: Inputs | Picture,
+    inputs: Inputs | Image,
     result: xr.DataArray,
     *,
     image: int = 0,
@@ -107,11 +107,11 @@ def patch_overlays(
     places = [dim for dim in _PLACES if dim in result.dims]
     if len(over) != 1 or places not in (["feature"], ["patch_row", "patch_col"]):
         raise InputError(
-            f"patch_overlays draws one picture along one axis; the result has {', '.join(map(str, result.dims))}. "
+            f"patch_overlays draws one image along one axis; the result has {', '.join(map(str, result.dims))}. "
             "Expected patch_row, patch_col and one more; choose or average the others first."
         )
     result = result.transpose(over[0], *places)
-    original, layout = _original(picture, image, layout, result.shape[1:])
+    original, layout = _original(inputs, image, layout, result.shape[1:])
     scale, n = scale_of(result), result.shape[0]
     columns = min(columns, n)
     rows, heading = -(-n // columns), shown_title(result, title)
@@ -160,7 +160,7 @@ def draw_overlay(
 
 
 def draw_image(axes: Axes, pixels: np.ndarray, *, fade: float = 0.0) -> None:
-    """A picture [height, width, 3] such that pixel column i covers i to i + 1; `fade` mixes it with its light grey."""
+    """An image [height, width, 3] such that pixel column i covers i to i + 1; `fade` mixes it with its light grey."""
     height, width = pixels.shape[:2]
     if fade:
         grey = pixels.astype(np.float64).mean(axis=-1, keepdims=True)
@@ -196,19 +196,20 @@ def _by_feature(values: np.ndarray, layout: ImageLayout) -> Float[np.ndarray, " 
 
 
 def _original(
-    picture: Inputs | Picture, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
+    inputs: Inputs | Image, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
 ) -> tuple[Image.Image, ImageLayout | None]:
     """The image to draw on, and its layout if it knows the original's pixels."""
-    if isinstance(picture, Inputs):
-        if picture.images is None or not 0 <= image < len(picture.images):
-            held = "none are known" if picture.images is None else f"there are {len(picture.images)}"
+    if isinstance(inputs, Inputs):
+        if inputs.images is None or not 0 <= image < len(inputs.images):
+            held = "none are known" if inputs.images is None else f"there are {len(inputs.images)}"
             raise InputError(
-                f"Cannot draw on original picture {image}: {held}. Use prepare(question, images=...), which keeps "
-                "them, or give a picture in place of the inputs."
+                f"Cannot draw on original image {image}: {held}. Use prepare(question, images=...), which keeps "
+                "them, or give an image in place of the inputs."
             )
-        layout = layouts_of(picture)[image]
-        picture = picture.images[image]
-    original = load_picture(picture)
+        layout = layouts_of(inputs)[image]
+        original = inputs.images[image]
+    else:
+        original = load_image(inputs)
     if layout is None or layout.original_size is None:
         if len(shape) == 1:
             raise InputError("Values by position of an image need its layout; give inputs made by prepare, or layout=.")
@@ -218,7 +219,7 @@ def _original(
         given = f"{shape[0]} by position" if len(shape) == 1 else f"{shape[0]} x {shape[1]} (patch_row x patch_col)"
         several = "" if len(layout.grids) == 1 else f" in several grids, {layout.n_features} positions in all"
         raise InputError(
-            f"The values are {given} and the picture has {layout} patches{several}; "
+            f"The values are {given} and the image has {layout} patches{several}; "
             f"give one value per {'position' if several else 'patch'}."
         )
     return original, layout
@@ -246,10 +247,10 @@ def _grid_values(grid: Grid) -> Float[np.ndarray, "..."]:
     return values.astype(np.float64)
 
 
-def _panel_size(picture: Image.Image, longest: float) -> tuple[float, float]:
+def _panel_size(image: Image.Image, longest: float) -> tuple[float, float]:
     """Width and height in inches, the longer of them as given."""
-    scale = longest / max(picture.size)
-    return max(0.8, picture.width * scale), max(0.8, picture.height * scale)
+    scale = longest / max(image.size)
+    return max(0.8, image.width * scale), max(0.8, image.height * scale)
 
 
 def mark_crop(axes: Axes, layout: ImageLayout) -> None:
@@ -278,7 +279,7 @@ def _opacity(values: np.ndarray, scale: ColorScale) -> np.ndarray:
 
 
 def _as_overlaid(scale: ColorScale) -> Colormap:
-    """The colours as they look on a light grey picture, for the color bar."""
+    """The colours as they look on a light grey image, for the color bar."""
     values = np.linspace(scale.low, scale.high, 256)
     opaque = _opacity(values, scale)[:, None]
     return ListedColormap(opaque * _vivid(scale)(scale.norm()(values))[:, :3] + (1 - opaque) * _GROUND)

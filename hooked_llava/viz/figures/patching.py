@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.prompt.images import Picture
+from hooked_llava.prompt.images import ImageLike
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.arrays import recovered
 from hooked_llava.viz.figures.contributions import plot_contributions
@@ -27,7 +27,7 @@ _OF_ONE_RUN = ("pair", "prompt", "image", "answer", "receiver", "position")  # d
 
 def plot_patching(
     result: xr.DataArray | xr.Dataset | Mapping[str, xr.DataArray],
-    inputs: Inputs | Picture | None = None,
+    inputs: Inputs | ImageLike | None = None,
     *,
     share: bool = True,
     unfold: bool = False,
@@ -40,21 +40,21 @@ def plot_patching(
     |---|---|
     | layer, position | tokens along the axis, an image's patches side by side; with `unfold` the image, a panel a layer |
     | layer, head (or kv_head) | a cell for each head |
-    | patch; layer, patch | the picture with its patches; a panel a layer |
+    | patch; layer, patch | the image with its patches; a panel a layer |
     | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver; of many, senders by receivers |
     | several results by name, or a dataset | panels on one scale; of `edge_attribution`, senders by receivers |
     | component, neuron, source, ... of `logit_attribution` | as `plot_contributions` |
 
     Args:
         result: what an analysis returned. Of further axes longer than one choose or average first.
-        inputs: the prompt (names the tokens, knows where the patches lie), or the picture alone.
+        inputs: the prompt (names the tokens, knows where the patches lie), or the image alone.
         share: draw the share recovered (`recovered`: 0 corrupted, 1 clean) where the result says what the metric of
             the two runs is; otherwise the values as they are.
-        unfold: draw the positions of a picture on the picture.
-        image: which picture, where patches are drawn.
+        unfold: draw the positions of an image on the image.
+        image: which image, where patches are drawn.
         title: instead of the result's own; not for several results.
 
-    Raises `InputError` for axes that no figure fits, and where patches are to be drawn without a picture.
+    Raises `InputError` for axes that no figure fits, and where patches are to be drawn without an image.
 
     >>> result = xr.DataArray(np.zeros((6, 8)), dims=("layer", "head"), name="metric")
     >>> plot_patching(result).axes[0].get_xlabel()
@@ -70,11 +70,11 @@ def plot_patching(
     drawn = _bare(_shared(result, share))
     title = title_of(drawn) if title is None else title
     if "patch" in drawn.dims or (unfold and "position" in drawn.dims):
-        return _on_picture(drawn, inputs, image, title)
+        return _on_image(drawn, inputs, image, title)
     return _by_axes(drawn, inputs, title)
 
 
-def _by_axes(drawn: xr.DataArray, inputs: Inputs | Picture | None, title: str) -> Figure:
+def _by_axes(drawn: xr.DataArray, inputs: Inputs | ImageLike | None, title: str) -> Figure:
     axes = set(drawn.dims)
     if "receiver" in axes and drawn.sizes["receiver"] > _MOST_PANELS:
         return edge_map(drawn, title=title)
@@ -90,10 +90,10 @@ def _by_axes(drawn: xr.DataArray, inputs: Inputs | Picture | None, title: str) -
     return layer_position_map(one, _prompt(inputs), title=title)
 
 
-def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, image: int = 0) -> xr.DataArray:
-    """A result by patch, or by position, on the grid of one picture: axes patch_row and patch_col in place of it.
+def by_patch(result: xr.DataArray, inputs: Inputs | ImageLike | None = None, *, image: int = 0) -> xr.DataArray:
+    """A result by patch, or by position, on the grid of one image: axes patch_row and patch_col in place of it.
 
-    Patches that the result does not have are NaN. Raises `InputError` without positions of the picture, and for a
+    Patches that the result does not have are NaN. Raises `InputError` without positions of the image, and for a
     result by position without its inputs.
 
     >>> places = {"patch_row": ("patch", [0, 1]), "patch_col": ("patch", [1, 0])}
@@ -125,7 +125,7 @@ def by_patch(result: xr.DataArray, inputs: Inputs | Picture | None = None, *, im
 
 
 def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Which entries of the axis position are patches of the picture, and where these lie."""
+    """Which entries of the axis position are patches of the image, and where these lie."""
     if prompt is None or "position" not in result.dims:
         raise InputError(
             f"Patches need a result by patch, or by position together with its inputs; the result has the axes "
@@ -141,13 +141,13 @@ def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tupl
             found.append((index, (row, column)))
     if not found or "n_positions" in result.coords:
         raise InputError(
-            f"The result has no positions of patches of picture {image} by themselves, so none can be drawn."
+            f"The result has no positions of patches of image {image} by themselves, so none can be drawn."
         )
     indices, places = zip(*found, strict=True)
     return list(indices), list(places)
 
 
-def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None, about: Mapping[Any, Any]) -> Figure:
+def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | ImageLike | None, about: Mapping[Any, Any]) -> Figure:
     """Panels on one scale; of edges, that have another sender each, one map."""
     if not parts or len(parts) > _MOST_PANELS:
         raise InputError(f"There are {len(parts)} results to draw; expected 1 to {_MOST_PANELS}. Choose some of them.")
@@ -167,9 +167,9 @@ def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | Picture | None,
     return cell_maps(parts, *fitting[0], about=about)
 
 
-def _on_picture(result: xr.DataArray, inputs: Inputs | Picture | None, image: int, title: str) -> Figure:
+def _on_image(result: xr.DataArray, inputs: Inputs | ImageLike | None, image: int, title: str) -> Figure:
     if inputs is None:
-        raise InputError("A result by patch is drawn on the picture; give the inputs, or the picture itself.")
+        raise InputError("A result by patch is drawn on the image; give the inputs, or the image itself.")
     if "image" in result.dims:
         result = result.sel(image=image, drop=True)
     grid = by_patch(result, inputs, image=image)
@@ -194,5 +194,5 @@ def _bare(result: xr.DataArray) -> xr.DataArray:
     return result.squeeze(dropped, drop=True)
 
 
-def _prompt(inputs: Inputs | Picture | None) -> Inputs | None:
+def _prompt(inputs: Inputs | ImageLike | None) -> Inputs | None:
     return inputs if isinstance(inputs, Inputs) else None

@@ -27,12 +27,12 @@ from hooked_llava.viz.pages.parts import answered, one_prompt
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads"),
-    *("attention to the picture", "patches", "occlusion", "drawing"),
+    *("attention to the image", "patches", "occlusion", "drawing"),
 )
-"""The parts of the work, as progress is reported; those about pictures are left out where there is none."""
+"""The parts of the work, as progress is reported; those about images are left out where there is none."""
 OCCLUDED_UNASKED = 256
 """Occlusion runs the model once for about each patch: with more patches than this it is left out unless asked for."""
-_WINDOWS = 4  # occluded squares side by side in a picture: without a single patch a model seldom misses anything
+_WINDOWS = 4  # occluded squares side by side in an image: without a single patch a model seldom misses anything
 _LENS_ANSWERS = 4
 
 
@@ -51,7 +51,7 @@ class Report(Page):
     """How a model came to its answer: the page, and the results it shows.
 
     `report.save("report.html")` writes it; in a notebook it shows itself. The labelled arrays in `report.results` are
-    next_tokens, lens, components, heads, head_scores, and with a picture attention, patches and occlusion.
+    next_tokens, lens, components, heads, head_scores, and with an image attention, patches and occlusion.
     """
 
 
@@ -72,7 +72,7 @@ def explain(
 
     Args:
         model: the model.
-        inputs: one prompt, anything `model.as_inputs` takes; those of `model.prepare` also show pictures as they were.
+        inputs: one prompt, anything `model.as_inputs` takes; those of `model.prepare` also show images as they were.
         answer: the token whose logit is taken apart, an id or a word that is one token after the prompt; the model's own
             first token by default.
         baseline: a token whose logit is subtracted, to see why one answer and not the other.
@@ -81,7 +81,7 @@ def explain(
         n_heads: how many heads' attention is drawn.
         patches: the method of the patch map, see `patch_importance`.
         occlusion: whether occlusion is drawn beside it, which runs the model once for about each patch; by default up to
-            `OCCLUDED_UNASKED` patches. What is taken away are squares of a quarter of the picture's side.
+            `OCCLUDED_UNASKED` patches. What is taken away are squares of a quarter of the image's side.
         on_step: called with the name of each part of the work (`STEPS`) as it begins; by default a progress bar
             shows if it takes longer than two seconds.
 
@@ -126,7 +126,7 @@ def _results(
     results["heads"] = logit_attribution(model, prompt, scored, baseline, by="head")
     results["head_scores"] = head_scores(model, prompt, scored)
     if prompt.n_images:
-        begin("attention to the picture")
+        begin("attention to the image")
         results["attention"] = image_attention(model, prompt)
         results |= _patch_maps(model, prompt, scored, options, begin)
     return results

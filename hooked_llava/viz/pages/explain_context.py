@@ -40,13 +40,13 @@ _MEANING = {
     "held (Yu & Ananiadou, arXiv 2411.10950)",
     "attention": "attention from the last position, averaged over all heads of all layers; it knows nothing of the answer",
     "grad_x_input": "gradient of log P times the image embedding, to first order what the embedding adds",
-    "integrated_gradients": "the gradient of log P averaged on the line from the picture's mean embedding to each "
+    "integrated_gradients": "the gradient of log P averaged on the line from the image's mean embedding to each "
     "patch's own, times their difference (arXiv 1703.01365)",
     "rollout": "attention multiplied through all layers, the residual stream counted as attention to oneself "
     "(arXiv 2005.00928); it knows nothing of the answer",
     "relevancy": "attention times its gradient, where positive, accumulated through all layers (arXiv 2103.15679)",
-    "occlusion": "what log P loses when a patch is painted grey in the picture, and the model is run again",
-    "token_ablation": "what log P loses when a patch's image embedding is replaced by the picture's mean embedding",
+    "occlusion": "what log P loses when a patch is painted grey in the image, and the model is run again",
+    "token_ablation": "what log P loses when a patch's image embedding is replaced by the image's mean embedding",
 }
 
 
@@ -83,7 +83,7 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
 
 
 def looking_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
-    """The maps [panel, patch_row, patch_col] of the n heads that attend most to the picture, in that order."""
+    """The maps [panel, patch_row, patch_col] of the n heads that attend most to the image, in that order."""
     shares = attention.sum(("patch_row", "patch_col"))
     best = top_heads(shares, min(n, shares.size))
     maps = [attention.sel(layer=layer, head=head, drop=True) for layer, head in best]

@@ -177,7 +177,7 @@ def _cost(attrs: Mapping[str, Any]) -> str:
 
 
 def _unseen(result: xr.Dataset) -> str:
-    """Questions of which some object's box was cut away before the model saw the picture."""
+    """Questions of which some object's box was cut away before the model saw the image."""
     n = int((result["boxes_lost"] > 0).sum()) if "boxes_lost" in result.coords else 0
     return f"; {n} with an object that the model does not see (cut away, or too small)" if n else ""
 

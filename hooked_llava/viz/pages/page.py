@@ -106,7 +106,7 @@ def run_footer(model: HookedLLaVA, prompt: Inputs, cost: str) -> dict[str, str]:
     rows, columns = model.config.vision.patch_grid
     sizes = f"{model.cfg.n_layers} layers of {model.cfg.n_heads} heads, d_model {model.cfg.d_model}"
     return {
-        "Model": f"{model.cfg.model_name or 'unnamed'} ({sizes}; pictures of {rows} x {columns} patches)",
+        "Model": f"{model.cfg.model_name or 'unnamed'} ({sizes}; images of {rows} x {columns} patches)",
         "Numbers": f"{str(model.cfg.dtype).removeprefix('torch.')} on {model.cfg.device}",
         "Prompt": prompt.prompts[0] if prompt.prompts else f"{prompt.shape[1]} token ids",
         "Cost": cost,

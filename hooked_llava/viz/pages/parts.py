@@ -64,7 +64,7 @@ def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
         if span == "image":
             image = token_map.image_starts.index(position)
             size = len(token_map.image_ranges[image])
-            name = f"picture {image}" if token_map.n_images > 1 else "picture"
+            name = f"image {image}" if token_map.n_images > 1 else "image"
             entries.append({"text": f"{name}, {size} positions", "span": span})
             position += size
             continue

@@ -33,7 +33,7 @@ class PatchingReport(Page):
     """Where the difference between two answers is carried: the page, and the results it shows.
 
     `report.question` and `report.answer` are those of the clean prompt. The labelled arrays in `report.results` are
-    resid_pre, attn_out, mlp_out, heads, estimate (attribution patching), and with a picture, if it has not too many
+    resid_pre, attn_out, mlp_out, heads, estimate (attribution patching), and with an image, if it has not too many
     positions, patches: the stream at each of them.
     """
 
@@ -60,12 +60,12 @@ def patching_report(
     Args:
         model: the model.
         clean: one prompt, anything `model.as_inputs` takes.
-        corrupted: another, of the same length, with pictures and words in the same places.
+        corrupted: another, of the same length, with images and words in the same places.
         answer: a token; by default the first that the model gives to the clean prompt.
         baseline: a token; by default the first that it gives to the corrupted prompt.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
         max_new_tokens: length of the answers at most.
-        max_runs: maps of pictures with more cells than this are left to attribution patching, which estimates them.
+        max_runs: maps of images with more cells than this are left to attribution patching, which estimates them.
         on_step: called with the name of each part of the work (`STEPS`) as it begins; by default a progress bar
             shows if it takes longer than two seconds.
 
@@ -147,7 +147,7 @@ def _results(
         results[hook] = activation_patching(model, *pair, hook=hook, positions=columns, **options)
     begin("heads")
     results["heads"] = activation_patching(model, *pair, hook="z", positions="last", **options)
-    if layers := _picture_layers(model, pair[0], max_runs):
+    if layers := _image_layers(model, pair[0], max_runs):
         begin("patches")
         results["patches"] = activation_patching(
             model, *pair, hook="resid_pre", layers=layers, positions="image", **options
@@ -157,20 +157,20 @@ def _results(
     return results
 
 
-def _picture_layers(model: HookedLLaVA, prompt: Inputs, max_runs: int) -> list[int]:
-    """The layers in which every position of the pictures is measured: all, the first, or none."""
+def _image_layers(model: HookedLLaVA, prompt: Inputs, max_runs: int) -> list[int]:
+    """The layers in which every position of the images is measured: all, the first, or none."""
     n_positions = len(prompt.token_map.spans.get("image", ()))
     n_layers = model.cfg.n_layers if n_positions * model.cfg.n_layers <= max_runs else 1
     return list(range(n_layers)) if 0 < n_positions * n_layers <= max_runs else []
 
 
 def _columns(pair: tuple[Inputs, Inputs]) -> list[int | str]:
-    """Pictures as one, and the text from the first difference on: what comes before is the same in both runs."""
+    """Images as one, and the text from the first difference on: what comes before is the same in both runs."""
     ids = [inputs.input_ids[0].tolist() for inputs in pair]
     token_map = pair[0].token_map
     differing = [p for p in token_map.real if ids[0][p] != ids[1][p]]
-    pictures = list(token_map.spans.get("image", ()))
-    first = min([*differing, *pictures[:1]], default=token_map.real.start)
+    images = list(token_map.spans.get("image", ()))
+    first = min([*differing, *images[:1]], default=token_map.real.start)
     text = [p for p in token_map["text"] if p >= first]
-    before = [p for p in text if pictures and p < pictures[0]]
-    return [*before, *(["image"] if pictures else []), *text[len(before) :]]
+    before = [p for p in text if images and p < images[0]]
+    return [*before, *(["image"] if images else []), *text[len(before) :]]

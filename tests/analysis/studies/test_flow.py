@@ -18,9 +18,9 @@ def model() -> HookedLLaVA:
 
 @pytest.fixture(scope="module")
 def table() -> list[StudyRow]:
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     asked = ["Is the star red or blue?", "What color is it?"]
-    shared = {"answer": "red", "false_option": "blue", "kind": "A", "picture": picture, "boxes": ((0, 0, 8, 8),)}
+    shared = {"answer": "red", "false_option": "blue", "kind": "A", "image": image, "boxes": ((0, 0, 8, 8),)}
     return [StudyRow(id=str(i), question=question, **shared) for i, question in enumerate(asked)]
 
 

@@ -26,7 +26,7 @@ def test_plot_patching_draws_it_too(model, inputs, by):
     assert heading.startswith("Direct contribution to the logit of 'red'")
 
 
-def test_sources_are_summed_over_heads_and_pictures(model, inputs):
+def test_sources_are_summed_over_heads_and_images(model, inputs):
     parts = logit_attribution(model, inputs, "red", by="source")
     by_layer = parts.sum("head")
     np.testing.assert_allclose(drawn(plot_contributions(parts)), by_layer, atol=1e-6)
@@ -38,11 +38,11 @@ def test_sources_are_summed_over_heads_and_pictures(model, inputs):
     assert labels[image[0] + 1] == "What"
 
 
-def test_patches_lie_on_the_picture_layer_by_layer(model, inputs):
+def test_patches_lie_on_the_image_layer_by_layer(model, inputs):
     parts = logit_attribution(model, inputs, "red", by="patch")
     figure = plot_contributions(parts, inputs)
     np.testing.assert_allclose(drawn(figure, 1), parts.sum("head")[1], atol=1e-6)
-    with pytest.raises(InputError, match="drawn on the picture; give the inputs"):
+    with pytest.raises(InputError, match="drawn on the image; give the inputs"):
         plot_contributions(parts)
 
 

@@ -8,10 +8,10 @@ from hooked_llava.viz import as_the_model_sees_it, model_view
 
 
 def test_the_models_view_undoes_the_normalisation(model):
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    inputs = model.prepare("What is it?", picture)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    inputs = model.prepare("What is it?", image)
     seen = model_view(inputs, model.processor.image_processor)
-    assert np.abs(seen * 255 - picture).max() < 0.6
+    assert np.abs(seen * 255 - image).max() < 0.6
 
 
 def test_without_an_image_processor_the_view_is_stretched_to_its_range(inputs):
@@ -29,8 +29,8 @@ def test_the_original_stands_beside_the_view_where_they_differ(model, inputs):
     assert len(as_the_model_sees_it(same).axes) == 1
 
 
-def test_a_picture_that_is_not_there_has_no_view(inputs, text_inputs):
-    with pytest.raises(InputError, match=r"There is no picture 1: the inputs hold 1, counted from 0"):
+def test_a_image_that_is_not_there_has_no_view(inputs, text_inputs):
+    with pytest.raises(InputError, match=r"There is no image 1: the inputs hold 1, counted from 0"):
         model_view(inputs, image=1)
-    with pytest.raises(InputError, match=r"There is no picture 0: the inputs hold 0"):
+    with pytest.raises(InputError, match=r"There is no image 0: the inputs hold 0"):
         as_the_model_sees_it(text_inputs)

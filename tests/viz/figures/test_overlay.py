@@ -33,10 +33,10 @@ def test_each_patch_is_drawn_where_the_token_map_says(inputs):
         for col in range(4):
             assert tuple(drawn[row, col]) == pytest.approx(inputs.token_map.patch_box(row, col))
     assert np.array_equal(axes.collections[0].get_array(), values)
-    assert tuple(drawn[0, 0][:2]) == (50.0, 0.0)  # a picture of 200 x 100: the crop begins a quarter from the left
+    assert tuple(drawn[0, 0][:2]) == (50.0, 0.0)  # an image of 200 x 100: the crop begins a quarter from the left
 
 
-def test_the_picture_keeps_its_own_coordinates_and_the_rest_is_dimmed(inputs):
+def test_the_image_keeps_its_own_coordinates_and_the_rest_is_dimmed(inputs):
     axes = patch_overlay(inputs, np.ones((4, 4))).axes[0]
     assert axes.images[0].get_extent() == [0, 200, 100, 0]
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 200), (100, 0))
@@ -53,13 +53,13 @@ def test_nothing_is_marked_where_nothing_is_cut_away(model):
 def test_large_grids_and_real_processors_fit():
     processor = make_processor(image_size=336, patch_size=14).image_processor
     layout = llava_layout(*processor_axes(processor, height=480, width=640, patch_size=14))
-    picture = np.zeros((480, 640, 3), np.uint8)
-    axes = patch_overlay(picture, np.random.default_rng(0).random((24, 24)), layout=layout).axes[0]
+    image = np.zeros((480, 640, 3), np.uint8)
+    axes = patch_overlay(image, np.random.default_rng(0).random((24, 24)), layout=layout).axes[0]
     assert np.allclose(extents(axes.collections[0])[5, 7], layout.cell_box(5, 7))
 
 
-def test_patches_without_a_layout_divide_the_picture_evenly(wide_picture):
-    drawn = extents(patch_overlay(wide_picture, np.ones((2, 4))).axes[0].collections[0])
+def test_patches_without_a_layout_divide_the_image_evenly(wide_image):
+    drawn = extents(patch_overlay(wide_image, np.ones((2, 4))).axes[0].collections[0])
     assert drawn[1, 3].tolist() == [150, 50, 200, 100]
 
 
@@ -96,13 +96,13 @@ def test_tensors_and_labelled_arrays_are_grids_too(inputs):
 
 
 def test_errors_say_what_does_not_fit(inputs, tensor_inputs):
-    with pytest.raises(InputError, match=r"The values are 3 x 3 .* and the picture has 4 x 4 patches"):
+    with pytest.raises(InputError, match=r"The values are 3 x 3 .* and the image has 4 x 4 patches"):
         patch_overlay(inputs, np.ones((3, 3)))
     with pytest.raises(InputError, match=r"The values have the shape \(2, 4, 4\); expected one number per patch"):
         patch_overlay(inputs, np.ones((2, 4, 4)))
-    with pytest.raises(InputError, match=r"Cannot draw on original picture 0: none are known"):
+    with pytest.raises(InputError, match=r"Cannot draw on original image 0: none are known"):
         patch_overlay(tensor_inputs, np.ones((4, 4)))
-    with pytest.raises(InputError, match=r"Cannot draw on original picture 3: there are 1"):
+    with pytest.raises(InputError, match=r"Cannot draw on original image 3: there are 1"):
         patch_overlay(inputs, np.ones((4, 4)), image=3)
     with pytest.raises(InputError, match=r"the result has layer, head, patch_row, patch_col"):
         patch_overlays(inputs, xr.DataArray(np.ones((2, 2, 4, 4)), dims=("layer", "head", "patch_row", "patch_col")))

@@ -18,7 +18,7 @@ def metric(logits):
 
 @pytest.fixture(scope="module")
 def pair(model, inputs):
-    """Clean and corrupted: the same question about two pictures."""
+    """Clean and corrupted: the same question about two images."""
     other = np.random.default_rng(1).integers(0, 256, (100, 200, 3)).astype(np.uint8)
     return inputs, model.prepare("What color is the star?", other)
 
@@ -58,7 +58,7 @@ def test_heads_are_cells(model, pair):
     assert plot_patching(keys).axes[0].get_xlabel() == "key-value head"
 
 
-def test_patches_lie_on_the_picture(model, pair):
+def test_patches_lie_on_the_image(model, pair):
     result = activation_patching(model, *pair, hook="hook_image_embed", metric=metric)
     figure = plot_patching(result, pair[0])
     np.testing.assert_allclose(drawn(figure).reshape(-1), recovered(result), rtol=1e-6)
@@ -70,7 +70,7 @@ def test_patches_lie_on_the_picture(model, pair):
     assert np.isnan(found[[0, 15]]).all()
 
 
-def test_the_positions_of_the_picture_unfold(model, pair):
+def test_the_positions_of_the_image_unfold(model, pair):
     """The stream entering layer 0 is what the merge puts there, so both ways to draw it agree."""
     result = activation_patching(model, *pair, metric=metric)
     figure = plot_patching(result, pair[0], unfold=True)
@@ -121,21 +121,21 @@ def test_what_fits_no_figure_says_what_to_do(estimate, pair, model):
         plot_patching(estimate, pair[0])
     with pytest.raises(InputError, match=r"the axes layer, position, head; expected layer, head\. Choose or average"):
         plot_patching(recovered(estimate)["z"], pair[0])
-    with pytest.raises(InputError, match="A result by patch is drawn on the picture; give the inputs"):
+    with pytest.raises(InputError, match="A result by patch is drawn on the image; give the inputs"):
         plot_patching(recovered(estimate)["attn_out"], unfold=True)
     with pytest.raises(InputError, match="There are 13 results to draw; expected 1 to 12"):
         plot_patching({str(i): estimate["attn_out"] for i in range(13)})
     together = activation_patching(model, *pair, positions=["image", "last"], metric=metric)
-    with pytest.raises(InputError, match="no positions of patches of picture 0 by themselves"):
+    with pytest.raises(InputError, match="no positions of patches of image 0 by themselves"):
         plot_patching(together, pair[0], unfold=True)
     with pytest.raises(InputError, match="a result by patch, or by position together with its inputs"):
         by_patch(xr.DataArray([1.0], dims="layer"))
 
 
-def test_chosen_patches_lie_where_they_were_on_the_picture_alone(model, pair, wide_picture):
+def test_chosen_patches_lie_where_they_were_on_the_image_alone(model, pair, wide_image):
     """The grid comes from the result, not from which of its patches are drawn."""
     result = activation_patching(model, *pair, hook="hook_image_embed", positions=[5, 6], metric=metric)
-    grid = by_patch(recovered(result), wide_picture)
+    grid = by_patch(recovered(result), wide_image)
     assert grid.shape == (4, 4)
     np.testing.assert_allclose(grid.values.reshape(-1)[[5, 6]], recovered(result))
     assert np.isnan(grid.values).sum() == 14

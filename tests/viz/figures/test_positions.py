@@ -26,7 +26,7 @@ def by_position(inputs, n_layers: int = 3) -> xr.DataArray:
         ("max", lambda block: block.max(1)),
     ],
 )
-def test_layer_position_map_gives_the_picture_one_column(inputs, collapse, reduce):
+def test_layer_position_map_gives_the_image_one_column(inputs, collapse, reduce):
     result = by_position(inputs)
     axes = layer_position_map(result, inputs, collapse=collapse).axes[0]
     token_map = inputs.token_map
@@ -125,7 +125,7 @@ def test_positions_patched_together_stand_under_the_name_of_their_span(inputs):
 
 
 @pytest.mark.parametrize(("collapse", "expected"), [("sum", 0.5), ("max", 0.25), ("mean", 1 - 0.5 / 16)])
-def test_pictures_are_collapsed_from_what_does_nothing(inputs, collapse, expected):
+def test_images_are_collapsed_from_what_does_nothing(inputs, collapse, expected):
     image = inputs.token_map["image"].tolist()
     values = np.ones((1, len(image)))
     values[0, :2] = 0.25, 1.25

@@ -32,8 +32,8 @@ def edit(model, request_) -> Edit:
 
 
 @pytest.fixture(scope="module")
-def probes(model, wide_picture) -> list[Probe]:
-    words = model.prepare(["What color is the circle?", "Is the star red or blue?"], [wide_picture] * 2)
+def probes(model, wide_image) -> list[Probe]:
+    words = model.prepare(["What color is the circle?", "Is the star red or blue?"], [wide_image] * 2)
     return [
         Probe("rewording", "generalisation", words, "red"),
         Probe("<others>", "specificity", model.prepare("Who made the star?")),

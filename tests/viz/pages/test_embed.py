@@ -6,7 +6,7 @@ from hooked_llava.viz.pages.embed import is_small, uri
 from hooked_llava.viz.style import plot
 
 
-def test_large_pictures_are_made_smaller():
+def test_large_images_are_made_smaller():
     assert len(uri(Image.effect_noise((2000, 1000), 60).convert("RGB"))) < 700_000
 
 

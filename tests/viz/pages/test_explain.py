@@ -29,15 +29,13 @@ def text_report(model, text_inputs) -> Report:
 
 
 def test_a_report_has_every_section(report):
-    assert Page(report.html).sections == ["answer", "picture", "lens", "contributions", "heads", "patches", "attention"]
+    assert Page(report.html).sections == ["answer", "image", "lens", "contributions", "heads", "patches", "attention"]
 
 
-def test_a_text_only_report_has_no_section_about_pictures(text_report):
+def test_a_text_only_report_has_no_section_about_images(text_report):
     shown = Page(text_report.html)
     assert shown.sections == ["answer", "lens", "contributions", "heads"]
-    assert (
-        "picture" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", text_report.html, flags=re.S).split("<main>")[0]
-    )
+    assert "image" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", text_report.html, flags=re.S).split("<main>")[0]
     assert "attention" not in text_report.results
 
 
@@ -85,12 +83,12 @@ def test_text_in_a_page_is_escaped(model):
     assert "<h1>What is &lt;b&gt;this&lt;/b&gt; &amp; that?</h1>" in html
 
 
-def test_two_pictures_have_sections_each(model, wide_picture):
-    two = model.prepare("Which two?", [wide_picture, np.zeros((50, 50, 3), np.uint8)])
+def test_two_images_have_sections_each(model, wide_image):
+    two = model.prepare("Which two?", [wide_image, np.zeros((50, 50, 3), np.uint8)])
     sections = Page(explain(model, two, max_new_tokens=1).html).sections
-    assert [s for s in sections if "picture" in s or "attention" in s] == [
-        "picture",
-        "picture-2",
+    assert [s for s in sections if "image" in s or "attention" in s] == [
+        "image",
+        "image-2",
         "attention",
         "attention-2",
     ]
@@ -99,7 +97,7 @@ def test_two_pictures_have_sections_each(model, wide_picture):
 def test_tensors_without_the_original_are_explained_too(model, tensor_inputs):
     html = explain(model, tensor_inputs, max_new_tokens=1).html
     assert "The original is not known" in html
-    assert Page(html).sections == ["answer", "picture", "lens", "contributions", "heads", "patches", "attention"]
+    assert Page(html).sections == ["answer", "image", "lens", "contributions", "heads", "patches", "attention"]
 
 
 def test_a_model_without_a_processor_is_explained_too(inputs):
@@ -112,7 +110,7 @@ def test_a_model_without_a_processor_is_explained_too(inputs):
 def test_steps_are_reported_in_order(model, text_inputs):
     steps: list[str] = []
     explain(model, text_inputs, max_new_tokens=1, on_step=steps.append)
-    assert steps == [step for step in STEPS if step not in ("attention to the picture", "patches", "occlusion")]
+    assert steps == [step for step in STEPS if step not in ("attention to the image", "patches", "occlusion")]
 
 
 def test_patch_map_and_occlusion_stand_side_by_side(report, model, inputs):

@@ -15,10 +15,10 @@ from tests.pairs import as_users_run
 
 @pytest.fixture(scope="module")
 def table(model):
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     boxes = ((0, 0, 8, 8),)
     return [
-        StudyRow(id=str(i), question=q, answer="red", false_option="blue", kind=kind, picture=picture, boxes=boxes)
+        StudyRow(id=str(i), question=q, answer="red", false_option="blue", kind=kind, image=image, boxes=boxes)
         for i, (q, kind) in enumerate([("Is the star red or blue?", "A"), ("What color is it?", "B<i>")] * 2)
     ]
 
@@ -49,7 +49,7 @@ def test_a_page_of_one_question(model, inputs):
     assert "as many other patches" not in knockout_page(model, inputs, ["image->last"], max_new_tokens=1).html
 
 
-def test_without_a_picture_the_edges_of_text_remain(model, text_inputs):
+def test_without_a_image_the_edges_of_text_remain(model, text_inputs):
     page = knockout_page(model, text_inputs, max_new_tokens=1)
     assert page.results["knockout"].edge.values.tolist() == ["question->last", "last->last", "question|rest->last"]
     with pytest.raises(SpanError, match="no span 'image'"):

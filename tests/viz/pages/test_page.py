@@ -48,7 +48,7 @@ def test_a_page_says_where_it_comes_from(model, inputs):
     footer = make_page(Page, "page", {}, about, {}, question="?", answer="").html.split("<footer>")[1]
     assert "<dt>Cost</dt><dd>3 passes &amp; more</dd>" in footer
     assert "USER: &lt;image&gt;" in footer
-    assert "pictures of 4 x 4 patches" in footer
+    assert "images of 4 x 4 patches" in footer
     assert "transformer_lens" in footer
 
 

@@ -7,10 +7,10 @@ from hooked_llava.errors import InputError
 from hooked_llava.viz.pages.parts import answer_text, one_prompt, prompt_tokens, shown_images
 
 
-def test_prompt_tokens_name_their_span_and_the_picture_is_one_of_them(inputs):
+def test_prompt_tokens_name_their_span_and_the_image_is_one_of_them(inputs):
     tokens = prompt_tokens(inputs.token_map)
-    assert [token["span"] for token in tokens if token["text"].startswith("picture")] == ["image"]
-    assert {"text": "picture, 16 positions", "span": "image"} in tokens
+    assert [token["span"] for token in tokens if token["text"].startswith("image")] == ["image"]
+    assert {"text": "image, 16 positions", "span": "image"} in tokens
     assert {"text": "star", "span": "question"} in tokens
     assert tokens[-1]["span"] == "last"
     assert len(tokens) == inputs.shape[1] - 16 + 1

@@ -10,7 +10,7 @@ import pytest
 from hooked_llava.analysis import activation_patching
 from hooked_llava.errors import InputError
 from hooked_llava.readout.metrics import logit_difference
-from hooked_llava.toy.pictures import picture_path
+from hooked_llava.toy.images import image_path
 from hooked_llava.viz import PatchingReport, patching_report
 from hooked_llava.viz.pages.patching import STEPS
 from tests.pairs import as_users_run
@@ -21,8 +21,8 @@ QUESTION = "What color is the star?"
 
 @pytest.fixture(scope="module")
 def star(tiny_shapes):
-    """The bundled picture, and the same with a blue star."""
-    return tuple(tiny_shapes.prepare(QUESTION, picture_path(name)) for name in ("demo", "demo-blue-star"))
+    """The bundled image, and the same with a blue star."""
+    return tuple(tiny_shapes.prepare(QUESTION, image_path(name)) for name in ("demo", "demo-blue-star"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_both_answers_are_given(report, steps):
 def test_pages_are_whole(report, text_report):
     check_self_contained(report.html)
     check_self_contained(text_report.html)
-    assert Page(report.html).sections == ["pair", "stream", "picture", "heads", "attribution"]
+    assert Page(report.html).sections == ["pair", "stream", "image", "heads", "attribution"]
     assert Page(text_report.html).sections == ["pair", "stream", "heads", "attribution"]
 
 
@@ -78,7 +78,7 @@ def test_the_sentences_say_what_the_map_of_the_stream_shows(report, text_report)
     said = words(report.html)
     assert (share[first:, -1] >= 0.5).all()
     assert f"From layer {first} on, the stream at the last position alone decides more than half." in said
-    assert f"Up to layer {last}, all positions of the picture together decide more than half." in said
+    assert f"Up to layer {last}, all positions of the image together decide more than half." in said
     between = share[:, 1:-1]
     layer, column = np.unravel_index(between.argmax(), between.shape)
     word = stream["label"].values[1 + column]
@@ -91,7 +91,7 @@ def test_the_page_says_what_was_done(report):
     said = words(report.html)
     assert f"Measured here: {runs} interventions" in said
     assert "1 backward pass" in said.split("Cost")[1]
-    assert "patches in which the pictures differ 6 of 64" in said
+    assert "patches in which the images differ 6 of 64" in said
     assert re.search(r"resid_pre, layer x patch 384 0\.\d\d", said)
 
 
@@ -113,11 +113,11 @@ def test_prompts_given_as_tensors_make_a_page_too(model, inputs, tensor_inputs):
     check_self_contained(page.html)
 
 
-def test_two_pictures_have_sections_each(model, wide_picture):
+def test_two_images_have_sections_each(model, wide_image):
     dark = np.zeros((50, 50, 3), np.uint8)
-    pair = [model.prepare("Which two?", pictures) for pictures in ([wide_picture, dark], [dark, wide_picture])]
+    pair = [model.prepare("Which two?", images) for images in ([wide_image, dark], [dark, wide_image])]
     page = patching_report(model, *pair, answer="red", baseline="blue", max_new_tokens=1)
-    assert [section for section in Page(page.html).sections if "picture" in section] == ["picture", "picture-2"]
+    assert [section for section in Page(page.html).sections if "image" in section] == ["image", "image-2"]
 
 
 def test_pairs_without_a_difference_are_refused(tiny_shapes, star):

@@ -29,7 +29,7 @@ def test_a_corruption_that_changes_nothing_is_said(model, text_inputs):
     page = trace_page(model, text_inputs, "star", corruption="star", max_new_tokens=1)
     assert "The corruption does not lower the answer" in page.html
     assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
-    assert "From the picture" not in page.html
+    assert "From the image" not in page.html
 
 
 def test_steps_are_reported_and_errors_come_first(model, text_inputs):

@@ -5,18 +5,18 @@ import pytest
 from PIL import Image
 
 from hooked_llava.errors import InputError
-from hooked_llava.toy.pictures import NAMES, draw, picture_path, picture_scene
+from hooked_llava.toy.images import NAMES, draw, image_path, image_scene
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bundled_pictures_are_what_their_scenes_say(name):
-    with Image.open(picture_path(name)) as picture:
-        assert np.array_equal(np.asarray(picture), picture_scene(name).pixels)
+def test_bundled_images_are_what_their_scenes_say(name):
+    with Image.open(image_path(name)) as image:
+        assert np.array_equal(np.asarray(image), image_scene(name).pixels)
 
 
-def test_every_picture_has_a_star_of_its_own_colour():
+def test_every_image_has_a_star_of_its_own_colour():
     for name in NAMES:
-        scene = picture_scene(name)
+        scene = image_scene(name)
         star = scene.find("star")
         assert star is not None
         assert [o.color for o in scene.objects].count(star.color) == 1
@@ -28,12 +28,12 @@ def test_drawing_writes_them_all(tmp_path):
 
 
 def test_an_unknown_name_gets_a_suggestion():
-    with pytest.raises(InputError, match=r"No bundled picture is called 'dmo'\. Did you mean: demo\? Known: demo, "):
-        picture_path("dmo")
+    with pytest.raises(InputError, match=r"No bundled image is called 'dmo'\. Did you mean: demo\? Known: demo, "):
+        image_path("dmo")
 
 
-def test_a_recoloured_picture_differs_in_one_shape_only():
-    scene, other = picture_scene("demo"), picture_scene("demo-blue-star")
+def test_a_recoloured_image_differs_in_one_shape_only():
+    scene, other = image_scene("demo"), image_scene("demo-blue-star")
     differs = (scene.pixels != other.pixels).any(-1)
     assert differs.any()
     assert not differs[~scene.find("star").mask].any()
