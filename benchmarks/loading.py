@@ -74,14 +74,15 @@ def write_checkpoint(config: LlavaConfig, folder: Path, shard_bytes: int) -> int
 def _shards(config: LlavaConfig, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     block = torch.randn(_BLOCK).mul_(0.02).bfloat16()
     shard: dict[str, Tensor] = {}
-    for name, shape in expected_tensors(LLaVAConfig.from_hf(config)).items():
+    ours = LLaVAConfig.from_hf(config)
+    for name, shape in expected_tensors(ours).items():
         tensor = torch.empty(shape, dtype=torch.bfloat16)
         for piece in tensor.view(-1).split(_BLOCK):
             piece.copy_(block[: len(piece)])
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
             yield shard
             shard = {}
-        shard[hf_name(name)] = tensor
+        shard[hf_name(name, ours)] = tensor
     yield shard
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.sizes import TowerConfig
 
 
 @dataclass(frozen=True)

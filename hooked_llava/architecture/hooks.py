@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex, TypeAlias
 
-from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, vision_hooks
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.checks import as_index
 from hooked_llava.errors import HookNameError, InputError, did_you_mean
 

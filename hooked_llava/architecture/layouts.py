@@ -7,12 +7,12 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from hooked_llava.architecture.config import VisionConfig
 from hooked_llava.architecture.grid import Grid, GridAxis
 from hooked_llava.architecture.image_axis import ImageAxis
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.processor_axes import processor_axes
 from hooked_llava.architecture.resampling import Filter, filter_of
+from hooked_llava.architecture.sizes import VisionConfig
 from hooked_llava.architecture.tiles import Size, best_resolution, pooled_grid, scaled_size, unpadding
 from hooked_llava.errors import ConfigError, InputError
 

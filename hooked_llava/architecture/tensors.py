@@ -1,57 +1,20 @@
-"""Our tensor names <-> Hugging Face's, in every layout that LLaVA-1.5 checkpoints have had.
-
-Hugging Face has moved the parts around over the years: the language tower under `language_model.model.` (hub
-checkpoints, and what transformers 5 still writes) or `model.language_model.` (in memory), the head as
-`language_model.lm_head` or `lm_head`, the CLIP tower with and without `vision_model.`. All of them are read;
-`hf_name` gives the one spelling that is written.
-"""
+"""Our tensor names <-> Hugging Face's, in every layout that checkpoints have had, composed from the kinds of the parts."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 
-from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.language import LANGUAGE_MODELS
+from hooked_llava.architecture.llava import LLAVA_MODELS
+from hooked_llava.architecture.sizes import TowerConfig
+from hooked_llava.architecture.vision import VISION_TOWERS
 from hooked_llava.errors import CheckpointError
 
-_VISION = {
-    "embeddings.class_embedding": "class_embed",
-    "embeddings.patch_embedding": "patch_embed",
-    "embeddings.position_embedding": "pos_embed",
-    "pre_layrnorm": "ln_pre",  # Hugging Face's own spelling
-    "post_layernorm": "ln_post",
-    "encoder.layers.{}.layer_norm1": "blocks.{}.ln1",
-    "encoder.layers.{}.layer_norm2": "blocks.{}.ln2",
-    "encoder.layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
-    "encoder.layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
-    "encoder.layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
-    "encoder.layers.{}.self_attn.out_proj": "blocks.{}.attn.output",
-    "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.up",
-    "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.down",
-}
-_LANGUAGE = {
-    "embed_tokens": "embed",
-    "norm": "ln_final",
-    "layers.{}.input_layernorm": "blocks.{}.ln1",
-    "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
-    "layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
-    "layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
-    "layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
-    "layers.{}.self_attn.o_proj": "blocks.{}.attn.output",
-    "layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
-    "layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
-    "layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
-}
-_PROJECTOR = {"linear_1": "linear_in", "linear_2": "linear_out"}
 _HEAD = {"lm_head": "unembed"}
-
-# (prefixes read, the written one first; our prefix; names below it). The first prefix that fits decides, so that
-# "language_model.lm_head." is tried before "language_model.".
-_PARTS = (
-    (("language_model.", ""), "language.", _HEAD),
-    (("language_model.model.", "language_model."), "language.", _LANGUAGE),
-    (("vision_tower.", "vision_tower.vision_model."), "vision.", _VISION),
-    (("multi_modal_projector.",), "projector.", _PROJECTOR),
-)
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # computed from the config; old checkpoints store them
 _KINDS = ("weight", "bias")
 
@@ -61,50 +24,82 @@ TIED_TO = "language.embed.weight"
 """The tensor that then stands for it."""
 
 
-def our_name(hf_name: str) -> str | None:
+@dataclass(frozen=True)
+class _Part:
+    """Names of the tensors of a part."""
+
+    prefixes: tuple[str, ...]
+    """Hugging Face's, the one that is written first."""
+    ours: str
+    """Our prefix."""
+    names: Mapping[str, str]
+    """Below the prefixes, Hugging Face's and ours."""
+
+
+def _parts(config: LLaVAConfig) -> tuple[_Part, ...]:
+    """The parts of a model. The first prefix that fits decides: "language_model.lm_head." is tried before "language_model."."""
+    return _parts_of_kinds(config.model_type, config.language.model_type, config.vision.model_type)
+
+
+@cache
+def _parts_of_kinds(model_type: str, language: str, vision: str) -> tuple[_Part, ...]:
+    kind = LLAVA_MODELS[model_type]
+    return (
+        _Part(kind.head, "language.", _HEAD),
+        _Part(kind.language, "language.", LANGUAGE_MODELS[language].names),
+        _Part(kind.vision, "vision.", VISION_TOWERS[vision].names),
+        _Part(kind.projector, "projector.", kind.projector_names),
+    )
+
+
+def our_name(hf_name: str, config: LLaVAConfig) -> str | None:
     """Our name of a Hugging Face tensor, or None for a buffer that is computed and not loaded.
 
-    Raises `CheckpointError` for a tensor that no LLaVA-1.5 model has.
+    Raises `CheckpointError` for a tensor that no model of these kinds has.
 
-    >>> our_name("language_model.model.layers.3.self_attn.o_proj.weight")
+    >>> from transformers import LlavaConfig
+    >>> config = LLaVAConfig.from_hf(LlavaConfig())
+    >>> our_name("language_model.model.layers.3.self_attn.o_proj.weight", config)
     'language.blocks.3.attn.output.weight'
-    >>> our_name("model.vision_tower.vision_model.embeddings.class_embedding")
+    >>> our_name("model.vision_tower.vision_model.embeddings.class_embedding", config)
     'vision.class_embed'
     """
     if hf_name.endswith(_BUFFERS):
         return None
     name = hf_name.removeprefix("model.")
-    for prefixes, ours, table in _PARTS:
-        for prefix in prefixes:
-            translated = _translate(name.removeprefix(prefix), table) if name.startswith(prefix) else None
+    for part in _parts(config):
+        for prefix in part.prefixes:
+            translated = _translate(name.removeprefix(prefix), part.names) if name.startswith(prefix) else None
             if translated is not None:
-                return ours + translated
+                return part.ours + translated
     raise CheckpointError(
-        f"Tensor {hf_name!r} belongs to no part of a LLaVA-1.5 model (vision_tower, multi_modal_projector, "
-        "language_model, lm_head). Check that the checkpoint is a LlavaForConditionalGeneration."
+        f"Tensor {hf_name!r} belongs to no part of a {LLAVA_MODELS[config.model_type].architecture} (vision tower "
+        f"{config.vision.model_type}, projector, language model {config.language.model_type}, lm_head). Check that "
+        "config.json belongs to the checkpoint."
     )
 
 
-def hf_name(our_name: str) -> str:
+def hf_name(our_name: str, config: LLaVAConfig) -> str:
     """The name that Hugging Face's `save_pretrained` writes for one of our tensors.
 
     Raises `CheckpointError` for a name that is none of ours.
 
-    >>> hf_name("language.unembed.weight")
+    >>> from transformers import LlavaConfig
+    >>> hf_name("language.unembed.weight", LLaVAConfig.from_hf(LlavaConfig()))
     'language_model.lm_head.weight'
     """
-    for prefixes, ours, table in _PARTS:
-        reverse = {ours_below: hf_below for hf_below, ours_below in table.items()}
-        translated = _translate(our_name.removeprefix(ours), reverse) if our_name.startswith(ours) else None
+    for part in _parts(config):
+        reverse = {ours: theirs for theirs, ours in part.names.items()}
+        translated = _translate(our_name.removeprefix(part.ours), reverse) if our_name.startswith(part.ours) else None
         if translated is not None:
-            return prefixes[0] + translated
+            return part.prefixes[0] + translated
     raise CheckpointError(
         f"{our_name!r} is not a tensor of HookedLLaVA; expected a name such as 'language.blocks.0.attn.query.weight', "
         "as in dict(model.named_parameters())."
     )
 
 
-def _translate(name: str, table: dict[str, str]) -> str | None:
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
     """A name below its prefix looked up in a table, with layer numbers and weight/bias carried over."""
     stem, _, kind = name.rpartition(".")
     if kind not in _KINDS:

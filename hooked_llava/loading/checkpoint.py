@@ -188,7 +188,7 @@ def _matched_entries(folder: Path, config: LLaVAConfig) -> dict[str, _Entry]:
     surplus: list[_Entry] = []
     for entry in _entries(folder):
         try:
-            name = our_name(entry.hf_name)
+            name = our_name(entry.hf_name, config)
         except CheckpointError:
             surplus.append(entry)
             continue

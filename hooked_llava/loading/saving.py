@@ -54,7 +54,8 @@ def save(
 
 
 def _named_for_disk(state: Mapping[str, Tensor], hf_config: LlavaConfig) -> dict[str, Tensor]:
-    expected = expected_tensors(LLaVAConfig.from_hf(hf_config))
+    config = LLaVAConfig.from_hf(hf_config)
+    expected = expected_tensors(config)
     given = {name: tensor for name, tensor in state.items() if name != TIED or TIED in expected}
     wrong = sorted(set(expected) ^ set(given))
     wrong += [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
@@ -65,7 +66,7 @@ def _named_for_disk(state: Mapping[str, Tensor], hf_config: LlavaConfig) -> dict
             f"{len(wrong)} tensors do not fit the config; {name} is {was}, expected {expected.get(name, 'absent')}. "
             "Save a model with the config that it was built from."
         )
-    return {hf_name(name): given[name].detach() for name in expected}
+    return {hf_name(name, config): given[name].detach() for name in expected}
 
 
 def _bytes(size: int | str) -> int:

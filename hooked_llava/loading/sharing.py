@@ -15,7 +15,7 @@ def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -
 
     Raises `CheckpointError` if the model lacks a tensor or has one of another shape.
     """
-    given = {our_name(name): parameter.detach() for name, parameter in hf_model.state_dict().items()}
+    given = {our_name(name, config): parameter.detach() for name, parameter in hf_model.state_dict().items()}
     for name, shape in expected_tensors(config).items():
         if name not in given or tuple(given[name].shape) != shape:
             found = tuple(given[name].shape) if name in given else "nothing"

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
-from hooked_llava.architecture.config import TowerConfig
 from hooked_llava.architecture.hooks import Hook, HookTable
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.errors import HookNameError, SpanError, did_you_mean
 from hooked_llava.model.components.block import Blocks
 from hooked_llava.model.tl_protocol import ConfigView, sum_biases

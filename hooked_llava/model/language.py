@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import LanguageConfig
+from hooked_llava.architecture.sizes import LanguageConfig
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.block import Block, Blocks
 from hooked_llava.model.components.hook_point import HookPoint, start_graph

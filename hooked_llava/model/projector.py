@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hooked_llava.architecture.config import ProjectorConfig
+from hooked_llava.architecture.sizes import ProjectorConfig
 from hooked_llava.model.components.hook_point import HookPoint
 
 

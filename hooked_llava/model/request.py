@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_llava.architecture.config import LanguageConfig
+from hooked_llava.architecture.sizes import LanguageConfig
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import VisionConfig
+from hooked_llava.architecture.sizes import VisionConfig
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.block import Block, Blocks
 from hooked_llava.model.components.hook_point import HookPoint, start_graph

@@ -113,9 +113,9 @@ def text(**fields: Any) -> Callable[[LlavaConfig], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: setattr(c, "model_type", "llava_next"), "type 'llava_next'; expected 'llava'"),
-        (text(model_type="qwen2"), "language model is of type 'qwen2'; this version builds llama"),
-        (lambda c: setattr(c.vision_config, "model_type", "siglip"), "type 'siglip'; this version builds clip"),
+        (lambda c: setattr(c, "model_type", "llava_next"), "type 'llava_next'.*Known: llava"),
+        (text(model_type="lama"), "language model is of type 'lama'.*Did you mean: llama"),
+        (lambda c: setattr(c.vision_config, "model_type", "clip_vision"), "type 'clip_vision'.*Did you mean: clip_vision_model"),
         (lambda c: vars(c).update(vision_feature_select_strategy="cls"), "is 'cls'; expected 'default'"),
         (lambda c: setattr(c, "vision_feature_layer", 4), r"=4 is out of range for 3 vision layers; expected -4\.\.3"),
         (lambda c: setattr(c, "vision_feature_layer", [-1, -5]), "vision_feature_layer=-5 is out of range"),

@@ -7,6 +7,7 @@ from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, o
 from hooked_llava.errors import CheckpointError
 from tests.builders import make_hf_model, tiny_hf_config
 
+CONFIG = LLaVAConfig.from_hf(tiny_hf_config())
 GEOMETRIES = (
     {},
     {"n_key_value_heads": 2, "d_head": 10},
@@ -19,8 +20,9 @@ GEOMETRIES = (
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_expected_tensors_are_those_of_the_hugging_face_model(geometry):
     model = make_hf_model(**geometry)
-    theirs = {our_name(name): tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    assert theirs == expected_tensors(LLaVAConfig.from_hf(model.config))
+    config = LLaVAConfig.from_hf(model.config)
+    theirs = {our_name(name, config): tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert theirs == expected_tensors(config)
 
 
 def test_tied_unembedding_is_not_expected():
@@ -30,9 +32,10 @@ def test_tied_unembedding_is_not_expected():
 
 
 def test_hf_name_is_read_back():
-    for name in expected_tensors(LLaVAConfig.from_hf(tiny_hf_config(attention_bias=True, text={"mlp_bias": True}))):
-        assert our_name(hf_name(name)) == name
-        assert our_name("model." + hf_name(name)) == name
+    config = LLaVAConfig.from_hf(tiny_hf_config(attention_bias=True, text={"mlp_bias": True}))
+    for name in expected_tensors(config):
+        assert our_name(hf_name(name, config), config) == name
+        assert our_name("model." + hf_name(name, config), config) == name
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_hf_name_is_read_back():
     ],
 )
 def test_our_name_reads_every_layout(name, ours):
-    assert our_name(name) == ours
+    assert our_name(name, CONFIG) == ours
 
 
 @pytest.mark.parametrize(
@@ -67,11 +70,11 @@ def test_our_name_reads_every_layout(name, ours):
     ],
 )
 def test_our_name_refuses_what_llava_does_not_have(name):
-    with pytest.raises(CheckpointError, match=f"Tensor '{name}' belongs to no part of a LLaVA-1.5 model"):
-        our_name(name)
+    with pytest.raises(CheckpointError, match=f"Tensor '{name}' belongs to no part of a LlavaForConditionalGeneration"):
+        our_name(name, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["language.blocks.0.attn.W_Q", "embed.weight", "vision.class_embed.weights"])
 def test_hf_name_refuses_what_is_not_ours(name):
     with pytest.raises(CheckpointError, match=f"'{name}' is not a tensor of HookedLLaVA"):
-        hf_name(name)
+        hf_name(name, CONFIG)

@@ -49,7 +49,8 @@ def read(folder, config, **options):
 
 
 def assert_same_weights(tensors, hf_model):
-    theirs = {our_name(name): tensor for name, tensor in hf_model.named_parameters()}
+    config = LLaVAConfig.from_hf(hf_model.config)
+    theirs = {our_name(name, config): tensor for name, tensor in hf_model.named_parameters()}
     assert set(tensors) == set(theirs)
     for name, tensor in theirs.items():
         assert torch.equal(tensors[name], tensor), name
@@ -84,7 +85,7 @@ def test_dtype_is_converted(tmp_path, hf_model, config, dtype):
     write(tmp_path, hf_model)
     tensors = read(tmp_path, config, dtype=dtype)
     for name, parameter in hf_model.named_parameters():
-        assert torch.equal(tensors[our_name(name)], parameter.to(dtype))
+        assert torch.equal(tensors[our_name(name, config)], parameter.to(dtype))
 
 
 def test_without_a_dtype_tensors_stay_as_stored(tmp_path, hf_model, config, state):
@@ -411,8 +412,9 @@ for dtype in (torch.bfloat16, torch.float32):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_loading_takes_one_times_the_memory_of_the_weights(tmp_path):
     hf_config = tiny_hf_config(n_layers=12, d_model=512, d_mlp=1500)
-    shapes = expected_tensors(LLaVAConfig.from_hf(hf_config))
-    state = {hf_name(name): torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    config = LLaVAConfig.from_hf(hf_config)
+    shapes = expected_tensors(config)
+    state = {hf_name(name, config): torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     write_state(tmp_path, hf_config, state, shards=4)
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     as_stored, converted = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

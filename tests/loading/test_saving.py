@@ -17,7 +17,8 @@ from tests.builders import make_hf_model, make_prompt
 
 
 def our_state(hf_model) -> dict[str, torch.Tensor]:
-    named = {our_name(name): parameter for name, parameter in hf_model.named_parameters(remove_duplicate=False)}
+    config = LLaVAConfig.from_hf(hf_model.config)
+    named = {our_name(name, config): parameter for name, parameter in hf_model.named_parameters(remove_duplicate=False)}
     return {name: parameter for name, parameter in named.items() if name}
 
 

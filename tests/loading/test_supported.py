@@ -208,7 +208,7 @@ def test_a_plain_model_is_accepted_in_every_dtype_and_after_a_merge() -> None:
 def test_another_architecture_is_told_by_its_config() -> None:
     other = nn.Module()
     other.config = LlavaNextConfig()
-    with pytest.raises(ConfigError, match="'llava_next'.*expected 'llava'"):
+    with pytest.raises(ConfigError, match="'llava_next'.*Known: llava"):
         HookedLLaVA.from_hf(other)
 
 

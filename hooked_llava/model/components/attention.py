@@ -16,7 +16,7 @@ from fancy_einsum import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm

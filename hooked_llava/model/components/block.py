@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components.attention import Attention, AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.mlp import MLP

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 
 
 class KVCache:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.precision import at_least_float32
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_llava.architecture.config import RotaryConfig
+from hooked_llava.architecture.sizes import RotaryConfig
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each position's angles, both [batch pos 1 d_head]."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components import Attention, AttentionContext, KVCache, RotaryEmbedding, make_norm
 from hooked_llava.model.components.attention import softmax_or_zero
 from tests.model.components.towers import LANGUAGE, VISION, tower, with_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_llava.architecture.config import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components import AttentionContext, Block
 from tests.model.components.towers import LANGUAGE, VISION, tower, with_weights
 from tests.pairs import off

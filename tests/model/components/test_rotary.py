@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_llava.architecture.config import RotaryConfig
+from hooked_llava.architecture.sizes import RotaryConfig
 from hooked_llava.model.components import RotaryEmbedding
 from hooked_llava.model.components.rotary import rotate
 from tests.pairs import off

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooked_llava.architecture.config import LLaVAConfig, TowerConfig
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.sizes import TowerConfig
 from tests.builders import randomise, tiny_hf_config
 
 _CONFIG = LLaVAConfig.from_hf(tiny_hf_config(n_heads=6, n_key_value_heads=2))

@@ -1,0 +1,101 @@
+"""The language models that load: for each, how its Hugging Face config is read and what its tensors are called there.
+
+A new one is an entry of `LANGUAGE_MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hooked_llava.architecture.sizes import LanguageConfig, RotaryConfig
+from hooked_llava.checks import one_of
+from hooked_llava.errors import ConfigError
+
+_ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+
+_LLAMA_NAMES = {
+    "embed_tokens": "embed",
+    "norm": "ln_final",
+    "layers.{}.input_layernorm": "blocks.{}.ln1",
+    "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
+    "layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
+    "layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
+    "layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
+    "layers.{}.self_attn.o_proj": "blocks.{}.attn.output",
+    "layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
+    "layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
+    "layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
+}
+
+
+@dataclass(frozen=True)
+class LanguageKind:
+    """One kind of language model."""
+
+    read: Callable[[Any], dict[str, Any]]
+    """The fields of `LanguageConfig` in which it differs from others, from its Hugging Face config."""
+    names: Mapping[str, str]
+    """Names of its tensors: Hugging Face's, below the language model, and ours; `{}` stands for the layer."""
+
+
+def _llama(text: Any) -> dict[str, Any]:
+    return {
+        "normalization_type": "RMS",
+        "eps": text.rms_norm_eps,
+        "gated_mlp": True,
+        "qkv_bias": text.attention_bias,
+        "out_bias": text.attention_bias,
+        "mlp_bias": text.mlp_bias,
+    }
+
+
+LANGUAGE_MODELS = {"llama": LanguageKind(_llama, _LLAMA_NAMES)}
+"""Every language model that loads, by the `model_type` of its Hugging Face config."""
+
+
+def read_language(text: Any, *, tied: bool) -> LanguageConfig:
+    """The config of the language tower from its Hugging Face config; whether embeddings are tied the outer config says.
+
+    Raises `ConfigError` for a language model that is not built here.
+
+    >>> from transformers import LlamaConfig
+    >>> read_language(LlamaConfig(), tied=False).d_head
+    128
+    """
+    says = f"The language model is of type {text.model_type!r}, which is not built here."
+    kind = LANGUAGE_MODELS[one_of(text.model_type, LANGUAGE_MODELS, "text_config", says=says, error=ConfigError)]
+    n_heads = text.num_attention_heads
+    sizes = {
+        "n_layers": text.num_hidden_layers,
+        "n_heads": n_heads,
+        "n_key_value_heads": text.num_key_value_heads or n_heads,
+        "d_model": text.hidden_size,
+        "d_head": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
+        "d_mlp": text.intermediate_size,
+        "act_fn": text.hidden_act,
+        "rotary": _rotary(text),
+        "d_vocab": text.vocab_size,
+        "n_ctx": text.max_position_embeddings,
+    }
+    return LanguageConfig(model_type=text.model_type, causal=True, tied_embeddings=tied, **{**sizes, **kind.read(text)})
+
+
+def _rotary(text: Any) -> RotaryConfig:
+    parameters = text.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in _ROTARY_TYPES:
+        raise ConfigError(
+            f"The rotary embedding is of type {kind!r}, whose frequencies depend on the prompt's length; "
+            f"expected one of {', '.join(_ROTARY_TYPES)}."
+        )
+    if kind != "default":
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](text, device=torch.device("cpu"))
+        return RotaryConfig(tuple(frequencies.tolist()), float(scaling))
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    exponents = torch.arange(0, d_head, 2, dtype=torch.float32) / d_head
+    return RotaryConfig(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()))

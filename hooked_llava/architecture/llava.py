@@ -1,0 +1,63 @@
+"""The outer models that load, which join a vision tower, a projector and a language model: what their tensors are called.
+
+Hugging Face has moved the parts around over the years: the language tower under `language_model.model.` (hub checkpoints,
+and what transformers 5 still writes) or `model.language_model.` (in memory), the head as `language_model.lm_head` or
+`lm_head`, the CLIP tower with and without `vision_model.`. All of them are read; the first of each is written.
+A new one is an entry of `LLAVA_MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_llava.architecture.sizes import ProjectorConfig
+from hooked_llava.checks import one_of
+from hooked_llava.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LlavaKind:
+    """One kind of outer model. Prefixes are those below `model.`, if that is there; the one that is written comes first."""
+
+    architecture: str
+    """The class in transformers."""
+    projector_names: Mapping[str, str]
+    """Names of the projector's tensors: Hugging Face's and ours."""
+    head: tuple[str, ...] = ("language_model.", "")
+    """Prefixes of `lm_head`."""
+    language: tuple[str, ...] = ("language_model.model.", "language_model.")
+    """Prefixes of the language model's tensors."""
+    vision: tuple[str, ...] = ("vision_tower.", "vision_tower.vision_model.")
+    """Prefixes of the vision tower's tensors."""
+    projector: tuple[str, ...] = ("multi_modal_projector.",)
+    """Prefixes of the projector's tensors."""
+
+
+_PROJECTOR_NAMES = {"linear_1": "linear_in", "linear_2": "linear_out"}
+
+LLAVA_MODELS = {"llava": LlavaKind("LlavaForConditionalGeneration", _PROJECTOR_NAMES)}
+"""Every outer model that loads, by the `model_type` of its Hugging Face config."""
+
+
+def llava_kind(model_type: str) -> LlavaKind:
+    """The kind of outer model of that Hugging Face name; raises `ConfigError` for one that is not built here.
+
+    >>> llava_kind("llava").architecture
+    'LlavaForConditionalGeneration'
+    """
+    says = f"The config describes a model of type {model_type!r}, which is not built here."
+    return LLAVA_MODELS[one_of(model_type, LLAVA_MODELS, "model_type", says=says, error=ConfigError)]
+
+
+def read_projector(hf_config: Any, *, d_in: int, d_model: int) -> ProjectorConfig:
+    """The config of the projector between towers of these widths, from the outer Hugging Face config.
+
+    >>> from transformers import LlavaConfig
+    >>> read_projector(LlavaConfig(), d_in=1024, d_model=4096).act_fn
+    'gelu'
+    """
+    return ProjectorConfig(
+        d_in=d_in, d_model=d_model, act_fn=hf_config.projector_hidden_act, bias=hf_config.multimodal_projector_bias
+    )

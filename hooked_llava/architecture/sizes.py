@@ -1,0 +1,169 @@
+"""Sizes and choices of the parts of a LLaVA model.
+
+One `TowerConfig` drives the blocks of both towers: what differs between CLIP and Vicuna (norm, gating, rotary
+positions, causality, biases) is a field here, not a second block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hooked_llava.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary position embedding, already resolved to frequencies."""
+
+    frequencies: tuple[float, ...]
+    """Angle in radians that one position turns each pair of dimensions by; length d_head / 2."""
+    attention_scaling: float = 1.0
+    """Factor on cosine and sine (other than 1 for some long-context scalings, for example YaRN)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """What a stack of transformer blocks needs to know."""
+
+    n_layers: int
+    """Number of blocks in the checkpoint."""
+    n_heads: int
+    """Query heads per block."""
+    n_key_value_heads: int
+    """Key-value heads per block; fewer than n_heads for grouped-query attention."""
+    d_model: int
+    """Width of the residual stream."""
+    d_head: int
+    """Width of one attention head."""
+    d_mlp: int
+    """Number of MLP neurons."""
+    act_fn: str
+    """Activation function of the MLP, by its Hugging Face name."""
+    normalization_type: Literal["RMS", "LN"]
+    """RMSNorm (language) or LayerNorm (vision)."""
+    eps: float
+    """Added to the variance inside the norms."""
+    gated_mlp: bool
+    """Whether the MLP multiplies the activation by a second linear map (SwiGLU)."""
+    qkv_bias: bool
+    """Whether queries, keys and values have a bias."""
+    out_bias: bool
+    """Whether the attention output has a bias."""
+    mlp_bias: bool
+    """Whether the MLP's linear maps have biases."""
+    causal: bool
+    """Whether a position sees only itself and earlier positions."""
+    rotary: RotaryConfig | None = None
+    """Rotary positions, or None for towers that add learned positions at the bottom."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_key_value_heads:
+            raise ConfigError(
+                f"n_heads={self.n_heads} is not a multiple of n_key_value_heads={self.n_key_value_heads}; "
+                "every key-value head must serve the same number of query heads. Check the checkpoint's config."
+            )
+
+    @property
+    def n_layers_run(self) -> int:
+        """Blocks that are run."""
+        return self.n_layers
+
+    @property
+    def attn_only(self) -> bool:
+        """Always False; TransformerLens asks."""
+        return False
+
+    @property
+    def final_rms(self) -> bool:
+        """Whether the norm after the last block is an RMSNorm; TransformerLens asks."""
+        return self.normalization_type == "RMS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(TowerConfig):
+    """The vision tower."""
+
+    model_type: str
+    """Its kind, by its Hugging Face name: an entry of `vision.VISION_TOWERS`."""
+    image_size: int
+    """Side of a square tile in pixels."""
+    patch_size: int
+    """Side of a square patch in pixels."""
+    n_channels: int
+    """Colour channels."""
+    feature_layers: tuple[int, ...]
+    """Non-negative hidden-state indices that the projector reads: 0 is the input of block 0, i the output of block i-1."""
+    several_features: bool
+    """Whether the checkpoint gives a list of feature layers (their features are concatenated)."""
+    drop_class_token: bool
+    """Whether the class token is left out of the features (select strategy "default")."""
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in one tile."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def n_patches(self) -> int:
+        """Patches in one tile."""
+        rows, columns = self.patch_grid
+        return rows * columns
+
+    @property
+    def n_positions(self) -> int:
+        """Positions in the tower: the class token and the patches."""
+        return self.patches_along("pos").stop
+
+    @property
+    def n_features(self) -> int:
+        """Vectors per tile that the projector receives."""
+        return self.patches_along("feature").stop
+
+    def patches_along(self, axis: str) -> range:
+        """The indices of the patches, row by row, along an axis of a hook's tensor: "patch", "feature", "pos", "query" or "key".
+
+        The axis has no entries after them. Before them comes the class token, except along "patch", and along "feature"
+        where the projector does not receive it.
+        """
+        first = 0 if axis == "patch" or (axis == "feature" and self.drop_class_token) else 1
+        return range(first, first + self.n_patches)
+
+    @property
+    def n_layers_run(self) -> int:
+        """Blocks that are run: none above the highest feature layer."""
+        return max(self.feature_layers)
+
+    @property
+    def d_features(self) -> int:
+        """Width of one feature vector."""
+        return self.d_model * len(self.feature_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The two-layer map from vision features to the language model's residual stream."""
+
+    d_in: int
+    """Width of the vision features."""
+    d_model: int
+    """Width of the language model, and of the hidden layer."""
+    act_fn: str
+    """Activation function by its Hugging Face name."""
+    bias: bool
+    """Whether both linear maps have a bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(TowerConfig):
+    """The language tower."""
+
+    model_type: str
+    """Its kind, by its Hugging Face name: an entry of `language.LANGUAGE_MODELS`."""
+    d_vocab: int
+    """Number of tokens."""
+    n_ctx: int
+    """Longest prompt the model was made for."""
+    tied_embeddings: bool
+    """Whether the unembedding is the transposed embedding."""
