@@ -20,9 +20,10 @@ CASED_WORDS = (*SHAPES, *COLOR_NAMES, *PATTERNS, *DIRECTIONS, "color", "pattern"
 
 _PIECE = r"USER:|ASSISTANT:|\w+|[^\w\s]"
 _PIECES = re.compile(r"<image>|</s>|<s>|" + _PIECE)
+# The words, "picture" among them, are those that the shipped weights were trained on.
 _TEMPLATE_WORDS = """
 USER: ASSISTANT: . , ? Is is the a an or Which shape to of What do and have in common there Is that On which
-side image color The this Describe Answer briefly List shapes
+side picture color The this Describe Answer briefly List shapes
 """
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
