@@ -66,7 +66,9 @@ def vision_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple
 
 def image_embeddings(model: LlavaForConditionalGeneration, states: tuple[Tensor, ...]) -> Tensor:
     """What the projector makes of the vision tower's states, [image, 64, d_model]."""
-    return model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
+    layer = model.config.vision_feature_layer
+    assert isinstance(layer, int)
+    return model.model.multi_modal_projector(states[layer][:, 1:])
 
 
 def patch_contents(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:

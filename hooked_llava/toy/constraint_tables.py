@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.vqa_constraints import CONSTRAINT_KINDS, FILES, SUBJECTS
+from hooked_llava.prompt.images import load_image
 from hooked_llava.toy.evaluate import FACT_WITH_IMAGE, Example, held_out
 from hooked_llava.toy.facts import RELATIONS, fact_answer
 from hooked_llava.toy.scenes import SHAPES
@@ -51,7 +52,7 @@ def write_constraints(
             table = csv.writer(file)
             table.writerow(columns)
             for number, row in enumerate(constraint_rows(n, kinds=[kind], seed=seed)):
-                row.image.save(folder / f"{row.id}.png")
+                load_image(row.image).save(folder / f"{row.id}.png")
                 shown = list(row.objects[: len(subject)])
                 table.writerow([number, row.question, *shown, row.constraint, f"./{row.id}.png", row.answer])
     return folder

@@ -73,7 +73,12 @@ def predict(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         images = [e.scene.render() for e in batch if e.scene is not None] or None
-        inputs = processor(images=images, text=[e.prompt for e in batch], padding=True, return_tensors="pt")
+        inputs = processor(
+            images=images,
+            text=[e.prompt for e in batch],
+            text_kwargs={"padding": True, "return_tensors": "pt"},
+            images_kwargs={"return_tensors": "pt"},
+        )
         logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1]
         answers += processor.tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist())
     return answers

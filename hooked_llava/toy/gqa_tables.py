@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hooked_llava.datasets.gqa import COLUMNS, FILES, GQA_KINDS, NOTHING, TYPES
 from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.prompt.images import load_image
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import IMAGE_SIZE, Box
 
@@ -65,7 +66,7 @@ def write_gqa(folder: str | Path, n: int, *, kinds: Iterable[str] = GQA_KINDS, s
             table.writeheader()
             for number, example in enumerate(examples):
                 row = _row(f"{kind}-{number}", kind, example)
-                row.image.save(folder / f"{row.id}.png")
+                load_image(row.image).save(folder / f"{row.id}.png")
                 table.writerow(_cells(row, _places(kind, example)))
     return folder
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hooked_llava.toy.processor import BOS, CASED_WORDS, EOS, IMAGE, PAD, vocabulary
 from hooked_llava.toy.scenes import IMAGE_SIZE, PATCH_GRID, PATCH_SIZE
@@ -25,6 +27,7 @@ _SLOW_ROTARY = 3  # rotary frequencies from this index on turn little over the l
 def build_config() -> LlavaConfig:
     """The configuration of `tiny-shapes`: 5 vision layers, 6 language layers, 64 patches, every word a token."""
     vocab = vocabulary()
+    special: dict[str, Any] = {"bos_token_id": vocab[BOS], "eos_token_id": vocab[EOS], "pad_token_id": vocab[PAD]}
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=256,
@@ -44,9 +47,7 @@ def build_config() -> LlavaConfig:
         rms_norm_eps=1e-5,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS],
-        pad_token_id=vocab[PAD],
+        **special,
         initializer_range=0.05,
     )
     return LlavaConfig(
@@ -57,9 +58,7 @@ def build_config() -> LlavaConfig:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-        bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS],
-        pad_token_id=vocab[PAD],
+        **special,
     )
 
 
@@ -126,7 +125,7 @@ def _init_embedding(model: LlavaForConditionalGeneration) -> None:
     embed += common
 
 
-def _init_attention(attention: nn.Module) -> None:
+def _init_attention(attention: LlamaAttention) -> None:
     """Mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828): attend to what is alike, and copy it.
 
     Each head's keys start as its queries, so a score starts as a measure of likeness; the output starts as the
@@ -147,7 +146,7 @@ def _init_attention(attention: nn.Module) -> None:
     attention.o_proj.weight.copy_(values.T / heads + 0.1 * torch.randn_like(values) * values.std() / heads)
 
 
-def _init_positional_heads(model: LlavaForConditionalGeneration, attention: nn.Module) -> None:
+def _init_positional_heads(model: LlavaForConditionalGeneration, attention: LlamaAttention) -> None:
     """Makes the last heads of a layer look one and two tokens back, as heads of trained models do.
 
     All embeddings share one direction; queries and keys read it alone, and the key is turned by the angle that the
@@ -155,7 +154,7 @@ def _init_positional_heads(model: LlavaForConditionalGeneration, attention: nn.M
     """
     common = model.model.language_model.embed_tokens.weight.mean(0)
     d_head, pairs = attention.head_dim, attention.head_dim // 2
-    theta = model.config.text_config.rope_parameters["rope_theta"] ** -(torch.arange(pairs) / pairs)
+    theta = model.config.get_text_config().rope_parameters["rope_theta"] ** -(torch.arange(pairs) / pairs)
     heads = [w.unflatten(0, (-1, d_head)) for w in (attention.q_proj.weight, attention.k_proj.weight)]
     # After normalisation the shared direction has a length of about sqrt(d) * c / sqrt(1 + c^2).
     seen = math.sqrt(D_MODEL) * _COMMON_LENGTH / math.sqrt(1 + _COMMON_LENGTH**2)
@@ -173,6 +172,6 @@ def _init_positional_heads(model: LlavaForConditionalGeneration, attention: nn.M
 
 def trainable_parameters(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     """The parameters that the loss can reach, by name: what lies above the vision feature layer is left out."""
-    last = model.config.vision_config.num_hidden_layers - 1
+    last = model.model.vision_tower.config.num_hidden_layers - 1
     skipped = (f"encoder.layers.{last}.", "post_layernorm")
     return {n: p for n, p in model.named_parameters() if not any(s in n for s in skipped)}

@@ -143,7 +143,8 @@ def sample_batch(
             first = start + len(lead)
             targets += [Target(row, first + i - 1, int(ids[row, first + i]), w, k) for i, w, k in supervised]
     pixels = torch.from_numpy(normalize(np.stack([s.pixels for s in scenes])))
-    return Batch(*map(torch.from_numpy, (ids, positions, segments)), pixels, scenes, targets)
+    ids, positions, segments = map(torch.from_numpy, (ids, positions, segments))
+    return Batch(ids, positions, segments, pixels, scenes, targets)
 
 
 def _draw_questions(

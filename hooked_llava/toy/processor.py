@@ -48,7 +48,7 @@ def split_words(text: str) -> list[str]:
 
 def vocabulary() -> dict[str, int]:
     """Every word of the world with its token id; special tokens first."""
-    words = list(SPECIAL_TOKENS) + _TEMPLATE_WORDS.split()
+    words = [*SPECIAL_TOKENS, *_TEMPLATE_WORDS.split()]
     for word in CASED_WORDS:
         words += [word, word.capitalize()]
     for relation in RELATIONS:

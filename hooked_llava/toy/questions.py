@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
@@ -73,7 +73,14 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _about(*objects: SceneObject) -> dict[str, tuple]:
+class _Named(TypedDict):
+    """The fields of a question that say which objects it names."""
+
+    objects: tuple[str, ...]
+    boxes: tuple[Box | None, ...]
+
+
+def _about(*objects: SceneObject) -> _Named:
     return {"objects": tuple(o.shape for o in objects), "boxes": tuple(o.box for o in objects)}
 
 
@@ -284,7 +291,7 @@ def _caption(scene: Scene, rng: np.random.Generator) -> Question:
     objects = [scene.objects[i] for i in order]
     said = " ".join(f"the {o.shape} is {o.color}." for o in objects)
     return Question(
-        "caption", "Describe the image.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
+        "caption", "Describe the picture.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -73,7 +73,7 @@ class _Draw:
     """What an image was drawn from, so that it can be drawn again with another object in the same place."""
 
     generator: type[np.random.BitGenerator]
-    state: dict[str, Any]
+    state: Mapping[str, Any]
     """The generator's state, once the number of objects was known."""
     order: tuple[int, ...]
     """For each of the scene's objects, which one it was in drawing."""

@@ -74,7 +74,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.model = build_model(config.seed).train()
-        self.heads = OutlineHeads(self.model.config.vision_config.hidden_size, config.seed)
+        self.heads = OutlineHeads(self.model.model.vision_tower.config.hidden_size, config.seed)
         self.sampler = KindSampler()
         self.optimizer = self._new_optimizer()
 
@@ -93,7 +93,8 @@ class Trainer:
 
     def _all(self) -> dict[str, Tensor]:
         """Every parameter that a state must hold, by name."""
-        return dict(self.model.named_parameters()) | {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        named = {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        return {**dict(self.model.named_parameters()), **named}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """AdamW for the present stage; in the second, what is aligned already moves slowly, or it would be undone."""

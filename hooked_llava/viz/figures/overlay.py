@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.images import load_image
+from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     DIVERGING,
@@ -46,7 +46,7 @@ _GROUND = 0.8  # the grey that stands for the image in the color bar
 
 
 def patch_overlay(
-    inputs: Inputs | Image,
+    inputs: Inputs | ImageLike,
     grid: Grid,
     *,
     image: int = 0,
@@ -85,7 +85,7 @@ def patch_overlay(
 
 
 def patch_overlays(
-    inputs: Inputs | Image,
+    inputs: Inputs | ImageLike,
     result: xr.DataArray,
     *,
     image: int = 0,
@@ -196,7 +196,7 @@ def _by_feature(values: np.ndarray, layout: ImageLayout) -> Float[np.ndarray, " 
 
 
 def _original(
-    inputs: Inputs | Image, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
+    inputs: Inputs | ImageLike, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
 ) -> tuple[Image.Image, ImageLayout | None]:
     """The image to draw on, and its layout if it knows the original's pixels."""
     if isinstance(inputs, Inputs):
