@@ -10,19 +10,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoProcessor, GenerationConfig, LlavaConfig, ProcessorMixin
+from transformers import GenerationConfig, LlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.supported import check_folder, check_tensor_names
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,6 +81,8 @@ def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
     >>> type(processor).__name__, reason
     ('LlavaProcessor', '')
     """
+    from transformers import AutoProcessor  # imports most of transformers, and torch's compiler with it
+
     folder = Path(folder)
     alternatives = {
         "a tokenizer (tokenizer.json or tokenizer.model)": ("tokenizer.json", "tokenizer.model"),

@@ -8,16 +8,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, LlavaConfig, ProcessorMixin
+from transformers import GenerationConfig, LlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _GENERATION_CONFIG = "generation_config.json"

@@ -16,9 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from hooked_llava.errors import CheckpointError, ConfigError
 
@@ -132,6 +130,12 @@ def _no_tensor(given: nn.Module) -> str:
     return next((f"{name} is no plain tensor" for name in found), "")
 
 
+def _prepares_inputs(given: Any) -> bool:
+    from transformers import ImageProcessingMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+    return isinstance(given, (ProcessorMixin, PreTrainedTokenizerBase, ImageProcessingMixin))
+
+
 OBJECTS = (
     Kind("already what from_hf makes", _is_named("HookedLLaVA"), "Use it as it is."),
     Kind(
@@ -141,7 +145,7 @@ OBJECTS = (
     ),
     Kind(
         "no model but what prepares its inputs",
-        lambda given: isinstance(given, (ProcessorMixin, PreTrainedTokenizerBase, ImageProcessingMixin)),
+        _prepares_inputs,
         "The model comes first: from_hf(hf_model, processor).",
     ),
     Kind(

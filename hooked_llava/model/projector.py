@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from hooked_llava.architecture.sizes import ProjectorConfig
 from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.mlp import activation
 
 
 class Projector(nn.Module):
@@ -18,7 +18,7 @@ class Projector(nn.Module):
         self.cfg = cfg
         self.linear_in = nn.Linear(cfg.d_in, cfg.d_model, bias=cfg.bias)
         self.linear_out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
-        self.act = ACT2FN[cfg.act_fn]
+        self.act = activation(cfg.act_fn)
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
         self.hook_out = HookPoint()

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components.hook_point import HookPoint
+
+
+def activation(name: str) -> nn.Module:
+    """The activation function of a Hugging Face name.
+
+    `transformers.activations` imports torch's compiler and its distributed package, which takes longer than torch
+    itself, so it is imported when a model is built.
+
+    >>> activation("quick_gelu")
+    QuickGELUActivation()
+    """
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
 
 
 class MLP(nn.Module):
@@ -19,7 +32,7 @@ class MLP(nn.Module):
         self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias) if cfg.gated_mlp else None
         self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
-        self.act = ACT2FN[cfg.act_fn]
+        self.act = activation(cfg.act_fn)
         self.hook_pre = HookPoint()
         if cfg.gated_mlp:
             self.hook_pre_linear = HookPoint()
