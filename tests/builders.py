@@ -5,16 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 from transformers.utils import logging
 
 IMAGE_TOKEN_ID = 5
 PAD_TOKEN_ID = 0
 D_VOCAB = 99
+LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "phi": PhiConfig}
+TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 
 
 def tiny_hf_config(
     *,
+    language: str = "llama",
+    tower: str = "clip",
     n_heads: int = 4,
     n_key_value_heads: int = 4,
     n_layers: int = 3,
@@ -27,7 +40,7 @@ def tiny_hf_config(
     image_size: int = 16,
     patch_size: int = 8,
     vision_feature_layer: int | list[int] = -2,
-    select_strategy: str = "default",
+    select_strategy: str | None = None,
     tied: bool = False,
     attention_bias: bool = False,
     projector_bias: bool = True,
@@ -36,21 +49,23 @@ def tiny_hf_config(
     **overrides: Any,
 ) -> LlavaConfig:
     """A config of odd sizes; `text`, `vision` and further keywords override single fields of the three configs."""
+    strategy = select_strategy or ("full" if tower == "siglip" else "default")
+    n_special = tower == "clip" and strategy == "full"
     text_fields: dict[str, Any] = {
         "hidden_size": d_model,
         "intermediate_size": d_mlp,
         "num_hidden_layers": n_layers,
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_key_value_heads,
-        "head_dim": d_head,
         "vocab_size": D_VOCAB,
         "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
         "attention_bias": attention_bias,
         "tie_word_embeddings": tied,
         "pad_token_id": PAD_TOKEN_ID,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "layer_norm_eps" if language == "phi" else "rms_norm_eps": 1e-5,
+        **({} if d_head is None else {"head_dim": d_head}),
     }
     vision_fields: dict[str, Any] = {
         "hidden_size": d_vision,
@@ -59,32 +74,42 @@ def tiny_hf_config(
         "num_attention_heads": 4,
         "image_size": image_size,
         "patch_size": patch_size,
-        "projection_dim": d_vision,
+        **({"projection_dim": d_vision} if tower == "clip" else {}),
     }
     fields: dict[str, Any] = {
         "image_token_id": IMAGE_TOKEN_ID,
         "vision_feature_layer": vision_feature_layer,
-        "vision_feature_select_strategy": select_strategy,
+        "vision_feature_select_strategy": strategy,
         "multimodal_projector_bias": projector_bias,
-        "image_seq_length": (image_size // patch_size) ** 2 + (select_strategy == "full"),
+        "image_seq_length": (image_size // patch_size) ** 2 + n_special,
         "pad_token_id": PAD_TOKEN_ID,
         "tie_word_embeddings": tied,
     }
     return LlavaConfig(
-        text_config=LlamaConfig(**{**text_fields, **(text or {})}),
-        vision_config=CLIPVisionConfig(**{**vision_fields, **(vision or {})}),
+        text_config=LANGUAGES[language](**{**text_fields, **(text or {})}),
+        vision_config=TOWERS[tower](**{**vision_fields, **(vision or {})}),
         **{**fields, **overrides},
     )
 
 
 def make_hf_model(
-    seed: int = 0, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **config: Any
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    head_bias: bool = False,
+    **config: Any,
 ) -> LlavaForConditionalGeneration:
-    """A tiny random LLaVA in eval mode whose every weight matters; keywords as in `tiny_hf_config`."""
+    """A tiny random LLaVA in eval mode whose every weight matters; keywords as in `tiny_hf_config`.
+
+    With `head_bias` the unembedding, which has no bias in Hugging Face's LLaVA, is replaced by one that has.
+    """
     hf_config = tiny_hf_config(**config)
     hf_config._attn_implementation = attention
     logging.disable_progress_bar()
     model = LlavaForConditionalGeneration(hf_config).eval()
+    if head_bias:
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
     randomise(model, seed)
     return model.to(dtype).requires_grad_(False)
 
@@ -118,7 +143,8 @@ def make_prompt(
     config = model.config
     vision = config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2
-    n_features = n_patches + (config.vision_feature_select_strategy == "full")
+    class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
+    n_features = n_patches + class_token
     text = torch.randint(IMAGE_TOKEN_ID + 1, D_VOCAB, (batch, n_text + n_images), generator=generator)
     image = torch.full((batch, n_features), IMAGE_TOKEN_ID)
     pieces = [text[:, :1]]

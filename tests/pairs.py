@@ -48,6 +48,26 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "activations": {"text": {"hidden_act": "gelu"}, "vision": {"hidden_act": "gelu"}, "projector_hidden_act": "silu"},
 }  # fmt: skip
 
+_OF_A_LANGUAGE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"n_key_value_heads": 2, "d_head": 10, "text": {"sliding_window": 5}},
+    "qwen2": {
+        "n_heads": 6, "n_key_value_heads": 2, "tied": True,
+        "text": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    },
+    "phi": {"n_key_value_heads": 2, "head_bias": True},
+}  # fmt: skip
+_OF_A_TOWER: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "siglip": {"image_size": 18, "vision_feature_layer": -1},  # two pixels are left over
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    f"{language}-{tower}": {"language": language, "tower": tower} | own | of_tower
+    for language, own in _OF_A_LANGUAGE.items()
+    for tower, of_tower in _OF_A_TOWER.items()
+}
+"""Every language model with every vision tower."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -71,7 +91,7 @@ class Pair:
 @functools.cache
 def pair(geometry: str = "plain", dtype: torch.dtype = torch.float32, seed: int = 0) -> Pair:
     """The same objects for every test that asks: read them, do not change them."""
-    hf = make_hf_model(seed, dtype=dtype, **GEOMETRIES[geometry])
+    hf = make_hf_model(seed, dtype=dtype, **(GEOMETRIES | FAMILY)[geometry])
     return Pair(hf, HookedLLaVA.from_hf(hf))
 
 
@@ -133,3 +153,45 @@ def off(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference, as a share of the largest absolute value."""
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+FP32 = 1e-5
+"""Share of the scale; the promise is 1e-4."""
+
+
+def hf_streams(model: Any, prompt: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of every block of both towers, of the projector, and the logits, under our hooks' names."""
+    seen: dict[str, Tensor] = {}
+    tower = model.model.vision_tower
+    parts = {"projector.hook_out": model.model.multi_modal_projector}
+    encoder = getattr(tower, "vision_model", tower).encoder
+    parts |= {f"vision.blocks.{i}.hook_resid_post": layer for i, layer in enumerate(encoder.layers)}
+    parts |= {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(model.model.language_model.layers)}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    try:
+        with torch.no_grad():
+            seen["hook_logits"] = model(**prompt).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def assert_same_streams(models: Pair, prompt: dict[str, Tensor], tolerance: float = FP32) -> None:
+    theirs = hf_streams(models.hf, prompt)
+    names = [name for name in theirs if name in models.ours.hook_dict]
+    _, ours = models.ours.run_with_cache(**prompt, names_filter=names)
+    assert len(names) > models.ours.cfg.n_layers
+    real = prompt["attention_mask"].bool()
+    for name in names:
+        a, b = ours[name], theirs[name]
+        if not name.startswith(("vision.", "projector.")):
+            a, b = a[real], b[real]
+        assert off(a, b) <= tolerance, name

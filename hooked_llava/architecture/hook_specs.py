@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.sizes import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def _attention_hooks(cfg: TowerConfig) -> list[HookSpec]:
 
 def _block_hooks(cfg: TowerConfig) -> list[HookSpec]:
     linear = HookSpec("blocks.{i}.mlp.hook_pre_linear", _NEURONS, "the linear half of the gated MLP")
-    return [
-        HookSpec("blocks.{i}.hook_resid_pre", _RESID, "residual stream entering the block"),
-        *_norm_hooks("blocks.{i}.ln1", "the attention's input"),
-        *_attention_hooks(cfg),
-        HookSpec("blocks.{i}.hook_attn_out", _RESID, "what attention adds to the stream"),
+    between = [
         HookSpec("blocks.{i}.hook_resid_mid", _RESID, "residual stream between attention and MLP"),
         HookSpec("blocks.{i}.hook_mlp_in", _RESID, "residual stream, before the norm, as the MLP reads it"),
         *_norm_hooks("blocks.{i}.ln2", "the MLP's input"),
+    ]
+    return [
+        HookSpec("blocks.{i}.hook_resid_pre", _RESID, "residual stream entering the block"),
+        *_norm_hooks("blocks.{i}.ln1", "the block's input" if cfg.parallel_attn_mlp else "the attention's input"),
+        *_attention_hooks(cfg),
+        HookSpec("blocks.{i}.hook_attn_out", _RESID, "what attention adds to the stream"),
+        *([] if cfg.parallel_attn_mlp else between),
         HookSpec("blocks.{i}.mlp.hook_pre", _NEURONS, "MLP neurons before the activation function"),
         *([linear] if cfg.gated_mlp else []),
         HookSpec("blocks.{i}.mlp.hook_post", _NEURONS, "MLP neurons, as the output map reads them"),
@@ -98,13 +101,14 @@ PROJECTOR_HOOKS = (
 """The projector's rows."""
 
 
-def vision_hooks(cfg: TowerConfig) -> list[HookSpec]:
+def vision_hooks(cfg: VisionConfig) -> list[HookSpec]:
     """The vision tower's rows, in the order in which the hooks fire."""
+    first = ", class token first" if cfg.class_token else ""
     specs = [
         HookSpec("hook_patch_embed", ("batch", "patch", "d_model"), "patches after the convolution"),
-        HookSpec("hook_pos_embed", _RESID, "learned positions, class token first"),
-        *_norm_hooks("ln_pre", "the embedding"),
-        HookSpec("hook_embed", _RESID, "what enters block 0, after the pre-norm, class token first"),
+        HookSpec("hook_pos_embed", _RESID, f"learned positions{first}"),
+        *(_norm_hooks("ln_pre", "the embedding") if cfg.pre_norm else []),
+        HookSpec("hook_embed", _RESID, f"what enters block 0{', after the pre-norm' if cfg.pre_norm else ''}{first}"),
         *_block_hooks(cfg),
         HookSpec("hook_out", ("batch", "feature", "d_features"), "vision features, as the projector receives them"),
     ]

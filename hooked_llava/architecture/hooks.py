@@ -265,6 +265,13 @@ class HookTable:
                     f"Hook {name!r} does not exist: the projector reads the vision features after block {run - 1}, so "
                     f"blocks {run}..{total - 1} of the vision tower are loaded but not run. Use vision.blocks.0..{run - 1}."
                 )
+        parallel = self.config.language.parallel_attn_mlp and parts[0] != "vision"
+        if parallel and any(part in name for part in ("resid_mid", "mlp_in", "ln2")):
+            return (
+                f"Hook {name!r} does not exist: in this model's blocks attention and MLP stand side by side, so there is no "
+                "stream between them and one norm for both. Use 'resid_pre' (what both read), 'ln1.hook_normalized', "
+                "'attn_out' and 'mlp_out' (what each adds), or 'resid_post'."
+            )
         if parts[:2] == ["vision", "ln_post"]:
             return f"Hook {name!r} does not exist: LLaVA does not use the vision tower's post norm, so it is not run."
         known = [*self.hooks, *self.aliases, *{full.rpartition("hook_")[2] for full in self.hooks}]

@@ -5,7 +5,7 @@ A new one is an entry of `LANGUAGE_MODELS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,25 @@ _LLAMA_NAMES = {
     "layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
     "layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
 }
+_PHI_NAMES = {
+    "embed_tokens": "embed",
+    "final_layernorm": "ln_final",
+    "layers.{}.input_layernorm": "blocks.{}.ln1",
+    "layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
+    "layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
+    "layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
+    "layers.{}.self_attn.dense": "blocks.{}.attn.output",
+    "layers.{}.mlp.fc1": "blocks.{}.mlp.up",
+    "layers.{}.mlp.fc2": "blocks.{}.mlp.down",
+}
 
 
 @dataclass(frozen=True)
 class LanguageKind:
     """One kind of language model."""
 
+    title: str
+    """What it is called."""
     read: Callable[[Any], dict[str, Any]]
     """The fields of `LanguageConfig` in which it differs from others, from its Hugging Face config."""
     names: Mapping[str, str]
@@ -54,7 +67,53 @@ def _llama(text: Any) -> dict[str, Any]:
     }
 
 
-LANGUAGE_MODELS = {"llama": LanguageKind(_llama, _LLAMA_NAMES)}
+def _mistral(text: Any) -> dict[str, Any]:
+    return {
+        "normalization_type": "RMS",
+        "eps": text.rms_norm_eps,
+        "gated_mlp": True,
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        **_windows(text, range(text.num_hidden_layers)),
+    }
+
+
+def _qwen2(text: Any) -> dict[str, Any]:
+    sliding = [i for i, kind in enumerate(text.layer_types) if kind == "sliding_attention"]
+    return {**_mistral(text), "qkv_bias": True, **_windows(text, sliding)}
+
+
+def _phi(text: Any) -> dict[str, Any]:
+    if text.qk_layernorm:
+        raise ConfigError(
+            "The language model has qk_layernorm=True, norms on the queries and keys of each head, which are not built here. "
+            "Phi-1, Phi-1.5 and Phi-2 have none."
+        )
+    return {
+        "normalization_type": "LN",
+        "eps": text.layer_norm_eps,
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "parallel_attn_mlp": True,
+        "rotary": _rotary(text, share=text.rope_parameters["partial_rotary_factor"]),
+    }
+
+
+def _windows(text: Any, layers: Iterable[int]) -> dict[str, Any]:
+    """The sliding window and the layers that have it."""
+    window = text.sliding_window
+    return {"window": window, "windowed_layers": () if window is None else tuple(layers)}
+
+
+LANGUAGE_MODELS = {
+    "llama": LanguageKind("Llama", _llama, _LLAMA_NAMES),
+    "mistral": LanguageKind("Mistral", _mistral, _LLAMA_NAMES),
+    "qwen2": LanguageKind("Qwen2", _qwen2, _LLAMA_NAMES),
+    "phi": LanguageKind("Phi", _phi, _PHI_NAMES),
+}
 """Every language model that loads, by the `model_type` of its Hugging Face config."""
 
 
@@ -85,7 +144,8 @@ def read_language(text: Any, *, tied: bool) -> LanguageConfig:
     return LanguageConfig(model_type=text.model_type, causal=True, tied_embeddings=tied, **{**sizes, **kind.read(text)})
 
 
-def _rotary(text: Any) -> RotaryConfig:
+def _rotary(text: Any, *, share: float = 1.0) -> RotaryConfig:
+    """The frequencies of the rotary embedding, which turns that share of each head's dimensions, the first of them."""
     parameters = text.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in _ROTARY_TYPES:
@@ -97,5 +157,6 @@ def _rotary(text: Any) -> RotaryConfig:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](text, device=torch.device("cpu"))
         return RotaryConfig(tuple(frequencies.tolist()), float(scaling))
     d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    exponents = torch.arange(0, d_head, 2, dtype=torch.float32) / d_head
+    d_rotary = int(d_head * share)
+    exponents = torch.arange(0, d_rotary, 2, dtype=torch.float32) / d_rotary
     return RotaryConfig(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()))

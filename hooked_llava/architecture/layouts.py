@@ -35,13 +35,13 @@ def layout_of(vision: VisionConfig, image_processor: Any, *, height: int, width:
     resample = None
     with suppress(ConfigError):
         resample = filter_of(image_processor.resample)
-    return llava_layout(*axes, class_token=not vision.drop_class_token, resample=resample)
+    return llava_layout(*axes, class_token=vision.keeps_class_token, resample=resample)
 
 
 @lru_cache
 def layout_without_original(vision: VisionConfig) -> ImageLayout:
     """The layout of an image of which only the pixel values are known: it has positions, and no pixels of an original."""
-    return llava_layout(*vision.patch_grid, class_token=not vision.drop_class_token)
+    return llava_layout(*vision.patch_grid, class_token=vision.keeps_class_token)
 
 
 def llava_layout(

@@ -17,7 +17,8 @@ class RotaryConfig:
     """Rotary position embedding, already resolved to frequencies."""
 
     frequencies: tuple[float, ...]
-    """Angle in radians that one position turns each pair of dimensions by; length d_head / 2."""
+    """Angle in radians that one position turns each pair of dimensions by; length d_head / 2, or shorter where only the
+    first dimensions of a head are turned (Phi)."""
     attention_scaling: float = 1.0
     """Factor on cosine and sine (other than 1 for some long-context scalings, for example YaRN)."""
 
@@ -56,6 +57,12 @@ class TowerConfig:
     """Whether a position sees only itself and earlier positions."""
     rotary: RotaryConfig | None = None
     """Rotary positions, or None for towers that add learned positions at the bottom."""
+    window: int | None = None
+    """How many keys a query of a windowed layer sees, the last ones, its own included; None where no layer has a window."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers whose queries see only the window."""
+    parallel_attn_mlp: bool = False
+    """Whether attention and MLP read the same normalized stream, side by side (Phi), instead of one after the other."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -96,8 +103,16 @@ class VisionConfig(TowerConfig):
     """Non-negative hidden-state indices that the projector reads: 0 is the input of block 0, i the output of block i-1."""
     several_features: bool
     """Whether the checkpoint gives a list of feature layers (their features are concatenated)."""
+    class_token: bool
+    """Whether a class token stands before the patches."""
     drop_class_token: bool
     """Whether the class token is left out of the features (select strategy "default")."""
+    pre_norm: bool
+    """Whether the embedding is normalized before block 0."""
+    patch_bias: bool
+    """Whether the patches' convolution has a bias."""
+    pooling_head: bool
+    """Whether the checkpoint holds an attention-pooling head, which LLaVA does not use."""
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -113,7 +128,7 @@ class VisionConfig(TowerConfig):
 
     @property
     def n_positions(self) -> int:
-        """Positions in the tower: the class token and the patches."""
+        """Positions in the tower: the patches, and the class token if there is one."""
         return self.patches_along("pos").stop
 
     @property
@@ -124,11 +139,16 @@ class VisionConfig(TowerConfig):
     def patches_along(self, axis: str) -> range:
         """The indices of the patches, row by row, along an axis of a hook's tensor: "patch", "feature", "pos", "query" or "key".
 
-        The axis has no entries after them. Before them comes the class token, except along "patch", and along "feature"
-        where the projector does not receive it.
+        The axis has no entries after them. Before them comes the class token, if there is one: not along "patch", and along
+        "feature" only where the projector receives it.
         """
-        first = 0 if axis == "patch" or (axis == "feature" and self.drop_class_token) else 1
-        return range(first, first + self.n_patches)
+        before = {"patch": False, "feature": self.keeps_class_token}.get(axis, self.class_token)
+        return range(before, before + self.n_patches)
+
+    @property
+    def keeps_class_token(self) -> bool:
+        """Whether the features begin with a class token."""
+        return self.class_token and not self.drop_class_token
 
     @property
     def n_layers_run(self) -> int:
@@ -167,3 +187,5 @@ class LanguageConfig(TowerConfig):
     """Longest prompt the model was made for."""
     tied_embeddings: bool
     """Whether the unembedding is the transposed embedding."""
+    unembed_bias: bool = False
+    """Whether the unembedding has a bias: Hugging Face's configs do not say, the checkpoint's tensors do."""

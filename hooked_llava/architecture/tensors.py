@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.language import LANGUAGE_MODELS
 from hooked_llava.architecture.llava import LLAVA_MODELS
-from hooked_llava.architecture.sizes import TowerConfig
+from hooked_llava.architecture.sizes import TowerConfig, VisionConfig
 from hooked_llava.architecture.vision import VISION_TOWERS
 from hooked_llava.errors import CheckpointError
 
@@ -22,6 +22,19 @@ TIED = "language.unembed.weight"
 """The tensor that a checkpoint with tied embeddings leaves out."""
 TIED_TO = "language.embed.weight"
 """The tensor that then stands for it."""
+_UNEMBED_BIAS = ("language.unembed.bias", "lm_head.bias")
+
+
+def with_optional_tensors(config: LLaVAConfig, names: Iterable[str]) -> LLaVAConfig:
+    """The config, with a bias of the unembedding if the names of the tensors, ours or theirs, have it: no config says that.
+
+    >>> from transformers import LlavaConfig
+    >>> config = LLaVAConfig.from_hf(LlavaConfig())
+    >>> with_optional_tensors(config, ["language_model.lm_head.bias"]).language.unembed_bias
+    True
+    """
+    has_bias = any(name.endswith(_UNEMBED_BIAS) for name in names)
+    return replace(config, language=replace(config.language, unembed_bias=has_bias))
 
 
 @dataclass(frozen=True)
@@ -124,22 +137,42 @@ def expected_tensors(config: LLaVAConfig) -> dict[str, tuple[int, ...]]:
     """
     vision, language, projector = config.vision, config.language, config.projector
     shapes: dict[str, tuple[int, ...]] = {
-        "vision.class_embed": (vision.d_model,),
-        "vision.patch_embed.weight": (vision.d_model, vision.n_channels, vision.patch_size, vision.patch_size),
-        "vision.pos_embed.weight": (vision.n_positions, vision.d_model),
-        **_norm("vision.ln_pre", vision),
+        **_vision_embedding(vision),
         **_blocks("vision", vision),
         **_norm("vision.ln_post", vision),
+        **(_pooling_head(vision) if vision.pooling_head else {}),
         **_linear("projector.linear_in", projector.d_in, projector.d_model, projector.bias),
         **_linear("projector.linear_out", projector.d_model, projector.d_model, projector.bias),
         TIED_TO: (language.d_vocab, language.d_model),
         **_blocks("language", language),
         **_norm("language.ln_final", language),
-        TIED: (language.d_vocab, language.d_model),
+        **_linear("language.unembed", language.d_model, language.d_vocab, language.unembed_bias),
     }
     if language.tied_embeddings:
         del shapes[TIED]
     return shapes
+
+
+def _vision_embedding(cfg: VisionConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        **({"vision.class_embed": (cfg.d_model,)} if cfg.class_token else {}),
+        "vision.patch_embed.weight": (cfg.d_model, cfg.n_channels, cfg.patch_size, cfg.patch_size),
+        **({"vision.patch_embed.bias": (cfg.d_model,)} if cfg.patch_bias else {}),
+        "vision.pos_embed.weight": (cfg.n_positions, cfg.d_model),
+        **(_norm("vision.ln_pre", cfg) if cfg.pre_norm else {}),
+    }
+
+
+def _pooling_head(cfg: VisionConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        "vision.head.probe": (1, 1, cfg.d_model),
+        "vision.head.attention.in_proj_weight": (3 * cfg.d_model, cfg.d_model),
+        "vision.head.attention.in_proj_bias": (3 * cfg.d_model,),
+        **_linear("vision.head.attention.out_proj", cfg.d_model, cfg.d_model, bias=True),
+        **_norm("vision.head.norm", cfg),
+        **_linear("vision.head.up", cfg.d_model, cfg.d_mlp, bias=True),
+        **_linear("vision.head.down", cfg.d_mlp, cfg.d_model, bias=True),
+    }
 
 
 def _blocks(tower: str, cfg: TowerConfig) -> dict[str, tuple[int, ...]]:
@@ -152,7 +185,7 @@ def _blocks(tower: str, cfg: TowerConfig) -> dict[str, tuple[int, ...]]:
         shapes |= _linear(f"{block}.attn.key", cfg.d_model, d_key, cfg.qkv_bias)
         shapes |= _linear(f"{block}.attn.value", cfg.d_model, d_key, cfg.qkv_bias)
         shapes |= _linear(f"{block}.attn.output", d_query, cfg.d_model, cfg.out_bias)
-        shapes |= _norm(f"{block}.ln2", cfg)
+        shapes |= {} if cfg.parallel_attn_mlp else _norm(f"{block}.ln2", cfg)
         if cfg.gated_mlp:
             shapes |= _linear(f"{block}.mlp.gate", cfg.d_model, cfg.d_mlp, cfg.mlp_bias)
         shapes |= _linear(f"{block}.mlp.up", cfg.d_model, cfg.d_mlp, cfg.mlp_bias)

@@ -13,11 +13,9 @@ from hooked_llava.architecture.sizes import VisionConfig
 from hooked_llava.checks import as_index, one_of
 from hooked_llava.errors import ConfigError
 
-_CLIP_NAMES = {
-    "embeddings.class_embedding": "class_embed",
+_NAMES = {
     "embeddings.patch_embedding": "patch_embed",
     "embeddings.position_embedding": "pos_embed",
-    "pre_layrnorm": "ln_pre",  # Hugging Face's own spelling
     "post_layernorm": "ln_post",
     "encoder.layers.{}.layer_norm1": "blocks.{}.ln1",
     "encoder.layers.{}.layer_norm2": "blocks.{}.ln2",
@@ -28,12 +26,29 @@ _CLIP_NAMES = {
     "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.up",
     "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.down",
 }
+_CLIP_NAMES = {
+    **_NAMES,
+    "embeddings.class_embedding": "class_embed",
+    "pre_layrnorm": "ln_pre",  # Hugging Face's own spelling
+}
+_SIGLIP_NAMES = {
+    **_NAMES,
+    "head.probe": "head.probe",
+    "head.attention.in_proj_weight": "head.attention.in_proj_weight",
+    "head.attention.in_proj_bias": "head.attention.in_proj_bias",
+    "head.attention.out_proj": "head.attention.out_proj",
+    "head.layernorm": "head.norm",
+    "head.mlp.fc1": "head.up",
+    "head.mlp.fc2": "head.down",
+}
 
 
 @dataclass(frozen=True)
 class VisionKind:
     """One kind of vision tower."""
 
+    title: str
+    """What it is called."""
     read: Callable[[Any], dict[str, Any]]
     """The fields of `VisionConfig` in which it differs from others, from its Hugging Face config."""
     names: Mapping[str, str]
@@ -41,10 +56,17 @@ class VisionKind:
 
 
 def _clip(vision: Any) -> dict[str, Any]:
-    return {}
+    return {"class_token": True, "pre_norm": True, "patch_bias": False, "pooling_head": False}
 
 
-VISION_TOWERS = {"clip_vision_model": VisionKind(_clip, _CLIP_NAMES)}
+def _siglip(vision: Any) -> dict[str, Any]:
+    return {"class_token": False, "pre_norm": False, "patch_bias": True, "pooling_head": vision.vision_use_head}
+
+
+VISION_TOWERS = {
+    "clip_vision_model": VisionKind("CLIP", _clip, _CLIP_NAMES),
+    "siglip_vision_model": VisionKind("SigLIP", _siglip, _SIGLIP_NAMES),
+}
 """Every vision tower that loads, by the `model_type` of its Hugging Face config."""
 
 
@@ -63,6 +85,12 @@ def read_vision(vision: Any, *, layers: int | list[int], strategy: str) -> Visio
         raise ConfigError(
             f"vision_feature_select_strategy is {strategy!r}; expected 'default' (patches only) or 'full' "
             "(class token and patches)."
+        )
+    own = kind.read(vision)
+    if strategy == "default" and not own["class_token"]:
+        raise ConfigError(
+            f"vision_feature_select_strategy is 'default', which leaves out the first feature, and {kind.title} has no class "
+            "token there: transformers would silently drop the first patch. Set it to 'full' in config.json."
         )
     several = isinstance(layers, (list, tuple))
     n_layers = vision.num_hidden_layers
@@ -88,7 +116,7 @@ def read_vision(vision: Any, *, layers: int | list[int], strategy: str) -> Visio
         feature_layers=tuple(_feature_layer(i, n_layers) for i in (layers if several else [layers])),
         several_features=several,
         drop_class_token=strategy == "default",
-        **kind.read(vision),
+        **own,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
+from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name, with_optional_tensors
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.supported import check_folder, check_tensor_names
 
@@ -59,6 +59,17 @@ def read_config(folder: str | Path) -> LlavaConfig:
         return LlavaConfig.from_dict(fields)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{path} is not a LLaVA config that transformers can read: {error}") from error
+
+
+def with_stored_tensors(config: LLaVAConfig, folder: str | Path) -> LLaVAConfig:
+    """The config, with what only a folder's tensors tell: whether the unembedding has a bias; raises `CheckpointError`.
+
+    >>> from hooked_llava.loading import resolve
+    >>> config = LLaVAConfig.from_hf(read_config(resolve("tiny-shapes")))
+    >>> with_stored_tensors(config, resolve("tiny-shapes")) == config
+    True
+    """
+    return with_optional_tensors(config, (entry.hf_name for entry in _entries(Path(folder))))
 
 
 def stored_dtype(hf_config: LlavaConfig) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name
+from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, with_optional_tensors
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
 
@@ -59,6 +59,7 @@ def save(
 
 def _named_for_disk(state: Mapping[str, Tensor], hf_config: LlavaConfig) -> dict[str, Tensor]:
     config = LLaVAConfig.from_hf(hf_config)
+    config = with_optional_tensors(config, state)
     expected = expected_tensors(config)
     given = {name: tensor for name, tensor in state.items() if name != TIED or TIED in expected}
     wrong = sorted(set(expected) ^ set(given))

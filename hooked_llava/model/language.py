@@ -1,4 +1,4 @@
-"""The Vicuna language tower: embeddings -> logits, entered and left at any layer (Touvron et al. 2023)."""
+"""The language tower: embeddings -> logits, entered and left at any layer (Touvron et al. 2023)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import LanguageConfig
 from hooked_llava.model.components.attention import AttentionContext
-from hooked_llava.model.components.block import Block, Blocks
+from hooked_llava.model.components.block import Blocks, make_block
 from hooked_llava.model.components.hook_point import HookPoint, start_graph
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.norm import make_norm
+from hooked_llava.model.components.prefix_attention import SharedPrefix
 from hooked_llava.model.components.rotary import RotaryEmbedding
 
 
@@ -25,9 +26,9 @@ class LanguageTower(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.rotary = RotaryEmbedding(cfg.rotary) if cfg.rotary is not None else None
-        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks = Blocks(make_block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=cfg.unembed_bias)
         if cfg.tied_embeddings:
             self.unembed.weight = self.embed.weight
         self.hook_text_embed = HookPoint()
@@ -66,27 +67,30 @@ class LanguageTower(nn.Module):
         *,
         attention_mask: Bool[Tensor, "batch key"] | None,
         position_ids: Int[Tensor, "batch pos"] | None,
-        kv_cache: KVCache | None,
+        kv_cache: KVCache | None = None,
+        prefix: SharedPrefix | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> AttentionContext:
         """What attention needs for the next `n_positions` positions.
 
-        `attention_mask` covers the kept positions too, and is None where nothing is padded. Positions are counted
-        over real tokens unless `position_ids` are given.
+        `attention_mask` covers the positions in `kv_cache` too, not those of `prefix`, and is None where nothing is padded.
+        Positions are counted over real tokens unless `position_ids` are given.
         """
         past = 0 if kv_cache is None else kv_cache.length
         if position_ids is None:
             position_ids = count_positions(n_positions, attention_mask, device, past)
         rotation = None if self.rotary is None else self.rotary(position_ids, dtype)
         if attention_mask is None and (past == 0 or n_positions == 1):
-            return AttentionContext(causal=past == 0, rotation=rotation, kv_cache=kv_cache)
+            context = AttentionContext(causal=past == 0, rotation=rotation, kv_cache=kv_cache, prefix=prefix)
+            return context.with_window(self.cfg.window, past, n_positions, device)
         query = torch.arange(past, past + n_positions, device=device)
         key = torch.arange(past + n_positions, device=device)
         allowed = (key <= query[:, None])[None, None]  # (1, 1, query, key)
         if attention_mask is not None:
             allowed = allowed & attention_mask[:, None, None, :]
-        return AttentionContext(allowed=allowed, rotation=rotation, kv_cache=kv_cache)
+        context = AttentionContext(allowed=allowed, rotation=rotation, kv_cache=kv_cache, prefix=prefix)
+        return context.with_window(self.cfg.window, past, n_positions, device)
 
 
 def count_positions(

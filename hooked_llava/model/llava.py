@@ -18,8 +18,15 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.architecture.tensors import with_optional_tensors
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.loading.checkpoint import load_into, load_processor, read_config, read_generation_config
+from hooked_llava.loading.checkpoint import (
+    load_into,
+    load_processor,
+    read_config,
+    read_generation_config,
+    with_stored_tensors,
+)
 from hooked_llava.loading.embedded import resolve
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
@@ -245,7 +252,7 @@ class HookedLLaVA(HookedModule):
         wanted = as_dtype(dtype)
         folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
         hf_config = read_config(folder)
-        config = LLaVAConfig.from_hf(hf_config, model_name=str(name))
+        config = with_stored_tensors(LLaVAConfig.from_hf(hf_config, model_name=str(name)), folder)
         processor, why_none = load_processor(folder)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
         model.no_processor = why_none
@@ -263,7 +270,7 @@ class HookedLLaVA(HookedModule):
         and `InputError` for a processor that is another model's.
         """
         check_model(hf_model)
-        config = LLaVAConfig.from_hf(hf_model.config)
+        config = with_optional_tensors(LLaVAConfig.from_hf(hf_model.config), hf_model.state_dict())
         if processor is not None:
             check_processor_fits(processor, config)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_model.config)

@@ -18,7 +18,7 @@ from transformer_lens import FactoredMatrix
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import InputError
-from hooked_llava.model.components.block import Blocks
+from hooked_llava.model.components.block import Blocks, ParallelBlock
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.prompt.inputs import Inputs
@@ -108,8 +108,9 @@ class TransformerLensSurface(nn.Module):
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Unembedding bias: zeros."""
-        return self.W_U.new_zeros(self.config.language.d_vocab)
+        """Unembedding bias, zeros if there is none."""
+        bias = self.language.unembed.bias
+        return self.W_U.new_zeros(self.config.language.d_vocab) if bias is None else bias
 
     def stack_weights(self, name: str) -> Tensor:
         """One weight of every layer, stacked in a new tensor: "W_Q", "b_O", "W_in", ... -> [layer ...]."""
@@ -214,7 +215,8 @@ class TransformerLensSurface(nn.Module):
         }
         mlp = ("W_in", "W_out", "b_in", "b_out") + (("W_gate",) if self.config.language.gated_mlp else ())
         for i, block in enumerate(self.blocks):
-            weights |= {f"blocks.{i}.{norm}.w": getattr(block, norm).w for norm in ("ln1", "ln2")}
+            norms = {"ln1": block.ln1} if isinstance(block, ParallelBlock) else {"ln1": block.ln1, "ln2": block.ln2}
+            weights |= {f"blocks.{i}.{name}.w": norm.w for name, norm in norms.items()}
             weights |= {f"blocks.{i}.attn.{name}": getattr(block.attn, name) for name in ("W_Q", "b_Q", "W_O", "b_O")}
             for name in ("W_K", "b_K", "W_V", "b_V"):
                 weights[f"blocks.{i}.attn.{name}"] = self._for_each_query_head(getattr(block.attn, name), dim=0)

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import Hook
+from hooked_llava.architecture.tensors import with_optional_tensors
 from hooked_llava.errors import ConfigError
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.prompt.prepare import Inputs, InputsLike
@@ -106,7 +107,7 @@ def verify(
     >>> verify(HookedLLaVA.from_hf(hf_model), hf_model).ok
     True
     """
-    _check_same_config(model.config, LLaVAConfig.from_hf(hf_model.config))
+    _check_same_config(model.config, with_optional_tensors(LLaVAConfig.from_hf(hf_model.config), hf_model.state_dict()))
     inputs = model.as_inputs(_random_prompt(model.config, seed) if inputs is None else inputs)
     theirs = _hf_activations(hf_model, inputs, _hf_modules(hf_model, model.config, inputs))
     with torch.no_grad():

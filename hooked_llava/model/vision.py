@@ -1,4 +1,4 @@
-"""The CLIP vision tower: pixels -> patch features (Radford et al. 2021)."""
+"""The vision tower: pixels -> patch features (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import VisionConfig
 from hooked_llava.model.components.attention import AttentionContext
-from hooked_llava.model.components.block import Block, Blocks
+from hooked_llava.model.components.block import Blocks, make_block
 from hooked_llava.model.components.hook_point import HookPoint, start_graph
 from hooked_llava.model.components.norm import make_norm
 
 
 class VisionTower(nn.Module):
-    """Patches and a class token through pre-norm blocks, up to the highest layer that the projector reads.
+    """Patches, perhaps behind a class token, through blocks, up to the highest layer that the projector reads.
 
-    Blocks above that layer and the post norm are part of the checkpoint, so they are kept and saved; they are not run.
+    Blocks above that layer, the post norm and a pooling head are part of the checkpoint, so they are kept and saved; they
+    are not run.
     """
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.class_embed = nn.Parameter(torch.empty(cfg.d_model))
-        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.class_embed = nn.Parameter(torch.empty(cfg.d_model)) if cfg.class_token else None
+        self.patch_embed = nn.Conv2d(cfg.n_channels, cfg.d_model, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias)
         self.pos_embed = nn.Embedding(cfg.n_positions, cfg.d_model)
-        self.ln_pre = make_norm(cfg)
-        self.blocks = Blocks(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_pre = make_norm(cfg) if cfg.pre_norm else nn.Identity()
+        self.blocks = Blocks(make_block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_post = make_norm(cfg)
+        self.head = PoolingHead(cfg) if cfg.pooling_head else None
         self.hook_patch_embed = HookPoint()
         self.hook_pos_embed = HookPoint()
         self.hook_embed = HookPoint()
@@ -48,7 +50,7 @@ class VisionTower(nn.Module):
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
 
     def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
-        """What enters block 0: patches behind the class token, plus learned positions, normalized."""
+        """What enters block 0: patches, behind the class token if there is one, plus learned positions; perhaps normalized."""
         patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
         n_images = patches.shape[0]
@@ -56,5 +58,17 @@ class VisionTower(nn.Module):
         if self.hook_pos_embed.listening:
             positions = positions.clone()  # what somebody keeps must not be the weights themselves
         positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
-        tokens = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)
-        return self.hook_embed(self.ln_pre(tokens + positions))
+        if self.class_embed is not None:
+            patches = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)  # (image, pos, d_model)
+        return self.hook_embed(self.ln_pre(patches + positions))
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's attention pooling over all patches. LLaVA does not use it; its weights are kept, to be saved again."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, 1, cfg.d_model))
+        self.attention = nn.MultiheadAttention(cfg.d_model, cfg.n_heads, batch_first=True)
+        self.norm = make_norm(cfg)
+        self.up, self.down = nn.Linear(cfg.d_model, cfg.d_mlp), nn.Linear(cfg.d_mlp, cfg.d_model)

@@ -59,19 +59,19 @@ class KeptRun:
         cfg, positions, mask = self.model.cfg, self.position_ids[:, start:], self.mask
         if mask is not None or len(positions) > 1:
             positions = positions.expand(self.n_prompts, -1).repeat_interleave(n_rows, 0)
-        context = self.model.language.context(
+        prefix = None
+        if start:
+            assert self.kv is not None
+            before = None if mask is None else mask[:, None, None, :start]
+            prefix = SharedPrefix(self.kv, start, before, cfg.device, cfg.dtype)
+        return self.model.language.context(
             self.n_positions - start,
             attention_mask=None if mask is None else mask[:, start:].repeat_interleave(n_rows, 0),
             position_ids=positions,
-            kv_cache=None,
+            prefix=prefix,
             device=cfg.device,
             dtype=cfg.dtype,
         )
-        if not start:
-            return context
-        assert self.kv is not None
-        before = None if mask is None else mask[:, None, None, :start]
-        return replace(context, prefix=SharedPrefix(self.kv, start, before, cfg.device, cfg.dtype))
 
     def rerun(
         self,

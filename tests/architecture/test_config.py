@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import ConfigError
 from tests.builders import tiny_hf_config
-from tests.pairs import GEOMETRIES
+from tests.pairs import FAMILY, GEOMETRIES
 
 
 def read(**fields: Any) -> LLaVAConfig:
@@ -128,6 +128,50 @@ def test_what_cannot_be_built_is_refused(change: Callable[[LlavaConfig], None], 
     change(config)
     with pytest.raises(ConfigError, match=match):
         LLaVAConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"tower": "siglip", "select_strategy": "default"}, "'default'.*SigLIP has no class token.*drop the first patch"),
+        ({"language": "phi", "text": {"qk_layernorm": True}}, "qk_layernorm=True.*not built here"),
+        ({"language": "mistral", "text": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}, "type 'dynamic'"),
+        ({"language": "qwen2", "n_key_value_heads": 3}, "n_heads=4 is not a multiple of n_key_value_heads=3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_of_the_family_is_refused(fields: dict[str, Any], match: str) -> None:
+    config = tiny_hf_config(**fields)
+    with pytest.raises(ConfigError, match=match):
+        LLaVAConfig.from_hf(config)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_sizes_of_the_family(name: str) -> None:
+    fields = {key: value for key, value in FAMILY[name].items() if key != "head_bias"}
+    config = LLaVAConfig.from_hf(tiny_hf_config(**fields))
+    language, vision = config.language, config.vision
+    windows = {"mistral": (5, (0, 1, 2)), "qwen2": (4, (1, 2))}
+    assert (language.window, language.windowed_layers) == windows.get(fields["language"], (None, ()))
+    assert (language.qkv_bias, language.out_bias, language.mlp_bias) == {
+        "qwen2": (True, False, False), "phi": (True, True, True),
+    }.get(fields["language"], (False, False, False))  # fmt: skip
+    assert language.parallel_attn_mlp == (fields["language"] == "phi")
+    assert language.rotary is not None
+    n_turned = 2 * len(language.rotary.frequencies)
+    assert n_turned == language.d_head // 2 if fields["language"] == "phi" else n_turned == language.d_head
+    assert language.tied_embeddings == (fields["language"] == "qwen2")
+    assert vision.class_token == vision.pre_norm == (fields["tower"] == "clip")
+    assert (vision.n_positions, vision.n_features) == ((5, 4) if fields["tower"] == "clip" else (4, 4))
+    assert list(vision.patches_along("pos")) == list(range(vision.n_positions - 4, vision.n_positions))
+    assert not vision.keeps_class_token
+
+
+def test_a_list_says_which_layers_slide() -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = {"use_sliding_window": True, "sliding_window": 4, "layer_types": kinds}
+    assert read(language="qwen2", text=text).language.windowed_layers == (0, 2)
+    assert read(language="qwen2", text=text | {"use_sliding_window": False}).language.windowed_layers == ()
+    assert read(language="mistral", text={"sliding_window": None}).language.window is None
 
 
 def test_it_is_frozen() -> None:

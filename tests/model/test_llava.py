@@ -13,48 +13,17 @@ from hooked_llava.errors import CheckpointError, ConfigError, HookNameError, Inp
 from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.oracles.plain import loss_by_hand
-from tests.pairs import GEOMETRIES, Pair, as_users_run, batch, counted_positions, fresh_pair, off, pair
-
-FP32 = 1e-5
-"""Share of the scale; the promise is 1e-4."""
-
-
-def hf_streams(model: Any, prompt: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of every block of both towers, of the projector, and the logits, under our hooks' names."""
-    seen: dict[str, Tensor] = {}
-    tower = model.model.vision_tower
-    parts = {"projector.hook_out": model.model.multi_modal_projector}
-    encoder = getattr(tower, "vision_model", tower).encoder
-    parts |= {f"vision.blocks.{i}.hook_resid_post": layer for i, layer in enumerate(encoder.layers)}
-    parts |= {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(model.model.language_model.layers)}
-
-    def keep(name: str) -> Any:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
-    try:
-        with torch.no_grad():
-            seen["hook_logits"] = model(**prompt).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def assert_same_streams(models: Pair, prompt: dict[str, Tensor], tolerance: float = FP32) -> None:
-    theirs = hf_streams(models.hf, prompt)
-    names = [name for name in theirs if name in models.ours.hook_dict]
-    _, ours = models.ours.run_with_cache(**prompt, names_filter=names)
-    assert len(names) > models.ours.cfg.n_layers
-    real = prompt["attention_mask"].bool()
-    for name in names:
-        a, b = ours[name], theirs[name]
-        if not name.startswith(("vision.", "projector.")):
-            a, b = a[real], b[real]
-        assert off(a, b) <= tolerance, name
+from tests.pairs import (
+    FP32,
+    GEOMETRIES,
+    as_users_run,
+    assert_same_streams,
+    batch,
+    counted_positions,
+    fresh_pair,
+    off,
+    pair,
+)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -48,6 +48,8 @@ class AttentionContext:
     """Keys and values of earlier positions, shared by many rows of the batch."""
     queries: Int[Tensor, " query"] | None = None
     """Indices of the positions whose output is wanted; the others give keys and values only. None: all."""
+    windowed: AttentionContext | None = None
+    """What layers with a sliding window need instead; None where the window holds all keys."""
 
     def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
         """x at the positions whose output is wanted."""
@@ -61,7 +63,30 @@ class AttentionContext:
             allowed = allowed.index_select(2, index)
         elif self.causal and list(queries) != [n_positions - 1]:  # the last position sees every key
             allowed = (torch.arange(n_positions, device=device) <= index[:, None])[None, None]
-        return replace(self, queries=index, allowed=allowed, causal=causal)
+        windowed = None if self.windowed is None else self.windowed.at(queries, n_positions, device)
+        prefix = None if self.prefix is None else self.prefix.at(index)
+        return replace(self, queries=index, allowed=allowed, causal=causal, windowed=windowed, prefix=prefix)
+
+    def with_window(self, window: int | None, past: int, n_positions: int, device: torch.device) -> AttentionContext:
+        """The same, and what layers with a window need: their queries see only the last `window` keys, their own included.
+
+        The `n_positions` queries follow `past` positions in the cache, or those of the prefix.
+        """
+        before = past if self.prefix is None else self.prefix.stop
+        if window is None or before + n_positions <= window:
+            return self
+        query, key = (
+            torch.arange(before, before + n_positions, device=device),
+            torch.arange(before + n_positions, device=device),
+        )
+        seen = ((key <= query[:, None]) & (key > query[:, None] - window))[None, None]  # (1, 1, query, key)
+        prefix = self.prefix
+        if prefix is not None:
+            of_prefix, seen = seen.tensor_split([before], dim=-1)
+            allowed = of_prefix if prefix.allowed is None else prefix.allowed & of_prefix
+            prefix = replace(prefix, allowed=allowed)
+        allowed = seen if self.allowed is None else self.allowed & seen
+        return replace(self, windowed=replace(self, allowed=allowed, causal=False, prefix=prefix))
 
     def allowed_after_prefix(self, n: int, device: torch.device) -> Bool[Tensor, "batch 1 query key"] | None:
         """Which of n keys behind a prefix each query may see; None where every query sees all."""
@@ -113,6 +138,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(cfg.d_model, d_key_value, bias=cfg.qkv_bias)
         self.output = nn.Linear(d_query, cfg.d_model, bias=cfg.out_bias)
         self.scale = cfg.d_head**-0.5
+        self.windowed = layer in cfg.windowed_layers
         self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         if cfg.rotary is not None:
@@ -124,6 +150,8 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, pre_norm: PreNorm
     ) -> Float[Tensor, "batch query d_model"]:
         """What attention adds to the residual stream, given the normalized stream x."""
+        if self.windowed and context.windowed is not None:
+            context = context.windowed
         query_source = context.read(x), (context.read(pre_norm[0]), pre_norm[1])
         q = self.hook_q(self.project(self.query, self.hook_q_input, *query_source))  # (batch, query, head, d_head)
         k = self.hook_k(self.project(self.key, self.hook_k_input, x, pre_norm))  # (batch, pos, kv_head, d_head)

@@ -44,14 +44,45 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_mid + mlp_out)
 
 
+class ParallelBlock(nn.Module):
+    """Attention and MLP side by side: both read the same normalized copy of the residual stream, and both add to it (Phi)."""
+
+    hook_out_is_single_residual_stream = True  # TransformerLens's logit lens asks
+
+    def __init__(self, cfg: TowerConfig, layer: int) -> None:
+        super().__init__()
+        self.ln1 = make_norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
+    ) -> Float[Tensor, "batch query d_model"]:
+        """The residual stream after the block, at the positions that `context` wants."""
+        resid_pre = self.hook_resid_pre(resid)
+        normalized = self.ln1(resid_pre)  # (batch, pos, d_model)
+        attn_out = self.hook_attn_out(self.attn(normalized, context, pre_norm=(resid_pre, self.ln1)))
+        mlp_out = self.hook_mlp_out(self.mlp(context.read(normalized)))
+        return self.hook_resid_post(context.read(resid_pre) + attn_out + mlp_out)
+
+
+def make_block(cfg: TowerConfig, layer: int) -> Block | ParallelBlock:
+    """The block that a tower's config asks for."""
+    return (ParallelBlock if cfg.parallel_attn_mlp else Block)(cfg, layer)
+
+
 class Blocks(nn.ModuleList):
     """The blocks of a tower. Whatever goes through several of them goes through `states` or `run`."""
 
     if TYPE_CHECKING:  # for readers of types: a ModuleList says of its modules only that they are modules
 
-        def __iter__(self) -> Iterator[Block]: ...
+        def __iter__(self) -> Iterator[Block | ParallelBlock]: ...
 
-        def __getitem__(self, idx: int) -> Block: ...
+        def __getitem__(self, idx: int) -> Block | ParallelBlock: ...
 
     def states(
         self,

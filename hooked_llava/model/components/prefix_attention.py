@@ -7,11 +7,11 @@ exponentials, z = w z1 + (1 - w) z2 where w = 1 / (1 + e^{L2 - L1}). Exact, not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.model.components.kv_cache import KVCache
@@ -31,8 +31,8 @@ class Prefix:
     """Keys, rotated."""
     v: Float[Tensor, "prompt kv_head key d_head"]
     """Values."""
-    allowed: Bool[Tensor, "prompt 1 1 key"] | None = None
-    """False at padding; None where there is none."""
+    allowed: Bool[Tensor, "any_prompt 1 any_query key"] | None = None
+    """Which keys the queries may see: False at padding and outside of a sliding window; None where all are seen."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,18 @@ class SharedPrefix:
     """Keys and values of all layers; they may lie on another device and in another dtype."""
     stop: int
     """How many of the positions belong to the prefix."""
-    allowed: Bool[Tensor, "prompt 1 1 key"] | None
-    """False at padding; None where there is none."""
+    allowed: Bool[Tensor, "any_prompt 1 any_query key"] | None
+    """Which keys the queries may see: False at padding and outside of a sliding window; None where all are seen."""
     device: torch.device
     """Where attention runs."""
     dtype: torch.dtype
     """The dtype in which attention runs."""
+
+    def at(self, queries: Int[Tensor, " query"]) -> SharedPrefix:
+        """The same for some of the queries."""
+        if self.allowed is None or self.allowed.shape[2] == 1:
+            return self
+        return replace(self, allowed=self.allowed.index_select(2, queries))
 
     def layer(self, layer: int) -> Prefix:
         """Keys and values of one layer."""
@@ -70,9 +76,10 @@ def attend_with_prefix(
     """
     q, k, v, prefix = _in_autocast_dtype(q, k, v, prefix)
     groups = q.shape[1] // k.shape[1]
-    own_allowed = None if allowed is None else allowed.repeat(1, 1, groups, 1)
+    own_allowed = _repeated(allowed, groups)
     own, own_sum = _average(_by_row(q, groups), k, v, own_allowed, scale)
-    parts = _average(_by_prompt(q, prefix, groups), prefix.k, prefix.v, prefix.allowed, scale)
+    allowed = _repeated(prefix.allowed, len(q) // len(prefix.k) * groups)
+    parts = _average(_by_prompt(q, prefix, groups), prefix.k, prefix.v, allowed, scale)
     sizes = {"r": len(q) // len(prefix.k), "n": q.shape[2]}
     before, before_sum = (rearrange(x, "b k (r g n) d -> (b r) k (g n) d", g=groups, **sizes) for x in parts)
     z = torch.lerp(before, own, torch.sigmoid(own_sum - before_sum))
@@ -91,8 +98,8 @@ def scores_with_prefix(
     if allowed is not None:
         own.masked_fill_(~allowed, minus_infinity)
     before = _by_prompt(q, prefix, groups) @ prefix.k.mT  # (prompt, kv_head, row * group * query, key)
-    if prefix.allowed is not None:
-        before.masked_fill_(~prefix.allowed, minus_infinity)
+    if (seen := _repeated(prefix.allowed, len(q) // len(prefix.k) * groups)) is not None:
+        before.masked_fill_(~seen, minus_infinity)
     before = rearrange(before, "b k (r g n) s -> (b r) (k g) n s", g=groups, n=q.shape[2])
     return torch.cat([before, own], dim=-1)
 
@@ -116,6 +123,13 @@ def _in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix) -> tuple
     return q.to(dtype), k.to(dtype), v.to(dtype), Prefix(prefix.k.to(dtype), prefix.v.to(dtype), prefix.allowed)
 
 
+def _repeated(
+    allowed: Bool[Tensor, "any_batch 1 any_query key"] | None, times: int
+) -> Bool[Tensor, "any_batch 1 any_group_query key"] | None:
+    """What each query may see, for queries that come in so many groups."""
+    return allowed if allowed is None or allowed.shape[2] == 1 else allowed.repeat(1, 1, times, 1)
+
+
 def _by_row(x: Tensor, groups: int) -> Float[Tensor, "row kv_head group_query any"]:
     """The heads that share keys and values as further queries."""
     return rearrange(x, "r (k g) n s -> r k (g n) s", g=groups)
@@ -135,8 +149,8 @@ def _average(
 ) -> tuple[Float[Tensor, "batch kv_head query d_head"], Float[Tensor, "batch kv_head query 1"]]:
     """Values averaged over the allowed keys, and the logarithm of the sum of exponentials, both in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    fully_masked = allowed is not None and not bool(allowed.any(-1).all())
-    if _FLASH_ON_CPU is not None and q.device.type == "cpu" and not fully_masked:
+    on_cpu = _FLASH_ON_CPU is not None and q.device.type == "cpu"
+    if on_cpu and (allowed is None or bool(allowed.any(-1).all())):
         mask = None if allowed is None else q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         z, total = _FLASH_ON_CPU(q, k, v, attn_mask=mask, scale=scale)
         return z.to(wide), total[..., None]

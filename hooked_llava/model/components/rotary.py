@@ -35,7 +35,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Float[Tensor, "batch pos head d_head"], rotation: Rotation) -> Float[Tensor, "batch pos head d_head"]:
-    """Turn each pair of dimensions (j, j + d_head / 2) by its position's angle."""
+    """Turn each pair of dimensions (j, j + n / 2) of the first n by its position's angle; n is d_head, or less in Phi."""
     cos, sin = rotation
+    if (n := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([rotate(x[..., :n], rotation), x[..., n:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
