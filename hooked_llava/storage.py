@@ -57,9 +57,7 @@ def write_tensors(
     ...     read_tensors(f"{folder}/file", ["example.v1"], writer="write_tensors")
     ({'a': tensor([1., 1.])}, {'format': 'example.v1', 'of': 'example'})
     """
-    with written_whole(path) as partial:
-        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(held, partial, metadata={"format": file_format, **metadata})
+    _write(path, tensors, {"format": file_format, **metadata})
 
 
 def read_tensors(
@@ -74,17 +72,38 @@ def read_tensors(
     `formats` are those that the caller reads, the one that is written today first; `writer` is what writes it, for the
     message. Raises `CheckpointError` for a file that is not there or is damaged, and for one of another format.
     """
-    try:
-        with safe_open(Path(path).expanduser(), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} {unreadable} ({error}); expected one that {writer} wrote.") from error
+    tensors, metadata = _read(path, unreadable, f"; expected one that {writer} wrote")
     found = metadata.get("format")
     if found not in formats:
         held = "'no known format'" if found is None else f"format {found!r}"
         raise CheckpointError(f"{path} holds {held}; expected {formats[0]!r}, as {writer} writes.")
     return tensors, dict(sorted(metadata.items()))
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors alone to one safetensors file, whole or not at all; raises `InputError` as `written_whole`."""
+    _write(path, tensors, None)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, whoever wrote it; raises `CheckpointError` for one that cannot be read."""
+    return _read(path, "is not a readable safetensors file")[0]
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The named fields of a JSON file; raises `CheckpointError` if it is not there, or holds something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is not there; expected a checkpoint folder in Hugging Face format. Check the path."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}). Download or copy it again.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(fields).__name__}; expected an object of named fields.")
+    return fields
 
 
 def bytes_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file_format: str) -> int:
@@ -101,3 +120,19 @@ def bytes_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fi
         end += tensor.nbytes
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + 8 * -(-length // 8) + end  # the header's length, the header filled up to eights, the numbers
+
+
+def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
+    with written_whole(path) as partial:
+        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(held, partial, metadata=metadata)
+
+
+def _read(
+    path: str | os.PathLike[str], unreadable: str, expected: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} {unreadable} ({error}){expected}.") from error

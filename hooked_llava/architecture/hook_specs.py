@@ -135,6 +135,15 @@ def language_hooks(cfg: TowerConfig) -> list[HookSpec]:
     ]
 
 
+def sae_hooks(at: HookSpec, name: str) -> tuple[HookSpec, HookSpec]:
+    """The rows of an autoencoder attached to the hook `name`: its features, and what it leaves unexplained."""
+    axes = tuple(axis for axis in at.axes[:-1] if axis not in ("head", "kv_head"))  # heads are side by side
+    return (
+        HookSpec(f"{name}.hook_sae_acts", (*axes, "d_sae"), "activations of the autoencoder's features", large=True),
+        HookSpec(f"{name}.hook_sae_error", at.axes, "activation less its reconstruction", large=True),
+    )
+
+
 def markdown_table(config: LLaVAConfig) -> str:
     """The table of all hooks as Markdown, for the documentation."""
     rows = ["| hook | shape | meaning |", "|---|---|---|"]

@@ -12,11 +12,11 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, SupportsIndex, TypeAlias
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, vision_hooks
+from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, sae_hooks, vision_hooks
 from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.checks import as_index
 from hooked_llava.errors import HookNameError, InputError, did_you_mean
@@ -89,10 +89,35 @@ class HookTable:
         self._add("vision", vision_hooks(config.vision), config.vision.n_layers_run)
         self._add("projector", PROJECTOR_HOOKS, 0)
         self._add("language", language_hooks(config.language), config.language.n_layers)
+        self.d_sae: dict[str, int] = {}
+        """Number of features by the hook that an autoencoder is attached to."""
+        self._index_endings()
+
+    def _index_endings(self) -> None:
         self._by_ending: dict[tuple[bool, str], list[str]] = defaultdict(list)
         for hook in self.hooks.values():
             for ending in _endings(hook.name.removeprefix("vision.")):
                 self._by_ending[hook.tower == "vision", ending].append(hook.name)
+
+    def add_sae(self, name: str, d_sae: int) -> tuple[str, str]:
+        """List the hooks of an autoencoder attached to the hook `name`, which they follow; their names."""
+        at, listed = self.hooks[name], list(self.hooks.values())
+        place = listed.index(at) + 1
+        specs = sae_hooks(at.spec, name)
+        added = [
+            replace(at, name=spec.name, spec=spec, site=f"{at.site}{spec.name.removeprefix(name)}") for spec in specs
+        ]
+        self.hooks = {hook.name: hook for hook in (*listed[:place], *added, *listed[place:])}
+        self.d_sae[name] = d_sae
+        self._index_endings()
+        return specs[0].name, specs[1].name
+
+    def remove_sae(self, name: str) -> None:
+        """Take the hooks of an autoencoder from the table."""
+        for spec in sae_hooks(self.hooks[name].spec, name):
+            del self.hooks[spec.name]
+        del self.d_sae[name]
+        self._index_endings()
 
     def _add(self, tower: Part, specs: Sequence[HookSpec], n_layers: int) -> None:
         """The hooks of a part in the order in which they fire: all of block 0, then of block 1, ..."""

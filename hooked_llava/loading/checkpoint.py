@@ -6,11 +6,10 @@ misshapen) before the first one is read, and each is checked for NaN and infinit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +22,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name, with_optional_tensors
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.supported import check_folder, check_tensor_names
+from hooked_llava.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -45,10 +45,8 @@ def read_config(folder: str | Path) -> LlavaConfig:
     'llava'
     """
     path = Path(folder) / "config.json"
-    check_folder(
-        Path(folder), _read_json(path) if path.is_file() else {}
-    )  # an adapter's folder may have no config.json
-    fields = _read_json(path)
+    check_folder(Path(folder), read_json(path) if path.is_file() else {})  # an adapter's folder may have no config.json
+    fields = read_json(path)
     model_type = fields.get("model_type")
     if model_type != "llava":
         raise CheckpointError(
@@ -114,7 +112,7 @@ def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
 def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     """The folder's generation_config.json, or None if it has none."""
     path = Path(folder) / "generation_config.json"
-    return GenerationConfig.from_dict(_read_json(path)) if path.is_file() else None
+    return GenerationConfig.from_dict(read_json(path)) if path.is_file() else None
 
 
 def stream_tensors(
@@ -259,7 +257,7 @@ def _entries(folder: Path) -> Iterator[_Entry]:
         return
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file. Save the checkpoint again.")
     for shard in sorted(set(weight_map.values())):
@@ -285,7 +283,7 @@ def _no_weights(folder: Path) -> str:
             "neither read nor downloaded."
         )
     for index in folder.glob("*.bin.index.json"):
-        check_tensor_names(folder, _read_json(index).get("weight_map") or {})
+        check_tensor_names(folder, read_json(index).get("weight_map") or {})
     return (
         f"{folder} holds its weights as pickle files only ({_some(pickles)}), which can run any code when opened "
         "and are never read. Convert them once, in a place you trust, with transformers: model, found = "
@@ -347,20 +345,6 @@ def _check_tied(unembed: _Entry, embed: _Entry) -> None:
             f"{unembed.path} differs from {embed.hf_name}. Set tie_word_embeddings to false in config.json, in the "
             "outer part and in text_config, to keep both."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is not there; expected a checkpoint folder in Hugging Face format. Check the path."
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}). Download or copy it again.") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(fields).__name__}; expected an object of named fields.")
-    return fields
 
 
 def _some(names: list[str]) -> str:

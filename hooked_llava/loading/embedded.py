@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    files: Sequence[str] | None = None,
 ) -> Path:
     """The folder of a model: an embedded name, a local folder, or a hub name, which is downloaded once and kept.
 
     An embedded name comes before a local folder of the same name; write `./tiny-shapes` for the folder. `revision` (a
-    branch, tag or commit), `token` and `cache_dir` are the hub's and count for hub names only, as in transformers. Raises
-    `CheckpointError` for a name that is none of the three, or a hub that cannot be reached.
+    branch, tag or commit), `token` and `cache_dir` are the hub's and count for hub names only, as in transformers. `files`
+    are what is downloaded, by default what a checkpoint needs. Raises `CheckpointError` for a name that is none of the
+    three, or a hub that cannot be reached.
 
     >>> resolve("tiny-shapes").parent.name
     'checkpoint'
@@ -57,7 +60,10 @@ def resolve(
             f"There is no model {name!r}: neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder, "
             f"nor a hub name of the form owner/name.{did_you_mean(name, EMBEDDED)}"
         )
-    return _download(name, revision, {"token": token, "cache_dir": cache_dir})
+    patterns = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_SKIPPED)}
+    if files is not None:
+        patterns = {"allow_patterns": list(files)}
+    return _download(name, revision, {"token": token, "cache_dir": cache_dir, **patterns})
 
 
 def embedded_folder(name: str) -> Path:
@@ -88,15 +94,7 @@ def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
     )
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=list(_HUB_SKIPPED),
-                **options,
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, **options))
     except GatedRepoError as error:
         reason = "it is gated: accept its terms on its hub page and log in with `hf auth login`, or give token="
         cause = error

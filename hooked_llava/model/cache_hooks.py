@@ -139,6 +139,7 @@ def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None =
         "d_mlp": tower.d_mlp,
         "d_features": config.vision.d_features,
         "d_vocab": config.language.d_vocab,
+        "d_sae": table.d_sae.get(name.rpartition(".")[0], 0),
         "1": 1,
     }
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, check_sae
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions, shared_spans, tensor_bytes
 from hooked_llava.model.components.attention import AttentionContext
@@ -118,12 +119,48 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
                         point.clear_context()
                 self._forget_detached()
 
+    @contextmanager
+    def attach_sae(
+        self, sae: Autoencoder, hook: Any = None, *, keep_error: bool = True, any_model: bool = False
+    ) -> Iterator[Self]:
+        """A sparse autoencoder in the place of a hook, inside the block: its features become hooks like any other.
+
+        `<hook>.hook_sae_acts` [..., d_sae] holds all features and `<hook>.hook_sae_error` what they leave unexplained; both can
+        be cached, changed and replayed (short names "sae_acts", "sae_error"). Functions on the hook itself come before them.
+        Several autoencoders may be attached, one to each hook.
+
+        Args:
+            sae: the autoencoder.
+            hook: any spelling of the hook; by default the one that the autoencoder was trained on.
+            keep_error: add what the features leave unexplained, so that attaching changes nothing; otherwise the
+                reconstruction takes the activation's place.
+            any_model: take an autoencoder that was trained on a model of another name.
+
+        Raises `InputError` for a hook of another width, for another hook or model than the autoencoder was trained on, and
+        for a hook that has one already.
+        """
+        name = check_sae(sae, hook, self.hooks_table, None if any_model else self.config.model_name)
+        attached = AttachedSAE(sae, keep_error=keep_error)
+        points = dict(zip(self.hooks_table.add_sae(name, sae.cfg.d_sae), attached.points, strict=True))
+        for point_name, point in points.items():
+            point.name = point_name
+        before, self.hook_dict = self.hook_dict, {n: (self.hook_dict | points)[n] for n in self.hooks_table.names}
+        before[name].then = attached
+        try:
+            yield self
+        finally:
+            before[name].then = None
+            self.hooks_table.remove_sae(name)
+            for point_name in points:
+                del self.hook_dict[point_name]
+            self._forget_detached()
+
     def _forget_detached(self) -> None:
         """Keep only prompt hooks whose function is still attached; `reset_hooks` may have removed some."""
         self._prompt_hooks = [
             (name, fn)
             for name, fn in self._prompt_hooks
-            if any(held.user_hook is fn for held in self.hook_dict[name].fwd_hooks)
+            if name in self.hook_dict and any(held.user_hook is fn for held in self.hook_dict[name].fwd_hooks)
         ]
 
     @contextmanager
@@ -274,7 +311,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     def _refuse_image_hooks(self) -> None:
         """Without an image the image side is not run; somebody listening there would wait in vain."""
         for name, point in self.hook_dict.items():
-            if point.listening and self.hooks_table[name].on_image_side:
+            if point.has_functions and self.hooks_table[name].on_image_side:
                 raise HookNameError(
                     f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
                     "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."

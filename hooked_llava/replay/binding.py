@@ -47,6 +47,7 @@ def bind(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> BoundInterven
         tuple(() for _ in positions) if not of_edge else _sequence(source, inputs, of_edge=True),
         indices(intervention.heads, n_heads if has_heads else 0, "heads", name),
         indices(intervention.neurons, tower.d_mlp if "d_mlp" in hook.axes else 0, "neurons", name),
+        indices(intervention.features, axis_sizes(model.hooks_table, name, inputs)["d_sae"], "features", name),
         model.hook_dict[name],
     )
     if intervention.position_mean:
@@ -124,6 +125,8 @@ def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) 
             if axis in ("head", "kv_head") and bound.heads is not None
             else len(bound.neurons)
             if axis == "d_mlp" and bound.neurons is not None
+            else len(bound.features)
+            if axis == "d_sae" and bound.features is not None
             else sizes[axis]
             for axis in bound.hook.axes[1:]
         ]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import InputError
-from hooked_llava.model.components.hook_point import with_hook
+from hooked_llava.model.components.hook_point import HookPoint, with_hook
 from hooked_llava.replay.intervention import Intervention
 
 POSITION_AXES = ("pos", "query", "patch", "feature")
@@ -31,8 +30,9 @@ class BoundIntervention:
     """For each prompt, the blocked keys; empty unless `block`."""
     heads: tuple[int, ...] | None
     neurons: tuple[int, ...] | None
-    point: HookPoint | None = None
-    """The hook itself, for functions that ask for it."""
+    features: tuple[int, ...] | None
+    point: HookPoint
+    """The hook itself."""
 
     @property
     def target(self) -> Any:
@@ -75,6 +75,8 @@ class BoundIntervention:
                 chosen.append(torch.tensor(self.heads, device=row.device))
             elif axis == "d_mlp" and self.neurons is not None:
                 chosen.append(torch.tensor(self.neurons, device=row.device))
+            elif axis == "d_sae" and self.features is not None:
+                chosen.append(torch.tensor(self.features, device=row.device))
             else:
                 chosen.append(keys if axis == "key" else None)
         n_chosen = sum(c is not None for c in chosen)

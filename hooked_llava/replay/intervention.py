@@ -37,6 +37,8 @@ class Intervention:
     """One head or several, on hooks that have them. None: all."""
     neurons: Any = None
     """One MLP neuron or several, on hooks that have them. None: all."""
+    features: Any = None
+    """One feature of an attached autoencoder or several, on its `hook_sae_acts`. None: all."""
     image: Any = None
     """Which image of the prompt, counted from 0, on image hooks. None: all."""
     value: Any = None

@@ -53,7 +53,10 @@ def first_positions(inputs: Inputs, which: int | None) -> list[int]:
 
 def first_layer_of(bound: BoundIntervention) -> int:
     """First layer that must run again under a change; a block's output enters the next block."""
-    return max(bound.hook.stage, 0) + (bound.hook.site == "hook_resid_post")
+    leaves = (
+        bound.hook.site == "hook_resid_post" and bound.point.then is None
+    )  # what an autoencoder sees is in the block
+    return max(bound.hook.stage, 0) + leaves
 
 
 def batches(

@@ -55,6 +55,7 @@ class ReplayState:
         self.image_side = ImageSide(model, inputs)
         self.work = Work(n_layers=model.cfg.n_layers, n_positions=kept.n_positions)
         self._weights = weights_version(model)
+        self._reconstructed = _reconstructed(model)
 
     @property
     def key_value_share(self) -> float:
@@ -71,6 +72,11 @@ class ReplayState:
             raise StaleReplayError(
                 "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
                 "Replay, or revert the edit."
+            )
+        if _reconstructed(self.model) != self._reconstructed:
+            raise StaleReplayError(
+                "Autoencoders that replace activations by their reconstructions (keep_error=False) have been attached or "
+                "removed since this Replay was made, so its kept run is out of date. Make a new Replay."
             )
 
     def wanted(self, positions: Positions) -> Int[Tensor, "prompt position"]:
@@ -90,7 +96,8 @@ class ReplayState:
 
 def refuse_listeners(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
     """Raise, saying why, if functions are attached to any part of the model."""
-    names = [name.removeprefix("language.") for name, module in model.named_modules() if _has_hooks(module)]
+    modules = {name.removeprefix("language."): module for name, module in model.named_modules()}
+    names = [name for name, module in {**modules, **model.hook_dict}.items() if _has_hooks(module)]
     if names:
         raise error(f"Functions are attached to {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; {why}")
 
@@ -100,3 +107,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
     )
+
+
+def _reconstructed(model: HookedLLaVA) -> list[tuple[str, int]]:
+    """The hooks whose activation an autoencoder replaces, and which one does."""
+    attached = {name: point.then for name, point in model.hook_dict.items() if point.then is not None}
+    return [(name, id(sae)) for name, sae in attached.items() if not getattr(sae, "keep_error", True)]

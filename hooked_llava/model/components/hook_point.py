@@ -54,15 +54,23 @@ def start_graph(x: Tensor) -> Tensor:
 class HookPoint(tl_hook_points.HookPoint):
     """An identity through which one activation passes, and where functions may read or replace it."""
 
+    then: Callable[[Tensor], Tensor] | None = None
+    """What the activation passes through after the functions: an attached autoencoder."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """The activation, through the attached functions; as it is where there are none."""
         # nn.Module's own call costs several times as much, and a forward pass makes one for every name
         if self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks:
-            return super().__call__(x)
-        return x
+            x = super().__call__(x)
+        return x if self.then is None else self.then(x)
 
     @property
     def listening(self) -> bool:
+        """Whether anything reads or changes the activation: functions, forward or backward, or an autoencoder."""
+        return self.then is not None or self.has_functions
+
+    @property
+    def has_functions(self) -> bool:
         """Whether any function, forward or backward, is attached."""
         return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
 

@@ -1,0 +1,110 @@
+"""A sparse autoencoder in the place of a hook: its features and its error are hooks like any other.
+
+With the error term nothing changes: activation = reconstruction + error. While nobody reads or changes features or error,
+nothing is computed; where nothing is changed, the activation stays as it is bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.errors import InputError
+from hooked_llava.model.components.hook_point import HookPoint
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """What is asked of an autoencoder that is attached; `hooked_llava.sae.SparseAutoencoder` is one."""
+
+    cfg: Any
+    """Has d_in, d_sae, hook and model_name."""
+    W_dec: Tensor
+    """[d_sae, d_in]: what each feature writes."""
+    b_dec: Tensor
+    """[d_in]."""
+
+    def encode(self, x: Tensor, /) -> Any:
+        """The active features of vectors."""
+        ...
+
+    def dense(self, features: Any, /) -> Tensor:
+        """All features of each vector, zeros included."""
+        ...
+
+
+class AttachedSAE:
+    """What an activation passes through at a hook with an autoencoder."""
+
+    def __init__(self, sae: Autoencoder, *, keep_error: bool) -> None:
+        self.sae, self.keep_error = sae, keep_error
+        self.hook_sae_acts = HookPoint()
+        self.hook_sae_error = HookPoint()
+
+    @property
+    def points(self) -> tuple[HookPoint, HookPoint]:
+        """Its hooks, in the order in which they fire."""
+        return self.hook_sae_acts, self.hook_sae_error
+
+    def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """The activation with its features and its error as functions on the two hooks leave them."""
+        if self.keep_error and not (self.hook_sae_acts.listening or self.hook_sae_error.listening):
+            return x
+        flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
+        wide = flat.to(self.sae.b_dec.dtype)
+        acts = self.sae.dense(self.sae.encode(wide))  # (..., d_sae)
+        error = wide - self._decode(acts)
+        new_acts = self.hook_sae_acts(acts)
+        new_error = self.hook_sae_error(error.view_as(x)).view_as(wide)
+        if not self.keep_error:
+            return self._decode(new_acts).to(x.dtype).view_as(x)
+        if new_acts is acts and new_error.data_ptr() == error.data_ptr() and not torch.is_grad_enabled():
+            return x
+        # Zero where nothing is changed, so that these vectors stay as they are.
+        change = (new_acts - acts) @ self.sae.W_dec + (new_error - error)
+        out = (flat + change.to(x.dtype)).view_as(x)
+        if not torch.is_grad_enabled():
+            return out
+        graph = (self._decode(new_acts) + new_error).to(x.dtype).view_as(x)  # gradients pass features and error
+        return out.detach() + (graph - graph.detach())
+
+    def _decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        return acts @ self.sae.W_dec + self.sae.b_dec
+
+
+def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
+    """The full name of the hook that an autoencoder is attached to; raises `InputError` where it does not belong there."""
+    trained_on = sae.cfg.hook
+    if hook is None and trained_on is None:
+        raise InputError("hook=None, and the autoencoder does not say which hook it was trained on; name it.")
+    name = table.one(trained_on if hook is None else hook)
+    at, known = table[name], trained_on in table.hooks or trained_on in table.aliases
+    if known and table.one(trained_on) != name:
+        raise InputError(f"hook={hook!r}, and the autoencoder was trained on {trained_on!r}; attach it there.")
+    if model_name is not None and sae.cfg.model_name not in (None, model_name):
+        raise InputError(
+            f"The autoencoder was trained on the model {sae.cfg.model_name!r} and this one is {model_name!r}; give any_model="
+            "True if they are the same or the mismatch is meant."
+        )
+    tower = table.tower(at)
+    sizes = {
+        "d_model": tower.d_model,
+        "d_mlp": tower.d_mlp,
+        "d_head": tower.d_head,
+        "d_features": table.config.vision.d_features,
+    }
+    heads = {"head": tower.n_heads, "kv_head": tower.n_key_value_heads}
+    width = math.prod([sizes.get(at.axes[-1], 0), *(heads[axis] for axis in at.axes if axis in heads)])
+    if width != sae.cfg.d_in:
+        raise InputError(
+            f"hook={name!r} has activations of width {width} and the autoencoder takes d_in={sae.cfg.d_in}; attach it to the "
+            "hook it was trained on."
+        )
+    if name in table.d_sae:
+        raise InputError(f"hook={name!r} has an autoencoder attached already; leave its block first.")
+    return name
