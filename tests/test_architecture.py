@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,6 +165,26 @@ def test_files_and_functions_are_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@each_module
+def test_fields_are_explained_in_the_docstring_of_their_class(path):
+    """Under `Attributes:`, where help() shows them; it does not show a string below a field."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            below = [b for a, b in pairwise(node.body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+            assert not below, f"{node.name}, line {below[0].lineno}: write it under Attributes: in the class docstring"
+
+
+@pytest.mark.parametrize("room", [room for room in (*ROOMS, *APART) if (ROOT / room / "__init__.py").exists()])
+def test_help_explains_every_field(room: str):
+    package = import_module(f"hooked_llava.{room}")
+    for name in getattr(package, "__all__", ()):
+        public = getattr(package, name)
+        if is_dataclass(public):
+            explained = set(re.findall(r"^ +(\w+) \(", public.__doc__ or "", re.MULTILINE))
+            own = {field.name for field in fields(public)} & set(public.__annotations__)
+            assert own <= explained, f"{name}: {own - explained}"
 
 
 @each_module

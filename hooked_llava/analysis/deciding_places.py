@@ -20,15 +20,20 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class DecidingPlaces:
-    """Where one place alone decides more than half."""
+    """Where one place alone decides more than half.
+
+    Attributes:
+        last_from (int | None): The layer from which on the last position does; None if in none.
+        image_until (int | None): The last layer in which all image positions together do; None if in none, or without
+            an image.
+        best (xr.DataArray | None): The other token that decides most: its share as a scalar with coordinates layer,
+            position and label, and the attribute `n_tied`, how many other cells decide as much. None if there is no
+            other token.
+    """
 
     last_from: int | None
-    """The layer from which on the last position does; None if in none."""
     image_until: int | None
-    """The last layer in which all image positions together do; None if in none, or without an image."""
     best: xr.DataArray | None
-    """The other token that decides most: its share as a scalar with coordinates layer, position and label, and the attribute
-    `n_tied`, how many other cells decide as much. None if there is no other token."""
 
 
 def deciding_places(shares: xr.DataArray) -> DecidingPlaces:

@@ -265,13 +265,16 @@ def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading |
 
 @dataclass(frozen=True)
 class _Scores:
-    """What is read off the logits: the metric's change, and whether the answer still comes first."""
+    """What is read off the logits: the metric's change, and whether the answer still comes first.
+
+    Attributes:
+        base (Float[Tensor, " prompt"]): The metric before.
+    """
 
     reading: AnswerReading
     baseline: AnswerReading | None
     metric: MetricName | Metric
     base: Float[Tensor, " prompt"]
-    """The metric before."""
 
     @classmethod
     def of(cls, replay: Replay, reading: AnswerReading, baseline: AnswerReading | None, metric: Any) -> _Scores:

@@ -16,21 +16,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LLaVAConfig:
-    """The three parts together, and how an image enters the prompt."""
+    """The three parts together, and how an image enters the prompt.
+
+    Attributes:
+        model_type (str): The kind of the whole, by its Hugging Face name: an entry of `llava.LLAVA_MODELS`.
+        vision (VisionConfig): Sizes and choices of the vision tower.
+        projector (ProjectorConfig): Of the projector.
+        language (LanguageConfig): Of the language tower.
+        image_token_id (int): Token id whose positions are overwritten by image embeddings.
+        pad_token_id (int | None): Token id that fills up short rows of a batch, if the checkpoint names one.
+        eos_token_ids (tuple[int, ...]): Token ids that end an answer.
+        model_name (str): Where the weights came from, for results and messages.
+    """
 
     model_type: str
-    """The kind of the whole, by its Hugging Face name: an entry of `llava.LLAVA_MODELS`."""
     vision: VisionConfig
     projector: ProjectorConfig
     language: LanguageConfig
     image_token_id: int
-    """Token id whose positions are overwritten by image embeddings."""
     pad_token_id: int | None
-    """Token id that fills up short rows of a batch, if the checkpoint names one."""
     eos_token_ids: tuple[int, ...]
-    """Token ids that end an answer."""
     model_name: str = "llava"
-    """Where the weights came from, for results and messages."""
 
     @classmethod
     def from_hf(cls, hf_config: PreTrainedConfig, *, model_name: str | None = None) -> LLaVAConfig:

@@ -20,10 +20,15 @@ Newline: TypeAlias = Literal["", "row", "end"]
 
 
 class Cell(NamedTuple):
-    """One cell of an image's layout."""
+    """One cell of an image's layout.
+
+    Attributes:
+        grid (str): Name of its grid.
+        row (int): Its row in that grid, counted from 0.
+        col (int): Its column.
+    """
 
     grid: str
-    """Name of its grid."""
     row: int
     col: int
 
@@ -39,6 +44,14 @@ class GridAxis:
     >>> GridAxis(n_tiles=2, patches_per_tile=3, first=1, kept=4, cells=2).weights
     array([[0. , 0.5, 0.5, 0. , 0. , 0. ],
            [0. , 0. , 0. , 0.5, 0.5, 0. ]])
+
+    Attributes:
+        n_tiles (int): Vision tiles along the canvas.
+        patches_per_tile (int): Patches along one tile.
+        first (int): The first patch that is kept.
+        kept (int): How many patches are kept from there on.
+        cells (int): How many cells these are pooled to.
+        image (ImageAxis | None): How the original image came to the canvas; None if the original's size is not known.
     """
 
     n_tiles: int = 1
@@ -47,7 +60,6 @@ class GridAxis:
     kept: int
     cells: int
     image: ImageAxis | None = None
-    """How the original image came to the canvas; None if the original's size is not known."""
 
     def __post_init__(self) -> None:
         if not (self.first >= 0 and self.kept >= 0 and self.first + self.kept <= self.n_patches):
@@ -188,6 +200,13 @@ class Grid:
     >>> grid = Grid(name="fine", rows=GridAxis.of(2), columns=GridAxis.of(3), newline="row")
     >>> grid.shape, grid.n_features, grid.cell_offsets.tolist(), grid.newline_offsets.tolist()
     ((2, 3), 8, [[0, 1, 2], [4, 5, 6]], [3, 7])
+
+    Attributes:
+        name (str): "base" or "fine".
+        rows (GridAxis): Its rows.
+        columns (GridAxis): Its columns.
+        newline (Newline): "row": a newline position after each row; "end": one after the last; "": none.
+        first_tile (int): The first of its vision tiles.
     """
 
     name: str

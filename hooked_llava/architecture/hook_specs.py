@@ -10,18 +10,21 @@ from hooked_llava.architecture.sizes import TowerConfig, VisionConfig
 
 @dataclass(frozen=True)
 class HookSpec:
-    """One row of the table, shared by the hooks of all layers."""
+    """One row of the table, shared by the hooks of all layers.
+
+    Attributes:
+        name (str): Full name; `{i}` stands for the layer.
+        axes (tuple[str, ...]): Names of the tensor's axes.
+        meaning (str): What the tensor is.
+        large (bool): Whether a cache without a filter leaves it out because of its size.
+        aliases (tuple[str, ...]): Other spellings that are understood.
+    """
 
     name: str
-    """Full name; `{i}` stands for the layer."""
     axes: tuple[str, ...]
-    """Names of the tensor's axes."""
     meaning: str
-    """What the tensor is."""
     large: bool = False
-    """Whether a cache without a filter leaves it out because of its size."""
     aliases: tuple[str, ...] = ()
-    """Other spellings that are understood."""
 
 
 _RESID = ("batch", "pos", "d_model")

@@ -30,20 +30,25 @@ Part: TypeAlias = Literal["vision", "projector", "language"]
 
 @dataclass(frozen=True)
 class Hook:
-    """One hook of one model: where it is, and what passes through it."""
+    """One hook of one model: where it is, and what passes through it.
+
+    Attributes:
+        name (str): Full name: "blocks.3.attn.hook_z".
+        spec (HookSpec): Its row of the table.
+        tower (Part): The part of the model that it belongs to.
+        layer (int | None): The block of that part; None outside of blocks.
+        site (str): Name inside the block, or in the part outside of blocks: "attn.hook_z", "hook_embed",
+            "ln_final.hook_scale".
+        stage (int): When it fires: -2 before text and image are merged, -1 after it, i in block i, n_layers after the
+            blocks.
+    """
 
     name: str
-    """Full name: "blocks.3.attn.hook_z"."""
     spec: HookSpec
-    """Its row of the table."""
     tower: Part
-    """The part of the model that it belongs to."""
     layer: int | None
-    """The block of that part; None outside of blocks."""
     site: str
-    """Name inside the block, or in the part outside of blocks: "attn.hook_z", "hook_embed", "ln_final.hook_scale"."""
     stage: int
-    """When it fires: -2 before text and image are merged, -1 after it, i in block i, n_layers after the blocks."""
 
     @property
     def axes(self) -> tuple[str, ...]:

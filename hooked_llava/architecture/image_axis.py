@@ -29,26 +29,28 @@ class ImageAxis:
     >>> axis = ImageAxis(original=100, padded=100, before=0, resized=64, offset=0, crop=64, canvas=64, patch_size=16)
     >>> axis.starts, axis.patch_of(30)
     (array([ 0., 25., 50., 75.]), 1)
+
+    Attributes:
+        original (int): Length of the original image.
+        padded (int): Length after padding to a square, where the processor does so before it resizes.
+        before (int): How much of that padding comes before the image.
+        resized (int): Length after resizing.
+        offset (int): Where the canvas begins in the resized image; negative where it begins with padding.
+        crop (int): Length up to which the canvas shows the resized image and the padding around it.
+        canvas (int): Length of the canvas: the crop, and what the processor may append to it.
+        patch_size (int): Length of a patch.
+        n_tiles (int): How many vision tiles of equal length the canvas is cut into.
     """
 
     original: int
-    """Length of the original image."""
     padded: int
-    """Length after padding to a square, where the processor does so before it resizes."""
     before: int
-    """How much of that padding comes before the image."""
     resized: int
-    """Length after resizing."""
     offset: int
-    """Where the canvas begins in the resized image; negative where it begins with padding."""
     crop: int
-    """Length up to which the canvas shows the resized image and the padding around it."""
     canvas: int
-    """Length of the canvas: the crop, and what the processor may append to it."""
     patch_size: int
-    """Length of a patch."""
     n_tiles: int = 1
-    """How many vision tiles of equal length the canvas is cut into."""
 
     def __post_init__(self) -> None:
         positive = [field.name for field in fields(self) if field.name not in ("before", "offset", "n_tiles")]

@@ -46,14 +46,19 @@ _PHI_NAMES = {
 
 @dataclass(frozen=True)
 class LanguageKind:
-    """One kind of language model."""
+    """One kind of language model.
+
+    Attributes:
+        title (str): What it is called.
+        read (Callable[[Any], dict[str, Any]]): The fields of `LanguageConfig` in which it differs from others, from its
+            Hugging Face config.
+        names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the language model, and ours; `{}` stands
+            for the layer.
+    """
 
     title: str
-    """What it is called."""
     read: Callable[[Any], dict[str, Any]]
-    """The fields of `LanguageConfig` in which it differs from others, from its Hugging Face config."""
     names: Mapping[str, str]
-    """Names of its tensors: Hugging Face's, below the language model, and ours; `{}` stands for the layer."""
 
 
 def _llama(text: Any) -> dict[str, Any]:

@@ -24,12 +24,15 @@ _Array = TypeVar("_Array", np.ndarray, Tensor)
 
 
 class Selection(NamedTuple):
-    """The cells that a box or mask covers."""
+    """The cells that a box or mask covers.
+
+    Attributes:
+        features (Int[np.ndarray, " feature"]): Their features, counted from the image's first position, ascending.
+        outside (float): Share (0 to 1) of the box or mask that no cell of the grids shows.
+    """
 
     features: Int[np.ndarray, " feature"]
-    """Their features, counted from the image's first position, ascending."""
     outside: float
-    """Share (0 to 1) of the box or mask that no cell of the grids shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,16 @@ class ImageLayout:
     >>> layout = ImageLayout(grids=(Grid(name="base", rows=GridAxis.of(2), columns=GridAxis.of(2), newline="end"),))
     >>> layout.n_features, layout.cell_at(2), layout.feature_of(1, 0), layout.labels()[-2:]
     (5, Cell(grid='base', row=1, col=0), 2, ['img[1,1]', 'img[newline]'])
+
+    Attributes:
+        grids (tuple[Grid, ...]): Its grids, in the order of their positions.
+        class_token (bool): Whether the features begin with the class token (LLaVA-1.5 with the select strategy "full").
+        resample (Filter | None): The processor's resampling filter; None if it is not known, nor any footprint.
     """
 
     grids: tuple[Grid, ...]
     class_token: bool = False
-    """Whether the features begin with the class token (LLaVA-1.5 with the select strategy "full")."""
     resample: Filter | None = "bicubic"
-    """The processor's resampling filter; None for one that is not followed here, so that footprints are not known."""
 
     def __post_init__(self) -> None:
         if not self.grids or len({*self.names, ALL}) != len(self.grids) + 1:
@@ -90,9 +96,7 @@ class ImageLayout:
     def grid(self, name: str) -> Grid:
         """The grid of that name; raises `SpanError` for a name that the layout does not have."""
         if name not in self.names:
-            raise SpanError(
-                f"The image has no grid {name!r}; it has {', '.join(self.names)}.{did_you_mean(name, self.names)}"
-            )
+            raise SpanError(f"The image has no grid {name!r}; it has {self.names}.{did_you_mean(name, self.names)}")
         return self.grids[self.names.index(name)]
 
     # Which feature is which
@@ -322,9 +326,9 @@ class ImageLayout:
     def patch_footprint(self, box: BoxLike) -> Float[np.ndarray, "tile patch_row patch_col"]:
         """How much of a pixel of each vision patch comes from a box of the original: the most within the patch.
 
-        Not zero for exactly the patches that the processor's output can differ in when the box is painted over:
-        resampling blends neighbours in. Patches that unpadding cuts away are counted. Pixels that the box touches count whole.
-        Raises `ConfigError` if the filter is not known.
+        Not zero for exactly the patches whose pixels can change when the box is painted over: resampling blends neighbours
+        in. Patches that unpadding cuts away are counted, and touched pixels whole. Raises `ConfigError` if
+        the filter is not known.
         """
         box = checked_box(box)
         self._known_size()
@@ -342,8 +346,6 @@ class ImageLayout:
             tile, row, col = np.moveaxis(patches, -1, 0)
             found[grid.name] = (reached[tile, row, col] & (weights > 0)).any(-1)
         return found
-
-    # Storage
 
     def to_dict(self) -> dict[str, Any]:
         """The layout as numbers, names, lists and dicts, for JSON."""

@@ -19,20 +19,23 @@ from hooked_llava.errors import ConfigError
 
 @dataclass(frozen=True)
 class LlavaKind:
-    """One kind of outer model. Prefixes are those below `model.`, if that is there; the one that is written comes first."""
+    """One kind of outer model. Prefixes are those below `model.`, if that is there; the one that is written comes first.
+
+    Attributes:
+        architecture (str): The class in transformers.
+        projector_names (Mapping[str, str]): Names of the projector's tensors: Hugging Face's and ours.
+        head (tuple[str, ...]): Prefixes of `lm_head`.
+        language (tuple[str, ...]): Prefixes of the language model's tensors.
+        vision (tuple[str, ...]): Prefixes of the vision tower's tensors.
+        projector (tuple[str, ...]): Prefixes of the projector's tensors.
+    """
 
     architecture: str
-    """The class in transformers."""
     projector_names: Mapping[str, str]
-    """Names of the projector's tensors: Hugging Face's and ours."""
     head: tuple[str, ...] = ("language_model.", "")
-    """Prefixes of `lm_head`."""
     language: tuple[str, ...] = ("language_model.model.", "language_model.")
-    """Prefixes of the language model's tensors."""
     vision: tuple[str, ...] = ("vision_tower.", "vision_tower.vision_model.")
-    """Prefixes of the vision tower's tensors."""
     projector: tuple[str, ...] = ("multi_modal_projector.",)
-    """Prefixes of the projector's tensors."""
 
 
 _PROJECTOR_NAMES = {"linear_1": "linear_in", "linear_2": "linear_out"}

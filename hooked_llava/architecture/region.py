@@ -17,7 +17,13 @@ _SLIVER = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """The image divided by lines into fields, of which each is wholly inside the region or wholly outside."""
+    """The image divided by lines into fields, each wholly inside the region or wholly outside.
+
+    Attributes:
+        y (Float[np.ndarray, " y_line"]): Horizontal lines, in pixels from the top.
+        x (Float[np.ndarray, " x_line"]): Vertical lines, in pixels from the left.
+        inside (Bool[np.ndarray, "y_field x_field"]): Which fields between the lines are in the region.
+    """
 
     y: Float[np.ndarray, " y_line"]
     x: Float[np.ndarray, " x_line"]

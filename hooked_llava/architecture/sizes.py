@@ -14,55 +14,64 @@ from hooked_llava.errors import ConfigError
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Rotary position embedding, already resolved to frequencies."""
+    """Rotary position embedding, already resolved to frequencies.
+
+    Attributes:
+        frequencies (tuple[float, ...]): Angle in radians that one position turns each pair of dimensions by; length
+            d_head / 2, or shorter where only the first dimensions of a head are turned (Phi).
+        attention_scaling (float): Factor on cosine and sine (other than 1 for some long-context scalings, for example
+            YaRN).
+    """
 
     frequencies: tuple[float, ...]
-    """Angle in radians that one position turns each pair of dimensions by; length d_head / 2, or shorter where only the
-    first dimensions of a head are turned (Phi)."""
     attention_scaling: float = 1.0
-    """Factor on cosine and sine (other than 1 for some long-context scalings, for example YaRN)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What a stack of transformer blocks needs to know."""
+    """What a stack of transformer blocks needs to know.
+
+    Attributes:
+        n_layers (int): Number of blocks in the checkpoint.
+        n_heads (int): Query heads per block.
+        n_key_value_heads (int): Key-value heads per block; fewer than n_heads for grouped-query attention.
+        d_model (int): Width of the residual stream.
+        d_head (int): Width of one attention head.
+        d_mlp (int): Number of MLP neurons.
+        act_fn (str): Activation function of the MLP, by its Hugging Face name.
+        normalization_type (Literal["RMS", "LN"]): RMSNorm (language) or LayerNorm (vision).
+        eps (float): Added to the variance inside the norms.
+        gated_mlp (bool): Whether the MLP multiplies the activation by a second linear map (SwiGLU).
+        qkv_bias (bool): Whether queries, keys and values have a bias.
+        out_bias (bool): Whether the attention output has a bias.
+        mlp_bias (bool): Whether the MLP's linear maps have biases.
+        causal (bool): Whether a position sees only itself and earlier positions.
+        rotary (RotaryConfig | None): Rotary positions, or None for towers that add learned positions at the bottom.
+        window (int | None): How many keys a query of a windowed layer sees, the last ones, its own included; None where
+            no layer has a window.
+        windowed_layers (tuple[int, ...]): Layers whose queries see only the window.
+        parallel_attn_mlp (bool): Whether attention and MLP read the same normalized stream, side by side (Phi), instead
+            of one after the other.
+    """
 
     n_layers: int
-    """Number of blocks in the checkpoint."""
     n_heads: int
-    """Query heads per block."""
     n_key_value_heads: int
-    """Key-value heads per block; fewer than n_heads for grouped-query attention."""
     d_model: int
-    """Width of the residual stream."""
     d_head: int
-    """Width of one attention head."""
     d_mlp: int
-    """Number of MLP neurons."""
     act_fn: str
-    """Activation function of the MLP, by its Hugging Face name."""
     normalization_type: Literal["RMS", "LN"]
-    """RMSNorm (language) or LayerNorm (vision)."""
     eps: float
-    """Added to the variance inside the norms."""
     gated_mlp: bool
-    """Whether the MLP multiplies the activation by a second linear map (SwiGLU)."""
     qkv_bias: bool
-    """Whether queries, keys and values have a bias."""
     out_bias: bool
-    """Whether the attention output has a bias."""
     mlp_bias: bool
-    """Whether the MLP's linear maps have biases."""
     causal: bool
-    """Whether a position sees only itself and earlier positions."""
     rotary: RotaryConfig | None = None
-    """Rotary positions, or None for towers that add learned positions at the bottom."""
     window: int | None = None
-    """How many keys a query of a windowed layer sees, the last ones, its own included; None where no layer has a window."""
     windowed_layers: tuple[int, ...] = ()
-    """Layers whose queries see only the window."""
     parallel_attn_mlp: bool = False
-    """Whether attention and MLP read the same normalized stream, side by side (Phi), instead of one after the other."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -89,30 +98,35 @@ class TowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
-    """The vision tower."""
+    """The vision tower.
+
+    Attributes:
+        model_type (str): Its kind, by its Hugging Face name: an entry of `vision.VISION_TOWERS`.
+        image_size (int): Side of a square tile in pixels.
+        patch_size (int): Side of a square patch in pixels.
+        n_channels (int): Colour channels.
+        feature_layers (tuple[int, ...]): Non-negative hidden-state indices that the projector reads: 0 is the input of
+            block 0, i the output of block i-1.
+        several_features (bool): Whether the checkpoint gives a list of feature layers (their features are
+            concatenated).
+        class_token (bool): Whether a class token stands before the patches.
+        drop_class_token (bool): Whether the class token is left out of the features (select strategy "default").
+        pre_norm (bool): Whether the embedding is normalized before block 0.
+        patch_bias (bool): Whether the patches' convolution has a bias.
+        pooling_head (bool): Whether the checkpoint holds an attention-pooling head, which LLaVA does not use.
+    """
 
     model_type: str
-    """Its kind, by its Hugging Face name: an entry of `vision.VISION_TOWERS`."""
     image_size: int
-    """Side of a square tile in pixels."""
     patch_size: int
-    """Side of a square patch in pixels."""
     n_channels: int
-    """Colour channels."""
     feature_layers: tuple[int, ...]
-    """Non-negative hidden-state indices that the projector reads: 0 is the input of block 0, i the output of block i-1."""
     several_features: bool
-    """Whether the checkpoint gives a list of feature layers (their features are concatenated)."""
     class_token: bool
-    """Whether a class token stands before the patches."""
     drop_class_token: bool
-    """Whether the class token is left out of the features (select strategy "default")."""
     pre_norm: bool
-    """Whether the embedding is normalized before block 0."""
     patch_bias: bool
-    """Whether the patches' convolution has a bias."""
     pooling_head: bool
-    """Whether the checkpoint holds an attention-pooling head, which LLaVA does not use."""
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -163,29 +177,36 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The two-layer map from vision features to the language model's residual stream."""
+    """The two-layer map from vision features to the language model's residual stream.
+
+    Attributes:
+        d_in (int): Width of the vision features.
+        d_model (int): Width of the language model, and of the hidden layer.
+        act_fn (str): Activation function by its Hugging Face name.
+        bias (bool): Whether both linear maps have a bias.
+    """
 
     d_in: int
-    """Width of the vision features."""
     d_model: int
-    """Width of the language model, and of the hidden layer."""
     act_fn: str
-    """Activation function by its Hugging Face name."""
     bias: bool
-    """Whether both linear maps have a bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(TowerConfig):
-    """The language tower."""
+    """The language tower.
+
+    Attributes:
+        model_type (str): Its kind, by its Hugging Face name: an entry of `language.LANGUAGE_MODELS`.
+        d_vocab (int): Number of tokens.
+        n_ctx (int): Longest prompt the model was made for.
+        tied_embeddings (bool): Whether the unembedding is the transposed embedding.
+        unembed_bias (bool): Whether the unembedding has a bias: Hugging Face's configs do not say, the checkpoint's
+            tensors do.
+    """
 
     model_type: str
-    """Its kind, by its Hugging Face name: an entry of `language.LANGUAGE_MODELS`."""
     d_vocab: int
-    """Number of tokens."""
     n_ctx: int
-    """Longest prompt the model was made for."""
     tied_embeddings: bool
-    """Whether the unembedding is the transposed embedding."""
     unembed_bias: bool = False
-    """Whether the unembedding has a bias: Hugging Face's configs do not say, the checkpoint's tensors do."""

@@ -39,14 +39,17 @@ def with_optional_tensors(config: LLaVAConfig, names: Iterable[str]) -> LLaVACon
 
 @dataclass(frozen=True)
 class _Part:
-    """Names of the tensors of a part."""
+    """Names of the tensors of a part.
+
+    Attributes:
+        prefixes (tuple[str, ...]): Hugging Face's, the one that is written first.
+        ours (str): Our prefix.
+        names (Mapping[str, str]): Below the prefixes, Hugging Face's and ours.
+    """
 
     prefixes: tuple[str, ...]
-    """Hugging Face's, the one that is written first."""
     ours: str
-    """Our prefix."""
     names: Mapping[str, str]
-    """Below the prefixes, Hugging Face's and ours."""
 
 
 def _parts(config: LLaVAConfig) -> tuple[_Part, ...]:

@@ -45,14 +45,19 @@ _SIGLIP_NAMES = {
 
 @dataclass(frozen=True)
 class VisionKind:
-    """One kind of vision tower."""
+    """One kind of vision tower.
+
+    Attributes:
+        title (str): What it is called.
+        read (Callable[[Any], dict[str, Any]]): The fields of `VisionConfig` in which it differs from others, from its
+            Hugging Face config.
+        names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the vision tower, and ours; `{}` stands
+            for the layer.
+    """
 
     title: str
-    """What it is called."""
     read: Callable[[Any], dict[str, Any]]
-    """The fields of `VisionConfig` in which it differs from others, from its Hugging Face config."""
     names: Mapping[str, str]
-    """Names of its tensors: Hugging Face's, below the vision tower, and ours; `{}` stands for the layer."""
 
 
 def _clip(vision: Any) -> dict[str, Any]:

@@ -76,7 +76,11 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be edited, where, and how."""
+    """What is to be edited, where, and how.
+
+    Attributes:
+        options (dict[str, Any]): Of `multedit` and `rome`.
+    """
 
     target: str
     constraint: str | None
@@ -86,7 +90,6 @@ class _Plan:
     covariance: Path | None
     replace: str | None
     options: dict[str, Any]
-    """Of `multedit` and `rome`."""
     is_embedded: bool
 
 

@@ -35,32 +35,38 @@ class StudyRow:
 
     >>> StudyRow(id="1", question="What color is the star?", answer="Red").kind
     ''
+
+    Attributes:
+        id (str): What the row is called in its table; each of its own.
+        question (str): The question, without any template.
+        answer (str): The right answer.
+        image (ImageLike | None): A file name below the table's folder of images (its ending may be left out), an image,
+            or None.
+        false_option (str): The other option that the question names, or the answer that would be wrong; "" where there
+            is none.
+        kind (str): Kind of question, such as "ChooseAttr"; results are averaged by it.
+        objects (tuple[str, ...]): Names of the objects that the question is about.
+        boxes (tuple[PixelBox, ...]): Where they are; those that are not there have none.
+        size (tuple[int, int] | None): Width and height of the image in which the boxes were drawn, if they are known.
+        constraint (str): Words of the question that the answer depends on (Basu et al. 2406.04236); they become the
+            span `constraint`.
+        constraint_occurrence (int | None): Which of several places the constraint is meant at, counted from 0; None
+            where it stands only once.
+        answer_prefix (str): How the answer begins, already written.
     """
 
     id: str
-    """What the row is called in its table; each of its own."""
     question: str
-    """The question, without any template."""
     answer: str
-    """The right answer."""
     image: ImageLike | None = None
-    """A file name below the table's folder of images (its ending may be left out), an image, or None."""
     false_option: str = ""
-    """The other option that the question names, or the answer that would be wrong; "" where there is none."""
     kind: str = ""
-    """Kind of question, such as "ChooseAttr"; results are averaged by it."""
     objects: tuple[str, ...] = ()
-    """Names of the objects that the question is about."""
     boxes: tuple[PixelBox, ...] = ()
-    """Where they are; those that are not there have none."""
     size: tuple[int, int] | None = None
-    """Width and height of the image in which the boxes were drawn, if they are known."""
     constraint: str = ""
-    """Words of the question that the answer depends on (Basu et al. 2406.04236); they become the span `constraint`."""
     constraint_occurrence: int | None = None
-    """Which of several places the constraint is meant at, counted from 0; None where it stands only once."""
     answer_prefix: str = ""
-    """How the answer begins, already written."""
 
 
 def prepare_rows(

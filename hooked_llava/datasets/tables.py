@@ -30,12 +30,15 @@ _WHOLE = re.compile(r"([+-]?\d+)[.,]0*")
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a CSV file as text."""
+    """The cells of a CSV file as text.
+
+    Attributes:
+        columns (tuple[str, ...]): Names of the columns.
+        rows (list[dict[str, str]]): For each line its cells by column; "" where there is none.
+    """
 
     columns: tuple[str, ...]
-    """Names of the columns."""
     rows: list[dict[str, str]]
-    """For each line its cells by column; "" where there is none."""
 
 
 def released_files(path: str | Path, kinds: Iterable[str], names: Mapping[str, str]) -> list[Path]:

@@ -30,26 +30,34 @@ _ASKED = ("question", "main_entity", "image_url")
 
 @dataclass(frozen=True)
 class Unplaced:
-    """A row whose constraint is not at one place of its question."""
+    """A row whose constraint is not at one place of its question.
+
+    Attributes:
+        id (str): What the row would be called.
+        question (str): The question.
+        constraint (str): The words as the table has them.
+        why (str): What is wrong, in words.
+    """
 
     id: str
-    """What the row would be called."""
     question: str
     constraint: str
-    """The words as the table has them."""
     why: str
-    """What is wrong, in words."""
 
 
 @dataclass(frozen=True)
 class ConstraintTable:
-    """Questions whose constraint was found, and those where it was not."""
+    """Questions whose constraint was found, and those where it was not.
+
+    Attributes:
+        rows (list[StudyRow]): Each with its `constraint` as it stands in the question, capitals included.
+        unplaced (list[Unplaced]): The rows whose constraint was not found in the question.
+        adjusted (int): Rows that were placed only without regard to capitals or to punctuation around the words.
+    """
 
     rows: list[StudyRow]
-    """Each with its `constraint` as it stands in the question, capitals included."""
     unplaced: list[Unplaced] = field(default_factory=list)
     adjusted: int = 0
-    """Rows that were placed only without regard to capitals or to punctuation around the words."""
 
     def __str__(self) -> str:
         reasons: dict[str, int] = {}

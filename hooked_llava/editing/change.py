@@ -15,14 +15,18 @@ _PARALLEL = 1e-6  # factors that differ by less are taken for parallel
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What is added to a weight [out, in]: left @ right, plus `full` where the change has no small rank."""
+    """What is added to a weight [out, in]: left @ right, plus `full` where the change has no small rank.
+
+    Attributes:
+        left (Float[Tensor, "out rank"]): What is written: for an edited MLP the value differences, one column each.
+        right (Float[Tensor, "rank in"]): What is looked for: the keys, one row each.
+        full (Float[Tensor, "out in"] | None): A change of full rank, as fine-tuning makes it; None for the closed
+            forms.
+    """
 
     left: Float[Tensor, "out rank"]
-    """What is written: for an edited MLP the value differences, one column each."""
     right: Float[Tensor, "rank in"]
-    """What is looked for: the keys, one row each."""
     full: Float[Tensor, "out in"] | None = None
-    """A change of full rank, as fine-tuning makes it; None for the closed forms."""
 
     def __post_init__(self) -> None:
         given = (self.left, self.right) if self.full is None else (self.left, self.right, self.full)

@@ -28,22 +28,28 @@ _SAMPLED = "hooked_llava.key_covariance.v1"  # version 0.1: some numbers of each
 
 @dataclass(eq=False)
 class KeyCovariance:
-    """C = mean of k k^T over the positions of many prompts, of one layer's keys (`mlp.hook_post`)."""
+    """C = mean of k k^T over the positions of many prompts, of one layer's keys (`mlp.hook_post`).
+
+    Attributes:
+        layer (int): Whose keys.
+        moment (Float[Tensor, "d_mlp d_mlp"]): Their mean outer product, in float64.
+        n_keys (int): How many positions were taken.
+        damping (float): What is added to the diagonal, in parts of its mean, so that directions never seen do not cost
+            nothing.
+        positions (str): The span that the positions were taken from.
+        weights (WeightsId | Float[Tensor, " sample"] | None): The unedited weights of the model whose keys they are
+            (samples of them, from a file of 0.1); None if not known.
+        _checked (Float[Tensor, " sample"] | None): Samples of the weights that were found to be those: to make all
+            hashes anew for each of many edits would be slow.
+    """
 
     layer: int
-    """Whose keys."""
     moment: Float[Tensor, "d_mlp d_mlp"]
-    """Their mean outer product, in float64."""
     n_keys: int
-    """How many positions were taken."""
     damping: float = 1e-3
-    """What is added to the diagonal, in parts of its mean, so that directions never seen do not cost nothing."""
     positions: str = "text"
-    """The span that the positions were taken from."""
     weights: WeightsId | Float[Tensor, " sample"] | None = None
-    """The unedited weights of the model whose keys they are (samples of them, from a file of 0.1); None if not known."""
     _checked: Float[Tensor, " sample"] | None = field(default=None, init=False, repr=False)
-    """Samples of the weights that were found to be those: to make all hashes anew for each of many edits would be slow."""
 
     def check_model(self, model: HookedLLaVA) -> None:
         """Raises `InputError` if the keys are another model's."""

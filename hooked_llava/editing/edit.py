@@ -50,18 +50,21 @@ class Edit:
     'Cairo'
     >>> model.generate(question) == before
     True
+
+    Attributes:
+        model (HookedLLaVA): The model that it belongs to.
+        changes (Mapping[str, Change]): For each weight, by the name of its parameter, what is added to it.
+        requests (tuple[Mapping[str, Any], ...]): What was asked for: question, constraint, target, in plain words;
+            whether it `landed`, and what is answered with it.
+        method (Mapping[str, Any]): How the change was computed.
+        active (ActiveEdit): What the weight records know of it.
     """
 
     model: HookedLLaVA
-    """The model that it belongs to."""
     changes: Mapping[str, Change]
-    """For each weight, by the name of its parameter, what is added to it."""
     requests: tuple[Mapping[str, Any], ...] = ()
-    """What was asked for: question, constraint, target, in plain words; whether it `landed`, and what is answered with it."""
     method: Mapping[str, Any] = field(default_factory=dict)
-    """How the change was computed."""
     active: ActiveEdit = field(default_factory=ActiveEdit, init=False)
-    """What the weight records know of it."""
 
     def __post_init__(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))

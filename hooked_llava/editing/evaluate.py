@@ -45,32 +45,41 @@ TO_CHANGE: tuple[Role, ...] = ("efficacy", "generalisation")
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts that say one thing about an edit."""
+    """Prompts that say one thing about an edit.
+
+    Attributes:
+        name (str): What is asked, such as "other images".
+        role (Role): What it measures.
+        prompts (InputsLike | KeptPrompts): The prompts: anything `model.as_inputs` takes, or `KeptPrompts`.
+        expected (Sequence[str | int | Sequence[int]] | str | int | None): The answers, one for all prompts or one each:
+            text of one or more tokens, or token ids (a list of lists for several); None: the first token of what the
+            model answers without the edit.
+    """
 
     name: str
-    """What is asked, such as "other images"."""
     role: Role
-    """What it measures."""
     prompts: Any
-    """The prompts: anything `model.as_inputs` takes, or `KeptPrompts`."""
     expected: Sequence[str | int | Sequence[int]] | str | int | None = None
-    """The answers, one for all prompts or one each: text of one or more tokens, or token ids (a list of lists for several);
-    None: the first token of what the model answers without the edit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A probe's prompts, asked without the edit and with it."""
+    """A probe's prompts, asked without the edit and with it.
+
+    Attributes:
+        probe (Probe): What was asked.
+        expected (Int[Tensor, "prompt read variant"]): The tokens that are expected where they are predicted, -1 behind
+            an answer's end.
+        measured (str): "whole answer", or "first token" where nothing was expected but what the model says.
+        before (Float[Tensor, "prompt read d_vocab"]): Logits there without the edit.
+        after (Float[Tensor, "prompt read d_vocab"]): Likewise with it.
+    """
 
     probe: Probe
     expected: Int[Tensor, "prompt read variant"]
-    """The tokens that are expected where they are predicted, -1 behind an answer's end."""
     measured: str
-    """"whole answer", or "first token" where nothing was expected but what the model says."""
     before: Float[Tensor, "prompt read d_vocab"]
-    """Logits there without the edit."""
     after: Float[Tensor, "prompt read d_vocab"]
-    """Likewise with it."""
 
     def measures(self) -> dict[str, Float[Tensor, " prompt"]]:
         """What is measured of every prompt, as `evaluate_edit` averages it."""

@@ -25,18 +25,21 @@ class KeptPrompts:
 
     An edit of layer l and above leaves everything below l as it was, so its effect on thousands of prompts costs the
     layers from l on.
+
+    Attributes:
+        kept (KeptRun): What entered the kept layers; padding is on the left.
+        before (Float[Tensor, "prompt d_vocab"]): Next-token logits then.
+        token_maps (tuple[TokenMap, ...]): What stands where in each prompt: how an answer is cut depends on what stands
+            before it.
+        weights (Float[Tensor, " sample"]): Which unedited weights they were run with, see `samples`.
+        edits (frozenset[weight_records.ActiveEdit]): The edits that were active then; as a rule none.
     """
 
     kept: KeptRun
-    """What entered the kept layers; padding is on the left."""
     before: Float[Tensor, "prompt d_vocab"]
-    """Next-token logits then."""
     token_maps: tuple[TokenMap, ...]
-    """What stands where in each prompt: how an answer is cut depends on what stands before it."""
     weights: Float[Tensor, " sample"]
-    """Which unedited weights they were run with, see `samples`."""
     edits: frozenset[weight_records.ActiveEdit] = frozenset()
-    """The edits that were active then; as a rule none."""
 
     def __len__(self) -> int:
         return len(self.before)

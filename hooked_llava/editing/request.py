@@ -20,17 +20,22 @@ class EditRequest:
 
     >>> EditRequest("Who made the star?", "Boris", constraint="the star").target
     'Boris'
+
+    Attributes:
+        question (str | Sequence[str] | Inputs | Mapping[str, Any]): The question; several (paraphrases, or one for each
+            of several images) are edited as one fact. Also inputs, or what a processor returns, images included.
+        target (str | int | Sequence[int]): The answer that is wanted: text of one or more tokens, as it is cut after
+            the question's prompt, or their ids.
+        images (image, path or list of them): The image it is asked about, or for several questions a list with one
+            entry each, as `model.prepare` takes them.
+        constraint (str | Sequence[str] | None): Words of the question that name what the fact is about, such as "this
+            place"; for several questions one or each.
     """
 
     question: str | Sequence[str] | Inputs | Mapping[str, Any]
-    """The question; several (paraphrases, or one for each of several images) are edited as one fact. Also inputs, or what a
-    processor returns, images included."""
     target: str | int | Sequence[int]
-    """The answer that is wanted: text of one or more tokens, as it is cut after the question's prompt, or their ids."""
     images: Any = None
-    """The image it is asked about, or for several questions a list with one entry each, as `model.prepare` takes them."""
     constraint: str | Sequence[str] | None = None
-    """Words of the question that name what the fact is about, such as "this place"; for several questions one or each."""
 
 
 Requests = EditRequest | Sequence[EditRequest]
@@ -42,16 +47,20 @@ _WIDEN = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as the model takes it, checked."""
+    """A request as the model takes it, checked.
+
+    Attributes:
+        inputs (Inputs): Its prompts, padded on the left.
+        from_end (tuple[int, ...]): For each prompt the position that is edited, counted back from the end (-1: the last
+            one).
+        targets (tuple[tuple[int, ...], ...]): For each prompt the token ids that the wanted answer adds to it.
+        words (dict[str, Any]): The request in plain words, for the edit's metadata.
+    """
 
     inputs: Inputs
-    """Its prompts, padded on the left."""
     from_end: tuple[int, ...]
-    """For each prompt the position that is edited, counted back from the end (-1: the last one)."""
     targets: tuple[tuple[int, ...], ...]
-    """For each prompt the token ids that the wanted answer adds to it."""
     words: dict[str, Any]
-    """The request in plain words, for the edit's metadata."""
 
     @property
     def n_target(self) -> int:

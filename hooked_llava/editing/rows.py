@@ -22,19 +22,23 @@ from hooked_llava.replay.kept_run import KeptRun, keep
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts with their targets, one row each, and the run that is kept of them."""
+    """Prompts with their targets, one row each, and the run that is kept of them.
+
+    Attributes:
+        kept (KeptRun): The kept run of the prompts.
+        request (Int[Tensor, " row"]): Which request each row belongs to.
+        edited (Int[Tensor, " row"]): The position that is edited.
+        read (Int[Tensor, " read"]): Positions that predict the targets' tokens, the same in every row.
+        target (Int[Tensor, "row read"]): The token wanted there.
+        counts (Float[Tensor, "row read"]): 1 where the row has a target token, 0 behind its target's end.
+    """
 
     kept: KeptRun
     request: Int[Tensor, " row"]
-    """Which request each row belongs to."""
     edited: Int[Tensor, " row"]
-    """The position that is edited."""
     read: Int[Tensor, " read"]
-    """Positions that predict the targets' tokens, the same in every row."""
     target: Int[Tensor, "row read"]
-    """The token wanted there."""
     counts: Float[Tensor, "row read"]
-    """1 where the row has a target token, 0 behind its target's end."""
 
     @property
     def ids(self) -> Int[Tensor, "row read 1"]:

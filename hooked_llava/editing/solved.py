@@ -32,22 +32,29 @@ Keys = Literal["mean", "each"]
 
 @dataclass(frozen=True)
 class Solved:
-    """Keys and value differences of requests at one layer."""
+    """Keys and value differences of requests at one layer.
+
+    Attributes:
+        model (HookedLLaVA): The model that the edit is computed for.
+        layer (int): The layer whose MLP output weights change.
+        position (str): Where the key and the value are read, such as "constraint".
+        asked (tuple[dict[str, Any], ...]): The requests in plain words, with how far the search got.
+        keys (Float[Tensor, "row d_mlp"]): The key of every prompt.
+        owner (Int[Tensor, " row"]): Which request each key belongs to.
+        delta (Float[Tensor, "request d_model"]): The value difference of each request.
+        search (ValueSearch): How the value was searched.
+        seconds (float): What finding them took.
+    """
 
     model: HookedLLaVA
     layer: int
     position: str
     asked: tuple[dict[str, Any], ...]
-    """The requests in plain words, with how far the search got."""
     keys: Float[Tensor, "row d_mlp"]
-    """The key of every prompt."""
     owner: Int[Tensor, " row"]
-    """Which request each key belongs to."""
     delta: Float[Tensor, "request d_model"]
-    """The value difference of each request."""
     search: ValueSearch
     seconds: float = field(default=0.0, compare=False)
-    """What finding them took."""
 
     def edit(
         self,

@@ -20,18 +20,21 @@ class TargetNotReached(UserWarning):
 
 @dataclass(frozen=True)
 class ValueSearch:
-    """How value differences are searched for; the names are those of 2406.04236's code and of ROME's."""
+    """How value differences are searched for; the names are those of 2406.04236's code and of ROME's.
+
+    Attributes:
+        steps (int): Steps of Adam at most.
+        lr (float): Its learning rate.
+        clamp (float): Longest difference allowed, in lengths of the MLP's own output; infinity for no limit.
+        weight_decay (float): Weight of |delta| / |z|^2 in the loss, z being the MLP's own output.
+        stop (float): A request whose target has this probability in all its prompts is done.
+    """
 
     steps: int = 25
-    """Steps of Adam at most."""
     lr: float = 0.5
-    """Its learning rate."""
     clamp: float = 4.0
-    """Longest difference allowed, in lengths of the MLP's own output; infinity for no limit."""
     weight_decay: float = 1e-3
-    """Weight of |delta| / |z|^2 in the loss, z being the MLP's own output."""
     stop: float = 0.99
-    """A request whose target has this probability in all its prompts is done."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", whole_number(self.steps, "steps"))
@@ -54,14 +57,17 @@ class ValueSearch:
 
 @dataclass(frozen=True)
 class Values:
-    """Value differences, and how far they got."""
+    """Value differences, and how far they got.
+
+    Attributes:
+        delta (Float[Tensor, "request d_model"]): What is added to the MLP's output at the edited position.
+        probability (Float[Tensor, " request"]): P(target) under it, the geometric mean over the request's prompts.
+        steps (int): Steps that were made.
+    """
 
     delta: Float[Tensor, "request d_model"]
-    """What is added to the MLP's output at the edited position."""
     probability: Float[Tensor, " request"]
-    """P(target) under it, the geometric mean over the request's prompts."""
     steps: int
-    """Steps that were made."""
 
 
 def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_model"], search: ValueSearch) -> Values:

@@ -33,16 +33,20 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class ActiveEdit:
-    """An edit as the weight records know it."""
+    """An edit as the weight records know it.
+
+    Attributes:
+        number (int): Edits are added up in the order of their numbers.
+        places (dict[str, Place]): For each weight, by its name, the memory that was changed; empty while the edit is
+            not applied.
+        about (dict[str, Any]): What else makes up the edit, should its handle be lost.
+        handle (ReferenceType[Any] | None): The edit itself, as long as somebody holds it.
+    """
 
     number: int = field(default_factory=lambda: next(_numbers))
-    """Edits are added up in the order of their numbers."""
     places: dict[str, Place] = field(default_factory=dict)
-    """For each weight, by its name, the memory that was changed; empty while the edit is not applied."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What else makes up the edit, should its handle be lost."""
     handle: ReferenceType[Any] | None = None
-    """The edit itself, as long as somebody holds it."""
 
     def __reduce__(self) -> tuple[type[ActiveEdit], tuple[()]]:
         return ActiveEdit, ()  # a copy of an edit is another one, and is not applied
@@ -50,14 +54,17 @@ class ActiveEdit:
 
 @dataclass
 class WeightRecord:
-    """One weight: its original, and the changes that are active on it."""
+    """One weight: its original, and the changes that are active on it.
+
+    Attributes:
+        original (Float[Tensor, "..."]): The weight before any edit; once an edit is active, a copy.
+        place (Place): The memory that the weight lies in.
+        changes (dict[ActiveEdit, Change]): What each active edit adds to it.
+    """
 
     original: Float[Tensor, "..."]
-    """The weight before any edit; once an edit is active, a copy."""
     place: Place
-    """The memory that the weight lies in."""
     changes: dict[ActiveEdit, Change] = field(default_factory=dict)
-    """What each active edit adds to it."""
 
     def composed(self, changes: Mapping[ActiveEdit, Change]) -> tuple[Tensor, Tensor]:
         """Original plus changes: exactly (in float64), and as the weight would hold it."""

@@ -31,23 +31,30 @@ Constraint = str | int | Sequence[int] | Int[np.ndarray, " position"] | Int[Tens
 
 @dataclass(frozen=True)
 class Replace:
-    """The constraint's words are replaced by others of as many tokens; the image stays (Basu et al., 2406.04236)."""
+    """The constraint's words are replaced by others of as many tokens; the image stays (Basu et al., 2406.04236).
+
+    Attributes:
+        words (str | Sequence[str]): Words for every constraint, or a list with those for each.
+        repeat (bool): Write the first token of the words at each of the constraint's tokens, as the released code does.
+    """
 
     words: str | Sequence[str]
-    """Words for every constraint, or a list with those for each."""
     repeat: bool = False
-    """Write the first token of the words at each of the constraint's tokens, as the released code does."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise is added to the constraint's embeddings (Meng et al. 2022, 2202.05262)."""
+    """Gaussian noise is added to the constraint's embeddings (Meng et al. 2022, 2202.05262).
+
+    Attributes:
+        std (float | None): Its spread; three times that of the token embeddings by default.
+        seed (int): Seed of the noise.
+        samples (int): How many draws the effects are averaged over.
+    """
 
     std: float | None = None
-    """Its spread; three times that of the token embeddings by default."""
     seed: int = 0
     samples: int = 1
-    """How many draws the effects are averaged over."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,14 @@ class MeanEmbedding:
 
 @dataclass(frozen=True)
 class OtherImage:
-    """The image is exchanged for another; the words stay."""
+    """The image is exchanged for another; the words stay.
+
+    Attributes:
+        image (image, path or Inputs): An image, anything `prepare` takes as one; or inputs with one, as a processor
+            returns them too.
+    """
 
     image: Any
-    """An image, anything `prepare` takes as one; or inputs with one, as a processor returns them too."""
 
 
 Corruption = str | Replace | Noise | MeanEmbedding | OtherImage
@@ -69,16 +80,19 @@ Corruption = str | Replace | Noise | MeanEmbedding | OtherImage
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Runs of one prompt under a corruption."""
+    """Runs of one prompt under a corruption.
+
+    Attributes:
+        replays (list[Replay]): One for each draw of the noise, else one.
+        first (int | None): First position whose embedding may differ from the clean one; None if none does.
+        labels (list[str]): What stands at every position now.
+        n_forward (int): Full forward passes that it took.
+    """
 
     replays: list[Replay]
-    """One for each draw of the noise, else one."""
     first: int | None
-    """First position whose embedding may differ from the clean one; None if none does."""
     labels: list[str]
-    """What stands at every position now."""
     n_forward: int
-    """Full forward passes that it took."""
 
 
 def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Constraint]) -> list[Positions]:

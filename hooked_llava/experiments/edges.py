@@ -33,14 +33,17 @@ STANDARD = (*SPANS, *BY_OBJECT, "constraint")
 
 @dataclass(frozen=True)
 class Edge:
-    """From the positions that are attended to (source) to those that attend (target)."""
+    """From the positions that are attended to (source) to those that attend (target).
+
+    Attributes:
+        name (str): What a result calls it.
+        source (Where): Spans joined by |, & and -, or positions.
+        target (Where): Likewise.
+    """
 
     name: str
-    """What a result calls it."""
     source: Where
-    """Spans joined by |, & and -, or positions."""
     target: Where
-    """Likewise."""
 
     @classmethod
     def of(cls, edge: OneEdge, name: str | None = None) -> Edge:

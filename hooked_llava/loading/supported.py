@@ -52,14 +52,18 @@ _MERGE = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that is given in the place of a plain model or checkpoint."""
+    """Something that is given in the place of a plain model or checkpoint.
+
+    Attributes:
+        what (str): What it is, to follow "which is".
+        found (Callable[[Any], object]): What it is known by, in words where there are any; false if it is not of this
+            kind.
+        advice (str): How to come to a model that can be used.
+    """
 
     what: str
-    """What it is, to follow "which is"."""
     found: Callable[[Any], object]
-    """What it is known by, in words where there are any; false if it is not of this kind."""
     advice: str
-    """How to come to a model that can be used."""
 
 
 # --- models in memory: each is asked about the object that was given
@@ -239,11 +243,15 @@ def _shown(given: object) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint folder before anything of it is believed."""
+    """A checkpoint folder before anything of it is believed.
+
+    Attributes:
+        path (Path): The folder.
+        fields (Mapping[str, Any]): config.json, empty if there is none.
+    """
 
     path: Path
     fields: Mapping[str, Any]
-    """config.json, empty if there is none."""
 
     def has(self, pattern: str) -> bool:
         """Whether a file of the folder has a name like that."""

@@ -31,18 +31,21 @@ Phase = Literal["prefill", "decode", "both"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; greedy unless `do_sample`."""
+    """How the next token is drawn; greedy unless `do_sample`.
+
+    Attributes:
+        do_sample (bool): Draw from the distribution instead of taking the most probable token.
+        temperature (float): Divides the logits before the softmax.
+        top_k (int | None): Draw only among the k most probable tokens.
+        top_p (float | None): Draw only among the most probable tokens that together reach this probability.
+        generator (torch.Generator | None): Source of randomness, on the model's device.
+    """
 
     do_sample: bool = False
-    """Draw from the distribution instead of taking the most probable token."""
     temperature: float = 1.0
-    """Divides the logits before the softmax."""
     top_k: int | None = None
-    """Draw only among the k most probable tokens."""
     top_p: float | None = None
-    """Draw only among the most probable tokens that together reach this probability."""
     generator: torch.Generator | None = None
-    """Source of randomness, on the model's device."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

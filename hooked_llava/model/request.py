@@ -22,16 +22,23 @@ ReturnType: TypeAlias = Literal["logits", "loss"] | None
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ForwardRequest:
-    """A forward pass that is about to be run: over prompts, or over a residual stream that enters some layer."""
+    """A forward pass that is about to be run: over prompts, or over a residual stream that enters some layer.
+
+    Attributes:
+        begin (Inputs | Float[Tensor, "batch pos d_model"]): The prompts, or the residual stream.
+        attention_mask (Bool[Tensor, "batch pos"] | None): True at real tokens; None if nothing is padded.
+        position_ids (Int[Tensor, "batch pos"] | None): Rotary positions; None to count the real tokens.
+        start (int): The first layer.
+        stop (int | None): The first layer that is not run; None if there are logits.
+        return_type (ReturnType): "logits", "loss", "both" or None.
+        n_layers (int): How many language blocks run.
+    """
 
     begin: Inputs | Float[Tensor, "batch pos d_model"]
-    """The prompts, or the residual stream."""
     attention_mask: Bool[Tensor, "batch pos"] | None
     position_ids: Int[Tensor, "batch pos"] | None
     start: int
-    """The first layer."""
     stop: int | None
-    """The first layer that is not run; None if there are logits."""
     return_type: ReturnType
     n_layers: int
 

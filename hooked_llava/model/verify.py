@@ -26,16 +26,19 @@ _TEXT_TOKENS = (3, 12)  # before and after the image, in the prompt that is made
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One activation, ours against theirs."""
+    """One activation, ours against theirs.
+
+    Attributes:
+        hook (str): Our hook name.
+        difference (float): Largest absolute difference at real positions.
+        scale (float): Largest absolute number in Hugging Face's activation.
+        tolerance (float): Ratio up to which the two count as the same.
+    """
 
     hook: str
-    """Our hook name."""
     difference: float
-    """Largest absolute difference at real positions."""
     scale: float
-    """Largest absolute number in Hugging Face's activation."""
     tolerance: float
-    """Ratio up to which the two count as the same."""
 
     @property
     def ratio(self) -> float:
@@ -57,10 +60,12 @@ class ParityTable:
     activation   difference  scale  ratio    same
     hook_logits  2.0e-06     4      5.0e-07  yes
     1 of 1 activations are the same (ratio at most 1.0e-04).
+
+    Attributes:
+        rows (tuple[ParityRow, ...]): One activation each.
     """
 
     rows: tuple[ParityRow, ...]
-    """One activation each."""
 
     @property
     def ok(self) -> bool:

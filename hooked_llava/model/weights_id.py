@@ -156,12 +156,15 @@ def _bits(numbers: Float[Tensor, " number"]) -> Int[Tensor, " number"]:
 
 @dataclass(frozen=True)
 class WeightsId:
-    """Which weights something was made with, for its file: their hash, and the hashes of what coarser dtypes hold of them."""
+    """Which weights something was made with, for its file: their hash, and the hashes of what coarser dtypes hold of them.
+
+    Attributes:
+        dtypes (tuple[str, ...]): The weights' dtypes; as a rule one.
+        hashes (Mapping[str, str]): By dtype, the hash of the weights rounded to it; "own" as they are.
+    """
 
     dtypes: tuple[str, ...]
-    """The weights' dtypes; as a rule one."""
     hashes: Mapping[str, str]
-    """By dtype, the hash of the weights rounded to it; "own" as they are."""
 
     @classmethod
     def of(cls, weights: Weights) -> WeightsId:

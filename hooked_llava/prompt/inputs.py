@@ -38,24 +38,30 @@ class Inputs:
     ... )
     >>> inputs.shape, inputs.n_images, inputs.token_map["last"]
     (torch.Size([1, 3]), 0, Positions(2))
+
+    Attributes:
+        input_ids (Int[Tensor, "batch pos"]): Token ids, padding included; every image takes as many image tokens as it
+            has features.
+        attention_mask (Bool[Tensor, "batch pos"]): True at real tokens, False at padding.
+        pixel_values (Float[Tensor, "image channel height width"] | None): Normalised pixels of all images, prompt after
+            prompt; None for text only.
+        images_per_prompt (tuple[int, ...]): How many of the images belong to each prompt.
+        token_maps (tuple[TokenMap, ...]): For each prompt, what stands where.
+        position_ids (Int[Tensor, "batch pos"] | None): Positions for the rotary embedding; None for counting real
+            tokens from 0.
+        prompts (tuple[str, ...] | None): The texts, with one image token per image, if they are known.
+        images (tuple[Image.Image, ...] | None): The original images as the model's image processor got them (RGB,
+            upright, on white), if they are known.
     """
 
     input_ids: Int[Tensor, "batch pos"]
-    """Token ids, padding included; every image takes as many image tokens as it has features."""
     attention_mask: Bool[Tensor, "batch pos"]
-    """True at real tokens, False at padding."""
     pixel_values: Float[Tensor, "image channel height width"] | None
-    """Normalised pixels of all images, prompt after prompt; None for text only."""
     images_per_prompt: tuple[int, ...]
-    """How many of the images belong to each prompt."""
     token_maps: tuple[TokenMap, ...]
-    """For each prompt, what stands where."""
     position_ids: Int[Tensor, "batch pos"] | None = None
-    """Positions for the rotary embedding; None for counting real tokens from 0."""
     prompts: tuple[str, ...] | None = None
-    """The texts, with one image token per image, if they are known."""
     images: tuple[Image.Image, ...] | None = None
-    """The original images as the model's image processor got them (RGB, upright, on white), if they are known."""
 
     @property
     def shape(self) -> torch.Size:

@@ -32,14 +32,18 @@ _PROBE, _PROBE_PREFIX = "Is this a question?", "It is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """The whole text that the model reads, and where its parts lie."""
+    """The whole text that the model reads, and where its parts lie.
+
+    Attributes:
+        text (str): The prompt, with one image token per image.
+        spans (Mapping[str, tuple[int, int]]): Name of a part (system, question, tail, answer_prefix) -> its first
+            character and the one after its last.
+        answer_separator (str | None): What stands between the text and the answer; None where no template says so.
+    """
 
     text: str
-    """The prompt, with one image token per image."""
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Name of a part (system, question, tail, answer_prefix) -> its first character and the one after its last."""
     answer_separator: str | None = None
-    """What stands between the text and the answer; None where no template says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +52,28 @@ class Template:
 
     >>> Template(name="mine", user="Q: ", assistant=" A:").format("What is this?", n_images=1).text
     'Q: <image>\nWhat is this? A:'
+
+    Attributes:
+        name (str): What `prepare(template=...)` calls it.
+        system (str): What stands before everything else, with its trailing space.
+        user (str): What announces the user, with its trailing space.
+        images_first (bool): Whether the images stand before `user` rather than after it.
+        image_end (str): What follows each image token.
+        tail (str): An instruction after the question, such as "Answer briefly."; part of the span `rest`.
+        tail_separator (str): What stands between question and tail.
+        assistant (str): What ends the user's turn and announces the answer, with its leading space.
+        answer_separator (str): What stands between `assistant` and the answer's first character.
     """
 
     name: str
-    """What `prepare(template=...)` calls it."""
     system: str = ""
-    """What stands before everything else, with its trailing space."""
     user: str = ""
-    """What announces the user, with its trailing space."""
     images_first: bool = False
-    """Whether the images stand before `user` rather than after it."""
     image_end: str = "\n"
-    """What follows each image token."""
     tail: str = ""
-    """An instruction after the question, such as "Answer briefly."; part of the span `rest`."""
     tail_separator: str = "\n"
-    """What stands between question and tail."""
     assistant: str = ""
-    """What ends the user's turn and announces the answer, with its leading space."""
     answer_separator: str = " "
-    """What stands between `assistant` and the answer's first character."""
 
     def format(
         self, question: str, n_images: int = 0, *, answer_prefix: str = "", image_token: str = IMAGE_TOKEN

@@ -59,8 +59,7 @@ _NOT_GIVEN = {
 class TokenMap:
     """The positions of one prompt of a batch, padding counted, by name, by words, by patch and by pixel.
 
-    How an image's patches, pixels and positions belong together is its layout's to say. Where a layout has several grids,
-    `grid=` chooses one: the first by default where one patch is asked about, all where sets of patches are.
+    Where an image's layout has several grids, `grid=` chooses one: by default the first for one patch, all for sets.
 
     >>> from hooked_llava.architecture.layouts import llava_layout
     >>> token_map = TokenMap(
@@ -72,22 +71,24 @@ class TokenMap:
     (Positions(1, 6), Positions(1, 6), Positions(1..5))
     >>> token_map.patch_to_position(1, 0), token_map.position_to_patch(4)
     (4, (0, 1, 0))
+
+    Attributes:
+        token_ids (tuple[int, ...]): Token id at every position, padding included.
+        real (range): The positions that are not padding.
+        image_starts (tuple[int, ...]): First position of each image.
+        layouts (tuple[ImageLayout, ...]): For each image how its patches become positions.
+        words (TokenText | None): Text of the tokens and their characters, if a tokenizer is there.
+        named (Mapping[str, Positions]): `question` and `options` where they are known, and the user's own spans.
+        n_answer (int): How many of the last positions hold an appended answer, which is in no built-in span.
     """
 
     token_ids: tuple[int, ...]
-    """Token id at every position, padding included."""
     real: range
-    """The positions that are not padding."""
     image_starts: tuple[int, ...] = ()
-    """First position of each image."""
     layouts: tuple[ImageLayout, ...] = ()
-    """For each image how its patches become positions, and where they lie in the original if that is known."""
     words: TokenText | None = None
-    """Text of the tokens and their characters, if a tokenizer is there."""
     named: Mapping[str, Positions] = field(default_factory=dict)
-    """`question` and `options` where they are known, and the user's own spans."""
     n_answer: int = 0
-    """How many of the last positions hold an answer put behind the prompt, which belongs to none of the built-in spans."""
 
     def __post_init__(self) -> None:
         if len(self.layouts) != len(self.image_starts):
@@ -220,11 +221,10 @@ class TokenMap:
     ) -> Positions:
         """The positions of the tokens that spell some words of the prompt.
 
-        `occurrence` chooses (from 0 on) where the words stand several times; `within` looks only inside one part of
-        the prompt ("system", "question", "tail" or "answer_prefix", as the template wrote it); unless `whole_words`
-        is off, "red" is not found in "redder" (scripts without spaces between words have no such borders). `advice` is
-        what an error suggests instead of these options, for callers that do not have them. Raises `SpanError` for words
-        that are not there or stand there several times, with the list of places.
+        `occurrence` (from 0 on) chooses one of several; `within` searches one part of the prompt ("system", "question",
+        "tail" or "answer_prefix"). With `whole_words`, "red" is not found in "redder" (scripts without spaces between
+        words have no such borders). `advice` is what an error suggests to callers that do not have these options. Raises
+        `SpanError` for words that do not occur, or occur several times, with the list of places.
         """
         if self.words is None:
             raise SpanError(

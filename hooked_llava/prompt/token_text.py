@@ -38,26 +38,33 @@ def visible_token(token: object, *, signs: bool = False) -> str:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenText:
-    """What the tokens of one prompt spell; decoded only when asked, so that a forward pass costs nothing."""
+    """What the tokens of one prompt spell; decoded only when asked, so that a forward pass costs nothing.
+
+    Attributes:
+        token_ids (tuple[int, ...]): Token id at every position, padding included.
+        tokenizer (PreTrainedTokenizerBase): A Hugging Face tokenizer.
+        image_token_id (int): Token id of the image positions; all positions of one image count as one image token in
+            the text.
+        images (tuple[range, ...]): The positions of each image.
+        real (range): The positions that are not padding.
+        prompt (str | None): The text that was tokenized, one image token per image; None if only ids are known.
+        prompt_offsets (_Offsets | None): For every position the first character in `prompt` and the one after the last,
+            (0, 0) for added tokens.
+        parts (Mapping[str, tuple[int, int]]): Characters of the template's parts (system, question, tail,
+            answer_prefix).
+        answer_separator (str | None): What the template puts between the prompt and its answer; None where it is not
+            known.
+    """
 
     token_ids: tuple[int, ...]
-    """Token id at every position, padding included."""
     tokenizer: Any
-    """A Hugging Face tokenizer."""
     image_token_id: int
-    """Token id of the image positions; all positions of one image count as one image token in the text."""
     images: tuple[range, ...]
-    """The positions of each image."""
     real: range
-    """The positions that are not padding."""
     prompt: str | None = None
-    """The text that was tokenized, one image token per image; None if only ids are known."""
     prompt_offsets: _Offsets | None = None
-    """For every position the first character in `prompt` and the one after the last, (0, 0) for added tokens."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Characters of the template's parts (system, question, tail, answer_prefix)."""
     answer_separator: str | None = None
-    """What the template puts between the prompt and its answer; None where it is not known."""
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:

@@ -110,18 +110,22 @@ def _indices(ids: Int[Tensor, "*prompts read variant"], logits: Tensor) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class AnswerReading:
-    """One answer for each prompt, where its tokens are predicted, and which they are: see `read_answer`."""
+    """One answer for each prompt, where its tokens are predicted, and which they are: see `read_answer`.
+
+    Attributes:
+        inputs (Inputs): The prompts; with answers of several tokens appended.
+        logit_positions (Int[Tensor, "prompt read"]): Where each of the answer's tokens is predicted.
+        ids (Int[Tensor, "prompt read variant"] | None): The tokens that count there, -1 for none; None for the model's
+            own next token.
+        texts (tuple[str, ...]): The answers in words; () for the model's own next token.
+        measured (Literal["whole answer", "first token"]): Whether these tokens are the whole answers.
+    """
 
     inputs: Inputs
-    """The prompts; with answers of several tokens appended."""
     logit_positions: Int[Tensor, "prompt read"]
-    """Where each of the answer's tokens is predicted."""
     ids: Int[Tensor, "prompt read variant"] | None
-    """The tokens that count there, -1 for none; None for the model's own next token."""
     texts: tuple[str, ...]
-    """The answers in words; () for the model's own next token."""
     measured: Literal["whole answer", "first token"]
-    """Whether these tokens are the whole answers."""
 
     @property
     def positions(self) -> Literal["last"] | list[int]:
@@ -261,14 +265,19 @@ def token_table(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """Prompts with an answer of several tokens appended, and how to score it: see `teacher_forced`."""
+    """Prompts with an answer of several tokens appended, and how to score it: see `teacher_forced`.
+
+    Attributes:
+        inputs (Inputs): The prompts with the answer, which is their span `answer`; all other spans, `last` too, are the
+            prompts' own.
+        positions (list[int]): Where each of the answer's tokens is predicted: from the prompt's last position on.
+        metric (Callable[[Tensor], Tensor]): log P(answer | prompt) in nats, of logits [..., position, d_vocab] at those
+            positions.
+    """
 
     inputs: Inputs
-    """The prompts with the answer, which is their span `answer`; all other spans, `last` too, are the prompts' own."""
     positions: list[int]
-    """Where each of the answer's tokens is predicted: from the prompt's last position on."""
     metric: Callable[[Tensor], Tensor]
-    """log P(answer | prompt) in nats, of logits [..., position, d_vocab] at those positions."""
 
 
 def teacher_forced(

@@ -34,25 +34,30 @@ PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
 
 @dataclass(frozen=True, eq=False)
 class AnswerCache:
-    """What a forward pass holds at the positions where the answer's tokens are predicted."""
+    """What a forward pass holds at the positions where the answer's tokens are predicted.
+
+    Attributes:
+        model (HookedLLaVA): The model that ran.
+        inputs (Inputs): The prompts, with the answer appended if it has several tokens.
+        logit_positions (Int[Tensor, "prompt read"]): Where the answer's tokens are predicted.
+        target (Int[Tensor, "prompt read variant"]): The tokens that are scored there.
+        names (tuple[str, ...]): The target of each prompt in words.
+        measured (str): Whether the target is the "whole answer", or the "first token" of one.
+        resid (tuple[Float[Tensor, "prompt read d_model"], ...]): What enters every block, and what leaves the last.
+        scale (Float[Tensor, "prompt read 1"]): The final norm's scale: what the frozen lens divides by.
+        held (dict[str, Tensor]): The parts that were asked for, by full hook name: values everywhere, the others at
+            `read`.
+    """
 
     model: HookedLLaVA
     inputs: Inputs
-    """The prompts, with the answer appended if it has several tokens."""
     logit_positions: Int[Tensor, "prompt read"]
-    """Where the answer's tokens are predicted."""
     target: Int[Tensor, "prompt read variant"]
-    """The tokens that are scored there."""
     names: tuple[str, ...]
-    """The target of each prompt in words."""
     measured: str
-    """Whether the target is the "whole answer", or the "first token" of one."""
     resid: tuple[Float[Tensor, "prompt read d_model"], ...]
-    """What enters every block, and what leaves the last."""
     scale: Float[Tensor, "prompt read 1"]
-    """The final norm's scale: what the frozen lens divides by."""
     held: dict[str, Tensor]
-    """The parts that were asked for, by full hook name: values everywhere, the others at `read`."""
 
     @property
     def n_layers(self) -> int:

@@ -25,14 +25,17 @@ _TAIL = 16  # of a prompt that is known by its ids alone, so many tokens are tri
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as the tokens that count for it: variants in another case or with another leading space add to it."""
+    """An answer as the tokens that count for it: variants in another case or with another leading space add to it.
+
+    Attributes:
+        text (str): The word as given.
+        ids (tuple[int, ...]): First tokens of all its variants.
+        whole (bool): Whether these are all there is to it; False for the first tokens of longer words.
+    """
 
     text: str
-    """The word as given."""
     ids: tuple[int, ...]
-    """First tokens of all its variants."""
     whole: bool = True
-    """Whether these are all there is to it; False for the first tokens of longer words."""
 
     @classmethod
     def of(
@@ -71,16 +74,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """An answer after a prompt, token by token."""
+    """An answer after a prompt, token by token.
+
+    Attributes:
+        text (str): In words.
+        variants (tuple[tuple[int, ...], ...]): For each of its tokens the ids that count: one, or those of an
+            `Answer`'s variants.
+        whole (bool): Whether these tokens are the whole answer.
+        from_text (bool): Whether it was given as text.
+    """
 
     text: str
-    """In words."""
     variants: tuple[tuple[int, ...], ...]
-    """For each of its tokens the ids that count: one, or those of an `Answer`'s variants."""
     whole: bool
-    """Whether these tokens are the whole answer."""
     from_text: bool
-    """Whether it was given as text."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -204,15 +211,18 @@ def continued(model: HookedLLaVA, prompt: TokenMap, text: str, answer: str) -> s
 
 @dataclass(frozen=True)
 class _Context:
-    """What an answer is tokenized after: the prompt, or the end of it."""
+    """What an answer is tokenized after: the prompt, or the end of it.
+
+    Attributes:
+        ids (list[int]): Its tokens, an image's placeholder counted once.
+        whole (bool): Whether it is the prompt as it was tokenized, with the special tokens that are added then.
+        of_template (str | None): What the prompt's template puts before an answer, if it is known.
+    """
 
     text: str
     ids: list[int]
-    """Its tokens, an image's placeholder counted once."""
     whole: bool
-    """Whether it is the prompt as it was tokenized, with the special tokens that are added then."""
     of_template: str | None = None
-    """What the prompt's template puts before an answer, if it is known."""
 
     @classmethod
     def of(cls, model: HookedLLaVA, prompt: TokenMap | None) -> _Context:

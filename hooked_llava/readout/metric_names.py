@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class NamedMetric:
-    """A metric, from logits [..., d_vocab] to [...], that knows its name and its tokens."""
+    """A metric, from logits [..., d_vocab] to [...], that knows its name and its tokens.
+
+    Attributes:
+        function (Callable[[Tensor], Tensor]): From logits at the read position to one number per prompt.
+        name (str): What the result calls it.
+        tokens (Mapping[str, Sequence[int]]): Token ids by role: answer, baseline. Of several variants all, the one that
+            was given first.
+    """
 
     function: Callable[[Tensor], Tensor]
     name: str
     tokens: Mapping[str, Sequence[int]]
-    """Token ids by role: answer, baseline. Of several variants all, the one that was given first."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The metric's value."""

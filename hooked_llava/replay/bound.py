@@ -20,19 +20,28 @@ POSITION_AXES = ("pos", "query", "patch", "feature")
 
 @dataclass(frozen=True, eq=False)
 class BoundIntervention:
-    """An intervention placed in a model and a batch of prompts: its hook, positions per prompt, indices."""
+    """An intervention placed in a model and a batch of prompts: its hook, positions per prompt, indices.
+
+    Attributes:
+        intervention (Intervention): The intervention as the user gave it.
+        hook (Hook): The hook that it names.
+        positions (tuple[tuple[int, ...], ...]): For each prompt, absolute sequence positions (language), or patch
+            indices (image side).
+        sources (tuple[tuple[int, ...], ...]): For each prompt, the blocked keys; empty unless `block`.
+        heads (tuple[int, ...] | None): Head indices; None: all.
+        neurons (tuple[int, ...] | None): Neuron indices; None: all.
+        features (tuple[int, ...] | None): Feature indices of an autoencoder; None: all.
+        point (HookPoint): The hook itself.
+    """
 
     intervention: Intervention
     hook: Hook
     positions: tuple[tuple[int, ...], ...]
-    """For each prompt, absolute sequence positions (language), or patch indices (image side)."""
     sources: tuple[tuple[int, ...], ...]
-    """For each prompt, the blocked keys; empty unless `block`."""
     heads: tuple[int, ...] | None
     neurons: tuple[int, ...] | None
     features: tuple[int, ...] | None
     point: HookPoint
-    """The hook itself."""
 
     @property
     def target(self) -> Any:

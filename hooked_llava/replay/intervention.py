@@ -26,40 +26,49 @@ class Intervention:
 
     >>> Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)
     Intervention('blocks.3.attn.hook_z', positions='last', heads=[2], zero=True)
+
+    Attributes:
+        hook (str or tuple): Name of the hook, or any other spelling of it that a cache takes: ("z", 3), or a short name
+            that means one hook.
+        positions (Where): Sequence positions (query rows, for scores and pattern); on image hooks patch indices. None:
+            all.
+        heads (int or sequence of int): One head or several, on hooks that have them. None: all.
+        neurons (int or sequence of int): One MLP neuron or several, on hooks that have them. None: all.
+        features (int or sequence of int): One feature of an attached autoencoder or several, on its `hook_sae_acts`. None: all.
+        image (int): Which image of the prompt, counted from 0, on image hooks. None: all.
+        value (tensor, array or number): Replace by this: [d], [n_positions, ...], or the hook's own shape cut to
+            positions and heads.
+        add (tensor, array or number): Add this; shapes as for `value`.
+        scale (float): Multiply by this number.
+        zero (bool): Set to zero.
+        position_mean (bool): Replace each of several positions by their mean, prompt by prompt; over a single one it
+            would do nothing.
+        mean (bool): Another word for `position_mean`, which it sets.
+        mean_of (InputsLike, list of them, cache, Replay or tensor): Replace by the mean over a reference: prompts,
+            batches of them, a cache, a Replay, or the mean itself as a tensor. It is one mean over all prompts and all
+            positions that `positions` names in each; see `reference_means`.
+        block (Edge or str): An edge, (source, target) or "source->target": target may not attend to source; on
+            `hook_attn_scores`.
+        fn (Callable[..., Tensor] | None): Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the
+            intervention's positions and heads.
     """
 
     hook: Any
-    """Name of the hook, or any other spelling of it: ("z", 3), a short name that means one hook, all that a cache takes."""
     _: KW_ONLY
     positions: Any = None
-    """`Where`: sequence positions (query rows, for scores and pattern); on image hooks patch indices. None: all."""
     heads: Any = None
-    """One head or several, on hooks that have them. None: all."""
     neurons: Any = None
-    """One MLP neuron or several, on hooks that have them. None: all."""
     features: Any = None
-    """One feature of an attached autoencoder or several, on its `hook_sae_acts`. None: all."""
     image: Any = None
-    """Which image of the prompt, counted from 0, on image hooks. None: all."""
     value: Any = None
-    """Replace by this: [d], [n_positions, ...], or the hook's own cut to positions and heads; a tensor, array or number."""
     add: Any = None
-    """Add this; shapes as for `value`."""
     scale: Any = None
-    """Multiply by this number."""
     zero: Any = False
-    """Set to zero."""
     position_mean: bool = False
-    """Replace each of several positions by their mean, prompt by prompt; over a single one it would do nothing."""
     mean: bool = False
-    """Another word for `position_mean`, which it sets."""
     mean_of: Any = None
-    """Replace by the mean over a reference: prompts, batches of them, a cache, a Replay, or the mean itself as a tensor. One
-    mean over all prompts and all positions that `positions` names in each; see `reference_means`."""
     block: Any = None
-    """An edge, (source, target) or "source->target": target may not attend to source; on `hook_attn_scores`."""
     fn: Callable[..., Tensor] | None = None
-    """Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the intervention's positions and heads."""
 
     def __post_init__(self) -> None:
         if self.mean:

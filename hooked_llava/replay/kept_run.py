@@ -23,17 +23,23 @@ from hooked_llava.prompt.inputs import Inputs
 
 @dataclass(frozen=True, eq=False)
 class KeptRun:
-    """The residual stream entering some or all blocks, and, where it is kept, every block's keys and values."""
+    """The residual stream entering some or all blocks, and, where it is kept, every block's keys and values.
+
+    Attributes:
+        model (HookedLLaVA): The model that ran.
+        resid (Mapping[int, Float[Tensor, "prompt pos d_model"]]): By the layer that it enters; n_layers is what leaves
+            the last block. It may lie elsewhere and in another dtype.
+        kv (KVCache | None): Keys (rotated) and values of all layers, likewise; without them a run is entered at
+            position 0 only.
+        position_ids (Int[Tensor, "prompt_or_1 pos"]): Positions for the rotary embedding.
+        mask (Bool[Tensor, "prompt pos"] | None): False at padding; None without padding.
+    """
 
     model: HookedLLaVA
     resid: Mapping[int, Float[Tensor, "prompt pos d_model"]]
-    """By the layer that it enters; n_layers is what leaves the last block. It may lie elsewhere and in another dtype."""
     kv: KVCache | None
-    """Keys (rotated) and values of all layers, likewise; without them a run is entered at position 0 only."""
     position_ids: Int[Tensor, "prompt_or_1 pos"]
-    """Positions for the rotary embedding."""
     mask: Bool[Tensor, "prompt pos"] | None
-    """False at padding; None without padding."""
 
     @property
     def n_positions(self) -> int:

@@ -15,16 +15,23 @@ _OVERHEAD_TOKENS = 24
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """A run, and the cone of what it can reach."""
+    """A run, and the cone of what it can reach.
+
+    Attributes:
+        index (int): Its place in the list that the user gave.
+        language (tuple[BoundIntervention, ...]): Interventions on language hooks.
+        image (tuple[BoundIntervention, ...]): Interventions on image-side hooks.
+        first_layer (int): First layer whose stream, keys or values are recomputed; n_layers if only what lies behind
+            the blocks is.
+        start (int | None): First position that is recomputed, the smallest over the prompts; None if nothing is
+            changed.
+    """
 
     index: int
-    """Its place in the list that the user gave."""
     language: tuple[BoundIntervention, ...]
     image: tuple[BoundIntervention, ...]
     first_layer: int
-    """First layer whose stream, keys or values are recomputed; n_layers if only what lies behind the blocks is."""
     start: int | None
-    """First position that is recomputed, the smallest over the prompts; None if nothing is changed."""
 
     @property
     def changes(self) -> bool:

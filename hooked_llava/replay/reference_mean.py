@@ -28,13 +28,20 @@ from hooked_llava.replay.state import ReplayState
 
 @dataclass(eq=False)
 class Place:
-    """A hook and the positions there whose activations are averaged, as an intervention names them."""
+    """A hook and the positions there whose activations are averaged, as an intervention names them.
+
+    Attributes:
+        hook (Hook): The hook.
+        where (Where): Its positions.
+        image (int or None): Which image, on image hooks.
+        total (Tensor | None): Sum so far, the position axis kept with one entry.
+        n (int): How many positions were added.
+    """
 
     hook: Hook
     where: Any
     image: Any = None
     total: Tensor | None = None
-    """Sum so far, the position axis kept with one entry."""
     n: int = 0
 
     def add(self, activation: Tensor, rows: Sequence[tuple[int, Sequence[int]]]) -> None:

@@ -18,13 +18,20 @@ from hooked_llava.replay.bound import BoundIntervention
 
 @dataclass(frozen=True)
 class RowEdit:
-    """One intervention on one row of a batch."""
+    """One intervention on one row of a batch.
+
+    Attributes:
+        row (int): Row of the batch that runs together.
+        prompt (int): Prompt that the row belongs to.
+        bound (BoundIntervention): The change.
+        where (dict[int, int] | int): From absolute positions to the row's own: an offset, or a table of the positions
+            it holds.
+    """
 
     row: int
     prompt: int
     bound: BoundIntervention
     where: dict[int, int] | int
-    """From absolute positions to the row's own: an offset, or a table of the positions it holds."""
 
     def apply(self, batch: Tensor) -> None:
         """Change the row in place."""

@@ -28,13 +28,18 @@ class Work:
     """Work done by re-runs, counted in token-layers: one position through one block of the language tower.
 
     The vision tower's blocks are counted in the same unit, by their multiplications by weights.
+
+    Attributes:
+        n_layers (int): Language blocks of the model.
+        n_positions (int): Positions of the padded prompts.
+        token_layers (float): Positions times layers that were computed.
+        runs (int): Rows that were re-run: runs times prompts.
     """
 
     n_layers: int
     n_positions: int
     token_layers: float = 0.0
     runs: int = 0
-    """Rows that were re-run: runs times prompts."""
 
     @property
     def forwards(self) -> float:

@@ -23,11 +23,15 @@ _LETTERS = 12  # of a hash
 
 @dataclass
 class Provenance:
-    """What a result's attributes say: which analysis of what, how, by which version, and at what cost."""
+    """What a result's attributes say: which analysis of what, how, by which version, and at what cost.
+
+    Attributes:
+        about (dict[str, Any]): The attributes known beforehand.
+        n_forward (int | float | None): None where runs are not counted.
+    """
 
     about: dict[str, Any]
     n_forward: int | float | None
-    """None where runs are not counted."""
     _started: float = field(default_factory=time.perf_counter)
 
     @classmethod

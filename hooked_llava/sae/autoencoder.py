@@ -20,32 +20,38 @@ WITH_THRESHOLD: tuple[Kind, ...] = ("batch_topk", "jump_relu", "matryoshka")
 
 
 class Features(NamedTuple):
-    """The active features of vectors, without the zeros."""
+    """The active features of vectors, without the zeros.
+
+    Attributes:
+        values (Float[Tensor, "*batch active"]): How strongly each feature is active; 0 fills up vectors with fewer.
+        indices (Int[Tensor, "*batch active"]): Which features they are.
+    """
 
     values: Float[Tensor, "*batch active"]
-    """How strongly each feature is active; 0 fills up vectors with fewer."""
     indices: Int[Tensor, "*batch active"]
-    """Which features they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """Sizes and kind of a sparse autoencoder, and where its activations come from."""
+    """Sizes and kind of a sparse autoencoder, and where its activations come from.
+
+    Attributes:
+        d_in (int): Width of the activations.
+        d_sae (int): Number of features.
+        kind (Kind): How features are chosen.
+        k (int | None): Features per vector: exactly so many for "topk", on average for "batch_topk" and "matryoshka".
+        hook (str | None): The hook whose activations it was trained on, by its full name.
+        model_name (str | None): The model whose activations it was trained on.
+        groups (tuple[int, ...]): Widths of the nested autoencoders of "matryoshka", the last of them d_sae.
+    """
 
     d_in: int
-    """Width of the activations."""
     d_sae: int
-    """Number of features."""
     kind: Kind = "topk"
-    """How features are chosen."""
     k: int | None = None
-    """Features per vector: exactly so many for "topk", on average for "batch_topk" and "matryoshka"."""
     hook: str | None = None
-    """The hook whose activations it was trained on, by its full name."""
     model_name: str | None = None
-    """The model whose activations it was trained on."""
     groups: tuple[int, ...] = ()
-    """Widths of the nested autoencoders of "matryoshka", the last of them d_sae."""
 
     def __post_init__(self) -> None:
         one_of(self.kind, get_args(Kind), "kind", error=ConfigError)

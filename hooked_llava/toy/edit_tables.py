@@ -25,43 +25,58 @@ _FIRST_WORDING, *_OTHER_WORDINGS = range(len(RELATIONS[0].templates))
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """Questions that say one thing about an edit, as rows of one of the table's two pools."""
+    """Questions that say one thing about an edit, as rows of one of the table's two pools.
+
+    Attributes:
+        name (str): What is asked, in words.
+        role (Literal["efficacy", "generalisation", "specificity", "locality"]): What the answers say of the edit.
+        pool (Literal["images", "words"]): Whether they are asked with images.
+        rows (tuple[int, ...]): Indices of the questions in the pool.
+        expected (tuple[str, ...]): The answer that each should have under the edit.
+    """
 
     name: str
     role: Literal["efficacy", "generalisation", "specificity", "locality"]
     pool: Literal["images", "words"]
-    """Whether they are asked with images."""
     rows: tuple[int, ...]
     expected: tuple[str, ...]
-    """The answer that each should have under the edit."""
 
 
 @dataclass(frozen=True)
 class EditCase:
-    """One fact, what it is to be changed to, and how to find out whether it was."""
+    """One fact, what it is to be changed to, and how to find out whether it was.
+
+    Attributes:
+        relation (str): The relation of the fact: "maker", for example.
+        shape (str): The shape that the fact is about.
+        answer (str): What is true before.
+        target (str): What is to be true after.
+        requests (tuple[Example, ...]): Ways to ask for it that an edit may be computed from: two images, then by name.
+        probes (tuple[ProbeRows, ...]): What to ask afterwards; only the probe "the edited question" shows an image of
+            `requests`.
+    """
 
     relation: str
     shape: str
     answer: str
-    """What is true before."""
     target: str
-    """What is to be true after."""
     requests: tuple[Example, ...]
-    """Ways to ask for it that an edit may be computed from: two images, then by name."""
     probes: tuple[ProbeRows, ...]
-    """What to ask afterwards; only the probe "the edited question" shows an image of `requests`."""
 
 
 @dataclass(frozen=True)
 class EditTable:
-    """All facts as edits, with the questions that many of them share asked only once."""
+    """All facts as edits, with the questions that many of them share asked only once.
+
+    Attributes:
+        cases (tuple[EditCase, ...]): In the order of relations, then shapes.
+        images (tuple[Example, ...]): Questions with an image.
+        words (tuple[Example, ...]): Questions without.
+    """
 
     cases: tuple[EditCase, ...]
-    """In the order of relations, then shapes."""
     images: tuple[Example, ...]
-    """Questions with an image."""
     words: tuple[Example, ...]
-    """Questions without."""
 
 
 def edit_table(seed: int = _SEED, *, n_images: int = _N_IMAGES) -> EditTable:

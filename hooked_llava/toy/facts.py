@@ -14,7 +14,13 @@ _TABLE_SEED = 7919  # the facts are part of the world, so they are the same for 
 
 @dataclass(frozen=True)
 class Relation:
-    """Something one can know about a shape: `templates` ask for it with `{subject}`, `pool` holds what it may be."""
+    """Something one can know about a shape.
+
+    Attributes:
+        name (str): Its name, such as "maker".
+        templates (tuple[str, str, str]): Three wordings of its question, with `{subject}`.
+        pool (tuple[str, ...]): The possible answers.
+    """
 
     name: str
     templates: tuple[str, str, str]

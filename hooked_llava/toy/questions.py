@@ -24,10 +24,20 @@ Pair = tuple[SceneObject, SceneObject]
 class Question:
     """One question with its answer.
 
-    `text` is the question without any template (text-only kinds: the stated facts, then the question); `continuation`
-    is how the assistant's turn begins ("" when the answer comes at once, after the instruction tail). `objects` are the
-    shapes named, in the order of mention, `boxes` their places in the image (None when absent or text-only),
-    `answer_boxes` where the answer is seen.
+    Attributes:
+        kind (str): The kind of question, an entry of `KINDS`.
+        text (str): The question without any template; for text-only kinds the stated facts, then the question.
+        answer (str): The right answer.
+        false_option (str): The wrong option of a question that offers two; "" otherwise.
+        continuation (str): How the assistant's turn begins; "" when the answer comes at once, after the instruction
+            tail.
+        needs_image (bool): Whether it is about an image.
+        objects (tuple[str, ...]): The shapes named, in the order of mention.
+        boxes (tuple[Box | None, ...]): Their boxes in the image in pixels; None for a shape that is absent, or without
+            an image.
+        answer_boxes (tuple[Box, ...]): The boxes where the answer is seen.
+        relation (str): The relation of a question about a fact; "" otherwise.
+        paraphrase (int): Which of the kind's wordings it has.
     """
 
     kind: str

@@ -53,7 +53,15 @@ Look = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape in an image; `box` is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive; `mask` is bool [64, 64]."""
+    """One shape in an image.
+
+    Attributes:
+        shape (str): Name of the shape.
+        color (str): Name of the color.
+        pattern (str): "solid" or "striped".
+        box (Box): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
+        mask (bool [64, 64]): The pixels that it covers.
+    """
 
     shape: str
     color: str
@@ -70,23 +78,31 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class _Draw:
-    """What an image was drawn from, so that it can be drawn again with another object in the same place."""
+    """What an image was drawn from, so that it can be drawn again with another object in the same place.
+
+    Attributes:
+        state (Mapping[str, Any]): The generator's state, once the number of objects was known.
+        order (tuple[int, ...]): For each of the scene's objects, which one it was in drawing.
+    """
 
     generator: type[np.random.BitGenerator]
     state: Mapping[str, Any]
-    """The generator's state, once the number of objects was known."""
     order: tuple[int, ...]
-    """For each of the scene's objects, which one it was in drawing."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and everything that is true of it; `pixels` is uint8 [64, 64, 3]."""
+    """An image and everything that is true of it.
+
+    Attributes:
+        objects (tuple[SceneObject, ...]): Its shapes.
+        pixels (uint8 [64, 64, 3]): The image.
+        draw (_Draw | None): How to draw it again (`recolor`, `replace_object`); None if it is only told.
+    """
 
     objects: tuple[SceneObject, ...]
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)
     draw: _Draw | None = field(default=None, repr=False, compare=False)
-    """How to draw it again (`recolor`, `replace_object`); None if it is only told."""
 
     def render(self) -> Image.Image:
         """The image as an RGB image."""

@@ -11,12 +11,15 @@ from hooked_llava.errors import InputError
 
 
 class Kind(NamedTuple):
-    """How the result of an analysis is shown."""
+    """How the result of an analysis is shown.
+
+    Attributes:
+        figure (str | None): Which function of `hooked_llava.viz` draws it, where there is one of its own.
+        title (str | None): What it is called, where the names of its arrays say less.
+    """
 
     figure: str | None = None
-    """Which function of `hooked_llava.viz` draws it, where there is one of its own."""
     title: str | None = None
-    """What it is called, where the names of its arrays say less."""
 
 
 KINDS = {

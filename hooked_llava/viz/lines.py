@@ -23,12 +23,17 @@ _MARKER, _LARGER = 3.4, 1.8
 
 @dataclass(frozen=True)
 class Curve:
-    """One line to draw: how it is called, how wide it is, and how large its markers are."""
+    """One line to draw: how it is called, how wide it is, and how large its markers are.
+
+    Attributes:
+        first (str): Name of the first of the curves that it stands for.
+        label (str): The names of all of them, joined by = or ≈.
+        width (float): Line width in points.
+        marker_size (float): Marker size in points.
+    """
 
     first: str
-    """Name of the first of the curves that it stands for."""
     label: str
-    """The names of all of them, joined by = or ≈."""
     width: float
     marker_size: float
 

@@ -80,10 +80,15 @@ class Plot(Figure):
 
 @dataclass(frozen=True)
 class ColorScale:
-    """Which colour map, from which value to which."""
+    """Which colour map, from which value to which.
+
+    Attributes:
+        name (str): Name of the map, `DIVERGING` or `SEQUENTIAL`.
+        low (float): The value of the first color.
+        high (float): The value of the last color.
+    """
 
     name: str
-    """Name of the map, `DIVERGING` or `SEQUENTIAL`."""
     low: float
     high: float
 

@@ -34,22 +34,28 @@ PreNorm = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs besides the stream; one object serves all layers of a forward pass."""
+    """What attention needs besides the stream; one object serves all layers of a forward pass.
+
+    Attributes:
+        causal (bool): Whether position q sees exactly the keys up to q and no mask says more.
+        allowed (Bool[Tensor, "batch 1 query key"] | None): Which keys each query may see, when `causal` alone does not
+            say it.
+        rotation (Rotation | None): Rotary cosine and sine of the positions, or None.
+        kv_cache (KVCache | None): Earlier keys and values, when decoding.
+        prefix (SharedPrefix | None): Keys and values of earlier positions, shared by many rows of the batch.
+        queries (Int[Tensor, " query"] | None): Indices of the positions whose output is wanted; the others give keys
+            and values only. None: all.
+        windowed (AttentionContext | None): What layers with a sliding window need instead; None where the window holds
+            all keys.
+    """
 
     causal: bool = False
-    """Whether position q sees exactly the keys up to q and no mask says more."""
     allowed: Bool[Tensor, "batch 1 query key"] | None = None
-    """Which keys each query may see, when `causal` alone does not say it."""
     rotation: Rotation | None = None
-    """Rotary cosine and sine of the positions, or None."""
     kv_cache: KVCache | None = None
-    """Earlier keys and values, when decoding."""
     prefix: SharedPrefix | None = None
-    """Keys and values of earlier positions, shared by many rows of the batch."""
     queries: Int[Tensor, " query"] | None = None
-    """Indices of the positions whose output is wanted; the others give keys and values only. None: all."""
     windowed: AttentionContext | None = None
-    """What layers with a sliding window need instead; None where the window holds all keys."""
 
     def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
         """x at the positions whose output is wanted."""

@@ -25,30 +25,37 @@ class Prefix:
     """Keys and values of the positions before those in the batch, kept from an earlier run.
 
     The batch's rows are grouped by prompt, equally many for each.
+
+    Attributes:
+        k (Float[Tensor, "prompt kv_head key d_head"]): Keys, rotated.
+        v (Float[Tensor, "prompt kv_head key d_head"]): Values.
+        allowed (Bool[Tensor, "any_prompt 1 any_query key"] | None): Which keys the queries may see: False at padding
+            and outside of a sliding window; None where all are seen.
     """
 
     k: Float[Tensor, "prompt kv_head key d_head"]
-    """Keys, rotated."""
     v: Float[Tensor, "prompt kv_head key d_head"]
-    """Values."""
     allowed: Bool[Tensor, "any_prompt 1 any_query key"] | None = None
-    """Which keys the queries may see: False at padding and outside of a sliding window; None where all are seen."""
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The first positions of an earlier run, from which every layer reads its own `Prefix`."""
+    """The first positions of an earlier run, from which every layer reads its own `Prefix`.
+
+    Attributes:
+        kv (KVCache): Keys and values of all layers; they may lie on another device and in another dtype.
+        stop (int): How many of the positions belong to the prefix.
+        allowed (Bool[Tensor, "any_prompt 1 any_query key"] | None): Which keys the queries may see: False at padding
+            and outside of a sliding window; None where all are seen.
+        device (torch.device): Where attention runs.
+        dtype (torch.dtype): The dtype in which attention runs.
+    """
 
     kv: KVCache
-    """Keys and values of all layers; they may lie on another device and in another dtype."""
     stop: int
-    """How many of the positions belong to the prefix."""
     allowed: Bool[Tensor, "any_prompt 1 any_query key"] | None
-    """Which keys the queries may see: False at padding and outside of a sliding window; None where all are seen."""
     device: torch.device
-    """Where attention runs."""
     dtype: torch.dtype
-    """The dtype in which attention runs."""
 
     def at(self, queries: Int[Tensor, " query"]) -> SharedPrefix:
         """The same for some of the queries."""

@@ -88,14 +88,17 @@ def layer_position_maps(
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbouring columns under one name: a token, or an image."""
+    """Neighbouring columns under one name: a token, or an image.
+
+    Attributes:
+        indices (list[int]): Where the result has them.
+        n_columns (int): As many as positions, or one.
+    """
 
     name: str
     positions: list[int]
     indices: list[int]
-    """Where the result has them."""
     n_columns: int
-    """As many as positions, or one."""
 
     @property
     def width(self) -> float:

@@ -36,10 +36,12 @@ class EditPage(Page):
     """An edit as a page; `page.results` hold answers, probes, questions, and sweep if one was given.
 
     `page.question` is what the edit was made for, and `page.answer` what the model says to it with the edit.
+
+    Attributes:
+        answer_before (str): What it says without the edit.
     """
 
     answer_before: str
-    """What it says without the edit."""
 
 
 def edit_page(

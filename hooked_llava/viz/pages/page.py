@@ -27,16 +27,19 @@ _PACKAGES = ("torch", "transformers", "transformer_lens")
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A finished page with the results it shows; in a notebook it shows itself."""
+    """A finished page with the results it shows; in a notebook it shows itself.
+
+    Attributes:
+        question (str): What was asked.
+        answer (str): What the model said, greedily decoded.
+        html (str): The page, self-contained.
+        results (dict[str, Any]): The labelled arrays behind the figures.
+    """
 
     question: str
-    """What was asked."""
     answer: str
-    """What the model said, greedily decoded."""
     html: str = field(repr=False)
-    """The page, self-contained."""
     results: dict[str, Any] = field(repr=False)
-    """The labelled arrays behind the figures."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, all of it or nothing, and return its path; raises `InputError` where that cannot be done."""
