@@ -24,6 +24,7 @@ import hooked_llava
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hook_specs import markdown_table
 from hooked_llava.errors import HookedLLaVAError
+from hooked_llava.options import patch_maps
 
 project = "hooked_llava"
 author = "hooked_llava contributors"
@@ -60,6 +61,14 @@ class HookTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The table's nodes."""
         return self.parse_text_to_nodes(markdown_table(LLaVAConfig.from_hf(LlavaConfig())))
+
+
+class PatchMapTable(SphinxDirective):
+    """`{patch-map-table}`: the methods of `patch_importance`, from `hooked_llava.options.patch_maps`, at build time."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table's nodes."""
+        return self.parse_text_to_nodes(patch_maps.markdown_table())
 
 
 class PublicNames(SphinxDirective):
@@ -126,8 +135,9 @@ def _display(translator: Any, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this: two directives, and formulas as MathML, which browsers draw without a script."""
+    """Sphinx calls this: three directives, and formulas as MathML, which browsers draw without a script."""
     app.connect("autodoc-process-docstring", _as_rst, priority=100)
     app.add_directive("hook-table", HookTable)
+    app.add_directive("patch-map-table", PatchMapTable)
     app.add_directive("public-names", PublicNames)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))

@@ -26,6 +26,7 @@ ROOMS = (
     "errors",
     "checks",
     "storage",
+    "options",
     "architecture",
     "prompt",
     "loading",

@@ -23,6 +23,7 @@ from hooked_llava.cli.options import (
     Top,
 )
 from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, say_where, show_answer, shown_steps
+from hooked_llava.options.patch_maps import PATCH_MAPS
 
 EPILOG = examples(
     'explain demo "What color is the star?" -o report.html',
@@ -31,19 +32,7 @@ EPILOG = examples(
 )
 
 
-class PatchMethod(StrEnum):
-    """How the patch map is made; the names of `patch_importance`."""
-
-    log_increase = "log_increase"
-    attention = "attention"
-    grad_x_input = "grad_x_input"
-    integrated_gradients = "integrated_gradients"
-    rollout = "rollout"
-    relevancy = "relevancy"
-    occlusion = "occlusion"
-    token_ablation = "token_ablation"
-
-
+PatchMethod = StrEnum("PatchMethod", list(PATCH_MAPS))
 Answer = Annotated[
     str | None,
     typer.Option(metavar="TOKEN", help="Explain the logit of this token. Default: the model's own first token."),
@@ -72,7 +61,7 @@ def explain(
     no_image: NoImage = False,
     answer: Answer = None,
     versus: Versus = None,
-    patches: Patches = PatchMethod.log_increase,
+    patches: Patches = PatchMethod("log_increase"),
     occlusion: WithOcclusion = None,
     template: TemplateName = "default",
     max_new_tokens: MaxNewTokens = 20,

@@ -8,6 +8,7 @@ from typing import Any
 
 import xarray as xr
 
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.viz.kinds import kind_of
 from hooked_llava.viz.style import MUTED, Plot
 
@@ -36,6 +37,8 @@ def title_of(result: xr.DataArray | xr.Dataset) -> str:
     if way:
         return f"{_patched(result, name)}, {way}"
     called = kind_of(result).title if name in _SAY_LITTLE else None
+    if attrs.get("analysis") == "patch_importance" and name in PATCH_MAPS:
+        called = PATCH_MAPS[name].title
     title = called or (name or "value").replace("_", " ").capitalize()
     target = attrs.get("target")
     return f"{title} for {_word(target)}" if isinstance(target, str) and target else title

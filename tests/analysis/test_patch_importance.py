@@ -263,7 +263,7 @@ def test_a_map_is_drawn_on_its_image() -> None:
     inputs = model.prepare("What color is the star?", images=torch.rand(3, 16, 16))
     figure = viz.patch_overlay(inputs, importance := patch_importance(model, inputs))
     answer = f" for '{importance.target}'" if importance.target else ""  # a token of random weights may spell nothing
-    assert figure.axes[0].get_title("left") == "Log increase" + answer
+    assert figure.axes[0].get_title("left") == "Log-probability increase" + answer
     assert "log-probability increase" in "".join(axes.get_ylabel() for axes in figure.axes)
 
 

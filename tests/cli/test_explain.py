@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from typing import get_args
-
-from hooked_llava.analysis.patch_importance import Method
 from hooked_llava.cli.explain import PatchMethod
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.viz.pages.explain import OCCLUDED_UNASKED
 from tests.cli.running import QUESTION, run
 
@@ -38,6 +36,6 @@ def test_explain_draws_the_patch_map_that_was_asked_for(checkpoint, image, tmp_p
 
 
 def test_methods_are_those_of_the_library():
-    assert tuple(PatchMethod) == get_args(Method)
+    assert tuple(PatchMethod) == tuple(PATCH_MAPS)
     assert "Default: up to 256 patches" in run("explain", "--help").stdout
     assert OCCLUDED_UNASKED == 256

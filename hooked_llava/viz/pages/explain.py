@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import xarray as xr
 
@@ -14,9 +14,10 @@ from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
-from hooked_llava.analysis.patch_importance import Method, patch_importance
+from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.checks import one_of
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
@@ -43,7 +44,7 @@ class _Options:
     answer: str | int | None
     baseline: str | int | None
     k: int
-    patches: Method
+    patches: str
     occlusion: bool | None
 
 
@@ -64,7 +65,7 @@ def explain(
     max_new_tokens: int = 20,
     k: int = 5,
     n_heads: int = 8,
-    patches: Method = "log_increase",
+    patches: str = "log_increase",
     occlusion: bool | None = None,
     on_step: Callable[[str], None] | None = None,
 ) -> Report:
@@ -92,7 +93,7 @@ def explain(
     True
     """
     prompt = one_prompt(model, inputs, "explain")
-    one_of(patches, get_args(Method), "patches")
+    one_of(patches, PATCH_MAPS, "patches")
     k = min(k, model.cfg.d_vocab)
     options = _Options(answer=answer, baseline=baseline, k=k, patches=patches, occlusion=occlusion)
     started = perf_counter()
@@ -138,7 +139,7 @@ def _patch_maps(
     """The chosen patch map, and occlusion beside it unless that is it already or would take too long unasked."""
     begin("patches")
     window: dict[str, Any] = {"window": max(1, min(prompt.patch_grid) // _WINDOWS)}
-    own = window if options.patches in ("occlusion", "token_ablation") else {}
+    own = window if "window" in PATCH_MAPS[options.patches].options else {}
     maps = {"patches": patch_importance(model, prompt, scored, method=options.patches, **own)}
     n_patches = prompt.n_images * model.config.vision.n_patches
     wanted = n_patches <= OCCLUDED_UNASKED if options.occlusion is None else options.occlusion

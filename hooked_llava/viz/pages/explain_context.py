@@ -12,6 +12,7 @@ from hooked_llava.analysis.attribution_patching import agreement
 from hooked_llava.analysis.head_scores import top_heads
 from hooked_llava.analysis.logit_attribution import contribution_sums
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
@@ -24,30 +25,6 @@ from hooked_llava.viz.style import SEQUENTIAL, ColorScale
 
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
 _BEST_HEADS = 5
-_METHODS = {
-    "log_increase": "Log-probability increase",
-    "attention": "Mean attention",
-    "grad_x_input": "Gradient × input",
-    "integrated_gradients": "Integrated gradients",
-    "rollout": "Attention rollout",
-    "relevancy": "Relevancy",
-    "occlusion": "Occlusion",
-    "token_ablation": "Ablated image tokens",
-}
-_MEANING = {
-    "log_increase": "how much likelier the answer becomes when what one head (the one with the largest score above) "
-    "brings from a patch is added to the stream entering its layer, S(A v W_O | x), read with the final norm's scale "
-    "held (Yu & Ananiadou, arXiv 2411.10950)",
-    "attention": "attention from the last position, averaged over all heads of all layers; it knows nothing of the answer",
-    "grad_x_input": "gradient of log P times the image embedding, to first order what the embedding adds",
-    "integrated_gradients": "the gradient of log P averaged on the line from the image's mean embedding to each "
-    "patch's own, times their difference (arXiv 1703.01365)",
-    "rollout": "attention multiplied through all layers, the residual stream counted as attention to oneself "
-    "(arXiv 2005.00928); it knows nothing of the answer",
-    "relevancy": "attention times its gradient, where positive, accumulated through all layers (arXiv 2103.15679)",
-    "occlusion": "what log P loses when a patch is painted grey in the image, and the model is run again",
-    "token_ablation": "what log P loses when a patch's image embedding is replaced by the image's mean embedding",
-}
 
 
 def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_heads: int) -> dict[str, Any]:
@@ -121,9 +98,9 @@ def _map(shown: xr.DataArray, drawn_on: Inputs | Image.Image, image: int) -> dic
     squares = f" (squares of {window} x {window} patches; each patch has the mean over those that hold it)"
     return {
         "method": method,
-        "title": _METHODS[method] + which,
+        "title": PATCH_MAPS[method].title + which,
         "figure": patch_overlay(drawn_on, shown, image=image, title=""),
-        "meaning": _MEANING[method] + (squares if window > 1 else ""),
+        "meaning": PATCH_MAPS[method].meaning + (squares if window > 1 else ""),
         "largest": f"{float(shown.max()):.2g}",
         "cost": f"{cost:.0f} forward pass{'' if round(cost) == 1 else 'es'}",
     }

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from hooked_llava.analysis.head_scores import top_heads
-from hooked_llava.analysis.patch_importance import Method, patch_importance
+from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.viz.pages import explain as explain_module
-from hooked_llava.viz.pages import explain_context
 from hooked_llava.viz.pages.explain import STEPS, Report, explain
 from tests.builders import make_hf_model
 from tests.pairs import as_users_run
@@ -132,10 +130,6 @@ def test_the_method_of_the_patch_map_can_be_chosen(model, inputs):
     assert "Occlusion, the comparison by intervention, was left out" in chosen.html
     with as_users_run(), pytest.raises(InputError, match=r"patches='relevance'; expected one of .* mean: relevancy"):
         explain(model, inputs, patches="relevance")
-
-
-def test_every_method_has_a_name_and_a_meaning():
-    assert tuple(explain_context._METHODS) == tuple(explain_context._MEANING) == get_args(Method)
 
 
 @pytest.mark.parametrize(
