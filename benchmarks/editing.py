@@ -37,6 +37,7 @@ from hooked_llava.analysis.causal_trace import LOWERED, causal_trace, was_lowere
 from hooked_llava.editing import Edit, EditRequest, multedit, sequential_edits
 from hooked_llava.experiments.corruptions import OtherImage
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.results.map_quality import rank_correlation
 from hooked_llava.toy.edit_tables import THIS, edit_table
 
 CHECKPOINTS = ("tiny-shapes-seed0", "tiny-shapes-seed1", "tiny-shapes-seed2")
@@ -222,7 +223,7 @@ def correlations(results: Found) -> dict[str, dict[str, float | None]]:
             effect = [cell["indirect_effect"] for cell in chosen]
             name = f"{checkpoint}, {'all cells' if where == 'all' else f'position {where}'} ({traced})"
             found[name] = {
-                success: _spearman(effect, [cell[success] for cell in chosen])
+                success: _correlation(effect, [cell[success] for cell in chosen])
                 for success in ("efficacy", "generalisation", "score")
             }
     return found
@@ -235,17 +236,10 @@ def correlation_table(found: dict[str, dict[str, float | None]]) -> str:
     return markdown(columns, rows, "trace's indirect effect against")
 
 
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation, ties sharing their mean rank; None where one side does not vary."""
-    ranks = [_ranks(values) for values in (a, b)]
-    if any(np.ptp(r) == 0 for r in ranks):
-        return None
-    return round(float(np.corrcoef(ranks)[0, 1]), 4)
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values)
-    return np.array([(array < x).sum() + ((array == x).sum() - 1) / 2 for x in array])
+def _correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation; None where one side does not vary."""
+    found = rank_correlation(a, b)
+    return None if np.isnan(found) else round(found, 4)
 
 
 def tables(report: Found) -> dict[str, str]:

@@ -28,6 +28,7 @@ from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.results.arrays import check_sizes, stack, to_numpy
+from hooked_llava.results.map_quality import rank_correlation
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -153,16 +154,7 @@ def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
         raise InputError(f"The maps have axes {exact.dims} and {estimate.dims}; compare maps with the same axes.")
     first, second = xr.align(exact, estimate.transpose(*exact.dims), join="inner")
     pairs = np.stack([first.values.ravel(), second.values.ravel()]).astype(np.float64)
-    ranks = np.stack([_ranks(row) for row in pairs[:, np.isfinite(pairs).all(0)]])
-    centred = ranks - ranks.mean(1, keepdims=True) if ranks.size else ranks
-    spread = np.sqrt((centred**2).sum(1))
-    return float(centred[0] @ centred[1] / spread.prod()) if spread.all() else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each value, equal ones sharing their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return rank_correlation(*pairs[:, np.isfinite(pairs).all(0)])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ of the patches only, so maps in different units can be compared; ties count half
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +73,13 @@ def roc_auc(
     >>> roc_auc(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).tolist()
     [0.75]
     """
+    from scipy.stats import mannwhitneyu
 
     def one(values: np.ndarray, is_one: np.ndarray) -> float:
-        n_pos, n_neg = int(is_one.sum()), int((~is_one).sum())
-        if not n_pos or not n_neg:
+        if is_one.all():
             return float("nan")
-        below = np.sort(values[~is_one])
-        wins = np.searchsorted(below, values[is_one], "left") + np.searchsorted(below, values[is_one], "right")
-        return float(wins.sum() / 2 / n_pos / n_neg)
+        wins = mannwhitneyu(values[is_one], values[~is_one], method="asymptotic").statistic
+        return wins / is_one.sum() / (~is_one).sum()
 
     return _each(one, scores, positive, among)
 
@@ -92,17 +92,9 @@ def average_precision(
     >>> average_precision(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).round(3).tolist()
     [0.833]
     """
+    from sklearn.metrics import average_precision_score
 
-    def one(values: np.ndarray, is_one: np.ndarray) -> float:
-        if not is_one.any():
-            return float("nan")
-        order = np.argsort(-values, kind="stable")
-        hits = np.cumsum(is_one[order])
-        ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last of each group of equals
-        gained = np.diff(hits[ends], prepend=0) / hits[-1]
-        return float((gained * hits[ends] / (ends + 1)).sum())
-
-    return _each(one, scores, positive)
+    return _each(lambda values, is_one: average_precision_score(is_one, values), scores, positive)
 
 
 def pointing(
@@ -113,11 +105,7 @@ def pointing(
     >>> pointing(np.array([[0.1, 0.8, 0.8]]), np.array([[False, True, False]])).tolist()
     [0.5]
     """
-
-    def one(values: np.ndarray, is_one: np.ndarray) -> float:
-        return float(is_one[values == values.max()].mean()) if is_one.any() else float("nan")
-
-    return _each(one, scores, positive)
+    return _each(lambda values, is_one: is_one[values == values.max()].mean(), scores, positive)
 
 
 def iou_at_size(
@@ -131,13 +119,11 @@ def iou_at_size(
 
     def one(values: np.ndarray, is_one: np.ndarray) -> float:
         n = int(is_one.sum())
-        if not n:
-            return float("nan")
         edge = np.sort(values)[-n]
         above, at_edge = values > edge, values == edge
         share = (n - above.sum()) / at_edge.sum()
         both = is_one[above].sum() + share * is_one[at_edge].sum()
-        return float(both / (2 * n - both))
+        return both / (2 * n - both)
 
     return _each(one, scores, positive)
 
@@ -149,6 +135,19 @@ def auroc(sign: Sequence[float] | np.ndarray, wrong: Sequence[bool] | np.ndarray
     1.0
     """
     return float(roc_auc(np.asarray(sign, dtype=np.float64)[None], np.asarray(wrong, dtype=bool)[None])[0])
+
+
+def rank_correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation; equal values share their mean rank, and NaN where one side is constant.
+
+    >>> rank_correlation([1.0, 5.0, 9.0], [0.0, 1.0, 30.0])
+    1.0
+    """
+    from scipy.stats import spearmanr
+
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)
 
 
 def bootstrap(
@@ -175,9 +174,19 @@ def bootstrap(
     if statistic is None:
         mean, low, high = mean_intervals(array, n=n, level=level, seed=seed).tolist()
         return mean, low, high
-    rng = np.random.default_rng(seed)
-    drawn = np.array([statistic(array[rng.integers(len(array), size=len(array))]) for _ in range(n)])
     value = float(statistic(array))
+    if len(array) == 1:
+        return value, value, value
+    from scipy import stats
+
+    def of_cases(cases: np.ndarray) -> float:
+        return statistic(array[cases])
+
+    how: dict[str, Any] = {"n_resamples": n, "vectorized": False, "method": "percentile"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # samples without the statistic are left out below
+        found = stats.bootstrap((np.arange(len(array)),), of_cases, rng=np.random.default_rng(seed), **how)
+    drawn = found.bootstrap_distribution
     if np.isnan(drawn).all():
         return value, float("nan"), float("nan")
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -233,7 +242,13 @@ def _each(
     positive: np.ndarray,
     among: np.ndarray | None = None,
 ) -> Float[np.ndarray, " row"]:
-    rows = zip(scores, positive, strict=True)
+    """A measure of each row, [row]; NaN for a row without a positive item or with a score that is NaN."""
+
+    def measured(values: np.ndarray, is_one: np.ndarray) -> float:
+        if np.isnan(values).any() or not is_one.any():
+            return float("nan")
+        return float(one(np.nan_to_num(values), is_one))  # infinite scores as the largest numbers, which sklearn takes
+
     if among is None:
-        return np.array([one(values, is_one) for values, is_one in rows])
-    return np.array([one(values[a], is_one[a]) for (values, is_one), a in zip(rows, among, strict=True)])
+        among = np.ones_like(positive)
+    return np.array([measured(*(part[a] for part in row)) for *row, a in zip(scores, positive, among, strict=True)])
