@@ -19,9 +19,10 @@ from hooked_llava.analysis.head_ablation import ablate_heads
 from hooked_llava.analysis.head_readings import attention_to_object, head_readings
 from hooked_llava.analysis.head_scores import head_scores, heads_by_attention, layer_scores, position_scores, top_heads
 from hooked_llava.analysis.information_storage import information_storage
-from hooked_llava.analysis.knockout import attention_knockout, flow_summary, knockout_study
+from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
+from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.datasets import StudyRow, by_kind
 from hooked_llava.experiments.corruptions import MeanEmbedding, OtherImage
 from tests.compiled import CompiledLLaVA

@@ -20,13 +20,14 @@ from hooked_llava.analysis.head_scores import (
 )
 from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.information_storage import information_storage, reciprocal_rank
-from hooked_llava.analysis.knockout import attention_knockout, flow_summary, knockout_study
+from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.logit_attribution import contribution_sums, logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.studies.flow import flow_study
+from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.results.arrays import recovered
 
 __all__ = [

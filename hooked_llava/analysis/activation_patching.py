@@ -21,8 +21,9 @@ from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
-from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.experiments.pairs import prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention

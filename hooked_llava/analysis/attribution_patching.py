@@ -22,9 +22,10 @@ from torch import Tensor
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
-from hooked_llava.experiments.pairs import Direction, check_direction, prompt_pairs
+from hooked_llava.experiments.pairs import prompt_pairs
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.results.arrays import check_sizes, stack, to_numpy

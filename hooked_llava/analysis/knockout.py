@@ -30,11 +30,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, is_whole_number
-from hooked_llava.datasets.rows import StudyRow
-from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.edges import Edge, Edges, edges_of, marked, study_edges
+from hooked_llava.experiments.edges import Edge, Edges, edges_of, marked
 from hooked_llava.experiments.windows import centred_window, paper_width
+from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
 from hooked_llava.readout.answer_tokens import Answer
 from hooked_llava.readout.metrics import Metric, logit_difference, measured
@@ -44,7 +43,6 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
 
 PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 """What Zhang et al. block in every prompt."""
@@ -54,13 +52,6 @@ CLOSED_EDGES = ("image->question|rest|last", "question|rest->last")
 """What the released grouping leaves open: with the text around the question included."""
 Window = int | Literal["all"] | None
 Word = str | SupportsIndex | Answer | Sequence[SupportsIndex]
-MetricName = Literal["relative_change", "probability", "log_probability", "logit_difference"]
-_UNITS = {
-    "relative_change": "% of the answer's probability",
-    "probability": "probability",
-    "log_probability": "nats",
-    "logit_difference": "logits",
-}
 _OTHER = "change of the metric"
 
 
@@ -111,7 +102,7 @@ def attention_knockout(
     >>> dict(result.effect.sizes) == {"edge": 2, "layer": model.cfg.n_layers}
     True
     """
-    named, windows = edges_of(edges), _windows(window, centers, model.cfg.n_layers)
+    named, windows = edges_of(edges), windows_of(window, centers, model.cfg.n_layers)
     reading = read_answer(model, inputs, answer)
     with_ends, present = marked(reading.inputs, named, missing=missing, seed=seed)
     against = None if baseline is None else read_answer(model, inputs, baseline, "baseline")
@@ -124,63 +115,6 @@ def attention_knockout(
         scores = _Scores.of(replay, reading, against, metric)
         result = _labelled(_run(replay, plan, scores, batch_size), scores, named, windows, present)
         return result.assign_attrs(made.attrs(**scores.attrs(model), work=replay.work.forwards, runs=len(plan)))
-
-
-def knockout_study(
-    model: HookedLLaVA,
-    rows: Sequence[StudyRow],
-    edges: Edges = (*PAPER_EDGES, *OBJECT_EDGES),
-    window: Window = None,
-    *,
-    metric: MetricName = "relative_change",
-    total: bool = True,
-    seed: int = 0,
-    **options: Any,
-) -> xr.Dataset:
-    """`attention_knockout` of every question of a table, side by side on an axis `question`; see `datasets.study`.
-
-    Zhang et al. ask LLaVA-1.5 as its older code did: with template="vicuna-v1" and tail=GQA_TAIL (of
-    `hooked_llava.datasets`) their prompts are the same token by token; the default template has no system prompt.
-
-    Args:
-        model: the model.
-        rows: the questions.
-        edges: as for `attention_knockout`, between spans; NaN where a question does not have one (no object in the
-            image).
-        window: likewise.
-        metric: a named one that needs no further word: "relative_change", "probability" or "log_probability", of the
-            model's own answer.
-        total: also block all layers at once; with window="all" that is done anyway, and not done twice.
-        seed: of the random patches.
-        options: of `datasets.study`: `images`, `out`, `only_correct`, `match`, `batch_size`, `template`, `tail`, `coverage`.
-
-    `datasets.by_kind` averages the result, and `flow_summary` turns the curves into numbers. Raises as both functions, for
-    misspelt spans and for edges of numbered positions before anything is asked.
-
-    >>> from hooked_llava import HookedLLaVA
-    >>> row = StudyRow(id="1", question="Who made the star?", answer="?", kind="fact")
-    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> knockout_study(model, [row], ["question->last"], only_correct=False).effect.dims
-    ('question', 'edge', 'layer')
-    """
-    about = study_settings(model, edges, window, metric, seed) | {"total": total, "analysis": "attention_knockout"}
-
-    def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
-        how = {"metric": metric, "total": total and window != "all", "missing": "skip", "seed": seed}
-        return attention_knockout(model, inputs, edges, window, **how)
-
-    return study(model, rows, run, about=about, **options)
-
-
-def study_settings(model: HookedLLaVA, edges: Edges, window: Window, metric: MetricName, seed: int) -> dict[str, Any]:
-    """How a study blocks and measures, in plain values and checked before it begins; raises as `knockout_study`."""
-    named = study_edges(edges)
-    _windows(window, None, model.cfg.n_layers)
-    if metric not in _UNITS or metric == "logit_difference":
-        names = [name for name in _UNITS if name != "logit_difference"]
-        raise InputError(f"metric={metric!r}; expected {', '.join(names)}, which need no word but the model's answer.")
-    ends = [[edge.name, edge.source, edge.target] for edge in named]
-    return {"edges": ends, "window": window, "metric": metric, "seed": seed}
 
 
 def flow_summary(result: xr.Dataset | xr.DataArray, *, least: float | None = None) -> xr.Dataset:
@@ -231,8 +165,8 @@ def _peak(curve: np.ndarray, layers: np.ndarray, least: float) -> np.ndarray:
     return np.array([layers[at], curve[at], (stretch == stretch[at]).sum(), len(starts)], dtype=float)
 
 
-def _windows(window: Window, centers: int | Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
-    """Layers that are blocked together, by the centre of their window."""
+def windows_of(window: Window, centers: int | Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
+    """Layers that are blocked together, by the centre of their window; raises `InputError` for what is none."""
     if window == "all":
         if centers is not None:
             raise InputError("window='all' blocks every layer at once and has no centre; leave centers= out.")
@@ -249,8 +183,10 @@ def _named(metric: MetricName | Metric) -> str:
 
 
 def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading | None) -> None:
-    if not callable(metric) and metric not in _UNITS:
-        raise InputError(f"metric={metric!r}; expected {', '.join(_UNITS)}, or a function of logits [..., d_vocab].")
+    if not callable(metric) and metric not in KNOCKOUT_METRICS:
+        raise InputError(
+            f"metric={metric!r}; expected {', '.join(KNOCKOUT_METRICS)}, or a function of logits [..., d_vocab]."
+        )
     if (metric == "logit_difference") != (baseline is not None):
         raise InputError(
             "metric='logit_difference' and baseline= belong together: the logit of which token is subtracted?"
@@ -316,7 +252,7 @@ class _Scores:
     @property
     def units(self) -> str:
         """What the effect is measured in."""
-        return _UNITS.get(self.metric, _OTHER) if isinstance(self.metric, str) else _OTHER
+        return KNOCKOUT_METRICS[self.metric].units if isinstance(self.metric, str) else _OTHER
 
     def __call__(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "run prompt 2"]:
         rows, ids = self.reading.shaped(logits, len(logits)), self.reading.ids

@@ -31,6 +31,7 @@ from hooked_llava.cli.terminal import (
     shown_steps,
 )
 from hooked_llava.errors import InputError
+from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, OF_THE_ANSWER
 
 if TYPE_CHECKING:
     from hooked_llava.datasets import StudyRow
@@ -54,14 +55,7 @@ Limit = Annotated[
 ]
 
 
-class Metric(StrEnum):
-    """What is compared with and without an edge."""
-
-    relative_change = "relative_change"
-    probability = "probability"
-    log_probability = "log_probability"
-
-
+Metric = StrEnum("Metric", OF_THE_ANSWER)
 TableName = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +64,12 @@ TableName = Annotated[
     ),
 ]
 MetricOption = Annotated[
-    Metric, typer.Option(help="What is compared: the answer's probability in percent, as it is, or its logarithm.")
+    Metric,
+    typer.Option(
+        help="What is compared. "
+        + "; ".join(f"{name}: {KNOCKOUT_METRICS[name].meaning}" for name in OF_THE_ANSWER)
+        + "."
+    ),
 ]
 # None where they are not given, so that one that does nothing can be refused.
 BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of a table at once. Default: 8.")]
@@ -103,7 +102,7 @@ def knockout(
     box: Boxes = None,
     edge: EdgeNames = None,
     window: Window = None,
-    metric: MetricOption = Metric.relative_change,
+    metric: MetricOption = Metric("relative_change"),
     dataset: TableName = None,
     images: ImageFolder = None,
     limit: Limit = None,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from hooked_llava.cli.common import check_writable, load_model, open_image, template_name
 from hooked_llava.cli.options import EMBEDDED_MODEL, Device, DTypeOption, MaxNewTokens, Model, Output, TemplateName
 from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, out, say_where, shown_steps
+from hooked_llava.options.directions import DIRECTIONS, Direction
 
 if TYPE_CHECKING:
     from hooked_llava.viz import PatchingReport
@@ -21,13 +22,7 @@ EPILOG = examples(
 )
 
 
-class Way(StrEnum):
-    """Which run's activations are put into which."""
-
-    denoise = "denoise"
-    noise = "noise"
-
-
+Way = StrEnum("Way", list(DIRECTIONS))
 CleanImage = Annotated[
     str, typer.Argument(metavar="CLEAN_IMAGE", help="An image: a file, or the name of a bundled one.")
 ]
@@ -35,12 +30,7 @@ CorruptedImage = Annotated[
     str, typer.Argument(metavar="CORRUPTED_IMAGE", help="Another, about which the answer is another.")
 ]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked about both, in quotes.")]
-WayOption = Annotated[
-    Way,
-    typer.Option(
-        help="denoise: clean activations into the corrupted run, is a place enough? noise: the reverse, is it needed?"
-    ),
-]
+WayOption = Annotated[Way, typer.Option(help=" ".join(f"{name}: {way.meaning}" for name, way in DIRECTIONS.items()))]
 Answer = Annotated[
     str | None,
     typer.Option(metavar="TOKEN", help="Follow the logit of this token. Default: the answer to the clean image."),
@@ -65,7 +55,7 @@ def patch(
     question: Question,
     output: Output = Path("patching.html"),
     model: Model = EMBEDDED_MODEL,
-    direction: WayOption = Way.denoise,
+    direction: WayOption = Way("denoise"),
     answer: Answer = None,
     versus: Versus = None,
     max_runs: MaxRuns = 2000,
@@ -91,7 +81,7 @@ def patch(
                 *pair,
                 answer=answer,
                 baseline=versus,
-                direction=direction.value,
+                direction=cast("Direction", direction.value),
                 max_runs=max_runs,
                 max_new_tokens=max_new_tokens,
                 on_step=on_step,

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hooked_llava.experiments.pairs import Direction
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.directions import Direction
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metric_names import about_metric
 from hooked_llava.readout.metrics import Metric, measured, own_answers, value_of

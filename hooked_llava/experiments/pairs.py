@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hooked_llava.architecture.boxes import BoxLike, checked_box
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
-from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
@@ -23,9 +22,6 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
-
-Direction = Literal["denoise", "noise"]
-"""Clean activations into the corrupted run, or corrupted ones into the clean run."""
 
 _NOISE = 3.0  # Meng et al. 2022 (arXiv 2202.05262) corrupt with three times the spread of the token embeddings
 _SHOWN = 12  # questions of a pool that an error lists
@@ -41,12 +37,6 @@ def check_pair(clean: Inputs, corrupted: Inputs) -> None:
             "The clean and the corrupted prompt do not match position by position, so an activation of one has no "
             f"place in the other. Word them alike.\n\nclean:\n{clean}\n\ncorrupted:\n{corrupted}"
         )
-
-
-def check_direction(direction: str) -> None:
-    """Raise `InputError` for anything but "denoise" and "noise"."""
-    meaning = "'denoise' (clean activations into the corrupted run) or 'noise' (the reverse)"
-    one_of(direction, ("denoise", "noise"), "direction", expected=meaning)
 
 
 def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image patch_row patch_col"]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import xarray as xr
 
+from hooked_llava.options.directions import DIRECTIONS
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.viz.kinds import kind_of
 from hooked_llava.viz.style import MUTED, Plot
 
 _SAY_LITTLE = ("", "value", "probability")
 _OF_LAYERS = ("attention_knockout", "causal_trace")  # whose windows are of layers
-_WAYS = {"denoise": "clean into the corrupted run", "noise": "corrupted into the clean run"}
 _LONGEST = 60  # letters of a prompt or a token
 _PER_INCH = 17.0  # letters of the note
 
@@ -33,9 +33,8 @@ def title_of(result: xr.DataArray | xr.Dataset) -> str:
         return f"Direct contribution to the logit of {_word(answer)}" + (
             f" minus that of {_word(baseline)}" if baseline else ""
         )
-    way = _WAYS.get(str(attrs.get("direction")))
-    if way:
-        return f"{_patched(result, name)}, {way}"
+    if attrs.get("direction") in DIRECTIONS:
+        return f"{_patched(result, name)}, {DIRECTIONS[attrs['direction']].title}"
     called = kind_of(result).title if name in _SAY_LITTLE else None
     if attrs.get("analysis") == "patch_importance" and name in PATCH_MAPS:
         called = PATCH_MAPS[name].title

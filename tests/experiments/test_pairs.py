@@ -12,7 +12,6 @@ import torch
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.pairs import (
     blank_image,
-    check_direction,
     check_pair,
     gaussian_noise,
     mean_embedding,
@@ -23,6 +22,7 @@ from hooked_llava.experiments.pairs import (
     without_object,
 )
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.directions import check_direction
 from hooked_llava.replay import Replay
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair

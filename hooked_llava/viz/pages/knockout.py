@@ -14,7 +14,6 @@ from hooked_llava.analysis.knockout import (
     CLOSED_EDGES,
     OBJECT_EDGES,
     PAPER_EDGES,
-    MetricName,
     Window,
     attention_knockout,
     flow_summary,
@@ -24,6 +23,7 @@ from hooked_llava.datasets.study import by_kind
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.knockout_metrics import MetricName
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text

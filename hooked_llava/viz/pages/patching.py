@@ -13,8 +13,9 @@ from torch import Tensor
 from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.attribution_patching import attribution_patching
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.pairs import Direction, check_direction, check_pair
+from hooked_llava.experiments.pairs import check_pair
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text

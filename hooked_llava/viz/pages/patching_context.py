@@ -11,8 +11,9 @@ from PIL import Image
 
 from hooked_llava.analysis.attribution_patching import agreement
 from hooked_llava.analysis.deciding_places import deciding_places
-from hooked_llava.experiments.pairs import Direction, changed_patches
+from hooked_llava.experiments.pairs import changed_patches
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.directions import Direction
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.results.arrays import recovered
