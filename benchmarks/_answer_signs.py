@@ -17,16 +17,18 @@ from hooked_llava.results.map_quality import auroc, bootstrap
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import SHAPES, Scene
 
+Asked = list[tuple[Example, bool | None]]
+"""Questions, and for each whether its answer is wrong; None where that is what the model says."""
 FEWEST = 5
 """Wrong answers from which on an AUROC is given."""
 _SEED = 7
 NOISE = 90.0
 
 
-def absent(n: int, kind: str = "query_color") -> list[tuple[Example, bool]]:
+def absent(n: int, kind: str = "query_color") -> Asked:
     """Half the questions as they are, half about a shape that is not in the image: whatever is answered is made up."""
     rng = np.random.default_rng(_SEED)
-    found = []
+    found: Asked = []
     for i, example in enumerate(held_out(kind, n)):
         assert example.scene is not None
         if i % 2 == 0:
@@ -39,10 +41,10 @@ def absent(n: int, kind: str = "query_color") -> list[tuple[Example, bool]]:
     return found
 
 
-def noisy(n: int, kind: str, sigma: float = NOISE) -> list[tuple[Example, None]]:
+def noisy(n: int, kind: str, sigma: float = NOISE) -> Asked:
     """Held-out questions with noise on the images, so that some answers are wrong."""
     rng = np.random.default_rng(_SEED)
-    found = []
+    found: Asked = []
     for example in held_out(kind, n):
         assert example.scene is not None
         pixels = example.scene.pixels + rng.normal(0, sigma, example.scene.pixels.shape)
@@ -51,14 +53,13 @@ def noisy(n: int, kind: str, sigma: float = NOISE) -> list[tuple[Example, None]]
     return found
 
 
-CASES: dict[str, Callable[[int], list[tuple[Example, bool | None]]]] = {
+CASES: dict[str, Callable[[int], Asked]] = {
     "colour of an absent object (half of the questions)": absent,
     '"is there a ...", wrong colours and absent shapes': lambda n: [(e, None) for e in held_out("exist", n)],
     '"is there a ...", noisy images': lambda n: noisy(n, "exist"),
     "colour, noisy images": lambda n: noisy(n, "query_color"),
     "relations of two objects": lambda n: [(e, None) for e in held_out("choose_rel", n)],
 }
-"""Questions, and for each whether its answer is wrong; None where that is what the model says."""
 
 
 def measure(model: HookedLLaVA, n: int) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def measure(model: HookedLLaVA, n: int) -> dict[str, Any]:
     found = {}
     for name, make in CASES.items():
         asked = make(n)
-        signs, wrong = [], []
+        signs: list[xr.Dataset] = []
+        wrong: list[bool] = []
         for batch in batches(asked):
             examples = [example for example, _ in batch]
             images = [e.scene.render() for e in examples if e.scene is not None]

@@ -87,7 +87,8 @@ def bridge_works(bridge: Any, inputs: dict[str, Tensor]) -> list[Work | None]:
 
 
 def nnsight_works(hf_model: Any, inputs: dict[str, Tensor]) -> list[Work | None]:
-    from nnsight import NNsight  # its trace reads the source of the with blocks; results leave them in a dict
+    # An optional package. Its trace reads the source of the with blocks; results leave them in a dict.
+    from nnsight import NNsight  # pyright: ignore[reportMissingImports]
 
     model = NNsight(hf_model)
     layers = model.model.language_model.layers

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 POSITIONS = {"medium": 620, "tiny-shapes": 88, "quick": 40}
 """Geometries, and how many positions a prompt has in each."""
@@ -61,22 +61,29 @@ def make_config(
         tie_word_embeddings=False,
     )
     seq_length = (image_size // patch_size) ** 2
-    return LlavaConfig(
+    config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         vision_feature_layer=-2,
         image_seq_length=seq_length,
-        image_token_id=_IMAGE,
-        pad_token_id=_PAD,
+        image_token_index=_IMAGE,
         tie_word_embeddings=False,
     )
+    config.pad_token_id = _PAD
+    return config
+
+
+def _vision(config: LlavaConfig) -> PreTrainedConfig:
+    """The vision tower's sizes, which transformers declares as any config or none."""
+    assert isinstance(config.vision_config, PreTrainedConfig)
+    return config.vision_config
 
 
 def random_hf_model(config: LlavaConfig, attention: str = "sdpa") -> LlavaForConditionalGeneration:
     """Seeded random weights in Hugging Face's class; generation never meets an end token."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    config.eos_token_id = config.text_config.eos_token_id = None
+    config.eos_token_id = config.get_text_config().eos_token_id = None
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
@@ -86,13 +93,13 @@ def random_hf_model(config: LlavaConfig, attention: str = "sdpa") -> LlavaForCon
 def random_prompt(config: LlavaConfig, n_positions: int, *, batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
     """Tensors as a processor returns them: one image a row, then text; row i has `i * pad` pads on its left."""
     torch.manual_seed(1)
-    size, n_features = config.vision_config.image_size, config.image_seq_length
-    image = config.image_token_id
-    ids = torch.randint(_FIRST_TEXT, config.text_config.vocab_size, (batch, n_positions))
-    ids[ids == image] += 1 if image + 1 < config.text_config.vocab_size else -1
+    text, n_features, image = config.get_text_config(), config.image_seq_length, config.image_token_index
+    size = _vision(config).image_size
+    ids = torch.randint(_FIRST_TEXT, text.vocab_size, (batch, n_positions))
+    ids[ids == image] += 1 if image + 1 < text.vocab_size else -1
     mask = torch.ones_like(ids)
     for row in range(batch):
-        mask[row, : row * pad], ids[row, : row * pad] = 0, config.text_config.pad_token_id
+        mask[row, : row * pad], ids[row, : row * pad] = 0, text.pad_token_id
         first = row * pad + 1
         ids[row, first : first + n_features] = image
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch, 3, size, size)}
@@ -122,7 +129,7 @@ def has_nnsight() -> bool:
 
 def sizes(config: LlavaConfig, n_positions: int) -> dict[str, int]:
     """The geometry in numbers, for the result file."""
-    vision, text = config.vision_config, config.text_config
+    vision, text = _vision(config), config.get_text_config()
     return {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,

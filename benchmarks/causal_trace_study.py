@@ -86,11 +86,11 @@ def agreement(first: Measured, second: Measured) -> float | None:
     if "roles" not in first or "roles" not in second:
         return None
     roles = [role for role in first["roles"] if role in second["roles"]]
-    flat = [
-        np.array(one["indirect_effect"])[..., [one["roles"].index(role) for role in roles]].ravel()
-        for one in (first, second)
-    ]
-    return round(float(np.corrcoef(*flat)[0, 1]), 3)
+    one, other = (
+        np.array(table["indirect_effect"])[..., [table["roles"].index(role) for role in roles]].ravel()
+        for table in (first, second)
+    )
+    return round(float(np.corrcoef(one, other)[0, 1]), 3)
 
 
 def messages(model: HookedLLaVA, rows: Sequence[StudyRow]) -> Measured:
@@ -117,7 +117,9 @@ def errors(model: HookedLLaVA, n: int, kind: str = "choose_rel") -> Measured:
     right: list[bool] = []
     for start_at in range(0, n, _BATCH):
         batch = examples[start_at : start_at + _BATCH]
-        prompts = model.prepare([e.question.text for e in batch], [e.scene.render() for e in batch])
+        prompts = model.prepare(
+            [e.question.text for e in batch], [e.scene.render() for e in batch if e.scene is not None]
+        )
         said = model(prompts)[torch.arange(len(batch)), prompts.last].argmax(-1).tolist()
         right += [token == model.to_single_token(e.question.answer) for token, e in zip(said, batch, strict=True)]
     wrong = [i for i, ok in enumerate(right) if not ok]

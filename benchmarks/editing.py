@@ -78,7 +78,9 @@ def run_sequence(bench: Bench, cases: Sequence[int]) -> dict[str, list[dict[str,
 
     at = [n for n in SEQUENCE if n <= len(order)]
     after = sequential_edits(bench.model, requests, make, measure, at=at)
-    one_by_one = [{name: float(after[name].sel(n_edits=n)) for name in after} | {"n": n} for n in at]
+    one_by_one: list[dict[str, float]] = [
+        {**{str(name): float(values.sel(n_edits=n)) for name, values in after.items()}, "n": n} for n in at
+    ]
     together = []
     search = search_of(bench, order[: at[-1]], LAYER, "last", n_images=2, by_name=True)
     for n in at:

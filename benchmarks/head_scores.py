@@ -65,8 +65,13 @@ def heads_and_map(model: HookedLLaVA, prompt: Any) -> list[Any]:
 def everything(model: HookedLLaVA, prompt: Any) -> list[Any]:
     """All that one forward pass gives."""
     decision = cache_answer(model, prompt)
-    maps = [patch_importance(model, decision, **how) for how in ({}, {"heads": 4}, {"method": "attention"})]
-    return [head_scores(model, decision), layer_scores(model, decision), *maps]
+    return [
+        head_scores(model, decision),
+        layer_scores(model, decision),
+        patch_importance(model, decision),
+        patch_importance(model, decision, heads=4),
+        patch_importance(model, decision, method="attention"),
+    ]
 
 
 def worker(geometry: str, name: str) -> dict[str, int]:

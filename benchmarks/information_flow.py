@@ -57,8 +57,8 @@ def measure(name: str, n: int, keep: Path | None) -> tuple[Measured, xr.Dataset]
 
 def rounded(values: xr.DataArray) -> list[Any]:
     """As nested lists; None for what is not there."""
-    table = np.round(values.values.astype(object), 4) if values.dtype == object else np.round(values.values, 4)
-    return np.where(np.isfinite(table), table, None).tolist()
+    table = np.round(values.values, 4)
+    return np.where(np.isfinite(table), table, np.array(None)).tolist()
 
 
 def totals(checkpoints: Mapping[str, Measured]) -> str:

@@ -84,7 +84,7 @@ def released_percentages(
 def measure(geometry: str, width: int, repetitions: int) -> Measured:
     """Seconds and ratios to a forward, counted work, and the largest difference of percentages."""
     config = hf_config(geometry)
-    n, n_layers = POSITIONS[geometry], config.text_config.num_hidden_layers
+    n, n_layers = POSITIONS[geometry], config.get_text_config().num_hidden_layers
     hf_model = random_hf_model(config)
     eager = with_attention(hf_model, "eager")
     model = HookedLLaVA.from_hf(hf_model)

@@ -116,7 +116,7 @@ def position_scores(
     heads = check_choice(model, heads)
     apart = split_prompts(model, inputs, target)
     prompts = prompts_of(model, inputs)
-    results = prompts.each(lambda one: _positions_of(model, *one, heads, positions), apart)
+    results = prompts.each(lambda one: _positions_of(model, one[0], one[1], heads, positions), apart)
     if len(results) == 1:
         return results[0]
     names = np.stack([result.layer_head.values for result in results])  # each prompt has its own best heads

@@ -44,7 +44,8 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         _, cache = model.run_with_cache(
             prompt, names_filter="pattern", positions=where, stop_at_layer=model.cfg.n_layers, remove_batch_dim=True
         )
-        pattern = torch.stack([cache["pattern", i][:, 0] for i in range(model.cfg.n_layers)])  # (layer, head, key)
+        names = (model.hooks_table.name("pattern", i) for i in range(model.cfg.n_layers))
+        pattern = torch.stack([cache[name][:, 0] for name in names])  # (layer, head, key)
         maps = [pattern[..., token_map.patches(i).tensor(pattern.device)] for i in range(prompt.n_images)]
         return xr.DataArray(
             torch.stack(maps).unflatten(-1, grid).float().cpu().numpy(),

@@ -225,8 +225,8 @@ def _by_position(
     """A v W_O . direction: what each head carries from each position into the logit."""
     rows = []
     for i in range(model.cfg.n_layers):
-        held = (cache[model.hooks_table.name(name, i)][0] for name in ("pattern", "v"))
-        rows.append(head_outputs_along(model, i, *held, direction)[:, 0])  # (head, source)
+        pattern, v = (cache[model.hooks_table.name(name, i)][0] for name in ("pattern", "v"))
+        rows.append(head_outputs_along(model, i, pattern, v, direction)[:, 0])  # (head, source)
     return torch.stack(rows)
 
 

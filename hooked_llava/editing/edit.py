@@ -186,8 +186,9 @@ class Edit:
         """
         memory, n_layers = {weight.data_ptr() for weight in self._weights().values()}, self.model.cfg.n_layers
         every = self.model.named_parameters(remove_duplicate=False)  # tied weights have several names
-        layers = {_acts_in(name, n_layers) for name, weight in every if weight.data_ptr() in memory}
-        return min(layers - {None}, default=n_layers) if None not in layers else None
+        layers = [_acts_in(name, n_layers) for name, weight in every if weight.data_ptr() in memory]
+        first = min(layers, default=n_layers)
+        return None if first < 0 else first
 
     @property
     def landed(self) -> bool | None:
@@ -207,8 +208,8 @@ class Edit:
 
     def __repr__(self) -> str:
         name = self.method.get("name", "edit")
-        ranks = {change.rank for change in self.changes.values()}
-        rank = "full rank" if None in ranks else f"rank {max(ranks, default=0)}"
+        ranks = [change.rank for change in self.changes.values() if change.rank is not None]
+        rank = "full rank" if len(ranks) < len(self.changes) else f"rank {max(ranks, default=0)}"
         state = "applied" if self.is_applied else "not applied"
         asked = f"{len(self.requests)} request{'' if len(self.requests) == 1 else 's'}"
         missed = sum(request.get("landed") is False for request in self.requests)
@@ -302,10 +303,10 @@ def _handle(model: HookedLLaVA, active: ActiveEdit, changes: dict[str, Change]) 
     return edit
 
 
-def _acts_in(name: str, n_layers: int) -> int | None:
-    """The first layer that a parameter acts in; None if it acts before the first one."""
+def _acts_in(name: str, n_layers: int) -> int:
+    """The first layer that a parameter acts in; -1 if it acts before the first one."""
     part, _, rest = name.partition(".")
     inner = rest.split(".")
     if part != "language" or inner[0] == "embed":
-        return None
+        return -1
     return int(inner[1]) if inner[0] == "blocks" else n_layers

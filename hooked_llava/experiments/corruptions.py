@@ -106,7 +106,7 @@ def find_constraints(token_map: TokenMap, constraint: Constraint | Sequence[Cons
     >>> find_constraints(model.prepare("Is there a red star?").token_map, ["red", "star"])
     [Positions(5), Positions(6)]
     """
-    entries = [constraint] if isinstance(constraint, str) or is_whole_number(constraint) else list(constraint)
+    entries = [constraint] if isinstance(constraint, str | int) or is_whole_number(constraint) else list(constraint)
     given: list[Any] = [entries] if all(map(is_whole_number, entries)) else entries
     if not entries or not all(len(entry) for entry in given):
         raise InputError(f"constraint={constraint!r} names nothing; give words of the question, or positions.")

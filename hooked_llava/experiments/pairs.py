@@ -227,9 +227,10 @@ def other_question(
         )
     images = None if inputs.images is None else list(inputs.images)
     lengths: dict[str, int] = {}
-    for i in torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist():
-        other = model.prepare(questions[i], images=images, **options)
-        lengths[questions[i]] = other.shape[1]
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
+    for question in (questions[int(i)] for i in order):
+        other = model.prepare(question, images=images, **options)
+        lengths[question] = other.shape[1]
         same_places = other.shape == inputs.shape and other.token_map.spans == inputs.token_map.spans
         if same_places and not torch.equal(other.input_ids, inputs.input_ids):
             return other

@@ -81,7 +81,7 @@ def join_attrs(attrs: Sequence[dict[str, Any]], *, keep_differing: bool = True) 
     for name, first in attrs[0].items():
         values = [a.get(name) for a in attrs]
         if name in _ADDED:
-            joined[name] = sum(values)
+            joined[name] = sum(a[name] for a in attrs)
         elif name not in _LISTED and all(value == first for value in values):
             joined[name] = first
         elif keep_differing:

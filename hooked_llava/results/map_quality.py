@@ -170,7 +170,7 @@ def bootstrap(
     whole = ~np.isnan(array.reshape(len(array), -1)).any(-1)
     array = array[whole]
     if not len(array):
-        return (float("nan"),) * 3
+        return np.nan, np.nan, np.nan
     if statistic is None:
         mean, low, high = mean_intervals(array, n=n, level=level, seed=seed).tolist()
         return mean, low, high
