@@ -39,6 +39,7 @@ from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.projector import Projector
 from hooked_llava.model.request import ForwardRequest, ReturnType
+from hooked_llava.model.summary import summary
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
 from hooked_llava.prompt.prepare import Inputs, InputsLike
@@ -81,6 +82,10 @@ class HookedLLaVA(HookedModule):
         self.setup()
         self.requires_grad_(False)
         self.eval()
+
+    def __repr__(self) -> str:
+        """The parts and their sizes; `print(model.language)` and its like show every module of a part."""
+        return summary(self, self.config)
 
     # ------------------------------------------------------------------ from pixels and tokens to logits
 

@@ -16,6 +16,7 @@ from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.tensors import with_optional_tensors
 from hooked_llava.errors import ConfigError
 from hooked_llava.model.hooked_module import HookedModule
+from hooked_llava.model.summary import format_columns
 from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 TOLERANCE = 1e-4
@@ -83,11 +84,9 @@ class ParityTable:
             (row.hook, f"{row.difference:.1e}", f"{row.scale:.3g}", f"{row.ratio:.1e}", "yes" if row.ok else "NO")
             for row in self.rows
         ]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
         same, tolerance = sum(row.ok for row in self.rows), max(row.tolerance for row in self.rows)
-        lines.append(f"{same} of {len(self.rows)} activations are the same (ratio at most {tolerance:.1e}).")
-        return "\n".join(line.rstrip() for line in lines)
+        found = f"{same} of {len(self.rows)} activations are the same (ratio at most {tolerance:.1e})."
+        return "\n".join([*format_columns(cells), found])
 
     __repr__ = __str__
 
