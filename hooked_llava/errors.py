@@ -55,6 +55,10 @@ class PromptWithoutTemplate(UserWarning):
     """Text that is taken as the whole prompt, though the model answers questions in a conversation template."""
 
 
+class ImageCropped(UserWarning):
+    """An image of which the processor cuts a large part away before the model sees it."""
+
+
 _SHOWN = 60
 _BETWEEN = (
     "hooked_llava",

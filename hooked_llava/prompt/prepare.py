@@ -16,7 +16,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.images import ImageLike, load_image
+from hooked_llava.prompt.images import ImageLike, load_image, warn_of_cropped
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.templates import (
@@ -75,7 +75,8 @@ def prepare(
     Nothing is cut off, filled up or stripped, whatever the tokenizer was saved with. A prompt that begins with the
     tokenizer's beginning-of-text token gets no second one, as in transformers' chats.
 
-    Raises `InputError` for whatever does not fit, and `SpanError` for options that are not in the question.
+    Raises `InputError` for whatever does not fit, and `SpanError` for options that are not in the question. Warns with
+    `ImageCropped`, once for all images, if the processor cuts a large part of one away.
     """
     questions = _questions(question)
     _check_processor(processor, config, len(questions), padding_side)
@@ -90,6 +91,7 @@ def prepare(
     flat = tuple(image for own in opened for image in own)
     texts = tuple(prompt.text for prompt in prompts)
     inputs = replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
+    warn_of_cropped([m.layouts for m in token_maps])
     return inputs if options is None else _with_options(inputs, options, single=isinstance(question, str))
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
-from hooked_llava.errors import InputError, PromptWithoutTemplate, SpanError
+from hooked_llava.errors import ImageCropped, InputError, PromptWithoutTemplate, SpanError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import as_inputs
 from hooked_llava.prompt.prepare import prepare as prepare_inputs
@@ -430,6 +430,16 @@ def test_a_bare_question_to_a_conversational_model_warns(template: str | None, b
     prepare(bare, processor=processor)
     prepare(bare, processor=processor, template=None)
     as_inputs(prepare(bare, processor=processor, template=None), **given)
+
+
+def test_a_large_crop_warns_once_of_the_image_that_loses_most() -> None:
+    images = [Image.new("RGB", size) for size in ((64, 64), (90, 60), (60, 120))]
+    with pytest.warns(ImageCropped, match=r"(?s)50%.*image 2 of prompt 0.*60 x 120.*0, 30, 60, 90.*2 of 3") as caught:
+        prepare("Is it red?", images)
+    assert [Path(w.filename) for w in caught] == [Path(__file__)], "at the user's line"
+    with pytest.warns(ImageCropped, match=r"33%.*90 x 60"):
+        prepare("Is it red?", images[1])
+    prepare("Is it red?", Image.new("RGB", (80, 60)))  # a quarter of it
 
 
 def test_no_warning_where_a_conversation_adds_nothing() -> None:
