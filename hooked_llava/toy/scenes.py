@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hooked_llava.checks import one_of
+from hooked_llava.checks import one_of, whole_numbers
 from hooked_llava.errors import InputError, did_you_mean
 
 IMAGE_SIZE = 64
@@ -137,6 +137,36 @@ def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scen
     return _sample(rng, n)
 
 
+def draw_scene(objects: Sequence[Sequence[Any]], *, seed: int = 0) -> Image.Image:
+    """An image of one to five objects of your own, on a noisy ground as in training.
+
+    Args:
+        objects: for each its shape, its color, the upper left corner (x, y) of its 16 x 16 pixels (multiples of 4, 0 to
+            48, objects more than 16 pixels apart in x or in y), and if you like its pattern, "solid" by default.
+        seed: seed of the ground and the noise.
+
+    Raises `InputError` for what does not occur in training: an unknown word, a shape twice, a corner off the grid, objects
+    that are too close.
+
+    >>> draw_scene([("square", "red", (8, 16)), ("star", "blue", (36, 40), "striped")]).size
+    (64, 64)
+    """
+    if not 1 <= len(objects) <= MAX_OBJECTS:
+        raise InputError(f"objects has {len(objects)} entries; expected 1 to {MAX_OBJECTS}.")
+    looks, corners = zip(*(_look_and_corner(given, f"objects[{i}]") for i, given in enumerate(objects)), strict=True)
+    for i, (look, corner) in enumerate(zip(looks, corners, strict=True)):
+        if any(look[0] == other[0] for other in looks[:i]):
+            raise InputError(f"objects[{i}] is a second {SHAPES[look[0]]}; expected different shapes.")
+        for other in corners[:i]:
+            if _too_close(corner, other):
+                raise InputError(
+                    f"objects[{i}] at {corner} is too close to the one at {other}; expected more than {OBJECT_SIZE} pixels "
+                    "between their corners in x or in y."
+                )
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(_paint(_background(rng), rng, looks, corners)[1])
+
+
 def recolor(scene: Scene, shape: str, color: str) -> Scene:
     """The same image with one object in another colour: no pixel outside the object's mask differs.
 
@@ -208,6 +238,23 @@ def _located(scene: Scene, shape: str) -> tuple[int, SceneObject]:
     return shapes.index(shape), scene.objects[shapes.index(shape)]
 
 
+def _look_and_corner(given: Any, name: str) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """One object of `draw_scene`, as indices of shape, color and pattern, and its corner."""
+    if isinstance(given, str) or len(given) not in (3, 4) or np.shape(given[2]) != (2,):
+        raise InputError(f'{name} is {given!r}; expected (shape, color, (x, y)), such as ("square", "red", (8, 16)).')
+    shape, color, place, pattern = *given, *PATTERNS[: 4 - len(given)]
+    words = ((shape, SHAPES, "shape"), (color, COLOR_NAMES, "color"), (pattern, PATTERNS, "pattern"))
+    shape, color, pattern = (known.index(_known(word, known, what)) for word, known, what in words)
+    x, y = whole_numbers(place, f"the corner of {name}", "two whole numbers, (x, y)")
+    last = IMAGE_SIZE - OBJECT_SIZE
+    near = tuple(min(max(round(at / _PLACE_STEP) * _PLACE_STEP, 0), last) for at in (x, y))
+    if near != (x, y):
+        raise InputError(
+            f"{name} is at {(x, y)}; expected multiples of {_PLACE_STEP} from 0 to {last}. The nearest is {near}."
+        )
+    return (shape, color, pattern), (x, y)
+
+
 def _known(word: str, words: Sequence[str], what: str) -> str:
     return one_of(word, words, what, says=f"There is no {what} {word!r}.")
 
@@ -243,13 +290,23 @@ def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = Non
         colors = [COLOR_NAMES.index(color) for _, color, _ in looks]
         patterns = [PATTERNS.index(pattern) for _, _, pattern in looks]
     canvas = _background(rng)
-    objects = []
-    for shape, color, pattern, (x, y) in zip(shapes, colors, patterns, _place(rng, n), strict=True):
-        objects.append(_draw(canvas, rng, int(shape), int(color), int(pattern), x, y))
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
+    looks_drawn = [(int(s), int(c), int(p)) for s, c, p in zip(shapes, colors, patterns, strict=True)]
+    objects, pixels = _paint(canvas, rng, looks_drawn, _place(rng, n))
     order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
-    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     return Scene(tuple(objects[i] for i in order), pixels, _Draw(type(bits), state, tuple(order.tolist())))
+
+
+def _paint(
+    canvas: NDArray[np.float32],
+    rng: np.random.Generator,
+    looks: Sequence[tuple[int, int, int]],
+    corners: Sequence[tuple[int, int]],
+) -> tuple[list[SceneObject], NDArray[np.uint8]]:
+    """The objects on the canvas (in place), then noise over everything."""
+    placed = zip(looks, corners, strict=True)
+    objects = [_draw(canvas, rng, *look, *corner) for look, corner in placed]
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
+    return objects, np.clip(canvas, 0, 255).astype(np.uint8)
 
 
 def _place(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
@@ -258,10 +315,14 @@ def _place(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
     while True:
         placed: list[tuple[int, int]] = []
         for x, y in (rng.integers(n_places, size=(48, 2)) * _PLACE_STEP).tolist():
-            if all(abs(x - px) > OBJECT_SIZE or abs(y - py) > OBJECT_SIZE for px, py in placed):
+            if not any(_too_close((x, y), other) for other in placed):
                 placed.append((x, y))
                 if len(placed) == n:
                     return placed
+
+
+def _too_close(corner: tuple[int, int], other: tuple[int, int]) -> bool:
+    return all(abs(a - b) <= OBJECT_SIZE for a, b in zip(corner, other, strict=True))
 
 
 def _draw(

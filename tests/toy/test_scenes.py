@@ -17,6 +17,7 @@ from hooked_llava.toy.scenes import (
     PATTERNS,
     SHAPES,
     Scene,
+    draw_scene,
     imagine_scene,
     recolor,
     replace_object,
@@ -219,3 +220,40 @@ def test_what_cannot_be_changed_is_refused() -> None:
         replace_object(scene, here, absent, pattern="dotted")
     with pytest.raises(InputError, match=f"There is a {scene.objects[1].shape} in the image already"):
         replace_object(scene, here, scene.objects[1].shape)
+
+
+def test_a_drawn_scene_shows_what_was_asked_for_and_nothing_else():
+    with_star = np.asarray(draw_scene([("square", "red", (8, 16)), ("star", "blue", (36, 40), "striped")], seed=3))
+    without = np.asarray(draw_scene([("square", "red", (8, 16))], seed=3)).astype(int)
+    assert with_star.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    square = with_star[18:30, 10:22].mean((0, 1))
+    assert np.abs(square - COLORS["red"]).max() < 30
+    star = with_star[46:50, 42:46].mean((0, 1))
+    assert star.argmax() == 2
+    assert np.abs(without[40:56, 36:52].mean((0, 1)) - 128).max() < 40
+    assert np.array_equal(
+        with_star, draw_scene([("square", "red", (8, 16)), ("star", "blue", (36, 40), "striped")], seed=3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("objects", "says"),
+    [
+        ([], "objects.*0.*1 to 5"),
+        ([(shape, "red", (0, 0)) for shape in SHAPES[:6]], "objects.*6.*1 to 5"),
+        ([("sqare", "red", (8, 16))], "shape 'sqare'.*square"),
+        ([("square", "rde", (8, 16))], "color 'rde'.*red"),
+        ([("square", "red", (8, 16), "dotted")], "pattern 'dotted'.*striped"),
+        ([("square", "red", (9, 16))], r"objects\[0\].*\(9, 16\).*multiples of 4 from 0 to 48.*\(8, 16\)"),
+        ([("square", "red", (80, -4))], r"\(80, -4\).*0 to 48.*\(48, 0\)"),
+        ([("square", "red", (8, 8)), ("square", "blue", (40, 40))], r"objects\[1\].*second square"),
+        ([("square", "red", (8, 8)), ("star", "blue", (24, 8))], r"objects\[1\].*\(24, 8\).*\(8, 8\).*16"),
+        ([("square", "red")], r"objects\[0\].*'square'.*\(8, 16\)"),
+        (["square"], r"objects\[0\].*'square'.*\(8, 16\)"),
+        ([("square", "red", 8)], r"objects\[0\].*8.*\(8, 16\)"),
+        ([("square", "red", (8.5, 16))], "8.5"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_what_can(objects, says):
+    with pytest.raises(InputError, match=says):
+        draw_scene(objects)
