@@ -13,12 +13,15 @@ Direction = Literal["denoise", "noise"]
 
 @dataclass(frozen=True)
 class Way:
-    """One direction of patching."""
+    """One direction of patching.
+
+    Attributes:
+        title (str): What goes where, as a figure's title says it.
+        meaning (str): What goes where and what that asks, as the command's help says it.
+    """
 
     title: str
-    """What goes where, as a figure's title says it."""
     meaning: str
-    """What goes where and what that asks, as the command's help says it."""
 
 
 DIRECTIONS: dict[str, Way] = {

@@ -10,14 +10,17 @@ MetricName = Literal["relative_change", "probability", "log_probability", "logit
 
 @dataclass(frozen=True)
 class KnockoutMetric:
-    """One metric of `attention_knockout`; its name is its key in `KNOCKOUT_METRICS`, and on the command line."""
+    """One metric of `attention_knockout`; its name is its key in `KNOCKOUT_METRICS`, and on the command line.
+
+    Attributes:
+        meaning (str): What is compared, as the command's help says it.
+        units (str): Units of its change.
+        needs_baseline (bool): Whether it needs a second token, which tables and the command do not have.
+    """
 
     meaning: str
-    """What is compared, as the command's help says it."""
     units: str
-    """Units of its change."""
     needs_baseline: bool = False
-    """Whether it needs a second token, which tables and the command do not have."""
 
 
 KNOCKOUT_METRICS: dict[str, KnockoutMetric] = {

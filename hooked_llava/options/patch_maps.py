@@ -10,22 +10,26 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMap:
-    """One method of `patch_importance`; its name is its key in `PATCH_MAPS`, and on the command line."""
+    """One method of `patch_importance`; its name is its key in `PATCH_MAPS`, and on the command line.
+
+    Attributes:
+        function (str): Where the function is that draws it, as module:name. It takes the model, prompts, a target and
+            `options`.
+        title (str): What it is called above a figure.
+        meaning (str): What it shows, as the page and the documentation say it.
+        units (str): Units of its numbers.
+        options (tuple[str, ...]): The arguments of `patch_importance` that it takes.
+        one_by_one (bool): Whether it runs one prompt at a time.
+        takes_cache (bool): Whether it also takes an `AnswerCache` of prompts that were run before.
+    """
 
     function: str
-    """Where the function is that draws it, as module:name. It takes the model, prompts, a target and `options`."""
     title: str
-    """What it is called above a figure."""
     meaning: str
-    """What it shows, as the page and the documentation say it."""
     units: str
-    """Units of its numbers."""
     options: tuple[str, ...] = ()
-    """The arguments of `patch_importance` that it takes."""
     one_by_one: bool = False
-    """Whether it runs one prompt at a time."""
     takes_cache: bool = False
-    """Whether it also takes an `AnswerCache` of prompts that were run before."""
 
     def draw(self, *args: Any, **options: Any) -> Any:
         """Call the function, which is imported now."""

@@ -83,7 +83,7 @@ def _to_patches(
     model: HookedLLaVA,
     inputs: Inputs,
     row: Float[Tensor, "prompt pos"],
-    steps: Sequence[Float[Tensor, "image query key"]],
+    steps: Sequence[Float[Tensor, "tile query key"]],
     *,
     keep: float,
     pass_on: float,
@@ -95,7 +95,7 @@ def _to_patches(
         return at_patches(row, where)
     features = torch.stack(
         [row[i, m.image(j).tensor()] for i, m in enumerate(inputs.token_maps) for j in range(m.n_images)]
-    )  # (image, feature)
+    )  # (tile, feature)
     patches = model.config.vision.patches_along("pos")
     features = torch.nn.functional.pad(features, (patches.stop - features.shape[1], 0))  # a class token that is dropped
     return _descend(features, list(steps), keep=keep, pass_on=pass_on)[:, patches].reshape(where.shape)
