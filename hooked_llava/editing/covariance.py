@@ -53,6 +53,12 @@ class KeyCovariance:
 
     def check_model(self, model: HookedLLaVA) -> None:
         """Raises `InputError` if the keys are another model's."""
+        n_layers, n_neurons = model.cfg.n_layers, model.config.language.d_mlp
+        if self.layer >= n_layers or len(self.moment) != n_neurons:
+            raise InputError(
+                f"The covariance is of layer {self.layer} with {len(self.moment)} neurons; this model has layers "
+                f"0..{n_layers - 1} with {n_neurons}. Make it with this model."
+            )
         if self.weights is None:
             return
         originals = weight_records.originals(model)

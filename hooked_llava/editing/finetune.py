@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import as_indices, one_of, whole_number
+from hooked_llava.checks import as_indices, one_of
 from hooked_llava.editing.change import Change
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.landing import check_landed
-from hooked_llava.editing.request import Requests, listed_requests, prepare_request
+from hooked_llava.editing.request import Requests, listed_requests, prepare_request, search_numbers
 from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
@@ -60,21 +60,16 @@ def finetune(
     began = time.perf_counter()
     numbers = _chosen(layers, model.cfg.n_layers)
     one_of(weights, ("W_out", "all"), "weights")
-    steps, lr, stop = whole_number(steps, "steps"), float(lr), float(stop)
-    max_change = None if max_change is None else float(max_change)
-    if steps < 1 or not lr > 0 or not (max_change is None or max_change > 0):
-        raise InputError(f"steps={steps}, lr={lr}, max_change={max_change}: expected positive numbers.")
+    search = search_numbers(max_change=max_change, steps=steps, lr=lr, stop=stop)
     prepared = [prepare_request(model, request, "last") for request in listed_requests(model, requests)]
     tuned = _Tuned(make_rows(model, prepared), _names(model, numbers, weights), min(numbers))
-    reached, made = tuned.descend(steps, lr, stop, max_change)
+    reached, made = tuned.descend(**search)
     method = {
         "name": "finetune",
         "layers": numbers,
         "weights": weights,
-        "max_change": max_change,
+        **search,
         "steps": made,
-        "lr": lr,
-        "stop": stop,
         "seconds": round(time.perf_counter() - began, 4),
     }
     asked = tuple({**r.words, "target_probability": p} for r, p in zip(prepared, reached, strict=True))

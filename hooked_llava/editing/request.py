@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -95,6 +96,37 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
         "target": request.target if isinstance(request.target, str) else list(targets[0]),
     }
     return Prepared(inputs, tuple(place - inputs.shape[1] for place in places), tuple(targets), words)
+
+
+def check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> None:
+    """Raises `InputError` for the last layer, where an edit at one position reaches no other, unless all is read there."""
+    if layer != n_layers - 1:
+        return
+    if any(place != -1 for request in prepared for place in request.from_end):
+        raise InputError(
+            f"An edit in the last layer, {layer}, at a position before the last one does not reach the answer. Choose an "
+            "earlier layer, or position='last'."
+        )
+    for request in prepared:
+        if request.n_target > 1:
+            raise InputError(
+                f"The target {request.words['target']!r} has {request.n_target} tokens, and an edit in the last layer, "
+                f"{layer}, reaches only the first: the others are read at later positions. Choose an earlier layer, or a "
+                "target of one token."
+            )
+
+
+def search_numbers(*, or_zero: Collection[str] = (), **given: Any) -> dict[str, Any]:
+    """How an edit is searched for, as Python's numbers (`steps` whole); None stays. Raises `InputError` unless positive."""
+    numbers = {
+        name: value if value is None else whole_number(value, name) if name == "steps" else float(value)
+        for name, value in given.items()
+    }
+    fine = {name: value is None or value > 0 or (name in or_zero and value == 0) for name, value in numbers.items()}
+    if wrong := [f"{name}={numbers[name]}" for name in numbers if not fine[name]]:
+        zero = f" ({', '.join(or_zero)} may be 0)" if or_zero else ""
+        raise InputError(f"{', '.join(wrong)}: expected positive numbers{zero}.")
+    return numbers
 
 
 def position_of(token_map: TokenMap, span: str) -> int:

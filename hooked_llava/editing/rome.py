@@ -9,7 +9,6 @@ from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.request import Requests
 from hooked_llava.editing.solved import Keys, solve_edit
 from hooked_llava.editing.values import ValueSearch
-from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 
 
@@ -40,11 +39,6 @@ def rome(
     >>> rome(model, EditRequest("Who made the star?", "Boris"), seen, position="last").layers
     [4]
     """
-    if covariance.layer >= model.cfg.n_layers or len(covariance.moment) != model.config.language.d_mlp:
-        raise InputError(
-            f"The covariance is of layer {covariance.layer} with {len(covariance.moment)} neurons; this model has layers "
-            f"0..{model.cfg.n_layers - 1} with {model.config.language.d_mlp}. Make it with this model."
-        )
     covariance.check_model(model)
     search = ValueSearch(steps, lr, clamp, weight_decay, stop)
     options = {"name": "rome", "lam": lam, "keys": keys, "keep": keep, "covariance": covariance}

@@ -21,7 +21,14 @@ from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.layer_choice import Layer, choose_place
-from hooked_llava.editing.request import EditRequest, Prepared, Requests, listed_requests, position_of, prepare_request
+from hooked_llava.editing.request import (
+    EditRequest,
+    Requests,
+    check_reach,
+    listed_requests,
+    position_of,
+    prepare_request,
+)
 from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.editing.values import Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
@@ -125,7 +132,7 @@ def _solve(
 ) -> tuple[Solved, Rows]:
     began = time.perf_counter()
     prepared, chosen = choose_place(model, listed_requests(model, requests), layer, position)
-    _check_reach(prepared, chosen, model.cfg.n_layers)
+    check_reach(prepared, chosen, model.cfg.n_layers)
     rows = make_rows(model, prepared)
     keys, outputs = rows.keys_and_values(chosen)
     values = optimise_values(rows, chosen, rows.mean(outputs), search)
@@ -160,24 +167,6 @@ def keys_of(model: HookedLLaVA, keep: Any, layer: int, position: str) -> Float[T
     places = torch.tensor([position_of(m, position) for m in prompts.token_maps], device=prompts.device)
     _, cache = model.run_with_cache(prompts, names_filter=name, stop_at_layer=layer + 1)
     return cache[name][torch.arange(len(prompts), device=places.device), places]
-
-
-def _check_reach(prepared: Sequence[Prepared], layer: int, n_layers: int) -> None:
-    """In the last layer an edit at one position reaches no other, so it must be where the whole answer is read."""
-    if layer != n_layers - 1:
-        return
-    if any(place != -1 for request in prepared for place in request.from_end):
-        raise InputError(
-            f"An edit in the last layer, {layer}, at a position before the last one does not reach the answer. Choose an "
-            "earlier layer, or position='last'."
-        )
-    for request in prepared:
-        if request.n_target > 1:
-            raise InputError(
-                f"The target {request.words['target']!r} has {request.n_target} tokens, and an edit in the last layer, "
-                f"{layer}, reaches only the first: the others are read at later positions. Choose an earlier layer, or a "
-                "target of one token."
-            )
 
 
 def _reached(values: Values) -> list[dict[str, float]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import whole_number
+from hooked_llava.editing.request import search_numbers
 from hooked_llava.editing.rows import Rows
-from hooked_llava.errors import InputError
 
 
 class TargetNotReached(UserWarning):
@@ -37,22 +36,8 @@ class ValueSearch:
     stop: float = 0.99
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", whole_number(self.steps, "steps"))
-        for name in ("lr", "clamp", "weight_decay", "stop"):  # as JSON has them, NumPy's included
-            object.__setattr__(self, name, float(getattr(self, name)))
-        wrong = [
-            f"{name}={value}"
-            for name, value, fine in (
-                ("steps", self.steps, self.steps >= 1),
-                ("lr", self.lr, self.lr > 0),
-                ("clamp", self.clamp, self.clamp > 0),
-                ("weight_decay", self.weight_decay, self.weight_decay >= 0),
-                ("stop", self.stop, self.stop > 0),
-            )
-            if not fine
-        ]
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}: expected positive numbers (weight_decay may be 0).")
+        for name, number in search_numbers(**asdict(self), or_zero=("weight_decay",)).items():
+            object.__setattr__(self, name, number)
 
 
 @dataclass(frozen=True)
