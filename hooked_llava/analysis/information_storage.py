@@ -95,7 +95,7 @@ def information_storage(
 
     ids = prompts_of(model, inputs).each(tokens, maps, *given)
     if isinstance(inputs, AnswerCache) and inputs.logit_positions.shape[1] != 1:
-        raise InputError("information_storage reads one message from each position; give a decision of one token.")
+        raise InputError("information_storage reads one message from each position; give an AnswerCache of one token.")
     results = [
         _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(apart, ids, strict=True)
     ]

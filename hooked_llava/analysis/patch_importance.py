@@ -75,10 +75,10 @@ def patch_importance(
     given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "fill": fill}
     options, how = _options(model, method, given), PATCH_MAPS[method]
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
-        raise InputError(f"method={method!r} runs the model itself; give it the prompts, not a decision.")
+        raise InputError(f"method={method!r} runs the model itself; give it the prompts, not an AnswerCache.")
     prompts = prompts_of(model, inputs)
     patch_positions(prompts)  # refuses prompts without images before anything runs
-    if how.one_by_one and len(prompts) > 1:
+    if how.one_prompt and len(prompts) > 1:
         apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
         return stack([_importance(model, p, t, method, options).isel(prompt=0, drop=True) for p, t in apart], "prompt")
     result = _importance(model, inputs if how.takes_cache else prompts, target, method, options)

@@ -19,7 +19,7 @@ class PatchMap:
         meaning (str): What it shows, as the page and the documentation say it.
         units (str): Units of its numbers.
         options (tuple[str, ...]): The arguments of `patch_importance` that it takes.
-        one_by_one (bool): Whether it runs one prompt at a time.
+        one_prompt (bool): Whether it runs one prompt at a time.
         takes_cache (bool): Whether it also takes an `AnswerCache` of prompts that were run before.
     """
 
@@ -28,7 +28,7 @@ class PatchMap:
     meaning: str
     units: str
     options: tuple[str, ...] = ()
-    one_by_one: bool = False
+    one_prompt: bool = False
     takes_cache: bool = False
 
     def draw(self, *args: Any, **options: Any) -> Any:
@@ -95,7 +95,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         meaning="what log P loses when a patch is painted grey in the image, and the model is run again",
         units=_NATS,
         options=("window",),
-        one_by_one=True,
+        one_prompt=True,
     ),
     "token_ablation": PatchMap(
         function=_HERE + "token_ablation",
@@ -103,7 +103,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         meaning="what log P loses when a patch's image embedding is replaced by the image's mean embedding",
         units=_NATS,
         options=("window", "fill"),
-        one_by_one=True,
+        one_prompt=True,
     ),
 }
 """By the name that `patch_importance(method=)` and `hooked-llava explain --patches` take."""
