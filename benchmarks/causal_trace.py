@@ -17,10 +17,11 @@ from torch import Tensor
 from benchmarks._measure import BASELINE, OURS, alternate, arguments, markdown, start, summarise, write
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes
 from benchmarks._sweeps import token_layers_of_a_forward
-from hooked_llava.analysis.causal_trace import KINDS, causal_trace
+from hooked_llava.analysis.causal_trace import causal_trace
 from hooked_llava.experiments.corruptions import Noise, OtherImage
 from hooked_llava.experiments.pairs import gaussian_noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.trace_kinds import TRACE_KINDS
 
 ROWS: dict[str, dict[str, Any]] = {
     "one kind: MLP": {"kinds": ("mlp",)},
@@ -46,7 +47,7 @@ def options_of(row: str, prompt: dict[str, Tensor], n_image: int) -> dict[str, A
     if given.pop("other", False):
         other = torch.randn(prompt["pixel_values"].shape, generator=torch.Generator().manual_seed(2))
         corruption = OtherImage({**prompt, "pixel_values": other})
-    return {"constraint": [first, first + 1], "corruption": corruption, "kinds": tuple(KINDS), **given}
+    return {"constraint": [first, first + 1], "corruption": corruption, "kinds": tuple(TRACE_KINDS), **given}
 
 
 def measure_row(row: str, model: HookedLLaVA, hf_model: Any, prompt: dict[str, Tensor], repetitions: int) -> Measured:
@@ -86,13 +87,13 @@ def largest_difference(model: HookedLLaVA, inputs: Any, trace: Any, options: dic
 
 
 def _difference(model: HookedLLaVA, corrupted: Any, clean: Any, trace: Any, corrupt: dict[str, Any]) -> float:
-    logits, cache = model.run_with_cache(clean, names_filter=[KINDS[k] for k in trace.kind.values.tolist()])
+    logits, cache = model.run_with_cache(clean, names_filter=[TRACE_KINDS[k].hook for k in trace.kind.values.tolist()])
     assert logits is not None
     answer = int(logits[0, -1].argmax())
     cells = [(k, i, j) for k in trace.kind.values.tolist() for i in trace.layer.values for j in trace.position.values]
     found, wanted = [], []
     for kind, layer, position in cells[:: max(1, len(cells) // _SAMPLE)]:
-        name = model.hooks_table.name(KINDS[kind], layer)
+        name = model.hooks_table.name(TRACE_KINDS[kind].hook, layer)
 
         def restore(tensor: Tensor, hook: object, name: str = name, position: int = int(position)) -> Tensor:
             tensor[:, position] = cache[name][:, position]

@@ -30,6 +30,7 @@ from hooked_llava.experiments.corruptions import (
 from hooked_llava.experiments.windows import centred_window, released_window
 from hooked_llava.model.cache_hooks import Positions as Where
 from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import AnswerReading, read_answer
 from hooked_llava.readout.answer_tokens import Answer
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import Inputs
     from hooked_llava.prompt.token_map import TokenMap
 
-KINDS = {"mlp": "mlp_out", "attn": "attn_out", "resid": "resid_post"}
-"""What is restored: what a layer's MLP adds, what its attention adds, or the whole stream behind it."""
 ROLES = (
     "image",
     "before",
@@ -84,7 +83,7 @@ def causal_trace(
     constraint: Constraint | Sequence[Constraint],
     *,
     corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)
-    kinds: Sequence[str] = ("mlp", "attn", "resid"),
+    kinds: Sequence[str] = tuple(TRACE_KINDS),
     window: int = 1,
     window_reading: Literal["centred", "released"] = "centred",
     layers: int | Sequence[int] | None = None,
@@ -277,8 +276,8 @@ def _plan(
     positions: Where | None,
 ) -> _Plan:
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not kinds or set(kinds) - set(KINDS):
-        raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, KINDS))}.")
+    if not kinds or set(kinds) - set(TRACE_KINDS):
+        raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
     width, kind = window
     one_of(kind, ("centred", "released"), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
@@ -308,7 +307,7 @@ def _effects(
     if not cells:
         return table.mean(0), 0
     first = min(plan.positions[p] for _, _, p in cells)
-    there = _clean_activations(clean, [KINDS[kind] for kind in plan.kinds], first)
+    there = _clean_activations(clean, [TRACE_KINDS[kind].hook for kind in plan.kinds], first)
     runs = [_restoration(there, plan, first, *cell) for cell in cells]
     for effects, replay, without in zip(table, corrupted.replays, baseline, strict=True):
         effects[tuple(np.array(cells).T)] = (
@@ -345,7 +344,7 @@ def _restoration(
     there: dict[str, Tensor], plan: _Plan, first: int, kind: int, layer: int, index: int
 ) -> list[Intervention]:
     position = plan.positions[index]
-    names = [plan.model.hooks_table.name(KINDS[plan.kinds[kind]], i) for i in plan.windows[layer]]
+    names = [plan.model.hooks_table.name(TRACE_KINDS[plan.kinds[kind]].hook, i) for i in plan.windows[layer]]
     return [Intervention(name, positions=[position], value=there[name][position - first]) for name in names]
 
 

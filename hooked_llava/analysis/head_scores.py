@@ -61,7 +61,7 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
     with provenance("head_scores", model, prompts_of(model, inputs), n_forward=1, units=_UNITS) as made:
         cache, made.n_forward = as_answer_cache(model, inputs, target, ("z",))
         scores = score_heads(cache)
-        return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**_target(cache)))
+        return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**cache.target_attrs()))
 
 
 def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
@@ -84,7 +84,7 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
         attrs = {
             "log_probability": unwrap_single(ends[0]),
             "log_probability_of_embedding": unwrap_single(ends[1]),
-            **_target(cache),
+            **cache.target_attrs(),
         }
         dims = ("prompt", "layer", "component")
         result = _labelled(score_layers(cache), dims, "layer_score", made.attrs(**attrs))
@@ -152,7 +152,7 @@ def _positions_of(
                 "position": index[0].tolist(),
                 "label": ("position", [prompt.token_map.labels[i] for i in index[0].tolist()]),
             },
-            attrs=made.attrs(**_target(cache)),
+            attrs=made.attrs(**cache.target_attrs()),
         )
 
 
@@ -212,10 +212,6 @@ def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image
         rows = torch.stack([cache.part(i, "pattern").float().mean(2) for i in range(cache.n_layers)], 1)
         mass = torch.stack([row[..., where].sum(-1) for row, where in zip(rows, places, strict=True)])
         return _labelled(mass, ("prompt", "layer", "head"), "attention", made.attrs())
-
-
-def _target(cache: AnswerCache) -> dict[str, Any]:
-    return cache.target_attrs()
 
 
 def _labelled(values: torch.Tensor, dims: Sequence[str], name: str, attrs: dict[str, Any]) -> xr.DataArray:

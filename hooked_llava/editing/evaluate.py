@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -38,7 +38,7 @@ from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.provenance import Provenance
 
 Role = Literal["efficacy", "generalisation", "specificity", "locality"]
-ROLES: tuple[Role, ...] = ("efficacy", "generalisation", "specificity", "locality")
+ROLES: tuple[Role, ...] = get_args(Role)
 TO_CHANGE: tuple[Role, ...] = ("efficacy", "generalisation")
 """Roles whose answers are to become the target; of the others they are to stay."""
 

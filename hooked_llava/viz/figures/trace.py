@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
+from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.positions import layer_position_maps
 from hooked_llava.viz.kinds import check_dataset
@@ -18,11 +19,6 @@ from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
 from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, add_heading, plot, value_lines
 from hooked_llava.viz.titles import add_note, shown_title
 
-KIND_NAMES = {
-    "mlp": "MLP output restored",
-    "attn": "attention output restored",
-    "resid": "whole stream restored",
-}
 _ROLE_COLORS = {
     "constraint last": ORANGE,
     "constraint middle": "#e0a27e",
@@ -54,7 +50,9 @@ def trace_maps(
     """
     _check(trace, "trace_maps", "causal_trace", "kind", "layer", "position")
     effect = trace[value].assign_attrs(units=_unit(trace, value))
-    panels = {KIND_NAMES[kind]: effect.sel(kind=kind, drop=True) for kind in trace.kind.values.tolist()}
+    panels = {
+        f"{TRACE_KINDS[kind].title} restored": effect.sel(kind=kind, drop=True) for kind in trace.kind.values.tolist()
+    }
     asked = [
         int(p)
         for p, role in zip(trace.position.values, trace.role.values, strict=True)
@@ -87,7 +85,7 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_roles(axes, effects.sel(kind=kind), curves)
-            axes.set_title(KIND_NAMES[kind].removesuffix(" restored"))
+            axes.set_title(TRACE_KINDS[kind].title)
         panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", handlelength=1.4)

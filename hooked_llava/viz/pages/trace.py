@@ -13,6 +13,7 @@ from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
@@ -105,10 +106,9 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
 
 def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
     """For each kind the cell that restores most."""
-    names = {"mlp": "MLP", "attn": "attention", "resid": "stream"}
     return [
         {
-            "kind": names[str(cell.kind.values)],
+            "kind": TRACE_KINDS[str(cell.kind.values)].name,
             "layer": int(cell.layer),
             "token": visible(cell.label.values),
             "role": str(cell.role.values),

@@ -10,7 +10,8 @@ from matplotlib.colors import to_hex
 from hooked_llava.analysis.attention_contribution import attention_contribution
 from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
 from hooked_llava.errors import InputError
-from hooked_llava.viz.figures.trace import KIND_NAMES, contribution_maps, role_curves, trace_maps
+from hooked_llava.options.trace_kinds import TRACE_KINDS
+from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.style import ORANGE
 
 
@@ -22,7 +23,7 @@ def trace(model, inputs) -> xr.Dataset:
 def test_a_panel_for_each_kind_with_the_constraint_in_orange(trace):
     figure = trace_maps(trace)
     titles = [axes.get_title(loc="left") for axes in figure.axes[:3]]
-    assert titles == list(KIND_NAMES.values())
+    assert titles == [f"{kind.title} restored" for kind in TRACE_KINDS.values()]
     labels = figure.axes[2].get_xticklabels()
     orange = [label.get_text() for label in labels if to_hex(label.get_color()) == ORANGE]
     assert orange == ["the", "star"]
