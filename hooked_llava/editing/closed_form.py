@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_llava.editing.change import Change
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.precision import at_least_float32
 
 _MAX_CONDITION = 1e12
 
@@ -56,8 +57,8 @@ def closed_form(
     weights = torch.linalg.solve(gram, torch.eye(len(gram), n, dtype=gram.dtype, device=gram.device))
     per_key = weights.T @ written  # (key, d_mlp)
     right = per_key.new_zeros(len(delta), every.shape[1]).index_add(0, request, per_key)
-    wide = torch.promote_types(delta.dtype, torch.float32)
-    return Change(delta.to(wide).T.contiguous(), right.to(wide))
+    left = at_least_float32(delta).T.contiguous()
+    return Change(left, right.to(left.dtype))
 
 
 def _check_solvable(gram: Tensor, lam: float) -> None:

@@ -75,6 +75,11 @@ class Edit:
         if len({w.data_ptr() for w in self._weights().values()}) < len(self.changes):
             raise InputError("The edit names one weight twice (tied embeddings are one); add its changes up.")
 
+    def check_model(self, model: HookedLLaVA) -> None:
+        """Raise `InputError` for another model object than the edit's own."""
+        if self.model is not model:
+            raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
+
     # ------------------------------------------------------------------ applying
 
     @property

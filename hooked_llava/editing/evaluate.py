@@ -144,8 +144,7 @@ def averaged(asked: Sequence[Asked], made: Provenance) -> xr.Dataset:
 
 def ask_probes(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> list[Asked]:
     """Every probe's prompts asked without the edit and with it, whether or not it is applied now; as `evaluate_edit`."""
-    if edit.model is not model:
-        raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
+    edit.check_model(model)
     if not probes:
         raise InputError("There are no probes; give at least one.")
     was_applied = edit.is_applied
@@ -175,7 +174,7 @@ def summary(result: xr.Dataset) -> dict[str, float]:
         part = result.isel(probe=[i for i, r in enumerate(result.role.values) if r == role])
         if not part.sizes["probe"]:
             continue
-        if role in ("efficacy", "generalisation"):
+        if role in TO_CHANGE:
             found[role] = float(part.accuracy.mean())
         elif role == "specificity":
             found["specificity_drop"] = 100 * float((part.accuracy_before - part.accuracy).mean())
@@ -255,7 +254,7 @@ def _now(
 def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[Int[Tensor, "prompt read variant"], str]:
     """The tokens of one answer for each prompt, and whether they are the whole of it."""
     if probe.expected is None:
-        if probe.role in ("efficacy", "generalisation"):
+        if probe.role in TO_CHANGE:
             raise InputError(f"Probe {probe.name!r} measures {probe.role} and needs expected=, the edit's target.")
         return prompts.before.argmax(-1)[:, None, None], FIRST
     several = isinstance(probe.expected, Sequence | np.ndarray | Tensor) and not isinstance(probe.expected, str)

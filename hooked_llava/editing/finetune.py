@@ -18,6 +18,7 @@ from hooked_llava.editing.landing import check_landed
 from hooked_llava.editing.request import Requests, listed_requests, prepare_request, search_numbers
 from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.errors import InputError
+from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.model.llava import HookedLLaVA
 
 _W_OUT = "mlp.down.weight"
@@ -85,10 +86,7 @@ class _Tuned:
         model = rows.kept.model
         whole = (f"language.blocks.{layer}.{name}" for layer, own in names.items() for name in own)
         self.weights = {name: model.get_parameter(name).detach() for name in whole}
-        wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}
-        self.deltas = {
-            name: torch.zeros_like(weight, dtype=wide[name]).requires_grad_() for name, weight in self.weights.items()
-        }
+        self.deltas = {name: torch.zeros_like(at_least_float32(w)).requires_grad_() for name, w in self.weights.items()}
 
     def descend(self, steps: int, lr: float, stop: float, max_change: float | None) -> tuple[list[float], int]:
         """Steps of Adam until every prompt's target has the probability `stop`; P(target) of each request, and steps made."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_llava.editing.request import search_numbers
 from hooked_llava.editing.rows import Rows
+from hooked_llava.model.components.precision import at_least_float32
 
 
 class TargetNotReached(UserWarning):
@@ -61,11 +62,10 @@ def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_mode
     Layers above the edited one and positions from the edited one on are run, on the prefix of the kept run. After each
     step a difference longer than `clamp` |z| is cut to that length.
     """
-    wide = torch.promote_types(value.dtype, torch.float32)
-    tiny = torch.finfo(wide).tiny
-    size = value.to(wide).norm(dim=-1)
+    value = at_least_float32(value)
+    size, tiny = value.norm(dim=-1), torch.finfo(value.dtype).tiny
     longest, decay = search.clamp * size, search.weight_decay / size.clamp(min=tiny) ** 2
-    delta = torch.zeros_like(value, dtype=wide).requires_grad_()
+    delta = torch.zeros_like(value).requires_grad_()
     adam = torch.optim.Adam([delta], lr=search.lr)
     done = torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
     made = 0

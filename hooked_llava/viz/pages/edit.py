@@ -110,8 +110,7 @@ def edit_page(
 
 def _made_for(model: HookedLLaVA, prompt: Inputs, edit: Edit) -> Prepared:
     """The edit's request for this prompt."""
-    if edit.model is not model:
-        raise InputError("The edit belongs to another model object; load it with this one, or pass edit.model.")
+    edit.check_model(model)
     if edit.is_applied:
         raise InputError("The edit is applied, so there is no answer without it to show; revert it first.")
     if len(prompt) != 1:
