@@ -8,7 +8,7 @@ steps are looked at: from the image to the constraint's last token, and from the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def attention_contribution(
     prompt = model.as_inputs(inputs)
     if len(prompt) != 1:
         raise InputError(f"attention_contribution takes one prompt, got {len(prompt)}; call it once for each.")
-    one_of(measure, ("norm", "logit"), "measure")
+    one_of(measure, get_args(Measure), "measure")
     token = None if answer is None else single_token(model, prompt.token_map, answer)
     constraints = find_constraints(prompt.token_map, constraint)
     with provenance("attention_contribution", model, prompt, n_forward=1, measure=measure) as made:

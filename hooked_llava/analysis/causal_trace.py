@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import numpy as np
 import xarray as xr
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import Inputs
     from hooked_llava.prompt.token_map import TokenMap
 
+WindowReading = Literal["centred", "released"]
 ROLES = (
     "image",
     "before",
@@ -85,7 +86,7 @@ def causal_trace(
     corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)
     kinds: Sequence[str] = tuple(TRACE_KINDS),
     window: int = 1,
-    window_reading: Literal["centred", "released"] = "centred",
+    window_reading: WindowReading = "centred",
     layers: int | Sequence[int] | None = None,
     positions: Where | None = None,
     answer: str | SupportsIndex | Answer | None = None,
@@ -279,7 +280,7 @@ def _plan(
     if not kinds or set(kinds) - set(TRACE_KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
     width, kind = window
-    one_of(kind, ("centred", "released"), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
+    one_of(kind, get_args(WindowReading), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
     centres = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
     around = centred_window if kind == "centred" else released_window

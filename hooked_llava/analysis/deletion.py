@@ -7,13 +7,13 @@ uncovered in a blank image, and the answer's probability is followed. All steps 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from hooked_llava.analysis.maps.occlusion import WHERE, Where, blank, forwards_of, mean_embedding
+from hooked_llava.analysis.maps.occlusion import Where, blank, forwards_of, mean_embedding
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_cache import Target, read_target
@@ -92,7 +92,7 @@ def deletion_curves(
 
 
 def _ways(directions: Direction | Sequence[Direction], where: Where) -> list[Direction]:
-    one_of(where, WHERE, "where")
+    one_of(where, get_args(Where), "where")
     ways: list[Direction] = [directions] if isinstance(directions, str) else list(directions)
     if not ways or any(way not in DIRECTIONS for way in ways):
         raise InputError(

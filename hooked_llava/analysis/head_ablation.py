@@ -7,7 +7,7 @@ replaced by its mean over reference prompts, so that what all prompts share stay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -29,6 +29,7 @@ from hooked_llava.results.provenance import provenance
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
+Replacement = Literal["mean", "zero"]
 Sets = Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]]
 
 
@@ -39,7 +40,7 @@ def ablate_heads(
     target: Target = None,
     *,
     reference: Any = None,
-    replace: Literal["mean", "zero"] = "mean",
+    replace: Replacement = "mean",
 ) -> xr.Dataset:
     """What the answer loses when sets of heads are taken away at the position where it is read, through Replay.
 
@@ -66,7 +67,7 @@ def ablate_heads(
     """
     prompts = model.as_inputs(inputs)
     sets = _sets(model, heads)
-    one_of(replace, ("mean", "zero"), "replace")
+    one_of(replace, get_args(Replacement), "replace")
     others = prompts if reference is None else reference
     if replace == "mean" and isinstance(others, Inputs) and len(others) < 2:
         raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")

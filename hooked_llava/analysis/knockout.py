@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hooked_llava.checks import as_indices, is_whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.edges import Edge, Edges, edges_of, marked
+from hooked_llava.experiments.edges import Edge, Edges, Missing, edges_of, marked
 from hooked_llava.experiments.windows import centred_window, paper_width
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
@@ -66,7 +66,7 @@ def attention_knockout(
     baseline: Word | Sequence[Word] | None = None,
     metric: MetricName | Metric = "relative_change",
     total: bool = False,
-    missing: Literal["raise", "skip"] = "raise",
+    missing: Missing = "raise",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> xr.Dataset:

@@ -9,7 +9,7 @@ everything behind the receiver runs on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import xarray as xr
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.prepare import Inputs
 
+Senders = Literal["heads", "mlps"]
 Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]
 """The final stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
 
@@ -53,7 +54,7 @@ def path_patching(
     corrupted: Any,
     *,
     receivers: Receiver | Sequence[Receiver] = ("logits",),
-    senders: Literal["heads", "mlps"] = "heads",
+    senders: Senders = "heads",
     positions: Positions | None = None,
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
@@ -88,7 +89,7 @@ def path_patching(
     ('receiver', 'layer')
     """
     check_direction(direction)
-    one_of(senders, ("heads", "mlps"), "senders")
+    one_of(senders, get_args(Senders), "senders")
     targets = [_target(model, receiver) for receiver in _listed(receivers)]
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
     check_metrics(model, pairs, logit_positions)
@@ -106,7 +107,7 @@ def _one_pair(
     metric: Metric | None,
     targets: list[_Target],
     *,
-    senders: Literal["heads", "mlps"],
+    senders: Senders,
     positions: Positions | None,
     direction: Direction,
     logit_positions: Positions,

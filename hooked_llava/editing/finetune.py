@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.model.llava import HookedLLaVA
 
+Weights = Literal["W_out", "all"]
 _W_OUT = "mlp.down.weight"
 
 
@@ -30,7 +31,7 @@ def finetune(
     requests: Requests,
     *,
     layers: int | Sequence[int] | Literal["all"],
-    weights: Literal["W_out", "all"] = "W_out",
+    weights: Weights = "W_out",
     max_change: float | None = None,
     steps: int = 25,
     lr: float = 1e-3,
@@ -60,7 +61,7 @@ def finetune(
     """
     began = time.perf_counter()
     numbers = _chosen(layers, model.cfg.n_layers)
-    one_of(weights, ("W_out", "all"), "weights")
+    one_of(weights, get_args(Weights), "weights")
     search = search_numbers(max_change=max_change, steps=steps, lr=lr, stop=stop)
     prepared = [prepare_request(model, request, "last") for request in listed_requests(model, requests)]
     tuned = _Tuned(make_rows(model, prepared), _names(model, numbers, weights), min(numbers))

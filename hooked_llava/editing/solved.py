@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -78,7 +78,7 @@ class Solved:
         Raises `InputError` for a singular update and a dtype too coarse to hold it. Whether it does what was asked for is
         not checked here, but by `solve_edit`.
         """
-        one_of(keys, ("mean", "each"), "keys")
+        one_of(keys, get_args(Keys), "keys")
         began, lam = time.perf_counter(), float(lam)
         chosen = list(range(len(self.delta))) if only is None else list(only)
         key, owner = self._keys(chosen, keys)

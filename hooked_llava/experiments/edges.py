@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -27,6 +27,7 @@ OneEdge = str | tuple[Where, Where]
 """A name "source->target", or the pair (source, target)."""
 Edges = OneEdge | Sequence[OneEdge] | Mapping[str, OneEdge]
 """One edge, several, or several by names of one's own."""
+Missing = Literal["raise", "skip"]
 STANDARD = (*SPANS, *BY_OBJECT, "constraint")
 """Spans that a prompt has or has not: where one is missing an edge may be left out. Any other name must be known."""
 
@@ -137,7 +138,7 @@ def study_edges(edges: Edges) -> list[Edge]:
 
 
 def marked(
-    prompts: Inputs, edges: Sequence[Edge], *, missing: Literal["raise", "skip"] = "raise", seed: int = 0
+    prompts: Inputs, edges: Sequence[Edge], *, missing: Missing = "raise", seed: int = 0
 ) -> tuple[Inputs, np.ndarray]:
     """The prompts with both ends of every edge as spans of their token maps, and which edges [prompt, edge] they have.
 
@@ -145,7 +146,7 @@ def marked(
     for it otherwise, and always for a span that is none of the standard ones and that no prompt has; and `InputError` for
     edges from later to earlier positions, which attention does not have.
     """
-    one_of(missing, ("raise", "skip"), "missing")
+    one_of(missing, get_args(Missing), "missing")
     if missing == "skip":
         _check_names(edges, dict.fromkeys([*STANDARD, *(name for m in prompts.token_maps for name in m.named)]))
     token_maps, present = [], np.ones((len(prompts), len(edges)), dtype=bool)
@@ -160,9 +161,7 @@ def marked(
     return replace(prompts, token_maps=tuple(token_maps)), present
 
 
-def _both_ends(
-    token_map: TokenMap, edge: Edge, seed: int, missing: Literal["raise", "skip"]
-) -> tuple[Positions, Positions] | None:
+def _both_ends(token_map: TokenMap, edge: Edge, seed: int, missing: Missing) -> tuple[Positions, Positions] | None:
     """Source and target of an edge in one prompt; None for spans that it does not have, where that is allowed."""
     try:
         source, target = (_positions(token_map, where, seed) for where in (edge.source, edge.target))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -244,7 +244,7 @@ def _by_phase(
     model: HookedModule, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str
 ) -> dict[str, list[HookEntry]]:
     """What is attached in each phase: over single new tokens the image side is not run."""
-    one_of(hook_phase, ("prefill", "decode", "both"), "hook_phase")
+    one_of(hook_phase, get_args(Phase), "hook_phase")
     phases: dict[str, list[HookEntry]] = {"prefill": [], "decode": []}
     entries = [as_hook(entry, model) for entry in fwd_hooks]
     for names, fn in entries:

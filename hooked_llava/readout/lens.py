@@ -8,7 +8,7 @@ A LayerNorm also subtracts the mean of every vector and adds its bias once, to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Lens = Literal["final", "frozen", "none"]
 Space = Literal["unembed", "embed", "cosine"]
-SPACES = ("unembed", "embed", "cosine")
 _CHUNK = 2**24  # logits held at once
 _SCORED = 2**19  # the same, where they are only summed up: small pieces cost no time and little memory
 _WIDENED = 2**13  # words whose unembedding is converted at once
@@ -136,7 +135,7 @@ def project(
 def check_spaces(spaces: Sequence[str]) -> None:
     """Raise `InputError` for a space that there is not."""
     for space in spaces:
-        one_of(space, SPACES, "space", expected=f"one of {', '.join(SPACES)}")
+        one_of(space, get_args(Space), "space", expected=f"one of {', '.join(get_args(Space))}")
 
 
 def log_probability_increase(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
 Where = Literal["image", "tokens"]
-WHERE = ("image", "tokens")
 
 
 def blank(
