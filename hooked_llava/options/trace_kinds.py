@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 
 class TraceKind(NamedTuple):
-    """One of the outputs that `causal_trace(kinds=)` names."""
+    """One of the outputs that `causal_trace(kinds=)` names.
+
+    Attributes:
+        hook (str): The hook that is restored.
+        name (str): What it is called in a table.
+        title (str): What it is called above a figure.
+    """
 
     hook: str
-    """The hook that is restored."""
     name: str
-    """What it is called in a table."""
     title: str
-    """What it is called above a figure."""
 
 
 TRACE_KINDS = {
