@@ -218,6 +218,7 @@ NOT_MIRRORED = (
     "test_readme",
     "test_docs",
     "test_notebooks",
+    "test_bad_input",
     "test_benchmarks",
     "test_baseline",
     "test_changelog",

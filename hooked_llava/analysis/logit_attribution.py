@@ -77,7 +77,11 @@ def logit_attribution(
     words_of = (answer, baseline)
 
     def tokens(token_map: TokenMap) -> list[int | None]:
-        return [None if word is None else single_token(model, token_map, word) for word in words_of]
+        own = [None if word is None else single_token(model, token_map, word) for word in words_of]
+        if own[0] is not None and own[0] == own[1]:
+            same = model.to_string(own[0])
+            raise InputError(f"answer and baseline are both {same!r}, whose difference is 0; name another baseline.")
+        return own
 
     each = prompts.each(tokens, prompts.token_maps)  # all are checked before anything is run
     results = prompts.each(lambda one, own: _one_prompt(model, one, own[0], own[1], by, position), prompts, each)

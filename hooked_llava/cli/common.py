@@ -60,6 +60,8 @@ def _image_path(image: str) -> str:
 
     if _is_bundled(image):
         return str(image_path(Path(image).stem))
+    if Path(image).is_dir():
+        raise InputError(f"The image {image!r} is a folder; give one file in it.")
     raise InputError(
         f"There is no image {image!r}: neither a file, nor a bundled image ({', '.join(NAMES)})."
         f"{did_you_mean(image, NAMES)}"
@@ -92,9 +94,10 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        why = "torch knows no such device" if "device string" in said else said
         raise InputError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
-            "expected cpu, cuda, cuda:1, ... or auto."
+            f"--device {name} cannot be used here ({why}); expected cpu, cuda, cuda:1, ... or auto."
         ) from None
     return name
 

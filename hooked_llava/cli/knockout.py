@@ -19,6 +19,7 @@ from hooked_llava.cli.options import (
     Output,
     Second,
     TemplateName,
+    at_least,
 )
 from hooked_llava.cli.terminal import (
     clear_errors,
@@ -48,10 +49,13 @@ EPILOG = examples(
 )
 Window = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Layers that are blocked together. Default: the paper's share, 9 of 40."),
+    typer.Option(
+        parser=at_least(1), metavar="N", help="Layers that are blocked together. Default: the paper's share, 9 of 40."
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Questions of each kind. Default: all; of tiny-shapes 50.")
+    int | None,
+    typer.Option(parser=at_least(1), metavar="N", help="Questions of each kind. Default: all; of tiny-shapes 50."),
 ]
 
 
@@ -72,8 +76,12 @@ MetricOption = Annotated[
     ),
 ]
 # None where they are not given, so that one that does nothing can be refused.
-BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of a table at once. Default: 8.")]
-Length = Annotated[int | None, typer.Option(min=1, metavar="N", help="Length of the answer at most. Default: 20.")]
+BatchSize = Annotated[
+    int | None, typer.Option(parser=at_least(1), metavar="N", help="Questions of a table at once. Default: 8.")
+]
+Length = Annotated[
+    int | None, typer.Option(parser=at_least(1), metavar="N", help="Length of the answer at most. Default: 20.")
+]
 _OWN_TABLE = "tiny-shapes"
 _DEFAULT_LIMIT = 50
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,21 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def at_least(least: int) -> Callable[[str | int], int]:
+    """How an option's number, or its default, is read; what is refused is named, with what was expected."""
+
+    def read(given: str | int) -> int:
+        try:
+            number = int(given)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise typer.BadParameter(f"{given} was given; expected a whole number, {least} or more.")
+        return number
+
+    return read
 
 
 # Two optional arguments, told apart by how many are given: an image may be left out, a question may not.
@@ -45,12 +61,14 @@ TemplateName = Annotated[
         "others of hooked_llava.prompt.templates; none: the question is the whole prompt, <image> included.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the answer at most.")]
+MaxNewTokens = Annotated[int, typer.Option(parser=at_least(1), metavar="N", help="Length of the answer at most.")]
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes an accelerator if there is one.")
 ]
 DTypeOption = Annotated[
     DType | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16. Default: as the checkpoint says.")
 ]
-Top = Annotated[int, typer.Option(min=1, metavar="N", help="How many of the most probable tokens to show.")]
+Top = Annotated[
+    int, typer.Option(parser=at_least(1), metavar="N", help="How many of the most probable tokens to show.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")]

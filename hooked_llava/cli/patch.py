@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from hooked_llava.cli.common import check_writable, load_model, open_image, template_name
-from hooked_llava.cli.options import EMBEDDED_MODEL, Device, DTypeOption, MaxNewTokens, Model, Output, TemplateName
+from hooked_llava.cli.options import (
+    EMBEDDED_MODEL,
+    Device,
+    DTypeOption,
+    MaxNewTokens,
+    Model,
+    Output,
+    TemplateName,
+    at_least,
+)
 from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, out, say_where, shown_steps
 from hooked_llava.options.directions import DIRECTIONS, Direction
 
@@ -42,7 +51,7 @@ Versus = Annotated[
 MaxRuns = Annotated[
     int,
     typer.Option(
-        min=0,
+        parser=at_least(0),
         metavar="N",
         help="Patches are measured one by one up to so many runs; beyond that they are estimated.",
     ),
@@ -100,4 +109,4 @@ def _show_answers(question: str, report: PatchingReport) -> None:
     for name, said, value in lines:
         shown = escape(said) or "(nothing)"
         out().print(f"{name:<9}  [bold]{shown}[/bold]  [dim]{value:+.2f}[/dim]", soft_wrap=True)
-    out().print("[dim]Behind each: the logit of the first answer's token minus that of the second's.[/dim]\n")
+    out().print("[dim]The number: the logit of the first answer's token minus that of the second's.[/dim]\n")

@@ -110,7 +110,10 @@ def read_gqa(
     files = released_files(path, wanted, FILES)
     rows = [row for file in files for row in _read(file, limit, encoding) if row.kind in wanted]
     if not rows:
-        raise InputError(f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}.")
+        raise InputError(
+            f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}; give one of the released CSV files, "
+            "or the folder they are in."
+        )
     return rows
 
 

@@ -13,7 +13,7 @@ def test_bundled_images_are_asked_by_name(checkpoint, name):
     assert run("ask", name, QUESTION, "-m", checkpoint, "--max-new-tokens", "1").exit_code == 0
 
 
-def test_a_question_alone_is_asked_without_a_image(checkpoint):
+def test_a_question_alone_is_asked_without_an_image(checkpoint):
     alone = run("ask", "Who made the star?", "-m", checkpoint, "--max-new-tokens", "1")
     flagged = run("ask", "--no-image", "Who made the star?", "-m", checkpoint, "--max-new-tokens", "1")
     assert alone.exit_code == flagged.exit_code == 0

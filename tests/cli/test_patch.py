@@ -21,7 +21,7 @@ def test_patch_prints_both_answers_and_writes_the_page(tmp_path):
     assert float(lines[1][2]) > 0 > float(lines[2][2])
     assert f"The page is in {page}; open it in a browser." in result.stdout
     html = page.read_text(encoding="utf-8")
-    assert "Every coloured cell is one run of the clean prompt" in html
+    assert "Every colored cell is one run of the clean prompt" in html
     assert "There are too many patches to measure each here" in html
 
 
