@@ -3,6 +3,7 @@
 from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.answer_probability import answer_probability
 from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
+from hooked_llava.analysis.answer_without import answer_without, decisive_removal, leads_from
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
@@ -36,6 +37,7 @@ __all__ = [
     "agreement",
     "answer_probability",
     "answer_signs",
+    "answer_without",
     "attention_contribution",
     "attention_knockout",
     "attention_to_object",
@@ -46,6 +48,7 @@ __all__ = [
     "causal_trace",
     "contribution_sums",
     "deciding_places",
+    "decisive_removal",
     "deletion_curves",
     "edge_attribution",
     "error_auroc",
@@ -59,6 +62,7 @@ __all__ = [
     "information_storage",
     "knockout_study",
     "layer_scores",
+    "leads_from",
     "logit_attribution",
     "logit_lens",
     "nested_sets",

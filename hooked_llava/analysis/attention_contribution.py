@@ -159,7 +159,7 @@ def _labelled(
     dims = ("layer", "head")[: sizes.ndim - 2]
     coords: dict[str, Any] = {dim: range(n) for dim, n in zip(dims, sizes.shape, strict=False)}
     sources = [p for where in constraints for p in where]
-    units = {"units": "logits" if measure == "logit" else "norm of the message"}
+    units = {"units": "logits" if measure == "logit" else "norm of the head outputs"}
     found: dict[str, Any] = {
         "constraint_to_last": ((*dims, "source"), to_numpy(sizes[..., 1, sources]), units),
     }

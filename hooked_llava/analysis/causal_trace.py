@@ -161,11 +161,10 @@ def was_lowered(trace: xr.Dataset) -> bool:
     return float(trace.lowered_by) >= LOWERED
 
 
-def best_cells(trace: xr.Dataset) -> list[xr.Dataset]:
-    """For each kind the cell with the largest indirect effect, with its coordinates `kind`, `layer`, `position`, `role`, ...
+def best_cells(trace: xr.Dataset, *, by_layer: bool = False) -> list[xr.Dataset]:
+    """For each kind (and layer) the cell with the largest indirect effect, with coordinates `kind`, `layer`, `position`, ...
 
-    Of several cells with the same effect (but for a thousandth of it) it is the largest, the first of equal ones, and its
-    `n_tied` says how many others there are.
+    Of several with the same effect (but for a thousandth of it) it is the first; its `n_tied` counts the others.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -174,8 +173,8 @@ def best_cells(trace: xr.Dataset) -> list[xr.Dataset]:
     ['mlp', 'attn', 'resid']
     """
     best = []
-    for kind in range(trace.sizes["kind"]):
-        one = trace.isel(kind=kind)
+    layers = [[i] for i in range(trace.sizes["layer"])] if by_layer else [slice(None)]
+    for one in (trace.isel(kind=kind, layer=layer) for kind in range(trace.sizes["kind"]) for layer in layers):
         effects = one.indirect_effect.transpose("layer", "position").values
         layer, position = divmod(int(effects.argmax()), effects.shape[1])
         best.append(one.isel(layer=layer, position=position).assign(n_tied=n_tied(effects)))

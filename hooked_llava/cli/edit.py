@@ -124,7 +124,7 @@ def edit(
 
     with clear_errors():
         image, question = split_arguments(first, second, no_image)
-        if target is None:
+        if not target:
             raise InputError("There is no target; say what the model is to answer: --target Boris.")
         if sweep and (keep or method is Method.rome):
             raise InputError("--sweep edits by multedit and without --keep; leave one of them out.")
@@ -224,6 +224,8 @@ def _chosen_place(model: HookedLLaVA, inputs: Inputs, plan: _Plan, request: Edit
         prepared, chosen = choose_place(model, [request], layer, plan.position)
         return prepared[0], chosen
     except InputError as error:
+        if plan.layer != "auto":
+            raise
         raise InputError(f"{error} (On the command line: --replace WORDS, --layer N, --position last.)") from None
 
 
@@ -274,6 +276,7 @@ def _show(question: str, page: EditPage, made: Edit, save: Path | None) -> None:
 
     from hooked_llava.editing import size_text
     from hooked_llava.prompt.token_text import visible_token
+    from hooked_llava.viz.pages.edit import rest_sentences
 
     to, first = out(), page.results["answers"]
     to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
@@ -281,6 +284,8 @@ def _show(question: str, page: EditPage, made: Edit, save: Path | None) -> None:
     for state, said in (("before", page.answer_before), ("after", page.answer)):
         p = [f"P({name}) {float(value):.3f}" for name, value in zip(names, first.sel(state=state).values, strict=False)]
         to.print(f"{state:<7} [bold]{escape(said) or '(nothing)'}[/bold]  [dim]{', '.join(p)}[/dim]", soft_wrap=True)
+    for sentence in rest_sentences(first):
+        to.print(sentence, soft_wrap=True, markup=False)
     method = made.method
     to.print(
         f"\n{method['name']}, layer {method['layer']}, position {method['position']}: {size_text(made)}\n",

@@ -84,7 +84,7 @@ Ask = Annotated[
     typer.Option(
         metavar="QUESTION",
         help="Another question about the image, whose answer is to stay; may be repeated. Default: in the embedded "
-        "models other images, words, shapes, relations and colours, if the question is one of their facts.",
+        "models other images, words, shapes, relations and colors, if the question is one of their facts.",
     ),
 ]
 AskText = Annotated[

@@ -22,7 +22,15 @@ from hooked_llava.cli.options import (
     TemplateName,
     Top,
 )
-from hooked_llava.cli.terminal import clear_errors, examples, needs_figures, say_where, show_answer, shown_steps
+from hooked_llava.cli.terminal import (
+    clear_errors,
+    examples,
+    needs_figures,
+    say_sentences,
+    say_where,
+    show_answer,
+    shown_steps,
+)
 from hooked_llava.options.patch_maps import PATCH_MAPS
 
 EPILOG = examples(
@@ -91,4 +99,5 @@ def explain(
             )
         path = report.save(output)
         show_answer(question, report.answer, report.results["next_tokens"])
+        say_sentences(report.summary)
         say_where(path)

@@ -85,6 +85,13 @@ def needs_figures() -> Iterator[None]:
             raise InputError(f"The page cannot be drawn. {error}") from error
 
 
+def say_sentences(sentences: Sequence[str]) -> None:
+    """What was found, a sentence each, and an empty line."""
+    for sentence in sentences:
+        out().print(f"- {sentence}", soft_wrap=True, markup=False)
+    out().print()
+
+
 def say_where(page: Path) -> None:
     """The last line of every command that writes a page."""
     out().print(f"The page is in [bold]{page}[/bold]; open it in a browser.", soft_wrap=True)

@@ -20,6 +20,7 @@ from hooked_llava.cli.options import (
     Output,
     Second,
     TemplateName,
+    at_least,
 )
 from hooked_llava.cli.terminal import (
     clear_errors,
@@ -35,6 +36,8 @@ from hooked_llava.cli.terminal import (
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from hooked_llava.experiments.corruptions import Corruption
     from hooked_llava.viz import TracePage
 
@@ -67,7 +70,7 @@ Repeat = Annotated[
     bool, typer.Option("--repeat", help="Write the first token of --replace at each of the constraint's tokens.")
 ]
 WayOption = Annotated[Way, typer.Option(help="Without --replace: noise, or the mean embedding.")]
-Window = Annotated[int, typer.Option(min=1, metavar="N", help="Layers that are restored together.")]
+Window = Annotated[int, typer.Option(parser=at_least(1), metavar="N", help="Layers that are restored together.")]
 
 
 def trace(
@@ -127,7 +130,7 @@ def _corruption(words: list[str], repeat: bool, way: Way) -> Corruption:
 
 
 def _show(question: str, page: TracePage) -> None:
-    """The runs, and the best cell of each kind."""
+    """All runs: the clean one, the corrupted one, and of the restored ones the best of each kind, and of each layer."""
     from rich.markup import escape
 
     from hooked_llava.analysis.causal_trace import best_cells, was_lowered
@@ -150,4 +153,24 @@ def _show(question: str, page: TracePage) -> None:
         tied = f", and {int(cell.n_tied)} other{'' if cell.n_tied == 1 else 's'} as much" if cell.n_tied else ""
         place = f"{visible_token(cell.label.values)} ({cell.role.values}){tied}"
         table.add_row(str(cell.kind.values), str(int(cell.layer)), escape(place), f"{float(cell.restored):.3f}")
+    show_table(table)
+    _show_layers(found)
+
+
+def _show_layers(trace: xr.Dataset) -> None:
+    """The restored runs: of each layer and kind the best position."""
+    from rich.markup import escape
+
+    from hooked_llava.analysis.causal_trace import best_cells
+    from hooked_llava.prompt.token_text import visible_token
+
+    kinds, rows = trace.kind.values.tolist(), {layer: [] for layer in trace.layer.values.tolist()}
+    for cell in best_cells(trace, by_layer=True):
+        rows[int(cell.layer)].append(f"{float(cell.restored):.3f} {visible_token(cell.label.values)}")
+    out().print(
+        f"{trace.attrs['runs']} runs with one output restored; of each layer the best position:", soft_wrap=True
+    )
+    table = new_table(["layer", *kinds], right=["layer"])
+    for layer, texts in rows.items():
+        table.add_row(str(layer), *map(escape, texts))
     show_table(table)

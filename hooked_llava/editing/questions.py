@@ -19,7 +19,7 @@ from hooked_llava.results.provenance import Provenance
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
-_TOP = 3
+_TOP = 5
 
 
 def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     The probes hold prompts, not `KeptPrompts`. Returns `probes`, what `evaluate_edit` gives; `questions`, a dataset
     [question] with text, probe, role, answers and measures of each; and `answers`, probabilities [state, token] of first
     tokens of the first question's answer: that before the edit, the expected one, and what else is most probable in either
-    state. Raises as `evaluate_edit`.
+    state; coordinates `rest` [state], what all `n_rest` other tokens have together, and `rest_largest` [state], what one of
+    them has at most. Raises as `evaluate_edit`.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest, multedit
@@ -81,5 +82,9 @@ def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Ten
     top = p.topk(min(_TOP, p.shape[-1]), dim=-1).indices.flatten().tolist()
     ids = list(dict.fromkeys([int(before.argmax()), int(target), *top]))
     names = decode_tokens(model, torch.tensor(ids))
-    coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids)}
-    return xr.DataArray(p[:, ids].cpu().numpy(), dims=("state", "token"), coords=coords, name="probability")
+    others = p.clone()
+    others[:, ids] = 0
+    rest = {"rest": ("state", to_numpy(others.sum(-1))), "rest_largest": ("state", to_numpy(others.amax(-1)))}
+    coords = {"state": ["before", "after"], "token": names, "token_id": ("token", ids), **rest}
+    found = xr.DataArray(to_numpy(p[:, ids]), dims=("state", "token"), coords=coords, name="probability")
+    return found.assign_attrs(n_followed=len({ids[0], int(target)}), n_rest=p.shape[-1] - len(ids))

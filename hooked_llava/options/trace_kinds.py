@@ -22,6 +22,6 @@ class TraceKind(NamedTuple):
 TRACE_KINDS = {
     "mlp": TraceKind("mlp_out", "MLP", "MLP output"),
     "attn": TraceKind("attn_out", "attention", "attention output"),
-    "resid": TraceKind("resid_post", "stream", "whole stream"),
+    "resid": TraceKind("resid_post", "residual stream", "residual stream"),
 }
 """What a layer's MLP adds, what its attention adds, and the whole residual stream that leaves it."""

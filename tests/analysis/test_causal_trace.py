@@ -193,7 +193,7 @@ def test_several_constraints_are_corrupted_together(model: Any, prompt: Any) -> 
     assert trace.role.values[at == -1][0] == "image"
 
 
-def test_without_a_image(model: Any) -> None:
+def test_without_an_image(model: Any) -> None:
     prompt = model.prepare("Who made the star ?")
     trace = causal_trace(model, prompt, "star", corruption="circle")
     assert trace.position.values.tolist() == list(range(prompt.shape[1]))

@@ -29,6 +29,7 @@ from hooked_llava.viz.style import format_small
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""
+_N_OTHERS = 3  # tokens besides the answer before and the target, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,23 @@ def _prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
 # ---------------------------------------------------------------------- the page
 
 
+def rest_sentences(answers: xr.DataArray) -> list[str]:
+    """Where the probability went that neither the answer before nor the target has, before the edit and after it.
+
+    `answers` are the page's results of that name.
+    """
+    named = answers.isel(token=slice(answers.attrs["n_followed"], None))
+    sentences = []
+    for state in ("before", "after"):
+        one = named.sel(state=state)
+        order = one.argsort().values[::-1][:_N_OTHERS]
+        tokens = ", ".join(f"“{visible(str(one.token.values[i]))}” {float(one[i]):.3f}" for i in order)
+        largest, n = format_small(float(one.rest_largest)), answers.attrs["n_rest"]
+        spread = f"{float(one.rest):.3f} is spread over {n} further tokens, none above {largest}"
+        sentences.append(f"Other tokens {state} the edit: {tokens}; {spread}.")
+    return sentences
+
+
 def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dict[str, Any]:
     """The edited question: first tokens before and after."""
     answers: xr.DataArray = results["answers"]
@@ -155,6 +173,7 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         "same_first": ids[0] == made.targets[0][0],
         "said_already": bool(results["questions"].as_expected_before[0]),
         "reached": bool(results["questions"].as_expected[0]),
+        "rest": rest_sentences(answers),
         "own_kl": format_small(float(results["questions"].kl[0])),
         "shift": answer_shift(answers),
     }

@@ -31,6 +31,11 @@ def uri(drawn: Plot | Image.Image, longest: int = _LONGEST) -> str:
     return _data("png", _written(shown, "PNG", optimize=True))
 
 
+def pixels(drawn: Plot) -> int:
+    """How wide a figure was drawn, in a browser's pixels."""
+    return round(96 * drawn.get_size_inches()[0])
+
+
 def is_small(image: Image.Image) -> bool:
     """Whether an image has so few pixels that they are to be seen as squares."""
     return max(image.size) <= _SMALL

@@ -9,7 +9,8 @@ from typing import Any
 
 import xarray as xr
 
-from hooked_llava.analysis.head_scores import head_scores
+from hooked_llava.analysis.answer_without import answer_without
+from hooked_llava.analysis.head_scores import head_scores, top_heads
 from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
@@ -23,12 +24,13 @@ from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.viz.pages.explain_context import explanation
+from hooked_llava.viz.pages.explain_summary import summary_of
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import answered, one_prompt
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads"),
-    *("attention to the image", "patches", "occlusion", "drawing"),
+    *("attention to the image", "patches", "occlusion", "removals", "drawing"),
 )
 """The parts of the work, as progress is reported; those about images are left out where there is none."""
 OCCLUDED_UNASKED = 256
@@ -48,12 +50,19 @@ class _Options:
     occlusion: bool | None
 
 
+@dataclass(frozen=True, kw_only=True)
 class Report(Page):
     """How a model came to its answer: the page, and the results it shows.
 
     `report.save("report.html")` writes it; in a notebook it shows itself. The labelled arrays in `report.results` are
-    next_tokens, lens, components, heads, head_scores, and with an image attention, patches and occlusion.
+    next_tokens, lens, components, heads, head_scores, without, and with an image attention, patches and occlusion.
+
+    Attributes:
+        summary (tuple[str, ...]): What was found, in sentences: how sure the answer is, what writes
+            it, and what changes it when removed.
     """
+
+    summary: tuple[str, ...]
 
 
 def explain(
@@ -105,7 +114,8 @@ def explain(
         n_forward += sum(float(result.attrs["n_forward"]) for result in results.values())
         footer = run_footer(model, prompt, f"{n_forward:.0f} forward passes, {perf_counter() - started:.1f} s")
         shown = explanation(model, prompt, results, n_heads)
-        return make_page(Report, "explain", shown, footer, results, question=question_text(prompt), answer=said)
+        words = {"question": question_text(prompt), "answer": said, "summary": summary_of(results)}
+        return make_page(Report, "explain", shown, footer, results, **words)
 
 
 def _results(
@@ -130,6 +140,9 @@ def _results(
         begin("attention to the image")
         results["attention"] = image_attention(model, prompt)
         results |= _patch_maps(model, prompt, scored, options, begin)
+    begin("removals")
+    ranked = top_heads(results["head_scores"], results["head_scores"].size)
+    results["without"] = answer_without(model, prompt, scored, heads=ranked, patches=results.get("patches"))
     return results
 
 

@@ -126,7 +126,7 @@ def _ranked(result: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def _lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """Every layer's most probable words, each with the colours of its cell."""
+    """Every layer's most probable words, each with the colors of its cell."""
     one = result.isel(position=0).transpose("layer", "rank", ...)
     rows = []
     for name, words, probabilities in zip(

@@ -212,7 +212,7 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
 
 
 def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -> dict[str, str]:
-    """Total effect with its interval, and the curve in numbers; `full` is the drop that is coloured most."""
+    """Total effect with its interval, and the curve in numbers; `full` is the drop that is colored most."""
     total = knockout["total_effect"]
     mean = float(total.sel(statistic="mean")) if "statistic" in total.dims else float(total)
     if not np.isfinite(mean):

@@ -20,7 +20,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.storage import written_whole
-from hooked_llava.viz.pages.embed import is_small, uri, visible
+from hooked_llava.viz.pages.embed import is_small, pixels, uri, visible
 
 _PACKAGES = ("torch", "transformers", "transformer_lens")
 
@@ -33,7 +33,7 @@ class Page:
         question (str): What was asked.
         answer (str): What the model said, greedily decoded.
         html (str): The page, self-contained.
-        results (dict[str, Any]): The labelled arrays behind the figures.
+        results (dict[str, Any]): The labelled arrays that the figures show.
     """
 
     question: str
@@ -68,7 +68,7 @@ def make_page(
     shown: Mapping[str, Any],
     footer: Mapping[str, str],
     results: dict[str, Any],
-    **said: str,
+    **said: Any,
 ) -> AnyPage:
     """A template filled in, as a page of its kind.
 
@@ -79,7 +79,7 @@ def make_page(
         shown: the template's variables, figures and images as they are; text is escaped.
         footer: what stands below, by name.
         results: what the page shows.
-        said: question, answer, and whatever else the kind has; variables of the template too.
+        said: question, answer, and whatever else the kind has, as text; variables of the template too.
     """
     filled = fill_template(template, {**shown, **said, "footer": footer})
     return kind(html=filled, results=results, **said)
@@ -99,7 +99,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"uri": uri, "visible": visible}
+    environment.filters |= {"pixels": pixels, "uri": uri, "visible": visible}
     environment.tests["small"] = is_small
     return environment
 

@@ -89,4 +89,4 @@ def canvas(inputs: Inputs, images: list[Image.Image], image: int) -> Inputs | Im
 
 def panel_columns(n_layers: int) -> int:
     """How many panels, one for each layer, stand side by side."""
-    return 4 if n_layers <= 16 else 8
+    return 4 if n_layers <= 16 else 6

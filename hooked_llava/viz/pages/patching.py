@@ -35,7 +35,7 @@ class PatchingReport(Page):
 
     `report.question` and `report.answer` are those of the clean prompt. The labelled arrays in `report.results` are
     resid_pre, attn_out, mlp_out, heads, estimate (attribution patching), and with an image, if it has not too many
-    positions, patches: the stream at each of them.
+    positions, patches: the residual stream at each of them.
 
     Attributes:
         corrupted_answer (str): What the model says to the corrupted prompt.

@@ -1,4 +1,4 @@
-"""One page that shows a causal trace: the three runs, where the answer comes back, and what attention carries there."""
+"""One page that shows a causal trace: the three runs, where the answer comes back, and what attention heads write there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import about_model, answered, panel_columns
 
-STEPS = ("answering", "tracing", "messages", "drawing")
+STEPS = ("answering", "tracing", "contributions", "drawing")
 """The parts of the work, as progress is reported."""
 
 
@@ -66,7 +66,7 @@ def trace_page(
         trace = causal_trace(model, prompt, constraint, corruption=corruption, **options)
         begin("answering")
         answer, _ = answered(model, prompt, max_new_tokens)
-        begin("messages")
+        begin("contributions")
         contribution = attention_contribution(model, prompt, constraint)
         results = {"trace": trace, "roles": by_role(trace), "contribution": contribution}
         results["next_tokens"] = next_tokens(model, prompt, k=min(5, model.cfg.d_vocab))
@@ -93,11 +93,13 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
         "constraint": " and ".join(f"“{words}”" for words in trace.constraint),
         "layers": _window(trace),
         "best": _best(trace),
+        "tokens": [visible(str(label)) for label in trace.label.values],
+        "restored": _restored(trace),
         "map": trace_maps(trace, note=False),
         "curves": role_curves(results["roles"], title=""),
         "to_last": contribution_maps(contribution),
         "images": images,
-        "messages": [
+        "from_image": [
             patch_overlays(prompt, contribution.image_to_constraint.isel(image=i), image=i, columns=columns, title="")
             for i in range(len(images))
         ],
@@ -117,6 +119,21 @@ def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
             "tied": int(cell.n_tied),
         }
         for cell in best_cells(trace)
+    ]
+
+
+def _restored(trace: xr.Dataset) -> list[dict[str, Any]]:
+    """Every restored run: for each kind the rows of a table, layer by token."""
+    values = trace.restored.transpose("kind", "layer", "position").values
+    layers = trace.layer.values.tolist()
+    return [
+        {
+            "kind": f"{TRACE_KINDS[str(kind)].title} restored",
+            "rows": [
+                {"layer": layer, "cells": [f"{p:.3f}" for p in row]} for layer, row in zip(layers, one, strict=True)
+            ],
+        }
+        for kind, one in zip(trace.kind.values, values.tolist(), strict=True)
     ]
 
 

@@ -27,12 +27,21 @@ def text_report(model, text_inputs) -> Report:
 
 
 def test_a_report_has_every_section(report):
-    assert Page(report.html).sections == ["answer", "image", "lens", "contributions", "heads", "patches", "attention"]
+    assert Page(report.html).sections == [
+        "summary",
+        "answer",
+        "image",
+        "lens",
+        "contributions",
+        "heads",
+        "patches",
+        "attention",
+    ]
 
 
 def test_a_text_only_report_has_no_section_about_images(text_report):
     shown = Page(text_report.html)
-    assert shown.sections == ["answer", "lens", "contributions", "heads"]
+    assert shown.sections == ["summary", "answer", "lens", "contributions", "heads"]
     assert "image" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", text_report.html, flags=re.S).split("<main>")[0]
     assert "attention" not in text_report.results
 
@@ -95,7 +104,16 @@ def test_two_images_have_sections_each(model, wide_image):
 def test_tensors_without_the_original_are_explained_too(model, tensor_inputs):
     html = explain(model, tensor_inputs, max_new_tokens=1).html
     assert "The original is not known" in html
-    assert Page(html).sections == ["answer", "image", "lens", "contributions", "heads", "patches", "attention"]
+    assert Page(html).sections == [
+        "summary",
+        "answer",
+        "image",
+        "lens",
+        "contributions",
+        "heads",
+        "patches",
+        "attention",
+    ]
 
 
 def test_a_model_without_a_processor_is_explained_too(inputs):

@@ -49,7 +49,7 @@ def test_a_page_of_one_question(model, inputs):
     assert "as many other patches" not in knockout_page(model, inputs, ["image->last"], max_new_tokens=1).html
 
 
-def test_without_a_image_the_edges_of_text_remain(model, text_inputs):
+def test_without_an_image_the_edges_of_text_remain(model, text_inputs):
     page = knockout_page(model, text_inputs, max_new_tokens=1)
     assert page.results["knockout"].edge.values.tolist() == ["question->last", "last->last", "question|rest->last"]
     with pytest.raises(SpanError, match="no span 'image'"):

@@ -14,9 +14,9 @@ def page(model, inputs) -> TracePage:
     return trace_page(model, inputs, "the star", corruption="a circle", window=2, max_new_tokens=2)
 
 
-def test_the_page_shows_runs_maps_roles_and_messages(page):
+def test_the_page_shows_runs_maps_roles_and_contributions(page):
     check_self_contained(page.html)
-    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
+    assert Page(page.html).sections == ["runs", "map", "restored", "roles", "contributions"]
     assert set(page.results) == {"trace", "roles", "contribution", "next_tokens"}
     assert "replaced by &#39;a circle&#39;" in page.html
     assert "2 layers at a time" in page.html
@@ -28,7 +28,7 @@ def test_the_page_shows_runs_maps_roles_and_messages(page):
 def test_a_corruption_that_changes_nothing_is_said(model, text_inputs):
     page = trace_page(model, text_inputs, "star", corruption="star", max_new_tokens=1)
     assert "The corruption does not lower the answer" in page.html
-    assert Page(page.html).sections == ["runs", "map", "roles", "messages"]
+    assert Page(page.html).sections == ["runs", "map", "restored", "roles", "contributions"]
     assert "From the image" not in page.html
 
 
