@@ -41,7 +41,7 @@ class Curve:
 def apart(curves: Mapping[str, np.ndarray], *, shown: Mapping[str, str] | None = None) -> list[Curve]:
     """What to draw so that every curve is seen: those that cannot be told apart as one, and wider those that another covers.
 
-    `curves` are values by name, all of one shape (several panels' behind one another), in the order of drawing; `shown`
+    `curves` are values by name, all of one shape (several panels' one after another), in the order of drawing; `shown`
     names them for the legend. Equal ones are joined by =, those less than a pixel apart by ≈. What is NaN counts as equal
     to NaN.
 

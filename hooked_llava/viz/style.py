@@ -12,6 +12,7 @@ from typing import Any, Literal
 import matplotlib as mpl
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
@@ -26,9 +27,9 @@ INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE = "#1d4f91", "#c8622d", "#2fa37c", "#8e5bb5"
 SKY, GOLD, SLATE = "#5fb4e6", "#e0b030", "#3b4450"
 SERIES = (ORANGE, BLUE, GREEN, PURPLE, SKY, GOLD, SLATE)
-"""Colours of lines and bars, in the order in which they are used: as far apart for colour-blind eyes as for others."""
+"""Colors of lines and bars, in the order in which they are used: as far apart for color-blind eyes as for others."""
 DIVERGING, SEQUENTIAL = "RdBu_r", "OrRd"
-"""Names of matplotlib's colour maps: one from blue over white to red, and one from paper to dark red."""
+"""Names of matplotlib's color maps: one from blue over white to red, and one from paper to dark red."""
 UNITS = {"logit": "logits", "attention": "share of attention", "probability": "probability"}
 """What the values of a result are counted in, by the result's name."""
 
@@ -58,10 +59,16 @@ _RC: dict[Any, Any] = {
     "svg.hashsalt": "hooked_llava",
 }
 _DPI = 160
+PAGE_WIDTH = 5.2
+"""Inches: a figure of this width is read whole on a phone, where it is shown two thirds as large."""
+_LETTER, _HANDLE, _LINE, _GAP = 0.066, 0.125, 0.18, 0.08  # inches, of a legend: a letter, a unit of its handle, a line
 
 
 class Plot(Figure):
     """A matplotlib figure that a notebook shows once, whatever its backend, and that pyplot does not keep alive."""
+
+    below = 0.0
+    """Inches at the bottom that the panels leave to a legend and a note."""
 
     def _repr_png_(self) -> bytes:
         return self._rendered("png")
@@ -80,7 +87,7 @@ class Plot(Figure):
 
 @dataclass(frozen=True)
 class ColorScale:
-    """Which colour map, from which value to which.
+    """Which color map, from which value to which.
 
     Attributes:
         name (str): Name of the map, `DIVERGING` or `SEQUENTIAL`.
@@ -99,7 +106,7 @@ class ColorScale:
 
     @property
     def map(self) -> Colormap:
-        """0 to 1 -> colours."""
+        """0 to 1 -> colors."""
         return mpl.colormaps[self.name]
 
     def norm(self) -> Normalize:
@@ -107,11 +114,11 @@ class ColorScale:
         return Normalize(self.low, self.high)
 
     def rgba(self, value: float) -> tuple[float, float, float, float]:
-        """The colour of one value."""
+        """The color of one value."""
         return self.map(float(self.norm()(value)))
 
     def ink(self, value: float) -> str:
-        """The colour of text that is written on that value's colour."""
+        """The color of text that is written on that value's color."""
         red, green, blue, _ = self.rgba(value)
         return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
 
@@ -260,16 +267,38 @@ def tick_every(n: int, most: int = 16) -> int:
 
 
 def value_lines(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Thin lines behind what is drawn, to read values by."""
+    """Thin lines below what is drawn, to read values by."""
     axes.grid(axis=which, color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def legend_beside(axes: Axes, *handles_and_labels: Any, handlelength: float = 1.4) -> None:
-    """A legend to the right of a panel."""
-    axes.legend(
-        *handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK, handlelength=handlelength
-    )
+def legend_below(figure: Plot, entries: Axes | Sequence[Artist], *, handlelength: float = 1.4) -> None:
+    """A legend below all panels, in as many columns as fit; the figure grows by its height.
+
+    `entries` are what it names: the labelled lines and bars of one panel, or handles with a label.
+    """
+    handles = entries.get_legend_handles_labels()[0] if isinstance(entries, Axes) else list(entries)
+    lines = [str(handle.get_label()).split("\n") for handle in handles]
+    width = figure.get_size_inches()[0]
+    column = _LETTER * max(len(line) for label in lines for line in label) + _HANDLE * (handlelength + 3)
+    columns = max(1, min(len(lines), int(width / column)))
+    rows = -(-len(lines) // columns)
+    tallest = max(sum(map(len, lines[i : i + rows])) for i in range(0, len(lines), rows))
+    grow_below(figure, _LINE * tallest + _GAP)
+    look: dict[str, Any] = {"labelcolor": INK, "handlelength": handlelength, "borderaxespad": 0.2}
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=columns, **look)
+
+
+def grow_below(figure: Plot, inches: float) -> None:
+    """Add a strip at the bottom; the panels, and a legend that stands there, stay above it."""
+    width, height = figure.get_size_inches()
+    total, figure.below = height + inches, figure.below + inches
+    figure.set_size_inches(width, total)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(rect=(0.0, figure.below / total, 1.0, 1.0 - figure.below / total))
+    for legend in figure.legends:
+        legend.set_bbox_to_anchor((0.5, inches / total), transform=figure.transFigure)
 
 
 def add_heading(figure: Plot, text: str) -> None:

@@ -11,7 +11,7 @@ import xarray as xr
 from hooked_llava.options.directions import DIRECTIONS
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.viz.kinds import kind_of
-from hooked_llava.viz.style import MUTED, Plot
+from hooked_llava.viz.style import MUTED, Plot, grow_below
 
 _SAY_LITTLE = ("", "value", "probability")
 _OF_LAYERS = ("attention_knockout", "causal_trace")  # whose windows are of layers
@@ -74,11 +74,11 @@ def add_note(figure: Plot, attrs: Mapping[str, Any], title: str | None = None) -
     note = note_of(attrs) if "analysis" in attrs and title != "" else ""
     if not note:
         return
-    width, height = figure.get_size_inches()
-    lines = textwrap.wrap(note, int(_PER_INCH * width))
-    figure.set_size_inches(width, height + 0.16 * len(lines) + 0.06)
+    lines = textwrap.wrap(note, int(_PER_INCH * figure.get_size_inches()[0]))
+    grow_below(figure, 0.14 * len(lines) + 0.12)
     text = "\n".join(lines).replace("$", r"\$")
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=MUTED, linespacing=1.3)
+    look: dict[str, Any] = {"fontsize": 7, "color": MUTED, "linespacing": 1.3, "in_layout": False}
+    figure.supxlabel(text, x=0.01, y=0.04 / figure.get_size_inches()[1], ha="left", va="bottom", **look)
 
 
 def _patched(result: xr.DataArray | xr.Dataset, name: str) -> str:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Sections, what is referred to, and tags left open."""
+    """Sections, what is referred to, what no box holds that scrolls, and tags left open."""
 
     VOID = ("meta", "img", "br", "link")
 
@@ -16,7 +16,10 @@ class Page(HTMLParser):
         self.sections: list[str] = []
         self.references: list[str] = []
         self.texts_instead: list[str] = []
+        self.cut_off: list[str] = []
+        self.drawn_widths: list[int] = []
         self.open: list[str] = []
+        self._classes: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -26,19 +29,27 @@ class Page(HTMLParser):
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
         if tag == "img":
             self.texts_instead.append(values.get("alt") or "")
+        if drawn := re.search(r"--drawn: (\d+)px", values.get("style") or ""):
+            self.drawn_widths.append(int(drawn[1]))
+        if (tag == "table" or drawn) and "scroll" not in self._classes:
+            self.cut_off.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
+            self._classes.append(values.get("class") or "")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self._classes.pop()
 
 
 def check_self_contained(html: str, most: int = 2_000_000) -> None:
-    """Well formed, with words for every image, and nothing that a browser would have to fetch."""
+    """Well formed, words for every image, nothing to fetch; tables and figures fit a phone or scroll in their own box."""
     page = Page(html)
     assert page.open == []
     assert page.references
     assert all(reference.startswith("data:image/") for reference in page.references)
     assert all(page.texts_instead)
     assert re.findall(r"https?://|@import|url\(|<script|<link", html) == []
+    assert page.cut_off == []
+    assert max(page.drawn_widths) * 0.66 <= 350
     assert len(html) < most

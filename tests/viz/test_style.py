@@ -14,6 +14,7 @@ from hooked_llava.viz.style import (
     Plot,
     color_scale,
     format_small,
+    legend_below,
     plot,
     require_dims,
     scale_of,
@@ -31,6 +32,18 @@ def test_signed_values_diverge_symmetrically_and_others_grow_from_zero():
     growing = color_scale(np.array([0.1, 2.0]))
     assert (signed.low, signed.high, growing.low, growing.high) == (-2.0, 2.0, 0.0, 2.0)
     assert signed.rgba(0.0)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
+
+
+def test_a_legend_below_keeps_its_words_within_the_figure():
+    with plot(4.0, 2.0) as figure:
+        axes = figure.add_subplot()
+        for i in range(7):
+            axes.plot([0, 1], label=f"question → last, number {i}" + ("\nand others" if i == 3 else ""))
+        legend_below(figure, axes)
+    figure.canvas.draw()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert axes.get_window_extent().height > 0.6 * 2.0 * figure.dpi
 
 
 def test_contributions_diverge_even_if_none_is_negative():

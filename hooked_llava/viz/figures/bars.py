@@ -14,7 +14,8 @@ from hooked_llava.viz.style import (
     INK,
     MUTED,
     ORANGE,
-    legend_beside,
+    PAGE_WIDTH,
+    legend_below,
     plot,
     require_dims,
     tick_every,
@@ -45,7 +46,7 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
     others = [name for name in values if not _OF_LAYER.fullmatch(name)]
     layers = sorted({int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))})
     before = list(range(layers[0] - len(others), layers[0]) if layers else range(len(others)))
-    with plot(min(11.0, 3.4 + 0.42 * (len(layers) + len(others))), 3.1) as figure:
+    with plot(PAGE_WIDTH, 2.9) as figure:
         axes = figure.add_subplot()
         if others:
             axes.bar(before, [values[name] for name in others], 0.5, color=MUTED)
@@ -64,7 +65,7 @@ def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figu
         axes.set_ylabel(unit_of(result))
         value_lines(axes, "y")
         axes.set_title(title_of(result) if title is None else title)
-        legend_beside(axes)
+        legend_below(figure, axes)
         add_note(figure, result.attrs, title)
     return figure
 

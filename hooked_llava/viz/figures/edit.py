@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -17,11 +16,11 @@ from hooked_llava.viz.style import (
     INK,
     MUTED,
     ORANGE,
+    PAGE_WIDTH,
     PURPLE,
-    Plot,
     add_heading,
     format_small,
-    legend_beside,
+    legend_below,
     plot,
     require_dims,
     tick_every,
@@ -30,7 +29,7 @@ from hooked_llava.viz.style import (
 )
 
 ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
-"""Colours of what a probe measures: warm where answers are to change, cold where they are to stay."""
+"""Colors of what a probe measures: warm where answers are to change, cold where they are to stay."""
 WANTED = {role: "to become the target" if role in TO_CHANGE else "to stay" for role in ROLES}
 """What the answers of each role's prompts are to do."""
 _BEFORE, _AFTER = "#b8c1cb", ORANGE
@@ -56,7 +55,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
         raise InputError(f"The states are {answers['state'].values.tolist()}; expected before and after.")
     tokens = [str(token) for token in answers["token"].values]
     at = np.arange(len(tokens))
-    with plot(6.0, 1.1 + 0.42 * len(tokens)) as figure:
+    with plot(PAGE_WIDTH, 0.9 + 0.42 * len(tokens)) as figure:
         axes = figure.add_subplot()
         for state, side, color in (("before", -0.2, _BEFORE), ("after", 0.2, _AFTER)):
             values = answers.sel(state=state).values
@@ -70,7 +69,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
         axes.tick_params("y", length=0)
         axes.set_xlabel("probability of the answer's first token")
         value_lines(axes, "x")
-        legend_beside(axes, handlelength=1.2)
+        legend_below(figure, axes, handlelength=1.2)
         if title:
             axes.set_title(title)
     return figure
@@ -79,7 +78,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
 def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     """How many prompts of each probe are answered as they should be: a bar after the edit, a line where it was before.
 
-    `probes` come from `evaluate_edit`; bars are coloured by role, and behind each stands the mean KL(before || after) in
+    `probes` come from `evaluate_edit`; bars are colored by role, and beside each stands the mean KL(before || after) in
     nats. Raises `InputError` for other results.
 
     >>> values = {name: ("probe", [0.5]) for name in ("accuracy_before", "accuracy", "kl", "n")}
@@ -90,7 +89,7 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     check_dataset(probes, ("accuracy_before", "accuracy", "kl", "n", "role"), "probe_bars", "evaluate_edit")
     at = np.arange(probes.sizes["probe"])
     roles = [str(role) for role in probes.role.values]
-    with plot(7.6, 1.2 + 0.34 * len(at)) as figure:
+    with plot(PAGE_WIDTH, 0.8 + 0.34 * len(at)) as figure:
         axes = figure.add_subplot()
         axes.barh(at, probes.accuracy.values, 0.62, color=[ROLE_COLORS[role] for role in roles])
         before = probes.accuracy_before.values
@@ -105,7 +104,7 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.set_xlabel("answered as they should be")
         value_lines(axes, "x")
         keys = [Patch(color=ROLE_COLORS[role], label=f"{role}: {WANTED[role]}") for role in dict.fromkeys(roles)]
-        figure.legend(handles=[line, *keys], loc="outside lower center", ncols=2, handlelength=1.2)
+        legend_below(figure, [line, *keys], handlelength=1.2)
         if title:
             axes.set_title(title)
     return figure
@@ -128,7 +127,7 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
     if not shown or any(set(sweep[name].dims) != {"position", "layer"} for name in shown):
         raise InputError(f"The result has {list(sweep.data_vars)}; expected efficacy, ... by position and layer.")
     positions, layers = sweep["position"].values.tolist(), sweep["layer"].values
-    with plot(2.2 + 2.9 * len(positions), 2.9) as figure:
+    with plot(PAGE_WIDTH, 2.5) as figure:
         panels = figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
             one = sweep.sel(position=position)
@@ -144,7 +143,7 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
             value_lines(axes, "y")
         panels[0].set_ylim(min(-0.04, 1.1 * _lowest(sweep)), 1.06)
         panels[0].set_ylabel("share")
-        _legend(figure, panels[0])
+        legend_below(figure, panels[0], handlelength=1.8)
         add_heading(figure, title or "")
     return figure
 
@@ -152,8 +151,3 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
 def _lowest(sweep: xr.Dataset) -> float:
     """How far below zero the trace's effect goes."""
     return float(sweep["indirect_effect"].min()) if "indirect_effect" in sweep else 0.0
-
-
-def _legend(figure: Plot, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", handlelength=1.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,12 +16,13 @@ from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.figures.maps import names_along
 from hooked_llava.viz.kinds import check_array, check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.style import INK, MUTED, SERIES, Plot, add_heading, legend_beside, plot, value_lines
+from hooked_llava.viz.style import INK, MUTED, PAGE_WIDTH, SERIES, Plot, add_heading, legend_below, plot, value_lines
 from hooked_llava.viz.titles import add_note, shown_title
 
 _DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
-_COLUMNS = 3
+_COLUMNS = 2
 _HANDLE = 2.6
+_LABEL = 26  # letters of the vertical axis in a line
 _LEAST_PERCENT = 10.0  # how far the axis of a relative change reaches at least
 _FORMS = {
     "lower": (0, "-"),
@@ -54,7 +56,7 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     looks = {edge: (index, dash, at) for at, (edge, (index, dash)) in enumerate(_looks(names).items())}
     layers = effect["layer"].values
     panels = _panels(effect)
-    with plot(*_size(len(panels), [curve.label for curve in curves])) as figure:
+    with plot(PAGE_WIDTH, _height(len(panels))) as figure:
         every = _grid(figure, len(panels))
         for axes, (kind, panel) in zip(every, panels.items(), strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
@@ -63,8 +65,9 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
             name_layers(axes, layers, names_along(effect, "layer"), 8)
             if kind:
                 axes.set_title(kind)
+        legend_below(figure, every[0], handlelength=_HANDLE)
         _outer(figure, every, effect, result)
-        _legend(figure, every[0], shown_title(result, title))
+        add_heading(figure, shown_title(result, title))
         add_note(figure, result.attrs, title)
     return figure
 
@@ -91,7 +94,7 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     panels, layers = _panels(values), values["layer"].values
     forms = [f for f in map(str, values["form"].values) if np.isfinite(values.sel(form=f).values).any()]
     curves = apart({form: values.sel(form=form).values for form in forms})
-    with plot(*_size(len(panels), [curve.label for curve in curves])) as figure:
+    with plot(PAGE_WIDTH, _height(len(panels))) as figure:
         every = _grid(figure, len(panels))
         for axes, (kind, panel) in zip(every, panels.items(), strict=True):
             for curve in curves:
@@ -103,9 +106,10 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
             if kind:
                 axes.set_title(kind)
         for axes in every:
-            axes.set_xlabel("stream entering layer")
+            axes.set_xlabel("residual stream entering layer")
         every[0].set_ylabel("probability")
-        _legend(figure, every[0], shown_title(result, title))
+        legend_below(figure, every[0], handlelength=_HANDLE)
+        add_heading(figure, shown_title(result, title))
         add_note(figure, result.attrs, title)
     return figure
 
@@ -145,7 +149,7 @@ def kinds_in_order(values: xr.DataArray | xr.Dataset) -> list[str]:
 
 
 def _looks(edges: Sequence[str]) -> dict[str, tuple[int, object]]:
-    """Colour and dash of every edge: edges from one source share a colour."""
+    """Color and dash of every edge: edges from one source share a color."""
     sources = [edge.partition("->")[0] for edge in edges]
     colors = {source: i for i, source in enumerate(dict.fromkeys(sources))}
     earlier = [sources[:i].count(source) for i, source in enumerate(sources)]
@@ -153,16 +157,9 @@ def _looks(edges: Sequence[str]) -> dict[str, tuple[int, object]]:
     return {edge: (colors[s], dash) for edge, s, dash in zip(edges, sources, dashes, strict=True)}
 
 
-def _size(n_panels: int, names: Sequence[str]) -> tuple[float, float]:
-    columns = min(_COLUMNS, n_panels)
-    rows = -(-n_panels // columns)
-    width = 5.6 if columns == 1 else 2.9 * columns
-    below = 0.24 * -(-len(names) // 3) if n_panels > 1 else 0.0
-    return width + (
-        0.09 * max((len(line) for name in names for line in name.split("\n")), default=0) + 0.5
-        if n_panels == 1
-        else 0.3
-    ), (2.9 if rows == 1 else 2.3 * rows) + below
+def _height(n_panels: int) -> float:
+    rows = -(-n_panels // _COLUMNS)
+    return 2.7 if rows == 1 else 1.9 * rows
 
 
 def _grid(figure: Plot, n: int) -> list[Axes]:
@@ -176,7 +173,7 @@ def _grid(figure: Plot, n: int) -> list[Axes]:
 def _line(
     axes: Axes, at: np.ndarray, values: xr.DataArray, curve: Curve, color_index: int, dash: object, index: int
 ) -> None:
-    """A curve, with its interval as a band if it has one; colours, dashes and markers tell curves apart."""
+    """A curve, with its interval as a band if it has one; colors, dashes and markers tell curves apart."""
     color = SERIES[color_index % len(SERIES)]
     mean = values.sel(statistic="mean") if "statistic" in values.dims else values
     if "statistic" in values.dims:
@@ -205,16 +202,9 @@ def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dat
         low, high = every[0].get_ylim()
         every[0].set_ylim(min(low, -_LEAST_PERCENT), max(high, _LEAST_PERCENT / 10))
     label = units if units.startswith("change") or not units else f"change, {units}"
+    label = textwrap.fill(label, _LABEL)
     if len(every) == 1:
         every[0].set_ylabel(label)
     else:
-        figure.supylabel(label, fontsize=9, color=INK)
-
-
-def _legend(figure: Plot, axes: Axes, title: str) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if len(figure.axes) == 1:
-        legend_beside(axes, handles, labels, handlelength=_HANDLE)
-    else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS, labelcolor=INK, handlelength=_HANDLE)
-    add_heading(figure, title)
+        middle = (1 + figure.below / figure.get_size_inches()[1]) / 2
+        figure.supylabel(label, y=middle, fontsize=9, color=INK, multialignment="center")

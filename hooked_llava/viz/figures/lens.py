@@ -14,11 +14,12 @@ from hooked_llava.viz.figures.maps import draw_cells, names_along
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, apart, name_layers
 from hooked_llava.viz.style import (
+    PAGE_WIDTH,
     SEQUENTIAL,
     SERIES,
     ColorScale,
     add_color_bar,
-    legend_beside,
+    legend_below,
     plot,
     token_label,
     value_lines,
@@ -80,7 +81,7 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         )
     curves = result["answer_probability"].isel(position=0).transpose("answer", "layer").sortby("layer")
     layers, words = curves["layer"].values, [_shown(name) for name in curves["answer"].values]
-    with plot(6.4, 2.6) as figure:
+    with plot(PAGE_WIDTH, 2.5) as figure:
         axes = figure.add_subplot()
         by_word = dict(zip(_different(words), curves.values, strict=True))
         for curve in apart(by_word):
@@ -102,14 +103,14 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         value_lines(axes, "y")
         axes.set_title(f"{_called(result)}: probability of answers by layer" if title is None else title)
         add_note(figure, result.attrs, title)
-        legend_beside(axes)
+        legend_below(figure, axes)
     return figure
 
 
 def _axis(result: xr.Dataset) -> str:
-    """What the lens read by layer: the stream, or another hook."""
+    """What the lens read by layer: the residual stream, or another hook."""
     hook = result.attrs.get("hook")
-    return f"{hook}, layer" if hook else "stream entering layer"
+    return f"{hook}, layer" if hook else "residual stream entering layer"
 
 
 def _called(result: xr.Dataset) -> str:

@@ -28,7 +28,7 @@ _NARROW = 0.9  # of a text token's column: what leaves no room for gaps
 
 
 def layer_head_map(result: xr.DataArray, *, title: str | None = None) -> Figure:
-    """A cell for every head, [layer, head] (or kv_head), coloured by its value; small maps also show the numbers.
+    """A cell for every head, [layer, head] (or kv_head), colored by its value; small maps also show the numbers.
 
     Raises `InputError` if the result has other axes longer than one.
 
@@ -40,7 +40,7 @@ def layer_head_map(result: xr.DataArray, *, title: str | None = None) -> Figure:
 
 
 def cell_map(result: xr.DataArray, rows: str, columns: str, *, title: str | None = None) -> Figure:
-    """A cell for every pair of places on two axes, coloured by its value; small maps also show the numbers.
+    """A cell for every pair of places on two axes, colored by its value; small maps also show the numbers.
 
     Raises `InputError` if the result has other axes longer than one.
 
@@ -56,7 +56,7 @@ def cell_map(result: xr.DataArray, rows: str, columns: str, *, title: str | None
 def cell_maps(
     results: Mapping[str, xr.DataArray], rows: str, columns: str, *, about: Mapping[str, Any] | None = None
 ) -> Figure:
-    """Several results of the same axes below each other, each under its name, on one colour scale.
+    """Several results of the same axes below each other, each under its name, on one color scale.
 
     `about` are attributes of the whole, as analyses give them, which a note below tells.
 
@@ -67,8 +67,8 @@ def cell_maps(
     """
     panels = [require_dims(result, rows, columns) for result in results.values()]
     n_rows, n_columns = (max(panel.shape[axis] for panel in panels) for axis in (0, 1))
-    cell, n = min(0.46, 9.0 / n_columns), len(panels)
-    width, height = max(4.2, 1.9 + cell * n_columns), max(1.5 if n > 1 else 2.4, 0.9 + 0.82 * cell * n_rows)
+    cell, n = min(0.42, 3.5 / n_columns), len(panels)
+    width, height = max(4.2, 1.7 + cell * n_columns), max(1.5 if n > 1 else 2.4, 0.9 + 0.82 * cell * n_rows)
     with plot(width, n * height) as figure:
         scale = scale_of(panels[0], all_values(panel.values for panel in panels))
         all_axes = figure.subplots(n, squeeze=False)[:, 0]

@@ -13,7 +13,7 @@ from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.overlay import draw_image, layouts_of, mark_crop
-from hooked_llava.viz.style import MUTED, plot
+from hooked_llava.viz.style import MUTED, PAGE_WIDTH, plot
 
 
 def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:
@@ -38,7 +38,7 @@ def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -
 def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Figure:
     """The image that the model receives, divided into its patches; beside it the original, where the two differ.
 
-    `image_processor` (such as `model.processor.image_processor`) undoes the normalisation. Raises `InputError` for a
+    `image_processor` (such as `model.processor.image_processor`) undoes the normalisation. Raises `InputError` for an
     image that is not there.
     """
     seen = model_view(inputs, image_processor, image=image)
@@ -46,7 +46,7 @@ def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: 
     rows, columns = layout.grids[0].shape
     original = inputs.images[image] if inputs.images is not None else None
     both = original is not None and layout.original_size is not None and not _unchanged(layout)
-    with plot(7.2 if both else 3.6, 3.5) as figure:
+    with plot(PAGE_WIDTH if both else 3.6, 2.8 if both else 3.5) as figure:
         panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
         if both and original is not None:
             draw_image(panels[0], np.asarray(original))

@@ -22,6 +22,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.style import (
     DIVERGING,
     INK,
+    PAGE_WIDTH,
     PAPER,
     ColorScale,
     add_color_bar,
@@ -40,6 +41,7 @@ Underlay = Literal["grey", "color"]
 """How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
 _PLACES = ("patch_row", "patch_col", "feature")
 _SMALL = 160
+_BAR = 0.9  # inches of the color bar with its numbers and its unit
 _FADE = 0.75
 _MOST_OPAQUE = 0.92
 _GROUND = 0.8  # the grey that stands for the image in the color bar
@@ -74,7 +76,7 @@ def patch_overlay(
     original, layout = _original(inputs, image, layout, values.shape)
     scale = scale_of(grid, values) if isinstance(grid, xr.DataArray) else color_scale(values)
     width, height = _panel_size(original, 3.6)
-    with plot(width + 0.9, height + 0.4) as figure:
+    with plot(width + _BAR, height + 0.4) as figure:
         axes = figure.add_subplot()
         draw_overlay(axes, original, values, scale, layout, underlay)
         subject, unit = (title_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
@@ -94,7 +96,7 @@ def patch_overlays(
     underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
-    """Small multiples of `patch_overlay` on one colour scale: result has one axis besides patch_row and patch_col (or feature).
+    """Small multiples of `patch_overlay` on one color scale: result has one axis besides patch_row and patch_col (or feature).
 
     Raises `InputError` as `patch_overlay`, and for a result with other axes.
 
@@ -115,8 +117,8 @@ def patch_overlays(
     scale, n = scale_of(result), result.shape[0]
     columns = min(columns, n)
     rows, heading = -(-n // columns), shown_title(result, title)
-    width, height = _panel_size(original, 7.6 / max(columns, 3))
-    with plot(columns * width + 0.9, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
+    width, height = _panel_size(original, (PAGE_WIDTH - _BAR) / max(columns, 3))
+    with plot(columns * width + _BAR, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
             draw_overlay(axes, original, values, scale, layout, underlay)
@@ -250,7 +252,7 @@ def _grid_values(grid: Grid) -> Float[np.ndarray, "..."]:
 def _panel_size(image: Image.Image, longest: float) -> tuple[float, float]:
     """Width and height in inches, the longer of them as given."""
     scale = longest / max(image.size)
-    return max(0.8, image.width * scale), max(0.8, image.height * scale)
+    return max(0.5, image.width * scale), max(0.5, image.height * scale)
 
 
 def mark_crop(axes: Axes, layout: ImageLayout) -> None:
@@ -279,7 +281,7 @@ def _opacity(values: np.ndarray, scale: ColorScale) -> np.ndarray:
 
 
 def _as_overlaid(scale: ColorScale) -> Colormap:
-    """The colours as they look on a light grey image, for the color bar."""
+    """The colors as they look on a light grey image, for the color bar."""
     values = np.linspace(scale.low, scale.high, 256)
     opaque = _opacity(values, scale)[:, None]
     return ListedColormap(opaque * _vivid(scale)(scale.norm()(values))[:, :3] + (1 - opaque) * _GROUND)

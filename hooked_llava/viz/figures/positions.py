@@ -16,7 +16,17 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.maps import all_values, draw_cells, label_axis, names_along
-from hooked_llava.viz.style import ORANGE, PAPER, add_color_bar, plot, require_dims, scale_of, token_label, unit_of
+from hooked_llava.viz.style import (
+    ORANGE,
+    PAGE_WIDTH,
+    PAPER,
+    add_color_bar,
+    plot,
+    require_dims,
+    scale_of,
+    token_label,
+    unit_of,
+)
 from hooked_llava.viz.titles import add_note, title_of
 
 Collapse = Literal["mean", "sum", "max"]
@@ -53,7 +63,7 @@ def layer_position_maps(
     marked: Sequence[int] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Several results [layer, position] of the same positions below each other, on one colour scale.
+    """Several results [layer, position] of the same positions below each other, on one color scale.
 
     Each stands under its name; the tokens are written below the last, those at `marked` positions in orange. `about` are
     attributes of the whole, which a note below tells. Otherwise as `layer_position_map`.
@@ -72,7 +82,7 @@ def layer_position_maps(
     values = [_drawn(panel, groups, collapse) for panel in panels]
     edges, n_layers, n = _edges(groups), max(panel.sizes["layer"] for panel in panels), len(panels)
     each = max(1.6 if n > 1 else 2.0, 0.35 + min(0.24, (9.0 if n == 1 else 5.0) / n_layers) * n_layers)
-    with plot(min(12.0, max(4.6, 1.9 + 0.3 * edges[-1])), n * each + 1.0) as figure:
+    with plot(min(12.0, max(PAGE_WIDTH, 1.4 + 0.2 * edges[-1])), n * each + 1.0) as figure:
         scale = scale_of(panels[0], all_values(values))
         all_axes = figure.subplots(n, squeeze=False, sharex=True)[:, 0]
         for axes, panel, drawn, title in zip(all_axes, panels, values, results, strict=True):

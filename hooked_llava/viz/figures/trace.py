@@ -1,4 +1,4 @@
-"""Figures of a causal trace: where restoring one output brings the answer back, and what attention carries there."""
+"""Figures of a causal trace: where restoring one output brings the answer back, and what attention heads write there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.positions import layer_position_maps
 from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
-from hooked_llava.viz.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE, SKY, add_heading, plot, value_lines
+from hooked_llava.viz.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAGE_WIDTH,
+    PURPLE,
+    RULE,
+    SKY,
+    add_heading,
+    legend_below,
+    plot,
+    value_lines,
+)
 from hooked_llava.viz.titles import add_note, shown_title
 
 _ROLE_COLORS = {
@@ -81,21 +95,20 @@ def role_curves(effects: xr.Dataset, *, title: str | None = None) -> Figure:
     effects = effects.isel(role=np.flatnonzero((sizes >= _FAINT * sizes.max()).values))
     effects = effects.sortby("layer")
     curves = apart({str(role): effects.indirect_effect.sel(role=role).values for role in effects.role.values})
-    with plot(2.0 + 2.5 * len(kinds), 2.9) as figure:
+    with plot(PAGE_WIDTH, 2.4) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         for axes, kind in zip(panels, kinds, strict=True):
             _draw_roles(axes, effects.sel(kind=kind), curves)
             axes.set_title(TRACE_KINDS[kind].title)
         panels[0].set_ylabel(f"indirect effect ({_unit(effects, 'indirect_effect')})")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", handlelength=1.4)
+        legend_below(figure, panels[0])
         add_heading(figure, shown_title(effects, title))
         add_note(figure, effects.attrs, title)
     return figure
 
 
 def contribution_maps(contribution: xr.Dataset) -> Figure:
-    """Messages from the constraint's tokens to the last position, by layer; heads are added up where they are apart.
+    """Head outputs from the constraint's tokens to the last position, by layer; heads are added up where they are apart.
 
     Raises `InputError` for what is no attention contribution.
     """

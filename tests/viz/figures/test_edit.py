@@ -49,7 +49,7 @@ def test_two_bars_for_each_token(answers):
     before, after = axes.containers
     assert [bar.get_width() for bar in before] == [0.9, 0.05, 0.01]
     assert [bar.get_width() for bar in after] == [0.1, 0.8, 0.02]
-    assert [label.get_text() for label in axes.get_legend().get_texts()] == ["before", "after"]
+    assert [label.get_text() for label in axes.figure.legends[0].get_texts()] == ["before", "after"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Clara", r"Bo\$is", "' '"]
     assert {text.get_text() for text in axes.texts} >= {"0.900", "0.800"}
     assert axes.get_title(loc="left") == "Shift"

@@ -57,7 +57,7 @@ def test_one_prompt_is_one_panel_on_an_axis_where_little_looks_little():
     )
     figure = knockout_curves(effect.to_dataset(name="effect"))
     assert figure.axes[0].get_ylim()[0] == -10
-    assert figure.axes[0].get_legend() is not None
+    assert len(figure.legends) == 1
     assert figure.axes[0].get_ylabel() == "change, % p"
     logits = knockout_curves(effect.assign_attrs(units="logits").to_dataset(name="effect"))
     assert logits.axes[0].get_ylim()[0] > -1

@@ -42,7 +42,7 @@ def test_patches_stand_side_by_side_under_one_name(model, inputs):
 
 def test_curves_by_role_with_bands_for_many_questions(trace):
     one = role_curves(by_role(trace))
-    assert [axes.get_title(loc="left") for axes in one.axes] == ["MLP output", "attention output", "whole stream"]
+    assert [axes.get_title(loc="left") for axes in one.axes] == ["MLP output", "attention output", "residual stream"]
     assert not one.axes[0].collections
     lowered = trace.assign(lowered_by=0.5)
     many = role_curves(average_traces([lowered, lowered]))
