@@ -11,10 +11,10 @@ FINDINGS := patch_importance top_heads information_flow causal_trace_study editi
 QUESTION ?= What color is the star?
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint docs notebooks clean
+.PHONY: help demo test test-random dist bench lint docs notebooks clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # torch goes first and by its exact version, so that no other package's wish for torch is heard before the constraint.
 # The demo needs no development tools, and compiles to bytecode only what it imports.
@@ -34,6 +34,13 @@ demo: $(DEMO_STAMP)  ## ask the embedded model about an image and write report.h
 
 test: $(STAMP)  ## run the tests, the doctests and the notebooks, on up to four cores
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+test-random: $(STAMP)  ## run the property tests with fresh examples instead of the same ones every time
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m hypothesis --hypothesis-profile random
+
+dist: $(STAMP)  ## build dist/*.whl and dist/*.tar.gz, without a network
+	@$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'), b.build_wheel('dist')" >/dev/null
+	@ls -sh dist
 
 bench: $(STAMP)  ## run every benchmark (some hours); prints ratios and findings, writes JSON in benchmarks/results
 	@set -e; for name in $(COSTS) $(FINDINGS); do $(BIN)/python -m benchmarks.$$name; done
@@ -56,4 +63,4 @@ notebooks: $(STAMP)  ## execute the notebooks in place, outputs included
 	@set -e; for notebook in notebooks/*.ipynb; do $(BIN)/jupyter-execute --inplace $$notebook; done
 
 clean:  ## remove the virtual environment and caches
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis docs/_build report.html
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis docs/_build build dist hooked_llava.egg-info report.html

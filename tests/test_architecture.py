@@ -223,6 +223,7 @@ NOT_MIRRORED = (
     "test_baseline",
     "test_changelog",
     "test_compiled",
+    "test_dist",
     "test_patch_world",
     "test_dtypes",
     "test_files_of_0_1",

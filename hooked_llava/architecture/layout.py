@@ -96,7 +96,9 @@ class ImageLayout:
     def grid(self, name: str) -> Grid:
         """The grid of that name; raises `SpanError` for a name that the layout does not have."""
         if name not in self.names:
-            raise SpanError(f"The image has no grid {name!r}; it has {self.names}.{did_you_mean(name, self.names)}")
+            raise SpanError(
+                f"The image has no grid {name!r}; it has {', '.join(self.names)}.{did_you_mean(name, self.names)}"
+            )
         return self.grids[self.names.index(name)]
 
     # Which feature is which
@@ -134,9 +136,7 @@ class ImageLayout:
                 row, col = divmod(index, grid.row_stride)
                 if row < grid.rows.cells and col < grid.columns.cells:
                     return Cell(grid.name, row, col)
-                raise SpanError(
-                    f"Feature {feature} is a newline of the {grid.name} grid, which shows no part of the image."
-                )
+                raise SpanError(f"Feature {feature} is a newline of the {grid.name} grid, which is no patch.")
         raise SpanError(f"Feature {feature} is the class token, which is no patch.")
 
     def labels(self, name: str = "img") -> list[str]:

@@ -41,7 +41,7 @@ def naive_shares(layout: ImageLayout, mask: np.ndarray) -> dict[str, np.ndarray]
 
 
 @given(kind=KINDS, shape=st.tuples(st.integers(6, 30), st.integers(6, 30)), tile=TILES, seed=st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_shares_of_masks_cell_by_cell(kind: str, shape: tuple[int, int], tile: int, seed: int) -> None:
     layout = make_layout(kind, *shape, tile)
     mask = np.random.default_rng(seed).random(shape) < 0.4
@@ -69,7 +69,7 @@ def naive_drawing(grid: Grid, values: np.ndarray) -> np.ndarray:
 
 
 @given(kind=KINDS, shape=st.tuples(st.integers(6, 30), st.integers(6, 30)), tile=TILES, seed=st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_drawings_pixel_by_pixel(kind: str, shape: tuple[int, int], tile: int, seed: int) -> None:
     layout = make_layout(kind, *shape, tile)
     values = np.random.default_rng(seed).random(layout.n_features)

@@ -149,7 +149,7 @@ def test_no_vision_block_is_run_when_the_projector_reads_the_embedding() -> None
         table.resolve(("vision.resid_post", 0))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(TABLE.names), min_size=1))
 def test_any_list_of_names_comes_back_once_each_and_in_order(names: list[str]) -> None:
     found = TABLE.resolve(names)
@@ -157,7 +157,7 @@ def test_any_list_of_names_comes_back_once_each_and_in_order(names: list[str]) -
     assert [TABLE.names.index(name) for name in found] == sorted(TABLE.names.index(name) for name in found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=12))
 def test_any_text_is_a_hook_or_a_hook_name_error(text: str) -> None:
     try:

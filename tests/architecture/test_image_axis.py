@@ -63,7 +63,7 @@ def check_footprint(layout: ImageLayout, box: tuple[int, int, int, int], changed
 
 @KINDS
 @given(shape=shapes(), seed=st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_the_axes_predict_every_pixel_of_every_tile(kind: str, tile: int, shape: tuple[int, int], seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
     layout, tiles = make_layout(kind, *shape, tile), process(kind, image, tile)
@@ -77,7 +77,7 @@ def test_the_axes_predict_every_pixel_of_every_tile(kind: str, tile: int, shape:
 
 @KINDS
 @given(shape=shapes(), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_patches_that_a_small_square_changes_are_those_named(
     kind: str, tile: int, shape: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -97,7 +97,7 @@ def test_the_patches_that_a_small_square_changes_are_those_named(
 
 @EVERY
 @given(shape=shapes(), data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_patches_of_llava_that_a_small_square_changes(
     name: str, shape: tuple[int, int], data: st.DataObject
 ) -> None:

@@ -42,7 +42,7 @@ def test_features_by_hand() -> None:
 
 
 @given(kind=KINDS, shape=SHAPES, tile=TILES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_feature_is_one_thing(kind: str, shape: tuple[int, int], tile: int) -> None:
     layout = make_layout(kind, *shape, tile)
     cells, newlines = layout.object_features(), layout.newline_features()
@@ -159,7 +159,7 @@ def test_shares_and_selections_by_hand() -> None:
 
 
 @given(data=st.data(), kind=KINDS, shape=SHAPES, tile=TILES, grid=st.sampled_from(["all", "base"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_box_and_the_same_box_as_a_mask_agree(
     data: st.DataObject, kind: str, shape: tuple[int, int], tile: int, grid: str
 ) -> None:
@@ -180,7 +180,7 @@ def test_a_box_and_the_same_box_as_a_mask_agree(
 
 
 @given(data=st.data(), kind=KINDS, shape=SHAPES, tile=TILES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_pixel_lies_in_the_boxes_of_its_cells_and_else_in_a_box_that_is_cut(
     data: st.DataObject, kind: str, shape: tuple[int, int], tile: int
 ) -> None:
@@ -221,7 +221,7 @@ def test_a_drawing_by_hand() -> None:
 
 
 @given(kind=KINDS, shape=SHAPES, tile=TILES, seed=st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_drawings_keep_constants_and_stay_within_the_cells_that_show_a_pixel(
     kind: str, shape: tuple[int, int], tile: int, seed: int
 ) -> None:
@@ -274,7 +274,7 @@ def test_positions_are_known_without_the_original() -> None:
 
 
 @given(kind=KINDS, shape=SHAPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_json_round_trip(kind: str, shape: tuple[int, int]) -> None:
     for layout in (make_layout(kind, *shape), by_hand(), llava_layout(2, 3, class_token=True, resample="bilinear")):
         again = ImageLayout.from_dict(json.loads(json.dumps(layout.to_dict())))

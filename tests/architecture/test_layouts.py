@@ -78,7 +78,7 @@ def patches_with_area(layout: ImageLayout) -> list[tuple[int, int]]:
 
 @EVERY
 @given(height=SIDES, width=SIDES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_sizes_are_those_of_the_real_processor(name: str, height: int, width: int) -> None:
     layout = drawn_layout(name, height, width)
     assert process(name, Image.new("RGB", (width, height))).shape == sizes(layout, "canvas")
@@ -86,7 +86,7 @@ def test_sizes_are_those_of_the_real_processor(name: str, height: int, width: in
 
 @EVERY
 @given(data=st.data(), height=SIDES, width=SIDES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_box_of_a_pixels_patch_contains_the_pixel(name: str, data: st.DataObject, height: int, width: int) -> None:
     layout = drawn_layout(name, height, width)
     left, top, right, bottom = layout.visible_box()
@@ -101,7 +101,7 @@ def test_the_box_of_a_pixels_patch_contains_the_pixel(name: str, data: st.DataOb
 
 @EVERY
 @given(height=SIDES, width=SIDES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_boxes_tile_what_the_model_sees(name: str, height: int, width: int) -> None:
     layout = drawn_layout(name, height, width)
     boxes = {patch: layout.cell_box(*patch) for patch in patches_with_area(layout)}
@@ -204,7 +204,7 @@ def test_box_shares_by_hand() -> None:
 
 @EVERY
 @given(data=st.data(), height=st.integers(1, 60), width=st.integers(1, 60))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_box_and_the_same_box_as_a_mask_agree(name: str, data: st.DataObject, height: int, width: int) -> None:
     layout = drawn_layout(name, height, width)
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))

@@ -36,7 +36,7 @@ SIDES = st.integers(1, 300)
 
 @EVERY
 @given(data=st.data(), height=SIDES, width=SIDES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_boxes_and_pixels_are_the_same(name: str, data: st.DataObject, height: int, width: int) -> None:
     assume(max(height, width) <= 12 * min(height, width))  # slivers only make large images, or none at all
     geometry, layout = both(name, height, width)
@@ -56,7 +56,7 @@ def test_boxes_and_pixels_are_the_same(name: str, data: st.DataObject, height: i
 
 @EVERY
 @given(data=st.data(), height=SIDES, width=SIDES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_shares_of_boxes_are_the_same(name: str, data: st.DataObject, height: int, width: int) -> None:
     assume(max(height, width) <= 12 * min(height, width))  # slivers only make large images, or none at all
     geometry, layout = both(name, height, width)
@@ -69,7 +69,7 @@ def test_shares_of_boxes_are_the_same(name: str, data: st.DataObject, height: in
 
 @EVERY
 @given(height=SIDES, width=SIDES, seed=st.integers(0, 99), density=st.sampled_from([0.001, 0.1, 1.0]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_shares_of_masks_are_the_same(name: str, height: int, width: int, seed: int, density: float) -> None:
     assume(max(height, width) <= 12 * min(height, width))  # slivers only make large images, or none at all
     geometry, layout = both(name, height, width)

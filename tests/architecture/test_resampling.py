@@ -15,7 +15,7 @@ FILTERS = pytest.mark.parametrize("resample", ["box", "bilinear", "bicubic", "la
 
 @FILTERS
 @given(n_in=st.integers(1, 300), n_out=st.integers(1, 300), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_weights_resize_as_pil_does_bit_for_bit(resample: Filter, n_in: int, n_out: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (n_in, 3), dtype=np.uint8)
     expected = Image.fromarray(image).resize((3, n_out), getattr(Image.Resampling, resample.upper()))
@@ -24,7 +24,7 @@ def test_the_weights_resize_as_pil_does_bit_for_bit(resample: Filter, n_in: int,
 
 @FILTERS
 @given(n_in=st.integers(1, 400), n_out=st.integers(1, 400))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_weights_sum_to_one_over_pixels_of_the_image(resample: Filter, n_in: int, n_out: int) -> None:
     pixels, weights = resampling_weights(n_in, n_out, resample)
     np.testing.assert_allclose(weights.sum(1), 1, atol=weights.shape[1] / 2**23)  # as far as PIL rounds them

@@ -47,7 +47,7 @@ NEWLINE = -7.0
 
 
 @given(size=SIZE)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_canvas_scale_and_unpadding_are_transformers_own(size: tuple[int, int]) -> None:
     for pins, patches in ((PINS, 24), (MANY_PINS, 27)):
         canvas = best_resolution(size, pins)
@@ -96,7 +96,7 @@ SHAPES = st.tuples(st.integers(15, 500), st.integers(15, 500))
 
 @pytest.mark.parametrize("tile", [TILE, REMAINDER_TILE])
 @given(size=SHAPES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_feature_is_made_of_the_patches_that_the_layout_says(tile: int, size: tuple[int, int]) -> None:
     layout = make_layout("next", *size, tile)
     theirs, vision = packed(layout, size, tile, max_tiles=None)
@@ -106,7 +106,7 @@ def test_every_feature_is_made_of_the_patches_that_the_layout_says(tile: int, si
 @pytest.mark.parametrize("max_tiles", [1, 2, 3, 9])
 @pytest.mark.parametrize("tile", [TILE, REMAINDER_TILE])
 @given(size=SHAPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pooled_features_are_weighted_as_the_layout_says(tile: int, max_tiles: int, size: tuple[int, int]) -> None:
     sizes = {"tile_size": tile, "patch_size": PATCH, "pinpoints": pinpoints(tile), "max_tiles": max_tiles}
     rows, columns = make_layout("next", *size, tile).grid("fine").shape

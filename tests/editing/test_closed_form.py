@@ -23,7 +23,7 @@ def covariance(seed: int) -> torch.Tensor:
     return samples.T @ samples / 40
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 5), lam=st.sampled_from([1e-3, 0.01, 1.0, 100.0]), metric=st.booleans(), seed=st.integers(0, 99)
 )
@@ -41,7 +41,7 @@ def test_it_is_the_dense_solution(n, lam, metric, seed):
     assert change.rank == n
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n_kept=st.integers(1, 4), lam=st.sampled_from([1e-3, 1.0]), seed=st.integers(0, 99))
 def test_kept_keys_are_requests_for_no_difference(n_kept, lam, seed):
     weight, keys, delta = (

@@ -59,7 +59,7 @@ MODELS = {dtype: fresh(dtype) for dtype in (torch.float32, torch.bfloat16, torch
 
 
 @pytest.mark.parametrize("dtype", MODELS, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(moves=st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_weights_depend_on_which_edits_are_active_and_on_nothing_else(dtype, moves):
     model = MODELS[dtype]

@@ -87,7 +87,7 @@ def test_edges_that_are_none(wrong: str) -> None:
 
 
 @given(drawn=st.lists(DRAWN, min_size=1, max_size=3), data=st.data(), before=st.integers(0, 2))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_object_other_and_random_are_patches_of_any_layout(drawn: list[Any], data: st.DataObject, before: int) -> None:
     """Newlines and class tokens belong to the image, and to no object."""
     images = [made(one) for one in drawn]

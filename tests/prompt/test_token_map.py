@@ -97,7 +97,7 @@ WORDS = st.lists(
 
 
 @given(rows=st.lists(WORDS, min_size=1, max_size=3), side=st.sampled_from(["left", "right"]), data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_parts_are_disjoint_and_cover_the_prompt_in_any_batch(
     rows: list[list[str]], side: Any, data: st.DataObject
 ) -> None:
@@ -440,7 +440,7 @@ def test_what_is_no_patch_of_a_grid_is_refused() -> None:
 
 
 @given(drawn=st.lists(DRAWN, min_size=1, max_size=3), before=st.integers(0, 3), after=st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_position_is_text_padding_or_one_thing_of_one_image(drawn: list[Any], before: int, after: int) -> None:
     images = [made(one) for one in drawn]
     token_map = map_of(images, before=before, after=after)
@@ -472,7 +472,7 @@ def test_every_position_is_text_padding_or_one_thing_of_one_image(drawn: list[An
 
 
 @given(drawn=DRAWN, data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_boxes_masks_and_pixels_find_the_positions_of_every_grid_that_shows_them(
     drawn: Any, data: st.DataObject
 ) -> None:

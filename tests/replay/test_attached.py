@@ -19,7 +19,7 @@ from tests.oracles.naive_interventions import run_naively
 from tests.pairs import as_users_run
 from tests.replay.test_replay import CONFIGS, model_of, prompts, random_intervention
 
-SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+SETTINGS: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
 Z = "blocks.1.attn.hook_z"
 
 

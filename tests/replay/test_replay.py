@@ -112,7 +112,7 @@ def largest_error(
     return ((quick - slow).abs() / scale).max().item()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
     config=st.integers(0, len(CONFIGS) - 1),
     batch=st.integers(1, 3),

@@ -30,7 +30,7 @@ def rows(case: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(CASES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_auc_is_the_chance_that_a_positive_wins_over_a_negative(case: list[tuple[int, bool]]) -> None:
     pairs = [(a, b) for a, up in case if up for b, down in case if not down]
     expected = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs) if pairs else math.nan
@@ -39,7 +39,7 @@ def test_auc_is_the_chance_that_a_positive_wins_over_a_negative(case: list[tuple
 
 
 @given(CASES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_average_precision_goes_through_all_thresholds(case: list[tuple[int, bool]]) -> None:
     n_positive = sum(up for _, up in case)
     expected, recall = 0.0, 0.0
@@ -52,7 +52,7 @@ def test_average_precision_goes_through_all_thresholds(case: list[tuple[int, boo
 
 
 @given(CASES, st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_pointing_and_iou_are_expectations_over_random_orders_of_equals(
     case: list[tuple[int, bool]], seed: int
 ) -> None:

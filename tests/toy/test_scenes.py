@@ -138,7 +138,7 @@ def other(scene: Scene, index: int) -> str:
     return absent[index % len(absent)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 4), color=st.sampled_from(COLOR_NAMES))
 def test_recolouring_changes_only_the_colour_of_one_object(seed: int, which: int, color: str) -> None:
     scene = sample_scene(np.random.default_rng(seed))
@@ -170,7 +170,7 @@ def test_a_recoloured_object_has_the_pixels_of_its_new_colour() -> None:
         assert np.abs(mean - np.clip(COLORS[color], 10, 245)).max() < 30
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 4), chosen=st.integers(0, 9))
 def test_replacing_changes_only_the_place_of_one_object(seed: int, which: int, chosen: int) -> None:
     scene = sample_scene(np.random.default_rng(seed))

@@ -22,7 +22,7 @@ def rotation(
     return RotaryEmbedding(RotaryConfig(CONFIG.frequencies, scaling))(torch.tensor([[position]]), dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 4000))
 def test_each_pair_turns_by_its_own_angle(position: int) -> None:
     x = torch.randn(1, 1, 2, 6, dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_each_pair_turns_by_its_own_angle(position: int) -> None:
     assert off(turned.norm(dim=-1), x.norm(dim=-1)) < 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
 def test_scores_depend_on_the_distance_only(query: int, key: int, by: int) -> None:
     q, k = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64)

@@ -201,7 +201,7 @@ def test_values_that_do_not_fit_several_grids(inputs):
 
 
 @given(of=DRAWN, seed=st.integers(0, 9))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_layout_is_drawn(of, seed):
     layout = made(of)
     height, width = layout.original_size
