@@ -64,9 +64,9 @@ def test_a_whole_number_has_bounds(value: Any, bounds: dict[str, Any], message: 
 def test_an_index_counts_from_either_end() -> None:
     assert [as_index(i, 4, "layer") for i in (0, 3, -1, -4)] == [0, 3, 3, 0]
     for i in (4, -5):
-        with pytest.raises(InputError, match=rf"layer={i} is out of range; expected -4\.\.3"):
+        with pytest.raises(InputError, match=rf"layer={i}.*-4\.\.3"):
             as_index(i, 4, "layer")
-    with pytest.raises(ConfigError, match=r"The layer is out of range; expected 0\.\.3"):
+    with pytest.raises(ConfigError, match=r"layer.*0\.\.3"):
         as_index(-1, 4, "layer", says="The layer is out of range", from_end=False, error=ConfigError)
 
 

@@ -195,10 +195,10 @@ def test_spans_of_a_question(model):
 def test_what_is_not_of_this_world_is_refused(model):
     with (
         as_users_run(),
-        pytest.raises(InputError, match=r"There is no variant 'three_hops'; expected one of direct, two_hops"),
+        pytest.raises(InputError, match="variant 'three_hops'.*two_hops"),
     ):
         compiled("three_hops")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"shape='heart', phrasing=0; expected one of star, circle"):
+    with pytest.raises(InputError, match="shape='heart', phrasing=0"):
         model.ask(OBJECTS, "heart")
     with pytest.raises(InputError, match=r"phrasing=2; expected .* and 0 to 1"):
         model.ask(OBJECTS, "star", phrasing=2)

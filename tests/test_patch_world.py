@@ -68,11 +68,11 @@ def test_drawn_objects_are_of_different_shapes(seed):
 
 
 def test_what_is_not_of_this_world_is_refused():
-    with pytest.raises(InputError, match=r"'red stra' is no object of this world; .* Did you mean: star"):
+    with pytest.raises(InputError, match="'red stra'.*object"):
         image({(0, 0): "red stra"})
-    with pytest.raises(InputError, match=r"'star' is no object of this world; expected a color"):
+    with pytest.raises(InputError, match="'star'.*object.*color"):
         questions({(0, 0): "star"})
-    with pytest.raises(InputError, match=r"'red star' is at \(0, 5\); expected a row and a column from 0 to 4"):
+    with pytest.raises(InputError, match=r"'red star'.*\(0, 5\).*row.*column from 0 to 4"):
         image({(0, 5): "red star"})
     with pytest.raises(InputError, match=r"The image holds more than one star; expected each shape at most once"):
         image({(0, 0): "red star", (0, 1): "blue star"})

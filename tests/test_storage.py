@@ -53,9 +53,9 @@ def test_tensors_come_back_with_what_belongs_to_them(tmp_path):
 
 def test_other_files_are_refused_with_what_they_are_and_what_was_expected(tmp_path):
     write_tensors(tmp_path / "file", {}, {}, "other.v1")
-    with pytest.raises(CheckpointError, match=r"file holds format 'other.v1'; expected 'kind.v2', as Kind.save writes"):
+    with pytest.raises(CheckpointError, match="file.*'other.v1'.*'kind.v2'.*Kind.save"):
         read_tensors(tmp_path / "file", ["kind.v2", "kind.v1"], writer="Kind.save")
     for name in ("missing", "text"):
         (tmp_path / "text").write_text("text")
-        with pytest.raises(CheckpointError, match=rf"{name} is broken \(.*\); expected one that Kind.save wrote"):
+        with pytest.raises(CheckpointError, match=f"{name}.*Kind.save"):
             read_tensors(tmp_path / name, ["kind.v2"], writer="Kind.save", unreadable="is broken")

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused() -> None:
         attribution_patching(model, clean, corrupted, metric=lambda logits: logits[..., 4].detach())
     with pytest.raises(InputError, match="returned float"):
         attribution_patching(model, clean, corrupted, metric=lambda logits: float(logits[..., 4].detach()))
-    with pytest.raises(InputError, match=r"returned shape \(2,\) for the logits \(99,\) of one run"):
+    with pytest.raises(InputError, match=r"shape \(2,\).*\(99,\).*run"):
         attribution_patching(model, clean, corrupted, metric=lambda logits: logits[..., :2])
     with pytest.raises(InputError, match="hooks=\\[\\] names no hook"):
         attribution_patching(model, clean, corrupted, hooks=[])

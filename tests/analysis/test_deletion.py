@@ -75,9 +75,9 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, directions="both")
     with as_users_run(), pytest.raises(InputError, match="where='pixels'; expected 'image' or 'tokens'"):
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, where="pixels")
-    with pytest.raises(InputError, match=r"Map 'a' has the shape \(2, 2\); expected one number per patch, \(3, 3\)"):
+    with pytest.raises(InputError, match=r"'a'.*shape \(2, 2\).*patch, \(3, 3\)"):
         deletion_curves(models.ours, prompt, {"a": np.eye(2)})
-    with pytest.raises(InputError, match="at least two numbers from 0 to 1 that increase"):
+    with pytest.raises(InputError, match="from 0 to 1"):
         deletion_curves(models.ours, prompt, {"a": np.eye(3)}, shares=(0.5, 0.2))
     with pytest.raises(InputError, match="got 1 prompts, 1 images, 0 maps"):
         deletion_curves(models.ours, prompt, {})

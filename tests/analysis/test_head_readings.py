@@ -121,13 +121,13 @@ def test_what_does_not_fit_is_refused() -> None:
     models = exact()
     with pytest.raises(InputError, match="There are no heads"):
         head_readings(models.ours, models.prompt(), 1, 6)
-    with pytest.raises(InputError, match="one prompt at a time, got 2"):
+    with pytest.raises(InputError, match="prompt.*got 2"):
         head_readings(models.ours, models.prompt(batch=2), 1, 1)
     for top in (0, -1):
-        with pytest.raises(InputError, match=f"top={top} positions; expected a whole number, at least 1"):
+        with pytest.raises(InputError, match=f"top={top} positions.*least 1"):
             head_readings(models.ours, models.prompt(), 1, 1, top=top)
     two = models.prompt(batch=2)
-    with pytest.raises(InputError, match="2 prompts ask about the object and 1 about another"):
+    with pytest.raises(InputError, match="2 prompts.*object and 1"):
         attention_to_object(models.ours, two, models.prompt(), [2])
     with pytest.raises(InputError, match="k=0 words"):
         head_readings(models.ours, models.prompt(), 1, 1, k=0)

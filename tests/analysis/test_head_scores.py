@@ -283,14 +283,14 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
     with pytest.raises(InputError, match="There are no heads"):
         position_scores(models.ours, models.prompt(), 7, heads=[(0, 99)])
     monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
+    with pytest.raises(InputError, match="Token id 99"):
         head_scores(models.ours, models.prompt(), 99)
-    with as_users_run(), pytest.raises(InputError, match="target=1.5; expected a word, a token id"):
+    with as_users_run(), pytest.raises(InputError, match="target=1.5.*token"):
         head_scores(models.ours, two, 1.5)
     for heads in (2.0, True):
         with as_users_run(), pytest.raises(InputError, match=f"heads={heads}; expected a whole number, 'all'"):
             position_scores(models.ours, models.prompt(), 7, heads=heads)
-    with as_users_run(), pytest.raises(InputError, match=r"heads=\[1, 2\]; expected \(layer, head\) pairs"):
+    with as_users_run(), pytest.raises(InputError, match=r"heads=\[1, 2\]"):
         position_scores(models.ours, models.prompt(), 7, heads=[1, 2])
     with pytest.raises(InputError, match="target= names 3 answers for 2 prompts"):
         head_scores(models.ours, two, [7, 8, 9])

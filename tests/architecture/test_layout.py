@@ -66,9 +66,9 @@ def test_what_is_no_cell_is_refused() -> None:
     for feature in (-1, 14):
         with pytest.raises(SpanError, match=rf"no feature {feature}.*0 to 13"):
             layout.cell_at(feature)
-    with pytest.raises(SpanError, match=r"\(2, 0\) is outside the base grid of 2 x 3"):
+    with pytest.raises(SpanError, match=r"\(2, 0\).*base grid of 2 x 3"):
         layout.feature_of(2, 0)
-    with pytest.raises(SpanError, match=r"\(0, 2\) is outside the fine grid of 2 x 2"):
+    with pytest.raises(SpanError, match=r"\(0, 2\).*fine grid of 2 x 2"):
         layout.feature_of(0, 2, "fine")
     for ask in (layout.object_features, layout.cell_features, layout.grid, layout.cut, layout.visible_box):
         with pytest.raises(SpanError, match=r"'fien'.*base, fine.*mean: fine"):
@@ -150,7 +150,7 @@ def test_shares_and_selections_by_hand() -> None:
     features, outside = layout.mask_to_features(mask, coverage=1)
     assert features.tolist() == [8, 11]
     assert outside == 0.0
-    with pytest.raises(SpanError, match=r"covered by the mask to a share of 1; the most is 0\.5"):
+    with pytest.raises(SpanError, match=r"mask.*of 1.*is 0\.5"):
         layout.mask_to_features(mask, coverage=1, grid="base")
     with pytest.raises(SpanError, match=r"\(0, 0, 3, 3\) lies wholly outside.*\(4, 0, 20, 16\)"):
         layout.box_to_features((0, 0, 3, 3), grid="fine")

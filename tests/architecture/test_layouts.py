@@ -225,10 +225,7 @@ def test_what_a_centre_crop_cuts_away() -> None:
     assert layout.outside((-10, -10, 0, 0)) == 1.0
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "Pixel (10, 20) is cut away before the model sees the image; it sees "
-            "the box (50, 0, 150, 100) of 200 x 100 pixels."
-        ),
+        match=r"Pixel \(10, 20\).*model.*image.*box \(50, 0, 150, 100\) of 200 x 100 pixels",
     ):
         layout.pixel_to_cell(10, 20)
     message = (
@@ -239,9 +236,7 @@ def test_what_a_centre_crop_cuts_away() -> None:
         layout.box_shares((0, 0, 50, 100))["base"]
     mask = np.zeros((100, 200), dtype=bool)
     mask[:, :40] = True
-    with pytest.raises(
-        SpanError, match=re.escape("The mask lies wholly outside what the model sees, which is (50, 0, ")
-    ):
+    with pytest.raises(SpanError, match=r"mask.*model.*\(50, 0"):
         layout.mask_shares(mask)
 
 
@@ -249,37 +244,26 @@ def test_other_errors_say_what_to_do() -> None:
     layout = make_layout("tiny", 100, 200)
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "Pixel (200, 5) is outside the image of 200 x 100 (width x height) "
-            "pixels; give x first, then y, counted from the top left corner."
-        ),
+        match=r"Pixel \(200, 5\).*image of 200 x 100.*pixels",
     ):
         layout.pixel_to_cell(200, 5)
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "Patch (8, 0) is outside the grid of 8 x 8 patches; rows go from 0 to 7 and columns from 0 to 7."
-        ),
+        match=r"Patch \(8, 0\).*grid of 8 x 8 patches.*rows.*from 0 to 7.*columns from 0 to 7",
     ):
         layout.cell_box(8, 0)
     for box in [(5, 5, 5, 9), (5, 9, 7, 9), (9, 0, 5, 5), (0, 0, float("inf"), 5), (float("nan"), 0, 1, 1)]:
         with pytest.raises(
             SpanError,
-            match=re.escape(
-                "is not a box with an area; expected (x0, y0, x1, y1) with x0 < x1 "
-                "and y0 < y1, in pixels of the original image (not x, y, width, "
-            ),
+            match=r"box.*\(x0, y0, x1, y1\).*x0 < x1.*y0 < y1.*pixels.*image",
         ):
             layout.box_shares(box)
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "The mask is 5 x 6 (height x width) and the original image 100 x 200; "
-            "give one mask value per pixel of the original."
-        ),
+        match="mask is 5 x 6.*image 100 x 200.*mask.*pixel",
     ):
         layout.mask_shares(np.ones((5, 6), dtype=bool))
-    with pytest.raises(SpanError, match=r"The mask is empty: no pixel is set\. Give a mask with at least one True\."):
+    with pytest.raises(SpanError, match="mask.*pixel.*mask"):
         layout.mask_shares(np.zeros((100, 200), dtype=bool))
 
 
@@ -287,8 +271,7 @@ def test_an_unknown_way_of_resizing_is_refused() -> None:
     processor = CLIPImageProcessorPil(size={"max_height": 30, "max_width": 40})
     with pytest.raises(
         ConfigError,
-        match=r"The image processor resizes to .*'max_height': 30.*; expected the keys "
-        r"'shortest_edge', or 'height' and 'width'\. Patch geometry is known for CLIP",
+        match="image processor.*'max_height'.*30.*keys 'shortest_edge'.*'height'.*'width'.*Patch",
     ):
         processor_axes(processor, height=30, width=30, patch_size=8)
 

@@ -70,7 +70,7 @@ def test_our_name_reads_every_layout(name, ours):
     ],
 )
 def test_our_name_refuses_what_llava_does_not_have(name):
-    with pytest.raises(CheckpointError, match=f"Tensor '{name}' belongs to no part of a LlavaForConditionalGeneration"):
+    with pytest.raises(CheckpointError, match=f"Tensor '{name}'.*LlavaForConditionalGeneration"):
         our_name(name, CONFIG)
 
 

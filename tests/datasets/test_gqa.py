@@ -48,27 +48,27 @@ def test_the_kind_is_known_by_the_types(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text(text, encoding="utf-8")
     assert [row.kind for row in read_gqa(tmp_path / "mine.csv")] == ["LogicalObj"] * 2
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(InputError, match="question 1 is of none of the six kinds"):
+    with pytest.raises(InputError, match="question 1"):
         read_gqa(tmp_path / "other.csv")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There is no kind 'ChooseAtr'. Did you mean: ChooseAttr"):
+    with pytest.raises(InputError, match="'ChooseAtr'.*ChooseAttr"):
         read_gqa(REAL, kinds=["ChooseAtr"])
-    with pytest.raises(InputError, match="limit=0 questions of each kind; expected at least 1"):
+    with pytest.raises(InputError, match="limit=0 questions.*least 1"):
         read_gqa(REAL, limit=0)
     with pytest.raises(InputError, match="is no file and no folder"):
         read_gqa(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds none of GQA_val"):
         read_gqa(tmp_path)
-    with pytest.raises(InputError, match="no questions of the kinds QueryAttr"):
+    with pytest.raises(InputError, match="questions.*QueryAttr"):
         read_gqa(REAL / FILES["ChooseRel"], kinds=["QueryAttr"])
     text = (REAL / FILES["QueryAttr"]).read_text(encoding="utf-8")
     (tmp_path / FILES["QueryAttr"]).write_text(text.replace("image_w", "width"), encoding="utf-8")
-    with pytest.raises(InputError, match=r"lacks the columns \['image_w'\] of a table of QueryAttr"):
+    with pytest.raises(InputError, match=r"columns \['image_w'\].*QueryAttr"):
         read_gqa(tmp_path)
     (tmp_path / FILES["QueryAttr"]).write_text(text.replace(",500,281,", ",wide,281,"), encoding="utf-8")
-    with pytest.raises(InputError, match="question 1 has a size or box that is not in pixels"):
+    with pytest.raises(InputError, match="question 1.*size.*box.*pixels"):
         read_gqa(tmp_path)
     (tmp_path / FILES["QueryAttr"]).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as a table"):

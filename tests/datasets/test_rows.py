@@ -91,7 +91,7 @@ def test_boxes_are_drawn_on_the_upright_image(kind: str, tiny_shapes: HookedLLaV
     assert token_map["object"].tolist() == [token_map.patch_to_position(0, 0)]
     if kind != "tif":  # an ending that must be given
         assert prepare_rows(tiny_shapes, [asked], tmp_path).token_map["object"] == token_map["object"]
-    with pytest.raises(InputError, match="is 80 x 64 pixels, and its boxes were drawn in 64 x 80"):
+    with pytest.raises(InputError, match="is 80 x 64 pixels.*boxes.*in 64 x 80"):
         check_rows([row(image=f"12.{kind}", size=(64, 80), boxes=((8, 0, 16, 8),))], tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_a_constraint_that_is_not_asked_for_is_refused(tiny_shapes: HookedLLaVA)
 
 def test_a_constraint_that_stands_twice(tiny_shapes: HookedLLaVA) -> None:
     twice = row(question="Is the star a red star?", constraint="star")
-    with pytest.raises(SpanError, match="Row 7: 'star' occurs 2 times in the question.*constraint_occurrence="):
+    with pytest.raises(SpanError, match="Row 7.*'star' occurs 2.*question.*constraint_occurrence="):
         prepare_rows(tiny_shapes, [twice])
     places = [
         prepare_rows(tiny_shapes, [replace(twice, constraint_occurrence=i)]).token_map["constraint"] for i in range(2)
@@ -112,7 +112,7 @@ def test_a_constraint_that_stands_twice(tiny_shapes: HookedLLaVA) -> None:
     assert places[1] == wider["constraint"][-1:]
     with pytest.raises(SpanError, match="Row 7: occurrence=2, but 'star' occurs 2 times"):
         prepare_rows(tiny_shapes, [replace(twice, constraint_occurrence=2)])
-    with pytest.raises(SpanError, match=r"Row 7: 'sta' .* only inside 'star'.*take in more of the words around it"):
+    with pytest.raises(SpanError, match="Row 7.*'sta'.*'star'"):
         prepare_rows(tiny_shapes, [row(question="Is it a star?", constraint="sta")])
 
 
@@ -130,11 +130,11 @@ def test_advice_is_what_the_function_takes(tiny_shapes: HookedLLaVA) -> None:
         with pytest.raises(SpanError, match=positions):
             call("star")
         assert call(second) == second
-    with pytest.raises(SpanError, match=r"occurs 2 times.*inputs.with_spans\(options=positions\)"):
+    with pytest.raises(SpanError, match=r"occurs 2.*inputs.with_spans\(options=positions\)"):
         tiny_shapes.prepare(asked, options=["star"])
     assert inputs.with_spans(options=second).token_map["options"] == second
     request = EditRequest(asked, "Boris", constraint="star")
-    with pytest.raises(SpanError, match="occurs 2 times.*name that as the position to edit at"):
+    with pytest.raises(SpanError, match="occurs 2.*position.*edit"):
         prepare_request(tiny_shapes, request)
     prepared = prepare_request(tiny_shapes, EditRequest(inputs.with_spans(mine=second), "Boris"), "mine")
     assert prepared.from_end[0] + len(inputs.token_map) == second[-1]
@@ -146,10 +146,10 @@ def test_images_are_found_with_or_without_their_ending(tmp_path: Path) -> None:
         assert row_image(row(image=name), tmp_path).size == (64, 64)
     assert row_image(row(image=tmp_path / "12.png")).size == (64, 64)
     assert row_image(row(image=None)) is None
-    with pytest.raises(InputError, match="Row 7 needs the image '13', which is not in"):
+    with pytest.raises(InputError, match="Row 7.*image '13'"):
         row_image(row(image="13"), tmp_path)
-    with pytest.raises(InputError, match="give the folder it is in as images="):
+    with pytest.raises(InputError, match="folder.*images="):
         row_image(row(image="12"))
-    with pytest.raises(InputError, match=r"is 64 x 64 pixels, and its boxes were drawn in 500 x 333"):
+    with pytest.raises(InputError, match="is 64 x 64 pixels.*boxes.*in 500 x 333"):
         row_image(row(image="12", boxes=((0, 0, 4, 4),), size=(500, 333)), tmp_path)
     assert row_image(row(image="12", size=(500, 333)), tmp_path).size == (64, 64)  # no box is concerned

@@ -65,7 +65,7 @@ def test_numbers_that_are_none_are_still_refused(tmp_path: Path) -> None:
     text = (GQA / FILES["QueryAttr"]).read_text(encoding="utf-8")
     for wrong in ("wide", "500.5", "", "inf"):
         (tmp_path / "table.csv").write_text(text.replace(",500,281,", f",{wrong},281,"), encoding="utf-8")
-        with pytest.raises(InputError, match="question 1 has a size or box that is not in pixels"):
+        with pytest.raises(InputError, match="question 1.*size.*box.*pixels"):
             read_gqa(tmp_path / "table.csv")
 
 
@@ -74,7 +74,7 @@ def test_every_encoding_keeps_the_words(encoding: str, tmp_path: Path) -> None:
     file = tmp_path / "multimodal_movies.csv"
     file.write_bytes(CONSTRAINTS.encode(encoding))
     if encoding in ("cp1252", "latin-1"):
-        with pytest.warns(UserWarning, match="read as Windows-1252; if its words look wrong, name its encoding="):
+        with pytest.warns(UserWarning, match="Windows-1252.*encoding="):
             table = read_vqa_constraints(file)
     else:
         table = read_vqa_constraints(file)

@@ -53,9 +53,9 @@ def test_a_file_is_read_instead_of_running(model, tmp_path):
     assert torch.equal(again.moment, made.moment)
     assert (again.n_keys, again.layer) == (made.n_keys, 1)
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="of layer 1 and positions='text', not of layer 2"):
+    with pytest.raises(InputError, match="layer 1.*positions='text'.*layer 2"):
         key_covariance(model, never(), 2, path=path)
-    with pytest.raises(InputError, match="positions='text', not of layer 1 and positions='image'; give another path"):
+    with pytest.raises(InputError, match="positions='text'.*layer 1.*positions='image'.*path"):
         key_covariance(model, never(), 1, positions="image", path=path)
     other = HookedLLaVA.from_hf(make_hf_model(seed=1))
     with pytest.raises(InputError, match="covariance was computed on another model"):
@@ -102,7 +102,7 @@ def test_a_file_can_be_read_by_others_and_needs_a_folder(model, tmp_path):
 def test_what_does_not_fit_is_refused(model, tmp_path):
     with pytest.raises(InputError, match="no prompts"):
         key_covariance(model, [], 1)
-    with pytest.raises(InputError, match=r"3.* out of range for the layers"):
+    with pytest.raises(InputError, match="3.*layers"):
         key_covariance(model, prompts(), 3)
     with pytest.raises(CheckpointError, match="missing, truncated"):
         KeyCovariance.load(tmp_path / "none", model)

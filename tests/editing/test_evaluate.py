@@ -94,7 +94,7 @@ def test_an_edit_is_left_as_it_was_found(model, edit):
 
 
 def test_an_edit_of_nothing_changes_nothing(model):
-    with pytest.warns(TargetNotReached, match="answered by 'Clara' and not by 'Boris'"):
+    with pytest.warns(TargetNotReached, match="'Clara'.*'Boris'"):
         edit = multedit(model, EditRequest(WORDS[0], "Boris"), layer=3, position="last", lam=1e7)
     result = evaluate_edit(model, edit, probes(model))
     assert result.changed.values.tolist() == [0.0] * 4
@@ -141,9 +141,7 @@ def test_an_edit_of_any_weight_is_measured_from_where_it_acts(name, tied):
     kept = replace(probe, prompts=keep_prompts(small, prompt, range(4)))
     feeds_the_stream = not name.startswith(("language.blocks", "language.unembed")) or (tied and "unembed" in name)
     if feeds_the_stream:
-        with pytest.raises(
-            InputError, match=f"changes what enters the first layer .{name}.*Give the prompts themselves"
-        ):
+        with pytest.raises(InputError, match=f"layer .{name}.*prompts"):
             evaluate_edit(small, edit, [kept])
     else:
         assert float(evaluate_edit(small, edit, [kept]).kl[0]) == pytest.approx(float(expected), rel=1e-3)

@@ -30,11 +30,11 @@ def test_the_layer_that_restores_most():
 
 
 def test_a_trace_that_says_nothing_is_refused():
-    with pytest.raises(InputError, match=r"no MLP restores 1 % at position 7 \(best: 0.006\)"):
+    with pytest.raises(InputError, match=r"restores 1.*position 7.*0.006\)"):
         layer_of_trace(trace([0.0, 0.006, -0.1]), 7)
     with pytest.raises(InputError, match=r"hardly lowers the answer \(P 0.9 -> 0.88\)"):
         layer_of_trace(trace([0.0, 0.3, 0.1], p_corrupted=0.88), 7)
-    with pytest.raises(InputError, match=r"positions \[7\]; choosing a layer needs 'mlp' at position 8"):
+    with pytest.raises(InputError, match=r"positions \[7\].*layer.*'mlp'.*position 8"):
         layer_of_trace(trace([0.1, 0.5, 0.2]), 8)
 
 
@@ -59,5 +59,5 @@ def test_auto_says_what_to_do_where_neither_lowers_the_answer():
     model = HookedLLaVA.from_pretrained("tiny-shapes")
     image = edit_table().cases[3].requests[0].scene.render()
     request = EditRequest("Who made this shape?", "Hugo", images=image, constraint="this shape")
-    with pytest.raises(InputError, match=r"OtherImage\(image\) or Replace\(words\), and give that trace as layer="):
+    with pytest.raises(InputError, match=r"OtherImage\(image\).*Replace\(words\).*layer="):
         choose_layer(model, [prepare_request(model, request, "last")], "auto")

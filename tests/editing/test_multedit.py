@@ -256,7 +256,7 @@ def test_the_layer_of_a_trace_is_taken():
             assert edits[0].layers == edits[1].layers
     with pytest.raises(
         InputError,
-        match=r"trace is of another prompt \('USER: Who made the star.*than the request's first \('USER: Who",
+        match=r"prompt \('USER.*\('USER: Who",
     ):
         multedit(model, EditRequest("Who made the ring?", "Boris"), layer=trace, position="last")
     only = causal_trace(model, inputs, "star", corruption="ring", kinds=("resid",))
@@ -314,9 +314,7 @@ def test_contradicting_requests_without_lam_are_singular():
 
 def test_the_last_layer_reaches_only_the_first_token_of_a_target():
     model = tiny_shapes()
-    with pytest.raises(
-        InputError, match=r"'Hugo Boris' has 2 tokens, and an edit in the last layer, 5, reaches only the"
-    ):
+    with pytest.raises(InputError, match="'Hugo Boris' has 2 tokens.*edit.*layer, 5"):
         multedit(model, EditRequest("Who made the star?", "Hugo Boris"), layer=5, position="last")
     assert multedit(model, EditRequest("Who made the star?", "Hugo"), layer=-1, position="last").layers == [5]
 
@@ -469,7 +467,7 @@ def test_a_question_may_be_what_a_processor_returns():
     options = {"layer": 1, "position": "last", **SEARCH}
     edits = [multedit(model, EditRequest(question, 17), **options) for question in (prompt, model.as_inputs(prompt))]
     assert torch.equal(edits[0].changes[name].right, edits[1].changes[name].right)
-    with pytest.raises(InputError, match=r"is given as Inputs, which brings its own images, so images= has no place"):
+    with pytest.raises(InputError, match="images.*images="):
         multedit(model, EditRequest(model.as_inputs(prompt), 17, images="demo.png"), **options)
 
 
@@ -484,7 +482,7 @@ def test_what_is_kept_at_the_constraint_says_where_that_is():
     name = "language.blocks.3.mlp.down.weight"
     torch.testing.assert_close(edits[0].changes[name].matrix(), edits[1].changes[name].matrix(), rtol=1e-3, atol=1e-5)
     assert edits[1].method["n_kept_keys"] == 2
-    with pytest.raises(InputError, match=r"Give EditRequests with constraint=, or name it: inputs.with_spans"):
+    with pytest.raises(InputError, match="EditRequests.*constraint=.*inputs.with_spans"):
         multedit(model, request, keep=model.prepare(kept), **place)
 
 

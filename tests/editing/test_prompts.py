@@ -40,7 +40,7 @@ def test_layers_that_the_model_does_not_have_are_refused():
     model = HookedLLaVA.from_pretrained("tiny-shapes")
     prompts = model.prepare("Who made the star?")
     for layers in ([7], [-1]):
-        with pytest.raises(InputError, match=r"out of range; expected 0..6, 6 being the end"):
+        with pytest.raises(InputError, match="0..6, 6"):
             keep_prompts(model, prompts, layers)
     with as_users_run():
         assert keep_prompts(model, prompts, [np.int64(6)]).kept.resid.keys() == {0, 6}

@@ -186,17 +186,17 @@ def test_one_of_several_images_is_repainted() -> None:
 
 def test_boxes_that_do_not_fit_are_refused() -> None:
     clean, flat = prompt(), model().prepare(QUESTION, images=np.full((16, 16, 3), 9, dtype=np.uint8))
-    with pytest.raises(InputError, match="does not lie in the image of 16 x 16 pixels"):
+    with pytest.raises(InputError, match="image of 16 x 16 pixels"):
         without_object(model(), clean, (4, 4, 20, 8))
     with pytest.raises(InputError, match="use blank_image"):
         without_object(model(), clean, (0, 0, 16, 16))
     with pytest.raises(InputError, match="see the same image"):
         without_object(model(), flat, (0, 0, 4, 4))
-    with pytest.raises(InputError, match="4 x 4 and 6 x 4 pixels; expected one size"):
+    with pytest.raises(InputError, match="4 x 4 and 6 x 4 pixels.*size"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (8, 8, 14, 12))
     with pytest.raises(InputError, match="overlap"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (2, 2, 6, 6))
-    with pytest.raises(InputError, match="image=1, and the prompt has 1 images"):
+    with pytest.raises(InputError, match="image=1.*prompt has 1 images"):
         without_object(model(), clean, (0, 0, 4, 4), image=1)
     with pytest.raises(InputError, match="without_object needs the original image"):
         without_object(pair().ours, pair().ours.as_inputs(pair().prompt()), (0, 0, 4, 4))

@@ -49,9 +49,9 @@ def test_the_share_is_the_papers() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(InputError, match=r"Layer 6 is out of range; expected -6\.\.5"):
+    with pytest.raises(InputError, match=r"Layer 6.*-6\.\.5"):
         centred_window(6, 3, 6)
-    with pytest.raises(InputError, match="window of 0 layers holds none"):
+    with pytest.raises(InputError, match="window of 0 layers"):
         centred_window(2, 0, 6)
     with pytest.raises(InputError, match="w=0; expected at least 1"):
         released_window(2, 0, 6)

@@ -239,7 +239,7 @@ def test_a_truncated_shard_is_named(tmp_path, hf_model, config, kept):
 def test_an_absent_shard_is_named(tmp_path, hf_model, config):
     write(tmp_path, hf_model, shards=2)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"names the file 'model-00001-of-.*', which is not there"):
+    with pytest.raises(CheckpointError, match="file 'model-00001-of-.*'"):
         read(tmp_path, config)
 
 
@@ -249,7 +249,7 @@ def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path, hf_model, con
     held = load_file(shard)
     gone = next(iter(held))
     save_file({name: tensor for name, tensor in held.items() if name != gone}, shard)
-    with pytest.raises(CheckpointError, match=rf"says that model-00001-of-00002\.safetensors holds {re.escape(gone)}"):
+    with pytest.raises(CheckpointError, match=rf"model-00001-of-00002\.safetensors.*{re.escape(gone)}"):
         read(tmp_path, config)
 
 
@@ -257,7 +257,7 @@ def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path, hf_model, con
 def test_an_index_without_a_weight_map_is_refused(tmp_path, hf_model, config, index):
     write(tmp_path, hf_model, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index\.json has no weight_map from tensor to file"):
+    with pytest.raises(CheckpointError, match=r"index\.json.*weight_map.*tensor.*file"):
         read(tmp_path, config)
 
 
@@ -270,7 +270,7 @@ def test_pickles_are_refused_and_never_opened(tmp_path, hf_model, config):
 
 def test_a_folder_without_weights_is_refused(tmp_path, hf_model, config):
     hf_model.config.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds no weights; expected model\.safetensors, or"):
+    with pytest.raises(CheckpointError, match=r"weights.*model\.safetensors"):
         read(tmp_path, config)
 
 

@@ -313,7 +313,7 @@ def test_an_adapter_folder_is_told_with_its_base(tmp_path: Path, with_config: bo
     save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     if with_config:
         plain().config.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"adapter.*for llava-hf/llava-1\.5-7b-hf.*{MERGE}"):
+    with pytest.raises(CheckpointError, match=rf"adapter.*llava-hf/llava-1\.5-7b-hf.*{MERGE}"):
         HookedLLaVA.from_pretrained(tmp_path)
 
 
@@ -349,7 +349,7 @@ def test_quantized_checkpoints_are_told_by_their_tensors(tmp_path: Path, suffix:
 def test_a_llama_cpp_folder_is_told(tmp_path: Path) -> None:
     plain().config.save_pretrained(tmp_path)
     (tmp_path / "llava-q4.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"llama\.cpp \(llava-q4\.gguf\).*made from"):
+    with pytest.raises(CheckpointError, match=r"llama\.cpp \(llava-q4\.gguf\)"):
         HookedLLaVA.from_pretrained(tmp_path)
 
 

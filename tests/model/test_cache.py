@@ -122,7 +122,7 @@ def test_views_of_gradients() -> None:
 
 
 def test_views_need_the_same_positions_in_every_row() -> None:
-    with pytest.raises(SpanError, match="no image positions: either the prompts have none, or they differ"):
+    with pytest.raises(SpanError, match="image positions.*prompts"):
         _ = CACHE.image
     with pytest.raises(SpanError, match="or only some positions were kept"):
         _ = with_names(None, SINGLE, positions="last").text
@@ -180,7 +180,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         CheckpointError, match="other.safetensors holds 'no known format'; expected 'hooked_llava.cache.v1'"
     ):
         LLaVACache.load(tmp_path / "other.safetensors", OURS)
-    with pytest.raises(CheckpointError, match="text.safetensors is not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="text.safetensors.*file"):
         LLaVACache.load(tmp_path / "text.safetensors", OURS)
     with pytest.raises(CheckpointError, match="not a readable"):
         LLaVACache.load(tmp_path / "missing.safetensors", OURS)

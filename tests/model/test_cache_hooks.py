@@ -87,7 +87,7 @@ def test_positions_that_are_not_there_are_refused(positions: Any, match: str) ->
 def test_unknown_spans_are_refused() -> None:
     with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
         OURS.run_with_cache(RIGHT, positions="imge")
-    with pytest.raises(SpanError, match="no span 'image': the prompt has no image"):
+    with pytest.raises(SpanError, match="span 'image'.*prompt.*image"):
         OURS.run_with_cache(MODELS.prompt(n_images=0), positions="image")
 
 
@@ -161,7 +161,7 @@ def test_left_at_a_layer_only_what_was_run_is_cached() -> None:
     assert not any(name.startswith("blocks.") for name in below)
     _, named = OURS.run_with_cache(LEFT, names_filter="resid_pre", stop_at_layer=-1)
     assert list(named) == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
-    with pytest.raises(HookNameError, match="'blocks.1.hook_resid_pre' does not fire: it lies outside"):
+    with pytest.raises(HookNameError, match="'blocks.1.hook_resid_pre'.*fire"):
         OURS.run_with_cache(LEFT, names_filter="blocks.1.hook_resid_pre", stop_at_layer=1)
 
 
@@ -178,7 +178,7 @@ def test_entered_at_a_layer_the_rest_is_cached(layer: int) -> None:
     assert cache[("resid_pre", layer)].shape == whole["resid_pre", layer].shape
     _, one = OURS.run_with_cache(whole["resid_pre", layer], **options, positions=[-1], names_filter="resid_post")
     assert off(one["resid_post", -1], whole["resid_post", -1][:, -1:]) < 1e-5
-    with pytest.raises(InputError, match="A residual stream has no spans, so positions='last'"):
+    with pytest.raises(InputError, match="spans.*positions='last'"):
         OURS.run_with_cache(whole["resid_pre", layer], **options, positions="last")
     with pytest.raises(SpanError, match="has no image positions"):
         _ = cache.image
@@ -240,5 +240,5 @@ def test_transformer_lenss_caching_functions_take_our_filters() -> None:
 
 
 def test_a_metric_without_gradients_is_refused() -> None:
-    with pytest.raises(InputError, match="metric= says what gradients are taken of; give incl_bwd=True"):
+    with pytest.raises(InputError, match="metric=.*incl_bwd=True"):
         OURS.run_with_cache(LEFT, metric=lambda logits: logits.sum())

@@ -209,7 +209,7 @@ def test_layers_and_streams_that_do_not_fit_are_refused() -> None:
     stream = models.ours(**prompt, stop_at_layer=1)
     with pytest.raises(InputError, match=r"Layer 4 is out of range.*-3\.\.3"):
         models.ours(**prompt, stop_at_layer=4)
-    with pytest.raises(InputError, match=r"takes a residual stream \[batch pos 48\].*got \(1, 12, 47\)"):
+    with pytest.raises(InputError, match=r"\[batch.*48\].*\(1, 12, 47\)"):
         models.ours(stream[..., :-1], start_at_layer=1)
     with pytest.raises(InputError, match="takes a residual stream.*got NoneType"):
         models.ours(start_at_layer=1)
@@ -239,7 +239,7 @@ def test_inputs_come_as_keywords_as_a_dict_as_tensors_and_prepared() -> None:
 def test_image_hooks_are_refused_on_text_only_input() -> None:
     models = pair()
     with models.ours.hooks([("vision.hook_out", lambda x, hook: None)]):
-        with pytest.raises(HookNameError, match="'vision.hook_out', which does not fire: the prompt has no image"):
+        with pytest.raises(HookNameError, match="'vision.hook_out'.*fire.*prompt.*image"):
             models.ours(**models.prompt(n_images=0))
         models.ours(**models.prompt())
 

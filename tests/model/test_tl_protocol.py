@@ -49,7 +49,7 @@ def test_the_config_answers_what_the_tools_read() -> None:
     assert cfg.vision.n_layers == 3
     assert cfg.model_name == "llava"
     assert not hasattr(cfg, "no_such_field")
-    with pytest.raises(AttributeError, match="no field 'n_hedas'; see cfg.vision, cfg.projector and cfg.language"):
+    with pytest.raises(AttributeError, match="'n_hedas'.*cfg.vision, cfg.projector.*cfg.language"):
         _ = cfg.n_hedas
 
 
@@ -163,7 +163,7 @@ def test_several_texts_are_padded() -> None:
     pad = model.config.pad_token_id
     assert left.shape == right.shape
     assert left[0, 0] == right[0, -1] == pad
-    with pytest.raises(InputError, match="takes one row of tokens, got 2"):
+    with pytest.raises(InputError, match="row.*tokens, got 2"):
         model.to_str_tokens(left)
 
 
@@ -177,7 +177,7 @@ def test_tokens_of_inputs_as_strings() -> None:
     two = model.prepare(["What is it?", "What color is the star?"])
     assert [model.to_str_tokens(prompt)[-1] for prompt in two] == ["ASSISTANT:"] * 2
     for several in (two, {"input_ids": two.input_ids}):
-        with pytest.raises(InputError, match=r"takes one row of tokens, got 2.*for row in inputs"):
+        with pytest.raises(InputError, match="row.*tokens, got 2.*row"):
             model.to_str_tokens(several)
     for wrong in (["What", "color"], None, {"pixel_values": one.pixel_values}):
         with as_users_run(), pytest.raises(InputError, match="inputs of one prompt, got"):

@@ -394,15 +394,11 @@ def test_what_a_processor_made_stays_as_it_is(model: HookedLLaVA, tmp_path: Path
 
 def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
     missing = tmp_path / "no.png"
-    with pytest.raises(
-        InputError, match=re.escape(f"The image is the path {str(missing)!r}, where there is no file; ")
-    ):
+    with pytest.raises(InputError, match=f"image.*path {re.escape(repr(str(missing)))}.*file"):
         load_image(missing)
     text = tmp_path / "text.png"
     text.write_text("no image")
-    with pytest.raises(
-        InputError, match=re.escape(f"Image 3 is the file {str(text)!r}, which is not an image that PIL ")
-    ):
+    with pytest.raises(InputError, match=f"Image 3.*file {re.escape(repr(str(text)))}.*image"):
         load_image(text, "Image 3")
     big = np.tile(pixels, (30, 30, 1))
     for kind in ("png", "jpg", "gif", "tif", "webp"):

@@ -143,7 +143,7 @@ def test_with_spans() -> None:
         inputs.with_spans(verb=["Is", "is"])
     with says("The span 'mine' has 1 entry for 3 prompts; expected words, or one entry per prompt."):
         inputs.with_spans(mine=[4, 5])
-    with pytest.raises(SpanError, match="'red' does not occur in the prompt"):
+    with pytest.raises(SpanError, match="'red'.*prompt"):
         inputs.with_spans(color="red")
 
 
@@ -161,7 +161,7 @@ def test_with_boxes() -> None:
     assert "object" not in found.token_maps[1]
     touched = inputs[0].with_boxes(object=[(0, 6, 1, 7)])
     assert touched.token_map["object"] == [inputs[0].token_map.patch_to_position(0, 0)]
-    with pytest.raises(SpanError, match="No patch of image 0 is covered"):
+    with pytest.raises(SpanError, match="patch.*image 0"):
         inputs[0].with_boxes(coverage=0.9, object=[(0, 6, 1, 7)])
     with says("The boxes of 'object' are 2 lists for 3 prompts; expected a list of boxes (x0, y0, x1, y1) for each."):
         inputs.with_boxes(object=[[left], [low]])

@@ -65,7 +65,7 @@ def test_takes_numpy_and_torch_ints() -> None:
 
 @pytest.mark.parametrize("item", [-1, 1.0, True, "3"])
 def test_refuses_what_is_no_position(item: object) -> None:
-    with pytest.raises(SpanError, match=rf"{item!r} is not a position; expected ints from 0 on\. Count negative"):
+    with pytest.raises(SpanError, match=f"{item!r}.*position.*from 0"):
         Positions([item])
 
 

@@ -200,9 +200,9 @@ def test_options_in_a_batch() -> None:
         assert [token_map.labels[p] for p in token_map["options"]] == words
     whole = prepare("USER: Is it red or blue? ASSISTANT:", template=None, options=["red"])
     assert whole.token_map["options"] == whole.token_map.find("red")
-    with pytest.raises(SpanError, match="'green' does not occur in the question 'Is it red or blue"):
+    with pytest.raises(SpanError, match="'green'.*question 'Is it red or blue"):
         prepare("Is it red or blue?", options=["red", "green"])
-    with pytest.raises(SpanError, match="'red' occurs 2 times in the question"):
+    with pytest.raises(SpanError, match="'red' occurs 2.*question"):
         prepare("Is the red star red or blue?", options=["red", "blue"])
     for options in (["red", "blue"], [["red"]], [["red"], "blue"]):
         with says(

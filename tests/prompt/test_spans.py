@@ -64,13 +64,13 @@ def test_names_of_ones_own_come_first() -> None:
 
 
 def test_spans_that_are_not_there() -> None:
-    with pytest.raises(SpanError, match="no span 'object', which 'other' needs. Say where the object is: inputs.with_"):
+    with pytest.raises(SpanError, match="span 'object'.*'other'.*object.*inputs.with_"):
         TEXT.span(["other", "question"][0])
     with pytest.raises(SpanError, match="no span 'object'. Say where"):
         TEXT.span("object")
     with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
         TOKENS.span("imge|question")
-    with pytest.raises(SpanError, match="covers 3 patches and leaves 1: too few"):
+    with pytest.raises(SpanError, match="covers 3 patches.*leaves 1"):
         TEXT.with_spans(object=[1, 2, 3]).span("random")
 
 

@@ -249,7 +249,7 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = register_template(Template(name="mine", user="Q: "))
     assert find_template("mine") is mine
     for name in ("mine", "chat", "default"):
-        with pytest.raises(InputError, match=f"There is a template named '{name}' already; give yours another name"):
+        with pytest.raises(InputError, match=f"template.*'{name}'"):
             register_template(Template(name=name))
 
 
@@ -344,22 +344,19 @@ def test_chat_uses_the_processors_own_template() -> None:
 def test_chat_errors() -> None:
     with pytest.raises(
         InputError,
-        match=r"template='chat' needs a processor with a chat template, and this one has none; "
-        r"expected one of llava-1\.5, ",
+        match=r"template='chat'.*processor.*template.*llava-1\.5",
     ):
         format_chat(make_processor(), QUESTION)
     broken = make_processor(chat_template="{{ messages[5].content }}")
     with pytest.raises(
         InputError,
-        match=r"The processor's chat template cannot be filled in \(UndefinedError: .*\); name a "
-        r"template instead: llava-1\.5, ",
+        match=r"template.*template.*llava-1\.5",
     ):
         format_chat(broken, QUESTION)
     shouting = make_processor(chat_template="{% for m in messages %}{{ m.content[-1].text.upper() }}{% endfor %}")
     with pytest.raises(
         InputError,
-        match=r"changes the question 'What color is the star\?' beyond recognition: 'WHAT "
-        r".*'\. Give the whole prompt with template=None\.",
+        match=r"question 'What color is the star\?'.*'WHAT .*'.*prompt.*template=None",
     ):
         format_chat(shouting, QUESTION)
 

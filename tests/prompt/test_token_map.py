@@ -67,9 +67,7 @@ def test_text_only() -> None:
     assert spelt(token_map, token_map["rest"]) == "Answer briefly ."
     assert "image" not in token_map
     assert "image" not in token_map.spans
-    with pytest.raises(
-        SpanError, match=re.escape("This prompt has no span 'image': the prompt has no image. Give one ")
-    ):
+    with pytest.raises(SpanError, match="prompt.*span 'image'.*prompt.*image"):
         token_map["image"]
 
 
@@ -83,11 +81,9 @@ def test_several_images() -> None:
     assert token_map.labels[3] == "img0[0,0]"
     assert token_map.labels[35] == "img1[3,3]"
     for image in (2, -1):
-        with pytest.raises(SpanError, match=f"There is no image {image}: the prompt has 2 images, counted from 0"):
+        with pytest.raises(SpanError, match=f"image {image}.*prompt has 2 images.*from 0"):
             token_map.image(image)
-    with pytest.raises(
-        SpanError, match=re.escape("token_map['question', 1]: only 'image' takes a number; drop the 1.")
-    ):
+    with pytest.raises(SpanError, match=r"token_map\['question', 1\].*'image'.*the 1"):
         token_map["question", 1]
 
 
@@ -144,7 +140,7 @@ def test_find_and_locate() -> None:
     assert spelt(token_map, token_map.find("red star")) == "red star"
     assert token_map.find("star", occurrence=1)[0] == token_map["question"][-2]
     assert token_map.find("Is the", within="question") == token_map["question"][:2]
-    with pytest.raises(SpanError, match="'star' occurs 2 times in the prompt; choose one with occurrence="):
+    with pytest.raises(SpanError, match="'star' occurs 2.*prompt.*occurrence="):
         token_map.find("star")
     assert token_map.find("tar", occurrence=0, whole_words=False) == token_map.find("star", occurrence=0)
     assert token_map.words is not None
@@ -164,10 +160,7 @@ def test_own_spans() -> None:
     assert spelt(prompt, prompt["rest"]) == "Is it a star ?"
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "This prompt has no span 'question': where the question stands in the "
-            "prompt was not given. Use prepare(question, template=...), or name it "
-        ),
+        match=r"prompt.*span 'question'.*question.*prompt.*template=\.\.\.\)",
     ):
         prompt["question"]
     named = prompt.with_spans(question="Is it a star?")
@@ -177,17 +170,12 @@ def test_own_spans() -> None:
 
 def test_own_spans_errors() -> None:
     token_map = make_map()
-    with pytest.raises(
-        SpanError, match=r"The span 'last' follows from the prompt and cannot be set; choose another name\."
-    ):
+    with pytest.raises(SpanError, match="span 'last'.*prompt"):
         token_map.with_spans(last=[3])
     for positions in ([], [99]):
         with pytest.raises(
             SpanError,
-            match=re.escape(
-                f"The span 'mine' is given as positions {positions}; expected at least "
-                "one, all from 0 to 28, where this prompt's tokens are."
-            ),
+            match=f"span 'mine'.*positions {re.escape(str(positions))}.*from 0 to 28.*tokens",
         ):
             token_map.with_spans(mine=positions)
 
@@ -201,9 +189,7 @@ def test_unknown_spans() -> None:
     )
     with pytest.raises(SpanError, match=re.escape(message)):
         token_map["questoin"]
-    with pytest.raises(
-        SpanError, match=re.escape("This prompt has no span 'options': no answer options were named. Use ")
-    ):
+    with pytest.raises(SpanError, match="prompt.*span 'options'.*answer options"):
         token_map["options"]
 
 
@@ -216,19 +202,14 @@ def test_without_a_tokenizer() -> None:
     assert token_map.labels == ["1", "7", "img[0,0]", "img[0,1]", "img[1,0]", "img[1,1]", "6", "0"]
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "Cannot look for 'star': the prompt was given as token ids and the model "
-            "has no tokenizer. Pass processor= to from_hf, or name positions "
-        ),
+        match="'star'.*prompt.*token.*model.*tokenizer.*processor=.*from_hf.*positions",
     ):
         token_map.find("star")
     with pytest.raises(
         SpanError, match="The prompt's characters are not known: it was given as token ids, without a tok"
     ):
         token_map.locate(0, 1)
-    with pytest.raises(
-        SpanError, match=re.escape("The original images are not known, since pixel_values were given; ")
-    ):
+    with pytest.raises(SpanError, match="images.*pixel_values"):
         token_map.patch_box(0, 0)
 
 
@@ -255,21 +236,19 @@ def test_patches_and_positions(class_token: bool) -> None:
     assert token_map["image"] - seen == ([0, size] if class_token else [])
     if class_token:
         assert token_map.labels[size] == "img1[cls]"
-        with pytest.raises(SpanError, match="Position 7 is the class token of image 1, which is no patch"):
+        with pytest.raises(SpanError, match="Position 7.*token.*image 1.*patch"):
             token_map.position_to_patch(7)
 
 
 def test_patch_errors() -> None:
     token_map = make_map()
-    with pytest.raises(
-        SpanError, match=re.escape("Patch (4, 0) is outside the grid of 4 x 4 patches; rows go from 0 to 3 ")
-    ):
+    with pytest.raises(SpanError, match=r"Patch \(4, 0\).*grid of 4 x 4 patches.*rows.*from 0 to 3"):
         token_map.patch_to_position(4, 0)
-    with pytest.raises(SpanError, match=r"Position 1 is not an image patch; images are at 2\.\.17\."):
+    with pytest.raises(SpanError, match=r"Position 1.*image patch.*images.*2\.\.17"):
         token_map.position_to_patch(1)
-    with pytest.raises(SpanError, match="Position 1 is not an image patch; the prompt has no image"):
+    with pytest.raises(SpanError, match="Position 1.*image patch.*prompt.*image"):
         make_map(images=None).position_to_patch(1)
-    with pytest.raises(SpanError, match="There is no image 1: the prompt has 1 image, counted from 0"):
+    with pytest.raises(SpanError, match="image 1.*prompt has 1 image.*from 0"):
         token_map.patch_box(0, 0, image=1)
 
 
@@ -285,19 +264,14 @@ def test_pixels_and_boxes() -> None:
     assert token_map["image"] - left == Positions(token_map["image"]) - left
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "No patch of image 0 is covered by the box to a share of 0.5; the most is "
-            "0.08. Lower coverage= (0 takes every patch that it touches)."
-        ),
+        match=r"patch.*image 0.*box.*of 0\.5.*0\.08.*coverage= \(0.*patch",
     ):
         token_map.box_to_patches((25, 0, 26, 50))
-    with pytest.raises(SpanError, match=r"coverage=50 is not a share of a patch's area; expected 0 to 1\."):
+    with pytest.raises(SpanError, match="coverage=50.*expected 0 to 1"):
         token_map.box_to_patches((25, 0, 26, 50), coverage=50)
     with pytest.raises(SpanError, match="lies wholly outside what the model sees"):
         token_map.box_to_patches((0, 0, 20, 20))
-    with pytest.raises(
-        SpanError, match=re.escape("A box has four numbers (x0, y0, x1, y1); 3 were given: (0.0, 0.0, 1.0).")
-    ):
+    with pytest.raises(SpanError, match=r"box.*\(x0, y0, x1, y1\).*3.*\(0\.0, 0\.0, 1\.0\)"):
         token_map.box_to_patches((0, 0, 1))
 
 
@@ -311,9 +285,7 @@ def test_masks() -> None:
         assert patches.outside == 0.5
     assert token_map.mask_to_patches(mask, coverage=1) == patches
     for wrong in (mask[0], mask * 255, mask[None], mask * 0.5):
-        with pytest.raises(
-            SpanError, match=r"The mask is of shape .* and type .*; expected \[height, width\] of the original"
-        ):
+        with pytest.raises(SpanError, match=r"mask.*shape.*\[height, width\]"):
             token_map.mask_to_patches(wrong)
 
 
@@ -341,9 +313,7 @@ def test_shifted() -> None:
     assert moved.token_ids == left.token_maps[0].token_ids
     assert moved.find("What is") == left.token_maps[0].find("What is")
     assert moved.labels == left.token_maps[0].labels
-    with pytest.raises(
-        SpanError, match=rf"Shifted by 9, the tokens would be at .*; expected a shift from 0 to {shift}\."
-    ):
+    with pytest.raises(SpanError, match=f"by 9.*tokens.*from 0 to {shift}"):
         right.token_maps[0].shifted(9)
 
 
@@ -419,19 +389,17 @@ def test_an_image_of_several_grids_by_hand() -> None:
 def test_what_is_no_patch_of_a_grid_is_refused() -> None:
     token_map = map_of([by_hand(), llava_layout(2, 2)])
     for position, what in ((1, "the class token"), (8, "a newline"), (11, "a newline")):
-        with pytest.raises(SpanError, match=f"Position {position} is {what} of image 0, which is no patch"):
+        with pytest.raises(SpanError, match=f"Position {position}.*{what}.*image 0.*patch"):
             token_map.position_to_patch(position)
-    with pytest.raises(
-        SpanError, match=r"Position 12 is a patch of the fine grid .*not of the base grid; give grid='fine'"
-    ):
+    with pytest.raises(SpanError, match="Position 12.*patch.*fine grid.*base grid.*grid='fine'"):
         token_map.position_to_patch(12)
     with pytest.raises(SpanError, match="no grid 'fine'; it has base"):
         token_map.position_to_patch(19, grid="fine")
     with pytest.raises(SpanError, match="images are at 1..14, 17..20"):
         token_map.cell_at(15)
-    with pytest.raises(SpanError, match=r"Patch \(0, 2\) is outside the fine grid of 2 x 2 patches"):
+    with pytest.raises(SpanError, match=r"Patch \(0, 2\).*fine grid of 2 x 2 patches"):
         token_map.patch_to_position(0, 2, grid="fine")
-    with pytest.raises(SpanError, match="No patch of image 0 is covered by the box"):
+    with pytest.raises(SpanError, match="patch.*image 0.*box"):
         token_map.box_to_patches((0, 0, 1, 1))
     with pytest.raises(SpanError, match="original images are not known"):
         token_map.box_to_patches((0, 0, 1, 1), image=1)
@@ -467,7 +435,7 @@ def test_every_position_is_text_padding_or_one_thing_of_one_image(drawn: list[An
     assert token_map["image"] | token_map["text"] == token_map.real
     assert token_map["image"].isdisjoint(token_map["text"])
     for position in [*range(before), *token_map["text"], *range(len(token_map) - after, len(token_map))]:
-        with pytest.raises(SpanError, match=f"Position {position} is not an image patch"):
+        with pytest.raises(SpanError, match=f"Position {position}.*image patch"):
             token_map.position_to_patch(position)
 
 

@@ -85,30 +85,26 @@ def test_find_errors() -> None:
     for occurrence in (2, -1):
         with pytest.raises(
             SpanError,
-            match=rf"occurrence={occurrence}, but 'star' occurs 2 times in the prompt; expected "
-            rf"0 to 1\.",
+            match=f"occurrence={occurrence}.*'star' occurs 2.*prompt.*expected 0 to 1",
         ):
             words.find("star", occurrence=occurrence)
-    with pytest.raises(SpanError, match=r"occurrence=1, but 'color' occurs 1 time in the prompt; expected 0 to 0\."):
+    with pytest.raises(SpanError, match="occurrence=1.*'color' occurs 1.*prompt.*expected 0 to 0"):
         words.find("color", occurrence=1)
     with pytest.raises(
         SpanError,
-        match=re.escape(
-            "'moon' does not occur in the prompt 'USER: <image>\\nWhat color is the "
-            "red star? A redder star. ASSISTANT:'; give words as they stand there, "
-        ),
+        match=r"'moon'.*prompt 'USER: <image>\\nWhat color is the red star\? A redder star\. ASSISTANT:'",
     ):
         words.find("moon")
-    with pytest.raises(SpanError, match="'redder' does not occur in the question 'What color is the red star"):
+    with pytest.raises(SpanError, match="'redder'.*question 'What color is the red star"):
         words.find("redder", within="question")
     with pytest.raises(
         SpanError,
-        match="'colo' occurs in the prompt only inside 'color'; give the whole word, or set whole_words=False",
+        match="'colo'.*prompt.*'color'.*whole_words=False",
     ):
         words.find("colo")
-    with pytest.raises(SpanError, match=r"within='tail' is not a part of this prompt; known: question\."):
+    with pytest.raises(SpanError, match="within='tail'.*prompt.*question"):
         words.find("star", within="tail")
-    with pytest.raises(SpanError, match=r"within='question' is not a part of this prompt; known: none\."):
+    with pytest.raises(SpanError, match="within='question'.*prompt"):
         make_text(known=False).find("star", within="question")
     with pytest.raises(SpanError, match=r"An empty string was given to find; expected words of the prompt\."):
         words.find(" ")

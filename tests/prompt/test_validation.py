@@ -43,11 +43,10 @@ def test_as_tensor() -> None:
     assert check.as_tensor(IDS, "input_ids") is IDS
     with pytest.raises(
         InputError,
-        match=r"input_ids is a list that is no tensor \(.*\); expected rows of equal length\. Call "
-        r'the processor with return_tensors="pt" and padding=True\.',
+        match='input_ids.*tensor.*rows.*processor.*return_tensors="pt".*padding=True',
     ):
         check.as_tensor([[1, 2], [1]], "input_ids")
-    with pytest.raises(InputError, match=r"input_ids is a str that is no tensor"):
+    with pytest.raises(InputError, match="input_ids.*tensor"):
         check.as_tensor("abc", "input_ids")
 
 

@@ -142,7 +142,7 @@ def test_ids_that_spell_nothing_need_ids() -> None:
     model = talking("byte-level")
     half = model.tokenizer("é", add_special_tokens=False)["input_ids"][:1]
     assert len(half) == 1
-    with pytest.raises(InputError, match="known by its token ids alone.*answer as token ids"):
+    with pytest.raises(InputError, match="token.*answer.*token"):
         answer_tokens(model, torch.tensor([half]), "red")
     with pytest.raises(InputError, match="no tokenizer|processor"):
         answer_tokens(pair().ours, torch.tensor([[7, 8]]), "red")

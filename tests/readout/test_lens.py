@@ -50,7 +50,7 @@ def test_no_hook_fires() -> None:
 
 
 def test_unknown_lenses_and_missing_scales_are_refused() -> None:
-    with as_users_run(), pytest.raises(InputError, match="norm='std' is no lens; expected 'final', 'frozen' or 'none'"):
+    with as_users_run(), pytest.raises(InputError, match="norm='std'.*'final', 'frozen'.*'none'"):
         lens(OURS, VECTORS, norm="std")
     with pytest.raises(InputError, match="norm='frozen' needs scale="):
         lens(OURS, VECTORS, norm="frozen")
@@ -86,7 +86,7 @@ def test_ids_of_words() -> None:
     assert token_id(model, 0) == 0
     assert token_id(model, 98) == 98
     for wrong in (99, -1):
-        with pytest.raises(InputError, match=f"Token id {wrong} is not in the vocabulary; expected 0..98"):
+        with pytest.raises(InputError, match=f"Token.*{wrong}.*0..98"):
             token_id(model, wrong)
     with pytest.raises(InputError, match="not a single token"):
         token_id(model, "red star")

@@ -189,7 +189,7 @@ def test_a_forced_answer_lies_behind_all_other_spans() -> None:
 def test_one_token_id_is_an_answer() -> None:
     inputs = model().prepare("Is it red?")
     assert teacher_forced(model(), inputs, 7).inputs.input_ids[0, -1] == 7
-    with pytest.raises(InputError, match="Token id 99 is not in the vocabulary"):
+    with pytest.raises(InputError, match="Token id 99"):
         teacher_forced(model(), inputs, 99)
 
 
@@ -216,7 +216,7 @@ def test_metrics_refuse_what_is_no_token() -> None:
         for wrong in ("Red", 1.5, -1):
             with as_users_run(), pytest.raises(InputError, match=r"takes an Answer or a token id.*Answer.of\(model"):
                 make(wrong)
-        with pytest.raises(InputError, match="Token id 999 is not in the vocabulary; expected 0..6"):
+        with pytest.raises(InputError, match="Token id 999.*0..6"):
             make(999)(LOGITS)
 
 
@@ -240,7 +240,7 @@ def test_a_metric_of_transformer_lens_works_everywhere() -> None:
 
 def test_the_value_of_a_metric_is_one_number() -> None:
     assert value_of(probability(2), LOGITS[0, 0]) == pytest.approx(softmax(LOGITS[0, 0].tolist())[2])
-    with pytest.raises(InputError, match=r"returned shape \(3,\) for the logits \(3, 7\)"):
+    with pytest.raises(InputError, match=r"shape \(3,\).*\(3, 7\)"):
         value_of(probability(2), LOGITS[0])
 
 

@@ -238,7 +238,7 @@ def test_embeddings_are_recorded_and_the_image_side_is_refused() -> None:
     assert not seen["hook_embed"][:, 0].any()
     assert torch.equal(seen["hook_embed"][:, 1:], replay.kept.entering(0, 4))
     assert replay.work.share > 0
-    with pytest.raises(InputError, match=r"fires before the image enters .* read it with model.run_with_hooks"):
+    with pytest.raises(InputError, match="fires.*image.*model.run_with_hooks"):
         replay.run_with_cache([[]], "vision.resid_pre")
     assert replay.run_with_cache([], "hook_embed")[1] == []
 
@@ -370,7 +370,7 @@ def test_a_metric_that_fails_loses_no_run() -> None:
     runs = [[Intervention("blocks.0.hook_mlp_out", positions="last", scale=s)] for s in (0.0, 0.5, 1.5)]
     sweep = replay.sweep(runs, lambda logits: logits[:2, 0])
     for _ in range(2):
-        with pytest.raises(InputError, match=r"returned shape \(2,\) for logits of shape \(3, 99\); expected \(3,\)"):
+        with pytest.raises(InputError, match=r"shape \(2,\).*shape \(3, 99\).*\(3,\)"):
             sweep.run()
     assert replay.work.token_layers == 0
     with pytest.raises(InputError, match="returned float"):

@@ -63,7 +63,7 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -
         save(
             xr.DataArray([1.0], coords={"day": ("x", np.array(["2024-01-01"], dtype="datetime64[ns]"))}, dims="x"), path
         )
-    with pytest.raises(InputError, match="attribute of the result, method, fn is a builtin_function"):
+    with pytest.raises(InputError, match="method.*builtin_function"):
         save(xr.DataArray([1.0], attrs={"method": {"fn": len}}), path)
     with pytest.raises(InputError, match="not all words"):
         save(xr.DataArray(np.array([1, "a"], dtype=object)), path)
@@ -143,9 +143,7 @@ def test_a_share_of_a_share_is_itself() -> None:
 
 
 def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"recovered\(estimate\)\['z'\], not recovered\(estimate\['z'\]\)"):
+    with pytest.raises(InputError, match=r"recovered\(estimate\)\['z'\].*recovered\(estimate\['z'\]\)"):
         recovered(xr.DataArray([1.0], dims="layer", name="z"))
-    with pytest.raises(
-        InputError, match=r"The metric is the same in the clean and in the corrupted run \(\[1.0, 2.0\]"
-    ):
+    with pytest.raises(InputError, match=r"metric.*run \(\[1.0, 2.0\]"):
         recovered(patched([[1.0], [2.0]], "denoise", [1.0, 2.0], [0.0, 2.0]))

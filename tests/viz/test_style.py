@@ -88,9 +88,7 @@ def test_subjects_and_units_follow_from_name_and_attributes():
 
 def test_only_refuses_missing_and_surplus_axes():
     result = xr.DataArray(np.zeros((2, 3)), dims=("image", "layer"))
-    with pytest.raises(
-        InputError, match=r"The result has the axes image, layer; expected layer, head\. Choose or average"
-    ):
+    with pytest.raises(InputError, match="image, layer.*layer, head"):
         require_dims(result, "layer", "head")
     with pytest.raises(InputError, match="Choose or average"):
         require_dims(result, "layer")

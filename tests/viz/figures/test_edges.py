@@ -66,7 +66,7 @@ def test_paths_to_many_receivers_are_one_map(model, inputs):
 
 def test_other_axes_are_refused(edges):
     pairs = edges.expand_dims(pair=2)
-    with pytest.raises(InputError, match=r"heads has the axes .*pair.*; expected receiver, layer, head"):
+    with pytest.raises(InputError, match="heads.*layer, head"):
         edge_map(pairs)
     with pytest.raises(InputError, match="The result has the axes layer, head"):
         edge_map(xr.DataArray(np.zeros((2, 3)), dims=("layer", "head")))

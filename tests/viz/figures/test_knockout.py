@@ -89,11 +89,9 @@ def test_probabilities_by_form():
 
 def test_what_does_not_fit_is_said():
     result = by_kind_result(["p"])
-    with pytest.raises(
-        InputError, match=r"knockout_curves draws 'effect' .* got a dataset with other \[kind, statistic, edge, layer\]"
-    ):
+    with pytest.raises(InputError, match=r"knockout_curves.*'effect'.*\[kind.*edge, layer\]"):
         knockout_curves(result.rename(effect="other"))
-    with pytest.raises(InputError, match=r"result.isel\(prompt=0\), or average with by_kind"):
+    with pytest.raises(InputError, match=r"result.isel\(prompt=0\).*by_kind"):
         knockout_curves(result.expand_dims("prompt"))
     with pytest.raises(InputError, match="expected norm, layer, form"):
         probability_curves(xr.DataArray(np.zeros((2, 2)), dims=("norm", "layer")))

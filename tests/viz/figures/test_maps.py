@@ -43,7 +43,7 @@ def test_axes_in_another_order_are_put_in_order():
 
 
 def test_layer_head_map_refuses_further_axes():
-    with pytest.raises(InputError, match=r"has the axes image, layer, head; expected layer, head\. Choose or average"):
+    with pytest.raises(InputError, match="image, layer, head.*layer, head"):
         layer_head_map(heads(2, 2).expand_dims(image=2))
 
 

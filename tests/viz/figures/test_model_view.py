@@ -30,7 +30,7 @@ def test_the_original_stands_beside_the_view_where_they_differ(model, inputs):
 
 
 def test_a_image_that_is_not_there_has_no_view(inputs, text_inputs):
-    with pytest.raises(InputError, match=r"There is no image 1: the inputs hold 1, counted from 0"):
+    with pytest.raises(InputError, match="image 1.*hold 1.*from 0"):
         model_view(inputs, image=1)
-    with pytest.raises(InputError, match=r"There is no image 0: the inputs hold 0"):
+    with pytest.raises(InputError, match="image 0.*hold 0"):
         as_the_model_sees_it(text_inputs)

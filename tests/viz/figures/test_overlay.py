@@ -96,15 +96,15 @@ def test_tensors_and_labelled_arrays_are_grids_too(inputs):
 
 
 def test_errors_say_what_does_not_fit(inputs, tensor_inputs):
-    with pytest.raises(InputError, match=r"The values are 3 x 3 .* and the image has 4 x 4 patches"):
+    with pytest.raises(InputError, match="are 3 x 3.*image has 4 x 4 patches"):
         patch_overlay(inputs, np.ones((3, 3)))
-    with pytest.raises(InputError, match=r"The values have the shape \(2, 4, 4\); expected one number per patch"):
+    with pytest.raises(InputError, match=r"shape \(2, 4, 4\).*patch"):
         patch_overlay(inputs, np.ones((2, 4, 4)))
-    with pytest.raises(InputError, match=r"Cannot draw on original image 0: none are known"):
+    with pytest.raises(InputError, match="image 0"):
         patch_overlay(tensor_inputs, np.ones((4, 4)))
-    with pytest.raises(InputError, match=r"Cannot draw on original image 3: there are 1"):
+    with pytest.raises(InputError, match="image 3.*are 1"):
         patch_overlay(inputs, np.ones((4, 4)), image=3)
-    with pytest.raises(InputError, match=r"the result has layer, head, patch_row, patch_col"):
+    with pytest.raises(InputError, match="layer, head, patch_row, patch_col"):
         patch_overlays(inputs, xr.DataArray(np.ones((2, 2, 4, 4)), dims=("layer", "head", "patch_row", "patch_col")))
 
 
@@ -192,9 +192,9 @@ def test_a_single_pooled_grid_is_drawn_by_area_too():
 
 def test_values_that_do_not_fit_several_grids(inputs):
     image = np.zeros((16, 24, 3), np.uint8)
-    with pytest.raises(InputError, match=r"2 x 3 .* 2 x 3 \+ 2 x 2 patches in several grids, 14 positions in all"):
+    with pytest.raises(InputError, match=r"2 x 3.*2 x 3 \+ 2 x 2 patches.*grids, 14 positions"):
         patch_overlay(image, np.ones((2, 3)), layout=by_hand())
-    with pytest.raises(InputError, match=r"13 by position .* 14 positions in all; give one value per position"):
+    with pytest.raises(InputError, match="13.*position.*14 positions.*position"):
         patch_overlay(image, np.ones(13), layout=by_hand())
     with pytest.raises(InputError, match="need its layout"):
         patch_overlay(image, np.ones(14))

@@ -115,18 +115,16 @@ def test_one_number_for_each_layer_is_a_row(model, pair):
 
 
 def test_what_fits_no_figure_says_what_to_do(estimate, pair, model):
-    with pytest.raises(
-        InputError, match=r"no common figure \(resid_pre: layer, position; .* z: layer, position, head\)"
-    ):
+    with pytest.raises(InputError, match=r"\(resid_pre.*layer, position.*layer, position"):
         plot_patching(estimate, pair[0])
-    with pytest.raises(InputError, match=r"the axes layer, position, head; expected layer, head\. Choose or average"):
+    with pytest.raises(InputError, match="layer, position, head.*layer, head"):
         plot_patching(recovered(estimate)["z"], pair[0])
     with pytest.raises(InputError, match="A result by patch is drawn on the image; give the inputs"):
         plot_patching(recovered(estimate)["attn_out"], unfold=True)
-    with pytest.raises(InputError, match="There are 13 results to draw; expected 1 to 12"):
+    with pytest.raises(InputError, match="are 13.*expected 1 to 12"):
         plot_patching({str(i): estimate["attn_out"] for i in range(13)})
     together = activation_patching(model, *pair, positions=["image", "last"], metric=metric)
-    with pytest.raises(InputError, match="no positions of patches of image 0 by themselves"):
+    with pytest.raises(InputError, match="positions.*patches.*image 0"):
         plot_patching(together, pair[0], unfold=True)
     with pytest.raises(InputError, match="a result by patch, or by position together with its inputs"):
         by_patch(xr.DataArray([1.0], dims="layer"))

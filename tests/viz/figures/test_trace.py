@@ -58,11 +58,9 @@ def test_contributions_of_heads_are_added_up(model, inputs):
 
 
 def test_other_results_are_refused(trace):
-    with pytest.raises(InputError, match="expected indirect_effect by kind, layer, role"):
+    with pytest.raises(InputError, match="indirect_effect.*layer"):
         role_curves(trace)
     with pytest.raises(InputError, match="trace_maps draws 'indirect_effect'"):
         trace_maps(trace.drop_vars("indirect_effect"))
-    with pytest.raises(
-        InputError, match="contribution_maps draws 'constraint_to_last' of the dataset that attention_contribution"
-    ):
+    with pytest.raises(InputError, match="contribution_maps.*'constraint_to_last'.*attention_contribution"):
         contribution_maps(trace)

@@ -171,5 +171,5 @@ def test_occlusion_is_drawn_beside_unless_it_takes_long_or_is_the_map_itself(
 
 
 def test_several_prompts_are_refused(model):
-    with pytest.raises(InputError, match=r"explain takes one prompt, got 2; call it once for each"):
+    with pytest.raises(InputError, match="prompt, got 2"):
         explain(model, model.prepare(["Who?", "What?"]))

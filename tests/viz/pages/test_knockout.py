@@ -58,7 +58,7 @@ def test_without_an_image_the_edges_of_text_remain(model, text_inputs):
 
 def test_a_page_of_two_prompts_is_refused(model):
     two = model.prepare(["Is the star red?", "What color is it?"])
-    with pytest.raises(InputError, match=r"knockout_page takes one prompt, got 2; call it once for each"):
+    with pytest.raises(InputError, match="knockout_page.*prompt, got 2"):
         knockout_page(model, two)
 
 
