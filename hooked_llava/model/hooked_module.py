@@ -41,6 +41,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     vision: VisionTower
     projector: Projector
     generation_config: GenerationConfig | None
+    hook_dict: dict[str, HookPoint]
 
     @abstractmethod
     def as_inputs(self, value: Any) -> Inputs:

@@ -67,7 +67,7 @@ def load_sae(
     within = f"{hookpoint}/" if hookpoint else ""
     files = [within + file for file in (CONFIG, *WEIGHTS.values())]
     folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir, files=files) / within
-    found = [kind for kind, file in WEIGHTS.items() if (folder / file).is_file()]
+    found: list[FileFormat] = [kind for kind, file in WEIGHTS.items() if (folder / file).is_file()]
     if not (folder / CONFIG).is_file() or not found:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         hint = f" Its folders {inside} do: give hookpoint= one of them." if inside else ""

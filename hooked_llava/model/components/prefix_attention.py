@@ -156,8 +156,8 @@ def _average(
 ) -> tuple[Float[Tensor, "batch kv_head query d_head"], Float[Tensor, "batch kv_head query 1"]]:
     """Values averaged over the allowed keys, and the logarithm of the sum of exponentials, both in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    on_cpu = _FLASH_ON_CPU is not None and q.device.type == "cpu"
-    if on_cpu and (allowed is None or bool(allowed.any(-1).all())):
+    on_cpu = q.device.type == "cpu"
+    if _FLASH_ON_CPU is not None and on_cpu and (allowed is None or bool(allowed.any(-1).all())):
         mask = None if allowed is None else q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         z, total = _FLASH_ON_CPU(q, k, v, attn_mask=mask, scale=scale)
         return z.to(wide), total[..., None]
