@@ -16,7 +16,7 @@ from hooked_llava.analysis.maps.occlusion import blank, forwards_of
 from hooked_llava.analysis.maps.scores import check_heads
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_tokens import single_token
-from hooked_llava.readout.vocabulary import decode_tokens
+from hooked_llava.readout.vocabulary import decode_text, decode_tokens
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
@@ -69,9 +69,8 @@ def answer_without(
         removals.append(("heads", n, len(ranked), zeros))
     order = [] if patches is None else _ranked_patches(prompt, patches)
     removals += [("patches", n, len(order), _blanked(model, prompt, order[:n])) for n in _sizes(len(order))]
-    with provenance(
-        "answer_without", model, prompt, n_forward=1, target=model.to_string(token), target_id=token
-    ) as made:
+    about = {"target": decode_text(model, [token]), "target_id": token}
+    with provenance("answer_without", model, prompt, n_forward=1, **about) as made:
         replay = Replay(model, prompt)
         p = replay.run([changes for *_, changes in removals]).float().softmax(-1).reshape(len(removals), -1)
         best, ids = p.max(-1)

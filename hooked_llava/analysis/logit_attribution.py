@@ -79,7 +79,7 @@ def logit_attribution(
     def tokens(token_map: TokenMap) -> list[int | None]:
         own = [None if word is None else single_token(model, token_map, word) for word in words_of]
         if own[0] is not None and own[0] == own[1]:
-            same = model.to_string(own[0])
+            same = _word(model, own[0])
             raise InputError(f"answer and baseline are both {same!r}, whose difference is 0; name another baseline.")
         return own
 

@@ -77,7 +77,7 @@ def test_the_sentences_say_what_the_map_of_the_stream_shows(report, text_report)
     last = int(np.flatnonzero(share[:, 0] >= 0.5)[-1])
     said = words(report.html)
     assert (share[first:, -1] >= 0.5).all()
-    assert f"From layer {first} on, the stream at the last position alone decides more than half." in said
+    assert f"From layer {first} on, the residual stream at the last position alone decides more than half." in said
     assert f"Up to layer {last}, all positions of the image together decide more than half." in said
     between = share[:, 1:-1]
     layer, column = np.unravel_index(between.argmax(), between.shape)
