@@ -64,11 +64,11 @@ def inputs_of(*prompts: Sequence[ImageLayout]) -> Inputs:
     """One prompt for each, padded on the right; an image has as many pixels as a tile."""
     length = max(len(map_of(images)) for images in prompts)
     token_maps = tuple(map_of(images, after=length - len(map_of(images))) for images in prompts)
-    n_images = sum(map(len, prompts))
+    n_tiles = sum(layout.n_tiles for images in prompts for layout in images)
     return Inputs(
         input_ids=torch.tensor([m.token_ids for m in token_maps]),
         attention_mask=torch.tensor([[p in m.real for p in range(length)] for m in token_maps]),
-        pixel_values=torch.zeros(n_images, 3, TILE, TILE) if n_images else None,
+        pixel_values=torch.zeros(n_tiles, 3, TILE, TILE) if n_tiles else None,
         images_per_prompt=tuple(map(len, prompts)),
         token_maps=token_maps,
     )

@@ -214,6 +214,8 @@ def test_tests_mirror_the_package():
 
 NOT_MIRRORED = (
     "test_architecture",
+    "test_tiles",
+    "test_tile_geometry",
     "test_parity",
     "test_readme",
     "test_docs",

@@ -94,7 +94,7 @@ def _block_hooks(cfg: TowerConfig) -> list[HookSpec]:
     ]
 
 
-_PATCHES = ("image", "feature", "d_model")
+_PATCHES = ("tile", "feature", "d_model")
 
 PROJECTOR_HOOKS = (
     HookSpec("projector.hook_pre", _PATCHES, "hidden layer before the activation function"),
@@ -119,7 +119,7 @@ def vision_hooks(cfg: VisionConfig) -> list[HookSpec]:
         replace(
             spec,
             name=f"vision.{spec.name}",
-            axes=tuple("image" if axis == "batch" else axis for axis in spec.axes),
+            axes=tuple("tile" if axis == "batch" else axis for axis in spec.axes),
             aliases=tuple(f"vision.{alias}" for alias in spec.aliases),
         )
         for spec in specs
@@ -130,7 +130,7 @@ def language_hooks(cfg: TowerConfig) -> list[HookSpec]:
     """The language tower's rows and that of the merge, in the order in which the hooks fire."""
     return [
         HookSpec("hook_text_embed", _RESID, "token embeddings, before the image is merged in"),
-        HookSpec("hook_image_embed", _PATCHES, "what the merge puts at the image positions"),
+        HookSpec("hook_image_embed", ("image", "feature", "d_model"), "what the merge puts at the image positions"),
         HookSpec("hook_embed", _RESID, "what enters block 0: text and image"),
         *_block_hooks(cfg),
         *_norm_hooks("ln_final", "the final stream"),

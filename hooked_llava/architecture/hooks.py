@@ -58,7 +58,12 @@ class Hook:
     @property
     def on_image_side(self) -> bool:
         """Whether it fires only when the prompt has an image: in the vision tower, the projector and before the merge."""
-        return "image" in self.axes
+        return self.by_tile or self.axes[0] == "image"
+
+    @property
+    def by_tile(self) -> bool:
+        """Whether its tensor has a row for each vision tile (in the vision tower and the projector)."""
+        return self.axes[0] == "tile"
 
     @property
     def position_axis(self) -> int | None:
@@ -139,7 +144,7 @@ class HookTable:
     def _put(self, tower: Part, spec: HookSpec, layer: int | None, stage: int) -> None:
         name, stem = spec.name.format(i=layer), "" if tower == "language" else f"{tower}."
         site = name.removeprefix(stem if layer is None else f"{stem}blocks.{layer}.")
-        before_merge = "image" in spec.axes or site == "hook_text_embed"
+        before_merge = spec.axes[0] in ("tile", "image") or site == "hook_text_embed"
         self.hooks[name] = Hook(name, spec, tower, layer, site, -2 if before_merge else stage)
         self.aliases |= {alias.format(i=layer): name for alias in spec.aliases}
 

@@ -7,41 +7,68 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.grid import Grid, GridAxis
 from hooked_llava.architecture.image_axis import ImageAxis
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.processor_axes import processor_axes
 from hooked_llava.architecture.resampling import Filter, filter_of
 from hooked_llava.architecture.sizes import VisionConfig
-from hooked_llava.architecture.tiles import Size, best_resolution, pooled_grid, scaled_size, unpadding
+from hooked_llava.architecture.tiles import Size, Tiling, best_resolution, pooled_grid, scaled_size, unpadding
 from hooked_llava.errors import ConfigError, InputError
 
 BASE, FINE = "base", "fine"
 """The grid that shows the whole image on one tile, and the grid over the tiles of a canvas."""
 
 
-def layout_of(vision: VisionConfig, image_processor: Any, *, height: int, width: int) -> ImageLayout:
+def layout_of(
+    config: LLaVAConfig, image_processor: Any, *, height: int, width: int, several_images: bool = False
+) -> ImageLayout:
     """The layout of an image of that size, as the model's image processor and vision tower treat it.
 
-    Raises as `processor_axes`.
+    `several_images` says that its prompt has others besides it. Where images are cut into tiles, the image processor may
+    be None: the config says it all. Raises as `processor_axes`, and as the layouts of each family.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
-    >>> layout = layout_of(model.config.vision, model.processor.image_processor, height=64, width=128)
+    >>> layout = layout_of(model.config, model.processor.image_processor, height=64, width=128)
     >>> layout.cell_box(0, 0)
     (32.0, 0.0, 40.0, 8.0)
     """
-    axes = processor_axes(image_processor, height=height, width=width, patch_size=vision.patch_size)
-    resample = None
+    vision, resample = config.vision, None
     with suppress(ConfigError):
-        resample = filter_of(image_processor.resample)
+        resample = "bicubic" if image_processor is None else filter_of(image_processor.resample)
+    if config.tiling is not None:
+        return _tiled_layout((height, width), vision, config.tiling, several_images, resample)
+    axes = processor_axes(image_processor, height=height, width=width, patch_size=vision.patch_size)
     return llava_layout(*axes, class_token=vision.keeps_class_token, resample=resample)
+
+
+@lru_cache(maxsize=256)
+def _tiled_layout(
+    image_size: Size, vision: VisionConfig, tiling: Tiling, several_images: bool, resample: Filter | None
+) -> ImageLayout:
+    tile: dict[str, Any] = {"tile_size": vision.image_size, "patch_size": vision.patch_size, "resample": resample}
+    if tiling.max_tiles is None:
+        return llava_next_layout(image_size, pinpoints=tiling.pinpoints, **tile)
+    pooled: dict[str, Any] = {"max_tiles": tiling.max_tiles, "several_images": several_images}
+    return llava_onevision_layout(image_size, pinpoints=tiling.pinpoints, **pooled, **tile)
 
 
 @lru_cache
 def layout_without_original(vision: VisionConfig) -> ImageLayout:
-    """The layout of an image of which only the pixel values are known: it has positions, and no pixels of an original."""
+    """LLaVA-1.5: the layout of an image known by its pixel values only, which has positions, and no pixels of an original."""
     return llava_layout(*vision.patch_grid, class_token=vision.keeps_class_token)
+
+
+def same_positions(first: ImageLayout, second: ImageLayout) -> bool:
+    """Whether two images take the same positions in a prompt, cell by cell and newline by newline, and as many tiles.
+
+    >>> same_positions(llava_layout(2, 3), llava_layout(2, 3)), same_positions(llava_layout(2, 3), llava_layout(3, 2))
+    (True, False)
+    """
+    shapes = [[(g.name, g.shape, g.newline, g.n_tiles) for g in layout.grids] for layout in (first, second)]
+    return first.class_token == second.class_token and shapes[0] == shapes[1]
 
 
 def llava_layout(
@@ -64,7 +91,7 @@ def llava_next_layout(
     tile_size: int,
     patch_size: int,
     pinpoints: Sequence[Sequence[int]],
-    resample: Filter = "bicubic",
+    resample: Filter | None = "bicubic",
 ) -> ImageLayout:
     """LLaVA-NeXT (1.6): the whole image squeezed onto one tile, then the patches of a canvas of tiles, row by row.
 
@@ -90,7 +117,7 @@ def llava_onevision_layout(
     pinpoints: Sequence[Sequence[int]],
     max_tiles: int,
     several_images: bool = False,
-    resample: Filter = "bicubic",
+    resample: Filter | None = "bicubic",
 ) -> ImageLayout:
     """LLaVA-OneVision: as LLaVA-NeXT, the fine grid pooled where it has more patches than `max_tiles` tiles.
 

@@ -1,4 +1,4 @@
-"""The outer models that load, which join a vision tower, a projector and a language model: what their tensors are called.
+"""The outer models that load, which join a vision tower, a projector and a language model: their tiles and their tensors' names.
 
 Hugging Face has moved the parts around over the years: the language tower under `language_model.model.` (hub checkpoints,
 and what transformers 5 still writes) or `model.language_model.` (in memory), the head as `language_model.lm_head` or
@@ -8,13 +8,27 @@ A new one is an entry of `LLAVA_MODELS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hooked_llava.architecture.sizes import ProjectorConfig
+from hooked_llava.architecture.tiles import Tiling
 from hooked_llava.checks import one_of
 from hooked_llava.errors import ConfigError
+
+
+def _next_tiling(hf_config: Any) -> Tiling:
+    return Tiling(pinpoints=tuple((int(height), int(width)) for height, width in hf_config.image_grid_pinpoints))
+
+
+def _onevision_tiling(hf_config: Any) -> Tiling:
+    ratio = hf_config.vision_aspect_ratio
+    number = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    if number is None:
+        raise ConfigError(f"vision_aspect_ratio is {ratio!r}; expected 'anyres_max_' and a number of tiles.")
+    return replace(_next_tiling(hf_config), max_tiles=int(number[1]))
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,9 @@ class LlavaKind:
         language (tuple[str, ...]): Prefixes of the language model's tensors.
         vision (tuple[str, ...]): Prefixes of the vision tower's tensors.
         projector (tuple[str, ...]): Prefixes of the projector's tensors.
+        image_fields (tuple[str, ...]): What its forward pass in transformers takes of what a processor makes of images.
+        tiling (Callable[[Any], Tiling] | None): How images become tiles, from the Hugging Face config, joined with an
+            `image_newline`; None where an image is one tile.
     """
 
     architecture: str
@@ -36,11 +53,27 @@ class LlavaKind:
     language: tuple[str, ...] = ("language_model.model.", "language_model.")
     vision: tuple[str, ...] = ("vision_tower.", "vision_tower.vision_model.")
     projector: tuple[str, ...] = ("multi_modal_projector.",)
+    image_fields: tuple[str, ...] = ("pixel_values",)
+    tiling: Callable[[Any], Tiling] | None = None
 
 
 _PROJECTOR_NAMES = {"linear_1": "linear_in", "linear_2": "linear_out"}
 
-LLAVA_MODELS = {"llava": LlavaKind("LlavaForConditionalGeneration", _PROJECTOR_NAMES)}
+LLAVA_MODELS = {
+    "llava": LlavaKind("LlavaForConditionalGeneration", _PROJECTOR_NAMES),
+    "llava_next": LlavaKind(
+        "LlavaNextForConditionalGeneration",
+        _PROJECTOR_NAMES,
+        image_fields=("pixel_values", "image_sizes"),
+        tiling=_next_tiling,
+    ),
+    "llava_onevision": LlavaKind(
+        "LlavaOnevisionForConditionalGeneration",
+        _PROJECTOR_NAMES,
+        image_fields=("pixel_values", "image_sizes", "batch_num_images"),
+        tiling=_onevision_tiling,
+    ),
+}
 """Every outer model that loads, by the `model_type` of its Hugging Face config."""
 
 

@@ -15,6 +15,7 @@ from hooked_llava.architecture.vision import VISION_TOWERS
 from hooked_llava.errors import CheckpointError
 
 _HEAD = {"lm_head": "unembed"}
+_NEWLINE = {"image_newline": "image_newline"}
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # computed from the config; old checkpoints store them
 _KINDS = ("weight", "bias")
 
@@ -65,6 +66,7 @@ def _parts_of_kinds(model_type: str, language: str, vision: str) -> tuple[_Part,
         _Part(kind.language, "language.", LANGUAGE_MODELS[language].names),
         _Part(kind.vision, "vision.", VISION_TOWERS[vision].names),
         _Part(kind.projector, "projector.", kind.projector_names),
+        _Part(("",), "", _NEWLINE if kind.tiling else {}),
     )
 
 
@@ -146,6 +148,7 @@ def expected_tensors(config: LLaVAConfig) -> dict[str, tuple[int, ...]]:
         **(_pooling_head(vision) if vision.pooling_head else {}),
         **_linear("projector.linear_in", projector.d_in, projector.d_model, projector.bias),
         **_linear("projector.linear_out", projector.d_model, projector.d_model, projector.bias),
+        **({} if config.tiling is None else {"image_newline": (language.d_model,)}),
         TIED_TO: (language.d_vocab, language.d_model),
         **_blocks("language", language),
         **_norm("language.ln_final", language),

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from hooked_llava.errors import ConfigError, InputError
 
 Size: TypeAlias = tuple[int, int]
 """(height, width)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a model takes images of any resolution: the whole image on one tile, and a canvas of tiles.
+
+    Attributes:
+        pinpoints (tuple[Size, ...]): The canvases that an image may be laid on, each (height, width) in pixels.
+        max_tiles (int | None): OneVision: the canvas is pooled to about as many tiles' patches, and left out in prompts of
+            several images. None for LLaVA-NeXT, which does neither.
+
+    >>> Tiling(pinpoints=((336, 672), (672, 336)), max_tiles=9).pinpoints[0]
+    (336, 672)
+    """
+
+    pinpoints: tuple[Size, ...]
+    max_tiles: int | None = None
 
 
 def best_resolution(image_size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:

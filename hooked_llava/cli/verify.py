@@ -39,12 +39,14 @@ def verify(
 
 
 def _verify(model: HookedLLaVA, name: str) -> Any:
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
+    from hooked_llava.architecture.llava import llava_kind
     from hooked_llava.loading import resolve
     from hooked_llava.model.verify import verify as compare
 
-    hf_model: Any = LlavaForConditionalGeneration.from_pretrained(resolve(name), dtype=model.cfg.dtype)
+    architecture = getattr(transformers, llava_kind(model.config.model_type).architecture)
+    hf_model = architecture.from_pretrained(resolve(name), dtype=model.cfg.dtype)
     return compare(model, hf_model.eval().to(model.cfg.device))
 
 

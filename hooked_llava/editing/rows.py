@@ -135,9 +135,9 @@ def joined(model: HookedLLaVA, batches: Sequence[Inputs]) -> Inputs:
     }
     if any(batch.position_ids is not None for batch in batches):
         fields["position_ids"] = torch.cat([_lengthened(_position_ids(batch), length, 0) for batch in batches])
-    pixels = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
-    if pixels:
-        fields["pixel_values"] = torch.cat(pixels)
+    images = [batch.image_fields for batch in batches if batch.n_images]
+    for name in set.intersection(*map(set, images)) if images else ():
+        fields[name] = torch.cat([of_batch[name] for of_batch in images])
     return model.as_inputs(fields)
 
 

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from hooked_llava.architecture.layouts import BASE, FINE
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.cache_hooks import Where, positions_of
@@ -28,7 +29,7 @@ OneEdge = str | tuple[Where, Where]
 Edges = OneEdge | Sequence[OneEdge] | Mapping[str, OneEdge]
 """One edge, several, or several by names of one's own."""
 Missing = Literal["raise", "skip"]
-STANDARD = (*SPANS, *BY_OBJECT, "constraint")
+STANDARD = (*SPANS, BASE, FINE, *BY_OBJECT, "constraint")
 """Spans that a prompt has or has not: where one is missing an edge may be left out. Any other name must be known."""
 
 

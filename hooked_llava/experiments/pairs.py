@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
 from hooked_llava.architecture.boxes import BoxLike, checked_box
-from hooked_llava.architecture.layouts import layout_of, layout_without_original
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layouts import layout_of, same_positions
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.pixels import process_images
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
@@ -42,7 +45,9 @@ def check_pair(clean: Inputs, corrupted: Inputs) -> None:
 def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image patch_row patch_col"]:
     """Which patches of two prompts' images differ in a pixel, as the model receives them."""
     rows, columns = first.patch_grid
-    differs = (_pixels(first) != _pixels(second)).any(1)  # (image, height, width)
+    assert first.pixel_values is not None
+    assert second.pixel_values is not None
+    differs = (first.pixel_values != second.pixel_values).any(1)  # (image, height, width)
     n, height, width = differs.shape
     blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
     return blocks.any(4).any(2).cpu().numpy()
@@ -96,28 +101,30 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
     >>> bool((other_image(model, inputs, [black, white]).pixel_values > inputs.pixel_values).all())
     True
     """
-    pixels = _pixels(inputs)
-    if isinstance(pool, Inputs):
-        candidates, originals = _pixels(pool).to(pixels), pool.images
-    else:
-        originals = tuple(load_image(image, f"Image {i} of the pool") for i, image in enumerate(pool))
-        if model.processor is None:
-            raise InputError(
-                "Images need a processor, and this model has none; give inputs with pixel_values as the pool."
-            )
-        candidates = _processed(model, originals, pixels)
+    own = _images(inputs)
+    originals = (
+        () if isinstance(pool, Inputs) else [load_image(one, f"Image {i} of the pool") for i, one in enumerate(pool)]
+    )
+    if model.processor is None and not isinstance(pool, Inputs):
+        raise InputError("Images need a processor, and this model has none; give inputs with pixel_values as the pool.")
+    pools = {n: _images(pool) if isinstance(pool, Inputs) else _processed(model, originals, n) for n in _counts(inputs)}
     generator = torch.Generator().manual_seed(seed)
     chosen = []
-    for i, own in enumerate(pixels):
-        order = torch.randperm(len(candidates), generator=generator).tolist()
-        others = [j for j in order if not torch.equal(candidates[j], own)]
+    for i, (image, n) in enumerate(zip(own, _counts(inputs), strict=True)):
+        order = [pools[n][j] for j in torch.randperm(len(pools[n]), generator=generator).tolist()]
+        fitting = [other for other in order if same_positions(other.layout, image.layout)]
+        others = [other for other in fitting if not torch.equal(other.tiles.to(image.tiles), image.tiles)]
         if not others:
+            unfit = (
+                f" ({len(order) - len(fitting)} have other positions in the prompt)"
+                if len(fitting) < len(order)
+                else ""
+            )
             raise InputError(
-                f"The pool of {len(candidates)} images holds none that differs from image {i}; add another."
+                f"The pool of {len(order)} images holds none that differs from image {i}{unfit}; add another."
             )
         chosen.append(others[0])
-    images = None if originals is None else tuple(originals[j] for j in chosen)
-    return _with_images(model, inputs, candidates[chosen], images)
+    return _with_images(inputs, chosen)
 
 
 def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
@@ -131,9 +138,12 @@ def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
     >>> float(blank.pixel_values.std((2, 3)).max()) < 1e-5
     True
     """
-    pixels = _pixels(inputs)
-    means = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels).contiguous()
-    return _with_images(model, inputs, means, None if inputs.images is None else tuple(map(_blank, inputs.images)))
+    blank = []
+    for image in _images(inputs):
+        mean = image.tiles[:1].mean(dim=(2, 3), keepdim=True)  # the first tile shows the whole image
+        original = None if image.original is None else _blank(image.original)
+        blank.append(replace(image, tiles=mean.expand_as(image.tiles).contiguous(), original=original))
+    return _with_images(inputs, blank)
 
 
 def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: int = 0) -> Inputs:
@@ -290,14 +300,44 @@ def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = Non
     return Intervention("hook_embed", positions=positions, value=value.to(model.cfg.dtype))
 
 
-def _pixels(inputs: Inputs) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """One image as the model receives it.
+
+    Attributes:
+        tiles (Float[Tensor, "tile channel height width"]): Its pixels.
+        layout (ImageLayout): How it becomes positions.
+        original (Image.Image | None): The image itself, if it is known.
+    """
+
+    tiles: Float[Tensor, "tile channel height width"]
+    layout: ImageLayout
+    original: Image.Image | None
+
+
+def _images(inputs: Inputs) -> list[_Image]:
+    """The images of all prompts; raises `InputError` if there is none."""
     if inputs.pixel_values is None:
         raise InputError("These inputs have no image to take or replace; give some with prepare(..., images=...).")
-    return inputs.pixel_values
+    originals = inputs.images or (None,) * inputs.n_images
+    tiles = [inputs.pixel_values[rows.start : rows.stop] for rows in inputs.tiles]
+    return [_Image(*one) for one in zip(tiles, inputs.layouts, originals, strict=True)]
 
 
-def _processed(model: HookedLLaVA, images: Sequence[Image.Image], like: Tensor) -> Tensor:
-    return model.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"].to(like)
+def _counts(inputs: Inputs) -> list[int]:
+    """For each image how many its prompt has."""
+    return [n for n in inputs.images_per_prompt for _ in range(n)]
+
+
+def _processed(model: HookedLLaVA, images: Sequence[Image.Image], n_images: int) -> list[_Image]:
+    """Images as the model would receive each in a prompt of so many."""
+    found = []
+    for image in images:
+        made = process_images([[image] * n_images], model.processor.image_processor, model.config)
+        size = {"height": image.height, "width": image.width}
+        layout = layout_of(model.config, model.processor.image_processor, **size, several_images=n_images > 1)
+        found.append(_Image(made["pixel_values"][:1].flatten(0, -4)[: layout.n_tiles], layout, image))
+    return found
 
 
 def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
@@ -323,32 +363,29 @@ def _whole_pixels(box: BoxLike, image: Image.Image) -> tuple[int, int, int, int]
 
 def _repainted(model: HookedLLaVA, inputs: Inputs, image: int, values: np.ndarray) -> Inputs:
     """The prompt with one of its images painted anew; the others keep their pixels."""
-    images = list(inputs.images or ())
-    images[image] = Image.fromarray(values)
-    pixels = _pixels(inputs).clone()
-    pixels[image] = _processed(model, [images[image]], pixels)[0]
-    if torch.equal(pixels, _pixels(inputs)):
+    images = _images(inputs)
+    (painted,) = _processed(model, [Image.fromarray(values)], len(images))
+    if torch.equal(painted.tiles.to(images[image].tiles), images[image].tiles):
         raise InputError(
             "The model would see the same image as before: the boxes look alike, or lie where the processor crops. Give "
             "others."
         )
-    return _with_images(model, inputs, pixels, tuple(images))
+    return _with_images(inputs, [*images[:image], painted, *images[image + 1 :]])
 
 
 def _blank(image: Image.Image) -> Image.Image:
     return image.resize((1, 1), Image.Resampling.BOX).resize(image.size)
 
 
-def _with_images(model: HookedLLaVA, inputs: Inputs, pixels: Tensor, images: tuple[Image.Image, ...] | None) -> Inputs:
-    """The inputs with other images, and token maps that know how these came to their patches."""
-    vision, processor = model.config.vision, model.processor
-    if images is None or processor is None:
-        layouts = [layout_without_original(vision)] * inputs.n_images
-    else:
-        sizes = [{"height": image.height, "width": image.width} for image in images]
-        layouts = [layout_of(vision, processor.image_processor, **size) for size in sizes]
-    token_maps, first = [], 0
-    for token_map, n in zip(inputs.token_maps, inputs.images_per_prompt, strict=True):
-        token_maps.append(replace(token_map, layouts=tuple(layouts[first : first + n])))
-        first += n
-    return replace(inputs, pixel_values=pixels, images=images, token_maps=tuple(token_maps))
+def _with_images(inputs: Inputs, images: Sequence[_Image]) -> Inputs:
+    """The inputs with other images in the places of theirs, and token maps that know how these came to their patches."""
+    assert inputs.pixel_values is not None
+    originals = [image.original for image in images if image.original is not None]
+    coming = iter(images)
+    layouts = [tuple(image.layout for image in islice(coming, n)) for n in inputs.images_per_prompt]
+    return replace(
+        inputs,
+        pixel_values=torch.cat([image.tiles.to(inputs.pixel_values) for image in images]),
+        images=tuple(originals) if len(originals) == len(images) else None,
+        token_maps=tuple(replace(m, layouts=own) for m, own in zip(inputs.token_maps, layouts, strict=True)),
+    )

@@ -16,11 +16,12 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.llava import LLAVA_MODELS
 from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name, with_optional_tensors
-from hooked_llava.errors import CheckpointError
+from hooked_llava.errors import CheckpointError, did_you_mean
 from hooked_llava.loading.supported import check_folder, check_tensor_names
 from hooked_llava.storage import read_json
 
@@ -34,7 +35,7 @@ _SHOWN = 4  # names listed in a message before "and n more"
 _CHUNK = 2**20  # elements checked at once: the check must not need memory of the tensor's own size
 
 
-def read_config(folder: str | Path) -> LlavaConfig:
+def read_config(folder: str | Path) -> PreTrainedConfig:
     """The Hugging Face config of a checkpoint folder.
 
     Raises `CheckpointError` if config.json is missing or unreadable or describes another architecture, and for folders of
@@ -48,13 +49,16 @@ def read_config(folder: str | Path) -> LlavaConfig:
     check_folder(Path(folder), read_json(path) if path.is_file() else {})  # an adapter's folder may have no config.json
     fields = read_json(path)
     model_type = fields.get("model_type")
-    if model_type != "llava":
+    if model_type not in LLAVA_MODELS:
+        known = " or ".join(f"{name!r} ({kind.architecture})" for name, kind in LLAVA_MODELS.items())
         raise CheckpointError(
-            f"{path} describes a model of type {model_type!r}; expected 'llava' (LlavaForConditionalGeneration). "
-            "Load a LLaVA-1.5 checkpoint in Hugging Face format, such as those of llava-hf on the hub."
+            f"{path} describes a model of type {model_type!r}.{did_you_mean(str(model_type), LLAVA_MODELS)} Expected {known}. "
+            "Load a LLaVA checkpoint in Hugging Face format, such as those of llava-hf on the hub."
         )
+    from transformers import AutoConfig
+
     try:
-        return LlavaConfig.from_dict(fields)
+        return AutoConfig.for_model(**fields)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{path} is not a LLaVA config that transformers can read: {error}") from error
 
@@ -70,9 +74,10 @@ def with_stored_tensors(config: LLaVAConfig, folder: str | Path) -> LLaVAConfig:
     return with_optional_tensors(config, (entry.hf_name for entry in _entries(Path(folder))))
 
 
-def stored_dtype(hf_config: LlavaConfig) -> torch.dtype | None:
+def stored_dtype(hf_config: PreTrainedConfig) -> torch.dtype | None:
     """The dtype that a config says its weights have, None if it says nothing.
 
+    >>> from transformers import LlavaConfig
     >>> stored_dtype(LlavaConfig(dtype="bfloat16"))
     torch.bfloat16
     """
@@ -104,6 +109,12 @@ def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
         if not any((folder / name).is_file() for name in names):
             return None, f"{folder} holds no {what.split(' ', 1)[1]}"
     try:
+        if (folder / "config.json").is_file() and read_json(folder / "config.json").get(
+            "model_type"
+        ) == "llava_onevision":
+            from hooked_llava.loading.onevision import OnevisionProcessor
+
+            return OnevisionProcessor.from_pretrained(folder), ""
         return AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True), ""
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         return None, f"the processor files in {folder} do not load: {error}"

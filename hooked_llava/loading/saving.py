@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, LlavaConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.llava import llava_kind
 from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, with_optional_tensors
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
@@ -26,12 +27,11 @@ if TYPE_CHECKING:
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _GENERATION_CONFIG = "generation_config.json"
 _METADATA = {"format": "pt"}  # transformers refuses safetensors without it
-_ARCHITECTURE = "LlavaForConditionalGeneration"
 
 
 def save(
     state: Mapping[str, Float[Tensor, "..."]],
-    hf_config: LlavaConfig,
+    hf_config: PreTrainedConfig,
     processor: ProcessorMixin | None,
     folder: str | Path,
     *,
@@ -39,7 +39,7 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Write tensors under our names as a folder that `LlavaForConditionalGeneration.from_pretrained` loads.
+    """Write tensors under our names as a folder that `from_pretrained` of transformers loads.
 
     Everything is written beside the folder and moved into place at the end, so a failure leaves nothing behind and an
     older checkpoint there untouched. Returns the folder. Raises `CheckpointError` if the folder exists and overwrite
@@ -57,7 +57,7 @@ def save(
     return folder
 
 
-def _named_for_disk(state: Mapping[str, Tensor], hf_config: LlavaConfig) -> dict[str, Tensor]:
+def _named_for_disk(state: Mapping[str, Tensor], hf_config: PreTrainedConfig) -> dict[str, Tensor]:
     config = LLaVAConfig.from_hf(hf_config)
     config = with_optional_tensors(config, state)
     expected = expected_tensors(config)
@@ -112,10 +112,10 @@ def _write_shards(tensors: dict[str, Tensor], shards: dict[str, list[str]], fold
 
 
 def _write_configs(
-    hf_config: LlavaConfig, generation_config: GenerationConfig | None, a_weight: Tensor, folder: Path
+    hf_config: PreTrainedConfig, generation_config: GenerationConfig | None, a_weight: Tensor, folder: Path
 ) -> None:
     config = copy.deepcopy(hf_config)
-    config.architectures = [_ARCHITECTURE]
+    config.architectures = [llava_kind(config.model_type).architecture]
     config.dtype = a_weight.dtype
     config.save_pretrained(folder)
     generation_config = generation_config or GenerationConfig.from_model_config(config)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from hooked_llava.architecture.llava import LLAVA_MODELS
 from hooked_llava.errors import CheckpointError, ConfigError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -178,7 +179,9 @@ OBJECTS = (
 
 MODULES = (
     Kind(
-        "a model without its unembedding", _is_named("LlavaModel"), "Pass the LlavaForConditionalGeneration around it."
+        "a model without its unembedding",
+        _is_named("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel"),
+        "Pass the LlavaForConditionalGeneration around it.",
     ),
     Kind("a model with layers of an adapter (PEFT) that is not merged", _adapter_layer, _MERGE),
     Kind(
@@ -220,7 +223,7 @@ def check_model(given: object) -> None:
             f"hf_model is {_shown(given)}; expected a LlavaForConditionalGeneration of transformers. Load one with "
             "LlavaForConditionalGeneration.from_pretrained, or use HookedLLaVA.from_pretrained."
         )
-    if given.config.model_type == "llava":  # another architecture is told by its config
+    if given.config.model_type in LLAVA_MODELS:  # another architecture is told by its config
         for kind in MODULES:
             _refuse_model(given, kind)
 

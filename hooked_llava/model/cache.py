@@ -108,15 +108,34 @@ class LLaVACache(NamedCache):
     def _hook(self, name: str) -> Hook:
         return self.model.hooks_table[name.removesuffix("_grad")]
 
+    def _batch_size(self) -> int:
+        """Number of prompts; the leading axis of the image side's activations counts tiles or images."""
+        return next((t.shape[0] for name, t in self.items() if not self._hook(name).on_image_side), 1)
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> LLaVACache:
+        """Drop the axis of prompts, where there is one; activations of the image side keep their tiles and images."""
+        kept = {name: t for name, t in self.items() if self._hook(name).on_image_side}
+        super().remove_batch_dim(batch_size)
+        self.cache_dict.update(kept)
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> LLaVACache:
+        """A cache of some prompts; activations of the image side are left as they are."""
+        language = {name: t for name, t in self.items() if not self._hook(name).on_image_side}
+        sliced = ActivationCache(language, self.model, has_batch_dim=self.has_batch_dim)
+        sliced = sliced.apply_slice_to_batch_dim(batch_slice)
+        held = {**self.cache_dict, **sliced.cache_dict}
+        return LLaVACache(held, self.model, has_batch_dim=sliced.has_batch_dim, spans=self.spans)
+
     @property
     def vision(self) -> NamedCache:
-        """The vision tower's activations under their names without `vision.`, images on the batch axis."""
+        """The vision tower's activations under their names without `vision.`, tiles on the batch axis."""
         tower = self.model.vision
         model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks)
         held = {name.removeprefix("vision."): t for name, t in self.items() if self._hook(name).tower == "vision"}
         if not held:
             raise HookNameError("This cache holds nothing of the vision tower; name 'vision.*' in names_filter.")
-        view = NamedCache(held, model, has_batch_dim=self.has_batch_dim)
+        view = NamedCache(held, model)
         view.aliases = {a.removeprefix("vision."): full.removeprefix("vision.") for a, full in self.aliases.items()}
         view.has_pos_embed = False  # positions are part of hook_embed already, which is taken after the pre-norm
         return view

@@ -127,11 +127,12 @@ def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None =
     return {
         "batch": len(inputs),
         "image": inputs.n_images,
+        "tile": sum(map(len, inputs.tiles)),
         "pos": n_positions,
         "query": n_positions,
         "key": config.vision.n_positions if hook.on_image_side else inputs.shape[1],
         "patch": config.vision.n_patches,
-        "feature": config.vision.n_features,
+        "feature": config.vision.n_features if hook.by_tile else max((o.n_features for o in inputs.layouts), default=0),
         "head": tower.n_heads,
         "kv_head": tower.n_key_value_heads,
         "d_head": tower.d_head,

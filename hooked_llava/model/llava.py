@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
@@ -32,6 +32,7 @@ from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
 from hooked_llava.model import generation
+from hooked_llava.model.components.assembly import assemble
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
@@ -77,6 +78,8 @@ class HookedLLaVA(HookedModule):
         self.hf_config = hf_config
         self.generation_config = None
         self.no_processor = "none was given"
+        tiled = config.tiling is not None
+        self.image_newline = nn.Parameter(torch.empty_like(language.embed.weight[0])) if tiled else None
         self.hook_image_embed = HookPoint()
         self.hooks_table = HookTable(config)
         self.setup()
@@ -97,7 +100,9 @@ class HookedLLaVA(HookedModule):
         start_at_layer: int = 0,
         stop_at_layer: int | None = None,
         input_ids: Int[Tensor, "batch pos"] | None = None,
-        pixel_values: Float[Tensor, "image channel height width"] | None = None,
+        pixel_values: Float[Tensor, "*image tile channel height width"] | None = None,
+        image_sizes: Int[Tensor, "image 2"] | None = None,
+        batch_num_images: Int[Tensor, " prompt"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> Tensor | None:
@@ -115,6 +120,8 @@ class HookedLLaVA(HookedModule):
             stop_at_layer=stop_at_layer,
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            batch_num_images=batch_num_images,
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
@@ -137,13 +144,31 @@ class HookedLLaVA(HookedModule):
         if inputs.pixel_values is None:
             self._refuse_image_hooks()
             return self.language.embed_tokens(inputs.input_ids)
-        projected = self.project(self.vision(inputs.pixel_values))  # (image, feature, d_model)
+        projected = self.project(self.vision(inputs.pixel_values), inputs)  # (image, feature, d_model)
         text = self.language.embed_tokens(inputs.input_ids)  # (batch, pos, d_model)
-        return text.masked_scatter(inputs.image_mask[..., None], self.hook_image_embed(projected))
+        images = self.real_features(self.hook_image_embed(projected), inputs)
+        return text.masked_scatter(inputs.image_mask[..., None], images)
 
-    def project(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
-        """Vision features as image embeddings, in the dtype of the token embeddings whatever the projector's is."""
-        return self.projector(features).to(self.cfg.dtype)
+    def project(
+        self, features: Float[Tensor, "run_tile patch d_features"], inputs: Inputs
+    ) -> Float[Tensor, "run_image feature d_model"]:
+        """Vision features of one run over the inputs' tiles, or of several, as image embeddings.
+
+        In the dtype of the token embeddings, whatever the projector's is. Shorter images are filled up with zeros.
+        """
+        projected = self.projector(features).to(self.cfg.dtype)  # (run_tile, patch, d_model)
+        if self.image_newline is None:
+            return projected
+        return assemble(projected, self.image_newline, inputs.assembly)
+
+    def real_features(
+        self, images: Float[Tensor, "*run image feature d_model"], inputs: Inputs
+    ) -> Float[Tensor, "*run real d_model"]:
+        """The features of all images one after the other, without what fills up shorter ones."""
+        images = images.flatten(-3, -2)
+        if self.image_newline is None or inputs.assembly.real is None:
+            return images
+        return images.index_select(-2, inputs.assembly.real)
 
     def context(
         self,

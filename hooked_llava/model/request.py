@@ -65,7 +65,9 @@ def forward_request(
     start_at_layer: int | None = 0,
     stop_at_layer: int | None = None,
     input_ids: Int[Tensor, "batch pos"] | None = None,
-    pixel_values: Float[Tensor, "image channel height width"] | None = None,
+    pixel_values: Float[Tensor, "*image tile channel height width"] | None = None,
+    image_sizes: Int[Tensor, "image 2"] | None = None,
+    batch_num_images: Int[Tensor, " prompt"] | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Int[Tensor, "batch pos"] | None = None,
 ) -> ForwardRequest:
@@ -84,6 +86,8 @@ def forward_request(
         fields = {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
         }

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import Hook
+from hooked_llava.architecture.layouts import layout_of, layout_without_original
+from hooked_llava.architecture.llava import llava_kind
 from hooked_llava.architecture.tensors import with_optional_tensors
 from hooked_llava.errors import ConfigError
 from hooked_llava.model.hooked_module import HookedModule
@@ -93,7 +95,7 @@ class ParityTable:
 
 def verify(
     model: HookedModule,
-    hf_model: LlavaForConditionalGeneration,
+    hf_model: PreTrainedModel,
     inputs: InputsLike | None = None,
     *,
     tolerance: float | None = None,
@@ -105,6 +107,7 @@ def verify(
     number in float32, and a few roundings in half precision. Padding is left out. Raises `ConfigError` if the two
     models are of different sizes.
 
+    >>> from transformers import LlavaForConditionalGeneration
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.loading import resolve
     >>> hf_model = LlavaForConditionalGeneration.from_pretrained(resolve("tiny-shapes"), dtype=torch.float32)
@@ -143,10 +146,16 @@ def _random_prompt(config: LLaVAConfig, seed: int) -> dict[str, Tensor]:
     special = {config.image_token_id, config.pad_token_id, *config.eos_token_ids}
     words = torch.tensor([token for token in range(config.language.d_vocab) if token not in special])
     before, after = (words[torch.randint(len(words), (n,), generator=generator)] for n in _TEXT_TOKENS)
-    image = torch.full((vision.n_features,), config.image_token_id)
+    height, width = vision.image_size, 2 * vision.image_size + 1  # matters where images are cut into tiles
+    layout = layout_without_original(vision)
+    if config.tiling is not None:
+        layout = layout_of(config, None, height=height, width=width)
+    image = torch.full((layout.n_features,), config.image_token_id)
     input_ids = torch.cat([before, image, after])[None]
-    pixels = torch.randn(1, vision.n_channels, vision.image_size, vision.image_size, generator=generator)
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
+    shape = layout.n_tiles, vision.n_channels, vision.image_size, vision.image_size
+    pixels = torch.randn(shape, generator=generator)
+    fields = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
+    return fields if config.tiling is None else {**fields, "image_sizes": torch.tensor([[height, width]])}
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class _Tap:
     output: bool = True
 
 
-def _hf_modules(hf_model: LlavaForConditionalGeneration, config: LLaVAConfig, inputs: Inputs) -> dict[str, _Tap]:
+def _hf_modules(hf_model: PreTrainedModel, config: LLaVAConfig, inputs: Inputs) -> dict[str, _Tap]:
     """Our hook name -> the same place in the Hugging Face model, in the order of the forward pass."""
     base, taps = hf_model.model, {}
     if inputs.pixel_values is not None:
@@ -176,9 +185,7 @@ def _block_taps(prefix: str, blocks: Any) -> dict[str, _Tap]:
     return taps | {f"{prefix}blocks.{i}.hook_resid_post": _Tap(block) for i, block in enumerate(blocks)}
 
 
-def _hf_activations(
-    hf_model: LlavaForConditionalGeneration, inputs: Inputs, taps: dict[str, _Tap]
-) -> dict[str, Tensor]:
+def _hf_activations(hf_model: PreTrainedModel, inputs: Inputs, taps: dict[str, _Tap]) -> dict[str, Tensor]:
     """One forward pass of the Hugging Face model, listened to at the taps.
 
     Not `output_hidden_states`: there the last state of the language tower is the one after the final norm.
@@ -191,7 +198,8 @@ def _hf_activations(
         "position_ids": (counted if inputs.position_ids is None else inputs.position_ids).to(device),
     }
     if inputs.pixel_values is not None:
-        fields["pixel_values"] = inputs.pixel_values.to(device)  # its vision tower casts them
+        takes = llava_kind(hf_model.config.model_type).image_fields  # its vision tower casts pixels
+        fields |= {name: value.to(device) for name, value in inputs.image_fields.items() if name in takes}
     with _listening(taps) as heard, torch.no_grad():
         hf_model(**fields, use_cache=False)
     return {hook: heard[hook] for hook in taps}

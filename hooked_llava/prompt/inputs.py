@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_llava.architecture.image_axis import Number
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layouts import FINE
 from hooked_llava.errors import InputError, naming_prompt
+from hooked_llava.prompt.assembly import Assembly
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_map import TokenMap
 
@@ -43,8 +47,8 @@ class Inputs:
         input_ids (Int[Tensor, "batch pos"]): Token ids, padding included; every image takes as many image tokens as it
             has features.
         attention_mask (Bool[Tensor, "batch pos"]): True at real tokens, False at padding.
-        pixel_values (Float[Tensor, "image channel height width"] | None): Normalised pixels of all images, prompt after
-            prompt; None for text only.
+        pixel_values (Float[Tensor, "tile channel height width"] | None): Normalised pixels of the tiles of all images,
+            image after image, prompt after prompt; in LLaVA-1.5 an image is one tile. None for text only.
         images_per_prompt (tuple[int, ...]): How many of the images belong to each prompt.
         token_maps (tuple[TokenMap, ...]): For each prompt, what stands where.
         position_ids (Int[Tensor, "batch pos"] | None): Positions for the rotary embedding; None for counting real
@@ -56,7 +60,7 @@ class Inputs:
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Bool[Tensor, "batch pos"]
-    pixel_values: Float[Tensor, "image channel height width"] | None
+    pixel_values: Float[Tensor, "tile channel height width"] | None
     images_per_prompt: tuple[int, ...]
     token_maps: tuple[TokenMap, ...]
     position_ids: Int[Tensor, "batch pos"] | None = None
@@ -84,6 +88,35 @@ class Inputs:
         return sum(self.images_per_prompt)
 
     @property
+    def layouts(self) -> tuple[ImageLayout, ...]:
+        """How each image of all prompts becomes positions."""
+        return tuple(layout for token_map in self.token_maps for layout in token_map.layouts)
+
+    @cached_property
+    def tiles(self) -> tuple[range, ...]:
+        """For each image its tiles, as rows of `pixel_values`."""
+        ends = [*accumulate((layout.n_tiles for layout in self.layouts), initial=0)]
+        return tuple(range(first, stop) for first, stop in pairwise(ends))
+
+    @property
+    def image_fields(self) -> dict[str, Tensor]:
+        """What a Hugging Face processor returns for the images: pixel_values; image_sizes and batch_num_images if known."""
+        if self.pixel_values is None:
+            return {}
+        sizes = [layout.original_size for layout in self.layouts]
+        if None in sizes:
+            return {"pixel_values": self.pixel_values}
+        # As OneVision's processor counts: images of which only the base grid is there were several in their prompt.
+        whole = [FINE in m.layouts[0].names for m in self.token_maps if m.n_images]
+        counts = [n for n in self.images_per_prompt if n]
+        each = [one for n, cut in zip(counts, whole, strict=True) for one in ([1] * n if cut else [n])]
+        return {
+            "pixel_values": self.pixel_values,
+            "image_sizes": torch.tensor(sizes),
+            "batch_num_images": torch.tensor(each),
+        }
+
+    @property
     def token_map(self) -> TokenMap:
         """What stands where in the only prompt; raises `InputError` for a batch of several."""
         if len(self) != 1:
@@ -99,7 +132,7 @@ class Inputs:
 
         Raises `InputError` without images, for images of several grids, and for grids of different shapes.
         """
-        grids = [[grid.shape for grid in layout.grids] for m in self.token_maps for layout in m.layouts]
+        grids = [[grid.shape for grid in layout.grids] for layout in self.layouts]
         if not grids or any(shapes != grids[0][:1] for shapes in grids):
             raise InputError(
                 f"Numbers by patch_row and patch_col need images with one grid of patches each, all of one shape; these "
@@ -115,6 +148,11 @@ class Inputs:
             for image in token_map.image_ranges:
                 mask[row, image.start : image.stop] = True
         return mask.to(self.device)
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        """How the patches of the tiles become the features of the images, where a model cuts images into tiles."""
+        return Assembly.of(self.layouts).to(self.device)
 
     @cached_property
     def last(self) -> Int[Tensor, " batch"]:
@@ -247,7 +285,7 @@ class Inputs:
             parts.append("no image")
         else:
             dtype = str(self.pixel_values.dtype).removeprefix("torch.")
-            shapes = {str(layout): None for m in self.token_maps for layout in m.layouts}
+            shapes = {str(layout): None for layout in self.layouts}
             parts.append(f"{_count(self.n_images, 'image')} of {' or '.join(shapes)} patches ({dtype})")
         return f"{', '.join(parts)}, on {self.device}"
 
@@ -266,7 +304,8 @@ class Inputs:
         index = list(rows)
         ends = [sum(self.images_per_prompt[: row + 1]) for row in range(len(self))]
         kept = [image for row in rows for image in range(ends[row] - self.images_per_prompt[row], ends[row])]
-        pixels = self.pixel_values[kept] if self.pixel_values is not None and kept else None
+        tiles = [tile for image in kept for tile in self.tiles[image]]
+        pixels = self.pixel_values[tiles] if self.pixel_values is not None and kept else None
         return Inputs(
             input_ids=self.input_ids[index],
             attention_mask=self.attention_mask[index],

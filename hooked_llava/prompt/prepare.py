@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.images import ImageLike, load_image, warn_of_cropped
+from hooked_llava.prompt.images import ImageLike, warn_of_cropped
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.pixels import open_images, process_images
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.templates import (
     CHAT,
@@ -80,14 +83,16 @@ def prepare(
     """
     questions = _questions(question)
     _check_processor(processor, config, len(questions), padding_side)
-    opened = _images(images, len(questions), single=isinstance(question, str))
+    opened = open_images(images, len(questions), single=isinstance(question, str))
     chosen = _template(template, tail, answer_prefix, processor)
     prompts = _prompts(questions, opened, chosen, answer_prefix, processor)
     _check_counts(prompts, opened, image_token_of(processor))
-    encoded = _encode(prompts, opened, processor, padding_side)
+    layouts = [_layouts(own, processor, config) for own in opened]
+    encoded = _encode(prompts, layouts, processor, padding_side)
     offsets = encoded.pop("offset_mapping", None)
+    encoded |= process_images(opened, processor.image_processor, config)
     inputs = from_tensors(encoded, config=config, tokenizer=processor.tokenizer, device=device, dtype=dtype)
-    token_maps = _with_texts(inputs.token_maps, prompts, opened, offsets, processor, config)
+    token_maps = _with_texts(inputs.token_maps, prompts, layouts, offsets, image_token_of(processor))
     flat = tuple(image for own in opened for image in own)
     texts = tuple(prompt.text for prompt in prompts)
     inputs = replace(inputs, token_maps=token_maps, prompts=texts, images=flat or None)
@@ -158,21 +163,31 @@ def from_tensors(
     mask = check.check_mask(given["attention_mask"].cpu() if "attention_mask" in given else None, ids)
     check.check_length(mask, config)
     positions = check.check_position_ids(given["position_ids"].cpu() if "position_ids" in given else None, ids)
-    starts = check.find_images(ids, mask, config)
-    pixels = given.get("pixel_values")
-    if pixels is not None:
-        pixels = check.check_pixels(pixels, config)
+    pixels, layouts = _checked_images(given, config)
+    starts = check.find_images(ids, mask, config, layouts)
     n_images = [len(row) for row in starts]
-    check.check_images(n_images, None if pixels is None else len(pixels))
+    check.check_images(n_images, None if pixels is None else len(pixels if layouts is None else layouts))
+    layouts = layouts or [layout_without_original(config.vision)] * sum(n_images)
     inputs = Inputs(
         input_ids=ids,
         attention_mask=mask,
         pixel_values=pixels if sum(n_images) else None,
         images_per_prompt=tuple(n_images),
-        token_maps=tuple(_token_maps(ids, mask, starts, config, tokenizer)),
+        token_maps=tuple(_token_maps(ids, mask, starts, layouts, config, tokenizer)),
         position_ids=positions,
     )
     return inputs.to(device, dtype)
+
+
+def _checked_images(
+    given: Mapping[str, Tensor], config: LLaVAConfig
+) -> tuple[Float[Tensor, "tile channel height width"] | None, list[ImageLayout] | None]:
+    """The tiles of all images; and the layouts, None where all images have one and nothing tells them apart."""
+    pixels = given.get("pixel_values")
+    if config.tiling is None:
+        return None if pixels is None else check.check_pixels(pixels, config), None
+    layouts = check.layouts_of_sizes(given, config)
+    return None if pixels is None else check.check_tiles(pixels, layouts, config), layouts
 
 
 def _questions(question: str | Sequence[str]) -> list[str]:
@@ -200,14 +215,6 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
             f"The processor writes {processor.image_token!r} as token {processor.image_token_id} and the model expects "
             f"images at token {config.image_token_id}; use the processor of this checkpoint."
         )
-    lacks_count = hasattr(processor, "vision_feature_select_strategy") and (
-        getattr(processor, "num_additional_image_tokens", None) is None
-    )
-    if getattr(processor, "patch_size", None) is None or lacks_count:
-        what = "how many tokens besides patches an image has" if lacks_count else "the model's patch size"
-        raise InputError(
-            f"The processor does not know {what} and cannot write the image tokens; set {check.processor_settings(config)}."
-        )
     check.check_processor_fits(processor, config)
     if n_prompts > 1 and tokenizer.pad_token is None:
         raise InputError(
@@ -216,33 +223,6 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
         )
     if padding_side not in ("left", "right"):
         raise InputError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
-
-
-def _images(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
-    """For every prompt its images, opened."""
-    if images is None:
-        return [[] for _ in range(n_prompts)]
-    listed = isinstance(images, (list, tuple))
-    if single:
-        nested = [images if listed else [images]]
-    elif not listed or len(images) != n_prompts:
-        given = f"{len(images)} entries" if listed else "one image"
-        raise InputError(
-            f"{n_prompts} prompts and {given} in images; expected a list with one entry per prompt: "
-            "an image, a list of images, or None."
-        )
-    else:
-        nested = [_entries(entry) for entry in images]
-    return [
-        [load_image(image, f"Image {i} of prompt {row}") for i, image in enumerate(entries)]
-        for row, entries in enumerate(nested)
-    ]
-
-
-def _entries(entry: Any) -> Sequence[Any]:
-    if entry is None:
-        return []
-    return entry if isinstance(entry, (list, tuple)) else [entry]
 
 
 def _template(template: str | Template | None, tail: str | None, answer_prefix: str, processor: Any) -> Any:
@@ -292,12 +272,21 @@ def _check_counts(prompts: list[Prompt], images: list[list[Image.Image]], image_
             raise InputError(where + count_message(in_text, len(own), image_token))
 
 
+def _layouts(images: Sequence[Image.Image], processor: Any, config: LLaVAConfig) -> tuple[ImageLayout, ...]:
+    """How each image of a prompt becomes positions."""
+    several = len(images) > 1
+    sizes = [{"height": image.height, "width": image.width} for image in images]
+    return tuple(layout_of(config, processor.image_processor, **size, several_images=several) for size in sizes)
+
+
 def _encode(
-    prompts: list[Prompt], images: list[list[Image.Image]], processor: Any, padding_side: str
+    prompts: list[Prompt], layouts: list[tuple[ImageLayout, ...]], processor: Any, padding_side: str
 ) -> dict[str, Tensor]:
-    """What the processor makes of it, with each token's characters where the tokenizer knows them."""
-    flat = [image for own in images for image in own]
-    tokenizer = processor.tokenizer
+    """Token ids and mask, with each token's characters where the tokenizer knows them.
+
+    An image takes as many image tokens as its layout has features, whatever the processor would write.
+    """
+    tokenizer, token = processor.tokenizer, image_token_of(processor)
     begun = [begins_with_bos(tokenizer, prompt.text) for prompt in prompts]
     if any(begun) and not all(begun):
         raise InputError(
@@ -305,9 +294,8 @@ def _encode(
             "write it before all of them, or before none: then the tokenizer adds it."
         )
     # A tokenizer may have been saved with truncation or padding switched on: here a prompt is what it is.
-    encoded = processor(
-        text=[prompt.text for prompt in prompts],
-        images=flat or None,
+    encoded = tokenizer(
+        [_expanded(prompt.text, token, own) for prompt, own in zip(prompts, layouts, strict=True)],
         padding="longest" if len(prompts) > 1 else False,
         padding_side=padding_side,
         pad_to_multiple_of=None,
@@ -319,27 +307,30 @@ def _encode(
     return dict(encoded)
 
 
+def _expanded(text: str, image_token: str, layouts: Sequence[ImageLayout]) -> str:
+    """The prompt with an image token for every feature of its images."""
+    first, *rest = text.split(image_token)
+    return first + "".join(image_token * o.n_features + part for o, part in zip(layouts, rest, strict=True))
+
+
 def _with_texts(
     token_maps: tuple[TokenMap, ...],
     prompts: list[Prompt],
-    images: list[list[Image.Image]],
+    layouts: list[tuple[ImageLayout, ...]],
     offsets: Tensor | None,
-    processor: Any,
-    config: LLaVAConfig,
+    image_token: str,
 ) -> tuple[TokenMap, ...]:
     """The token maps with the characters of their prompts, the question's span, and the images' layouts."""
     mapped = []
-    for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, images, strict=True)):
+    for row, (token_map, prompt, own) in enumerate(zip(token_maps, prompts, layouts, strict=True)):
         assert token_map.words is not None  # a processor has a tokenizer
         separator = prompt.answer_separator
         words = replace(token_map.words, prompt=prompt.text, parts=prompt.spans, answer_separator=separator)
         if offsets is not None:
             pairs = [(start, stop) for start, stop in offsets[row].tolist()]
-            token = image_token_of(processor)
             sizes = [len(image) for image in words.images]
-            words = replace(words, prompt_offsets=prompt_offsets(pairs, prompt.text, token, sizes))
-        layouts = (layout_of(config.vision, processor.image_processor, height=p.height, width=p.width) for p in own)
-        token_map = replace(token_map, words=words, layouts=tuple(layouts))
+            words = replace(words, prompt_offsets=prompt_offsets(pairs, prompt.text, image_token, sizes))
+        token_map = replace(token_map, words=words, layouts=own)
         if "question" in prompt.spans and offsets is not None:
             token_map = token_map.with_spans(question=token_map.locate(*prompt.spans["question"]))
         mapped.append(token_map)
@@ -370,11 +361,13 @@ def _token_maps(
     ids: Int[Tensor, "batch pos"],
     mask: Bool[Tensor, "batch pos"],
     starts: list[tuple[int, ...]],
+    layouts: Sequence[ImageLayout],
     config: LLaVAConfig,
     tokenizer: Any,
 ) -> Iterable[TokenMap]:
-    layout = layout_without_original(config.vision)
+    coming = iter(layouts)
     for row, real, firsts in zip(ids.tolist(), mask, starts, strict=True):
+        own = tuple(islice(coming, len(firsts)))
         at = real.nonzero()[:, 0].tolist()
         tokens, positions = tuple(row), range(at[0], at[-1] + 1)
         words = None
@@ -383,9 +376,9 @@ def _token_maps(
                 token_ids=tokens,
                 tokenizer=tokenizer,
                 image_token_id=config.image_token_id,
-                images=tuple(range(first, first + layout.n_features) for first in firsts),
+                images=tuple(
+                    range(first, first + layout.n_features) for first, layout in zip(firsts, own, strict=True)
+                ),
                 real=positions,
             )
-        yield TokenMap(
-            token_ids=tokens, real=positions, image_starts=firsts, layouts=(layout,) * len(firsts), words=words
-        )
+        yield TokenMap(token_ids=tokens, real=positions, image_starts=firsts, layouts=own, words=words)

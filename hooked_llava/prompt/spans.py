@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.errors import InputError, SpanError, did_you_mean
 from hooked_llava.prompt.positions import Positions
 
@@ -16,6 +17,14 @@ _OPERATORS: dict[str, Callable[[Positions, Positions], Positions]] = {
     "&": Positions.__and__,
     "-": Positions.__sub__,
 }
+NOT_GIVEN = {
+    "image": "the prompt has no image. Give one with prepare(..., images=...)",
+    "question": "where the question stands in the prompt was not given. Use prepare(question, template=...), or name "
+    "it yourself: token_map.with_spans(question='...')",
+    "options": "no answer options were named. Use prepare(..., options=['red', 'blue']), or name them yourself: "
+    "token_map.with_spans(options=token_map.find('red') | token_map.find('blue'))",
+}
+"""What an error says of a span that a prompt does not have."""
 BY_OBJECT = ("object", "other", "random")
 """The user's span `object`, the images' patches outside it, and as many of those drawn at random."""
 
@@ -85,6 +94,23 @@ def span_by_object(
     about = [list(token_ids), [p - start for p in wanted]]
     drawn = np.random.default_rng([seed, zlib.crc32(repr(about).encode())])
     return Positions(drawn.choice(others.tolist(), len(wanted), replace=False).tolist())
+
+
+def positions_by_grid(starts: Sequence[int], layouts: Sequence[ImageLayout]) -> dict[str, Positions]:
+    """For each grid the positions that the images of several grids have in it, newlines included; nothing where none has.
+
+    >>> from hooked_llava.architecture import Grid, GridAxis
+    >>> base = Grid(name="base", rows=GridAxis.of(1), columns=GridAxis.of(2))
+    >>> fine = Grid(name="fine", rows=GridAxis.of(1), columns=GridAxis.of(2), newline="row", first_tile=1)
+    >>> positions_by_grid([5], [ImageLayout(grids=(base, fine))])
+    {'base': Positions(5..6), 'fine': Positions(7..9)}
+    """
+    found: dict[str, Positions] = {}
+    for start, layout in zip(starts, layouts, strict=True):
+        for grid in layout.grids if len(layout.grids) > 1 else ():
+            first = start + layout.first_features[grid.name]
+            found[grid.name] = found.get(grid.name, Positions()) | range(first, first + grid.n_features)
+    return found
 
 
 def unknown_span(name: str, known: Sequence[str], text: str) -> str:

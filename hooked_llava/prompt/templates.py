@@ -153,6 +153,13 @@ TEMPLATES: dict[str, Template] = {
             assistant="<|im_end|><|im_start|>assistant\n",
             answer_separator="",
         ),
+        Template(
+            name="qwen-2",
+            system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+            user="<|im_start|>user\n",
+            assistant="<|im_end|>\n<|im_start|>assistant\n",
+            answer_separator="",
+        ),
         Template(name="plain", assistant="\n", answer_separator=""),
         # Yu & Ananiadou (arXiv 2411.10950), whose prompts end with an answer prefix ("The color of the dog is").
         Template(name="yu-2024", user="USER: ", assistant="\nASSISTANT:"),

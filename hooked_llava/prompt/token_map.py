@@ -6,6 +6,7 @@ The named spans of a prompt (padding belongs to none):
 |---|---|
 | `system` | text before the first image, or before the question where there is no image, that is in no other span |
 | `image` | all images; `token_map["image", 1]` or `token_map.image(1)` is the second one |
+| `base`, `fine` | parts of `image` cut into tiles: what shows the whole image at once, and its tiles with their newlines |
 | `question` | the question as asked, its options included |
 | `options` | the answer options named in the question, a part of it |
 | `rest` | every other text: template, instruction tail, answer prefix; without it knocked-out edges leak |
@@ -36,8 +37,8 @@ from hooked_llava.architecture.grid import Cell
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ALL, ImageLayout, Selection
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.prompt import spans as of_spans
 from hooked_llava.prompt.positions import PatchPositions, Positions, format_runs
-from hooked_llava.prompt.spans import BY_OBJECT, is_joined, join_spans, span_by_object, split_expression, unknown_span
 from hooked_llava.prompt.token_table import format_table
 from hooked_llava.prompt.token_text import TokenText, roll
 
@@ -46,13 +47,6 @@ SPANS = ("system", "image", "question", "options", "rest", "text", "last")
 _SETTABLE = ("question", "options")
 GIVE_POSITIONS = "give positions instead, from token_map.find(words, occurrence=..., whole_words=...)"
 """Advice about words that are not found once, for functions that take positions as well as words."""
-_NOT_GIVEN = {
-    "image": "the prompt has no image. Give one with prepare(..., images=...)",
-    "question": "where the question stands in the prompt was not given. Use prepare(question, template=...), or name "
-    "it yourself: token_map.with_spans(question='...')",
-    "options": "no answer options were named. Use prepare(..., options=['red', 'blue']), or name them yourself: "
-    "token_map.with_spans(options=token_map.find('red') | token_map.find('blue'))",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -108,13 +102,13 @@ class TokenMap:
             if name[0] != "image":
                 raise SpanError(f"token_map[{name[0]!r}, {name[1]}]: only 'image' takes a number; drop the {name[1]}.")
             return self.image(name[1])
-        if name not in (*SPANS, *self.named):
-            if is_joined(name):
+        if name not in self._names:
+            if of_spans.is_joined(name):
                 return self.span(name)
-            raise SpanError(unknown_span(name, self._names, "" if self.words is None else self.words.text))
+            raise SpanError(of_spans.unknown_span(name, self._names, "" if self.words is None else self.words.text))
         positions = self._positions(name)
-        if not positions and name in _NOT_GIVEN:
-            raise SpanError(f"This prompt has no span {name!r}: {_NOT_GIVEN[name]}.")
+        if not positions and name in of_spans.NOT_GIVEN:
+            raise SpanError(f"This prompt has no span {name!r}: {of_spans.NOT_GIVEN[name]}.")
         return positions
 
     def span(self, expression: str, *, seed: int = 0) -> Positions:
@@ -133,7 +127,7 @@ class TokenMap:
         """
         if expression in self.named:
             return self[expression]
-        return join_spans(expression, lambda name: self._one_span(name, seed))
+        return of_spans.join_spans(expression, lambda name: self._one_span(name, seed))
 
     def edge_end(self, where: Any) -> Any:
         """An end of an edge, where `last` is where the answer is read: with an appended answer all positions that predict it.
@@ -143,14 +137,14 @@ class TokenMap:
         """
         if not isinstance(where, str) or not self.n_answer or where in self.named:
             return where
-        return "".join("predicting" if part == "last" else part for part in split_expression(where))
+        return "".join("predicting" if part == "last" else part for part in of_spans.split_expression(where))
 
     def _one_span(self, name: str, seed: int) -> Positions:
-        if name in self.named or name not in BY_OBJECT:
+        if name in self.named or name not in of_spans.BY_OBJECT:
             return self[name]
         patches = Positions(p for image in range(self.n_images) for p in self.patches(image))
         ids = [self.token_ids[p] for p in self.real]
-        return span_by_object(name, self.named.get("object"), patches, ids, start=self.real.start, seed=seed)
+        return of_spans.span_by_object(name, self.named.get("object"), patches, ids, start=self.real.start, seed=seed)
 
     def __contains__(self, name: object) -> bool:
         return name in self.spans
@@ -360,7 +354,8 @@ class TokenMap:
         A line is longer only where a single token is.
         """
         tokens = self.words.tokens if self.words is not None else [str(token_id) for token_id in self.token_ids]
-        return format_table(tokens, self.real, self.image_ranges, self.spans, width)
+        spans = {name: p for name, p in self.spans.items() if name not in self._by_grid or name in self.named}
+        return format_table(tokens, self.real, self.image_ranges, spans, width)
 
     @cached_property
     def _partition(self) -> dict[str, Positions]:
@@ -379,10 +374,15 @@ class TokenMap:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return (*SPANS, *(own for own in self.named if own not in SPANS))
+        return tuple(dict.fromkeys((*SPANS, *self._by_grid, *self.named)))
+
+    @cached_property
+    def _by_grid(self) -> dict[str, Positions]:
+        """The spans of the grids, where images have several; the user's own of that name goes before."""
+        return of_spans.positions_by_grid(self.image_starts, self.layouts)
 
     def _positions(self, name: str) -> Positions:
-        return self._partition[name] if name in SPANS else self.named[name]
+        return self._partition[name] if name in SPANS else (self._by_grid | dict(self.named))[name]
 
     def _at(self, image: int, features: np.ndarray) -> Positions:
         return Positions((features + self.image_starts[image]).tolist())

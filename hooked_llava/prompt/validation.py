@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layout import ImageLayout
-from hooked_llava.architecture.layouts import layout_without_original
+from hooked_llava.architecture.layouts import FINE, layout_of, layout_without_original, same_positions
 from hooked_llava.architecture.processor_axes import processor_axes
 from hooked_llava.errors import ConfigError, InputError, did_you_mean
 
-KEYS = ("input_ids", "attention_mask", "pixel_values", "position_ids")
+KEYS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "batch_num_images", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
 _IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")
+_VIDEO_KEYS = ("pixel_values_videos", "image_sizes_videos")
 
 
 def check_keys(value: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the model takes; raises `InputError` for unknown ones and if there are no token ids."""
     for key in value:
-        if key not in (*KEYS, *_IGNORED_KEYS):
+        if key in _VIDEO_KEYS and value[key] is not None:
+            raise InputError(f"{key} are given: videos are not supported. Give single frames of it as images.")
+        if key not in (*KEYS, *_IGNORED_KEYS, *_VIDEO_KEYS):
             raise InputError(f"Unknown input {key!r}.{did_you_mean(key, KEYS)} Expected {', '.join(KEYS)}.")
     given = {key: value[key] for key in KEYS if value.get(key) is not None}
     if "input_ids" not in given:
@@ -110,9 +114,12 @@ def check_length(mask: Bool[Tensor, "batch pos"], config: LLaVAConfig) -> None:
 
 
 def find_images(
-    ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], config: LLaVAConfig
+    ids: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    config: LLaVAConfig,
+    layouts: Sequence[ImageLayout] | None = None,
 ) -> list[tuple[int, ...]]:
-    """For every row the first position of each of its images.
+    """For every row the first position of each of its images, whose layouts are given in order, or are LLaVA-1.5's.
 
     Raises `InputError` where image tokens do not come in whole images, and where they are masked as padding.
     """
@@ -120,24 +127,46 @@ def find_images(
     if bool((is_image & ~mask.cpu()).any()):
         row = int((is_image & ~mask.cpu()).any(1).nonzero()[0])
         raise InputError(f"Prompt {row} has image tokens that attention_mask marks as padding; expected them unmasked.")
-    return [_image_starts(row, is_image[row].nonzero()[:, 0].tolist(), config) for row in range(len(ids))]
+    coming = repeat(layout_without_original(config.vision)) if layouts is None else iter(layouts)
+    return [_image_starts(row, is_image[row].nonzero()[:, 0].tolist(), coming, config) for row in range(len(ids))]
 
 
-def _image_starts(row: int, positions: list[int], config: LLaVAConfig) -> tuple[int, ...]:
-    size, starts = layout_without_original(config.vision).n_features, []
+def _image_starts(
+    row: int, positions: list[int], coming: Iterator[ImageLayout], config: LLaVAConfig
+) -> tuple[int, ...]:
+    starts: list[int] = []
     while positions:
         start = positions[0]
         run = next((i for i, position in enumerate(positions) if position != start + i), len(positions))
-        if run % size:
-            whole, left = divmod(run, size)
-            raise InputError(
-                f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is {whole} "
-                f"image{'' if whole == 1 else 's'} and {left} tokens; expected {size} per image. A processor writes as "
-                f"many if you set {processor_settings(config)}; do not cut prompts short."
-            )
-        starts += range(start, start + run, size)
+        whole, filled = 0, 0
+        while filled < run:
+            layout = next(coming, None)
+            if layout is None:
+                raise InputError(
+                    f"Prompt {row} has {run - filled} <image> tokens from position {start + filled} on for which no image is "
+                    "left in pixel_values and image_sizes. Give one image per <image>, in order."
+                )
+            if filled + layout.n_features > run:
+                raise InputError(
+                    f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is {whole} "
+                    f"image{'' if whole == 1 else 's'} and {run - filled} tokens; expected {_expected(layout, config)}; do "
+                    "not cut prompts short."
+                )
+            starts.append(start + filled)
+            whole, filled = whole + 1, filled + layout.n_features
         positions = positions[run:]
     return tuple(starts)
+
+
+def _expected(layout: ImageLayout, config: LLaVAConfig) -> str:
+    if config.tiling is None:
+        settings = processor_settings(config)
+        return f"{layout.n_features} per image. A processor writes as many if you set {settings}"
+    height, width = layout.original_size or (0, 0)
+    return (
+        f"{layout.n_features} for the next image, of {height} x {width} pixels (height x width, by image_sizes). Use the "
+        "processor of this checkpoint"
+    )
 
 
 def processor_settings(config: LLaVAConfig) -> str:
@@ -158,15 +187,11 @@ def processor_settings(config: LLaVAConfig) -> str:
     return "; ".join(f"processor.{name} = {value!r}" for name, value in settings.items())
 
 
-def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image channel height width"]:
+def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "tile channel height width"]:
     """Raises `InputError` for pixel values of another type or shape than the vision tower takes, or not finite."""
     vision = config.vision
     expected = [vision.n_channels, vision.image_size, vision.image_size]
-    if not pixels.is_floating_point():
-        raise InputError(
-            f"pixel_values are {_dtype(pixels)}; expected floats, normalised by the image processor. "
-            "For raw images use prepare(question, images=...)."
-        )
+    _check_floats(pixels)
     if pixels.ndim != 4 or list(pixels.shape[1:]) != expected:
         raise InputError(
             f"pixel_values have shape {list(pixels.shape)}; expected [image, {', '.join(map(str, expected))}] "
@@ -174,8 +199,78 @@ def check_pixels(pixels: Tensor, config: LLaVAConfig) -> Float[Tensor, "image ch
         )
     finite = pixels.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
-        raise InputError(f"pixel_values of image {int((~finite).nonzero()[0])} are not all finite (NaN or infinity).")
+        what = "image" if config.tiling is None else "tile"
+        raise InputError(f"pixel_values of {what} {int((~finite).nonzero()[0])} are not all finite (NaN or infinity).")
     return pixels
+
+
+def _check_floats(pixels: Tensor) -> None:
+    if not pixels.is_floating_point():
+        raise InputError(
+            f"pixel_values are {_dtype(pixels)}; expected floats, normalised by the image processor. "
+            "For raw images use prepare(question, images=...)."
+        )
+
+
+def layouts_of_sizes(given: Mapping[str, Tensor], config: LLaVAConfig) -> list[ImageLayout]:
+    """The layouts of images that are cut into tiles, from image_sizes and, for OneVision, batch_num_images.
+
+    Raises `InputError` where pixel values come without sizes, and for what are no sizes or numbers of images.
+    """
+    if "pixel_values" not in given:
+        return []
+    if "image_sizes" not in given:
+        raise InputError(
+            "pixel_values are given without image_sizes; expected [image, 2], the (height, width) of each original image, as "
+            "this checkpoint's processor returns them: they say how its tiles become positions."
+        )
+    sizes = _whole_numbers(given["image_sizes"], "image_sizes")
+    if sizes.ndim != 2 or sizes.shape[1] != 2 or (sizes < 1).any():
+        raise InputError(
+            f"image_sizes have shape {list(sizes.shape)} and go down to {sizes.min().item() if sizes.numel() else None}; "
+            "expected [image, 2], the (height, width) of each original image in pixels."
+        )
+    several = [False] * len(sizes)
+    if "batch_num_images" in given:
+        counts = _whole_numbers(given["batch_num_images"], "batch_num_images").flatten().tolist()
+        several = [n > 1 for n in counts for _ in range(n)]
+        if len(several) != len(sizes):
+            raise InputError(
+                f"batch_num_images are {counts} and image_sizes hold {len(sizes)} images; expected as many."
+            )
+    both = zip(sizes.tolist(), several, strict=True)
+    return [layout_of(config, None, height=h, width=w, several_images=of_several) for (h, w), of_several in both]
+
+
+def check_tiles(
+    pixels: Tensor, layouts: Sequence[ImageLayout], config: LLaVAConfig
+) -> Float[Tensor, "tile channel height width"]:
+    """The tiles of all images one after the other, without those that a processor appends to images of fewer tiles.
+
+    Takes [image, tile, channel, height, width], or the tiles alone. Raises `InputError` as `check_pixels`, and where there are
+    fewer tiles than the layouts have.
+    """
+    _check_floats(pixels)
+    n_tiles = [layout.n_tiles for layout in layouts]
+    if pixels.ndim == 5:
+        if len(pixels) != len(layouts) or pixels.shape[1] < max(n_tiles, default=0):
+            raise InputError(
+                f"pixel_values have shape {list(pixels.shape)}; expected [image, tile, channel, height, width] with "
+                f"{_images(len(layouts))} of {n_tiles} tiles, by image_sizes."
+            )
+        pixels = torch.cat([image[:n] for image, n in zip(pixels, n_tiles, strict=True)])
+    elif len(pixels) != sum(n_tiles):
+        raise InputError(
+            f"pixel_values have shape {list(pixels.shape)}; expected {sum(n_tiles)} tiles, {n_tiles} of each image by "
+            "image_sizes, or [image, tile, channel, height, width]."
+        )
+    return check_pixels(pixels, config)
+
+
+def _whole_numbers(numbers: Tensor, name: str) -> Tensor:
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise InputError(f"{name} are {_dtype(numbers)}; expected integers.")
+    return numbers.cpu()
 
 
 def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
@@ -201,6 +296,12 @@ def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
         raise InputError(
             f"The {name} makes images of {made[0]} x {made[1]} pixels and the model takes {side[0]} x {side[1]} "
             "(vision_config.image_size). Pass the processor of this checkpoint."
+        )
+    pinpoints = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
+    if config.tiling is not None and pinpoints is not None and {*map(tuple, pinpoints)} != {*config.tiling.pinpoints}:
+        raise InputError(
+            f"The {name} lays images on canvases of {pinpoints} and the model on {[*map(list, config.tiling.pinpoints)]} "
+            "(image_grid_pinpoints). Pass the processor of this checkpoint."
         )
     if patch_size not in (None, vision.patch_size):
         raise InputError(
@@ -254,12 +355,16 @@ def check_position_ids(positions: Tensor | None, ids: Int[Tensor, "batch pos"]) 
 
 def check_layouts(layouts: Iterable[ImageLayout], config: LLaVAConfig) -> None:
     """Raises `InputError` for inputs prepared for a model with other images."""
-    expected = layout_without_original(config.vision).n_features
-    if other := [layout.n_features for layout in layouts if layout.n_features != expected]:
-        raise InputError(
-            f"These inputs were prepared for a model with {other[0]} positions per image; this one has "
-            f"{expected}. Call prepare(...) of the model that runs them."
-        )
+    for layout in layouts:
+        own = layout_without_original(config.vision)
+        if config.tiling is not None and layout.original_size is not None:
+            height, width = layout.original_size
+            own = layout_of(config, None, height=height, width=width, several_images=FINE not in layout.names)
+        if not same_positions(layout, own) or (layout.original_size is None and config.tiling is not None):
+            raise InputError(
+                f"These inputs were prepared for a model with {layout.n_features} positions per image; this one has "
+                f"{own.n_features}. Call prepare(...) of the model that runs them."
+            )
 
 
 def _images(n: int) -> str:

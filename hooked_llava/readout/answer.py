@@ -337,8 +337,7 @@ def append_tokens(
         "input_ids": torch.cat([prompt.input_ids, torch.where(ids < 0, filler, ids)], dim=1),
         "attention_mask": torch.cat([prompt.attention_mask, ids >= 0], dim=1),
     }
-    if prompt.pixel_values is not None:
-        fields["pixel_values"] = prompt.pixel_values
+    fields |= prompt.image_fields
     if prompt.position_ids is not None:
         further = prompt.position_ids[:, -1:] + torch.arange(1, n + 1, device=prompt.device)
         fields["position_ids"] = torch.cat([prompt.position_ids, further], dim=1)

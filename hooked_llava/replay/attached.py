@@ -23,7 +23,7 @@ from hooked_llava.replay.binding import bind, check_operand
 from hooked_llava.replay.bound import BoundIntervention
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import with_means
-from hooked_llava.replay.row_edits import RowEdit, edited_copy, images_of
+from hooked_llava.replay.row_edits import RowEdit, edited_copy, image_rows
 
 
 class AttachedIntervention(PromptHook):
@@ -49,10 +49,11 @@ class AttachedIntervention(PromptHook):
         if n_new:
             bound = _for_new_token(bound, self.model, inputs, n_new)
         if bound.hook.on_image_side:
-            edits = [RowEdit(image, p, bound, 0) for p, image in images_of(inputs, self.intervention.image)]
+            rows = image_rows(inputs, bound.hook, self.intervention.image, self.intervention.tile)
+            edits = [RowEdit(row, image, bound, 0) for row, image in rows]
         else:
             edits = [RowEdit(p, p, bound, 0) for p in range(len(inputs))]
-        edits = [edit for edit in edits if bound.positions[edit.prompt]]
+        edits = [edit for edit in edits if bound.positions[edit.owner]]
         return lambda tensor: edited_copy(tensor, edits) if edits else tensor
 
     def acts_on_new_tokens(self, inputs: Inputs) -> bool:
@@ -82,7 +83,7 @@ def _for_new_token(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs,
     """The intervention in a pass over the newest of `n_new` generated tokens, the only position of that pass."""
     here = _names_new_tokens(bound.target, bound, inputs)
     if bound.hook.on_image_side or not any(here):
-        return replace(bound, positions=tuple(() for _ in here))
+        return replace(bound, positions=tuple(() for _ in bound.positions))
     if bound.intervention.position_mean:
         raise InputError(
             f"{bound.intervention!r} takes a mean over positions, and generated tokens come one at a time. Name the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hooked_llava.architecture.hooks import Hook
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import axis_sizes, positions_of
@@ -30,15 +31,19 @@ def bind(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> BoundInterven
         raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
     if intervention.image is not None and not on_image_side:
         raise InputError(f"image= belongs to hooks of the image side; {name!r} has sequence positions.")
-    _check_image(intervention.image, inputs, name)
+    if intervention.tile is not None and not hook.by_tile:
+        raise InputError(f"tile= belongs to hooks of the vision tower and the projector; {name!r} has no tiles.")
+    _check_number(intervention.image, max(inputs.images_per_prompt, default=0), "image", name)
+    _check_number(intervention.tile, max(map(len, inputs.tiles), default=0), "tile", name)
     tower = model.hooks_table.tower(hook)
     n_heads = tower.n_key_value_heads if "kv_head" in hook.axes else tower.n_heads
     has_heads = bool({"head", "kv_head"} & set(hook.axes))
     of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
-    patches = patches_of(target, hook, model) if on_image_side else ()
     positions = (
-        tuple(patches for _ in inputs.token_maps) if on_image_side else _sequence(target, inputs, of_edge=of_edge)
+        tuple(patches_of(target, hook, model, layout) for layout in inputs.layouts)
+        if on_image_side
+        else _sequence(target, inputs, of_edge=of_edge)
     )
     bound = BoundIntervention(
         intervention,
@@ -78,24 +83,30 @@ def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tup
     return tuple(inputs.each(of_prompt, inputs.token_maps))
 
 
-def _check_image(image: Any, inputs: Inputs, name: str) -> None:
-    most = max(inputs.images_per_prompt, default=0)
-    if image is not None:
-        number = whole_numbers(image, "image")[0]
-        as_index(number, most, "image", says=f"image={image} on {name!r} is out of range", from_end=False)
+def _check_number(given: Any, n: int, what: str, name: str) -> None:
+    """Refuse a number of an image or tile that no prompt has."""
+    if given is not None:
+        number = whole_numbers(given, what)[0]
+        as_index(number, n, what, says=f"{what}={given} on {name!r} is out of range", from_end=False)
 
 
-def patches_of(where: Any, hook: Hook, model: HookedLLaVA) -> tuple[int, ...]:
-    """Patch indices as indices of the hook's own position axis (in the tower the class token comes first); `InputError`."""
-    vision = model.config.vision
-    along = vision.patches_along(hook.axes[hook.position_axis or 1])
+def patches_of(where: Any, hook: Hook, model: HookedLLaVA, layout: ImageLayout) -> tuple[int, ...]:
+    """Patches of a tile, or of an image, as indices of the hook's own position axis; raises `InputError`.
+
+    In the tower the class token comes first; among an image's features newlines come between.
+    """
+    if hook.by_tile:
+        along = model.config.vision.patches_along(hook.axes[hook.position_axis or 1])
+        patches, n_positions = along, along.stop
+    else:
+        patches, n_positions = layout.object_features().tolist(), layout.n_features
     if where is None:
-        return tuple(range(along.stop))
+        return tuple(range(n_positions))
     if isinstance(where, slice):
-        return tuple(along[where])
+        return tuple(patches[where])
     if isinstance(where, str):
         raise InputError(f"positions={where!r} on {hook.spec.name}: image hooks take patch indices, not spans.")
-    return tuple(along[i] for i in indices(where, len(along), "positions", hook.spec.name) or ())
+    return tuple(patches[i] for i in indices(where, len(patches), "positions", hook.spec.name) or ())
 
 
 def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:

@@ -25,8 +25,8 @@ class BoundIntervention:
     Attributes:
         intervention (Intervention): The intervention as the user gave it.
         hook (Hook): The hook that it names.
-        positions (tuple[tuple[int, ...], ...]): For each prompt, absolute sequence positions (language), or patch
-            indices (image side).
+        positions (tuple[tuple[int, ...], ...]): For each prompt, absolute sequence positions (language); for each
+            image, positions of the hook (image side).
         sources (tuple[tuple[int, ...], ...]): For each prompt, the blocked keys; empty unless `block`.
         heads (tuple[int, ...] | None): Head indices; None: all.
         neurons (tuple[int, ...] | None): Neuron indices; None: all.
@@ -54,25 +54,25 @@ class BoundIntervention:
             return None
         return min(self.positions[prompt], default=None)
 
-    def apply(self, row: Tensor, where: dict[int, int] | int, prompt: int) -> None:
-        """Change one row (one run of one prompt, without its batch axis) in place.
+    def apply(self, row: Tensor, where: dict[int, int] | int, owner: int) -> None:
+        """Change one row (one run of one prompt, or of one tile or image, without its batch axis) in place.
 
         `where` turns absolute positions into indices of the row's position axis: an offset to subtract, or a table in
         which positions that the row does not hold are missing.
         """
-        held = [(i, _index(p, where)) for i, p in enumerate(self.positions[prompt])]
+        held = [(i, _index(p, where)) for i, p in enumerate(self.positions[owner])]
         held = [(i, index) for i, index in held if index is not None]
         if not held:
             return
         kept = torch.tensor([i for i, _ in held], device=row.device)
         rows = torch.tensor([index for _, index in held], device=row.device)
         if self.intervention.block is not None:
-            index = self._grid(row, rows, torch.tensor(self.sources[prompt], device=row.device))
+            index = self._grid(row, rows, torch.tensor(self.sources[owner], device=row.device))
             row[index] = float("-inf")
             return
         index = self._grid(row, rows, None)
         cut = row[index]
-        row[index] = self._changed(cut, kept, len(self.positions[prompt]))
+        row[index] = self._changed(cut, kept, len(self.positions[owner]))
 
     def _grid(self, row: Tensor, rows: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
         """Index of the row's chosen positions, heads, neurons and keys, as an open grid; other axes whole."""

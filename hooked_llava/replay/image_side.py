@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.bound import BoundIntervention
-from hooked_llava.replay.row_edits import RowEdit, edited, images_of
+from hooked_llava.replay.row_edits import RowEdit, edited, image_rows
 
 Run = Sequence[BoundIntervention]
 
@@ -33,7 +33,7 @@ class ImageSide:
         )  # whoever gave them may write
 
     @cached_property
-    def streams(self) -> list[Float[Tensor, "image pos d_model"]]:
+    def streams(self) -> list[Float[Tensor, "tile pos d_model"]]:
         """Stream entering every block that is run, and leaving the last."""
         assert self._pixels is not None
         return self.model.vision.states([self.model.vision.embed(self._pixels)])
@@ -52,43 +52,47 @@ class ImageSide:
         return torch.stack([row for row in rows if row is not None])
 
     def rows_through_blocks(self, runs: Sequence[Run]) -> int:
-        """How many times an image goes through a block in `rerun`, counted without running it."""
+        """How many times a tile goes through a block in `rerun`, counted without running it."""
         n_layers = self.model.config.vision.n_layers_run
-        return self.inputs.n_images * sum(n_layers - max(self._first_block(run), 0) for run in runs)
+        return self._n_tiles * sum(n_layers - max(self._first_block(run), 0) for run in runs)
 
     @cached_property
     def block_cost(self) -> float:
-        """One image through one block, in positions through a block of the language tower: multiplications by weights."""
+        """One tile through one block, in positions through a block of the language tower: multiplications by weights."""
         vision, language = self.model.vision.blocks, self.model.language.blocks
         sizes = [sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2) for blocks in (vision, language)]
         return self.model.config.vision.n_positions * sizes[0] / sizes[1]
 
     @property
     def cost_of_all(self) -> float:
-        """All images through all blocks, in the same unit."""
-        return self.inputs.n_images * self.model.config.vision.n_layers_run * self.block_cost
+        """All tiles through all blocks, in the same unit."""
+        return self._n_tiles * self.model.config.vision.n_layers_run * self.block_cost
 
     def _first_block(self, run: Run) -> int:
         return min(_first_block(r, self.model.config.vision.n_layers_run) for r in run)
 
+    @property
+    def _n_tiles(self) -> int:
+        return 0 if self._pixels is None else len(self._pixels)
+
     def _from(self, block: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
         vision, n_runs = self.model.vision, len(runs)
-        n_images = self.inputs.n_images
         with edited(self.model, self._edits(runs)):
-            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(block, 0) + 1]]  # (run * image, ...)
+            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(block, 0) + 1]]  # (run * tile, ...)
             if block < 0:
                 assert self._pixels is not None
                 kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]
             features = vision.features(vision.states(kept))
-            embedding = self.model.hook_image_embed(self.model.project(features))
-        return embedding.unflatten(0, (n_runs, n_images))
+            embedding = self.model.hook_image_embed(self.model.project(features, self.inputs))
+        return embedding.unflatten(0, (n_runs, self.inputs.n_images))
 
     def _edits(self, runs: list[Run]) -> list[RowEdit]:
         edits = []
-        for row, run in enumerate(runs):
+        for i, run in enumerate(runs):
             for bound in run:
-                for prompt, image in images_of(self.inputs, bound.intervention.image):
-                    edits.append(RowEdit(row * self.inputs.n_images + image, prompt, bound, 0))
+                n_rows = self._n_tiles if bound.hook.by_tile else self.inputs.n_images
+                rows = image_rows(self.inputs, bound.hook, bound.intervention.image, bound.intervention.tile)
+                edits += [RowEdit(i * n_rows + row, image, bound, 0) for row, image in rows]
         return edits
 
 

@@ -30,12 +30,14 @@ class Intervention:
     Attributes:
         hook (str or tuple): Name of the hook, or any other spelling of it that a cache takes: ("z", 3), or a short name
             that means one hook.
-        positions (Where): Sequence positions (query rows, for scores and pattern); on image hooks patch indices. None:
-            all.
+        positions (Where): Sequence positions (query rows, for scores and pattern); on image hooks indices of
+            patches: of a tile, or on `hook_image_embed` of the image, as `token_map.patches` counts them. None: all.
         heads (int or sequence of int): One head or several, on hooks that have them. None: all.
         neurons (int or sequence of int): One MLP neuron or several, on hooks that have them. None: all.
         features (int or sequence of int): One feature of an attached autoencoder or several, on its `hook_sae_acts`. None: all.
         image (int): Which image of the prompt, counted from 0, on image hooks. None: all.
+        tile (int): Which vision tile of the image, counted from 0 (the whole image, then its canvas row by row), on hooks
+            of the vision tower and the projector. None: all.
         value (tensor, array or number): Replace by this: [d], [n_positions, ...], or the hook's own shape cut to
             positions and heads.
         add (tensor, array or number): Add this; shapes as for `value`.
@@ -60,6 +62,7 @@ class Intervention:
     neurons: Any = None
     features: Any = None
     image: Any = None
+    tile: Any = None
     value: Any = None
     add: Any = None
     scale: Any = None

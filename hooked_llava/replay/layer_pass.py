@@ -204,7 +204,9 @@ class LayerPass:
 
     def _merged(self, rows: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         """Image embeddings at the image positions from the start on; images before it were not changed."""
-        whole = self.kept.entering(0).masked_scatter(self.state.inputs.image_mask[..., None], embeds)
+        inputs = self.state.inputs
+        real = self.model.real_features(embeds, inputs)
+        whole = self.kept.entering(0).masked_scatter(inputs.image_mask[..., None], real)
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 
     def _listeners(self, layer: int) -> list[tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.bound import BoundIntervention
+from hooked_llava.replay.row_edits import image_rows
 
 _OVERHEAD_TOKENS = 24
 """What starting one more pass over the layers costs, in positions: neighbouring starts are merged below it."""
@@ -44,18 +45,17 @@ def plan_run(index: int, bound: Sequence[BoundIntervention], inputs: Inputs, n_l
     image = tuple(r for r in bound if r.hook.on_image_side)
     language = tuple(r for r in bound if not r.hook.on_image_side)
     starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]
-    starts += [first for r in image for first in first_positions(inputs, r.intervention.image) if r.positions[0]]
+    starts += [first for r in image for first in first_positions(inputs, r)]
     first_layer = 0 if image else min(map(first_layer_of, language), default=n_layers)
     return PlannedRun(index, language, image, first_layer, min(starts, default=None))
 
 
-def first_positions(inputs: Inputs, which: int | None) -> list[int]:
-    """First sequence position of every image, or of each prompt's image of that number."""
-    firsts = []
-    for token_map in inputs.token_maps:
-        images = range(token_map.n_images) if which is None else [which] if which < token_map.n_images else []
-        firsts += [int(token_map.image(i)[0]) for i in images]
-    return firsts
+def first_positions(inputs: Inputs, bound: BoundIntervention) -> list[int]:
+    """First sequence position of every image that a change on the image side reaches."""
+    ranges = [here for token_map in inputs.token_maps for here in token_map.image_ranges]
+    rows = image_rows(inputs, bound.hook, bound.intervention.image, bound.intervention.tile)
+    reached = {image for _, image in rows if bound.positions[image]}
+    return [ranges[image].start for image in reached]
 
 
 def first_layer_of(bound: BoundIntervention) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from hooked_llava.architecture.hooks import Hook
+from hooked_llava.architecture.layouts import layout_without_original
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -22,7 +23,7 @@ from hooked_llava.replay.binding import bind, indices, patches_of
 from hooked_llava.replay.intervention import Intervention, comparable
 from hooked_llava.replay.layer_pass import recordable, recorded
 from hooked_llava.replay.plan import plan_run
-from hooked_llava.replay.row_edits import images_of
+from hooked_llava.replay.row_edits import image_rows
 from hooked_llava.replay.state import ReplayState
 
 
@@ -34,6 +35,7 @@ class Place:
         hook (Hook): The hook.
         where (Where): Its positions.
         image (int or None): Which image, on image hooks.
+        tile (int or None): Which tile of the image, on hooks of the vision tower and the projector.
         total (Tensor | None): Sum so far, the position axis kept with one entry.
         n (int): How many positions were added.
     """
@@ -41,6 +43,7 @@ class Place:
     hook: Hook
     where: Any
     image: Any = None
+    tile: Any = None
     total: Tensor | None = None
     n: int = 0
 
@@ -80,23 +83,21 @@ def with_means(model: HookedLLaVA, interventions: Sequence[Intervention]) -> lis
     filled = list(interventions)
     for members in by_reference.values():
         own = [interventions[i] for i in members]
-        places = [(intervention.hook, intervention.positions, intervention.image) for intervention in own]
+        places = [(one.hook, one.positions, one.image, one.tile) for one in own]
         for i, mean in zip(members, reference_means(model, own[0].mean_of, places), strict=True):
             filled[i] = replace(filled[i], mean_of=None, value=_cut(model, filled[i], mean))
     return filled
 
 
 @torch.no_grad()
-def reference_means(
-    model: HookedLLaVA, reference: Any, places: Sequence[tuple[Any, Any] | tuple[Any, Any, Any]]
-) -> list[Tensor]:
+def reference_means(model: HookedLLaVA, reference: Any, places: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """The mean activation at each place, over all prompts of a reference and all positions that the place has in each.
 
     Args:
         model: the model.
         reference: prompts (anything `model.as_inputs` takes), or a list of batches of them; a cache or a dict of activations
             by hook name; a Replay; or the mean itself as a tensor.
-        places: (hook, positions) or (hook, positions, image); positions mean in every prompt of the reference what they mean
+        places: (hook, positions), perhaps with image and tile; positions mean in every prompt of the reference what they mean
             in any: a span may be of another length in each. A cache that keeps some positions only is averaged over those.
 
     Returns for each place a tensor like the hook's without its batch axis, with one entry on the axis of positions. Raises
@@ -113,10 +114,10 @@ def reference_means(
         return [reference] * len(places)
     distinct: dict[Any, Place] = {}
     keys = []
-    for hook, where, *image in places:
+    for hook, where, *which in places:
         name = model.hooks_table.one(hook)
-        keys.append((name, comparable(where), comparable(image[0] if image else None)))
-        distinct.setdefault(keys[-1], Place(model.hooks_table[name], where, *image))
+        keys.append((name, comparable(where), *map(comparable, which)))
+        distinct.setdefault(keys[-1], Place(model.hooks_table[name], where, *which))
     _gather(model, reference, list(distinct.values()))
     wide = torch.promote_types(model.cfg.dtype, torch.float32)
     means = {key: place.mean(wide) for key, place in distinct.items()}
@@ -132,7 +133,7 @@ def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
             place.add(held[place.hook.name], _rows(model, place, reference.inputs))
     elif isinstance(reference, ActivationCache) or (isinstance(reference, Mapping) and "input_ids" not in reference):
         for place in places:
-            activation = _held(reference, place.hook.name)
+            activation = _held(reference, place.hook)
             place.add(activation, _rows_of_cache(model, place, reference, activation))
     else:
         for prompts in _batches(model, reference):
@@ -171,29 +172,37 @@ def _batches(model: HookedLLaVA, reference: Any) -> Iterator[Inputs]:
 def _rows(model: HookedLLaVA, place: Place, inputs: Inputs) -> list[tuple[int, Sequence[int]]]:
     """For each row of the hook's activation the positions that are meant."""
     if place.hook.on_image_side:
-        patches = patches_of(place.where, place.hook, model)
-        return [(image, patches) for _, image in images_of(inputs, place.image)]
+        layouts = inputs.layouts
+        rows = image_rows(inputs, place.hook, place.image, place.tile)
+        return [(row, patches_of(place.where, place.hook, model, layouts[image])) for row, image in rows]
     return [(i, positions_of(place.where, m, inputs.shape[1])) for i, m in enumerate(inputs.token_maps)]
 
 
-def _held(cache: Any, name: str) -> Tensor:
+def _held(cache: Any, hook: Hook) -> Tensor:
     """An activation of a cache, with its batch axis."""
     with suppress(KeyError):
-        held = cache[name]
-        return held if getattr(cache, "has_batch_dim", True) else held[None]
-    raise HookNameError(f"mean_of= is a cache that does not hold {name!r}; name it in names_filter to cache it.")
+        held = cache[hook.name]
+        return held if getattr(cache, "has_batch_dim", True) or hook.on_image_side else held[None]
+    raise HookNameError(f"mean_of= is a cache that does not hold {hook.name!r}; name it in names_filter to cache it.")
 
 
 def _rows_of_cache(model: HookedLLaVA, place: Place, cache: Any, activation: Tensor) -> list[tuple[int, Sequence[int]]]:
     rows, n = range(len(activation)), activation.shape[place.hook.position_axis or 1]
     token_maps = getattr(cache, "token_maps", None)
     if place.hook.on_image_side:
-        if place.image is not None:
+        if (which := place.image if place.image is not None else place.tile) is not None:
             raise InputError(
-                f"mean_of= is a cache, which does not say whose images are whose; leave image={place.image} out."
+                f"mean_of= is a cache, which does not say whose images are whose; leave image= and tile= out ({which})."
             )
-        patches = patches_of(place.where, place.hook, model)
-        return [(row, patches) for row in rows]
+        layouts = [layout for token_map in token_maps or () for layout in token_map.layouts]
+        if place.hook.by_tile or (not layouts and model.config.tiling is None):
+            layouts = [layout_without_original(model.config.vision)] * len(activation)
+        if len(layouts) != len(activation):
+            raise InputError(
+                f"mean_of= is a cache that does not know which of the features of {place.hook.name!r} are an image's own and "
+                "which fill up shorter images (it is a plain dict, or was read from a file); give the prompts themselves."
+            )
+        return [(row, patches_of(place.where, place.hook, model, layouts[row])) for row in rows]
     if getattr(cache, "some_positions", False):
         return [(row, range(n)) for row in rows]
     if token_maps is not None:

@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
+from hooked_llava.architecture.hooks import Hook
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -22,20 +24,20 @@ class RowEdit:
 
     Attributes:
         row (int): Row of the batch that runs together.
-        prompt (int): Prompt that the row belongs to.
+        owner (int): Prompt that the row belongs to; on the image side the image, counted over all prompts.
         bound (BoundIntervention): The change.
         where (dict[int, int] | int): From absolute positions to the row's own: an offset, or a table of the positions
             it holds.
     """
 
     row: int
-    prompt: int
+    owner: int
     bound: BoundIntervention
     where: dict[int, int] | int
 
     def apply(self, batch: Tensor) -> None:
         """Change the row in place."""
-        self.bound.apply(batch[self.row], self.where, self.prompt)
+        self.bound.apply(batch[self.row], self.where, self.owner)
 
 
 def edited_copy(batch: Tensor, edits: Iterable[RowEdit]) -> Tensor:
@@ -46,13 +48,19 @@ def edited_copy(batch: Tensor, edits: Iterable[RowEdit]) -> Tensor:
     return changed
 
 
-def images_of(inputs: Inputs, which: int | None) -> list[tuple[int, int]]:
-    """(prompt, index of the image in the batch) of every image, or of each prompt's image of that number."""
-    found, first = [], 0
-    for prompt, n in enumerate(inputs.images_per_prompt):
-        found += [(prompt, first + i) for i in range(n) if which is None or i == which]
-        first += n
-    return found
+def image_rows(inputs: Inputs, hook: Hook, image: int | None = None, tile: int | None = None) -> list[tuple[int, int]]:
+    """(row of an image hook's tensor, its image counted over all prompts), for the image of each prompt and the tile of each
+    image that have these numbers; None: all.
+    """
+    ends = [*accumulate(inputs.images_per_prompt, initial=0)]
+    named = [range(first, stop)[_only(image)] for first, stop in pairwise(ends)]
+    if not hook.by_tile:
+        return [(i, i) for images in named for i in images]
+    return [(row, i) for images in named for i in images for row in inputs.tiles[i][_only(tile)]]
+
+
+def _only(number: int | None) -> slice:
+    return slice(None) if number is None else slice(number, number + 1)
 
 
 def edit_function(edits: list[RowEdit]) -> Callable[..., Tensor]:

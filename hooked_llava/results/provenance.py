@@ -123,7 +123,8 @@ def image_hashes(inputs: Inputs) -> list[str]:
     if inputs.pixel_values is None:
         return []
     pixels = inputs.pixel_values.detach().float().cpu().numpy()
-    return [_hash(f"pixel_values {one.shape}".encode() + one.tobytes()) for one in pixels]
+    images = [pixels[rows.start] if len(rows) == 1 else pixels[rows.start : rows.stop] for rows in inputs.tiles]
+    return [_hash(f"pixel_values {one.shape}".encode() + one.tobytes()) for one in images]
 
 
 def _asked(inputs: Inputs) -> dict[str, Any]:

@@ -294,14 +294,6 @@ def test_processors_that_do_not_fit() -> None:
         "The processor writes '<image>' as token 5 and the model expects images at token 6; use the processor of "
     ):
         prepare("a", config=make_config(image_token_id=6))
-    no_patch = make_processor()
-    no_patch.patch_size = None
-    with says(
-        "The processor does not know the model's patch size and cannot write the image tokens; set "
-        "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
-        "processor.vision_feature_select_strategy = 'default'."
-    ):
-        prepare("a", IMAGE, processor=no_patch)
     with says("The LlavaProcessor writes 5 <image> tokens for an image"):
         prepare("a", IMAGE, processor=make_processor(select_strategy="full"))
     with says("The LlavaProcessor makes images of 24 x 24 pixels and the model takes 16 x 16"):
@@ -320,11 +312,7 @@ def test_processors_that_do_not_fit() -> None:
     "lacking",
     [
         {"num_additional_image_tokens": 0},
-        {"num_additional_image_tokens": None},
-        {"patch_size": None},
         {"patch_size": 4},
-        {"vision_feature_select_strategy": None},
-        {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0},
     ],
 )
 def test_the_advice_for_an_old_processor_works(lacking: dict[str, Any], strategy: str) -> None:
@@ -332,16 +320,32 @@ def test_the_advice_for_an_old_processor_works(lacking: dict[str, Any], strategy
     processor, wanted = (make_processor(select_strategy=strategy) for _ in range(2))
     for name, value in lacking.items():
         setattr(processor, name, value)
-    if lacking == {"num_additional_image_tokens": None}:
-        del processor.num_additional_image_tokens
-    if strategy == "full" and lacking == {"vision_feature_select_strategy": None}:
-        pytest.skip("such a processor writes the right number all the same")
     with pytest.raises(InputError, match="set processor") as caught:
         prepare(QUESTION, IMAGE, processor=processor, config=config)
     for name, value in re.findall(r"processor\.(\w+) = ('?\w+'?)", str(caught.value)):
         setattr(processor, name, value.strip("'") if "'" in value else int(value))
     ours = prepare(QUESTION, IMAGE, processor=processor, config=config)
     assert torch.equal(ours.input_ids, prepare(QUESTION, IMAGE, processor=wanted, config=config).input_ids)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("lacking", ["num_additional_image_tokens", "patch_size", "vision_feature_select_strategy"])
+def test_a_processor_that_does_not_know_the_model_gives_the_same_prompt(lacking: str, strategy: str) -> None:
+    config = make_config(select_strategy=strategy)
+    processor, wanted = (make_processor(select_strategy=strategy) for _ in range(2))
+    setattr(processor, lacking, None)
+    ours, theirs = (prepare(QUESTION, IMAGE, processor=one, config=config) for one in (processor, wanted))
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+
+
+def test_the_prompt_is_the_one_that_the_processor_makes() -> None:
+    questions, images = ["USER: <image> What is this?", "<image> a <image> star"], [[IMAGE], [IMAGE, IMAGE]]
+    for side in ("left", "right"):
+        ours = prepare(questions, images, template=None, padding_side=side)
+        flat = [image for own in images for image in own]
+        theirs = PROCESSOR(text=questions, images=flat, padding=True, padding_side=side, return_tensors="pt")
+        for name in ("input_ids", "attention_mask", "pixel_values"):
+            assert torch.equal(getattr(ours, name).to(theirs[name].dtype), theirs[name]), name
 
 
 def test_a_slow_tokenizer_gives_no_question_span() -> None:
@@ -354,13 +358,13 @@ def test_a_slow_tokenizer_gives_no_question_span() -> None:
         pad_token = "<pad>"
         decode = processor.tokenizer.decode
 
+        def __call__(self, texts: list[str], return_offsets_mapping: bool, **settings: Any) -> BatchFeature:
+            assert not return_offsets_mapping
+            return processor.tokenizer(texts, **settings)
+
     class Processor:
         tokenizer, image_processor, image_token = Slow(), processor.image_processor, "<image>"
         image_token_id, patch_size, chat_template = IMAGE_TOKEN_ID, 8, None
-
-        def __call__(self, return_offsets_mapping: bool, **settings: Any) -> BatchFeature:
-            assert not return_offsets_mapping
-            return processor(**settings)
 
     token_map = prepare(QUESTION, IMAGE, processor=Processor()).token_map
     with pytest.raises(SpanError, match="This prompt has no span 'question'"):

@@ -113,6 +113,11 @@ def parts(prompt: Prompt) -> dict[str, str]:
             "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
             f"<image>\n{QUESTION}<|im_end|><|im_start|>assistant\n",
         ),
+        (
+            "qwen-2",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            f"<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+        ),
         ("plain", f"<image>\n{QUESTION}\n"),
         ("yu-2024", f"USER: <image>\n{QUESTION}\nASSISTANT:"),
         ("basu-2024", f"<image>\nUSER: {QUESTION}? Answer in a few words.\nASSISTANT:"),
@@ -180,6 +185,7 @@ def test_a_tail_may_bring_its_own_separator(tail: str, text: str) -> None:
         ("mistral-instruct", "[/INST] The"),
         ("llava-llama-3", "<|end_header_id|>\n\nThe"),
         ("chatml-direct", "assistant\nThe"),
+        ("qwen-2", "<|im_start|>assistant\nThe"),
         ("plain", f"{QUESTION}\nThe"),
     ],
 )
@@ -237,7 +243,7 @@ def test_an_empty_question_is_refused(question: str) -> None:
 def test_unknown_name() -> None:
     message = (
         "There is no template 'vicuna_v1'. Did you mean: vicuna-v1? Known: llava-1.5, vicuna-v1, llava-v1, "
-        "mistral-instruct, llava-llama-3, chatml-direct, plain, yu-2024, basu-2024, tiny-shapes, "
+        "mistral-instruct, llava-llama-3, chatml-direct, qwen-2, plain, yu-2024, basu-2024, tiny-shapes, "
         "and 'chat' for the processor's own; None takes the text as the whole prompt."
     )
     with pytest.raises(InputError, match=re.escape(message)):

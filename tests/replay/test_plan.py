@@ -8,6 +8,7 @@ from hooked_llava.replay.binding import bind
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.plan import PlannedRun, batches, first_positions, plan_run
 from hooked_llava.replay.state import Work
+from tests.pairs import batch as batch_of
 from tests.pairs import pair
 
 
@@ -46,9 +47,15 @@ def test_a_run_that_changes_nothing_enters_nowhere() -> None:
 
 
 def test_an_image_that_a_prompt_lacks_has_no_first_position() -> None:
-    inputs = pair().ours.as_inputs(pair().prompt())
-    assert first_positions(inputs, None) == [1]
-    assert first_positions(inputs, 1) == []
+    model = pair().ours
+    inputs = model.as_inputs(batch_of([pair().prompt(n_images=2), pair().prompt()], "left"))
+
+    def firsts(image: int | None) -> list[int]:
+        return first_positions(inputs, bind(Intervention("vision.hook_out", image=image, zero=True), model, inputs))
+
+    starts = [token_map.image_starts for token_map in inputs.token_maps]
+    assert sorted(firsts(None)) == sorted([*starts[0], *starts[1]])
+    assert firsts(1) == [starts[0][1]]
 
 
 def test_batches_hold_every_changing_run_once_and_are_no_larger_than_allowed() -> None:

@@ -19,13 +19,15 @@ from hooked_llava.viz.style import MUTED, PAGE_WIDTH, plot
 def model_view(inputs: Inputs, image_processor: Any = None, *, image: int = 0) -> Float[np.ndarray, "height width 3"]:
     """One of the prompts' images as the model receives it, 0 to 1: `pixel_values` with the normalisation undone.
 
+    Of an image that is cut into tiles the first is shown, on which the whole image is.
+
     Without an image processor (or one that does not normalise) the values are stretched to 0 to 1 instead. Raises
     `InputError` for an image that is not there.
     """
-    if inputs.pixel_values is None or not 0 <= image < len(inputs.pixel_values):
-        held = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
+    if inputs.pixel_values is None or not 0 <= image < inputs.n_images:
+        held = 0 if inputs.pixel_values is None else inputs.n_images
         raise InputError(f"There is no image {image}: the inputs hold {held}, counted from 0.")
-    pixels = np.moveaxis(inputs.pixel_values[image].detach().float().cpu().numpy(), 0, -1)
+    pixels = np.moveaxis(inputs.pixel_values[inputs.tiles[image].start].detach().float().cpu().numpy(), 0, -1)
     if getattr(image_processor, "do_normalize", False):
         shown = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
         if not image_processor.do_rescale:
