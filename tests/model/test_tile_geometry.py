@@ -69,7 +69,6 @@ def test_a_small_square_changes_exactly_its_cells(
     after, changed_tiles = features_of(ours, processor, other, several)
     layout = layout_of(ours.config, None, height=size[0], width=size[1], several_images=several)
     changed = changed_patches(tiles, changed_tiles, PATCH)
-    assert changed.any()
     assert set((before != after).any(-1).nonzero()[:, 0].tolist()) == cells_on(layout, changed)
     named = layout.footprint((x, y, x + 3, y + 3))
     shown = {int(f) for name, cells in named.items() for f in layout.cell_features(name)[cells]}
