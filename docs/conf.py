@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import hooked_llava
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hook_specs import markdown_table
+from hooked_llava.architecture.supported import supported
 from hooked_llava.errors import HookedLLaVAError
 from hooked_llava.options import patch_maps
 
@@ -69,6 +70,14 @@ class PatchMapTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The table's nodes."""
         return self.parse_text_to_nodes(patch_maps.markdown_table())
+
+
+class SupportedTable(SphinxDirective):
+    """`{supported-models}`: what loads, from the registries in `hooked_llava.architecture`, at build time."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table's nodes."""
+        return self.parse_text_to_nodes(supported())
 
 
 class PublicNames(SphinxDirective):
@@ -135,9 +144,10 @@ def _display(translator: Any, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this: three directives, and formulas as MathML, which browsers draw without a script."""
+    """Sphinx calls this: four directives, and formulas as MathML, which browsers draw without a script."""
     app.connect("autodoc-process-docstring", _as_rst, priority=100)
     app.add_directive("hook-table", HookTable)
     app.add_directive("patch-map-table", PatchMapTable)
+    app.add_directive("supported-models", SupportedTable)
     app.add_directive("public-names", PublicNames)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))

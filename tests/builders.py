@@ -14,13 +14,20 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    StableLmConfig,
 )
 from transformers.utils import logging
 
 IMAGE_TOKEN_ID = 5
 PAD_TOKEN_ID = 0
 D_VOCAB = 99
-LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "phi": PhiConfig}
+LANGUAGES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "phi": PhiConfig,
+    "stablelm": StableLmConfig,
+}
 TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 
 
@@ -64,7 +71,7 @@ def tiny_hf_config(
         "pad_token_id": PAD_TOKEN_ID,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "layer_norm_eps" if language == "phi" else "rms_norm_eps": 1e-5,
+        "layer_norm_eps" if language in ("phi", "stablelm") else "rms_norm_eps": 1e-5,
         **({} if d_head is None else {"head_dim": d_head}),
     }
     vision_fields: dict[str, Any] = {

@@ -76,6 +76,7 @@ def make_processor(
     metaspace: bool = False,
     chat_template: str | None = None,
     image_processor: Any = None,
+    n_class_tokens: int = 1,
     **image_settings: Any,
 ) -> LlavaProcessor:
     """A processor for square images of that size; `metaspace` gives tokens that hold the space before a word.
@@ -92,7 +93,7 @@ def make_processor(
         tokenizer=make_tokenizer(metaspace=metaspace),
         patch_size=patch_size,
         vision_feature_select_strategy=select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=n_class_tokens,
         chat_template=chat_template,
     )
 

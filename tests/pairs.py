@@ -56,6 +56,8 @@ _OF_A_LANGUAGE: dict[str, dict[str, Any]] = {
         "text": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     },
     "phi": {"n_key_value_heads": 2, "head_bias": True},
+    "stablelm": {"n_key_value_heads": 2, "text": {"use_qkv_bias": True, "partial_rotary_factor": 0.5}},
+    "stablelm_parallel": {"language": "stablelm", "text": {"use_parallel_residual": True, "partial_rotary_factor": 0.5}},
 }  # fmt: skip
 _OF_A_TOWER: dict[str, dict[str, Any]] = {
     "clip": {},

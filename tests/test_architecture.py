@@ -237,6 +237,7 @@ NOT_MIRRORED = (
     "test_known_mechanism",
     "test_known_mechanism_papers",
     "test_family",
+    "test_family_analyses",
     "test_layer_norm",
 )
 

@@ -128,7 +128,7 @@ def edge_attribution(
     """
     table, layers = model.hooks_table, range(model.cfg.n_layers)
     senders = ["hook_embed", *(table.name(part, i) for i in layers for part in ("z", "mlp_out"))]
-    behind = [table.name(part, i) for i in layers for part in (*_PROJECTED, "mlp_in")]
+    behind = [table.name(part, i) for i in layers for part in (*_PROJECTED, *_mlp_readers(model))]
     behind.append(table.name("resid_post", -1))
     held = [*behind, *table.resolve("resid_pre")]
 
@@ -334,27 +334,46 @@ def _reading(
     """
     block, table = model.blocks[layer], model.hooks_table
     stream = held[table.name("resid_pre", layer)][0].detach()
+
+    def before_norm(behind_norm: Float[Tensor, "reader pos d_model"]) -> Float[Tensor, "reader pos d_model"]:
+        copies = stream.expand_as(behind_norm).clone().requires_grad_()
+        with torch.enable_grad():
+            normalized = block.ln1.fused(copies)
+        return torch.autograd.grad(normalized, copies, behind_norm)[0].float()
+
     rows = []
     for name, linear in zip(_PROJECTED, (block.attn.query, block.attn.key, block.attn.value), strict=True):
         gradient = gradients[table.name(name, layer)][0]  # (pos, head, d_head)
         weight = linear.weight.unflatten(0, (-1, gradient.shape[-1]))
-        behind_norm = einsum("p h d, h d m -> h p m", gradient, weight)
-        copies = stream.expand_as(behind_norm).clone().requires_grad_()
-        with torch.enable_grad():
-            normalized = block.ln1.fused(copies)
-        rows.append(torch.autograd.grad(normalized, copies, behind_norm)[0].float())
-    return torch.cat([*rows, gradients[table.name("mlp_in", layer)].float()])
+        rows.append(before_norm(einsum("p h d, h d m -> h p m", gradient, weight)))
+    of_mlp = {name: gradients[table.name(name, layer)] for name in _mlp_readers(model)}  # (1, pos, d_model or d_mlp)
+    if "mlp_in" in of_mlp:
+        return torch.cat([*rows, of_mlp["mlp_in"].float()])
+    linears = (block.mlp.up,) if block.mlp.gate is None else (block.mlp.gate, block.mlp.up)
+    behind_norm = [gradient @ linear.weight for gradient, linear in zip(of_mlp.values(), linears, strict=True)]
+    return torch.cat([*rows, before_norm(torch.stack(behind_norm).sum(0))])
+
+
+def _mlp_readers(model: HookedLLaVA) -> tuple[str, ...]:
+    """Where an MLP reads the stream: its own copy, or in a parallel block, which has none, its neurons before the activation."""
+    cfg = model.config.language
+    if not cfg.parallel_attn_mlp:
+        return ("mlp_in",)
+    return ("mlp.pre", "mlp.pre_linear") if cfg.gated_mlp else ("mlp.pre",)
 
 
 def _into_layer(
     model: HookedLLaVA, layer: int, reading: Float[Tensor, "receiver pos d_model"], changes: Activations
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edges from every head, MLP and the embedding into a layer's readers; its MLP (the last) also hears its heads."""
+    """Edges from every head, MLP and the embedding into a layer's readers; its MLP (the last) also hears its heads.
+
+    Not in a parallel block, whose MLP reads what its heads read.
+    """
     cfg = model.config.language
     heads = np.full((len(reading), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
     mlps = heads[:, :, 0].copy()
     embed = to_numpy(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
-    for sender in range(min(layer + 1, cfg.n_layers)):
+    for sender in range(min(layer + (not cfg.parallel_attn_mlp), cfg.n_layers)):
         hears = slice(None) if sender < layer else slice(-1, None)
         z = changes[model.hooks_table.name("z", sender)][0]  # (pos, head, d_head)
         wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()

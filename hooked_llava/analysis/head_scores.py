@@ -68,8 +68,9 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
     """S of attention and of the MLP of every layer, each given the stream it is added to, [layer, component].
 
     The scores telescope: they sum to the answer's log probability (attribute `log_probability`) less what the embedding
-    alone gives (`log_probability_of_embedding`), exactly, because the norm's scale is frozen. Arguments as for
-    `head_scores`.
+    alone gives (`log_probability_of_embedding`), exactly, because the norm's scale is frozen. Where attention and MLP stand
+    side by side (Phi) there is no stream between them: the MLP is given `resid_pre` and `attn_out`, which keeps the sum, and
+    the attribute `mlp_given` says so. Arguments as for `head_scores`.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -84,6 +85,7 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
         attrs = {
             "log_probability": unwrap_single(ends[0]),
             "log_probability_of_embedding": unwrap_single(ends[1]),
+            **({"mlp_given": "resid_pre + attn_out"} if model.config.language.parallel_attn_mlp else {}),
             **cache.target_attrs(),
         }
         dims = ("prompt", "layer", "component")

@@ -138,7 +138,7 @@ def _one_prompt(
         resid = resid_by_layer(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
         written = torch.stack([_written(cache, layer, head, index) for layer, head in pairs])
         scale = cache.scale[0, 0]
-        read = [_compare(project(model, resid, space, scale), ids) for space in spaces]
+        read = [_compare(project(model, resid, space, scale, bias=True), ids) for space in spaces]
         sent = [_compare(project(model, written, space, scale), ids) for space in spaces]
         by_layer, by_head = ("space", "layer", "position"), ("space", "head", "position")
         return xr.Dataset(

@@ -54,7 +54,7 @@ def logit_attribution(
         answer: a token id, or a word that is one token after the prompt; the model's own next token by default.
         baseline: likewise, a token whose logit is subtracted.
         by: what the logit is divided among:
-            "component" [component] (embed, 0_attn, 0_mlp, ..., and ln_final_bias of a LayerNorm);
+            "component" [component] (embed, 0_attn, 0_mlp, ..., ln_final_bias of a LayerNorm, and unembed_bias);
             "layer" [layer] (attention and MLP of each together);
             "head" [layer, head]; "neuron" [layer, neuron];
             "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its
@@ -119,9 +119,8 @@ def _one_prompt(
         direction = _direction(model, answer, baseline) / scale  # (d_model)
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
         result = _DIVIDE[by](model, cache, direction, prompt)
-        bias = model.ln_final.bias
-        if by == "component" and bias is not None:
-            result = xr.concat([result, _norm_bias(model, bias, answer, baseline)], "component")
+        if by == "component":
+            result = xr.concat([result, *_biases(model, answer, baseline)], "component")
         attrs = {
             "logit": total,
             "answer": _word(model, answer),
@@ -163,13 +162,23 @@ def _by_component(
     return xr.DataArray(to_numpy(values), dims="component", coords={"component": list(names)}, name="logit")
 
 
-def _norm_bias(model: HookedLLaVA, bias: Float[Tensor, " d_model"], answer: int, baseline: int | None) -> xr.DataArray:
-    """What the final norm's bias gives the logit, whatever the prompt."""
-    reading = at_least_float32(model.W_U[:, answer]) - (
-        0.0 if baseline is None else at_least_float32(model.W_U[:, baseline])
-    )
-    value = float(reading @ bias.to(reading.dtype))
-    return xr.DataArray([value], dims="component", coords={"component": ["ln_final_bias"]}, name="logit")
+def _biases(model: HookedLLaVA, answer: int, baseline: int | None) -> list[xr.DataArray]:
+    """What the biases of the final norm and of the unembedding, where there are any, give the logit, whatever the prompt."""
+
+    def of_answer(table: Float[Tensor, "*rest d_vocab"]) -> Float[Tensor, "*rest"]:
+        own = at_least_float32(table[..., answer])
+        return own if baseline is None else own - at_least_float32(table[..., baseline])
+
+    values: dict[str, Tensor] = {}
+    if (bias := model.ln_final.bias) is not None:
+        reading = of_answer(model.W_U)
+        values["ln_final_bias"] = reading @ bias.to(reading.dtype)
+    if model.unembed.bias is not None:
+        values["unembed_bias"] = of_answer(model.b_U)
+    return [
+        xr.DataArray([float(value)], dims="component", coords={"component": [name]}, name="logit")
+        for name, value in values.items()
+    ]
 
 
 def _by_layer(

@@ -176,6 +176,11 @@ def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
         )
     layer = as_indices(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
     if kind == "mlp":
+        if cfg.parallel_attn_mlp:
+            raise InputError(
+                f"receiver={receiver!r}: in this model's blocks MLP and attention read one normalized stream, so a path into the "
+                "MLP alone cannot be run. Use edge_attribution for its estimate, or 'logits' and 'q', 'k', 'v' as receivers."
+            )
         return _Target(kind, table.name("mlp_in", layer), layer)
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
     head = as_indices(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]

@@ -50,6 +50,7 @@ class LanguageKind:
 
     Attributes:
         title (str): What it is called.
+        examples (str): Models that have it.
         read (Callable[[Any], dict[str, Any]]): The fields of `LanguageConfig` in which it differs from others, from its
             Hugging Face config.
         names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the language model, and ours; `{}` stands
@@ -57,6 +58,7 @@ class LanguageKind:
     """
 
     title: str
+    examples: str
     read: Callable[[Any], dict[str, Any]]
     names: Mapping[str, str]
 
@@ -107,6 +109,23 @@ def _phi(text: Any) -> dict[str, Any]:
     }
 
 
+def _stablelm(text: Any) -> dict[str, Any]:
+    if text.qk_layernorm:
+        raise ConfigError(
+            "The language model has qk_layernorm=True, norms on queries and keys, which are not built here."
+        )
+    return {
+        "normalization_type": "LN",
+        "eps": text.layer_norm_eps,
+        "gated_mlp": True,
+        "qkv_bias": text.use_qkv_bias,
+        "out_bias": False,
+        "mlp_bias": False,
+        "parallel_attn_mlp": text.use_parallel_residual,
+        "rotary": _rotary(text, share=text.rope_parameters["partial_rotary_factor"]),
+    }
+
+
 def _windows(text: Any, layers: Iterable[int]) -> dict[str, Any]:
     """The sliding window and the layers that have it."""
     window = text.sliding_window
@@ -114,10 +133,11 @@ def _windows(text: Any, layers: Iterable[int]) -> dict[str, Any]:
 
 
 LANGUAGE_MODELS = {
-    "llama": LanguageKind("Llama", _llama, _LLAMA_NAMES),
-    "mistral": LanguageKind("Mistral", _mistral, _LLAMA_NAMES),
-    "qwen2": LanguageKind("Qwen2", _qwen2, _LLAMA_NAMES),
-    "phi": LanguageKind("Phi", _phi, _PHI_NAMES),
+    "llama": LanguageKind("Llama", "LLaVA-1.5 (Vicuna, Llama-2), models with Llama-3", _llama, _LLAMA_NAMES),
+    "mistral": LanguageKind("Mistral", "BakLLaVA, models with Mistral-7B", _mistral, _LLAMA_NAMES),
+    "qwen2": LanguageKind("Qwen2", "models with Qwen1.5, Qwen2 and Qwen2.5", _qwen2, _LLAMA_NAMES),
+    "phi": LanguageKind("Phi", "models with Phi-1, Phi-1.5 and Phi-2", _phi, _PHI_NAMES),
+    "stablelm": LanguageKind("StableLM", "models with StableLM 2 and 3B", _stablelm, _LLAMA_NAMES),
 }
 """Every language model that loads, by the `model_type` of its Hugging Face config."""
 

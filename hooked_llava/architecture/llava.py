@@ -37,6 +37,8 @@ class LlavaKind:
 
     Attributes:
         architecture (str): The class in transformers.
+        title (str): What it is called.
+        examples (str): Models of that kind.
         projector_names (Mapping[str, str]): Names of the projector's tensors: Hugging Face's and ours.
         head (tuple[str, ...]): Prefixes of `lm_head`.
         language (tuple[str, ...]): Prefixes of the language model's tensors.
@@ -48,6 +50,8 @@ class LlavaKind:
     """
 
     architecture: str
+    title: str
+    examples: str
     projector_names: Mapping[str, str]
     head: tuple[str, ...] = ("language_model.", "")
     language: tuple[str, ...] = ("language_model.model.", "language_model.")
@@ -60,15 +64,19 @@ class LlavaKind:
 _PROJECTOR_NAMES = {"linear_1": "linear_in", "linear_2": "linear_out"}
 
 LLAVA_MODELS = {
-    "llava": LlavaKind("LlavaForConditionalGeneration", _PROJECTOR_NAMES),
+    "llava": LlavaKind("LlavaForConditionalGeneration", "LLaVA", "LLaVA-1.5 7B and 13B, BakLLaVA", _PROJECTOR_NAMES),
     "llava_next": LlavaKind(
         "LlavaNextForConditionalGeneration",
+        "LLaVA-NeXT",
+        "LLaVA-1.6 Vicuna and Mistral, llama3-llava-next-8b",
         _PROJECTOR_NAMES,
         image_fields=("pixel_values", "image_sizes"),
         tiling=_next_tiling,
     ),
     "llava_onevision": LlavaKind(
         "LlavaOnevisionForConditionalGeneration",
+        "LLaVA-OneVision",
+        "LLaVA-OneVision 0.5B, 7B and 72B",
         _PROJECTOR_NAMES,
         image_fields=("pixel_values", "image_sizes", "batch_num_images"),
         tiling=_onevision_tiling,

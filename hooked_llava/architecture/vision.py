@@ -49,6 +49,7 @@ class VisionKind:
 
     Attributes:
         title (str): What it is called.
+        examples (str): Models that have it.
         read (Callable[[Any], dict[str, Any]]): The fields of `VisionConfig` in which it differs from others, from its
             Hugging Face config.
         names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the vision tower, and ours; `{}` stands
@@ -56,6 +57,7 @@ class VisionKind:
     """
 
     title: str
+    examples: str
     read: Callable[[Any], dict[str, Any]]
     names: Mapping[str, str]
 
@@ -69,8 +71,8 @@ def _siglip(vision: Any) -> dict[str, Any]:
 
 
 VISION_TOWERS = {
-    "clip_vision_model": VisionKind("CLIP", _clip, _CLIP_NAMES),
-    "siglip_vision_model": VisionKind("SigLIP", _siglip, _SIGLIP_NAMES),
+    "clip_vision_model": VisionKind("CLIP", "LLaVA-1.5, BakLLaVA", _clip, _CLIP_NAMES),
+    "siglip_vision_model": VisionKind("SigLIP", 'models with SigLIP (select strategy "full")', _siglip, _SIGLIP_NAMES),
 }
 """Every vision tower that loads, by the `model_type` of its Hugging Face config."""
 

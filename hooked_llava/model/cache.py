@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +19,7 @@ from transformer_lens.utilities import get_act_name
 
 from hooked_llava.architecture.hooks import Hook, HookTable
 from hooked_llava.architecture.sizes import TowerConfig
-from hooked_llava.errors import HookNameError, SpanError, did_you_mean
+from hooked_llava.errors import HookNameError, InputError, SpanError, did_you_mean
 from hooked_llava.model.components.block import Blocks
 from hooked_llava.model.tl_protocol import ConfigView, sum_biases
 from hooked_llava.model.vision import VisionTower
@@ -51,10 +53,34 @@ class _VisionModel:
         return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)
 
 
+def _without_middle(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of TransformerLens that refuses to read between attention and MLP where a block has nothing there."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(self: NamedCache, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        asked = [name for name in ("mlp_input", "incl_mid") if given.get(name)]
+        if asked and self.model.cfg.parallel_attn_mlp:
+            raise InputError(
+                f"{method.__name__}({asked[0]}=True) needs the stream between attention and MLP, and in this model's blocks "
+                f"they stand side by side: both read resid_pre through ln1. Leave {asked[0]} out."
+            )
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class NamedCache(ActivationCache):
     """TransformerLens's cache, with our other spellings of names, and an error that says what is missing."""
 
     aliases: Mapping[str, str] = MappingProxyType({})
+
+    accumulated_resid = _without_middle(ActivationCache.accumulated_resid)
+    decompose_resid = _without_middle(ActivationCache.decompose_resid)
+    stack_neuron_results = _without_middle(ActivationCache.stack_neuron_results)
+    apply_ln_to_stack = _without_middle(ActivationCache.apply_ln_to_stack)
+    get_full_resid_decomposition = _without_middle(ActivationCache.get_full_resid_decomposition)
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str) and key in self.cache_dict:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.architecture.supported import supported
 from hooked_llava.architecture.tensors import with_optional_tensors
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.loading.checkpoint import (
@@ -234,6 +235,15 @@ class HookedLLaVA(HookedModule):
         return verify(self, hf_model, inputs)
 
     # ------------------------------------------------------------------ loading and saving
+
+    @staticmethod
+    def supported() -> str:
+        """What loads, by the `model_type` in a checkpoint's config, and how it is tested: a table in Markdown.
+
+        >>> "| language model | `phi` |" in HookedLLaVA.supported()
+        True
+        """
+        return supported()
 
     @classmethod
     def build(

@@ -49,6 +49,10 @@ def sum_biases(
     blocks: Blocks, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, " d_model"]:
     """Sum of all output biases of a tower below a layer (with `mlp_input`, below its MLP)."""
+    if mlp_input and isinstance(blocks[0], ParallelBlock):
+        raise InputError(
+            "mlp_input=True: in this model's blocks the MLP reads resid_pre, as attention does. Leave it out."
+        )
     total = torch.zeros_like(blocks[0].attn.b_O)
     for i, block in enumerate(itertools.islice(blocks, layer + mlp_input)):
         total = total + block.attn.b_O
@@ -236,7 +240,7 @@ class TransformerLensSurface(nn.Module):
 
         It is the token's unembedding times the final norm's weight (centred, where the norm is a LayerNorm); because that
         is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights. A LayerNorm's bias has no
-        direction: the logit is that sum and `ln_final.b @ W_U`.
+        direction: the logit is that sum and `ln_final.b @ W_U`; nor has an unembedding's, `b_U`.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.ln_final.direction(self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)])

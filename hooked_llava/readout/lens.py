@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -43,9 +44,10 @@ def lens(
         model: the model whose final norm and unembedding are used; its hooks do not fire.
         vectors: in the residual stream.
         norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U. With a LayerNorm u
-            is centred first and the norm's bias added.
+            is centred first and the norm's bias added; an unembedding's bias is added, too.
         scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
-        bias: for "frozen", False where the vectors are parts of the stream: the norm's bias belongs to the whole only.
+        bias: for "frozen" and "none", False where the vectors are parts of the stream: biases of the norm and of the
+            unembedding belong to the whole only.
 
     In the vectors' dtype. Raises `InputError` for an unknown norm, or "frozen" without a scale.
 
@@ -57,20 +59,23 @@ def lens(
     if norm == "final":
         return _unembed(model, model.ln_final.fused(vectors))
     if norm == "none":
-        return _unembed(model, vectors)
+        return _unembed(model, vectors, bias=bias)
     if norm != "frozen":
         raise InputError(f"norm={norm!r} is no lens; expected 'final', 'frozen' or 'none'.")
     if scale is None:
         raise InputError("norm='frozen' needs scale=, the final norm's scale at the position of the answer.")
-    return _unembed(model, model.ln_final.frozen(vectors, scale, bias=bias))
+    return _unembed(model, model.ln_final.frozen(vectors, scale, bias=bias), bias=bias)
 
 
-def _unembed(model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_vocab"]:
+def _unembed(
+    model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"], *, bias: bool = True
+) -> Float[Tensor, "*shape d_vocab"]:
     """The product with the unembedding in the vectors' dtype: a finer one than the model's tells large logits apart."""
-    weight = model.unembed.weight
+    weight, added = model.unembed.weight, model.unembed.bias if bias else None
     if vectors.dtype == weight.dtype:
-        return model.unembed(vectors)
-    return torch.cat([vectors @ part.to(vectors.dtype).T for part in weight.split(_WIDENED)], -1)
+        return F.linear(vectors, weight, added)
+    logits = torch.cat([vectors @ part.to(vectors.dtype).T for part in weight.split(_WIDENED)], -1)
+    return logits if added is None else logits + added.to(logits.dtype)
 
 
 def top_tokens(
@@ -110,7 +115,7 @@ def project(
     """One number for every word of the vocabulary, in float32 at least.
 
     "unembed": logits through the final norm with a given scale (frozen), as parts of the final stream are read; with
-    `bias` as the whole stream is, with a LayerNorm's bias.
+    `bias` as the whole stream is, with the biases of a LayerNorm and of the unembedding.
     "embed": inner product with each word's input embedding; "cosine": their cosine, which does not favour long vectors.
 
     Raises `InputError` for another space, or "unembed" without a scale.
@@ -129,7 +134,7 @@ def project(
     table = model.W_E.to(rows.dtype)
     if space == "embed":
         return rows @ table.T
-    return torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+    return F.normalize(rows, dim=-1) @ F.normalize(table, dim=-1).T
 
 
 def check_spaces(spaces: Sequence[str]) -> None:
@@ -234,10 +239,13 @@ def _over_vocabulary(
 ) -> Float[Tensor, "*out"]:
     """log P of the target's tokens together, from logits of a piece of the vocabulary at a time."""
     shape = torch.broadcast_shapes(shape, target.shape[:-1])
-    target, first = target.expand(*shape, -1), 0
+    target, first, bias = target.expand(*shape, -1), 0, model.unembed.bias
     own, others = [], []
     for part in model.unembed.weight.split(max(1, _SCORED // max(1, shape.numel()))):
-        logits = logits_of(at_least_float32(part).T).expand(*shape, -1)
+        logits = logits_of(at_least_float32(part).T)
+        if bias is not None:
+            logits = logits + bias[first : first + len(part)].to(logits.dtype)
+        logits = logits.expand(*shape, -1)
         index = (target - first).clamp(0, len(part) - 1)
         here = index == target - first
         own.append(logits.gather(-1, index).masked_fill(~here, float("-inf")).logsumexp(-1))
@@ -255,4 +263,4 @@ def log_p_of_odds(odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     >>> log_p_of_odds(torch.tensor([0.0, 30.0]))
     tensor([-6.9315e-01, -9.3576e-14])
     """
-    return torch.nn.functional.logsigmoid(odds)
+    return F.logsigmoid(odds)

@@ -113,7 +113,7 @@ def text(**fields: Any) -> Callable[[LlavaConfig], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: setattr(c, "model_type", "llava_next"), "type 'llava_next'.*Known: llava"),
+        (lambda c: setattr(c, "model_type", "llava_nxt"), "type 'llava_nxt'.*Known: llava"),
         (text(model_type="lama"), "language model is of type 'lama'.*Did you mean: llama"),
         (lambda c: setattr(c.vision_config, "model_type", "clip_vision"), "type 'clip_vision'.*Did you mean: clip_vision_model"),
         (lambda c: vars(c).update(vision_feature_select_strategy="cls"), "is 'cls'; expected 'default'"),
@@ -153,12 +153,13 @@ def test_sizes_of_the_family(name: str) -> None:
     windows = {"mistral": (5, (0, 1, 2)), "qwen2": (4, (1, 2))}
     assert (language.window, language.windowed_layers) == windows.get(fields["language"], (None, ()))
     assert (language.qkv_bias, language.out_bias, language.mlp_bias) == {
-        "qwen2": (True, False, False), "phi": (True, True, True),
-    }.get(fields["language"], (False, False, False))  # fmt: skip
-    assert language.parallel_attn_mlp == (fields["language"] == "phi")
+        "qwen2": (True, False, False), "phi": (True, True, True), "stablelm": (True, False, False),
+        "stablelm_parallel": (False, False, False),
+    }.get(name.partition("-")[0], (False, False, False))  # fmt: skip
+    assert language.parallel_attn_mlp == name.startswith(("phi", "stablelm_parallel"))
     assert language.rotary is not None
     n_turned = 2 * len(language.rotary.frequencies)
-    assert n_turned == language.d_head // 2 if fields["language"] == "phi" else n_turned == language.d_head
+    assert n_turned == language.d_head // (2 if fields["language"] in ("phi", "stablelm") else 1)
     assert language.tied_embeddings == (fields["language"] == "qwen2")
     assert vision.class_token == vision.pre_norm == (fields["tower"] == "clip")
     assert (vision.n_positions, vision.n_features) == ((5, 4) if fields["tower"] == "clip" else (4, 4))

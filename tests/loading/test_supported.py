@@ -16,7 +16,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, VipLlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError, ConfigError, InputError
@@ -207,8 +207,8 @@ def test_a_plain_model_is_accepted_in_every_dtype_and_after_a_merge() -> None:
 
 def test_another_architecture_is_told_by_its_config() -> None:
     other = nn.Module()
-    other.config = LlavaNextConfig()
-    with pytest.raises(ConfigError, match="'llava_next'.*Known: llava"):
+    other.config = VipLlavaConfig()
+    with pytest.raises(ConfigError, match="'vipllava'.*Known: llava"):
         HookedLLaVA.from_hf(other)
 
 

@@ -293,6 +293,6 @@ def test_saving_needs_a_hugging_face_config(tmp_path: Any) -> None:
 
 def test_another_architecture_is_refused() -> None:
     hf = make_hf_model()
-    hf.config.model_type = "llava_next"
-    with pytest.raises(ConfigError, match="type 'llava_next'.*Known: llava"):
+    hf.config.model_type = "llava_nxt"
+    with pytest.raises(ConfigError, match="type 'llava_nxt'.*Known: llava"):
         HookedLLaVA.from_hf(hf)

@@ -55,7 +55,7 @@ def _patch_rows(model: Any, iv: Any, axes: tuple[str, ...], name: str, row: Tens
         return list(range(n))
     given = [iv.positions] if isinstance(iv.positions, int) else list(iv.positions)
     class_token_first = "pos" in axes or "query" in axes or ("feature" in axes and not vision.drop_class_token)
-    return [p % vision.n_patches + int(class_token_first) for p in given]
+    return [p % vision.n_patches + int(class_token_first and vision.class_token) for p in given]
 
 
 def _change_row(iv: Any, axes: tuple[str, ...], row: Tensor, where: list[int], keys: list[int] | None) -> Tensor:

@@ -18,6 +18,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.replay import Intervention, Replay
 from tests.builders import make_hf_model, make_prompt
 from tests.oracles.naive_interventions import run_naively
+from tests.pairs import FAMILY
 
 CONFIGS: tuple[dict[str, Any], ...] = (
     {},
@@ -25,6 +26,9 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"n_key_value_heads": 1, "attention_bias": True},
     {"vision_feature_layer": [-2, -1]},
     {"select_strategy": "full"},
+    FAMILY["mistral-clip"],
+    FAMILY["qwen2-siglip"],
+    FAMILY["phi-clip"],
 )
 IMAGE_SIDE = ("vision.", "projector.", "hook_image_embed")
 

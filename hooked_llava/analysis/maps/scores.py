@@ -24,7 +24,7 @@ Heads = int | Literal["all"] | Sequence[tuple[int, int]]
 
 
 def score_layers(cache: AnswerCache) -> Float[Tensor, "prompt layer 2"]:
-    """S(attention | resid_pre) and S(MLP | resid_mid)."""
+    """S(attention | resid_pre) and S(MLP | resid_pre + attn_out); the second is resid_mid, but in a parallel block."""
     rows = []
     for layer in range(cache.n_layers):
         resid, attention = cache.resid[layer], cache.part(layer, "attn_out")

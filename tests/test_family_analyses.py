@@ -1,0 +1,281 @@
+"""Every analysis, edit and re-run on every language model: what Replay computes equals full runs with the same hooks.
+
+The analyses run twice: with the engine, and with each of its re-runs replaced by a full hooked run of the whole prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from PIL import Image
+from torch import Tensor
+
+from hooked_llava import analysis
+from hooked_llava.editing import EditRequest, key_covariance, multedit, rome
+from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.experiments.corruptions import Noise
+from hooked_llava.model.cache_hooks import axis_sizes
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.metrics import Answer, log_probability
+from hooked_llava.replay import Intervention, Replay
+from hooked_llava.replay.layer_pass import LayerPass
+from tests.builders import make_hf_model
+from tests.fixtures_processor import make_processor
+from tests.oracles.naive_interventions import run_naively
+from tests.pairs import FAMILY, off
+
+_ENGINE = LayerPass.logits
+LANGUAGES = ["llama-clip", "mistral-clip", "qwen2-clip", "phi-clip", "phi-siglip"]
+each = pytest.mark.parametrize("name", LANGUAGES)
+
+
+@functools.cache
+def hf_of(name: str) -> Any:
+    return make_hf_model(**FAMILY[name])
+
+
+@functools.cache
+def model_of(name: str) -> HookedLLaVA:
+    siglip = {"image_size": 18, "select_strategy": "full", "n_class_tokens": 0} if name.endswith("siglip") else {}
+    return HookedLLaVA.from_hf(hf_of(name), make_processor(**siglip))
+
+
+def image(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompts(name: str) -> tuple[Any, Any]:
+    return _prompt(name, "What is the star?", 0), _prompt(name, "What is the star?", 1)
+
+
+def _prompt(name: str, question: str, seed: int) -> Any:
+    text = f"USER: <image>\n{question} ASSISTANT:"
+    return model_of(name).prepare(text, images=image(seed), template=None).with_spans(question=question)
+
+
+def naive_logits(self: LayerPass) -> Tensor:
+    """In place of `LayerPass.logits`: a full forward pass of the whole prompt for each run, with its interventions as hooks."""
+    if self._listen:  # a branch keeps what its pass records
+        return _ENGINE(self)
+    model, inputs = self.model, self.state.inputs
+    rows = []
+    for run in sorted(self.runs, key=lambda run: run.index):
+        hooks: list[Any] = [bound.intervention for bound in (*run.image, *run.language)]
+        if not run.image:  # a branch has embeddings of its own
+            hooks.insert(0, ("hook_embed", lambda x, hook: self.kept.entering(0)))
+        logits = model.run_with_hooks(inputs, fwd_hooks=hooks)
+        assert logits is not None
+        rows.append(logits.gather(1, self.wanted[..., None].expand(-1, -1, logits.shape[-1])))
+    return torch.stack(rows).detach()
+
+
+# ---------------------------------------------------------------------- Replay
+
+
+@each
+@torch.no_grad()
+def test_replay_equals_the_full_run_at_every_hook(name: str) -> None:
+    model = model_of(name)
+    for inputs in (prompts(name)[0], model.as_inputs(_left_padded([prompts(name)[0], _prompt(name, "Who?", 2)]))):
+        n, real = inputs.shape[1], inputs.attention_mask
+        runs = [
+            [_change_at(model, hook, inputs)] for hook in model.hooks_table.hooks.values() if hook.layer in (None, 1, 2)
+        ]
+        fast = Replay(model, inputs).run(runs, positions=list(range(n)))
+        fast = fast if fast.ndim == 4 else fast[:, None]
+        plain = model(inputs)
+        for run, own, theirs in zip(runs, fast, run_naively(model, inputs, runs), strict=True):
+            assert off(own[real], theirs[real]) <= 1e-5, run
+            assert off(theirs[real], plain[real]) > 1e-4, f"{run} changes nothing"
+
+
+def _change_at(model: HookedLLaVA, hook: Any, inputs: Any) -> Intervention:
+    """Something that changes the logits: a vector added in the middle of the prompt, or edges blocked."""
+    n, sizes = inputs.shape[1], axis_sizes(model.hooks_table, hook.name, inputs)
+    where = [1, 2] if hook.on_image_side else [n - 4, n - 2]
+    if hook.site == "attn.hook_attn_scores" and not hook.on_image_side:
+        return Intervention(hook.name, block=([n - 3], [n - 1, n - 2]))
+    if "key" in hook.axes or hook.axes[-1] == "1":
+        return Intervention(hook.name, positions=where, scale=1.5)
+    noise = torch.randn(sizes[hook.axes[-1]], generator=torch.Generator().manual_seed(0))
+    return Intervention(hook.name, positions=where, add=noise)
+
+
+def _left_padded(singles: list[Any]) -> dict[str, Tensor]:
+    width = max(one.shape[1] for one in singles)
+    ids = [torch.nn.functional.pad(one.input_ids, (width - one.shape[1], 0), value=0) for one in singles]
+    mask = [torch.nn.functional.pad(one.attention_mask, (width - one.shape[1], 0), value=False) for one in singles]
+    pixels = torch.cat([one.pixel_values for one in singles])
+    return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask), "pixel_values": pixels}
+
+
+# ---------------------------------------------------------------------- analyses
+
+
+def patching_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
+    """Those that re-run: each must give numbers that are not all 0."""
+    metric = log_probability(Answer.of(model, "red"))
+    receivers = ["logits", ("q", 2, 1), ("k", 1, 0), ("v", 2, 1)]
+    if not model.config.language.parallel_attn_mlp:
+        receivers.append(("mlp", 1))
+    return {
+        "patched streams": lambda: analysis.activation_patching(model, clean, other, metric=metric),
+        "patched heads": lambda: analysis.activation_patching(
+            model, clean, other, hook="z", positions=[-4, -1], metric=metric
+        ),
+        "patched features": lambda: analysis.activation_patching(
+            model, clean, other, hook="hook_image_embed", metric=metric
+        ),
+        "paths": lambda: analysis.path_patching(model, clean, other, receivers=receivers, metric=metric),
+        "paths of MLPs": lambda: analysis.path_patching(
+            model, clean, other, receivers=receivers, senders="mlps", metric=metric
+        ),
+        "knockout": lambda: analysis.attention_knockout(model, clean, ["image->last", "question->last"], 1),
+        "trace": lambda: analysis.causal_trace(model, clean, "star", corruption=Noise(3.0), answer="red"),
+        "ablated": lambda: analysis.ablate_heads(model, clean, [(0, 1), (2, 0)], replace="zero"),
+        "ablated tokens": lambda: analysis.patch_importance(model, clean, "red", method="token_ablation"),
+    }
+
+
+def numbers(result: Any) -> dict[str, np.ndarray]:
+    if isinstance(result, xr.DataArray):
+        result = result.to_dataset(name=result.name or "value")
+    if isinstance(result, xr.Dataset):
+        return {str(key): part.values for key, part in result.items() if part.dtype.kind == "f"}
+    return {"value": np.asarray(result, dtype=float)}
+
+
+@each
+def test_analyses_that_re_run_equal_full_hooked_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name)
+    analyses = patching_analyses(model, *prompts(name))
+    fast = {what: numbers(run()) for what, run in analyses.items()}
+    monkeypatch.setattr(LayerPass, "logits", naive_logits)
+    for what, run in analyses.items():
+        assert max(float(np.nanstd(values)) for values in fast[what].values()) > 1e-4, f"{what}: no effect"
+        for key, slow in numbers(run()).items():
+            own = fast[what][key]
+            assert np.isfinite(own).any(), (what, key)
+            scale = max(1.0, float(np.nanmax(np.abs(slow))))
+            assert np.array_equal(np.isnan(own), np.isnan(slow)), (what, key)
+            assert float(np.nanmax(np.abs(own - slow))) <= 1e-5 * scale, (what, key)
+
+
+def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
+    metric = log_probability(Answer.of(model, "red"))
+    return {
+        "lens": lambda: analysis.logit_lens(model, clean, k=2, answers=["red"]),
+        "heads": lambda: analysis.head_scores(model, clean, "red"),
+        "positions": lambda: analysis.position_scores(model, clean, "red", heads=2),
+        "map": lambda: analysis.patch_importance(model, clean, "red"),
+        "gradient map": lambda: analysis.patch_importance(model, clean, "red", method="grad_x_input"),
+        "relevancy": lambda: analysis.patch_importance(model, clean, "red", method="relevancy"),
+        "rollout": lambda: analysis.patch_importance(model, clean, method="rollout"),
+        "readings": lambda: analysis.head_readings(model, clean, 1, 1, "red", k=2),
+        "stored": lambda: analysis.information_storage(model, clean, "red", "blue", top=3),
+        "next": lambda: analysis.next_tokens(model, clean, k=3),
+        "attention": lambda: analysis.image_attention(model, clean),
+        "curve": lambda: analysis.answer_probability(model, clean, "red"),
+        "contribution": lambda: analysis.attention_contribution(model, clean, "star"),
+        "estimate": lambda: analysis.attribution_patching(model, clean, other, metric=metric),
+        "deleted": lambda: analysis.attribution_patching(model, clean, other, hooks=["z"], steps=3, metric=metric),
+    }
+
+
+@each
+def test_analyses_that_read_run(name: str) -> None:
+    model = model_of(name)
+    for what, run in reading_analyses(model, *prompts(name)).items():
+        result = run()
+        parts = numbers(result)
+        assert parts or what == "next", what
+        for key, values in parts.items():
+            assert np.isfinite(values).any(), (what, key)
+            if "mistral" not in name:  # there the window of the last position holds no patch, in any layer
+                assert np.nanmax(np.abs(values)) > 0, (what, key)
+
+
+@each
+def test_sums_hold(name: str) -> None:
+    model = model_of(name)
+    clean, other = prompts(name)
+    parts = analysis.logit_attribution(model, clean, "red", baseline="blue")
+    assert float(parts.sum()) == pytest.approx(parts.attrs["logit"], abs=1e-4)
+    assert ("unembed_bias" in parts.component.values) == ("ln_final_bias" in parts.component.values) == ("phi" in name)
+    scores = analysis.layer_scores(model, clean, "red")
+    gained = scores.log_probability - scores.log_probability_of_embedding
+    assert float(scores.sum()) == pytest.approx(gained, abs=1e-4)
+    assert ("mlp_given" in scores.attrs) == ("phi" in name)
+    for by in ("head", "layer", "neuron", "source", "patch"):
+        assert np.isfinite(analysis.logit_attribution(model, clean, "red", by=by).values).all()
+    last = analysis.answer_probability(model, clean, "red")
+    log_p = model(clean)[0, -1].detach().log_softmax(-1)[model.to_single_token("red")]
+    assert scores.log_probability == pytest.approx(float(log_p), abs=1e-4)
+    assert last is not None
+    metric = log_probability(Answer.of(model, "red"))
+    edges = analysis.edge_attribution(model, clean, other, metric=metric)
+    nodes = analysis.attribution_patching(model, clean, other, hooks=["z", "mlp_out", "hook_embed"], metric=metric)
+    summed = edges.heads.sum("receiver", skipna=True)
+    assert np.allclose(summed, nodes["z"].sum("position"), atol=1e-4 * float(np.abs(nodes["z"]).max() + 1))
+    assert np.allclose(edges.mlps.sum("receiver"), nodes["mlp_out"].sum("position"), atol=1e-3)
+    assert float(edges.embed.sum()) == pytest.approx(float(nodes["hook_embed"].sum()), abs=1e-3)
+
+
+def test_what_a_parallel_block_lacks_is_refused_with_what_stands_for_it() -> None:
+    model = model_of("phi-clip")
+    clean, other = prompts("phi-clip")
+    metric = log_probability(Answer.of(model, "red"))
+    with pytest.raises(HookNameError, match=r"resid_mid.*side by side.*resid_pre"):
+        analysis.activation_patching(model, clean, other, hook="resid_mid", metric=metric)
+    with pytest.raises(HookNameError, match=r"mlp_in.*side by side"):
+        Replay(model, clean).run([[Intervention("blocks.1.hook_mlp_in", zero=True)]])
+    with pytest.raises(InputError, match=r"\('mlp', 1\).*edge_attribution"):
+        analysis.path_patching(model, clean, other, receivers=[("mlp", 1)], metric=metric)
+    _, cache = model.run_with_cache(clean)
+    whole = cache.decompose_resid(3).sum(0)
+    assert torch.allclose(whole, cache["resid_post", 2], atol=1e-5)
+    assert torch.allclose(cache.accumulated_resid(3)[-1], cache["resid_post", 2])
+    for refused in (
+        lambda: cache.decompose_resid(2, mlp_input=True),
+        lambda: cache.accumulated_resid(2, incl_mid=True),
+        lambda: cache.apply_ln_to_stack(whole[None], 2, mlp_input=True),
+        lambda: cache.get_full_resid_decomposition(2, True),
+        lambda: model.accumulated_bias(2, mlp_input=True),
+    ):
+        with pytest.raises(InputError, match=r"mlp_input|incl_mid"):
+            refused()
+    assert cache.vision.decompose_resid(1, mlp_input=True).shape[0] > 1
+
+
+# ---------------------------------------------------------------------- edits
+
+
+@each
+@pytest.mark.parametrize("method", [multedit, rome])
+def test_edits_do_what_they_say_in_transformers_too_and_are_reverted(name: str, method: Any) -> None:
+    model = HookedLLaVA.from_hf(hf := make_hf_model(**FAMILY[name]), model_of(name).processor)
+    clean, _ = prompts(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    token = model.to_single_token("blue")
+    plain = model(clean)[0, -1].log_softmax(-1)[token]
+    request = EditRequest(clean, "blue")
+    if method is multedit:
+        edit = multedit(model, request, layer=1, position="last")
+    else:
+        edit = rome(model, request, key_covariance(model, list(prompts(name)), layer=1), position="last", lam=0.1)
+    with edit.applied():
+        edited = model(clean)
+        assert edited[0, -1].log_softmax(-1)[token] > plain + 0.1
+        fields = {"input_ids": clean.input_ids, "pixel_values": clean.pixel_values}
+        assert off(edited, hf(**fields).logits) <= 1e-5
+        replayed = Replay(model, clean).run([[Intervention("blocks.2.attn.hook_z", positions="last", zero=True)]])
+        hooked = run_naively(model, clean, [[Intervention("blocks.2.attn.hook_z", positions="last", zero=True)]])
+        assert off(replayed[0], hooked[0, 0, -1]) <= 1e-5
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
