@@ -45,6 +45,7 @@ autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields have no targets of their own: many classes have one called `image`
 default_role = "code"  # docstrings are written with single backticks
 add_module_names = False
 toc_object_entries = False

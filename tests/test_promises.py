@@ -43,7 +43,7 @@ def sizes() -> dict[str, int]:
         "batch": batch_size, "pos": n_positions, "query": n_positions, "key": n_positions, "d_model": text.hidden_size,
         "head": text.num_attention_heads, "kv_head": text.num_key_value_heads, "d_mlp": text.intermediate_size,
         "d_head": text.hidden_size // text.num_attention_heads, "d_vocab": text.vocab_size, "1": 1,
-        "image": 3, "patch": 4, "feature": 4, "d_features": vision.hidden_size,
+        "image": 3, "tile": 3, "patch": 4, "feature": 4, "d_features": vision.hidden_size,
     }  # fmt: skip
 
 

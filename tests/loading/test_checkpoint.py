@@ -333,8 +333,8 @@ def test_the_dtype_that_a_config_names():
         (None, r"config\.json is not there; expected a checkpoint folder"),
         ("{", r"config\.json is not readable JSON"),
         ("[1]", r"config\.json holds a JSON list; expected an object"),
-        ("{}", "describes a model of type None; expected 'llava'"),
-        ('{"model_type": "llava_next"}', "describes a model of type 'llava_next'; expected 'llava'"),
+        ("{}", r"describes a model of type None.*'llava'"),
+        ('{"model_type": "llava_nxt"}', r"describes a model of type 'llava_nxt'.*'llava_next'"),
         (
             '{"model_type": "llava", "quantization_config": {}}',
             "quantized weights .config.json has quantization_config",

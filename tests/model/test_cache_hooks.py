@@ -202,8 +202,8 @@ def test_the_batch_axis_of_one_prompt_can_go(n_images: int) -> None:
     _, without = OURS.run_with_cache(prompt, remove_batch_dim=True)
     assert not without.has_batch_dim
     for name, tensor in without.items():
-        several_images = n_images > 1 and name.startswith(("vision.", "projector.", "hook_image_embed"))
-        assert torch.equal(tensor, with_axis[name] if several_images else with_axis[name][0]), name
+        on_image_side = name.startswith(("vision.", "projector.", "hook_image_embed"))  # no prompts on their first axis
+        assert torch.equal(tensor, with_axis[name] if on_image_side else with_axis[name][0]), name
     with pytest.raises(InputError, match="remove_batch_dim=True needs one prompt, got 2"):
         OURS.run_with_cache(LEFT, remove_batch_dim=True)
 

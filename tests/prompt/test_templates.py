@@ -264,7 +264,8 @@ def test_default_is_what_the_processor_writes() -> None:
     assert default_template(make_processor()) is TEMPLATES["llava-1.5"]
     assert default_template(make_processor(chat_template=LLAVA_CHAT)) is TEMPLATES["llava-1.5"]
     assert default_template(make_processor(chat_template=MISTRAL_CHAT)) is TEMPLATES["mistral-instruct"]
-    for chat in (OTHER_CHAT, LLAMA_3_CHAT, QWEN_CHAT, CHATS["spaced"]):
+    assert default_template(make_processor(chat_template=QWEN_CHAT)) is TEMPLATES["qwen-2"]
+    for chat in (OTHER_CHAT, LLAMA_3_CHAT, CHATS["spaced"]):
         assert default_template(make_processor(chat_template=chat)) is None
     # What ends an answer's announcement counts too: this one goes on without a space.
     joined = MISTRAL_CHAT.replace("{{ ' ' }}", "")
