@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from hooked_llava.errors import InputError
@@ -295,7 +296,7 @@ def grow_below(figure: Plot, inches: float) -> None:
     total, figure.below = height + inches, figure.below + inches
     figure.set_size_inches(width, total)
     engine = figure.get_layout_engine()
-    assert engine is not None
+    assert isinstance(engine, ConstrainedLayoutEngine)
     engine.set(rect=(0.0, figure.below / total, 1.0, 1.0 - figure.below / total))
     for legend in figure.legends:
         legend.set_bbox_to_anchor((0.5, inches / total), transform=figure.transFigure)

@@ -135,14 +135,16 @@ def _results(
     results["components"] = logit_attribution(model, prompt, scored, baseline, by="component")
     begin("heads")
     results["heads"] = logit_attribution(model, prompt, scored, baseline, by="head")
-    results["head_scores"] = head_scores(model, prompt, scored)
+    results["head_scores"] = scores = head_scores(model, prompt, scored)
+    maps: dict[str, xr.DataArray] = {}
     if prompt.n_images:
         begin("attention to the image")
         results["attention"] = image_attention(model, prompt)
-        results |= _patch_maps(model, prompt, scored, options, begin)
+        maps = _patch_maps(model, prompt, scored, options, begin)
+        results |= maps
     begin("removals")
-    ranked = top_heads(results["head_scores"], results["head_scores"].size)
-    results["without"] = answer_without(model, prompt, scored, heads=ranked, patches=results.get("patches"))
+    ranked = top_heads(scores, scores.size)
+    results["without"] = answer_without(model, prompt, scored, heads=ranked, patches=maps.get("patches"))
     return results
 
 
