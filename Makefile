@@ -34,7 +34,7 @@ demo: $(DEMO_STAMP)  ## ask the embedded model about an image and write report.h
 
 # Many tests start a Python of their own: without bytecode each of them would compile torch again.
 test: $(STAMP)  ## run the tests, the doctests and the notebooks, on up to four cores
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-random: $(STAMP)  ## run the property tests with fresh examples instead of the same ones every time
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m hypothesis --hypothesis-profile random
