@@ -5,13 +5,13 @@ A new one is an entry of `LANGUAGE_MODELS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hooked_llava.architecture.kinds import TowerKind
 from hooked_llava.architecture.sizes import LanguageConfig, RotaryConfig
 from hooked_llava.checks import one_of
 from hooked_llava.errors import ConfigError
@@ -42,25 +42,6 @@ _PHI_NAMES = {
     "layers.{}.mlp.fc1": "blocks.{}.mlp.up",
     "layers.{}.mlp.fc2": "blocks.{}.mlp.down",
 }
-
-
-@dataclass(frozen=True)
-class LanguageKind:
-    """One kind of language model.
-
-    Attributes:
-        title (str): What it is called.
-        examples (str): Models that have it.
-        read (Callable[[Any], dict[str, Any]]): The fields of `LanguageConfig` in which it differs from others, from its
-            Hugging Face config.
-        names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the language model, and ours; `{}` stands
-            for the layer.
-    """
-
-    title: str
-    examples: str
-    read: Callable[[Any], dict[str, Any]]
-    names: Mapping[str, str]
 
 
 def _llama(text: Any) -> dict[str, Any]:
@@ -133,11 +114,11 @@ def _windows(text: Any, layers: Iterable[int]) -> dict[str, Any]:
 
 
 LANGUAGE_MODELS = {
-    "llama": LanguageKind("Llama", "LLaVA-1.5 (Vicuna, Llama-2), models with Llama-3", _llama, _LLAMA_NAMES),
-    "mistral": LanguageKind("Mistral", "BakLLaVA, models with Mistral-7B", _mistral, _LLAMA_NAMES),
-    "qwen2": LanguageKind("Qwen2", "models with Qwen1.5, Qwen2 and Qwen2.5", _qwen2, _LLAMA_NAMES),
-    "phi": LanguageKind("Phi", "models with Phi-1, Phi-1.5 and Phi-2", _phi, _PHI_NAMES),
-    "stablelm": LanguageKind("StableLM", "models with StableLM 2 and 3B", _stablelm, _LLAMA_NAMES),
+    "llama": TowerKind("Llama", "LLaVA-1.5 (Vicuna, Llama-2), models with Llama-3", _llama, _LLAMA_NAMES),
+    "mistral": TowerKind("Mistral", "BakLLaVA, models with Mistral-7B", _mistral, _LLAMA_NAMES),
+    "qwen2": TowerKind("Qwen2", "models with Qwen1.5, Qwen2 and Qwen2.5", _qwen2, _LLAMA_NAMES),
+    "phi": TowerKind("Phi", "models with Phi-1, Phi-1.5 and Phi-2", _phi, _PHI_NAMES),
+    "stablelm": TowerKind("StableLM", "models with StableLM 2 and 3B", _stablelm, _LLAMA_NAMES),
 }
 """Every language model that loads, by the `model_type` of its Hugging Face config."""
 

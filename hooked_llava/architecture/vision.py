@@ -5,10 +5,9 @@ A new one is an entry of `VISION_TOWERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from hooked_llava.architecture.kinds import TowerKind
 from hooked_llava.architecture.sizes import VisionConfig
 from hooked_llava.checks import as_index, one_of
 from hooked_llava.errors import ConfigError
@@ -43,25 +42,6 @@ _SIGLIP_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class VisionKind:
-    """One kind of vision tower.
-
-    Attributes:
-        title (str): What it is called.
-        examples (str): Models that have it.
-        read (Callable[[Any], dict[str, Any]]): The fields of `VisionConfig` in which it differs from others, from its
-            Hugging Face config.
-        names (Mapping[str, str]): Names of its tensors: Hugging Face's, below the vision tower, and ours; `{}` stands
-            for the layer.
-    """
-
-    title: str
-    examples: str
-    read: Callable[[Any], dict[str, Any]]
-    names: Mapping[str, str]
-
-
 def _clip(vision: Any) -> dict[str, Any]:
     return {"class_token": True, "pre_norm": True, "patch_bias": False, "pooling_head": False}
 
@@ -71,8 +51,8 @@ def _siglip(vision: Any) -> dict[str, Any]:
 
 
 VISION_TOWERS = {
-    "clip_vision_model": VisionKind("CLIP", "LLaVA-1.5, BakLLaVA", _clip, _CLIP_NAMES),
-    "siglip_vision_model": VisionKind("SigLIP", 'models with SigLIP (select strategy "full")', _siglip, _SIGLIP_NAMES),
+    "clip_vision_model": TowerKind("CLIP", "LLaVA-1.5, BakLLaVA", _clip, _CLIP_NAMES),
+    "siglip_vision_model": TowerKind("SigLIP", 'models with SigLIP (select strategy "full")', _siglip, _SIGLIP_NAMES),
 }
 """Every vision tower that loads, by the `model_type` of its Hugging Face config."""
 

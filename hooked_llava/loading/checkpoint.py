@@ -109,9 +109,8 @@ def load_processor(folder: str | Path) -> tuple[ProcessorMixin | None, str]:
         if not any((folder / name).is_file() for name in names):
             return None, f"{folder} holds no {what.split(' ', 1)[1]}"
     try:
-        if (folder / "config.json").is_file() and read_json(folder / "config.json").get(
-            "model_type"
-        ) == "llava_onevision":
+        config = folder / "config.json"
+        if config.is_file() and read_json(config).get("model_type") == "llava_onevision":
             from hooked_llava.loading.onevision import OnevisionProcessor
 
             return OnevisionProcessor.from_pretrained(folder), ""

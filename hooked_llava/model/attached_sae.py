@@ -15,7 +15,11 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import widths
 from hooked_llava.model.components.hook_point import HookPoint
+
+_WIDTHS = ("d_model", "d_mlp", "d_features", "d_head", "head", "kv_head")
+"""Axes of the vectors that an autoencoder can be attached to; heads lie side by side."""
 
 
 @runtime_checkable
@@ -31,6 +35,10 @@ class Autoencoder(Protocol):
 
     def encode(self, x: Tensor, /) -> Any:
         """The active features of vectors."""
+        ...
+
+    def decode(self, features: Any, /) -> Tensor:
+        """The reconstruction of vectors from their active features."""
         ...
 
     def dense(self, features: Any, /) -> Tensor:
@@ -57,8 +65,9 @@ class AttachedSAE:
             return x
         flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
         wide = flat.to(self.sae.b_dec.dtype)
-        acts = self.sae.dense(self.sae.encode(wide))  # (..., d_sae)
-        error = wide - self._decode(acts)
+        features = self.sae.encode(wide)
+        acts = self.sae.dense(features)  # (..., d_sae)
+        error = wide - self.sae.decode(features)
         new_acts = self.hook_sae_acts(acts)
         new_error = self.hook_sae_error(error.view_as(x)).view_as(wide)
         if not self.keep_error:
@@ -91,15 +100,8 @@ def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | N
             f"The autoencoder was trained on the model {sae.cfg.model_name!r} and this one is {model_name!r}; give any_model="
             "True if they are the same or the mismatch is meant."
         )
-    tower = table.tower(at)
-    sizes = {
-        "d_model": tower.d_model,
-        "d_mlp": tower.d_mlp,
-        "d_head": tower.d_head,
-        "d_features": table.config.vision.d_features,
-    }
-    heads = {"head": tower.n_heads, "kv_head": tower.n_key_value_heads}
-    width = math.prod([sizes.get(at.axes[-1], 0), *(heads[axis] for axis in at.axes if axis in heads)])
+    sizes = {axis: size for axis, size in widths(table, name).items() if axis in _WIDTHS}
+    width = math.prod(sizes.get(axis, 0) for axis in at.axes if axis in ("head", "kv_head", at.axes[-1]))
     if width != sae.cfg.d_in:
         raise InputError(
             f"hook={name!r} has activations of width {width} and the autoencoder takes d_in={sae.cfg.d_in}; attach it to the "

@@ -122,7 +122,6 @@ def caching_hook(
 def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None = None) -> dict[str, int]:
     """Length of every axis that a hook's tensor may have, with `n_kept` sequence positions kept in the language tower."""
     config, hook = table.config, table[name]
-    tower = table.tower(hook)
     n_positions = config.vision.n_positions if hook.on_image_side else n_kept or inputs.shape[1]
     return {
         "batch": len(inputs),
@@ -133,6 +132,14 @@ def axis_sizes(table: HookTable, name: str, inputs: Inputs, n_kept: int | None =
         "key": config.vision.n_positions if hook.on_image_side else inputs.shape[1],
         "patch": config.vision.n_patches,
         "feature": config.vision.n_features if hook.by_tile else max((o.n_features for o in inputs.layouts), default=0),
+        **widths(table, name),
+    }
+
+
+def widths(table: HookTable, name: str) -> dict[str, int]:
+    """Length of every axis of a hook's tensor that no prompt changes."""
+    config, tower = table.config, table.tower(table[name])
+    return {
         "head": tower.n_heads,
         "kv_head": tower.n_key_value_heads,
         "d_head": tower.d_head,

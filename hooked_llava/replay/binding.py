@@ -132,12 +132,8 @@ def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) 
         shape = [
             len(positions)
             if axis in POSITION_AXES
-            else len(bound.heads)
-            if axis in ("head", "kv_head") and bound.heads is not None
-            else len(bound.neurons)
-            if axis == "d_mlp" and bound.neurons is not None
-            else len(bound.features)
-            if axis == "d_sae" and bound.features is not None
+            else len(own)
+            if (own := bound.along(axis)) is not None
             else sizes[axis]
             for axis in bound.hook.axes[1:]
         ]

@@ -48,6 +48,11 @@ class BoundIntervention:
         """Where the change is, as the user named it: the target of a block, else the positions."""
         return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
 
+    def along(self, axis: str) -> tuple[int, ...] | None:
+        """The heads, neurons or features that are chosen along an axis of the hook; None where all are."""
+        chosen = {"head": self.heads, "kv_head": self.heads, "d_mlp": self.neurons, "d_sae": self.features}
+        return chosen.get(axis)
+
     def first(self, prompt: int) -> int | None:
         """First position that is changed in a prompt; None if none is."""
         if self.intervention.block is not None and not self.sources[prompt]:
@@ -80,12 +85,8 @@ class BoundIntervention:
         for axis in self.hook.axes[1:]:
             if axis in POSITION_AXES:
                 chosen.append(rows)
-            elif axis in ("head", "kv_head") and self.heads is not None:
-                chosen.append(torch.tensor(self.heads, device=row.device))
-            elif axis == "d_mlp" and self.neurons is not None:
-                chosen.append(torch.tensor(self.neurons, device=row.device))
-            elif axis == "d_sae" and self.features is not None:
-                chosen.append(torch.tensor(self.features, device=row.device))
+            elif (own := self.along(axis)) is not None:
+                chosen.append(torch.tensor(own, device=row.device))
             else:
                 chosen.append(keys if axis == "key" else None)
         n_chosen = sum(c is not None for c in chosen)

@@ -60,9 +60,8 @@ def first_positions(inputs: Inputs, bound: BoundIntervention) -> list[int]:
 
 def first_layer_of(bound: BoundIntervention) -> int:
     """First layer that must run again under a change; a block's output enters the next block."""
-    leaves = (
-        bound.hook.site == "hook_resid_post" and bound.point.then is None
-    )  # what an autoencoder sees is in the block
+    # Where an autoencoder follows the hook, what it sees belongs to the block.
+    leaves = bound.hook.site == "hook_resid_post" and bound.point.then is None
     return max(bound.hook.stage, 0) + leaves
 
 
