@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +22,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import hooked_llava
+from hooked_llava.architecture import hook_specs
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.hook_specs import markdown_table
 from hooked_llava.architecture.supported import supported
+from hooked_llava.editing import roles
 from hooked_llava.errors import HookedLLaVAError
-from hooked_llava.options import patch_maps
+from hooked_llava.options import edit_methods, patch_maps
 
 project = "hooked_llava"
 author = "hooked_llava contributors"
@@ -57,28 +59,22 @@ html_show_sphinx = False
 html_math_renderer = "mathml"
 
 
-class HookTable(SphinxDirective):
-    """`{hook-table}`: all hooks, from `hooked_llava.architecture.hook_specs`, at build time."""
+TABLES: dict[str, Callable[[], str]] = {
+    "hook-table": lambda: hook_specs.markdown_table(LLaVAConfig.from_hf(LlavaConfig())),
+    "supported-models": supported,
+    "patch-map-table": patch_maps.markdown_table,
+    "edit-method-table": edit_methods.markdown_table,
+    "probe-role-table": roles.markdown_table,
+}
+"""Directives that are a table made from a registry of the library when the documentation is built."""
+
+
+class RegistryTable(SphinxDirective):
+    """One of `TABLES`, by the name of the directive."""
 
     def run(self) -> list[nodes.Node]:
         """The table's nodes."""
-        return self.parse_text_to_nodes(markdown_table(LLaVAConfig.from_hf(LlavaConfig())))
-
-
-class PatchMapTable(SphinxDirective):
-    """`{patch-map-table}`: the methods of `patch_importance`, from `hooked_llava.options.patch_maps`, at build time."""
-
-    def run(self) -> list[nodes.Node]:
-        """The table's nodes."""
-        return self.parse_text_to_nodes(patch_maps.markdown_table())
-
-
-class SupportedTable(SphinxDirective):
-    """`{supported-models}`: what loads, from the registries in `hooked_llava.architecture`, at build time."""
-
-    def run(self) -> list[nodes.Node]:
-        """The table's nodes."""
-        return self.parse_text_to_nodes(supported())
+        return self.parse_text_to_nodes(TABLES[self.name]())
 
 
 class PublicNames(SphinxDirective):
@@ -145,10 +141,9 @@ def _display(translator: Any, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this: four directives, and formulas as MathML, which browsers draw without a script."""
+    """Sphinx calls this: its directives, and formulas as MathML, which browsers draw without a script."""
     app.connect("autodoc-process-docstring", _as_rst, priority=100)
-    app.add_directive("hook-table", HookTable)
-    app.add_directive("patch-map-table", PatchMapTable)
-    app.add_directive("supported-models", SupportedTable)
+    for name in TABLES:
+        app.add_directive(name, RegistryTable)
     app.add_directive("public-names", PublicNames)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))

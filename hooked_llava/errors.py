@@ -51,11 +51,15 @@ class SpanError(HookedLLaVAError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class PromptWithoutTemplate(UserWarning):
+class HookedLLaVAWarning(UserWarning):
+    """Base of every warning of this library."""
+
+
+class PromptWithoutTemplate(HookedLLaVAWarning):
     """Text that is taken as the whole prompt, though the model answers questions in a conversation template."""
 
 
-class ImageCropped(UserWarning):
+class ImageCropped(HookedLLaVAWarning):
     """An image of which the processor cuts a large part away before the model sees it."""
 
 

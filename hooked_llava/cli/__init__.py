@@ -1,13 +1,20 @@
 """The command `hooked-llava`: ask a model about images, explain its answers, and check it against Hugging Face.
 
-One file for each command, `common.py` for what they share, and `edit_probes.py` for what `edit` asks besides. Everything
-heavy is imported inside the commands, so that `--help` is quick.
+One file for each command; `command.py` makes a function a command, `common.py` and `options.py` hold what several share,
+and `edit_options.py` and `edit_probes.py` what `edit` takes besides. Everything heavy is imported inside the commands, so
+that `--help` is quick.
 """
 
 import typer
 
-from hooked_llava.cli import ask, edit, explain, knockout, patch, trace, verify
+from hooked_llava.cli.ask import ask
+from hooked_llava.cli.edit import edit
+from hooked_llava.cli.explain import explain
+from hooked_llava.cli.knockout import knockout
+from hooked_llava.cli.patch import patch
 from hooked_llava.cli.terminal import examples
+from hooked_llava.cli.trace import trace
+from hooked_llava.cli.verify import verify
 
 app = typer.Typer(
     name="hooked-llava",
@@ -21,14 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 # In the order in which --help lists them.
-app.command(epilog=ask.EPILOG)(ask.ask)
-app.command(epilog=explain.EPILOG)(explain.explain)
-app.command(epilog=patch.EPILOG)(patch.patch)
-app.command(epilog=knockout.EPILOG)(knockout.knockout)
-app.command(epilog=trace.EPILOG)(trace.trace)
-app.command(epilog=edit.EPILOG)(edit.edit)
-app.command(epilog=verify.EPILOG)(verify.verify)
+for _command in (ask, explain, patch, knockout, trace, edit, verify):
+    app.command(epilog=_command.epilog)(_command.run)
 
 __all__ = ["app"]

@@ -1,11 +1,22 @@
-"""What commands are given: a question and perhaps an image, a model by name, a file to write."""
+"""What commands are given: a model by name, a question and perhaps an image, a file to write."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hooked_llava.cli.options import DType
+from hooked_llava.cli.options import (
+    EMBEDDED_MODEL,
+    Device,
+    DType,
+    DTypeOption,
+    First,
+    Model,
+    NoImage,
+    Second,
+    TemplateName,
+)
 from hooked_llava.cli.terminal import busy
 from hooked_llava.errors import InputError, did_you_mean
 
@@ -16,33 +27,65 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.inputs import Inputs
 
 
-def split_arguments(first: str | None, second: str | None, no_image: bool) -> tuple[str | None, str]:
-    """The image, if any, and the question."""
-    if first is None:
-        raise InputError("There is no question; give one in quotes, after an image if it is about one.")
-    if second is None:
-        if not no_image and (_is_bundled(first) or Path(first).is_file()):
-            raise InputError(f"There is an image, {first!r}, and no question; give one after it, in quotes.")
-        return None, first
-    if no_image:
-        raise InputError(
-            f"--no-image leaves only a question, and {first!r} stands before it; give the question alone, in quotes."
-        )
-    return first, second
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, how it is held, and the template that its prompts are written in."""
+
+    model: Model = EMBEDDED_MODEL
+    template: TemplateName = "default"
+    device: Device = "auto"
+    dtype: DTypeOption = None
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it comes with the package, so that its world is known."""
+        from hooked_llava.loading.embedded import EMBEDDED
+
+        return self.model in EMBEDDED
+
+    @property
+    def template_name(self) -> str | None:
+        """The template as `prepare` takes it."""
+        return None if self.template == "none" else self.template
+
+    def load(self) -> HookedLLaVA:
+        """The model, while a spinner turns."""
+        return load_model(self.model, self.device, self.dtype)
 
 
-def prepare(
-    name: str, image: str | None, question: str, template: str, device: str, dtype: DType | None
-) -> tuple[HookedLLaVA, Inputs]:
-    """The model, and the question as it takes it; what is wrong with the image is said before the model is loaded."""
-    opened = None if image is None else open_image(image)
-    model = load_model(name, device, dtype)
-    return model, model.prepare(question, opened, template=template_name(template))
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(ModelOptions):
+    """A question, perhaps about an image, and the model that is asked."""
 
+    first: First = None
+    second: Second = None
+    no_image: NoImage = False
 
-def template_name(template: str) -> str | None:
-    """The option as `prepare` takes it."""
-    return None if template == "none" else template
+    @property
+    def question(self) -> str:
+        """The question; raises `InputError` where there is none."""
+        return self._image_and_question()[1]
+
+    def prepare(self) -> tuple[HookedLLaVA, Inputs]:
+        """The model, and the question as it takes it; what is wrong with the image is said before the model is loaded."""
+        image, question = self._image_and_question()
+        opened = None if image is None else open_image(image)
+        model = self.load()
+        return model, model.prepare(question, opened, template=self.template_name)
+
+    def _image_and_question(self) -> tuple[str | None, str]:
+        first, second = self.first, self.second
+        if first is None:
+            raise InputError("There is no question; give one in quotes, after an image if it is about one.")
+        if second is None:
+            if not self.no_image and (_is_bundled(first) or Path(first).is_file()):
+                raise InputError(f"There is an image, {first!r}, and no question; give one after it, in quotes.")
+            return None, first
+        if self.no_image:
+            raise InputError(
+                f"--no-image leaves only a question, but {first!r} is given before it; give the question alone, in quotes."
+            )
+        return first, second
 
 
 def open_image(image: str) -> Image:
@@ -78,10 +121,13 @@ def load_model(name: str, device: str, dtype: DType | None) -> HookedLLaVA:
     """The model, while a spinner turns."""
     with busy(f"loading {name}"):
         import torch
+        from transformers.utils import logging
 
         from hooked_llava.model.llava import HookedLLaVA
 
-        _quiet()
+        # Our own progress is shown; the bars of the libraries below would be a second one.
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         kind = None if dtype is None else getattr(torch, dtype.value)
         return HookedLLaVA.from_pretrained(name, device=_device(device), dtype=kind)
 
@@ -102,16 +148,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _quiet() -> None:
-    """Our own progress is shown; the bars of the libraries below would be a second one."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def check_writable(path: Path, option: str = "--output") -> None:
-    """Said before the work is done, not after."""
-    if path.is_dir() or not path.expanduser().parent.is_dir():
+def check_writable(path: Path | None, option: str = "--output") -> None:
+    """Raise `InputError` before the work is done, where the file cannot be written after it; None is no file."""
+    if path is not None and (path.is_dir() or not path.expanduser().parent.is_dir()):
         problem = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise InputError(f"{option} {path} {problem}; expected a file name in an existing folder.")

@@ -2,242 +2,135 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from hooked_llava.cli.common import check_writable, prepare, split_arguments
-from hooked_llava.cli.edit_options import (
-    EMBEDDED_LAYER,
-    EMBEDDED_POSITION,
-    Ask,
-    AskText,
-    Clamp,
-    ConstraintWords,
-    Covariance,
-    Keep,
-    Lambda,
-    Layer,
-    Method,
-    MethodOption,
-    Position,
-    ReplaceBy,
-    Reword,
-    Save,
-    Sweep,
-    Target,
-)
-from hooked_llava.cli.edit_probes import Others, about_the_image, probes_of, world_questions
-from hooked_llava.cli.options import (
-    EMBEDDED_MODEL,
-    Device,
-    DTypeOption,
-    First,
-    MaxNewTokens,
-    Model,
-    NoImage,
-    Output,
-    Second,
-    TemplateName,
-)
-from hooked_llava.cli.terminal import (
-    busy,
-    clear_errors,
-    err,
-    examples,
-    needs_figures,
-    new_table,
-    out,
-    say_where,
-    show_table,
-    shown_steps,
-)
+import typer
+
+from hooked_llava.cli.command import TypedOptions, command
+from hooked_llava.cli.common import PromptOptions, check_writable
+from hooked_llava.cli.edit_options import AUTO, EditOptions
+from hooked_llava.cli.edit_probes import OtherQuestions, about_the_image, probes_of, world_questions
+from hooked_llava.cli.options import MaxNewTokens, Output
+from hooked_llava.cli.terminal import busy, escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
+from hooked_llava.options.edit_methods import EDIT_METHODS
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from hooked_llava.editing import Edit, EditRequest, KeyCovariance, Probe
-    from hooked_llava.editing.request import Prepared
+    from hooked_llava.editing import Edit, KeyCovariance, Probe
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.viz import EditPage
 
-EPILOG = examples(
+_MOST_NAMED = 8
+Sweep = Annotated[bool, typer.Option("--sweep", help="Also edit at every layer, and show where it works.")]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the edit in this file, which Edit.load reads.")]
+
+
+@command(
     'edit one-shape "Who made this shape?" --constraint "this shape" --target Boris',
     'edit "Who made the star?" -c "the star" -t Boris --sweep --replace "the ring" --save edit.safetensors',
     'edit one-shape "Who made this shape?" -t Boris --reword "By whom was this shape made?" --ask "What shape is this?"',
 )
-_MOST_NAMED = 8
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be edited, where, and how.
-
-    Attributes:
-        options (dict[str, Any]): Of `multedit` and `rome`.
-    """
-
-    target: str
-    constraint: str | None
-    layer: int | str
-    position: str
-    method: Method
-    covariance: Path | None
-    replace: str | None
-    options: dict[str, Any]
-    is_embedded: bool
-
-
 def edit(
-    first: First = None,
-    second: Second = None,
-    target: Target = None,
-    constraint: ConstraintWords = None,
-    layer: Layer = None,
-    position: Position = None,
-    method: MethodOption = Method.multedit,
-    lam: Lambda = None,
-    clamp: Clamp = 4.0,
-    covariance: Covariance = None,
-    replace: ReplaceBy = None,
-    keep: Keep = None,
-    reword: Reword = None,
-    ask: Ask = None,
-    ask_text: AskText = None,
+    typed: TypedOptions,
+    options: EditOptions,
+    others: OtherQuestions,
+    prompt: PromptOptions,
     sweep: Sweep = False,
     save: Save = None,
-    output: Output = Path("edit.html"),
-    model: Model = EMBEDDED_MODEL,
-    no_image: NoImage = False,
-    template: TemplateName = "default",
     max_new_tokens: MaxNewTokens = 20,
-    device: Device = "auto",
-    dtype: DTypeOption = None,
+    output: Output = Path("edit.html"),
 ) -> None:
     """Change one MLP so that a question is answered otherwise, and write a page of what changed and what did not."""
-    from hooked_llava.loading.embedded import EMBEDDED
-
-    with clear_errors():
-        image, question = split_arguments(first, second, no_image)
-        if not target:
-            raise InputError("There is no target; say what the model is to answer: --target Boris.")
-        if sweep and (keep or method is Method.rome):
-            raise InputError("--sweep edits by multedit and without --keep; leave one of them out.")
-        check_writable(output)
-        if save is not None:
-            check_writable(save, "--save")
-        embedded = model in EMBEDDED
-        where = position or (EMBEDDED_POSITION if embedded else "auto")
-        options = {"clamp": clamp} | ({} if lam is None else {"lam": lam})
-        at = _layer(layer, where, embedded)
-        plan = _Plan(target, constraint, at, where, method, covariance, replace, options, embedded)
-        others = Others(template, keep or [], reword or [], ask or [], ask_text or [])
-        loaded, inputs = prepare(model, image, question, template, device, dtype)
-        made = _edit(loaded, inputs, plan, others)
-        found = probes_of(loaded, inputs, question, target, others, embedded)
-        page = _page(loaded, inputs, made, plan, found, sweep, max_new_tokens)
-        if save is not None:
-            made.save(save)
-        path = page.save(output)
-        _show(question, page, made, save)
-        say_where(path)
-
-
-def _layer(given: str | None, position: str, embedded: bool) -> int | str:
-    if given is None:
-        return EMBEDDED_LAYER if embedded and position == EMBEDDED_POSITION else "auto"
-    if given == "auto":
-        return given
-    try:
-        return int(given)
-    except ValueError:
-        raise InputError(f"--layer {given} is no layer; expected a number, or auto.") from None
+    question = prompt.question
+    if not options.target:
+        raise InputError("There is no target; say what the model is to answer: --target Boris.")
+    if sweep and (others.keep or options.method != "multedit"):
+        raise InputError("--sweep edits by multedit and without --keep; leave one of them out.")
+    others_take = {name for method in EDIT_METHODS.values() for name in method.options} - {
+        "layer",
+        "layers",
+        *options.entry.options,
+    }
+    typed.refuse(sorted(others_take), f"has no place with --method {options.method}; leave it out.")
+    check_writable(output)
+    check_writable(save, "--save")
+    where = options.place(prompt.is_embedded)
+    model, inputs = prompt.prepare()
+    made = _edit(model, inputs, options, where, others, prompt)
+    probes = probes_of(model, inputs, prompt, options.target, others)
+    found = _sweep(model, inputs, made, options, probes) if sweep else None
+    with needs_figures():
+        from hooked_llava.viz.pages.edit import STEPS, edit_page
+    asked: dict[str, Any] = {"probes": probes, "sweep": found, "max_new_tokens": max_new_tokens}
+    with shown_steps(len(STEPS)) as on_step:
+        page = edit_page(model, inputs, made, on_step=on_step, **asked)
+    if save is not None:
+        made.save(save)
+    path = page.save(output)
+    _show(question, page, made)
+    if save is not None:
+        say(f"The edit is in [bold]{escape(str(save))}[/bold]; Edit.load reads it.")
+    say_where(path)
 
 
 # ---------------------------------------------------------------------- the edit
 
 
-def _edit(model: HookedLLaVA, inputs: Inputs, plan: _Plan, others: Others) -> Edit:
+def _edit(
+    model: HookedLLaVA,
+    inputs: Inputs,
+    options: EditOptions,
+    where: tuple[int | str, str],
+    others: OtherQuestions,
+    prompt: PromptOptions,
+) -> Edit:
     """The edit, not applied; whatever does not fit is found here."""
-    from hooked_llava.editing import multedit, rome
-
-    request = _request(inputs, plan)
     with busy("editing"):
-        prepared, layer = _chosen_place(model, inputs, plan, request)
-        position = prepared.words["position"]
-        keep = about_the_image(model, inputs, others.keep, others.template) if others.keep else None
-        if keep is not None and position == "constraint":
-            keep = keep.with_spans(constraint=plan.constraint or "")
-        options = {"position": position, "keep": keep, **plan.options}
-        with _warnings_in_a_line():
-            if plan.method is Method.rome:
-                return rome(model, request, _covariance(model, layer, plan), **options)
-            return multedit(model, request, layer=layer, **options)
+        layer, position = _chosen_place(model, inputs, options, *where)
+        given: dict[str, Any] = {"layer": layer, "layers": layer, "position": position, **options.numbers()}
+        if others.keep:
+            keep = about_the_image(model, inputs, others.keep, prompt.template_name)
+            marked = position == "constraint"
+            given["keep"] = keep.with_spans(constraint=options.constraint or "") if marked else keep
+        if "covariance" in options.entry.options:
+            given["covariance"] = _covariance(model, layer, options.covariance, prompt.is_embedded)
+        taken = {name: value for name, value in given.items() if name in options.entry.options}
+        return options.entry.compute(model, options.request(inputs), **taken)
 
 
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """That no value was found is said as errors are, without a place in the code."""
-    from hooked_llava.editing import TargetNotReached
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TargetNotReached)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, TargetNotReached):
-            err().print(f"Warning: {warning.message}", soft_wrap=True, markup=False)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _request(inputs: Inputs, plan: _Plan) -> EditRequest:
-    from hooked_llava.editing import EditRequest
-
-    return EditRequest(inputs, plan.target, constraint=plan.constraint)
-
-
-def _trace(model: HookedLLaVA, inputs: Inputs, plan: _Plan) -> Any:
-    """Which MLPs restore the answer when the constraint is corrupted."""
-    from hooked_llava.analysis import causal_trace
-    from hooked_llava.experiments.corruptions import Noise, Replace
-
-    corruption = Noise() if plan.replace is None else Replace(plan.replace)
-    return causal_trace(model, inputs, plan.constraint or "", corruption=corruption, kinds=("mlp",))
-
-
-def _chosen_place(model: HookedLLaVA, inputs: Inputs, plan: _Plan, request: EditRequest) -> tuple[Prepared, int]:
-    """The request at the position that is edited, and the layer as a number; with auto from a trace."""
+def _chosen_place(
+    model: HookedLLaVA, inputs: Inputs, options: EditOptions, layer: int | str, position: str
+) -> tuple[int, str]:
+    """The layer and the position that are edited; with "auto" a trace of the constraint chooses them."""
     from hooked_llava.editing.layer_choice import choose_place
 
-    if plan.layer == "auto" and plan.constraint is None:
+    if layer == AUTO and options.constraint is None:
         raise InputError(
             'The layer is chosen by tracing the constraint: name it (--constraint "this shape"), or give --layer.'
         )
     try:
-        traced = plan.layer == "auto" and plan.replace is not None
-        layer = _trace(model, inputs, plan) if traced else plan.layer
-        prepared, chosen = choose_place(model, [request], layer, plan.position)
-        return prepared[0], chosen
+        traced = options.trace(model, inputs) if layer == AUTO and options.replace is not None else layer
+        prepared, chosen = choose_place(model, [options.request(inputs)], traced, position)
+        return chosen, prepared[0].words["position"]
     except InputError as error:
-        if plan.layer != "auto":
+        if layer != AUTO:
             raise
         raise InputError(f"{error} (On the command line: --replace WORDS, --layer N, --position last.)") from None
 
 
-def _covariance(model: HookedLLaVA, layer: int, plan: _Plan) -> KeyCovariance:
+def _covariance(model: HookedLLaVA, layer: int, file: Path | None, embedded: bool) -> KeyCovariance:
     from hooked_llava.editing import KeyCovariance, key_covariance
 
-    if plan.covariance is not None:
-        found = KeyCovariance.load(plan.covariance, model)
+    if file is not None:
+        found = KeyCovariance.load(file, model)
         if found.layer != layer:
-            raise InputError(f"--covariance {plan.covariance} is of layer {found.layer}, and layer {layer} is edited.")
+            raise InputError(f"--covariance {file} is of layer {found.layer}, and layer {layer} is edited.")
         return found
-    if not plan.is_embedded:
+    if not embedded:
         raise InputError(
             "--method rome needs to know what keys usually look like: let key_covariance(model, prompts, layer, path=...) "
             "write that, and give the file with --covariance."
@@ -245,88 +138,67 @@ def _covariance(model: HookedLLaVA, layer: int, plan: _Plan) -> KeyCovariance:
     return key_covariance(model, world_questions(model), layer)
 
 
+def _sweep(model: HookedLLaVA, inputs: Inputs, made: Edit, options: EditOptions, probes: list[Probe]) -> xr.Dataset:
+    """The same edit at every layer, at the edited position and at those of the paper."""
+    from hooked_llava.editing import edit_sweep
+
+    positions = dict.fromkeys((*(["constraint"] if options.constraint else []), "last", made.method["position"]))
+    with busy("editing at every layer"):
+        trace = options.trace(model, inputs) if options.constraint else None
+        how: dict[str, Any] = {"positions": list(positions), "trace": trace, **options.numbers()}
+        return edit_sweep(model, options.request(inputs), probes, **how)
+
+
 # ---------------------------------------------------------------------- what is shown
 
 
-def _page(
-    model: HookedLLaVA, inputs: Inputs, made: Edit, plan: _Plan, probes: list[Probe], sweep: bool, max_new_tokens: int
-) -> EditPage:
-    with needs_figures():
-        from hooked_llava.viz.pages.edit import STEPS, edit_page
-    from hooked_llava.editing import edit_sweep
-
-    found = None
-    if sweep:
-        positions = ["constraint", "last"] if plan.constraint else ["last"]
-        edited = made.method["position"]
-        positions += [edited] if edited not in positions else []
-        with busy("editing at every layer"):
-            trace = _trace(model, inputs, plan) if plan.constraint else None
-            request = _request(inputs, plan)
-            found = edit_sweep(model, request, probes, positions=positions, trace=trace, **plan.options)
-    with shown_steps(len(STEPS)) as on_step:
-        return edit_page(
-            model, inputs, made, probes=probes, sweep=found, max_new_tokens=max_new_tokens, on_step=on_step
-        )
-
-
-def _show(question: str, page: EditPage, made: Edit, save: Path | None) -> None:
+def _show(question: str, page: EditPage, made: Edit) -> None:
     """Both answers, what was changed, and how the other questions are answered."""
-    from rich.markup import escape
-
     from hooked_llava.editing import size_text
     from hooked_llava.prompt.token_text import visible_token
     from hooked_llava.viz.pages.edit import rest_sentences
 
-    to, first = out(), page.results["answers"]
-    to.print(f"[dim]{escape(question)}[/dim]", soft_wrap=True)
+    first = page.results["answers"]
+    say(f"[dim]{escape(question)}[/dim]")
     names = [escape(visible_token(token)) for token in first.token.values[:2]]
     for state, said in (("before", page.answer_before), ("after", page.answer)):
         p = [f"P({name}) {float(value):.3f}" for name, value in zip(names, first.sel(state=state).values, strict=False)]
-        to.print(f"{state:<7} [bold]{escape(said) or '(nothing)'}[/bold]  [dim]{', '.join(p)}[/dim]", soft_wrap=True)
+        say(f"{state:<7} [bold]{escape(said) or '(nothing)'}[/bold]  [dim]{', '.join(p)}[/dim]")
     for sentence in rest_sentences(first):
-        to.print(sentence, soft_wrap=True, markup=False)
-    method = made.method
-    to.print(
-        f"\n{method['name']}, layer {method['layer']}, position {method['position']}: {size_text(made)}\n",
-        soft_wrap=True,
-    )
+        say(escape(sentence))
+    how, layers = made.method, ", ".join(map(str, made.layers))
+    at = f", position {how['position']}" if "position" in how else ""
+    say(f"\n{how['name']}, layer {layers}{at}: {size_text(made)}\n")
     _show_probes(page.results["probes"])
-    _show_wrong(page.results["questions"])
-    if save is not None:
-        to.print(f"The edit is in [bold]{save}[/bold]; Edit.load reads it.", soft_wrap=True)
+    _show_missed(page.results["questions"])
 
 
 def _show_probes(probes: xr.Dataset) -> None:
     """How the questions of each probe are answered, before and after."""
-    from rich.markup import escape
-
-    from hooked_llava.editing.evaluate import TO_CHANGE
+    from hooked_llava.editing.roles import PROBE_ROLES
     from hooked_llava.viz.style import format_small
 
-    words, numbers = ("asked", "should"), ("n", "right before", "after", "KL")
-    table = new_table([*words, *numbers], right=numbers, whole=words)
+    rows = []
     for one in (probes.isel(probe=i) for i in range(probes.sizes["probe"])):
-        should = "change" if str(one.role.values) in TO_CHANGE else "stay"
+        should = "change" if PROBE_ROLES[str(one.role.values)].to_change else "stay"
         accuracies = f"{float(one.accuracy_before):.2f}", f"{float(one.accuracy):.2f}"
-        table.add_row(escape(str(one.probe.values)), should, str(int(one.n)), *accuracies, format_small(float(one.kl)))
-    show_table(table)
+        rows.append([escape(str(one.probe.values)), should, str(int(one.n)), *accuracies, format_small(float(one.kl))])
+    words, numbers = ("asked", "should"), ("n", "right before", "after", "KL")
+    show_table([*words, *numbers], rows, right=numbers, whole=words)
 
 
-def _show_wrong(questions: xr.Dataset) -> None:
+def _show_missed(questions: xr.Dataset) -> None:
     """The questions that are not answered as they should be."""
-    from rich.markup import escape
-
-    from hooked_llava.editing.evaluate import TO_CHANGE
     from hooked_llava.editing.questions import missed
+    from hooked_llava.editing.roles import PROBE_ROLES
     from hooked_llava.prompt.token_text import visible_token
 
     wrong = [questions.isel(question=i) for i, is_missed in enumerate(missed(questions)) if is_missed]
     for one in wrong[:_MOST_NAMED]:
-        did = "did not become the target" if str(one.role.values) in TO_CHANGE else "changed"
+        did = "did not become the target" if PROBE_ROLES[str(one.role.values)].to_change else "changed"
         said = f"{visible_token(one.before.values)} → {visible_token(one.after.values)}"
-        out().print(f"[bold]{did}:[/bold] {escape(f'{one.text.values} {said}')}", soft_wrap=True)
+        say(f"[bold]{did}:[/bold] {escape(f'{one.text.values} {said}')}")
     if len(wrong) > _MOST_NAMED:
-        out().print(f"[dim]and {len(wrong) - _MOST_NAMED} more, on the page[/dim]")
+        say(f"[dim]and {len(wrong) - _MOST_NAMED} more, on the page[/dim]")
     if wrong:
-        out().print()
+        say()

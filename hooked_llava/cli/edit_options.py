@@ -1,24 +1,29 @@
-"""The options of `hooked-llava edit` alone."""
+"""What `hooked-llava edit` takes about the edit itself: what to change, where and how."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hooked_llava.errors import InputError
+from hooked_llava.options.edit_methods import EDIT_METHODS, EditMethod
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from hooked_llava.editing import EditRequest
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
+
 # Where edits of the embedded world's facts take best, see benchmarks/editing.py.
 EMBEDDED_LAYER, EMBEDDED_POSITION = 3, "last"
+AUTO = "auto"
 
-
-class Method(StrEnum):
-    """How the update is computed."""
-
-    multedit = "multedit"
-    rome = "rome"
-
-
+Method = StrEnum("Method", list(EDIT_METHODS))
 Target = Annotated[str | None, typer.Option("--target", "-t", metavar="WORDS", help="What the model is to answer.")]
 ConstraintWords = Annotated[
     str | None,
@@ -43,8 +48,7 @@ Position = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    Method,
-    typer.Option(help="multedit, or rome, which also takes into account what keys usually look like (--covariance)."),
+    Method, typer.Option(help="; ".join(f"{name}: {one.meaning}" for name, one in EDIT_METHODS.items()) + ".")
 ]
 Lambda = Annotated[
     float | None,
@@ -69,26 +73,52 @@ ReplaceBy = Annotated[
     str | None,
     typer.Option("--replace", metavar="WORDS", help="The trace replaces the constraint by these, of as many tokens."),
 ]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(metavar="QUESTION", help="Compute the update so that it leaves this question alone; may be repeated."),
-]
-Reword = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="QUESTION", help="The same in other words, to be answered by the target too; may be repeated."
-    ),
-]
-Ask = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="QUESTION",
-        help="Another question about the image, whose answer is to stay; may be repeated. Default: in the embedded "
-        "models other images, words, shapes, relations and colors, if the question is one of their facts.",
-    ),
-]
-AskText = Annotated[
-    list[str] | None, typer.Option(metavar="QUESTION", help="The same without the image; may be repeated.")
-]
-Sweep = Annotated[bool, typer.Option("--sweep", help="Also edit at every layer, and show where it works.")]
-Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the edit in this file, which Edit.load reads.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """What is to be changed, where, and how."""
+
+    target: Target = None
+    constraint: ConstraintWords = None
+    layer: Layer = None
+    position: Position = None
+    method: MethodOption = Method.multedit
+    lam: Lambda = None
+    clamp: Clamp = 4.0
+    covariance: Covariance = None
+    replace: ReplaceBy = None
+
+    @property
+    def entry(self) -> EditMethod:
+        """The method's entry in the table."""
+        return EDIT_METHODS[self.method.value]
+
+    def place(self, embedded: bool) -> tuple[int | str, str]:
+        """The layer and the position, by default those that suit an embedded model; either may be "auto"."""
+        position = self.position or (EMBEDDED_POSITION if embedded else AUTO)
+        if self.layer is None and embedded and position == EMBEDDED_POSITION:
+            return EMBEDDED_LAYER, position
+        layer = self.layer or AUTO
+        try:
+            return (layer if layer == AUTO else int(layer)), position
+        except ValueError:
+            raise InputError(f"--layer {layer} is no layer; expected a number, or auto.") from None
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the update, where they are not left to the method."""
+        return {"clamp": self.clamp} if self.lam is None else {"clamp": self.clamp, "lam": self.lam}
+
+    def request(self, inputs: Inputs) -> EditRequest:
+        """What is to be changed, of a prompt."""
+        from hooked_llava.editing import EditRequest
+
+        return EditRequest(inputs, self.target or "", constraint=self.constraint)
+
+    def trace(self, model: HookedLLaVA, inputs: Inputs) -> xr.Dataset:
+        """Which MLPs restore the answer when the constraint is corrupted."""
+        from hooked_llava.analysis import causal_trace
+        from hooked_llava.experiments.corruptions import Noise, Replace
+
+        corruption = Noise() if self.replace is None else Replace(self.replace)
+        return causal_trace(model, inputs, self.constraint or "", corruption=corruption, kinds=("mlp",))

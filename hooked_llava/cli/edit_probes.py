@@ -2,66 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from hooked_llava.cli.common import template_name
+import typer
+
+from hooked_llava.cli.common import PromptOptions
 
 if TYPE_CHECKING:
     from hooked_llava.editing import Probe
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.toy.evaluate import Example
 
 _SEEN_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
 _SEEN_EACH, _SEEN_SEED = 40, 7_000_003
 
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="QUESTION", help="Compute the update so that it leaves this question alone; may be repeated."),
+]
+Reword = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="QUESTION", help="The same in other words, to be answered by the target too; may be repeated."
+    ),
+]
+Ask = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="QUESTION",
+        help="Another question about the image, whose answer is to stay; may be repeated. Default: in the embedded "
+        "models other images, words, shapes, relations and colors, if the question is one of their facts.",
+    ),
+]
+AskText = Annotated[
+    list[str] | None, typer.Option(metavar="QUESTION", help="The same without the image; may be repeated.")
+]
 
-@dataclass(frozen=True)
-class Others:
+
+@dataclass(frozen=True, kw_only=True)
+class OtherQuestions:
     """Other questions, as they were given."""
 
-    template: str
-    keep: list[str] = field(default_factory=list)
-    reword: list[str] = field(default_factory=list)
-    ask: list[str] = field(default_factory=list)
-    ask_text: list[str] = field(default_factory=list)
+    keep: Keep = None
+    reword: Reword = None
+    ask: Ask = None
+    ask_text: AskText = None
 
 
 def about_the_image(
-    model: HookedLLaVA, inputs: Inputs, questions: list[str], template: str, *, seen: bool = True
+    model: HookedLLaVA, inputs: Inputs, questions: Sequence[str], template: str | None, *, seen: bool = True
 ) -> Inputs:
     """Questions about the image that was given, or none."""
     images = [list(inputs.images)] * len(questions) if seen and inputs.images else None
-    return model.prepare(questions, images, template=template_name(template))
-
-
-def _of_the_world(model: HookedLLaVA, asked: list[Any]) -> Inputs:
-    """Questions of the embedded world with their images."""
-    images = [None if one.scene is None else one.scene.render() for one in asked]
-    return model.prepare([one.question.text for one in asked], images)
+    return model.prepare(list(questions), images, template=template)
 
 
 def probes_of(
-    model: HookedLLaVA, inputs: Inputs, question: str, target: str, others: Others, embedded: bool
+    model: HookedLLaVA, inputs: Inputs, prompt: PromptOptions, target: str, others: OtherQuestions
 ) -> list[Probe]:
     """What else to ask: what was given, or the embedded world's own questions."""
     from hooked_llava.editing import Probe
 
     probes = []
-    if others.reword:
-        prompts = about_the_image(model, inputs, others.reword, others.template)
-        probes.append(Probe("in other words", "generalisation", prompts, target))
     for name, questions, seen in (
+        ("in other words", others.reword, True),
         ("other questions", others.ask, True),
         ("other questions, without the image", others.ask_text, False),
         ("questions that were kept", others.keep, True),
     ):
         if questions:
-            prompts = about_the_image(model, inputs, questions, others.template, seen=seen)
-            probes.append(Probe(name, "specificity", prompts))
-    given = others.reword or others.ask or others.ask_text
-    return probes if given or not embedded else [*_world_probes(model, inputs, question, target), *probes]
+            prompts = about_the_image(model, inputs, questions, prompt.template_name, seen=seen)
+            reworded = questions is others.reword
+            role, expected = ("generalisation", target) if reworded else ("specificity", None)
+            probes.append(Probe(name, role, prompts, expected))
+    if others.reword or others.ask or others.ask_text or not prompt.is_embedded:
+        return probes
+    return [*_world_probes(model, inputs, prompt.question, target), *probes]
+
+
+def _of_the_world(model: HookedLLaVA, asked: Sequence[Example]) -> Inputs:
+    """Questions of the embedded world with their images."""
+    images = [None if one.scene is None else one.scene.render() for one in asked]
+    return model.prepare([one.question.text for one in asked], images)
 
 
 def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str) -> list[Probe]:

@@ -2,70 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hooked_llava.cli.common import check_writable, load_model, prepare, split_arguments, template_name
-from hooked_llava.cli.options import (
-    EMBEDDED_MODEL,
-    Device,
-    DTypeOption,
-    First,
-    Model,
-    NoImage,
-    Output,
-    Second,
-    TemplateName,
-    at_least,
-)
-from hooked_llava.cli.terminal import (
-    clear_errors,
-    examples,
-    needs_figures,
-    new_table,
-    out,
-    say_where,
-    show_table,
-    shown_steps,
-)
+from hooked_llava.cli.command import TypedOptions, as_arguments, command
+from hooked_llava.cli.common import PromptOptions, check_writable
+from hooked_llava.cli.options import MaxNewTokens, Output, at_least
+from hooked_llava.cli.terminal import escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, OF_THE_ANSWER
 
 if TYPE_CHECKING:
     from hooked_llava.datasets import StudyRow
-    from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.viz import KnockoutPage
 
-EPILOG = examples(
-    'knockout demo "What color is the star?" --box 20,40,36,55',
-    'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
-    "knockout --dataset tiny-shapes --limit 20 -o flow.html",
-    "knockout --dataset GQA_FOLDER --images GQA_IMAGES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
-    "--template vicuna-v1",
-)
-Window = Annotated[
-    int | None,
-    typer.Option(
-        parser=at_least(1), metavar="N", help="Layers that are blocked together. Default: the paper's share, 9 of 40."
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(parser=at_least(1), metavar="N", help="Questions of each kind. Default: all; of tiny-shapes 50."),
-]
-
+_OWN_TABLE = "tiny-shapes"
+_DEFAULT_LIMIT = 50
 
 Metric = StrEnum("Metric", OF_THE_ANSWER)
-TableName = Annotated[
-    str | None,
+EdgeNames = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="TABLE",
-        help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
+        "--edge",
+        metavar="EDGE",
+        help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.',
     ),
+]
+Window = Annotated[
+    int | None, at_least(1, help="Layers that are blocked together. Default: the paper's share, 9 of 40.")
 ]
 MetricOption = Annotated[
     Metric,
@@ -75,117 +43,140 @@ MetricOption = Annotated[
         + "."
     ),
 ]
-# None where they are not given, so that one that does nothing can be refused.
-BatchSize = Annotated[
-    int | None, typer.Option(parser=at_least(1), metavar="N", help="Questions of a table at once. Default: 8.")
-]
-Length = Annotated[
-    int | None, typer.Option(parser=at_least(1), metavar="N", help="Length of the answer at most. Default: 20.")
-]
-_OWN_TABLE = "tiny-shapes"
-_DEFAULT_LIMIT = 50
-
-
 Boxes = Annotated[
     list[str] | None,
-    typer.Option(metavar="X0,Y0,X1,Y1", help="Where the object is, in the image's pixels; may be repeated."),
+    typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Where the object is, in the image's pixels; may be repeated."),
 ]
-EdgeNames = Annotated[
-    list[str] | None,
+TableName = Annotated[
+    str | None,
     typer.Option(
-        metavar="EDGE", help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.'
+        metavar="TABLE",
+        help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
     ),
 ]
 ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's images are.")]
+Limit = Annotated[int | None, at_least(1, help="Questions of each kind. Default: all; of tiny-shapes 50.")]
 Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
 Results = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
 ]
+BatchSize = Annotated[int, at_least(1, help="Questions of a table at once.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnockoutOptions:
+    """Arguments of `attention_knockout`."""
+
+    edges: EdgeNames = None
+    window: Window = None
+    metric: MetricOption = Metric.relative_change
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """A table of questions, and how it is asked."""
+
+    dataset: TableName = None
+    images: ImageFolder = None
+    limit: Limit = None
+    every: Every = False
+    results: Results = None
+    batch_size: BatchSize = 8
+
+    def rows(self) -> tuple[list[StudyRow], dict[str, str]]:
+        """The table's questions, and the instruction that follows each."""
+        table, images = str(self.dataset), self.images
+        if table == _OWN_TABLE and not Path(table).exists():
+            from hooked_llava.toy.gqa_tables import gqa_rows
+
+            if images is not None:
+                raise InputError("--images belongs to a table that names its images; tiny-shapes draws its own.")
+            return gqa_rows(self.limit or _DEFAULT_LIMIT), {}
+        from hooked_llava.datasets import GQA_TAIL, read_gqa
+
+        rows = read_gqa(table, limit=self.limit)
+        if images is None:
+            raise InputError(f"The table {table!r} names its images; say where they are with --images FOLDER.")
+        if not images.is_dir():
+            raise InputError(
+                f"--images {images}: there is no such folder; give the one that the table's images are in."
+            )
+        return rows, {"tail": GQA_TAIL}
+
+
+@command(
+    'knockout demo "What color is the star?" --box 20,40,36,55',
+    'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
+    "knockout --dataset tiny-shapes --limit 20 -o flow.html",
+    "knockout --dataset GQA_FOLDER --images GQA_IMAGES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
+    "--template vicuna-v1",
+)
 def knockout(
-    first: First = None,
-    second: Second = None,
-    box: Boxes = None,
-    edge: EdgeNames = None,
-    window: Window = None,
-    metric: MetricOption = Metric("relative_change"),
-    dataset: TableName = None,
-    images: ImageFolder = None,
-    limit: Limit = None,
-    every: Every = False,
-    results: Results = None,
-    batch_size: BatchSize = None,
+    typed: TypedOptions,
+    options: KnockoutOptions,
+    table: TableOptions,
+    prompt: PromptOptions,
+    boxes: Boxes = None,
+    max_new_tokens: MaxNewTokens = 20,
     output: Output = Path("knockout.html"),
-    model: Model = EMBEDDED_MODEL,
-    no_image: NoImage = False,
-    template: TemplateName = "default",
-    max_new_tokens: Length = None,
-    device: Device = "auto",
-    dtype: DTypeOption = None,
 ) -> None:
     """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer.
 
     The paper's prompts are those of LLaVA-1.5's older template: --template vicuna-v1. A position whose every key is blocked
     attends to nothing; in the paper's released code it attends to all of them equally.
     """
-    with clear_errors():
-        check_writable(output)
-        how: dict[str, Any] = {"metric": metric.value}
-        if dataset is not None:
-            _refuse_arguments(dataset, first, box, no_image=no_image or None, max_new_tokens=max_new_tokens)
-            rows, tail = _rows(dataset, images, limit)
-            loaded = load_model(model, device, dtype)
-            how |= {"images": images, "out": results, "only_correct": not every, "batch_size": batch_size or 8, **tail}
-            page = _study(loaded, rows, edge, window, how | {"template": template_name(template)})
-        else:
-            _refuse_table_options(images=images, limit=limit, results=results, all=every or None, batch_size=batch_size)
-            boxes = [_box(text) for text in box or ()]
-            image, question = split_arguments(first, second, no_image)
-            loaded, inputs = prepare(model, image, question, template, device, dtype)
-            inputs = inputs.with_boxes(object=boxes) if boxes else inputs
-            page = _one(loaded, inputs, edge, window, how | {"max_new_tokens": max_new_tokens or 20})
-        path = page.save(output)
-        _show(page)
-        say_where(path)
+    check_writable(output)
+    if table.dataset is not None:
+        if prompt.first is not None:
+            raise InputError(
+                f"--dataset {table.dataset} brings its own questions; leave {prompt.first!r} out, or --dataset."
+            )
+        typed.refuse(["boxes"], "belongs to one question; a table has the boxes of its objects.")
+        typed.refuse(["no_image", "max_new_tokens"], "belongs to one question; leave it out, or --dataset.")
+        page = _table_page(table, prompt, options)
+    else:
+        of_tables = [field.name for field in fields(table)]
+        typed.refuse(of_tables, "belongs to a table of questions; give one with --dataset.")
+        page = _prompt_page(prompt, options, boxes or [], max_new_tokens)
+    path = page.save(output)
+    _show(page)
+    say_where(path)
 
 
-def _refuse_arguments(dataset: str, first: str | None, box: list[str] | None, **given: Any) -> None:
-    if first is not None:
-        raise InputError(f"--dataset {dataset} brings its own questions; leave {first!r} out, or --dataset.")
-    if box:
-        raise InputError("--box belongs to one question; a table has the boxes of its objects.")
-    if named := _options(given):
-        raise InputError(f"{named[0]} belongs to one question; leave it out, or --dataset.")
+def _prompt_page(
+    prompt: PromptOptions, options: KnockoutOptions, boxes: list[str], max_new_tokens: int
+) -> KnockoutPage:
+    drawn = [_box(text) for text in boxes]
+    model, inputs = prompt.prepare()
+    inputs = inputs.with_boxes(object=drawn) if drawn else inputs
+    with needs_figures():
+        from hooked_llava.viz.pages.knockout import STEPS, knockout_page
+    with shown_steps(len(STEPS)) as on_step:
+        return knockout_page(model, inputs, max_new_tokens=max_new_tokens, on_step=on_step, **as_arguments(options))
 
 
-def _rows(dataset: str, images: Path | None, limit: int | None) -> tuple[list[StudyRow], dict[str, str]]:
-    """The table's questions, and the instruction that follows each."""
-    if dataset == _OWN_TABLE and not Path(dataset).exists():
-        from hooked_llava.toy.gqa_tables import gqa_rows
+def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage:
+    rows, tail = table.rows()
+    model = prompt.load()
+    with needs_figures():
+        from hooked_llava.viz.pages.knockout import study_page
+    from hooked_llava.analysis import flow_study
 
-        if images is not None:
-            raise InputError("--images belongs to a table that names its images; tiny-shapes draws its own.")
-        return gqa_rows(limit or _DEFAULT_LIMIT), {}
-    from hooked_llava.datasets import GQA_TAIL, read_gqa
-
-    rows = read_gqa(dataset, limit=limit)
-    if images is None:
-        raise InputError(f"The table {dataset!r} names its images; say where they are with --images FOLDER.")
-    if not images.is_dir():
-        raise InputError(f"--images {images}: there is no such folder; give the one that the table's images are in.")
-    return rows, {"tail": GQA_TAIL}
-
-
-def _refuse_table_options(**given: Any) -> None:
-    if named := _options(given):
-        raise InputError(f"{named[0]} belongs to a table of questions; give one with --dataset.")
-
-
-def _options(given: dict[str, Any]) -> list[str]:
-    """Those that were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    how: dict[str, Any] = as_arguments(options) | tail
+    if options.edges is None:
+        del how["edges"]
+    result = flow_study(
+        model,
+        rows,
+        images=table.images,
+        out=table.results,
+        only_correct=not table.every,
+        batch_size=table.batch_size,
+        template=prompt.template_name,
+        **how,
+    )
+    return study_page(result)
 
 
 def _box(text: str) -> tuple[float, ...]:
@@ -198,49 +189,24 @@ def _box(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _one(
-    model: HookedLLaVA, inputs: Inputs, edges: list[str] | None, window: int | None, settings: dict[str, Any]
-) -> KnockoutPage:
-    with needs_figures():
-        from hooked_llava.viz.pages.knockout import STEPS, knockout_page
-    with shown_steps(len(STEPS)) as on_step:
-        return knockout_page(model, inputs, edges, window, on_step=on_step, **settings)
-
-
-def _study(
-    model: HookedLLaVA, rows: list[StudyRow], edges: list[str] | None, window: int | None, settings: dict[str, Any]
-) -> KnockoutPage:
-    with needs_figures():
-        from hooked_llava.viz.pages.knockout import study_page
-    from hooked_llava.analysis import flow_study
-
-    chosen: dict[str, Any] = {} if edges is None else {"edges": edges}
-    return study_page(flow_study(model, rows, window=window, **chosen, **settings))
-
-
 def _show(page: KnockoutPage) -> None:
     """The answer, and for each edge what blocking it does."""
-    from rich.markup import escape
-
-    found, summary = page.results["knockout"], page.results["summary"]
-    if "kind" in found.dims:
-        every = {"kind": found.kind.values[-1]}  # all kinds together
-        found, summary = found.sel(every), summary.sel(every)
-    if "statistic" in found.dims:
-        found = found.sel(statistic="mean")
-    out().print(f"[dim]{escape(page.question)}[/dim]", soft_wrap=True)
+    # Of all kinds together, and the means.
+    of_all = {"kind": -1, "statistic": 0}
+    found, summary = (page.results[name].isel(of_all, missing_dims="ignore") for name in ("knockout", "summary"))
+    say(f"[dim]{escape(page.question)}[/dim]")
     if page.answer:
-        out().print(f"[bold]{escape(page.answer)}[/bold]", soft_wrap=True)
-    out().print()
-    numbers = ("in all layers", "deepest window", "at")
-    table = new_table(["blocked", *numbers], right=numbers)
+        say(f"[bold]{escape(page.answer)}[/bold]")
+    say()
     percent = str(found.effect.attrs.get("units", "")).startswith("%")
+    rows = []
     for name in found.edge.values.tolist():
         total, depth = (float(x.sel(edge=name)) for x in (found.total_effect, summary.depth))
         layer = float(summary.peak_layer.sel(edge=name))
         at = f"layer {layer:.0f}" if summary.half_width.sel(edge=name) > 0 else ""
-        table.add_row(escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at)
-    show_table(table)
+        rows.append([escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at])
+    numbers = ("in all layers", "deepest window", "at")
+    show_table(["blocked", *numbers], rows, right=numbers)
 
 
 def _shown(value: float, *, percent: bool) -> str:

@@ -1,11 +1,10 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands have, one declaration each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +19,8 @@ class DType(StrEnum):
     float16 = "float16"
 
 
-def at_least(least: int) -> Callable[[str | int], int]:
-    """How an option's number, or its default, is read; what is refused is named, with what was expected."""
+def at_least(least: int, *names: str, **look: Any) -> Any:
+    """An option that takes a whole number, `least` or more; `names` and `look` are as for `typer.Option`."""
 
     def read(given: str | int) -> int:
         try:
@@ -32,7 +31,7 @@ def at_least(least: int) -> Callable[[str | int], int]:
             raise typer.BadParameter(f"{given} was given; expected a whole number, {least} or more.")
         return number
 
-    return read
+    return typer.Option(*names, parser=read, metavar="N", **look)
 
 
 # Two optional arguments, told apart by how many are given: an image may be left out, a question may not.
@@ -61,14 +60,12 @@ TemplateName = Annotated[
         "others of hooked_llava.prompt.templates; none: the question is the whole prompt, <image> included.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(parser=at_least(1), metavar="N", help="Length of the answer at most.")]
+MaxNewTokens = Annotated[int, at_least(1, help="Length of the answer in tokens, at most.")]
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes an accelerator if there is one.")
 ]
 DTypeOption = Annotated[
     DType | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16. Default: as the checkpoint says.")
 ]
-Top = Annotated[
-    int, typer.Option(parser=at_least(1), metavar="N", help="How many of the most probable tokens to show.")
-]
+Top = Annotated[int, at_least(1, "--top", help="How many of the most probable tokens to show.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -16,7 +16,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.images import ImageLike, load_image, upright_size
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL
-from hooked_llava.prompt.templates import DEFAULT
+from hooked_llava.prompt.templates import DEFAULT, Template
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -74,7 +74,7 @@ def prepare_rows(
     rows: Sequence[StudyRow],
     images: str | Path | None = None,
     *,
-    template: Any = DEFAULT,
+    template: str | Template | None = DEFAULT,
     tail: str | None = TEMPLATE_TAIL,
     coverage: Number = 0,
 ) -> Inputs:
@@ -165,12 +165,12 @@ def _name(row: StudyRow) -> str:
     return f"The image of row {row.id}"
 
 
-def _located(row: StudyRow, images: str | Path | None) -> Any:
+def _located(row: StudyRow, images: str | Path | None) -> ImageLike | None:
     """A row's image, or the path where it is."""
     return _find(row, Path(row.image), images) if isinstance(row.image, (str, Path)) else row.image
 
 
-def _size(row: StudyRow, image: Any) -> tuple[int, int]:
+def _size(row: StudyRow, image: ImageLike | None) -> tuple[int, int]:
     """Width and height of the upright image, without decoding it where that is possible."""
     if isinstance(image, Path):
         with suppress(OSError), Image.open(image) as opened:

@@ -1,8 +1,8 @@
 """An analysis over a table of questions: asked, kept if answered correctly, measured, averaged by kind of question.
 
 What is finished stays finished: with `out=` every batch is written as soon as it is done, so that an interrupted study
-goes on where it stopped, and the result file appears only when it is whole. A file says by a fingerprint what it is of:
-the questions, their images, the weights, and how they are asked and measured.
+goes on where it stopped, and the result file appears only when it is whole. A file holds a hash of
+what it is of: the questions, their images, the weights, and how they are asked and measured.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import xarray as xr
 from tqdm import tqdm
 
 from hooked_llava.architecture.image_axis import Number
@@ -29,20 +30,19 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL
-from hooked_llava.prompt.templates import DEFAULT
+from hooked_llava.prompt.templates import DEFAULT, Template
 from hooked_llava.results.arrays import join_attrs, load, save
 from hooked_llava.results.map_quality import mean_intervals
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.prepare import Inputs
 
-Run = Callable[["Inputs", Sequence[StudyRow]], Any]
+Run = Callable[["Inputs", Sequence[StudyRow]], "xr.DataArray | xr.Dataset"]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""
 OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 _PATIENCE = 2.0  # seconds before a progress bar appears
 
 
@@ -57,7 +57,7 @@ def study(
     match: Match = answers_match,
     batch_size: int = 8,
     max_new_tokens: int = 8,
-    template: Any = DEFAULT,
+    template: str | Template | None = DEFAULT,
     tail: str | None = TEMPLATE_TAIL,
     coverage: Number = 0,
     about: Mapping[str, Any] | None = None,
@@ -118,14 +118,12 @@ class _Asking:
     only_correct: bool
     match: Match
     max_new_tokens: int
-    template: Any
+    template: str | Template | None
     tail: str | None
     coverage: Number
 
     def measure(self, rows: Sequence[StudyRow]) -> xr.Dataset:
         """The analysis of those rows that are kept; empty if none is."""
-        import xarray as xr
-
         inputs = self._prepare(rows)
         said = self.model.generate(inputs, max_new_tokens=self.max_new_tokens)
         said = [said] if isinstance(said, str) else said
@@ -149,6 +147,23 @@ class _Asking:
         )
 
 
+def count_unseen(result: xr.Dataset) -> int:
+    """How many questions of a study have an object that the model does not see: cut away, or too small."""
+    return int((result["boxes_lost"] > 0).sum()) if "boxes_lost" in result.coords else 0
+
+
+def as_kinds(result: Labelled) -> Labelled:
+    """A result of one prompt, or means by kind, with the axes kind and statistic, of length one where it lacks them.
+
+    >>> import xarray as xr
+    >>> as_kinds(xr.DataArray([1.0], dims="edge")).dims
+    ('kind', 'statistic', 'edge')
+    """
+    for axis, only in (("statistic", "mean"), ("kind", "")):
+        result = result if axis in result.dims else result.expand_dims({axis: [only]})
+    return result
+
+
 def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95, seed: int = 0) -> xr.Dataset:
     """Mean and bootstrap interval of every number along `question`, by kind of question and over all of them.
 
@@ -161,8 +176,6 @@ def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95,
     >>> by_kind(values).effect.sel(statistic="mean").values.tolist()
     [2.0, 5.0, 3.0]
     """
-    import xarray as xr
-
     if "question" not in result.dims or "kind" not in result.coords:
         raise InputError("by_kind averages along the axis 'question' by the coordinate 'kind', as study makes them.")
     kinds = [str(kind) for kind in result["kind"].values]
@@ -190,12 +203,12 @@ class _Parts:
         self.rows, self.path, self.fingerprint = rows, path, fingerprint
         self.folder = None if path is None else path.with_name(path.name + ".parts")
         self.place = {row.id: i for i, row in enumerate(rows)}
-        self.done: list[Any] = []
-        self.finished: Any = None
+        self.done: list[xr.Dataset] = []
+        self.finished: xr.Dataset | None = None
 
     @classmethod
     def open(cls, rows: Sequence[StudyRow], path: Path, fingerprint: str) -> _Parts:
-        """What an earlier run left behind; raises `InputError` if that was another study."""
+        """The batches of an earlier run; raises `InputError` if that was another study."""
         parts = cls(rows, path, fingerprint)
         assert parts.folder is not None
         if path.is_file():
@@ -204,9 +217,9 @@ class _Parts:
             parts.done = [parts.mine(load(file), parts.folder) for file in sorted(parts.folder.glob("*.safetensors"))]
         return parts
 
-    def mine(self, result: Any, where: Path) -> Any:
+    def mine(self, result: xr.DataArray | xr.Dataset, where: Path) -> xr.Dataset:
         """The result, if it is of this study."""
-        if result.attrs.get("fingerprint") != self.fingerprint:
+        if not isinstance(result, xr.Dataset) or result.attrs.get("fingerprint") != self.fingerprint:
             raise InputError(
                 f"{str(where)!r} holds another study (other questions, images, weights or settings); "
                 "remove it, or give another out=."
@@ -229,8 +242,6 @@ class _Parts:
 
     def join(self, options: Mapping[str, Any]) -> xr.Dataset:
         """All batches in the table's order, with how they were asked; written to the file if there is one."""
-        import xarray as xr
-
         found = [part for part in self.done if "question" in part.dims]
         asked, correct = (_sum(part.attrs[name] for part in self.done) for name in ("asked", "correct"))
         if not found:
@@ -254,9 +265,9 @@ class _Parts:
         return joined
 
 
-def _labelled(result: Any, rows: Sequence[StudyRow], said: Sequence[str]) -> xr.Dataset:
+def _labelled(result: xr.DataArray | xr.Dataset, rows: Sequence[StudyRow], said: Sequence[str]) -> xr.Dataset:
     """A result with the axis `question` first, and what is known of the questions along it."""
-    dataset = result if hasattr(result, "data_vars") else result.to_dataset(name=str(result.name or "value"))
+    dataset = result if isinstance(result, xr.Dataset) else result.to_dataset(name=str(result.name or "value"))
     dataset = dataset.assign_attrs(result.attrs)
     if "prompt" not in dataset.dims and len(rows) == 1:
         dataset = dataset.drop_vars("prompt", errors="ignore").expand_dims("prompt")
@@ -271,7 +282,7 @@ def _labelled(result: Any, rows: Sequence[StudyRow], said: Sequence[str]) -> xr.
     return renamed.assign_coords({name: ("question", np.array(column, dtype=str)) for name, column in words.items()})
 
 
-def _sum(counts: Any) -> dict[str, int]:
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
@@ -305,27 +316,16 @@ def _check_out(out: Path) -> None:
 
 
 def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
-    """A digest of the questions, of who is asked, and of how it is measured."""
+    """A hash of the questions, the model, and how it is asked and measured."""
     who = [model.config.model_name, str(model.cfg.dtype), weights_hash(model)]
-    told = [
-        [
-            *(
-                r.id,
-                r.question,
-                r.answer,
-                r.kind,
-                r.boxes,
-                r.size,
-                r.constraint,
-                r.answer_prefix,
-                r.false_option,
-                _shown(r),
-            ),
-            *(() if r.constraint_occurrence is None else (r.constraint_occurrence,)),
-        ]
-        for r in rows
-    ]
-    return _digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())
+    return _digest(json.dumps([who, [_told(row) for row in rows], settings], sort_keys=True, default=str).encode())
+
+
+def _told(row: StudyRow) -> list[Any]:
+    """What a row says, in plain values."""
+    asked = [row.id, row.question, row.answer, row.kind, row.boxes, row.size, row.constraint, row.answer_prefix]
+    later = [] if row.constraint_occurrence is None else [row.constraint_occurrence]  # 0.1 did not have it
+    return [*asked, row.false_option, _shown(row), *later]
 
 
 def _shown(row: StudyRow) -> str | None:

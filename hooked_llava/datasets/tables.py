@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from hooked_llava.checks import one_of, whole_number
-from hooked_llava.errors import InputError, warn_user
+from hooked_llava.errors import HookedLLaVAWarning, InputError, warn_user
 
 _DELIMITERS = ",;\t"
 _MARKED = (
@@ -46,10 +46,8 @@ def released_files(path: str | Path, kinds: Iterable[str], names: Mapping[str, s
 
     Raises `InputError` for unknown kinds, and where there is no such file.
     """
-    path, wanted = (
-        Path(path),
-        [names[one_of(kind, names, "kinds", says=f"There is no kind {kind!r}.")] for kind in kinds],
-    )
+    path = Path(path)
+    wanted = [names[one_of(kind, names, "kinds", says=f"There is no kind {kind!r}.")] for kind in kinds]
     files = [path] if path.is_file() else [path / name for name in wanted if (path / name).is_file()]
     if not files:
         what = "is no file and no folder" if not path.is_dir() else f"holds none of {', '.join(names.values())}"
@@ -126,7 +124,7 @@ def _decoded(file: Path, encoding: str | None) -> str:
                 text = data.decode(_FALLBACK)
                 warn_user(
                     f"{str(file)!r} is not in UTF-8 and was read as Windows-1252; if its words look wrong, name its encoding=.",
-                    UserWarning,
+                    HookedLLaVAWarning,
                 )
                 return text
     return data.decode(encoding)

@@ -57,7 +57,7 @@ class Change:
         return self.left.nbytes + self.right.nbytes + (0 if self.full is None else self.full.nbytes)
 
     def added_to(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The weight with the change, in the weight's (wide) dtype and on its device."""
+        """The weight with the change, in the weight's (float32 or float64) dtype and on its device."""
         if self.left.shape[1]:
             weight = torch.addmm(weight, self.left.to(weight), self.right.to(weight))
         return weight if self.full is None else weight + self.full.to(weight)

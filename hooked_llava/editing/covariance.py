@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.storage import read_tensors, write_tensors
 
 _FORMAT = "hooked_llava.key_covariance.v2"
@@ -39,8 +39,8 @@ class KeyCovariance:
         positions (str): The span that the positions were taken from.
         weights (WeightsId | Float[Tensor, " sample"] | None): The unedited weights of the model whose keys they are
             (samples of them, from a file of 0.1); None if not known.
-        _checked (Float[Tensor, " sample"] | None): Samples of the weights that were found to be those: to make all
-            hashes anew for each of many edits would be slow.
+        _checked (Float[Tensor, " sample"] | None): Samples of the weights that were found to be those: hashing
+            all weights for each of many edits would be slow.
     """
 
     layer: int
@@ -106,7 +106,7 @@ class KeyCovariance:
 @torch.no_grad()
 def key_covariance(
     model: HookedLLaVA,
-    prompts: Iterable[Any],
+    prompts: Iterable[InputsLike],
     layer: int,
     *,
     positions: str = "text",

@@ -1,4 +1,4 @@
-"""An edit: what is added to which weights, why, and how to take it back bit for bit."""
+"""An edit: what is added to which weights, why, and how to revert it bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PARTS = ("left", "right", "full")
 
 @dataclass(eq=False, repr=False)
 class Edit:
-    """A change of a model's weights that can be applied, taken back, combined and stored.
+    """A change of a model's weights that can be applied, reverted, combined and stored.
 
     An edited model runs, caches, patches, generates and saves like any other; a `Replay` made before refuses to go on.
     Several edits may be active at once and are reverted in any order: a weight is its kept original plus the sum of the
@@ -89,9 +89,9 @@ class Edit:
 
     @contextmanager
     def applied(self) -> Iterator[Edit]:
-        """The edit in place for the time of the block, and taken back at its end, exceptions included.
+        """The edit in place for the time of the block, and reverted at its end, exceptions included.
 
-        If it cannot be taken back after an exception of the block, that is noted on the exception.
+        If it cannot be reverted after an exception of the block, that is noted on the exception.
         """
         self.apply()
         try:
@@ -100,7 +100,7 @@ class Edit:
             try:
                 self._revert_if_applied()
             except InputError as failed:
-                error.add_note(f"Besides, the edit could not be taken back: {failed}")
+                error.add_note(f"Besides, the edit could not be reverted: {failed}")
             raise
         self._revert_if_applied()
 
@@ -143,10 +143,10 @@ class Edit:
             weight_records.with_change(name, weight, self.active, self.changes[name])
 
     def revert(self) -> None:
-        """Take the edit back: the weights are bit for bit what they are with the remaining edits, or without any.
+        """Revert the edit: the weights are bit for bit what they are with the remaining edits, or without any.
 
         Raises `InputError` if it is not applied, or something else changed the weights meanwhile. If the model was moved or
-        converted while it was applied, it is taken back from the memory that it was applied to, if that is still in use
+        converted while it was applied, it is reverted in the memory that it was applied to, if that is still in use
         (by the model that `from_hf` was given), and the error says that the moved weights keep it.
         """
         if not self.is_applied:
@@ -226,7 +226,7 @@ class Edit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the factors to one safetensors file, with requests, method and what the unedited model is.
 
-        Nothing half-written stays behind. Raises `InputError` for a folder that is not there.
+        Nothing half-written is left. Raises `InputError` for a folder that is not there.
         """
         write_tensors(path, *self._contents(WeightsId.of(weight_records.originals(self.model))), _FORMAT)
 
@@ -299,7 +299,7 @@ def active_edits(model: HookedLLaVA) -> list[Edit]:
 
 
 def _handle(model: HookedLLaVA, active: ActiveEdit, changes: dict[str, Change]) -> Edit:
-    """The edit itself if somebody holds it, else one made again from what the weight records kept."""
+    """The edit itself if it is still referenced, else one rebuilt from the weight records."""
     held = None if active.handle is None else active.handle()
     if held is not None and held.model is model:
         return held

@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import one_of
 from hooked_llava.editing import weight_records
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest
+from hooked_llava.editing.roles import PROBE_ROLES, Role
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import samples
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.readout.answer import (
     FIRST,
     WHOLE,
@@ -37,11 +40,6 @@ from hooked_llava.readout.metrics import kl_divergence
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.provenance import Provenance
 
-Role = Literal["efficacy", "generalisation", "specificity", "locality"]
-ROLES: tuple[Role, ...] = get_args(Role)
-TO_CHANGE: tuple[Role, ...] = ("efficacy", "generalisation")
-"""Roles whose answers are to become the target; of the others they are to stay."""
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -50,7 +48,7 @@ class Probe:
     Attributes:
         name (str): What is asked, such as "other images".
         role (Role): What it measures.
-        prompts (InputsLike | KeptPrompts): The prompts: anything `model.as_inputs` takes, or `KeptPrompts`.
+        prompts (InputsLike | KeptPrompts): The prompts, or prompts that were run before.
         expected (Sequence[str | int | Sequence[int]] | str | int | None): The answers, one for all prompts or one each:
             text of one or more tokens, or token ids (a list of lists for several); None: the first token of what the
             model answers without the edit.
@@ -58,7 +56,7 @@ class Probe:
 
     name: str
     role: Role
-    prompts: Any
+    prompts: InputsLike | KeptPrompts
     expected: Sequence[str | int | Sequence[int]] | str | int | None = None
 
 
@@ -68,7 +66,7 @@ class Asked:
 
     Attributes:
         probe (Probe): What was asked.
-        expected (Int[Tensor, "prompt read variant"]): The tokens that are expected where they are predicted, -1 behind
+        expected (Int[Tensor, "prompt read variant"]): The tokens that are expected where they are predicted, -1 after
             an answer's end.
         measured (str): "whole answer", or "first token" where nothing was expected but what the model says.
         before (Float[Tensor, "prompt read d_vocab"]): Logits there without the edit.
@@ -170,16 +168,10 @@ def summary(result: xr.Dataset) -> dict[str, float]:
     specificity (accuracy before less after, in points) and the KL of locality in nats; what was not probed is absent.
     """
     found: dict[str, float] = {}
-    for role in ROLES:
-        part = result.isel(probe=[i for i, r in enumerate(result.role.values) if r == role])
-        if not part.sizes["probe"]:
-            continue
-        if role in TO_CHANGE:
-            found[role] = float(part.accuracy.mean())
-        elif role == "specificity":
-            found["specificity_drop"] = 100 * float((part.accuracy_before - part.accuracy).mean())
-        else:
-            found["locality_kl"] = float(part.kl.mean())
+    for name, role in PROBE_ROLES.items():
+        own = result.isel(probe=[i for i, of in enumerate(result.role.values) if of == name])
+        if own.sizes["probe"]:
+            found[role.measure] = role.of(own)
     return found
 
 
@@ -223,8 +215,7 @@ def sequential_edits(
 
 def _kept(model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weights: Tensor) -> KeptPrompts:
     """The probe's prompts without the edit, to be entered at its first layer."""
-    if probe.role not in ROLES:
-        raise InputError(f"Probe {probe.name!r} has role {probe.role!r}; expected one of {', '.join(ROLES)}.")
+    one_of(probe.role, PROBE_ROLES, "role", says=f"Probe {probe.name!r} has role {probe.role!r}.")
     given = probe.prompts
     if not isinstance(given, KeptPrompts):
         return keep_prompts(model, given, [layer or 0])
@@ -248,13 +239,14 @@ def _now(
     """Logits under the edit: from its first layer on, or from the pixels and tokens on."""
     if layer is not None:
         return prompts.answer_logits(expected[..., 0], layer)
+    assert not isinstance(probe.prompts, KeptPrompts)  # these have been refused
     return _before(keep_prompts(prompts.kept.model, probe.prompts), expected)
 
 
 def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[Int[Tensor, "prompt read variant"], str]:
     """The tokens of one answer for each prompt, and whether they are the whole of it."""
     if probe.expected is None:
-        if probe.role in TO_CHANGE:
+        if PROBE_ROLES[probe.role].to_change:
             raise InputError(f"Probe {probe.name!r} measures {probe.role} and needs expected=, the edit's target.")
         return prompts.before.argmax(-1)[:, None, None], FIRST
     several = isinstance(probe.expected, Sequence | np.ndarray | Tensor) and not isinstance(probe.expected, str)

@@ -1,4 +1,4 @@
-"""Does an edit do what it was asked for? Every request is asked again with it, before it is handed out."""
+"""Does an edit do what it was asked for? Every request is asked again with it, before it is returned."""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import SupportsIndex, TypeAlias
+
+import xarray as xr
 
 from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
 from hooked_llava.checks import whole_number
@@ -13,10 +15,8 @@ from hooked_llava.experiments.corruptions import MeanEmbedding, Noise
 from hooked_llava.model.llava import HookedLLaVA
 
 _LEAST_RESTORED = 0.01
-Layer: TypeAlias = Any
+Layer: TypeAlias = SupportsIndex | str | xr.Dataset
 """A layer, "auto", or the dataset that `analysis.causal_trace` returns."""
-
-
 AUTO = "auto"
 """`position=` that takes the constraint or the last position, whichever the trace points to."""
 
@@ -37,8 +37,7 @@ def choose_place(
     if any(request.constraint is None for request in requests):
         return at_last, choose_layer(model, at_last, layer)
     at_constraint = [prepare_request(model, request, "constraint") for request in requests]
-    number = None if _is_trace(layer) else choose_number(model, layer)
-    trace = layer if _is_trace(layer) else _trace(model, at_last[0])
+    number, trace = choose_number(model, layer), _trace_of(model, layer, at_last[0])
     both = {_position_in(trace, prepared[0]): prepared for prepared in (at_constraint, at_last)}
     traced = [at for at in both if at in trace.position.values] or list(both)
     chosen, where = best_of_trace(trace, traced, number)
@@ -53,15 +52,17 @@ def choose_layer(model: HookedLLaVA, prepared: Sequence[Prepared], layer: Layer)
     Raises `InputError` for a layer out of range, a trace of another prompt, one that lacks "mlp" or the position, and one in
     which no layer restores anything there.
     """
-    number = None if _is_trace(layer) else choose_number(model, layer)
-    if number is None:
-        trace = layer if _is_trace(layer) else _trace(model, prepared[0])
-        number = layer_of_trace(trace, _position_in(trace, prepared[0]))
-    return number
+    number = choose_number(model, layer)
+    if number is not None:
+        return number
+    trace = _trace_of(model, layer, prepared[0])
+    return layer_of_trace(trace, _position_in(trace, prepared[0]))
 
 
-def choose_number(model: HookedLLaVA, layer: int | str) -> int | None:
-    """A layer given as a number, checked and counted from 0; None for "auto". Raises `InputError` for anything else."""
+def choose_number(model: HookedLLaVA, layer: Layer) -> int | None:
+    """A layer given as a number, checked and counted from 0; None where a trace chooses; raises `InputError` otherwise."""
+    if isinstance(layer, xr.Dataset):
+        return None
     if isinstance(layer, str):
         if layer != AUTO:
             raise InputError(f"layer={layer!r}; expected a number, 'auto', or the result of causal_trace.")
@@ -72,12 +73,12 @@ def choose_number(model: HookedLLaVA, layer: int | str) -> int | None:
     return number % n_layers
 
 
-def layer_of_trace(trace: Any, at: int) -> int:
+def layer_of_trace(trace: xr.Dataset, at: int) -> int:
     """The layer whose MLP restores most at a position."""
     return best_of_trace(trace, [at])[0]
 
 
-def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -> tuple[int, int]:
+def best_of_trace(trace: xr.Dataset, places: Sequence[int], layer: int | None = None) -> tuple[int, int]:
     """The layer and the position whose MLP restores most, among some positions, and in one layer if that is settled."""
     at = " or ".join(map(str, places))
     if "mlp" not in trace.kind.values or not set(places) <= set(trace.position.values.tolist()):
@@ -89,7 +90,7 @@ def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -
     if not was_lowered(trace):
         raise InputError(
             f"The trace's corruption hardly lowers the answer (P {p_clean:.3g} -> {p_corrupted:.3g}), so nothing is known "
-            "about where it is stored: it does not hang on the constraint's words. Trace with another corruption, such as "
+            "about where it is stored: it does not depend on the constraint's words. Trace with another corruption, such as "
             "OtherImage(image) or Replace(words), and give that trace as layer=; or choose both yourself: layer=, a "
             "number, and position='constraint' or 'last'."
         )
@@ -106,11 +107,10 @@ def best_of_trace(trace: Any, places: Sequence[int], layer: int | None = None) -
     return int(trace.layer.values[row]) if layer is None else layer, places[column]
 
 
-def _is_trace(layer: Layer) -> bool:
-    return hasattr(layer, "data_vars")
-
-
-def _trace(model: HookedLLaVA, request: Prepared) -> Any:
+def _trace_of(model: HookedLLaVA, layer: Layer, request: Prepared) -> xr.Dataset:
+    """The trace that was given, or one of the request's constraint: with noise, or with the mean if noise does too little."""
+    if isinstance(layer, xr.Dataset):
+        return layer
     constraint = request.words["constraint"]
     constraint = constraint if isinstance(constraint, str) else constraint[0]
     if constraint is None:
@@ -122,7 +122,7 @@ def _trace(model: HookedLLaVA, request: Prepared) -> Any:
     return trace
 
 
-def _position_in(trace: Any, request: Prepared) -> int:
+def _position_in(trace: xr.Dataset, request: Prepared) -> int:
     """Where the edited position of the request's first prompt is in a trace, whose prompt may be padded otherwise."""
     labels, end = request.inputs.token_maps[0].labels, trace.attrs["last"] + 1
     places = [position - end for position in trace.position.values.tolist()]  # from the end, which is the same in both

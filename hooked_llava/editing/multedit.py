@@ -8,11 +8,9 @@ practically as they were; here the limit is `clamp`, 4 by default as in ROME.
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.layer_choice import Layer
-from hooked_llava.editing.request import Requests
+from hooked_llava.editing.request import Requests, ToKeep
 from hooked_llava.editing.solved import Keys, solve_edit
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
@@ -26,7 +24,7 @@ def multedit(
     position: str = "auto",
     lam: float = 0.01,
     keys: Keys = "mean",
-    keep: Any = None,
+    keep: ToKeep | None = None,
     clamp: float = 4.0,
     steps: int = 25,
     lr: float = 0.5,

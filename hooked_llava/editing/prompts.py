@@ -15,6 +15,7 @@ from hooked_llava.editing import weight_records
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
 
@@ -29,7 +30,7 @@ class KeptPrompts:
     Attributes:
         kept (KeptRun): What entered the kept layers; padding is on the left.
         before (Float[Tensor, "prompt d_vocab"]): Next-token logits then.
-        token_maps (tuple[TokenMap, ...]): What stands where in each prompt: how an answer is cut depends on what stands
+        token_maps (tuple[TokenMap, ...]): The tokens and spans of each prompt: how an answer is tokenized depends on the text
             before it.
         weights (Float[Tensor, " sample"]): Which unedited weights they were run with, see `samples`.
         edits (frozenset[weight_records.ActiveEdit]): The edits that were active then; as a rule none.
@@ -62,7 +63,7 @@ class KeptPrompts:
             return
         raise InputError(
             f"The prompts of probe {name!r} were kept {problem}, so what they say without the edit is out of date. Keep them "
-            "anew, or give the prompts themselves."
+            "again, or give the prompts themselves."
         )
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class KeptPrompts:
 
     @torch.no_grad()
     def answer_logits(self, ids: Int[Tensor, "prompt read"], layer: int = 0) -> Float[Tensor, "prompt read d_vocab"]:
-        """Logits where each token of an answer is predicted, -1 behind an answer's end; otherwise as `logits`.
+        """Logits where each token of an answer is predicted, -1 after an answer's end; otherwise as `logits`.
 
         One of several tokens is appended to the prompts, which then run through all layers.
         """
@@ -88,7 +89,9 @@ class KeptPrompts:
 
 
 @torch.no_grad()
-def keep_prompts(model: HookedLLaVA, inputs: Any, layers: Sequence[int] = (0,), *, batch_size: int = 64) -> KeptPrompts:
+def keep_prompts(
+    model: HookedLLaVA, inputs: InputsLike, layers: Sequence[int] = (0,), *, batch_size: int = 64
+) -> KeptPrompts:
     """Run prompts once and keep the logits, and the residual stream entering layer 0 and the given layers.
 
     Entering n_layers is what leaves the last one. Raises `InputError` for a layer that the model does not have.

@@ -10,7 +10,11 @@ import xarray as xr
 from torch import Tensor
 
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.evaluate import TO_CHANGE, Probe, ask_probes, averaged, edited_questions
+from hooked_llava.editing.evaluate import Probe, ask_probes, averaged, edited_questions
+from hooked_llava.editing.prompts import KeptPrompts
+from hooked_llava.editing.roles import PROBE_ROLES
+from hooked_llava.errors import InputError
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.vocabulary import decode_text, decode_tokens
 from hooked_llava.results.arrays import to_numpy
@@ -25,11 +29,11 @@ _TOP = 5
 def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
     """Every question of the probes, asked without the edit and with it.
 
-    The probes hold prompts, not `KeptPrompts`. Returns `probes`, what `evaluate_edit` gives; `questions`, a dataset
+    Returns `probes`, what `evaluate_edit` gives; `questions`, a dataset
     [question] with text, probe, role, answers and measures of each; and `answers`, probabilities [state, token] of first
     tokens of the first question's answer: that before the edit, the expected one, and what else is most probable in either
     state; coordinates `rest` [state], what all `n_rest` other tokens have together, and `rest_largest` [state], what one of
-    them has at most. Raises as `evaluate_edit`.
+    them has at most. Raises as `evaluate_edit`, and `InputError` for `KeptPrompts`, which have no words to show.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.editing import EditRequest, multedit
@@ -40,7 +44,7 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     >>> found.before.values.tolist(), found.after.values.tolist()
     (['Clara'], ['Boris'])
     """
-    asked = [(probe, prompt) for probe in probes for prompt in model.as_inputs(probe.prompts)]
+    asked = [(probe, prompt) for probe in probes for prompt in probe_prompts(model, probe)]
     made = Provenance.of("evaluate_edit", model, edited_questions(edit), method=dict(edit.method))
     found = ask_probes(model, edit, probes)
     made.n_forward = 2 * sum(len(one.before) for one in found)
@@ -66,6 +70,15 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     return {"answers": first, "probes": probed, "questions": questions}
 
 
+def probe_prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
+    """A probe's prompts as the model takes them; raises `InputError` for kept ones."""
+    if isinstance(probe.prompts, KeptPrompts):
+        raise InputError(
+            f"Probe {probe.name!r} holds kept prompts, which have no words to show; give the prompts themselves."
+        )
+    return model.as_inputs(probe.prompts)
+
+
 def missed(questions: xr.Dataset) -> list[bool]:
     """Of each of `ask_questions`' questions whether the edit does not do what it should: change its answer, or leave it.
 
@@ -74,7 +87,9 @@ def missed(questions: xr.Dataset) -> list[bool]:
     [True, True]
     """
     columns = (questions[name].values.tolist() for name in ("role", "as_expected", "changed"))
-    return [not right if role in TO_CHANGE else changed for role, right, changed in zip(*columns, strict=True)]
+    return [
+        not right if PROBE_ROLES[role].to_change else changed for role, right, changed in zip(*columns, strict=True)
+    ]
 
 
 def _first_tokens(model: HookedLLaVA, before: Tensor, after: Tensor, target: Tensor) -> xr.DataArray:

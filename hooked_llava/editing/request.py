@@ -10,6 +10,7 @@ from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import ImagesLike, InputsLike
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_tokens import one_answer
 from hooked_llava.replay.state import refuse_listeners
@@ -17,7 +18,7 @@ from hooked_llava.replay.state import refuse_listeners
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to be changed: how it is asked, which words of the question it hangs on, and the new answer.
+    """One fact to be changed: how it is asked, which words of the question it depends on, and the new answer.
 
     >>> EditRequest("Who made the star?", "Boris", constraint="the star").target
     'Boris'
@@ -25,9 +26,9 @@ class EditRequest:
     Attributes:
         question (str | Sequence[str] | Inputs | Mapping[str, Any]): The question; several (paraphrases, or one for each
             of several images) are edited as one fact. Also inputs, or what a processor returns, images included.
-        target (str | int | Sequence[int]): The answer that is wanted: text of one or more tokens, as it is cut after
+        target (str | int | Sequence[int]): The answer that is wanted: text of one or more tokens, as it is tokenized after
             the question's prompt, or their ids.
-        images (image, path or list of them): The image it is asked about, or for several questions a list with one
+        images (ImagesLike | None): The image it is asked about, or for several questions a list with one
             entry each, as `model.prepare` takes them.
         constraint (str | Sequence[str] | None): Words of the question that name what the fact is about, such as "this
             place"; for several questions one or each.
@@ -35,11 +36,13 @@ class EditRequest:
 
     question: str | Sequence[str] | Inputs | Mapping[str, Any]
     target: str | int | Sequence[int]
-    images: Any = None
+    images: ImagesLike | None = None
     constraint: str | Sequence[str] | None = None
 
 
 Requests = EditRequest | Sequence[EditRequest]
+ToKeep = Requests | InputsLike
+"""Prompts whose answers are to stay: requests, whose targets do not matter then, or inputs."""
 _WIDEN = (
     "take in more of the words around it; or give the question as inputs with a span of your own (inputs.with_spans) and "
     "name that as the position to edit at"
@@ -62,6 +65,11 @@ class Prepared:
     from_end: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
     words: dict[str, Any]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """For each prompt the position that is edited."""
+        return tuple(self.inputs.shape[1] + back for back in self.from_end)
 
     @property
     def n_target(self) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.request import Requests
+from hooked_llava.editing.request import Requests, ToKeep
 from hooked_llava.editing.solved import Keys, solve_edit
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
@@ -20,7 +18,7 @@ def rome(
     position: str = "auto",
     lam: float = 0.0,
     keys: Keys = "mean",
-    keep: Any = None,
+    keep: ToKeep | None = None,
     clamp: float = 4.0,
     steps: int = 25,
     lr: float = 0.5,

@@ -1,4 +1,4 @@
-"""Prompts of many requests as one batch, with their targets behind them, kept and entered anew above a layer."""
+"""Prompts of many requests as one batch with their targets appended, run once, and re-run from a layer on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Rows:
         edited (Int[Tensor, " row"]): The position that is edited.
         read (Int[Tensor, " read"]): Positions that predict the targets' tokens, the same in every row.
         target (Int[Tensor, "row read"]): The token wanted there.
-        counts (Float[Tensor, "row read"]): 1 where the row has a target token, 0 behind its target's end.
+        counts (Float[Tensor, "row read"]): 1 where the row has a target token, 0 after its target's end.
     """
 
     kept: KeptRun
@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def ids(self) -> Int[Tensor, "row read 1"]:
-        """The targets' tokens, -1 behind a target's end."""
+        """The targets' tokens, -1 after a target's end."""
         return torch.where(self.counts.bool(), self.target, NOTHING)[..., None]
 
     @property
@@ -129,7 +129,7 @@ def joined(model: HookedLLaVA, batches: Sequence[Inputs]) -> Inputs:
         return batches[0]
     length = max(batch.shape[1] for batch in batches)
     fields: dict[str, Any] = {
-        # What stands at padding is never read; the last token is no image token.
+        # Token ids at padding are never read; the last token is no image token.
         "input_ids": torch.cat([_lengthened(b.input_ids, length, b.input_ids[:, -1:]) for b in batches]),
         "attention_mask": torch.cat([_lengthened(b.attention_mask, length, False) for b in batches]),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from hooked_llava.editing.layer_choice import Layer, choose_place
 from hooked_llava.editing.request import (
     EditRequest,
     Requests,
+    ToKeep,
     check_reach,
     listed_requests,
     position_of,
@@ -33,6 +34,7 @@ from hooked_llava.editing.rows import Rows, make_rows
 from hooked_llava.editing.values import Values, ValueSearch, optimise_values
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import InputsLike
 
 Keys = Literal["mean", "each"]
 
@@ -70,7 +72,7 @@ class Solved:
         only: Sequence[int] | None = None,
         lam: float = 0.01,
         keys: Keys = "mean",
-        keep: Any = None,
+        keep: ToKeep | None = None,
         covariance: KeyCovariance | None = None,
     ) -> Edit:
         """The edit of all requests together, or of some of them; other arguments as in `multedit`.
@@ -103,7 +105,7 @@ class Solved:
         return edit
 
     def _keys(self, chosen: list[int], keys: Keys) -> tuple[Tensor, Tensor]:
-        """Keys of the chosen requests, and which of them each belongs to, counted anew."""
+        """Keys of the chosen requests, and which of them each belongs to, counted from 0."""
         own = [(self.owner == i).nonzero()[:, 0] for i in chosen]
         if keys == "mean":
             means = torch.stack([self.keys[rows].double().mean(0) for rows in own])
@@ -151,13 +153,14 @@ def _solve(
 
 
 @torch.no_grad()
-def keys_of(model: HookedLLaVA, keep: Any, layer: int, position: str) -> Float[Tensor, "prompt d_mlp"]:
+def keys_of(model: HookedLLaVA, keep: ToKeep, layer: int, position: str) -> Float[Tensor, "prompt d_mlp"]:
     """The keys of prompts (`mlp.hook_post` of a layer): of requests where they would be edited, else at a span's end."""
-    requests = [keep] if isinstance(keep, EditRequest) else keep
-    if isinstance(requests, Sequence) and any(isinstance(one, EditRequest) for one in requests):
+    listed = [keep] if isinstance(keep, EditRequest) else list(keep) if isinstance(keep, Sequence) else []
+    requests = [one for one in listed if isinstance(one, EditRequest)]
+    if requests and len(requests) == len(listed):
         rows = make_rows(model, [prepare_request(model, one, position) for one in requests])
         return rows.keys_and_values(layer)[0]
-    prompts = model.as_inputs(keep)
+    prompts = model.as_inputs(cast("InputsLike", keep))
     if position == "constraint" and not all(position in m.named for m in prompts.token_maps):
         raise InputError(
             "position='constraint', and the prompts of keep= do not say where theirs is. Give EditRequests with constraint=, "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import xarray as xr
 
 from hooked_llava.editing.evaluate import Probe, evaluate_edit, summary
@@ -59,13 +59,9 @@ def edit_sweep(
     first = next(iter(made.values()))
     about = Provenance.of("edit_sweep", model, first.inputs, target=first.words["target"], **options)
     every = [own_probe(first.inputs, first), *probes]
-    every = [p if isinstance(p.prompts, KeptPrompts) else _kept(model, p, range(n_layers)) for p in every]
-    rows: dict[str, np.ndarray] = {}
-
-    def put(name: str, place: tuple[int, int], value: float) -> None:
-        rows.setdefault(name, np.full((len(made), n_layers), np.nan))[place] = value
-
-    for at, (position, one) in enumerate(made.items()):
+    every = [_kept(model, probe, range(n_layers)) for probe in every]
+    rows: list[dict[str, Any]] = []
+    for position, one in made.items():
         # In the last layer an edit reaches the answer's first token only, and only from the last position.
         reaches = one.n_target == 1 and all(place == -1 for place in one.from_end)
         for layer in range(n_layers if reaches else n_layers - 1):
@@ -73,20 +69,21 @@ def edit_sweep(
                 warnings.simplefilter("ignore", TargetNotReached)  # that is what is measured here
                 edit = multedit(model, request, layer=layer, position=position, **options)
             found = evaluate_edit(model, edit, every)
-            put("probability", (at, layer), float(found.probability[0]))
-            for name, value in summary(found).items():
-                put(name, (at, layer), value)
+            place = {"position": position, "layer": layer}
+            rows.append({**place, "probability": float(found.probability[0]), **summary(found)})
             if trace is not None:
-                where = one.inputs.shape[1] + one.from_end[0] - one.inputs.token_maps[0].real.start
-                put("indirect_effect", (at, layer), _effect(trace, layer, where))
-    if "specificity_drop" in rows:
-        rows["specificity"] = 1 - rows.pop("specificity_drop") / 100
-    coords = {"position": list(made), "layer": range(n_layers)}
-    return xr.Dataset({name: (("position", "layer"), values) for name, values in rows.items()}, coords, about.attrs())
+                where = one.positions[0] - one.inputs.token_maps[0].real.start
+                rows[-1]["indirect_effect"] = _effect(trace, layer, where)
+    table = pd.DataFrame(rows).set_index(["position", "layer"]).to_xarray()
+    if "specificity_drop" in table:
+        table = table.assign(specificity=1 - table.specificity_drop / 100).drop_vars("specificity_drop")
+    return table.reindex(position=list(made), layer=range(n_layers)).assign_attrs(about.attrs())
 
 
 def _kept(model: HookedLLaVA, probe: Probe, layers: Sequence[int]) -> Probe:
     """Its prompts run up to every layer, since they are asked under many edits."""
+    if isinstance(probe.prompts, KeptPrompts):
+        return probe
     return replace(probe, prompts=keep_prompts(model, probe.prompts, layers))
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hooked_llava.editing.request import search_numbers
 from hooked_llava.editing.rows import Rows
+from hooked_llava.errors import HookedLLaVAWarning
 from hooked_llava.model.components.precision import at_least_float32
 
 
-class TargetNotReached(UserWarning):
+class TargetNotReached(HookedLLaVAWarning):
     """A search for values ended with a target that is still improbable: the edit will hardly do what it is for."""
 
 
@@ -91,7 +92,7 @@ def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_mode
 
 
 def _run(rows: Rows, layer: int, delta: Tensor) -> Tensor:
-    """Logits with the differences added behind the edited layer's MLP."""
+    """Logits with the differences added after the edited layer's MLP."""
     resid = rows.entering(layer + 1)
     index = torch.arange(len(resid), device=resid.device), rows.edited - rows.start
     return rows.logits(resid.index_put(index, delta[rows.request].to(resid), accumulate=True), layer + 1)

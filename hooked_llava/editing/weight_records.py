@@ -4,7 +4,7 @@ A weight is its kept original plus the sum of its active edits, computed in floa
 touches) and cast once, with the edits in the order in which they were made. So it depends only on which edits are active,
 not on the order of applying and reverting them; with the last one gone it is the original, bit for bit.
 
-There is one record for each piece of memory, not for each model: a weight that several models share (`from_hf`) or that
+There is one record for each tensor's memory, not for each model: a weight that several models share (`from_hf`) or that
 stands for two (tied embeddings) has one original and one sum. Records hold no model, so that they keep none alive.
 """
 
@@ -25,8 +25,8 @@ from hooked_llava.editing.change import Change
 from hooked_llava.errors import InputError
 
 Place = tuple[StorageWeakRef, int, tuple[int, ...]]
-"""A piece of memory: its storage, where in it, and the shape. The reference keeps no memory, but its address, from being
-taken for another's."""
+"""Where a tensor lies: its storage, the offset in it, and the shape. The weak reference frees the memory, but keeps its address
+from being reused by another storage."""
 _MOST_LOST = 0.5
 _numbers = itertools.count()
 
@@ -40,7 +40,7 @@ class ActiveEdit:
         places (dict[str, Place]): For each weight, by its name, the memory that was changed; empty while the edit is
             not applied.
         about (dict[str, Any]): What else makes up the edit, should its handle be lost.
-        handle (ReferenceType[Any] | None): The edit itself, as long as somebody holds it.
+        handle (ReferenceType[Any] | None): The edit itself, as long as it is referenced elsewhere.
     """
 
     number: int = field(default_factory=lambda: next(_numbers))
@@ -145,9 +145,9 @@ def check_untouched(edit: ActiveEdit) -> None:
 
 @torch.no_grad()
 def remove(edit: ActiveEdit, weights: Mapping[str, Tensor]) -> None:
-    """Take an edit back wherever it is active: a weight is the original with what remains.
+    """Revert an edit wherever it is active: a weight becomes the original with the remaining edits.
 
-    Written is through the model's own `weights` where they still lie there, so that whoever watches these notices.
+    The model's own `weights` are written where they are still that memory, so that their version counters change.
     """
     for name, record in _records_with(edit).items():
         weight = weights[name] if is_at(weights[name], record.place) else record.weight()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+from hooked_llava.options.markdown import code_list, markdown_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMap:
@@ -45,7 +47,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         function=_HERE + "log_increase",
         title="Log-probability increase",
         meaning="how much likelier the answer becomes when what one head (the one with the largest score) brings "
-        "from a patch is added to the stream entering its layer, S(A v W_O | x), read with the final norm's scale "
+        "from a patch is added to the residual stream entering its layer, S(A v W_O | x), read with the final norm's scale "
         "held (Yu & Ananiadou, arXiv 2411.10950)",
         units="log-probability increase (nats)",
         options=("heads",),
@@ -115,7 +117,5 @@ def markdown_table(methods: Mapping[str, PatchMap] = PATCH_MAPS) -> str:
     >>> markdown_table().splitlines()[7].startswith("| `relevancy` | Relevancy |")
     True
     """
-    rows = ["| method | called | options | shows |", "|---|---|---|---|"]
-    for name, one in methods.items():
-        rows.append(f"| `{name}` | {one.title} | {', '.join(f'`{o}`' for o in one.options)} | {one.meaning} |")
-    return "\n".join(rows)
+    rows = [(f"`{name}`", one.title, code_list(one.options), one.meaning) for name, one in methods.items()]
+    return markdown_rows(("method", "called", "options", "shows"), rows)

@@ -91,6 +91,15 @@ def provenance(
         yield Provenance.of(analysis, model, inputs, corrupted=corrupted, n_forward=n_forward, **method)
 
 
+def forward_passes(attrs: Mapping[str, Any]) -> float:
+    """What a result cost in forward passes: the whole ones, and the work of the runs that are re-run in part.
+
+    >>> forward_passes({"n_forward": 1, "work": 2.5, "runs": 12})
+    3.5
+    """
+    return attrs.get("n_forward", 0) + attrs.get("work", 0.0)
+
+
 def described(value: Any) -> Any:
     """An argument as plain values that a file can hold; what is none is told in words.
 

@@ -112,7 +112,7 @@ def _smooth_positions(width: int) -> Tensor:
 def _init_embedding(model: LlavaForConditionalGeneration) -> None:
     """Embedding rows of length about 1; the unembedding starts as their copy.
 
-    `Red` starts as `red` plus noise (cosine about 0.7): a mild prior that the two spellings of a word have to do with
+    `Red` starts as `red` plus noise (cosine about 0.7): a mild prior that the two variants of a word have to do with
     each other, which a tokenizer's case variants acquire in pre-training.
     """
     vocab, embed = vocabulary(), model.model.language_model.embed_tokens.weight

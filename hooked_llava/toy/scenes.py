@@ -97,7 +97,7 @@ class Scene:
     Attributes:
         objects (tuple[SceneObject, ...]): Its shapes.
         pixels (uint8 [64, 64, 3]): The image.
-        draw (_Draw | None): How to draw it again (`recolor`, `replace_object`); None if it is only told.
+        draw (_Draw | None): How to draw it again (`recolor`, `replace_object`); None if it is only described.
     """
 
     objects: tuple[SceneObject, ...]
@@ -204,7 +204,7 @@ def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = Non
     """
     index, old = _located(scene, shape)
     if scene.find(_known(by, SHAPES, "shape")) is not None:
-        raise InputError(f"There is a {by} in the image already, and no shape stands in it twice; expected another.")
+        raise InputError(f"There is a {by} in the image already, and no shape may occur twice; expected another.")
     look = (
         by,
         old.color if color is None else _known(color, COLOR_NAMES, "color"),
@@ -214,7 +214,7 @@ def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = Non
 
 
 def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
-    """A scene that is only told, not shown: shapes, colours and patterns with empty boxes, masks and pixels."""
+    """A scene that is only described, not drawn: shapes, colours and patterns with empty boxes, masks and pixels."""
     shapes = rng.permutation(len(SHAPES))[:n_objects]
     colors = rng.integers(len(COLOR_NAMES), size=n_objects)
     patterns = rng.integers(len(PATTERNS), size=n_objects)
@@ -263,8 +263,8 @@ def _changed(scene: Scene, index: int, look: Look) -> Scene:
     """The scene drawn again from the same random numbers, one object looking otherwise."""
     if scene.draw is None:
         shape, color, pattern = look
-        told = replace(scene.objects[index], shape=shape, color=color, pattern=pattern)
-        return replace(scene, objects=(*scene.objects[:index], told, *scene.objects[index + 1 :]))
+        described = replace(scene.objects[index], shape=shape, color=color, pattern=pattern)
+        return replace(scene, objects=(*scene.objects[:index], described, *scene.objects[index + 1 :]))
     looks = [(o.shape, o.color, o.pattern) for o in scene.objects]
     looks[index] = look
     bits = scene.draw.generator()

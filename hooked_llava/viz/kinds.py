@@ -81,6 +81,20 @@ def check_dataset(result: Any, names: Sequence[str], figure: str, maker: str) ->
     )
 
 
+def check_axes(values: xr.DataArray, *axes: str, optional: Sequence[str] = (), advice: str = "") -> xr.DataArray:
+    """The array, if it has these axes in any order, and besides only optional ones; raises `InputError` otherwise.
+
+    >>> check_axes(xr.DataArray([1.0], dims="layer"), "layer").dims
+    ('layer',)
+    """
+    if set(axes) <= set(values.dims) <= {*axes, *optional}:
+        return values
+    name = repr(str(values.name)) if values.name else "The result"
+    also = f", and {' and '.join(optional)} or not" if optional else ""
+    given = ", ".join(map(str, values.dims)) or "none"
+    raise InputError(f"{name} has the axes {given}; expected {', '.join(axes)}{also}.{advice}")
+
+
 def check_not_another(result: Any, figures: Sequence[str]) -> None:
     """Raises `InputError` for a dataset of an analysis that has a figure of its own, which is none of `figures`.
 

@@ -1,12 +1,14 @@
-"""Curves in one panel that must be told apart, those that coincide too."""
+"""Curves in one panel that can be distinguished, also where they coincide."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 
 from hooked_llava.viz.style import tick_every
@@ -39,7 +41,7 @@ class Curve:
 
 
 def apart(curves: Mapping[str, np.ndarray], *, shown: Mapping[str, str] | None = None) -> list[Curve]:
-    """What to draw so that every curve is seen: those that cannot be told apart as one, and wider those that another covers.
+    """What to draw so that every curve is seen: indistinguishable ones as one line, and wider those that another covers.
 
     `curves` are values by name, all of one shape (several panels' one after another), in the order of drawing; `shown`
     names them for the legend. Equal ones are joined by =, those less than a pixel apart by ≈. What is NaN counts as equal
@@ -95,6 +97,25 @@ def _covers(below: np.ndarray, above: np.ndarray, near: float) -> bool:
     """Whether at two neighbouring points one curve runs on the other, or at the only point."""
     close = np.abs(below - above) <= near  # NaN is never close
     return bool((close[:-1] & close[1:]).any()) if len(close) > 1 else bool(close.any())
+
+
+def draw_curve(
+    axes: Axes,
+    at: np.ndarray,
+    values: np.ndarray | xr.DataArray,
+    curve: Curve,
+    color: str,
+    index: int,
+    dash: Any = "-",
+    band: tuple[np.ndarray | xr.DataArray, np.ndarray | xr.DataArray] | None = None,
+) -> None:
+    """A curve with the marker of its index, and its interval from low to high as a band if it has one."""
+    if band is not None:
+        low, high = map(np.asarray, band)
+        axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
+    marker = MARKERS[index % len(MARKERS)]
+    look = {"color": color, "linestyle": dash, "marker": marker, "linewidth": curve.width}
+    axes.plot(at, np.asarray(values), markersize=curve.marker_size, label=curve.label, **look)
 
 
 def name_layers(axes: Axes, layers: np.ndarray, names: list[str], most: int = 16) -> None:

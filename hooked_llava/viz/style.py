@@ -142,7 +142,7 @@ def color_scale(values: np.ndarray, *, signed: bool = False, neutral: float = 0.
 def scale_of(result: xr.DataArray, values: np.ndarray | None = None) -> ColorScale:
     """The scale for a result's values, or for `values` made from them.
 
-    Contributions always diverge; a result's attribute `neutral` says which value stands for nothing, if it is not 0.
+    Contributions always diverge; a result's attribute `neutral` is the value that means no effect, if it is not 0.
     """
     neutral = float(result.attrs.get("neutral", 0.0))
     return color_scale(result.values if values is None else values, signed=result.name in _SIGNED, neutral=neutral)
@@ -291,7 +291,7 @@ def legend_below(figure: Plot, entries: Axes | Sequence[Artist], *, handlelength
 
 
 def grow_below(figure: Plot, inches: float) -> None:
-    """Add a strip at the bottom; the panels, and a legend that stands there, stay above it."""
+    """Add a strip at the bottom; the panels, and a legend at the bottom, stay above it."""
     width, height = figure.get_size_inches()
     total, figure.below = height + inches, figure.below + inches
     figure.set_size_inches(width, total)

@@ -15,9 +15,9 @@ def run(*arguments: str) -> Result:
 
 
 def refused(*arguments: str) -> str:
-    """What is said to standard error; nothing may be said anywhere else."""
+    """The error, in one line; besides only warnings may be said, and nothing to standard output."""
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    return result.stderr.strip()
+    return "\n".join(line for line in result.stderr.strip().splitlines() if not line.startswith("Warning: "))

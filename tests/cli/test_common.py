@@ -61,7 +61,7 @@ def test_a_image_without_a_question_is_refused():
 
 
 def test_no_image_with_a_image_is_refused():
-    assert "--no-image leaves only a question, and 'demo' stands before it" in refused(
+    assert "--no-image leaves only a question, but 'demo' is given before it" in refused(
         "ask", "--no-image", "demo", QUESTION
     )
 

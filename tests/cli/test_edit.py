@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hooked_llava.analysis import causal_trace
-from hooked_llava.cli import edit as edit_module
-from hooked_llava.cli.edit_probes import Others, probes_of
+from hooked_llava.cli.common import PromptOptions
+from hooked_llava.cli.edit_probes import OtherQuestions, probes_of
 from hooked_llava.editing import Edit, EditRequest, key_covariance, multedit
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.question import question_text
@@ -30,14 +30,14 @@ def table(stdout: str) -> dict[str, list[str]]:
 def loaded(monkeypatch):
     """Models that the command loads, with their weights as they were then."""
     seen: list[tuple[HookedLLaVA, dict[str, torch.Tensor]]] = []
-    prepare = edit_module.prepare
+    prepare = PromptOptions.prepare
 
-    def recording(*arguments):
-        model, inputs = prepare(*arguments)
+    def recording(options):
+        model, inputs = prepare(options)
         seen.append((model, {name: p.detach().clone() for name, p in model.named_parameters()}))
         return model, inputs
 
-    monkeypatch.setattr(edit_module, "prepare", recording)
+    monkeypatch.setattr(PromptOptions, "prepare", recording)
     return seen
 
 
@@ -74,7 +74,8 @@ def test_the_embedded_model_is_edited_out_of_the_box(loaded, tmp_path):
 
 def test_a_fact_asked_by_name_is_not_probed_with_itself(tiny_shapes):
     question = "Who made the star?"
-    found = probes_of(tiny_shapes, tiny_shapes.prepare(question), question, "Boris", Others("default"), True)
+    asked = PromptOptions(first=question)
+    found = probes_of(tiny_shapes, tiny_shapes.prepare(question), asked, "Boris", OtherQuestions())
     texts = {probe.name: [question_text(one) for one in probe.prompts] for probe in found}
     assert texts["by name"] == ["Who is the maker of the star?", "By whom was the star made?"]
     assert texts["other images"] == ["Who made this shape?"] * 3
@@ -86,10 +87,11 @@ def test_a_fact_asked_by_name_is_not_probed_with_itself(tiny_shapes):
 
 def test_only_questions_about_the_image_see_it(tiny_shapes):
     inputs = tiny_shapes.prepare(QUESTION, str(image_path("demo")))
-    others = Others(
-        "default", keep=["Who?"], reword=["What color?"], ask=["Where?", "When?"], ask_text=["Who made the star?"]
+    others = OtherQuestions(
+        keep=["Who?"], reword=["What color?"], ask=["Where?", "When?"], ask_text=["Who made the star?"]
     )
-    found = {probe.name: probe for probe in probes_of(tiny_shapes, inputs, QUESTION, "Blue", others, True)}
+    asked = PromptOptions(first="demo", second=QUESTION)
+    found = {probe.name: probe for probe in probes_of(tiny_shapes, inputs, asked, "Blue", others)}
     assert {name: probe.prompts.n_images for name, probe in found.items()} == {
         "in other words": 1,
         "other questions": 2,
@@ -100,9 +102,11 @@ def test_only_questions_about_the_image_see_it(tiny_shapes):
 
 def test_only_facts_of_the_embedded_world_have_probes_of_their_own(tiny_shapes):
     demo = str(image_path("demo"))
-    for question, embedded in ((QUESTION, True), ("Who made the house?", True), ("Who made the star?", False)):
+    models = ((QUESTION, "tiny-shapes"), ("Who made the house?", "tiny-shapes"), ("Who made the star?", "another"))
+    for question, model in models:
         inputs = tiny_shapes.prepare(question, demo)
-        assert probes_of(tiny_shapes, inputs, question, "Blue", Others("default"), embedded) == []
+        asked = PromptOptions(first="demo", second=question, model=model)
+        assert probes_of(tiny_shapes, inputs, asked, "Blue", OtherQuestions()) == []
 
 
 def test_questions_are_asked_before_and_after(checkpoint, image, loaded, tmp_path):
@@ -144,8 +148,9 @@ def test_layer_position_and_strength_are_taken(checkpoint, image, loaded, tmp_pa
     result = run("edit", image, QUESTION, "-t", "red", *where, *options)
     assert result.exit_code == 0, result.stderr
     model, _ = loaded[-1]
-    assert result.stderr.startswith("Warning: With the edit 'USER:")
-    assert len(result.stderr.strip().splitlines()) == 1
+    lines = result.stderr.strip().splitlines()
+    assert [line.startswith("Warning: With the edit 'USER:") for line in lines] == [False, True]  # the image is cropped
+    assert lines[0].startswith("Warning: The processor crops")
     edit = Edit.load(kept, model)
     assert edit.layers == [model.cfg.n_layers - 2]
     assert {name: edit.method[name] for name in ("position", "lam", "clamp")} == {
@@ -272,3 +277,24 @@ def test_what_does_not_fit_is_found_before_the_model_is_loaded(tmp_path):
 def test_edit_stands_between_trace_and_verify():
     commands = re.findall(r"^│ (\w+)", run("--help").stdout, re.MULTILINE)
     assert commands[-3:] == ["trace", "edit", "verify"]
+
+
+def test_fine_tuning_is_a_method_too(checkpoint, image, loaded, tmp_path):
+    kept, page = tmp_path / "edit.safetensors", tmp_path / "edit.html"
+    options = ("-m", checkpoint, "-o", str(page), "--save", str(kept), "--layer", "1", "--max-new-tokens", "1")
+    result = run("edit", image, QUESTION, "-t", "red", "--method", "finetune", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "finetune, layer 1: full rank, " in result.stdout
+    assert "were changed by gradient descent" in page.read_text(encoding="utf-8")
+    edit = Edit.load(kept, loaded[-1][0])
+    assert (edit.method["name"], edit.layers) == ("finetune", [1])
+    assert untouched(loaded)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("finetune", ("--clamp", "2")), ("finetune", ("--keep", "Who?")), ("multedit", ("--covariance", "f"))],
+)
+def test_options_of_another_method_are_refused(method, option):
+    said = refused("edit", "demo", QUESTION, "-t", "red", "-m", "nowhere", "--method", method, *option)
+    assert f"{option[0]} has no place with --method {method}" in said

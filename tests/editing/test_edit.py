@@ -347,7 +347,7 @@ def test_an_exception_in_the_block_is_the_one_that_is_seen():
 
     with pytest.raises(ZeroDivisionError) as raised:
         change_and_fail()
-    assert "could not be taken back" in raised.value.__notes__[0]
+    assert "could not be reverted" in raised.value.__notes__[0]
     assert "changed by something else" in raised.value.__notes__[0]
     with torch.no_grad():
         model.get_parameter(W[0])[0, 0] -= 1.0

@@ -1,6 +1,6 @@
 """Images of the embedded world that come with the package: drawn once, each from a fixed seed.
 
-`python -m hooked_llava.toy.images` draws them anew. The scene behind each says what is where and in which colour.
+`python -m hooked_llava.toy.images` draws them again. Each image has a scene, which says what is where and in which colour.
 """
 
 from __future__ import annotations

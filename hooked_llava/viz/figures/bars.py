@@ -101,7 +101,7 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
 
 
 def _running_sum(values: dict[str, float], others: list[str], layers: list[int]) -> list[float]:
-    """How large the sum so far is, behind each bar that is of no layer and behind each layer."""
+    """The sum so far, after each bar that is of no layer and after each layer."""
     by_layer = [values.get(f"{layer}_attn", 0.0) + values.get(f"{layer}_mlp", 0.0) for layer in layers]
     return np.cumsum([*(values[name] for name in others), *by_layer]).tolist()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hooked_llava.editing.evaluate import ROLES, TO_CHANGE
+from hooked_llava.editing.roles import PROBE_ROLES
 from hooked_llava.errors import InputError
-from hooked_llava.viz.kinds import check_array, check_dataset
+from hooked_llava.viz.kinds import check_array, check_axes, check_dataset
 from hooked_llava.viz.style import (
     BLUE,
     GREEN,
@@ -28,16 +30,13 @@ from hooked_llava.viz.style import (
     value_lines,
 )
 
-ROLE_COLORS = {"efficacy": ORANGE, "generalisation": "#b98a5c", "specificity": BLUE, "locality": GREEN}
-"""Colors of what a probe measures: warm where answers are to change, cold where they are to stay."""
-WANTED = {role: "to become the target" if role in TO_CHANGE else "to stay" for role in ROLES}
-"""What the answers of each role's prompts are to do."""
 _BEFORE, _AFTER = "#b8c1cb", ORANGE
-_MEASURES = {
-    "efficacy": ("the edited question", ORANGE),
-    "generalisation": ("other ways of asking", "#b98a5c"),
-    "specificity": ("answers that are to stay", BLUE),
-}
+
+
+def role_colors() -> dict[str, str]:
+    """A color for each role of a probe: warm where answers are to change, cold where they are to stay."""
+    warm, cold = cycle((ORANGE, "#b98a5c")), cycle((BLUE, GREEN))
+    return {name: next(warm if role.to_change else cold) for name, role in PROBE_ROLES.items()}
 
 
 def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
@@ -78,7 +77,7 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
 def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     """How many prompts of each probe are answered as they should be: a bar after the edit, a line where it was before.
 
-    `probes` come from `evaluate_edit`; bars are colored by role, and beside each stands the mean KL(before || after) in
+    `probes` come from `evaluate_edit`; bars are colored by role, with the mean KL(before || after) beside each, in
     nats. Raises `InputError` for other results.
 
     >>> values = {name: ("probe", [0.5]) for name in ("accuracy_before", "accuracy", "kl", "n")}
@@ -88,10 +87,10 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
     """
     check_dataset(probes, ("accuracy_before", "accuracy", "kl", "n", "role"), "probe_bars", "evaluate_edit")
     at = np.arange(probes.sizes["probe"])
-    roles = [str(role) for role in probes.role.values]
+    colors, roles = role_colors(), [str(role) for role in probes.role.values]
     with plot(PAGE_WIDTH, 0.8 + 0.34 * len(at)) as figure:
         axes = figure.add_subplot()
-        axes.barh(at, probes.accuracy.values, 0.62, color=[ROLE_COLORS[role] for role in roles])
+        axes.barh(at, probes.accuracy.values, 0.62, color=[colors[role] for role in roles])
         before = probes.accuracy_before.values
         line = axes.vlines(before, at - 0.42, at + 0.42, color=INK, linewidth=1.6, label="before the edit")
         for y, (kl, n) in enumerate(zip(probes.kl.values, probes.n.values, strict=True)):
@@ -103,7 +102,7 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.tick_params("y", length=0)
         axes.set_xlabel("answered as they should be")
         value_lines(axes, "x")
-        keys = [Patch(color=ROLE_COLORS[role], label=f"{role}: {WANTED[role]}") for role in dict.fromkeys(roles)]
+        keys = [Patch(color=colors[role], label=f"{role}: {PROBE_ROLES[role].wanted}") for role in dict.fromkeys(roles)]
         legend_below(figure, [line, *keys], handlelength=1.2)
         if title:
             axes.set_title(title)
@@ -123,17 +122,17 @@ def edit_by_layer(sweep: xr.Dataset, *, title: str | None = None) -> Figure:
     [0.0, 1.0]
     """
     check_dataset(sweep, ("efficacy",), "edit_by_layer", "edit_sweep")
-    shown = [name for name in _MEASURES if name in sweep]
-    if not shown or any(set(sweep[name].dims) != {"position", "layer"} for name in shown):
-        raise InputError(f"The result has {list(sweep.data_vars)}; expected efficacy, ... by position and layer.")
+    colors, shown = role_colors(), [name for name in PROBE_ROLES if name in sweep]
+    for name in shown:
+        check_axes(sweep[name], "position", "layer")
     positions, layers = sweep["position"].values.tolist(), sweep["layer"].values
     with plot(PAGE_WIDTH, 2.5) as figure:
         panels = figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
             one = sweep.sel(position=position)
             for name in shown:
-                label, color = _MEASURES[name]
-                axes.plot(layers, one[name].values, color=color, linewidth=1.6, marker=".", label=label)
+                look = {"color": colors[name], "linewidth": 1.6, "marker": "."}
+                axes.plot(layers, one[name].values, label=PROBE_ROLES[name].asks, **look)
             if "indirect_effect" in sweep:
                 effect = one.indirect_effect.values
                 axes.plot(layers, effect, color=PURPLE, linewidth=1.3, linestyle=(0, (4, 1.6)), label="trace's effect")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hooked_llava.datasets.study import OF_ALL
-from hooked_llava.errors import InputError
+from hooked_llava.datasets.study import OF_ALL, as_kinds
 from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.figures.maps import names_along
-from hooked_llava.viz.kinds import check_array, check_dataset
-from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
+from hooked_llava.viz.kinds import check_array, check_axes, check_dataset
+from hooked_llava.viz.lines import Curve, apart, draw_curve, name_layers
 from hooked_llava.viz.style import INK, MUTED, PAGE_WIDTH, SERIES, Plot, add_heading, legend_below, plot, value_lines
 from hooked_llava.viz.titles import add_note, shown_title
 
@@ -50,21 +49,14 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     check_dataset(result, ("effect",), "knockout_curves", "attention_knockout, or by_kind of a study,")
     effect = _of(result, "effect", "edge", "layer")
     effect = effect if edges is None else effect.sel(edge=edge_names(edges))
-    effect = effect.sortby("layer")
     names = [str(edge) for edge in effect["edge"].values]
     curves = apart({e: effect.sel(edge=e).values for e in names}, shown={e: shown_edge(e) for e in names})
-    looks = {edge: (index, dash, at) for at, (edge, (index, dash)) in enumerate(_looks(names).items())}
-    layers = effect["layer"].values
-    panels = _panels(effect)
-    with plot(PAGE_WIDTH, _height(len(panels))) as figure:
-        every = _grid(figure, len(panels))
-        for axes, (kind, panel) in zip(every, panels.items(), strict=True):
+    kinds, looks = kinds_in_order(effect), _looks(names)
+    with plot(PAGE_WIDTH, _height(len(kinds))) as figure:
+        every = _grid(figure, kinds)
+        for axes, kind in zip(every, kinds, strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
-            for curve in curves:
-                _line(axes, layers, panel.sel(edge=curve.first), curve, *looks[curve.first])
-            name_layers(axes, layers, names_along(effect, "layer"), 8)
-            if kind:
-                axes.set_title(kind)
+            _draw(axes, effect.sel(kind=kind), "edge", curves, looks)
         legend_below(figure, every[0], handlelength=_HANDLE)
         _outer(figure, every, effect, result)
         add_heading(figure, shown_title(result, title))
@@ -73,7 +65,7 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
 
 
 def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str | None = None) -> Figure:
-    """The probability of the answer's spellings by layer: a panel for each kind, the false option dotted.
+    """The probability of the answer's variants by layer: a panel for each kind, the false option dotted.
 
     Args:
         result: what `answer_probability` gives for one prompt, or its means by kind.
@@ -90,22 +82,15 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     result = check_array(result, "probability_curves", "answer_probability")
     if "stream" in result.dims:
         result = result.rename(stream="layer")
-    values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm).sortby("layer")
-    panels, layers = _panels(values), values["layer"].values
+    values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm)
     forms = [f for f in map(str, values["form"].values) if np.isfinite(values.sel(form=f).values).any()]
     curves = apart({form: values.sel(form=form).values for form in forms})
-    with plot(PAGE_WIDTH, _height(len(panels))) as figure:
-        every = _grid(figure, len(panels))
-        for axes, (kind, panel) in zip(every, panels.items(), strict=True):
-            for curve in curves:
-                color, dash = _FORMS.get(curve.first, (4, "-"))
-                if np.isfinite(panel.sel(form=curve.first).values).any():
-                    _line(axes, layers, panel.sel(form=curve.first), curve, color, dash, forms.index(curve.first))
-            name_layers(axes, layers, names_along(values, "layer"), 8)
+    kinds, looks = kinds_in_order(values), {form: _FORMS.get(form, (4, "-")) for form in forms}
+    with plot(PAGE_WIDTH, _height(len(kinds))) as figure:
+        every = _grid(figure, kinds)
+        for axes, kind in zip(every, kinds, strict=True):
+            _draw(axes, values.sel(kind=kind), "form", curves, looks)
             axes.set_ylim(-0.02, 1.04)
-            if kind:
-                axes.set_title(kind)
-        for axes in every:
             axes.set_xlabel("residual stream entering layer")
         every[0].set_ylabel("probability")
         legend_below(figure, every[0], handlelength=_HANDLE)
@@ -124,22 +109,10 @@ def shown_edge(edge: str) -> str:
 
 
 def _of(result: xr.Dataset, name: str, *dims: str) -> xr.DataArray:
-    """The variable with these axes, and of others only kind and statistic."""
-    values = result[name]
-    missing = [dim for dim in dims if dim not in values.dims]
-    surplus = [str(d) for d in values.dims if d not in (*dims, "kind", "statistic")]
-    if missing or surplus:
-        raise InputError(
-            f"{name!r} has the axes {', '.join(map(str, values.dims))}; expected {', '.join(dims)}, with kind and "
-            "statistic in front or not. Choose one prompt with result.isel(prompt=0), or average with by_kind(result)."
-        )
-    return values
-
-
-def _panels(values: xr.DataArray) -> dict[str, xr.DataArray]:
-    if "kind" not in values.dims:
-        return {"": values}
-    return {kind: values.sel(kind=kind) for kind in kinds_in_order(values)}
+    """The variable with these axes, kind and statistic, layers in order; raises `InputError` for others."""
+    advice = " Choose one prompt with result.isel(prompt=0), or average with by_kind(result)."
+    values = check_axes(result[name], *dims, optional=("kind", "statistic"), advice=advice)
+    return as_kinds(values).sortby("layer")
 
 
 def kinds_in_order(values: xr.DataArray | xr.Dataset) -> list[str]:
@@ -162,33 +135,28 @@ def _height(n_panels: int) -> float:
     return 2.7 if rows == 1 else 1.9 * rows
 
 
-def _grid(figure: Plot, n: int) -> list[Axes]:
-    columns = min(_COLUMNS, n)
+def _grid(figure: Plot, kinds: Sequence[str]) -> list[Axes]:
+    """A panel for each kind, under its name."""
+    n, columns = len(kinds), min(_COLUMNS, len(kinds))
     grid = figure.subplots(-(-n // columns), columns, sharey=True, squeeze=False).flatten().tolist()
     for unused in grid[n:]:
         unused.remove()
+    for axes, kind in zip(grid, kinds, strict=False):
+        axes.set_title(kind)
     return grid[:n]
 
 
-def _line(
-    axes: Axes, at: np.ndarray, values: xr.DataArray, curve: Curve, color_index: int, dash: object, index: int
+def _draw(
+    axes: Axes, values: xr.DataArray, along: str, curves: Sequence[Curve], looks: Mapping[str, tuple[int, object]]
 ) -> None:
-    """A curve, with its interval as a band if it has one; colors, dashes and markers tell curves apart."""
-    color = SERIES[color_index % len(SERIES)]
-    mean = values.sel(statistic="mean") if "statistic" in values.dims else values
-    if "statistic" in values.dims:
-        low, high = (values.sel(statistic=end).values for end in ("low", "high"))
-        axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
-    axes.plot(
-        at,
-        mean.values,
-        color=color,
-        linestyle=dash,
-        linewidth=curve.width,
-        marker=MARKERS[index % len(MARKERS)],
-        markersize=curve.marker_size,
-        label=curve.label,
-    )
+    """The curves along an axis, with the color and the dash of each; intervals are bands."""
+    layers, order = values["layer"].values, list(looks)
+    for curve in curves:
+        one, (color, dash) = values.sel({along: curve.first}), looks[curve.first]
+        band = (one.sel(statistic="low"), one.sel(statistic="high")) if one.sizes["statistic"] > 1 else None
+        color = SERIES[color % len(SERIES)]
+        draw_curve(axes, layers, one.sel(statistic="mean"), curve, color, order.index(curve.first), dash, band)
+    name_layers(axes, layers, names_along(values, "layer"), 8)
 
 
 def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dataset) -> None:

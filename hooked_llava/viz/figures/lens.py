@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,8 +10,8 @@ from matplotlib.figure import Figure
 
 from hooked_llava.errors import InputError
 from hooked_llava.viz.figures.maps import draw_cells, names_along
-from hooked_llava.viz.kinds import check_dataset
-from hooked_llava.viz.lines import MARKERS, apart, name_layers
+from hooked_llava.viz.kinds import check_axes, check_dataset
+from hooked_llava.viz.lines import apart, draw_curve, name_layers
 from hooked_llava.viz.style import (
     PAGE_WIDTH,
     SEQUENTIAL,
@@ -86,15 +85,7 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         by_word = dict(zip(_different(words), curves.values, strict=True))
         for curve in apart(by_word):
             index = list(by_word).index(curve.first)
-            look: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-            axes.plot(
-                layers,
-                by_word[curve.first],
-                **look,
-                linewidth=curve.width,
-                markersize=curve.marker_size,
-                label=curve.label,
-            )
+            draw_curve(axes, layers, by_word[curve.first], curve, SERIES[index % len(SERIES)], index)
         name_layers(axes, layers, names_along(curves, "layer"))
         axes.margins(x=0.03)
         axes.set_ylim(-0.02, 1.04)
@@ -121,18 +112,14 @@ def _called(result: xr.Dataset) -> str:
 
 
 def _different(words: list[str]) -> list[str]:
-    """Words as names of curves: one that stands twice, as spellings cut short do, is numbered."""
+    """Words as names of curves: one that occurs twice, as words cut short do, is numbered."""
     return [word if words.count(word) == 1 else f"{word} ({words[:i].count(word) + 1})" for i, word in enumerate(words)]
 
 
 def _cells(result: xr.Dataset) -> tuple[np.ndarray, np.ndarray, list[str], str]:
     """Words and probabilities [layer, column], the columns' names, and what they are."""
     for name in ("token", "probability"):
-        if name not in result or set(result[name].dims) != {"layer", "position", "rank"}:
-            raise InputError(
-                f"lens_table needs {name!r} by layer, position and rank, as logit_lens makes it; this dataset has "
-                f"{', '.join(f'{k} {v.dims}' for k, v in result.data_vars.items())}."
-            )
+        check_axes(result[name], "layer", "position", "rank", advice=" Take one prompt with result.isel(prompt=0).")
     ordered = result[["token", "probability"]].transpose("layer", "position", "rank")
     if result.sizes["position"] == 1:
         one = ordered.isel(position=0)

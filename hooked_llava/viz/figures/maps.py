@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from hooked_llava.viz.style import (
     PAPER,
     ColorScale,
+    Plot,
     add_color_bar,
     plot,
     require_dims,
@@ -69,19 +71,40 @@ def cell_maps(
     n_rows, n_columns = (max(panel.shape[axis] for panel in panels) for axis in (0, 1))
     cell, n = min(0.42, 3.5 / n_columns), len(panels)
     width, height = max(4.2, 1.7 + cell * n_columns), max(1.5 if n > 1 else 2.4, 0.9 + 0.82 * cell * n_rows)
-    with plot(width, n * height) as figure:
-        scale = scale_of(panels[0], all_values(panel.values for panel in panels))
-        all_axes = figure.subplots(n, squeeze=False)[:, 0]
-        for axes, panel, title in zip(all_axes, panels, results, strict=True):
-            draw_cells(axes, panel.values, scale)
+    values = [panel.values for panel in panels]
+    with stacked_maps(results, values, panels[0], (width, n * height), about=about) as (figure, all_axes, scale):
+        for axes, panel in zip(all_axes, panels, strict=True):
             if panel.size <= _MOST_CELLS_WITH_NUMBERS:
                 _write_numbers(axes, panel.values, scale)
             label_axis(axes, "x", names_along(panel, columns), _axis_label(columns))
             label_axis(axes, "y", names_along(panel, rows), _axis_label(rows))
-            axes.set_title(title)
-        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), all_values(panel.values for panel in panels))
-        add_note(figure, about or {})
     return figure
+
+
+@contextmanager
+def stacked_maps(
+    titles: Iterable[str],
+    values: Sequence[np.ndarray],
+    result: xr.DataArray,
+    size: tuple[float, float],
+    *,
+    columns: np.ndarray | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[Plot, list[Axes], ColorScale]]:
+    """Maps of values [row, column] below each other on the color scale of a result, to be labelled inside the block.
+
+    `size` is in inches, `columns` are as for `draw_cells`, and a note below tells what `about` says.
+    """
+    every = np.concatenate([panel.ravel() for panel in values])
+    scale = scale_of(result, every)
+    with plot(*size) as figure:
+        all_axes = figure.subplots(len(values), squeeze=False, sharex=columns is not None)[:, 0].tolist()
+        for axes, title, panel in zip(all_axes, titles, values, strict=True):
+            draw_cells(axes, panel, scale, columns=columns)
+            axes.set_title(title)
+        yield figure, all_axes, scale
+        add_color_bar(figure, all_axes, scale, unit_of(result), every)
+        add_note(figure, about or {})
 
 
 def draw_cells(
@@ -118,7 +141,7 @@ def label_axis(axes: Axes, which: Literal["x", "y"], names: Sequence[object] | n
 
 
 def names_along(result: xr.DataArray | xr.Dataset, axis: str) -> list[str]:
-    """What stands at the places of an axis, by the result's own coordinates: `label` of positions, `layer_name` of streams.
+    """Names of the places of an axis, by the result's own coordinates: `label` of positions, `layer_name` of layers.
 
     >>> names_along(xr.DataArray([1.0, 2.0], dims="layer", coords={"layer": [3, 5]}), "layer")
     ['3', '5']
@@ -126,11 +149,6 @@ def names_along(result: xr.DataArray | xr.Dataset, axis: str) -> list[str]:
     of = {"position": "label", "layer": "layer_name", "stream": "layer_name"}.get(axis)
     named = of in result.coords and result[of].dims == (axis,)
     return [str(name) for name in result[of if named else axis].values]
-
-
-def all_values(values: Iterable[np.ndarray]) -> np.ndarray:
-    """The numbers of several panels in a row, for what they share."""
-    return np.concatenate([panel.ravel() for panel in values])
 
 
 def _axis_label(axis: str) -> str:

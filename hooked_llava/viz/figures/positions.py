@@ -15,19 +15,15 @@ from matplotlib.figure import Figure
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.viz.figures.maps import all_values, draw_cells, label_axis, names_along
+from hooked_llava.viz.figures.maps import label_axis, names_along, stacked_maps
 from hooked_llava.viz.style import (
     ORANGE,
     PAGE_WIDTH,
     PAPER,
-    add_color_bar,
-    plot,
     require_dims,
-    scale_of,
     token_label,
-    unit_of,
 )
-from hooked_llava.viz.titles import add_note, title_of
+from hooked_llava.viz.titles import title_of
 
 Collapse = Literal["mean", "sum", "max"]
 """What may stand for all patches of an image: their mean, their sum, or the one farthest from what does nothing."""
@@ -65,7 +61,7 @@ def layer_position_maps(
 ) -> Figure:
     """Several results [layer, position] of the same positions below each other, on one color scale.
 
-    Each stands under its name; the tokens are written below the last, those at `marked` positions in orange. `about` are
+    Each has its name as title; the tokens are written below the last, those at `marked` positions in orange. `about` are
     attributes of the whole, which a note below tells. Otherwise as `layer_position_map`.
 
     >>> parts = xr.DataArray(np.eye(2), dims=("layer", "position"))
@@ -82,17 +78,12 @@ def layer_position_maps(
     values = [_drawn(panel, groups, collapse) for panel in panels]
     edges, n_layers, n = _edges(groups), max(panel.sizes["layer"] for panel in panels), len(panels)
     each = max(1.6 if n > 1 else 2.0, 0.35 + min(0.24, (9.0 if n == 1 else 5.0) / n_layers) * n_layers)
-    with plot(min(12.0, max(PAGE_WIDTH, 1.4 + 0.2 * edges[-1])), n * each + 1.0) as figure:
-        scale = scale_of(panels[0], all_values(values))
-        all_axes = figure.subplots(n, squeeze=False, sharex=True)[:, 0]
-        for axes, panel, drawn, title in zip(all_axes, panels, values, results, strict=True):
-            draw_cells(axes, drawn, scale, columns=edges)
+    size = min(12.0, max(PAGE_WIDTH, 1.4 + 0.2 * edges[-1])), n * each + 1.0
+    with stacked_maps(results, values, panels[0], size, columns=edges, about=about) as (figure, all_axes, _):
+        for axes, panel in zip(all_axes, panels, strict=True):
             axes.tick_params("x", length=0)
             label_axis(axes, "y", names_along(panel, "layer"), "layer")
-            axes.set_title(title)
         _name_groups(all_axes[-1], groups, marked)
-        add_color_bar(figure, list(all_axes), scale, unit_of(panels[0]), all_values(values))
-        add_note(figure, about or {})
     return figure
 
 

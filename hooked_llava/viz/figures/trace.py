@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hooked_llava.errors import InputError
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.viz.figures.positions import layer_position_maps
-from hooked_llava.viz.kinds import check_dataset
-from hooked_llava.viz.lines import MARKERS, Curve, apart, name_layers
+from hooked_llava.viz.kinds import check_axes, check_dataset
+from hooked_llava.viz.lines import Curve, apart, draw_curve, name_layers
 from hooked_llava.viz.style import (
     BLUE,
     GREEN,
@@ -123,11 +121,8 @@ def _draw_roles(axes: Axes, effects: xr.Dataset, curves: Sequence[Curve]) -> Non
     axes.axhline(0, color=RULE, linewidth=0.8)
     for curve in curves:
         one, color = effects.sel(role=curve.first), _ROLE_COLORS.get(curve.first, INK)
-        look: dict[str, Any] = {"color": color, "marker": MARKERS[roles.index(curve.first) % len(MARKERS)]}
-        sizes: dict[str, Any] = {"linewidth": curve.width, "markersize": curve.marker_size}
-        axes.plot(layers, one.indirect_effect.values, **look, **sizes, label=curve.label)
-        if "low" in one:
-            axes.fill_between(layers, one.low.values, one.high.values, color=color, alpha=0.15, linewidth=0)
+        band = (one.low, one.high) if "low" in one else None
+        draw_curve(axes, layers, one.indirect_effect, curve, color, roles.index(curve.first), band=band)
     name_layers(axes, layers, [str(layer) for layer in layers], 8)
     axes.set_xlabel("layer")
     value_lines(axes, "y")
@@ -139,8 +134,4 @@ def _unit(effects: xr.Dataset, value: str) -> str:
 
 def _check(effects: xr.Dataset, figure: str, maker: str, *dims: str) -> None:
     effect = check_dataset(effects, ("indirect_effect",), figure, maker).indirect_effect
-    if set(effect.dims) != set(dims):
-        raise InputError(
-            f"The result has the axes {', '.join(map(str, effect.dims))}; expected indirect_effect by {', '.join(dims)}, as "
-            f"{maker} returns it."
-        )
+    check_axes(effect, *dims, advice=f" {maker} returns it so.")

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import xarray as xr
 
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.evaluate import TO_CHANGE, Probe
-from hooked_llava.editing.prompts import KeptPrompts
-from hooked_llava.editing.questions import ask_questions, missed
+from hooked_llava.editing.evaluate import Probe
+from hooked_llava.editing.questions import ask_questions, missed, probe_prompts
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
+from hooked_llava.editing.roles import PROBE_ROLES
 from hooked_llava.editing.size import size_text
 from hooked_llava.editing.sweep import own_probe
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.edit_methods import EDIT_METHODS, REVERTS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.vocabulary import decode_text
-from hooked_llava.viz.figures.edit import WANTED, answer_shift, edit_by_layer, probe_bars
+from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import about_model, answered
+from hooked_llava.viz.pages.parts import about_model, answered, records
 from hooked_llava.viz.style import format_small
 
 STEPS = ("asking", "answering", "drawing")
@@ -78,12 +80,12 @@ def edit_page(
     """
     prompt = model.as_inputs(inputs)
     made = _made_for(model, prompt, edit)
-    every = [own_probe(prompt, made), *(replace(probe, prompts=_prompts(model, probe)) for probe in probes)]
+    prompts = [prompt, *(probe_prompts(model, probe) for probe in probes)]
+    others = [replace(probe, prompts=own) for probe, own in zip(probes, prompts[1:], strict=True)]
+    every = [own_probe(prompt, made), *others]
     with steps_reported(STEPS, on_step, "editing") as begin:
         begin("asking")
-        results = ask_questions(model, edit, every)
-        if sweep is not None:
-            results["sweep"] = sweep
+        results = ask_questions(model, edit, every) | ({} if sweep is None else {"sweep": sweep})
         begin("answering")
         before, _ = answered(model, prompt, max_new_tokens)
         with edit.applied():
@@ -94,7 +96,7 @@ def edit_page(
             "images": prompt.images or (),
             **_answers(model, made, results),
             **_facts(edit, made, prompt),
-            **_elsewhere(every, results),
+            **_elsewhere(every, prompts, results),
             "layers": None if sweep is None else edit_by_layer(sweep),
             "traced": sweep is not None and "indirect_effect" in sweep,
         }
@@ -128,14 +130,6 @@ def _made_for(model: HookedLLaVA, prompt: Inputs, edit: Edit) -> Prepared:
     return prepare_request(model, request, found["position"])
 
 
-def _prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
-    if isinstance(probe.prompts, KeptPrompts):
-        raise InputError(
-            f"Probe {probe.name!r} holds kept prompts, which have no words to show; give the prompts themselves."
-        )
-    return model.as_inputs(probe.prompts)
-
-
 # ---------------------------------------------------------------------- the page
 
 
@@ -159,41 +153,41 @@ def rest_sentences(answers: xr.DataArray) -> list[str]:
 def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dict[str, Any]:
     """The edited question: first tokens before and after."""
     answers: xr.DataArray = results["answers"]
-    wanted = made.words["target"]
+    own = results["questions"].isel(question=0)
+    wanted, first = made.words["target"], made.targets[0][0]
     ids = answers.token_id.values.tolist()
     rows = [
-        {"token": visible(str(answers.token.values[i])), "p": [f"{p:.3f}" for p in answers.values[:, i].tolist()]}
-        for i in range(len(ids))
+        {"token": visible(str(token)), "p": p}
+        for token, p in zip(answers.token.values, answers.transpose("token", "state").values.tolist(), strict=True)
     ]
     return {
         "target": wanted if isinstance(wanted, str) else decode_text(model, made.targets[0]),
         "n_target": made.n_target,
         "old": rows[0],
-        "new": rows[ids.index(made.targets[0][0])],
-        "same_first": ids[0] == made.targets[0][0],
-        "said_already": bool(results["questions"].as_expected_before[0]),
-        "reached": bool(results["questions"].as_expected[0]),
+        "new": rows[ids.index(first)],
+        "same_first": ids[0] == first,
+        "said_already": bool(own.as_expected_before),
+        "reached": bool(own.as_expected),
         "rest": rest_sentences(answers),
-        "own_kl": format_small(float(results["questions"].kl[0])),
+        "own_kl": float(own.kl),
         "shift": answer_shift(answers),
     }
 
 
 def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
     """How the edit was computed, and how large it is."""
-    at = prompt.shape[1] + made.from_end[0]
-    place = f"{made.words['position']} (“{visible(prompt.token_map.labels[at])}”, position {at})"
+    at = made.positions[0]
     method = dict(edit.method)
-    tuned = not all(change.full is None for change in edit.changes.values())
     request = next(r for r in edit.requests if made.words["prompts"][0] in r["prompts"])
     rows = {
         "method": method.get("name", "given"),
         "layers" if len(edit.layers) > 1 else "layer": ", ".join(map(str, edit.layers)) or "none",
         "weights": ", ".join(edit.changes) if len(edit.changes) <= 2 else f"{len(edit.changes)} matrices",
-        "size": f"{size_text(edit)}",
+        "size": size_text(edit),
     }
-    if not tuned:
-        rows |= {"position": place, "constraint": made.words["constraint"] or "none"}
+    if all(change.full is None for change in edit.changes.values()):  # of one position, unlike fine-tuning
+        rows["position"] = f"{made.words['position']} (“{visible(prompt.token_map.labels[at])}”, position {at})"
+        rows["constraint"] = made.words["constraint"] or "none"
     if "lam" in method:
         rows["λ"] = f"{method['lam']:g}"
     if "clamp" in method:
@@ -202,54 +196,30 @@ def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
         rows["P(target) in the search"] = f"{request['target_probability']:.3f}"
     if len(edit.requests) > 1:
         rows["requests in this edit"] = str(len(edit.requests))
-    return {"facts": rows, "closed": not tuned}
+    known = EDIT_METHODS.get(method.get("name", ""))
+    return {"facts": rows, "explanation": known.explanation if known else "", "reverts": REVERTS}
 
 
 def _seconds(edit: Edit) -> str:
     return f"{edit.method['seconds']:.2f} s" if "seconds" in edit.method else "an unknown time"
 
 
-def _elsewhere(probes: Sequence[Probe], results: dict[str, Any]) -> dict[str, Any]:
+def _elsewhere(probes: Sequence[Probe], prompts: Sequence[Inputs], results: dict[str, Any]) -> dict[str, Any]:
     """Every question besides the edited one, by probe."""
-    questions: xr.Dataset = results["questions"]
-    groups, at, wrong = [], 0, missed(questions)
-    for probe in probes:
-        rows = [_row(one, questions.isel(question=i), wrong[i]) for i, one in enumerate(probe.prompts, start=at)]
-        at += len(rows)
-        n_wrong = sum(row["wrong"] for row in rows)
-        groups.append({"name": probe.name, "wanted": WANTED[probe.role], "rows": rows, "wrong": n_wrong})
-    found = results["probes"]
-    numbers = [
-        {
-            "name": str(one.probe.values),
-            "role": str(one.role.values),
-            "n": int(one.n),
-            "before": f"{float(one.accuracy_before):.2f}",
-            "after": f"{float(one.accuracy):.2f}",
-            "p": f"{float(one.probability_before):.3f} → {float(one.probability):.3f}",
-            "changed": f"{float(one.changed):.2f}",
-            "kl": format_small(float(one.kl)),
-        }
-        for one in (found.isel(probe=i) for i in range(found.sizes["probe"]))
+    questions, asked = results["questions"], [prompt for own in prompts for prompt in own]
+    rows = iter(
+        row | {"images": prompt.images or (), "wrong": wrong, "verdict": _verdict(row["role"], wrong)}
+        for row, prompt, wrong in zip(records(questions), asked, missed(questions), strict=True)
+    )
+    groups = [
+        {"name": probe.name, "wanted": PROBE_ROLES[probe.role].wanted, "rows": list(islice(rows, len(own)))}
+        for probe, own in zip(probes, prompts, strict=True)
     ]
-    asked = len(probes) > 1
-    return {
-        "groups": groups[1:],
-        "numbers": numbers,
-        "bars": probe_bars(found) if asked else None,
-    }
+    bars = probe_bars(results["probes"]) if len(probes) > 1 else None
+    return {"groups": groups[1:], "probes": records(results["probes"]), "bars": bars}
 
 
-def _row(prompt: Inputs, question: xr.Dataset, wrong: bool) -> dict[str, Any]:
-    to_change = str(question.role.values) in TO_CHANGE
-    verdict = ("not the target" if wrong else "the target") if to_change else ("changed" if wrong else "the same")
-    return {
-        "text": str(question.text.values),
-        "images": prompt.images or (),
-        "before": visible(str(question.before.values)),
-        "after": visible(str(question.after.values)),
-        "p": f"{float(question.probability_before):.3f} → {float(question.probability):.3f}",
-        "kl": format_small(float(question.kl)),
-        "wrong": wrong,
-        "verdict": verdict,
-    }
+def _verdict(role: str, wrong: bool) -> str:
+    if PROBE_ROLES[role].to_change:
+        return "not the target" if wrong else "the target"
+    return "changed" if wrong else "the same"

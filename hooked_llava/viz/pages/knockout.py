@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from hooked_llava.analysis.knockout import (
     flow_summary,
 )
 from hooked_llava.analysis.next_tokens import next_tokens
-from hooked_llava.datasets.study import by_kind
+from hooked_llava.datasets.study import as_kinds, by_kind, count_unseen
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.model.llava import HookedLLaVA
@@ -27,6 +27,7 @@ from hooked_llava.options.knockout_metrics import MetricName
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
+from hooked_llava.results.provenance import forward_passes
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.page import Page, made_with, make_page, run_footer, steps_reported
@@ -96,7 +97,7 @@ def knockout_page(
         results["answer_probability"] = answer_probability(model, prompt)
         results["next_tokens"] = next_tokens(model, prompt, k=min(5, model.cfg.d_vocab))
         begin("drawing")
-        cost = f"{knockout.runs} runs for {knockout.work + knockout.n_forward:.2f} forward passes, {knockout.seconds:.1f} s"
+        cost = f"{knockout.runs} runs for {forward_passes(knockout.attrs):.2f} forward passes, {knockout.seconds:.1f} s"
         shown = {
             **_shown(knockout, results["answer_probability"]),
             "kicker": f"How the answer travels through {model.cfg.model_name or 'the model'}",
@@ -142,12 +143,14 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
         "images": (),
         "counts": counts,
     }
+    unseen, seconds = count_unseen(result), result.attrs.get("seconds", 0.0)
     footer = {
         "Model": result.attrs.get("model") or "unnamed",
         "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured"
-        + _unseen(result),
+        + (f"; {unseen} with an object that the model does not see (cut away, or too small)" if unseen else ""),
         "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
-        "Cost": _cost(result.attrs),
+        "Cost": f"{result.attrs.get('runs', 0)} runs for {forward_passes(result.attrs):.1f} forward passes, each of a batch of "
+        f"questions, {seconds:.0f} s",
         "Made": made_with(),
     }
     results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
@@ -169,34 +172,17 @@ def _check_study(result: xr.Dataset) -> None:
         )
 
 
-def _cost(attrs: Mapping[str, Any]) -> str:
-    """What all batches of questions cost together."""
-    forwards = attrs.get("n_forward", 0) + attrs.get("work", 0.0)
-    seconds = f"{attrs.get('seconds', 0.0):.0f} s"
-    return f"{attrs.get('runs', 0)} runs for {forwards:.1f} forward passes, each of a batch of questions, {seconds}"
-
-
-def _unseen(result: xr.Dataset) -> str:
-    """Questions of which some object's box was cut away before the model saw the image."""
-    n = int((result["boxes_lost"] > 0).sum()) if "boxes_lost" in result.coords else 0
-    return f"; {n} with an object that the model does not see (cut away, or too small)" if n else ""
-
-
 def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, Any]:
     """Figures and tables of a knockout, by kind or not."""
-    several = "kind" in knockout.dims
-    summary = flow_summary(knockout)
-    kinds = kinds_in_order(knockout) if several else [""]
-    edges = [str(edge) for edge in knockout["edge"].values]
+    each = as_kinds(knockout)
+    kinds, edges = kinds_in_order(each), [str(edge) for edge in each["edge"].values]
+    summary = flow_summary(each)
     units = str(knockout["effect"].attrs.get("units", "change of the metric"))
-    digits, full = (1, 100.0) if units.startswith("%") else (3, float(abs(knockout["total_effect"]).max()) or 1.0)
+    digits, full = (1, 100.0) if units.startswith("%") else (3, float(abs(each["total_effect"]).max()) or 1.0)
     rows = []
     for edge in edges:
-        cells = []
-        for kind in kinds:
-            at: Mapping[str, str] = {"edge": edge, **({"kind": kind} if several else {})}
-            cells.append(_cell(knockout.sel(at), summary.sel(at), digits, full))
-        rows.append({"edge": shown_edge(edge), "cells": cells})
+        at = [{"edge": edge, "kind": kind} for kind in kinds]
+        rows.append({"edge": shown_edge(edge), "cells": [_cell(each.sel(p), summary.sel(p), digits, full) for p in at]})
     return {
         "curves": knockout_curves(knockout, title=""),
         "probabilities": None if probability is None else probability_curves(probability, title=""),
@@ -207,19 +193,18 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
         "has_object": any("object" in edge or "random" in edge for edge in edges),
         "has_itself": "last->last" in edges,
         "has_false": probability is not None and bool(probability.sel(form=["false lower"]).notnull().any()),
-        "scored": knockout.attrs.get("answer") if not several else None,
+        "scored": None if "kind" in knockout.dims else knockout.attrs.get("answer"),
     }
 
 
 def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -> dict[str, str]:
     """Total effect with its interval, and the curve in numbers; `full` is the drop that is colored most."""
-    total = knockout["total_effect"]
-    mean = float(total.sel(statistic="mean")) if "statistic" in total.dims else float(total)
+    total, kept = knockout["total_effect"], knockout["total_answer_kept"].sel(statistic="mean")
+    mean, several = float(total.sel(statistic="mean")), total.sizes["statistic"] > 1
     if not np.isfinite(mean):
         return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0", "kept": ""}
-    interval = ""
-    if "statistic" in total.dims:
-        interval = " to ".join(_number(total.sel(statistic=end), digits - 1) for end in ("low", "high"))
+    interval = " to ".join(_number(total.sel(statistic=end), digits - 1) for end in ("low", "high")) if several else ""
+    share = f"same answer {float(kept):.0%}" if several else "same answer" if kept else "another answer"
     depth, peak, width, stages = (float(summary[n]) for n in ("depth", "peak_layer", "half_width", "stages"))
     found = f"layer {peak:.0f}, {width:.0f} wide" + (f", {stages:.0f} stages" if stages > 1 else "")
     return {
@@ -227,16 +212,9 @@ def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -
         "interval": interval,
         "depth": _number(depth, digits),
         "peak": found if width else "",
-        "kept": _kept(knockout["total_answer_kept"]),
+        "kept": share,
         "deep": f"{100 * min(1.0, max(0.0, -mean / full)):.0f}",
     }
-
-
-def _kept(kept: xr.DataArray) -> str:
-    """How often the answer is still the most probable token."""
-    if "statistic" in kept.dims:
-        return f"same answer {float(kept.sel(statistic='mean')):.0%}"
-    return "same answer" if float(kept) else "another answer"
 
 
 def _number(value: Any, digits: int) -> str:

@@ -21,6 +21,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.storage import written_whole
 from hooked_llava.viz.pages.embed import is_small, pixels, uri, visible
+from hooked_llava.viz.style import format_small
 
 _PACKAGES = ("torch", "transformers", "transformer_lens")
 
@@ -77,7 +78,7 @@ def make_page(
         template: name of a template in `viz/templates`. It extends `page.html.jinja`, which has the style, the blocks title,
             head and main, and the footer; sections and figures are macros.
         shown: the template's variables, figures and images as they are; text is escaped.
-        footer: what stands below, by name.
+        footer: entries of the footer, by name.
         results: what the page shows.
         said: question, answer, and whatever else the kind has, as text; variables of the template too.
     """
@@ -99,7 +100,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"pixels": pixels, "uri": uri, "visible": visible}
+    environment.filters |= {"format_small": format_small, "pixels": pixels, "uri": uri, "visible": visible}
     environment.tests["small"] = is_small
     return environment
 

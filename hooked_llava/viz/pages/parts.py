@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
@@ -85,6 +86,11 @@ def shown_images(model: HookedLLaVA, inputs: Inputs) -> list[Image.Image]:
 def canvas(inputs: Inputs, images: list[Image.Image], image: int) -> Inputs | Image.Image:
     """What an image's patches are drawn on: the prompt, which knows where they lie, or what is shown of the image."""
     return images[image] if inputs.images is None else inputs
+
+
+def records(table: xr.Dataset) -> list[dict[str, Any]]:
+    """A table's rows, each by the names of its columns, coordinates included."""
+    return table.to_dataframe().reset_index().to_dict("records")
 
 
 def panel_columns(n_layers: int) -> int:

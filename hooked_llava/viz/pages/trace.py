@@ -25,6 +25,7 @@ from hooked_llava.viz.pages.parts import about_model, answered, panel_columns
 
 STEPS = ("answering", "tracing", "contributions", "drawing")
 """The parts of the work, as progress is reported."""
+_OF_A_CELL = ("kind", "layer", "label", "role", "restored", "indirect_effect", "n_tied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,11 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
         **about_model(model),
         "trace": trace.attrs,
         "lowered": was_lowered(trace),
-        "p_clean": f"{float(trace.p_clean):.3f}",
-        "p_corrupted": f"{float(trace.p_corrupted):.3f}",
-        "lowered_by": f"{float(trace.lowered_by):.0%}",
+        **{name: float(trace[name]) for name in ("p_clean", "p_corrupted", "lowered_by")},
         "constraint": " and ".join(f"“{words}”" for words in trace.constraint),
         "layers": _window(trace),
-        "best": _best(trace),
+        "kinds": TRACE_KINDS,
+        "best": [{name: cell[name].item() for name in _OF_A_CELL} for cell in best_cells(trace)],
         "tokens": [visible(str(label)) for label in trace.label.values],
         "restored": _restored(trace),
         "map": trace_maps(trace, note=False),
@@ -106,35 +106,14 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
     }
 
 
-def _best(trace: xr.Dataset) -> list[dict[str, Any]]:
-    """For each kind the cell that restores most."""
-    return [
-        {
-            "kind": TRACE_KINDS[str(cell.kind.values)].name,
-            "layer": int(cell.layer),
-            "token": visible(cell.label.values),
-            "role": str(cell.role.values),
-            "restored": f"{float(cell.restored):.3f}",
-            "effect": f"{float(cell.indirect_effect):+.3f}",
-            "tied": int(cell.n_tied),
-        }
-        for cell in best_cells(trace)
-    ]
-
-
-def _restored(trace: xr.Dataset) -> list[dict[str, Any]]:
-    """Every restored run: for each kind the rows of a table, layer by token."""
-    values = trace.restored.transpose("kind", "layer", "position").values
+def _restored(trace: xr.Dataset) -> dict[str, dict[int, list[float]]]:
+    """Every restored run: for each kind by layer what each token's output restores."""
+    values = trace.restored.transpose("kind", "layer", "position").values.tolist()
     layers = trace.layer.values.tolist()
-    return [
-        {
-            "kind": f"{TRACE_KINDS[str(kind)].title} restored",
-            "rows": [
-                {"layer": layer, "cells": [f"{p:.3f}" for p in row]} for layer, row in zip(layers, one, strict=True)
-            ],
-        }
-        for kind, one in zip(trace.kind.values, values.tolist(), strict=True)
-    ]
+    return {
+        f"{TRACE_KINDS[kind].title} restored": dict(zip(layers, of_kind, strict=True))
+        for kind, of_kind in zip(trace.kind.values.tolist(), values, strict=True)
+    }
 
 
 def _window(trace: xr.Dataset) -> str:

@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.colors import to_hex
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.figures.edit import ROLE_COLORS, answer_shift, edit_by_layer, probe_bars
+from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars, role_colors
 from hooked_llava.viz.style import PURPLE
 
 ROLES = ["efficacy", "generalisation", "specificity", "locality"]
@@ -67,7 +67,7 @@ def test_a_bar_for_each_probe_in_the_colour_of_its_role(probes):
     axes = figure.axes[0]
     bars = axes.containers[0]
     assert [bar.get_width() for bar in bars] == [1, 0.5, 0.75, 1]
-    assert [to_hex(bar.get_facecolor()) for bar in bars] == [ROLE_COLORS[role] for role in ROLES]
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == [role_colors()[role] for role in ROLES]
     lines = axes.collections[0].get_segments()
     assert [line[0, 0] for line in lines] == [0, 0, 1, 1]
     assert [text.get_text() for text in axes.texts][:3] == ["n 1, KL 8", "n 2, KL 2", "n 4, KL 0.01"]
@@ -95,5 +95,5 @@ def test_a_panel_for_each_position_with_the_trace_dashed(sweep):
 
 def test_other_sweeps_are_refused(sweep):
     for wrong in (sweep.rename(layer="depth"), sweep[["indirect_effect"]], sweep.isel(position=0)):
-        with pytest.raises(InputError, match="by position and layer|lacks 'efficacy'"):
+        with pytest.raises(InputError, match="position, layer|lacks 'efficacy'"):
             edit_by_layer(wrong)

@@ -1,0 +1,72 @@
+"""A method of editing is one entry: with it come and go the command's option and the lines of docs and page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from hooked_llava.editing import EditRequest, finetune, multedit
+from hooked_llava.options.edit_methods import EDIT_METHODS, EditMethod, markdown_table
+from hooked_llava.viz.pages.edit import edit_page
+from tests.cli.running import refused
+
+QUESTION = "Who made the star?"
+
+
+@pytest.fixture
+def table() -> Iterator[dict[str, EditMethod]]:
+    """The table, which is put back as it was, order included."""
+    before = dict(EDIT_METHODS)
+    yield EDIT_METHODS
+    EDIT_METHODS.clear()
+    EDIT_METHODS.update(before)
+
+
+def help_of_edit(before: str = "") -> str:
+    """The command's help in a process of its own, in which the table was changed before; nothing heavy may be loaded."""
+    code = f"""
+import sys
+from hooked_llava.options.edit_methods import EDIT_METHODS
+{before}
+from hooked_llava.cli import app
+app(["edit", "--help"], standalone_mode=False)
+assert "torch" not in sys.modules
+"""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_every_method_computes_an_edit_that_says_its_name(tiny_shapes):
+    request = EditRequest(QUESTION, "Boris")
+    for name in ("multedit", "finetune"):  # rome needs a covariance, see tests/cli
+        options = {"layer": 4, "layers": 4, "position": "last"}
+        taken = {option: options[option] for option in EDIT_METHODS[name].options if option in options}
+        assert EDIT_METHODS[name].compute(tiny_shapes, request, **taken).method["name"] == name
+
+
+def test_a_method_that_is_removed_is_gone_everywhere(tiny_shapes, table):
+    assert "finetune" in help_of_edit()
+    assert "finetune" not in help_of_edit("del EDIT_METHODS['finetune']")
+    inputs = tiny_shapes.prepare(QUESTION)
+    edit = finetune(tiny_shapes, EditRequest(inputs, "Boris"), layers=4)
+    explanation = table["finetune"].explanation
+    assert explanation in edit_page(tiny_shapes, inputs, edit, max_new_tokens=1).html
+    assert "`finetune`" in markdown_table()
+    del table["finetune"]
+    assert explanation not in edit_page(tiny_shapes, inputs, edit, max_new_tokens=1).html
+    assert "`finetune`" not in markdown_table()
+
+
+def test_the_page_says_what_a_method_does(tiny_shapes, table):
+    inputs = tiny_shapes.prepare(QUESTION)
+    edit = multedit(tiny_shapes, EditRequest(inputs, "Boris"), layer=3, position="last")
+    table["multedit"] = EditMethod(function="", meaning="", explanation="Magic was used.", options=())
+    assert "Magic was used. All other weights are as they were" in edit_page(tiny_shapes, inputs, edit).html
+
+
+def test_unknown_methods_are_refused_by_the_command():
+    said = refused("edit", "demo", QUESTION, "-t", "red", "--method", "surgery")
+    assert "surgery" in said
+    assert "rome" in said
