@@ -12,7 +12,7 @@ from benchmarks._measure import Work
 from hooked_llava.model.llava import HookedLLaVA
 
 ROWS = (
-    "forward, nobody listening",
+    "forward, no hooks",
     "one reading hook on resid_post",
     "one writing hook on resid_post",
     "cache resid_post of all layers",

@@ -39,7 +39,7 @@ def make_config(
     n_vision_layers: int | None = None,
     n_vision_heads: int | None = None,
 ) -> LlavaConfig:
-    """A LLaVA-1.5 of those sizes; the vision tower's MLP is four times as wide as its stream."""
+    """A LLaVA-1.5 of those sizes; the vision tower's MLP is four times as wide as its residual stream."""
     vision = CLIPVisionConfig(
         hidden_size=d_vision,
         intermediate_size=4 * d_vision,

@@ -81,7 +81,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def resid_pre(setting: Setting, positions: Sequence[int]) -> Sweep:
-    """The stream entering every layer, one position at a time."""
+    """The residual stream entering every layer, one position at a time."""
     places = [(layer, position) for layer in range(setting.model.cfg.n_layers) for position in positions]
     runs = [_patch(setting, f"blocks.{layer}.hook_resid_pre", [position]) for layer, position in places]
     cells = [{"layer": layer, "pos": position} for layer, position in places]

@@ -29,7 +29,7 @@ from benchmarks._measure import (
 from benchmarks._models import POSITIONS, hf_config, make_bridge, random_hf_model, random_prompt, sizes
 from hooked_llava.model.llava import HookedLLaVA
 
-PLAIN = "forward, nobody listening"
+PLAIN = "forward, no hooks"
 ROWS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "cache everything": {},

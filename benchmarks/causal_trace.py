@@ -27,11 +27,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "one kind: MLP": {"kinds": ("mlp",)},
     "three kinds": {},
     "three kinds, windows of 3": {"window": 3},
-    "three kinds, the first word behind the image": {"behind": 0},
-    "three kinds, another image": {"behind": 0, "other": True},
+    "three kinds, the first word after the image": {"words_between": 0},
+    "three kinds, another image": {"words_between": 0, "other": True},
 }
-"""What is traced; `behind` says how many words stand between image and constraint."""
-BEHIND = 9
+"""What is traced; `words_between` says how many words stand between image and constraint."""
+WORDS_BETWEEN = 9
 TO_REACH = {"three kinds": 12.0}
 """Counted forwards besides the kept run, at the medium geometry."""
 _SAMPLE, _TOLERANCE = 6, 1e-4
@@ -40,9 +40,9 @@ Measured = dict[str, Any]
 
 
 def options_of(row: str, prompt: dict[str, Tensor], n_image: int) -> dict[str, Any]:
-    """Arguments of `causal_trace` for a row; the image stands behind the first token."""
+    """Arguments of `causal_trace` for a row; the image stands after the first token."""
     given = dict(ROWS[row])
-    first = 1 + n_image + min(given.pop("behind", BEHIND), prompt["input_ids"].shape[1] - n_image - 4)
+    first = 1 + n_image + min(given.pop("words_between", WORDS_BETWEEN), prompt["input_ids"].shape[1] - n_image - 4)
     corruption: Any = Noise()
     if given.pop("other", False):
         other = torch.randn(prompt["pixel_values"].shape, generator=torch.Generator().manual_seed(2))

@@ -194,7 +194,7 @@ def tables(measured: dict[str, Measured]) -> str:
                     *(_cell(of["best"][kind]) if "best" in of else "-" for kind in ("mlp", "attn", "resid")),
                     "-" if agrees is None else f"{agrees:.2f}",
                 ]
-    columns = ["lowered", "best MLP", "best attention", "best stream", "agrees with the first"]
+    columns = ["lowered", "best MLP", "best attention", "best residual stream", "agrees with the first"]
     predictors = {
         f"{checkpoint}, {name}": [f"{a:.2f} ({low:.2f} to {high:.2f})"]
         for checkpoint, found in measured.items()

@@ -86,7 +86,7 @@ def hook_point_costs(quick: bool) -> dict[str, float]:
     costs = {}
     for label, kind in (("hooked_llava", HookPoint), ("TransformerLens", LensHookPoint)):
         point = kind()
-        costs[f"{label}: nobody listening"] = _microseconds(lambda point=point: point(tensor), calls)
+        costs[f"{label}: no hooks"] = _microseconds(lambda point=point: point(tensor), calls)
         costs[f"{label}: attach and remove"] = _microseconds(
             lambda point=point: (point.add_hook(read), point.remove_hooks()), calls // 10
         )

@@ -70,8 +70,8 @@ def test_equal_recordings_have_no_difference(tmp_path: Path) -> None:
         ({"ids": torch.tensor([3, 6])}, r"ids: 1 of 2 values differ, first at \[1\]: 5 -> 6"),
         ({"text": "one\ntoo\nthree"}, r"(?s)text: the text differs.*-two.*\+too"),
         ({"order": ["b", "a", "c"]}, r"(?s)order: the text differs.*\"b\""),
-        ({"memory": Loose(1400.0)}, r"memory: 1000 -> 1400, more than a factor"),
-        ({"further": 1.0}, r"only NEW has the array further"),
+        ({"memory": Loose(1400.0)}, r"memory: 1000 -> 1400.*factor"),
+        ({"further": 1.0}, r"NEW.*further"),
     ],
 )  # fmt: skip
 def test_a_planted_change_is_found_and_nothing_else(tmp_path: Path, changed: dict[str, object], said: str) -> None:

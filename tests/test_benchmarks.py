@@ -76,7 +76,7 @@ def test_hook_overhead_reports_every_row_of_every_contestant(run: Run, tmp_path:
 @pytest.mark.slow
 def test_cache_memory_reports_peaks_beside_the_bytes_of_the_tensors(run: Run, tmp_path: Path) -> None:
     rows = run("cache_memory", tmp_path / "report.json")["geometries"]["quick"]["rows"]
-    plain, everything = rows["forward, nobody listening"], rows["cache everything"]
+    plain, everything = rows["forward, no hooks"], rows["cache everything"]
     assert plain[measure.OURS]["peak_bytes"] >= 0
     ours = everything[measure.OURS]
     assert ours["tensors"] > 0

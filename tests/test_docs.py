@@ -61,7 +61,18 @@ def test_every_error_class_has_a_page() -> None:
     assert sorted(path.stem for path in (DOCS / "errors").glob("*.md") if path.stem != "index") == sorted(classes)
 
 
-PUBLIC = ("", ".analysis", ".experiments", ".editing", ".datasets", ".results", ".toy", ".viz", ".readout.metrics")
+PUBLIC = (
+    "",
+    ".analysis",
+    ".experiments",
+    ".editing",
+    ".sae",
+    ".datasets",
+    ".results",
+    ".toy",
+    ".viz",
+    ".readout.metrics",
+)
 
 
 @pytest.mark.parametrize("room", PUBLIC)

@@ -74,5 +74,5 @@ def test_what_is_not_of_this_world_is_refused():
         questions({(0, 0): "star"})
     with pytest.raises(InputError, match=r"'red star'.*\(0, 5\).*row.*column from 0 to 4"):
         image({(0, 5): "red star"})
-    with pytest.raises(InputError, match=r"The image holds more than one star; expected each shape at most once"):
+    with pytest.raises(InputError, match="one star.*shape.*once"):
         image({(0, 0): "red star", (0, 1): "blue star"})

@@ -34,8 +34,8 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, error):
 
 def test_places_that_cannot_be_written_are_said_before_the_work(tmp_path):
     for path, message in (
-        (tmp_path, "is a folder"),
-        (tmp_path / "nowhere" / "file", "no folder .*nowhere.*Make it first"),
+        (tmp_path, "'.*'.*a folder.*file name"),
+        (tmp_path / "nowhere" / "file", "no folder '.*nowhere'.*Make"),
     ):
         with pytest.raises(InputError, match=message), written_whole(path):
             raise AssertionError("the block was entered")

@@ -67,7 +67,7 @@ def attention_contribution(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> found = attention_contribution(model, model.prepare("Who made the star?"), "the star")
-    >>> found.constraint_to_last.dims, found.constraint_to_last.label.values.tolist()
+    >>> found["constraint_to_last"].dims, found["constraint_to_last"]["label"].values.tolist()
     (('layer', 'source'), ['the', 'star'])
     """
     prompt = model.as_inputs(inputs)

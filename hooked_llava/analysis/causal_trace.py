@@ -121,7 +121,7 @@ def causal_trace(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> trace = causal_trace(model, model.prepare("Who made the star?"), "star", corruption="ring")
-    >>> trace.indirect_effect.dims, float(trace.lowered_by) > 0.9
+    >>> trace["indirect_effect"].dims, float(trace["lowered_by"]) > 0.9
     (('kind', 'layer', 'position'), True)
     """
     prompt = model.as_inputs(inputs)

@@ -60,7 +60,7 @@ def deletion_curves(
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> inputs = model.prepare("What color is the star?", images=image_path("demo"))
     >>> curves = deletion_curves(model, inputs, {"rows": np.arange(64).reshape(8, 8)}, shares=(0, 0.5, 1))
-    >>> curves.probability.dims, bool(curves.probability.sel(direction="deletion")[0, 0] > 0.9)
+    >>> curves["probability"].dims, bool(curves["probability"].sel(direction="deletion")[0, 0] > 0.9)
     (('direction', 'map', 'share'), True)
     """
     prompt = model.as_inputs(inputs)

@@ -70,7 +70,7 @@ def ablate_heads(
     one_of(replace, get_args(Replacement), "replace")
     others = prompts if reference is None else reference
     if replace == "mean" and isinstance(others, Inputs) and len(others) < 2:
-        raise InputError("The mean over one prompt is what the head does there; give reference= several prompts.")
+        raise InputError("replace='mean' over 1 prompt changes nothing; give reference= several prompts.")
     found = read_target(model, prompts, target)
     if found.logit_positions.shape[1] != 1:
         raise InputError("ablate_heads scores answers of one token; give a word that is one, or its first token.")

@@ -67,7 +67,7 @@ def head_readings(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> read = head_readings(model, model.prepare("Who made the star?"), 3, 2, top=3)
-    >>> read.token.dims, read.sizes["position"]
+    >>> read["token"].dims, read.sizes["position"]
     (('reading', 'position', 'rank'), 3)
     """
     prompt = model.as_inputs(inputs)
@@ -80,7 +80,7 @@ def head_readings(
     top = check_top(top)
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
     if read_target(model, prompt, target).logit_positions.shape[1] != 1:
-        raise InputError("head_readings reads one message from each position; give a target of one token.")
+        raise InputError(f"target={target!r} has several tokens; head_readings reads the head for one. Give one token.")
     with provenance("head_readings", model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
         cache = cache_answer(model, prompt, target, parts=("pattern", "v"))
         index = best_positions(cache, (layer, head), top) if chosen is None else chosen

@@ -112,7 +112,7 @@ def position_scores(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> read = position_scores(model, model.prepare("Who made the star?"), heads=2)
-    >>> read.score.dims, read.sizes["head"]
+    >>> read["score"].dims, read.sizes["head"]
     (('head', 'position'), 2)
     """
     heads = check_choice(model, heads)

@@ -39,7 +39,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
     token_map, grid = prompt.token_map, prompt.patch_grid
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
-        raise InputError(f"position={position!r} means {len(where)} positions; attention is read from one.")
+        raise InputError(f"position={position!r} means {len(where)} positions; expected one, such as 'last'.")
     with provenance("image_attention", model, prompt, n_forward=1, position=where[0]) as made:
         _, cache = model.run_with_cache(
             prompt, names_filter="pattern", positions=where, stop_at_layer=model.cfg.n_layers, remove_batch_dim=True

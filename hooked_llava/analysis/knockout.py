@@ -99,7 +99,7 @@ def attention_knockout(
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> result = attention_knockout(model, model.prepare("Who made the star?"), ["question->last", "last->last"])
-    >>> dict(result.effect.sizes) == {"edge": 2, "layer": model.cfg.n_layers}
+    >>> dict(result["effect"].sizes) == {"edge": 2, "layer": model.cfg.n_layers}
     True
     """
     named, windows = edges_of(edges), windows_of(window, centers, model.cfg.n_layers)
@@ -189,7 +189,8 @@ def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading |
         )
     if (metric == "logit_difference") != (baseline is not None):
         raise InputError(
-            "metric='logit_difference' and baseline= belong together: the logit of which token is subtracted?"
+            f"metric={metric!r} {'without' if baseline is None else 'with'} baseline=; expected metric='logit_difference' "
+            "with baseline=, the token whose logit is subtracted, or another metric without it."
         )
     several = [one.texts for one in (reading, baseline) if one is not None and one.logit_positions.shape[1] > 1]
     if metric == "logit_difference" and several:

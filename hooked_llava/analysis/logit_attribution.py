@@ -108,7 +108,7 @@ def _one_prompt(
         raise InputError("by='patch' needs an image, and this prompt has none; use by='source'.")
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
-        raise InputError(f"position={position!r} means {len(where)} positions; a logit is read at one.")
+        raise InputError(f"position={position!r} means {len(where)} positions; expected one, such as 'last'.")
     with provenance("logit_attribution", model, prompt, n_forward=1, by=by, position=where[0]) as made:
         cache, final = _cache(model, prompt, where, by)
         index = torch.tensor([where])

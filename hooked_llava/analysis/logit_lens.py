@@ -128,8 +128,8 @@ def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | Non
     in_stream = first.tower == "language" or first.name == "projector.hook_out"
     if not in_stream or first.axes[-1] != "d_model" or len({table[name].spec for name in names}) != 1:
         raise InputError(
-            f"hook={hook!r} is no one kind of vector in the language model's residual stream; give for example "
-            "'attn_out', 'mlp_out', 'result' or 'hook_image_embed'."
+            f"hook={hook!r} is not one kind of vector of the language model's residual stream; expected for "
+            "example 'attn_out', 'mlp_out', 'result' or 'hook_image_embed'."
         )
     return names
 

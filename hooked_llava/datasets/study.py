@@ -254,7 +254,10 @@ class _Parts:
         try:
             joined = xr.concat(found, dim="question", join="exact", coords="minimal", compat="override")
         except ValueError as error:
-            raise InputError(f"The results of the batches have different axes and do not join: {error}") from None
+            raise InputError(
+                f"The results of the batches have different axes ({error}); the analysis must return the same axes for every "
+                "batch."
+            ) from None
         joined = joined.isel(question=np.argsort([self.place[i] for i in joined["question"].values.tolist()]))
         attrs = join_attrs([part.attrs for part in found], keep_differing=False)
         attrs.pop("rows", None)
@@ -312,7 +315,7 @@ def _check_out(out: Path) -> None:
             f"out={str(out)!r} is a folder; give the name of a file, such as {str(out / 'study.safetensors')!r}."
         )
     if not out.parent.is_dir():
-        raise InputError(f"The result cannot be written: there is no folder {str(out.parent)!r}.")
+        raise InputError(f"out={str(out)!r} cannot be written: there is no folder {str(out.parent)!r}. Make it first.")
 
 
 def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ def edges_of(edges: Edges) -> list[Edge]:
     found = [Edge.of(edge) for edge in ([edges] if _is_one(edges) else edges)]  # type: ignore[list-item] (told apart)
     names = [edge.name for edge in found]
     if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"The edge {repeated[0]!r} is given twice.")
+        raise InputError(f"The edge {repeated[0]!r} is given twice; name each edge once.")
     return found
 
 
@@ -196,6 +196,6 @@ def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:
 def _check_causal(name: str, source: Positions, target: Positions) -> None:
     if source and target and source[0] > target[-1]:
         raise InputError(
-            f"The edge {name!r} does not exist: every source lies behind every target, and attention looks back only. "
+            f"The edge {name!r} does not exist: every source comes after every target, and attention looks back only. "
             "The source is what is attended to, the target what attends."
         )

@@ -40,7 +40,7 @@ def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: floa
     >>> coverage = np.zeros((1, 2, 2))
     >>> coverage[0, 0, 1] = 1.0
     >>> quality = map_quality(np.array([[[0.1, 0.9], [0.3, 0.2]]]), coverage)
-    >>> quality.auc.item(), quality.pointing.item()
+    >>> quality["auc"].item(), quality["pointing"].item()
     (1.0, 1.0)
     """
     import xarray as xr

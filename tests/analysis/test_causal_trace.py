@@ -306,18 +306,18 @@ def test_the_work_at_the_size_of_a_real_prompt() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"constraint": "square"}, SpanError, "'square' does not occur in the question"),
-        ({"constraint": []}, InputError, "names nothing"),
-        ({"constraint": [99]}, InputError, r"positions \[99\] are not in the prompt; expected 0 to"),
-        ({"corruption": "the red circle"}, InputError, "takes 3 tokens and the constraint 'this star' 2"),
+        ({"constraint": "square"}, SpanError, "'square'.*question"),
+        ({"constraint": []}, InputError, r"constraint.*\[\]"),
+        ({"constraint": [99]}, InputError, r"positions \[99\].*prompt; expected 0 to"),
+        ({"corruption": "the red circle"}, InputError, "'the red circle'.*3 tokens.*'this star' 2"),
         ({"corruption": Replace(["a b", "c d"])}, InputError, "2 replacements for 1 constraints"),
-        ({"corruption": Noise(samples=0)}, InputError, "draws none"),
-        ({"corruption": 3}, InputError, "expected words that replace"),
-        ({"kinds": ["mlps"]}, InputError, "expected some of 'mlp', 'attn', 'resid'"),
-        ({"window": 0}, InputError, "at least 1"),
-        ({"window_reading": "wide"}, InputError, "expected 'centred' or 'released'"),
-        ({"layers": [4]}, InputError, r"4.* out of range for the layers"),
-        ({"positions": [99]}, InputError, "99"),
+        ({"corruption": Noise(samples=0)}, InputError, "samples=0"),
+        ({"corruption": 3}, InputError, r"corruption=3.*words.*Noise\("),
+        ({"kinds": ["mlps"]}, InputError, r"kinds=\('mlps',\).*'mlp', 'attn', 'resid'"),
+        ({"window": 0}, InputError, "window.*0.*at least 1"),
+        ({"window_reading": "wide"}, InputError, "window_reading='wide'.*'centred'.*'released'"),
+        ({"layers": [4]}, InputError, r"4.*layers"),
+        ({"positions": [99]}, InputError, r"positions=\[99\].*-13\.\.12"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_several_prompts_are_refused(model: Any) -> None:
-    with pytest.raises(InputError, match="takes one prompt, got 2"):
+    with pytest.raises(InputError, match="causal_trace.*one prompt, got 2"):
         causal_trace(model, model.prepare(["Who ?", "What ?"]), "Who")
 
 
@@ -369,10 +369,10 @@ def test_averages_are_of_like_traces_only(model: Any, prompt: Any) -> None:
         return causal_trace(model, prompt, "star", **{"corruption": "circle", "positions": "last", **options})
 
     for options, message in (
-        ({"layers": [1, 2]}, r"different layers, \[0, 1, 2, 3\] and \[1, 2\]; average like with like"),
-        ({"kinds": ["mlp"]}, "different kinds"),
+        ({"layers": [1, 2]}, r"layers.*\[0, 1, 2, 3\] and \[1, 2\]"),
+        ({"kinds": ["mlp"]}, r"kinds.*\['mlp', 'attn', 'resid'\] and \['mlp'\]"),
         ({"window": 3}, "differ in window: '1' and '3'"),
-        ({"corruption": Noise()}, "differ in corruption_kind: 'replaced by other words' and .noise of"),
+        ({"corruption": Noise()}, "corruption_kind: '.*words' and .noise of"),
         ({"metric": log_probability(3)}, "differ in units"),
     ):
         with pytest.raises(InputError, match=message):

@@ -73,17 +73,17 @@ def test_rankings() -> None:
     assert sorted(ranking) == [(layer, head) for layer in range(3) for head in range(6)]
     assert ranking == random_heads(model, 3) != random_heads(model, 4)
     assert nested_sets("top", ranking, (1, 3))["top 3"] == ranking[:3]
-    with pytest.raises(InputError, match=r"Sizes \[19\] of a ranking of 18 heads"):
+    with pytest.raises(InputError, match=r"Sizes \[19\].*18 heads.*1 to 18"):
         nested_sets("top", ranking, (1, 19))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     models = exact()
-    with pytest.raises(InputError, match="mean over one prompt is what the head does there"):
+    with pytest.raises(InputError, match="replace='mean'.*1 prompt.*reference="):
         ablate_heads(models.ours, models.prompt(), [(1, 2)])
-    with pytest.raises(InputError, match="named 'none', as the run with all heads is"):
+    with pytest.raises(InputError, match="heads.*'none'.*another name"):
         ablate_heads(models.ours, models.prompt(batch=2), {"none": [(1, 0)], "a": [(1, 1)]})
-    with pytest.raises(InputError, match="There are no heads"):
+    with pytest.raises(InputError, match=r"heads \[\(.*\)\]; expected"):
         ablate_heads(models.ours, models.prompt(batch=2), {"a": [(3, 0)]})
     with as_users_run(), pytest.raises(InputError, match="replace='median'"):
         ablate_heads(models.ours, models.prompt(batch=2), [(1, 2)], replace="median")

@@ -165,9 +165,9 @@ def test_several_analyses_share_one_forward_pass() -> None:
         assert (shared.n_forward, alone.n_forward) == (0, 1)
     with pytest.raises(InputError, match=r"it lacks \['z'\], and target=None"):
         head_scores(models.ours, cache_answer(models.ours, models.prompt(), 7, parts=("v",)))
-    with pytest.raises(InputError, match="bring its own target"):
+    with pytest.raises(InputError, match=r"lacks \[.*target="):
         head_scores(models.ours, cache, 8)
-    with pytest.raises(InputError, match="runs the model itself"):
+    with pytest.raises(InputError, match="method='.*AnswerCache"):
         patch_importance(models.ours, cache, method="rollout")
 
 
@@ -194,7 +194,7 @@ def test_positions_of_a_decision_and_padding_that_scores_nothing() -> None:
     np.testing.assert_allclose(alone.score[1, :, :n], short.score, atol=1e-9)
     assert np.isnan(alone.score[1, :, n:]).all()
     assert np.isfinite(alone.score[0]).all()
-    with pytest.raises(InputError, match="bring its own target"):
+    with pytest.raises(InputError, match=r"lacks \[.*target="):
         position_scores(models.ours, cache, 8)
 
 
@@ -263,7 +263,7 @@ def test_scores_of_several_prompts_are_ranked_by_their_mean() -> None:
     assert top_heads(scores, 1) == [(5, 1)]
     with pytest.raises(InputError, match="k=3 heads; expected 1 to 2"):
         top_heads(scores, 3)
-    with pytest.raises(InputError, match="expected layer and head"):
+    with pytest.raises(InputError, match=r"axes \(.*expected layer.*head"):
         top_heads(scores.isel(layer=0), 1)
 
 
@@ -280,23 +280,23 @@ def test_results_are_saved_and_loaded(tmp_path: Any) -> None:
 def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     models = exact()
     two = models.prompt(batch=2)
-    with pytest.raises(InputError, match="There are no heads"):
+    with pytest.raises(InputError, match=r"heads \[\(0, 99\)\]; expected"):
         position_scores(models.ours, models.prompt(), 7, heads=[(0, 99)])
     monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="Token id 99"):
+    with pytest.raises(InputError, match=r"Token id 99.*0\.\.98"):
         head_scores(models.ours, models.prompt(), 99)
     with as_users_run(), pytest.raises(InputError, match="target=1.5.*token"):
         head_scores(models.ours, two, 1.5)
     for heads in (2.0, True):
-        with as_users_run(), pytest.raises(InputError, match=f"heads={heads}; expected a whole number, 'all'"):
+        with as_users_run(), pytest.raises(InputError, match=f"heads={heads}.*whole number, 'all'"):
             position_scores(models.ours, models.prompt(), 7, heads=heads)
     with as_users_run(), pytest.raises(InputError, match=r"heads=\[1, 2\]"):
         position_scores(models.ours, models.prompt(), 7, heads=[1, 2])
     with pytest.raises(InputError, match="target= names 3 answers for 2 prompts"):
         head_scores(models.ours, two, [7, 8, 9])
-    with pytest.raises(InputError, match="different numbers of tokens or of variants"):
+    with pytest.raises(InputError, match=r"target=\[.*different numbers.*single tokens"):
         head_scores(models.ours, two, [Answer("a", (7, 8)), Answer("b", (9,))])
-    with pytest.raises(InputError, match="do not lie in the prompt"):
+    with pytest.raises(InputError, match=r"positions=.*prompt.*\.\."):
         position_scores(models.ours, models.prompt(), 7, positions=[99])
 
 

@@ -47,5 +47,5 @@ def test_what_does_not_fit_is_refused() -> None:
         image_attention(models.ours, models.prompt(batch=2))
     with pytest.raises(InputError, match="got 1 prompts with 0 images"):
         image_attention(models.ours, models.prompt(n_images=0))
-    with pytest.raises(InputError, match="position='image' means 4 positions"):
+    with pytest.raises(InputError, match="position='image'.*4 positions.*'last'"):
         image_attention(models.ours, models.prompt(), position="image")

@@ -313,7 +313,7 @@ def test_edges_that_a_prompt_does_not_have_can_be_left_out(tiny_shapes: HookedLL
     with pytest.raises(SpanError, match="no span 'image'"):
         attention_knockout(tiny_shapes, text, ["image->last"])
     for misspelt in ("iamge->last", "question->lsat"):
-        with pytest.raises(SpanError, match="which no prompt has. Did you mean"):
+        with pytest.raises(SpanError, match="names the span '.*'.*Did you mean"):
             attention_knockout(tiny_shapes, text, [misspelt], missing="skip")
     own = text.with_spans(mine=[3])
     assert np.isfinite(attention_knockout(tiny_shapes, own, ["mine->last"], missing="skip").effect).all()
@@ -404,12 +404,17 @@ def test_a_study_of_another_metric(tiny_shapes: HookedLLaVA) -> None:
 @pytest.mark.parametrize(
     ("edges", "options", "error", "message"),
     [
-        (["questoin->last"], {}, SpanError, "the span 'questoin', which no prompt has. Did you mean: question"),
-        (["image->question|rset"], {}, SpanError, "the span 'rset', which no prompt has. Did you mean: rest"),
-        ({"mine": ([3, 4], "last")}, {}, InputError, r"'mine' names positions by number \(\[3, 4\]\)"),
-        ({"mine": ("image", 7)}, {}, InputError, r"'mine' names positions by number \(7\)"),
+        (["questoin->last"], {}, SpanError, "span 'questoin'.*Did you mean: question"),
+        (["image->question|rset"], {}, SpanError, "span 'rset'.*Did you mean: rest"),
+        ({"mine": ([3, 4], "last")}, {}, InputError, r"'mine'.*by number \(\[3, 4\]\)"),
+        ({"mine": ("image", 7)}, {}, InputError, r"'mine'.*by number \(7\)"),
         (["image->last"], {"window": 0}, InputError, "window of 0 layers"),
-        (["image->last"], {"metric": "logit_difference"}, InputError, "need no word but the model's answer"),
+        (
+            ["image->last"],
+            {"metric": "logit_difference"},
+            InputError,
+            "metric='logit_difference'.*relative_change, probability",
+        ),
     ],
 )
 def test_what_does_not_fit_a_study_is_said_before_anything_is_asked(
@@ -445,20 +450,20 @@ def test_curves_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("edges", "options", "message"),
     [
-        (["last->question"], {}, "every source lies behind every target"),
+        (["last->question"], {}, "edge 'last->question'.*source.*after.*target"),
         (["question"], {}, "'question' is no edge"),
         (("image", "text", "last"), {}, "'image' is no edge"),
-        (["image->last", "image->last"], {}, "given twice"),
+        (["image->last", "image->last"], {}, "'image->last'.*twice"),
         (["image->last"], {"window": 0}, "window of 0 layers"),
-        (["image->last"], {"window": 1.5}, "window=1.5; expected a number of layers"),
-        (["image->last"], {"window": "all", "centers": [1]}, "has no centre"),
-        (["image->last"], {"centers": [9]}, r"9.* out of range for the layers"),
+        (["image->last"], {"window": 1.5}, r"window=1\.5.*number of layers"),
+        (["image->last"], {"window": "all", "centers": [1]}, "window='all'.*centers="),
+        (["image->last"], {"centers": [9]}, r"9.*layers.*2"),
         (["image->last"], {"metric": "kl"}, "metric='kl'; expected relative_change"),
-        (["image->last"], {"metric": "logit_difference"}, "belong together"),
-        (["image->last"], {"baseline": 3}, "belong together"),
-        (["image->last"], {"answer": [1, 2]}, "answer= names 2 answers for 1 prompts"),
-        (["image->last"], {"answer": 2.0}, "answer=2.0; expected a word, a token id"),
-        (["image->last"], {"missing": "ignore"}, "expected 'raise' or 'skip'"),
+        (["image->last"], {"metric": "logit_difference"}, "metric='logit_difference' without baseline="),
+        (["image->last"], {"baseline": 3}, "metric='relative_change' with baseline="),
+        (["image->last"], {"answer": [1, 2]}, "answer=.*2 answers for 1 prompts"),
+        (["image->last"], {"answer": 2.0}, r"answer=2\.0.*word.*token id"),
+        (["image->last"], {"missing": "ignore"}, "missing='ignore'.*'raise'.*'skip'"),
         ({"mine": ([99], "last")}, {}, r"positions=\[99\]"),
     ],
 )
@@ -472,7 +477,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(edges: Any, options: dic
 
 def test_unknown_spans_are_named() -> None:
     ours = pair("plain").ours
-    with pytest.raises(SpanError, match="Did you mean: question"):
+    with pytest.raises(SpanError, match="span 'questoin'. Did you mean: question"):
         attention_knockout(ours, prepared(ours, prompt()), ["questoin->last"])
 
 

@@ -87,9 +87,9 @@ def test_padding_counts_as_position_but_last_is_real() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     for hook in ("z", "vision.resid_pre", "projector.hook_pre", "blocks.*.hook_*_out"):
-        with pytest.raises(InputError, match="no one kind of vector in the language model's residual stream"):
+        with pytest.raises(InputError, match="hook='.*residual stream.*'attn_out'"):
             logit_lens(model(), prompt(), hook=hook)
-    with pytest.raises(InputError, match="hold no image embedding"):
+    with pytest.raises(InputError, match="positions=.*positions='image'"):
         logit_lens(model(), prompt(), hook="hook_image_embed")
     with pytest.raises(InputError, match="does not know 'zebra'"):
         logit_lens(model(), prompt(), answers=["zebra"])

@@ -270,28 +270,28 @@ def test_a_map_is_drawn_on_its_image() -> None:
 def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     models = exact()
     monkeypatch.setattr(models.ours.language, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="A patch map needs images"):
+    with pytest.raises(InputError, match=r"images.*prompts have \d"):
         patch_importance(models.ours, models.prompt(n_images=0), 7)
-    with pytest.raises(InputError, match="has no option steps; it takes heads"):
+    with pytest.raises(InputError, match="method='.*option steps.*takes heads"):
         patch_importance(models.ours, models.prompt(), 7, steps=3)
-    with pytest.raises(InputError, match="has no option heads, window; it takes vision"):
+    with pytest.raises(InputError, match="method='.*option heads, window.*takes vision"):
         patch_importance(models.ours, models.prompt(), 7, method="rollout", heads=2, window=2)
     with as_users_run(), pytest.raises(InputError, match="method='saliency'; expected one of log_increase"):
         patch_importance(models.ours, models.prompt(), 7, method="saliency")
     with pytest.raises(InputError, match="window=3; expected 1 to 2"):
         patch_importance(models.ours, models.prompt(), 7, method="occlusion", window=3)
-    with pytest.raises(InputError, match="steps=0"):
+    with pytest.raises(InputError, match="steps=0.*at least 1"):
         patch_importance(models.ours, models.prompt(), 7, method="integrated_gradients", steps=0)
     for heads in (2.0, True):
         for method in ("log_increase", "attention"):
-            with as_users_run(), pytest.raises(InputError, match=f"heads={heads}; expected a whole number"):
+            with as_users_run(), pytest.raises(InputError, match=f"heads={heads}.*whole number"):
                 patch_importance(models.ours, models.prompt(), 7, method=method, heads=heads)
-    with pytest.raises(InputError, match="There are no heads"):
+    with pytest.raises(InputError, match=r"heads \[\(.*\)\]; expected"):
         patch_importance(models.ours, models.prompt(), 7, heads=[(0, 99)])
 
 
 def test_maps_by_row_and_column_need_images_of_one_grid() -> None:
     assert patch_positions(inputs_of([llava_layout(2, 3), llava_layout(2, 3, class_token=True)])).shape == (1, 2, 6)
     for images in ([by_hand()], [llava_layout(2, 3), llava_layout(3, 2)]):
-        with pytest.raises(InputError, match="one grid of patches each"):
+        with pytest.raises(InputError, match=r"patch_row.*one grid.*grids of \["):
             patch_positions(inputs_of(images))

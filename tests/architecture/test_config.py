@@ -114,13 +114,13 @@ def text(**fields: Any) -> Callable[[LlavaConfig], None]:
     ("change", "match"),
     [
         (lambda c: setattr(c, "model_type", "llava_nxt"), "type 'llava_nxt'.*Known: llava"),
-        (text(model_type="lama"), "language model is of type 'lama'.*Did you mean: llama"),
+        (text(model_type="lama"), "language model.*'lama'.*Did you mean: llama"),
         (lambda c: setattr(c.vision_config, "model_type", "clip_vision"), "type 'clip_vision'.*Did you mean: clip_vision_model"),
-        (lambda c: vars(c).update(vision_feature_select_strategy="cls"), "is 'cls'; expected 'default'"),
-        (lambda c: setattr(c, "vision_feature_layer", 4), r"=4 is out of range for 3 vision layers; expected -4\.\.3"),
-        (lambda c: setattr(c, "vision_feature_layer", [-1, -5]), "vision_feature_layer=-5 is out of range"),
-        (text(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rotary embedding is of type 'dynamic'"),
-        (text(num_key_value_heads=3), "n_heads=4 is not a multiple of n_key_value_heads=3"),
+        (lambda c: vars(c).update(vision_feature_select_strategy="cls"), "vision_feature_select_strategy.*'cls'.*'default'"),
+        (lambda c: setattr(c, "vision_feature_layer", 4), r"vision_feature_layer=4.*3 vision layers; expected -4\.\.3"),
+        (lambda c: setattr(c, "vision_feature_layer", [-1, -5]), r"vision_feature_layer=-5.*-4\.\.3"),
+        (text(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rotary embedding.*'dynamic'.*default, linear"),
+        (text(num_key_value_heads=3), "n_heads=4.*n_key_value_heads=3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_refused(change: Callable[[LlavaConfig], None], match: str) -> None:
@@ -133,10 +133,10 @@ def test_what_cannot_be_built_is_refused(change: Callable[[LlavaConfig], None], 
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"tower": "siglip", "select_strategy": "default"}, "'default'.*SigLIP has no class token.*drop the first patch"),
+        ({"tower": "siglip", "select_strategy": "default"}, "'default'.*SigLIP.*class token"),
         ({"language": "phi", "text": {"qk_layernorm": True}}, "qk_layernorm=True.*not built here"),
         ({"language": "mistral", "text": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}, "type 'dynamic'"),
-        ({"language": "qwen2", "n_key_value_heads": 3}, "n_heads=4 is not a multiple of n_key_value_heads=3"),
+        ({"language": "qwen2", "n_key_value_heads": 3}, "n_heads=4.*n_key_value_heads=3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_of_the_family_is_refused(fields: dict[str, Any], match: str) -> None:

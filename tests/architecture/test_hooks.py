@@ -88,25 +88,25 @@ def test_the_language_towers_names_are_transformer_lenss(name: str) -> None:
 @pytest.mark.parametrize(
     ("names_filter", "match"),
     [
-        ("blocks.0.hook_resid_pst", "called 'blocks.0.hook_resid_pst'. Did you mean: blocks.0.hook_resid_post"),
-        ("paterns", r"No hook is called 'paterns'. Did you mean: pattern.*model.hook_dict lists all \d+ names"),
-        ("blocks.7.hook_resid_post", "No hook is called 'blocks.7.hook_resid_post'. Did you mean"),
-        ("nothing.*.like_it", r"No hook is called 'nothing.\*.like_it'"),
-        (["hook_embed", "hook_embd"], "No hook is called 'hook_embd'. Did you mean: hook_embed"),
-        (("patern", 1), "No hook is called 'patern'"),
-        (("pattern", 3), r"Layer 3 is out of range for 'pattern'; expected -3..2"),
-        (("pattern", -4), r"Layer -4 is out of range"),
-        (("vision.pattern", 2), r"Layer 2 is out of range for 'vision.pattern'; expected -2..1"),
-        (("logits", 1), "Hook 'logits' has no layers, yet layer 1 was asked for"),
-        (("hook_embed", "hook_logits"), r"a tuple is \(short name, layer\).*Give several names as a list"),
-        ((), "is no hook: a tuple is"),
+        ("blocks.0.hook_resid_pst", "'blocks.0.hook_resid_pst'. Did you mean: blocks.0.hook_resid_post"),
+        ("paterns", r"'paterns'. Did you mean: pattern.*model.hook_dict.*\d+ names"),
+        ("blocks.7.hook_resid_post", "'blocks.7.hook_resid_post'. Did you mean"),
+        ("nothing.*.like_it", r"'nothing.\*.like_it'"),
+        (["hook_embed", "hook_embd"], "'hook_embd'. Did you mean: hook_embed"),
+        (("patern", 1), "hook.*'patern'"),
+        (("pattern", 3), r"Layer 3.*'pattern'; expected -3\.\.2"),
+        (("pattern", -4), r"Layer -4.*'pattern'; expected -3\.\.2"),
+        (("vision.pattern", 2), r"Layer 2.*'vision\.pattern'; expected -2\.\.1"),
+        (("logits", 1), "'logits'.*no layers.*layer 1"),
+        (("hook_embed", "hook_logits"), r"\('hook_embed', 'hook_logits'\).*\(short name, layer\).*list"),
+        ((), r"\(\).*\(short name, layer\)"),
         ("vision.blocks.2.hook_resid_post",
-         r"the projector reads the vision features after block 1, so blocks 2\.\.2 .* are loaded but not run"),
-        ("vision.blocks.3.hook_resid_post", "No hook is called"),
-        ("vision.ln_post.hook_scale", "LLaVA does not use the vision tower's post norm"),
-        ([], "The filter matches no hook, so nothing would be seen"),
-        (lambda name: False, "The filter matches no hook"),
-        (["hook_embed", 3], "A hook filter holds 3 of type int; expected names, globs"),
+         r"after block 1.*blocks 2\.\.2 .*vision\.blocks\.0\.\.1"),
+        ("vision.blocks.3.hook_resid_post", "'vision.blocks.3.hook_resid_post'. Did you mean"),
+        ("vision.ln_post.hook_scale", "'vision.ln_post.hook_scale'.*post norm"),
+        ([], "filter.*no hook"),
+        (lambda name: False, "filter.*no hook"),
+        (["hook_embed", 3], "filter.*3 of type int.*names, globs"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_with_a_suggestion(names_filter: Any, match: str) -> None:
@@ -119,8 +119,8 @@ def test_without_an_image_the_image_side_does_not_fire() -> None:
     assert TABLE.resolve("post", with_image=False) == [f"blocks.{i}.mlp.hook_post" for i in range(N_LAYERS)]
     assert TABLE.resolve(lambda name: True, with_image=False) == text_only
     for name in ("vision.hook_out", "projector.*", "image_embed", "vision.pattern", ["hook_embed", "vision.pattern"]):
-        refused(name, "does not fire: the prompt has no image.*Give an image", with_image=False)
-    refused(lambda name: name.startswith("vision"), "matches no hook", with_image=False)
+        refused(name, "Hook '.*no image.*Give an image", with_image=False)
+    refused(lambda name: name.startswith("vision"), "filter.*no hook", with_image=False)
 
 
 def test_outside_the_layers_of_a_run_nothing_fires() -> None:
@@ -133,17 +133,15 @@ def test_outside_the_layers_of_a_run_nothing_fires() -> None:
     assert TABLE.resolve("resid_pre", stages=range(1, 4)) == ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
     assert TABLE.resolve("scale", stages=range(3, 4)) == ["ln_final.hook_scale"]
     for name in ("blocks.2.hook_resid_pre", "hook_logits", ["resid_pre", "ln_final.hook_scale"]):
-        refused(
-            name, "does not fire: it lies outside the part of the model between start_at_layer", stages=range(-2, 2)
-        )
-    refused("hook_embed", "does not fire: it lies outside", stages=range(1, 4))
+        refused(name, "start_at_layer.*stop_at_layer", stages=range(-2, 2))
+    refused("hook_embed", "'hook_embed'.*start_at_layer", stages=range(1, 4))
     assert TABLE.resolve("*embed", stages=range(-1, 1)) == ["hook_embed"], "a stream entering block 0"
 
 
 def test_no_vision_block_is_run_when_the_projector_reads_the_embedding() -> None:
     table = HookTable(LLaVAConfig.from_hf(tiny_hf_config(vision_feature_layer=0)))
     assert not [name for name in table.names if name.startswith("vision.blocks")]
-    with pytest.raises(HookNameError, match="no block of the vision tower is run"):
+    with pytest.raises(HookNameError, match="Hook 'vision.*embedding.*no block"):
         table.resolve("vision.blocks.0.hook_resid_post")
     with pytest.raises(HookNameError, match="out of range|No hook is called"):
         table.resolve(("vision.resid_post", 0))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -184,11 +183,7 @@ def test_odd_padding_goes_before_with_pil_and_after_with_torchvision() -> None:
 def test_padding_patches_have_no_box() -> None:
     layout = make_layout("zeros appended", 40, 40)
     assert layout.cell_box(4, 4) == (32, 32, 40, 40)
-    message = re.escape(
-        "Patch (5, 0) shows only the padding that the processor adds, and no part of the image; the image lies "
-        "under the patches that box_to_patches((0, 0, 40, 40)) gives."
-    )
-    with pytest.raises(SpanError, match=message):
+    with pytest.raises(SpanError, match=r"Patch \(5, 0\).*padding.*image.*box_to_patches\(\(0, 0, 40, 40\)\)"):
         layout.cell_box(5, 0)
     assert layout.box_shares((0, 0, 40, 40))["base"][:5, :5].min() == 1.0
     assert layout.box_shares((0, 0, 40, 40))["base"][5:].max() == 0.0
@@ -228,11 +223,8 @@ def test_what_a_centre_crop_cuts_away() -> None:
         match=r"Pixel \(10, 20\).*model.*image.*box \(50, 0, 150, 100\) of 200 x 100 pixels",
     ):
         layout.pixel_to_cell(10, 20)
-    message = (
-        "The box (0, 0, 50, 100) lies wholly outside what the model sees, which is (50, 0, 150, 100) of an image of "
-        "200 x 100 pixels; boxes are (x0, y0, x1, y1) in pixels of the original image."
-    )
-    with pytest.raises(SpanError, match=re.escape(message)):
+    message = r"box \(0, 0, 50, 100\).*\(50, 0, 150, 100\).*200 x 100 pixels.*\(x0, y0, x1, y1\) in pixels"
+    with pytest.raises(SpanError, match=message):
         layout.box_shares((0, 0, 50, 100))["base"]
     mask = np.zeros((100, 200), dtype=bool)
     mask[:, :40] = True
@@ -277,8 +269,7 @@ def test_an_unknown_way_of_resizing_is_refused() -> None:
 
 
 def test_a_image_of_which_nothing_is_left_is_refused() -> None:
-    message = "An image of 175 x 1 (width x height) pixels has nothing left when the image processor resizes it"
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=r"image of 175 x 1 \(width x height\).*image processor"):
         make_layout("longest edge", 1, 175)
 
 

@@ -48,7 +48,7 @@ def test_template_tail_and_prefix_are_those_of_prepare(tiny_shapes: HookedLLaVA)
     inputs = prepare_rows(tiny_shapes, [row(answer_prefix="The color of the star is")], tail=None)
     expected = tiny_shapes.prepare("What color is the star?", RED, tail=None, answer_prefix="The color of the star is")
     assert inputs.prompts == expected.prompts
-    with pytest.raises(InputError, match="begin their answers differently"):
+    with pytest.raises(InputError, match=r"rows.*answers.*\["):
         prepare_rows(tiny_shapes, [row(answer_prefix="The"), row()])
 
 
@@ -68,9 +68,9 @@ def test_boxes_that_the_model_does_not_see_are_left_out_and_counted(tiny_shapes:
     small = [row(boxes=((0, 0, 2, 2),))]
     assert "object" not in prepare_rows(tiny_shapes, small, coverage=0.9).token_map  # too small for the coverage
     assert boxes_lost(prepare_rows(tiny_shapes, small, coverage=0.9), small, 0.9) == [1]
-    with pytest.raises(SpanError, match=r"Row 7: \(9, 9, 3, 3\) is not a box"):
+    with pytest.raises(SpanError, match=r"Row 7: \(9, 9, 3, 3\).*x0 < x1"):
         prepare_rows(tiny_shapes, [row(boxes=((9, 9, 3, 3),))])
-    with pytest.raises(InputError, match="coverage=2 is not a share"):
+    with pytest.raises(InputError, match="coverage=2.*0 to 1"):
         prepare_rows(tiny_shapes, [row()], coverage=2)
 
 
@@ -121,7 +121,7 @@ def test_advice_is_what_the_function_takes(tiny_shapes: HookedLLaVA) -> None:
     asked = "Is the star a red star?"
     inputs = tiny_shapes.prepare(asked)
     second = inputs.token_map.find("star", within="question", occurrence=1)
-    positions = r"occurs 2 times.*give positions instead, from token_map.find\(words, occurrence=..., whole_words=...\)"
+    positions = r"'star' occurs 2.*token_map\.find\(words, occurrence=\.\.\., whole_words=\.\.\.\)"
     for call in (
         lambda words: inputs.token_map.with_spans(mine=words)["mine"],
         lambda words: inputs.with_spans(mine=words).token_map["mine"],

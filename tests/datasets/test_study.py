@@ -182,14 +182,14 @@ def test_images_and_boxes_of_all_rows_are_looked_at_before_any_is_asked(
     first = StudyRow(id="1", question="What color is the star?", answer="red", image="there")
     last = replace(first, id="2", boxes=((0, 0, 8, 8),), size=(64, 64))
     for row, error, message in (
-        (replace(last, image="gone"), InputError, "Row 2 needs the image 'gone', which is not in"),
+        (replace(last, image="gone"), InputError, "Row 2.*image 'gone'"),
         (
             replace(last, size=(500, 333)),
             InputError,
-            "image of row 2 is 64 x 64 pixels, and its boxes were drawn in 500",
+            "row 2.*64 x 64 pixels.*boxes.*500 x 333",
         ),
-        (replace(last, boxes=((9, 9, 3, 3),)), SpanError, r"Row 2: \(9, 9, 3, 3\) is not a box"),
-        (replace(last, image=None), InputError, "Row 2 has boxes and no image"),
+        (replace(last, boxes=((9, 9, 3, 3),)), SpanError, r"Row 2: \(9, 9, 3, 3\).*x0 < x1"),
+        (replace(last, image=None), InputError, "Row 2.*boxes.*no image"),
     ):
         run = Counting()
         with pytest.raises(error, match=message):
@@ -213,10 +213,10 @@ def test_what_does_not_fit_is_said(tiny_shapes: HookedLLaVA, tmp_path: Path) -> 
         study(tiny_shapes, [ROWS[0], ROWS[0]], Counting())
     with pytest.raises(InputError, match="batch_size=0"):
         study(tiny_shapes, ROWS, Counting(), batch_size=0)
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(InputError, match="no folder '.*'"):
         study(tiny_shapes, ROWS, Counting(), out=tmp_path / "none" / "study")
     never = Counting()
-    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+    with pytest.raises(InputError, match=r"out='.*a folder.*file.*study\.safetensors"):
         study(tiny_shapes, ROWS, never, out=tmp_path)
     assert never.asked == []
     with pytest.raises(InputError, match="expected an axis 'prompt' of 2"):
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_said(tiny_shapes: HookedLLaVA, tmp_path: Path) -> 
         n = next(sizes)
         return xr.DataArray(np.zeros((1, n)), dims=("prompt", "layer"), coords={"layer": range(n)})
 
-    with pytest.raises(InputError, match="different axes and do not join"):
+    with pytest.raises(InputError, match="batches.*different axes"):
         study(tiny_shapes, ROWS[:2], uneven, batch_size=1)
 
 
@@ -271,7 +271,7 @@ def test_means_and_intervals_by_kind() -> None:
     wide = by_kind(data, n_boot=400, confidence=0.5)
     assert bool(((wide.effect[1, 2] - wide.effect[1, 1]) < (high - low).sel(kind="b")).all())
     assert found.attrs["model"] == "m"
-    with pytest.raises(InputError, match="averages along the axis 'question'"):
+    with pytest.raises(InputError, match="by_kind.*axis 'question'.*'kind'"):
         by_kind(data.drop_vars("kind"))
 
 

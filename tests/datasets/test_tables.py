@@ -90,7 +90,10 @@ def test_the_encoding_can_be_named(tmp_path: Path) -> None:
     file = tmp_path / "multimodal_movies.csv"
     file.write_bytes(CONSTRAINTS.replace("Zoë Bell", "黒澤明").replace("é", "e").replace("ô", "o").encode("shift-jis"))
     assert read_vqa_constraints(file, encoding="shift-jis").rows[1].objects == ("黒澤明",)
-    for encoding, said in (("ascii", "cannot be read as a table"), ("no-such", "unknown encoding: no-such")):
+    for encoding, said in (
+        ("ascii", r"multimodal_movies\.csv'.*'ascii'.*encoding="),
+        ("no-such", "unknown encoding: no-such"),
+    ):
         with pytest.raises(InputError, match=said):
             read_vqa_constraints(file, encoding=encoding)
 
@@ -124,7 +127,7 @@ def test_numbers() -> None:
         with pytest.raises(ValueError, match=r"."):
             whole(text)
     for text in ("64.5", "1e2"):
-        with pytest.raises(ValueError, match="invalid literal"):
+        with pytest.raises(ValueError, match=text):
             whole(text)
     for text in ("0012", "1.0.0", "v1.0", "1.05", "image.0"):
         assert plain_id(text) == text

@@ -91,9 +91,9 @@ def test_where_a_constraint_stands(question: str, words: str, placed: str | None
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no file and no folder; give one of the released CSV files"):
+    with pytest.raises(InputError, match="no file.*CSV files.*folder"):
         read_vqa_constraints(tmp_path / "nothing.csv")
-    with pytest.raises(InputError, match=r"holds none of okvqa.csv"):
+    with pytest.raises(InputError, match=r"none of okvqa\.csv"):
         read_vqa_constraints(tmp_path)
     with pytest.raises(InputError, match=r"There is no kind 'known'. Did you mean: Known"):
         read_vqa_constraints(tmp_path, kinds=["known"])

@@ -58,7 +58,7 @@ def test_a_file_is_read_instead_of_running(model, tmp_path):
     with pytest.raises(InputError, match="positions='text'.*layer 1.*positions='image'.*path"):
         key_covariance(model, never(), 1, positions="image", path=path)
     other = HookedLLaVA.from_hf(make_hf_model(seed=1))
-    with pytest.raises(InputError, match="covariance was computed on another model"):
+    with pytest.raises(InputError, match="covariance.*another model.*covariance again"):
         again.save(path, other)
     with pytest.raises(InputError, match="another model"):
         key_covariance(other, never(), 1, path=path)
@@ -72,7 +72,7 @@ def test_a_change_of_one_number_is_noticed_in_memory_and_in_the_file(tmp_path):
     for name in ("vision.blocks.1.mlp.up.weight", "language.blocks.2.attn.query.weight"):
         number = changed.get_parameter(name).data[3:4, 5]
         number += 0.1
-        with pytest.raises(InputError, match="covariance was computed on another model"):
+        with pytest.raises(InputError, match="covariance.*another model.*covariance again"):
             KeyCovariance.load(tmp_path / "file", changed)
         number -= 0.1
         KeyCovariance.load(tmp_path / "file", HookedLLaVA.from_hf(make_hf_model())).check_model(changed)
@@ -95,7 +95,7 @@ def test_a_file_can_be_read_by_others_and_needs_a_folder(model, tmp_path):
     assert made.layer == 1
     (tmp_path / "usual").touch()
     assert (tmp_path / "layer1").stat().st_mode == (tmp_path / "usual").stat().st_mode
-    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+    with pytest.raises(InputError, match="no folder '.*nowhere'"):
         made.save(tmp_path / "nowhere" / "layer1", model)
 
 
@@ -107,10 +107,10 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match="missing, truncated"):
         KeyCovariance.load(tmp_path / "none", model)
     singular = KeyCovariance(1, torch.zeros(74, 74, dtype=torch.float64), 1)
-    with pytest.raises(InputError, match="singular"):
+    with pytest.raises(InputError, match="singular.*damping="):
         singular.correct(torch.ones(1, 74))
     request = EditRequest(model.as_inputs(prompts()[0])[0], 17)
-    with pytest.raises(InputError, match="singular"):
+    with pytest.raises(InputError, match="singular.*damping="):
         rome(model, request, singular, position="last")
     with pytest.raises(InputError, match="layer 7 with 74 neurons"):
         rome(model, request, KeyCovariance(7, singular.moment, 1), position="last")

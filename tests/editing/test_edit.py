@@ -179,7 +179,7 @@ def test_a_weight_that_others_changed_is_not_reverted():
     edited = model.get_parameter(W[0]).detach().clone()
     with torch.no_grad():
         model.get_parameter(W[0])[0, 0] += 1.0
-    with pytest.raises(InputError, match="changed by something else"):
+    with pytest.raises(InputError, match=f"{W[0]}.*changed.*edit"):
         edit.revert()
     with torch.no_grad():
         model.get_parameter(W[0]).copy_(edited)
@@ -202,14 +202,12 @@ def test_a_model_that_was_moved_does_not_get_the_edit_twice():
     before, edit = theirs.clone(), low_rank(model, W[0]).apply()
     model.to(torch.float64)
     moved = model.get_parameter(W[0]).clone()
-    with pytest.raises(InputError, match=r"applied already when the model was moved.*it would count twice"):
+    with pytest.raises(InputError, match=r"applied already.*\.to\(.*twice.*anew"):
         edit.apply()
     assert torch.equal(model.get_parameter(W[0]), moved)
     assert edit.is_applied
     for _ in range(2):
-        with pytest.raises(
-            InputError, match="moved or converted .* what it has now keeps the edit. Load the model anew"
-        ):
+        with pytest.raises(InputError, match=r"weight.*moved or converted \(\.to\(.*Load the model anew"):
             edit.revert()
         assert torch.equal(theirs, before)  # the memory that it was applied to is as it was
 
@@ -443,7 +441,7 @@ def test_a_file_holds_the_factors_and_the_request(tmp_path):
     (tmp_path / "usual").touch()
     assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
     (tmp_path / "usual").unlink()
-    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+    with pytest.raises(InputError, match="no folder '.*nowhere'"):
         edit.save(tmp_path / "nowhere" / "edit")
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
@@ -470,14 +468,14 @@ def test_an_edit_loads_with_the_same_weights_in_another_dtype_only(tmp_path):
     edit = low_rank(fresh(), W[0])
     edit.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit", fresh(torch.bfloat16)).layers == [0]
-    with pytest.raises(InputError, match="computed on another model"):
+    with pytest.raises(InputError, match="edit.*another model.*edit again"):
         Edit.load(tmp_path / "edit", HookedLLaVA.from_hf(make_hf_model(seed=1)))
-    with pytest.raises(InputError, match="computed on another model"):
+    with pytest.raises(InputError, match="edit.*another model.*edit again"):
         Edit.load(tmp_path / "edit", fresh(n_layers=2))
     edited = fresh()
     with torch.no_grad():
         edited.get_parameter(W[2])[0, 0] += 1.0
-    with pytest.raises(InputError, match="computed on another model"):
+    with pytest.raises(InputError, match="edit.*another model.*edit again"):
         Edit.load(tmp_path / "edit", edited)
 
 
@@ -490,7 +488,7 @@ def test_a_change_of_any_one_number_is_noticed(tmp_path, dtype):
         number = weight.data.view(-1)[weight.numel() * 2 // 3 : weight.numel() * 2 // 3 + 1]
         kept = number.clone()
         number.copy_(torch.nextafter(number, number + 1))
-        with pytest.raises(InputError, match="computed on another model"):
+        with pytest.raises(InputError, match="edit.*another model.*edit again"):
             Edit.load(tmp_path / "edit", model)
         number.copy_(kept)
         assert name in dict(model.named_parameters())
@@ -506,13 +504,13 @@ def test_an_edit_stays_loadable_where_a_dtype_holds_what_the_other_does(tmp_path
     coarse, fine = sorted((made_in, used_in), key=finest_first.index, reverse=True)
     low_rank(fresh(made_in), W[0]).save(tmp_path / "edit")
     if (coarse, fine) == (torch.bfloat16, torch.float16):  # each rounds in its own way: not the same numbers
-        with pytest.raises(InputError, match="computed on another model"):
+        with pytest.raises(InputError, match="edit.*another model.*edit again"):
             Edit.load(tmp_path / "edit", fresh(used_in))
     else:
         assert Edit.load(tmp_path / "edit", fresh(used_in)).layers == [0]
     other = fresh(used_in)
     other.get_parameter(W[2])[5, 7] *= 1.5
-    with pytest.raises(InputError, match="computed on another model"):
+    with pytest.raises(InputError, match="edit.*another model.*edit again"):
         Edit.load(tmp_path / "edit", other)
     rounded = [HookedLLaVA.from_hf(make_hf_model(dtype=torch.bfloat16)).to(dtype) for dtype in (made_in, used_in)]
     low_rank(rounded[0], W[0]).save(tmp_path / "rounded")
@@ -533,11 +531,11 @@ def test_a_file_of_version_0_1_is_read_with_the_numbers_that_it_holds(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         loaded = Edit.load(tmp_path / "old", fresh(dtype))
         assert torch.equal(loaded.changes[W[0]].matrix(), edit.changes[W[0]].matrix())
-    with pytest.raises(InputError, match="computed on another model"):
+    with pytest.raises(InputError, match="edit.*another model.*edit again"):
         Edit.load(tmp_path / "old", HookedLLaVA.from_hf(make_hf_model(seed=1)))
     del tensors["identity"]
     save_file(tensors, tmp_path / "neither", metadata=metadata)
-    with pytest.raises(CheckpointError, match="does not say which model it is for"):
+    with pytest.raises(CheckpointError, match="neither.*which model.*Save the edit"):
         Edit.load(tmp_path / "neither", fresh())
 
 

@@ -96,11 +96,11 @@ def test_in_inference_mode():
     ("options", "message"),
     [
         ({"layers": 1.5}, r"layers=1\.5"),
-        ({"layers": 1, "steps": 2.5}, "steps is 2.5; expected a whole number"),
-        ({"layers": 6}, "out of range"),
-        ({"layers": []}, "none of the layers"),
-        ({"layers": 1, "max_change": 0.0}, "positive"),
-        ({"layers": 1, "steps": 0}, "positive"),
+        ({"layers": 1, "steps": 2.5}, r"steps.*2\.5.*whole number"),
+        ({"layers": 6}, r"6.*layers.*5"),
+        ({"layers": []}, r"\[\].*layers.*0\.\.5"),
+        ({"layers": 1, "max_change": 0.0}, r"max_change=0\.0.*positive"),
+        ({"layers": 1, "steps": 0}, "steps=0.*positive"),
     ],
 )
 def test_bad_options_are_refused(options, message):

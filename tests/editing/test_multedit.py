@@ -274,24 +274,29 @@ GOOD = {"question": "Who made the star?", "target": "Boris", "constraint": "star
 @pytest.mark.parametrize(
     ("request_", "options", "error", "message"),
     [
-        ({"constraint": "the ring"}, {}, SpanError, "the ring"),
-        ({"constraint": "ASSISTANT"}, {}, SpanError, "ASSISTANT"),
-        ({"target": ""}, {}, InputError, "target '' has no tokens"),
-        ({"target": []}, {}, InputError, r"target \[\] has no tokens"),
-        ({"target": 9999}, {}, InputError, "not in the vocabulary"),
-        ({"target": "Xylophone"}, {}, InputError, "Xylophone"),
-        ({"constraint": None}, {"position": "constraint"}, InputError, "needs the request's constraint="),
+        ({"constraint": "the ring"}, {}, SpanError, "'the ring'.*question '"),
+        ({"constraint": "ASSISTANT"}, {}, SpanError, "'ASSISTANT'.*question '"),
+        ({"target": ""}, {}, InputError, "target ''.*tokens"),
+        ({"target": []}, {}, InputError, r"target \[\].*tokens"),
+        ({"target": 9999}, {}, InputError, "9999.*vocabulary"),
+        ({"target": "Xylophone"}, {}, InputError, "'Xylophone'.*<unk>"),
+        ({"constraint": None}, {"position": "constraint"}, InputError, "constraint="),
         ({"constraint": ["star", "moon"]}, {}, InputError, "2 constraints for 1 questions"),
-        ({}, {"layer": 6}, InputError, r"layer=6 is out of range; this model has layers 0..5"),
-        ({}, {"layer": "first"}, InputError, "'auto'"),
-        ({}, {"layer": 2.0}, InputError, "layer is 2.0; expected a whole number"),
-        ({}, {"layer": True}, InputError, "layer is True; expected a whole number"),
-        ({}, {"steps": 2.5}, InputError, "steps is 2.5; expected a whole number"),
-        ({"target": [1.5]}, {}, InputError, "1.5 is no token"),
-        ({}, {"layer": 5, "position": "constraint"}, InputError, "does not reach the answer"),
+        ({}, {"layer": 6}, InputError, r"layer=6.*0\.\.5"),
+        ({}, {"layer": "first"}, InputError, "layer='first'.*'auto'"),
+        ({}, {"layer": 2.0}, InputError, r"layer.*2\.0.*whole number"),
+        ({}, {"layer": True}, InputError, "layer.*True.*whole number"),
+        ({}, {"steps": 2.5}, InputError, r"steps.*2\.5.*whole number"),
+        ({"target": [1.5]}, {}, InputError, r"1\.5.*token"),
+        (
+            {},
+            {"layer": 5, "position": "constraint"},
+            InputError,
+            "layer, 5.*answer.*position='last'",
+        ),
         ({}, {"lam": -1.0}, InputError, "lam=-1"),
         ({}, {"clamp": 0.0, "steps": 0}, InputError, "steps=0, clamp=0.0"),
-        ({}, {"position": "questoin"}, SpanError, "question"),
+        ({}, {"position": "questoin"}, SpanError, "'questoin'. Did you mean: question"),
         ({"images": "missing.png"}, {}, InputError, "missing.png"),
     ],
 )
@@ -490,7 +495,7 @@ def test_a_covariance_of_another_model_is_refused():
     hf_model, model = pair()
     other = HookedLLaVA.from_hf(make_hf_model(seed=5))
     seen = key_covariance(other, [make_prompt(hf_model)], 1)
-    with pytest.raises(InputError, match="The covariance was computed on another model"):
+    with pytest.raises(InputError, match="covariance.*another model.*covariance again"):
         rome(model, EditRequest(model.as_inputs(make_prompt(hf_model)), 17), seen, position="last")
 
 

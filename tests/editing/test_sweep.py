@@ -61,7 +61,7 @@ def test_a_sweep_is_each_edit_measured(model, inputs, request_, probes):
 
 
 def test_sweeps_that_cannot_be(model, inputs, request_):
-    with pytest.raises(InputError, match="no positions to edit at"):
+    with pytest.raises(InputError, match="no positions.*'last'"):
         edit_sweep(model, request_, positions=[])
     trace = causal_trace(model, inputs, "the star", corruption="a circle", kinds=("attn",))
     with pytest.raises(InputError, match="expected 'mlp' at position"):

@@ -35,7 +35,7 @@ def test_edges_in_every_spelling() -> None:
     for wrong in (("image", "last", "text"), [3], [("image",)]):
         with as_users_run(), pytest.raises(InputError, match="is no edge"):
             edges_of(wrong)
-    with pytest.raises(InputError, match="given twice"):
+    with pytest.raises(InputError, match="edge '.*twice"):
         edges_of([("image", "last"), "image->last"])
 
 
@@ -48,7 +48,7 @@ def test_edges_by_name_or_with_their_ends() -> None:
     for wrong in ("image", "->last", "image->", ""):
         with pytest.raises(InputError, match="is no edge; expected 'source->target'"):
             Edge.of(wrong)
-    with pytest.raises(InputError, match="given twice"):
+    with pytest.raises(InputError, match="edge '.*twice"):
         edges_of(["a->b", "a->b"])
 
 
@@ -68,7 +68,7 @@ def test_marked_prompts_have_both_ends_of_every_edge() -> None:
     assert "one" not in inputs.token_map.named
     with pytest.raises(SpanError):
         marked(inputs, edges)
-    with pytest.raises(InputError, match="every source lies behind every target"):
+    with pytest.raises(InputError, match="edge '.*source.*after.*target"):
         marked(inputs, edges_of({"back": ("last", "question")}), missing="skip")
 
 
@@ -76,9 +76,9 @@ def test_edges_of_a_study_mean_the_same_in_every_question() -> None:
     every = [f"{name}->last" for name in STANDARD]
     assert [edge.name for edge in study_edges(every)] == every
     assert study_edges({"whole": (None, "last")})[0].source is None
-    with pytest.raises(SpanError, match="'patches', which no prompt has"):
+    with pytest.raises(SpanError, match="span 'patches'"):
         study_edges(["image&patches->last"])
-    with pytest.raises(InputError, match="names positions by number"):
+    with pytest.raises(InputError, match="positions by number.*'image->last'"):
         study_edges({"mine": (range(3), "last")})
 
 

@@ -87,7 +87,7 @@ def test_other_question_fits_position_by_position() -> None:
     assert len(found) == 2
     assert all("shape" in text or "square" in text for text in found)
     check_pair(clean, other_question(model(), clean, pool))
-    counts = r"of 13 tokens.*\n  13 tokens: What color is the star\?\n  11 tokens: Is it red\?"
+    counts = r"13 tokens.*\n  13 tokens: What .*\n  11 tokens: Is "
     with pytest.raises(InputError, match=rf"(?s)None of the 2 questions.*{counts}.*clean:.*position"):
         other_question(model(), clean, pool[:2])
     with pytest.raises(InputError, match="takes one prompt, got 2"):
@@ -190,13 +190,13 @@ def test_boxes_that_do_not_fit_are_refused() -> None:
         without_object(model(), clean, (4, 4, 20, 8))
     with pytest.raises(InputError, match="use blank_image"):
         without_object(model(), clean, (0, 0, 16, 16))
-    with pytest.raises(InputError, match="see the same image"):
+    with pytest.raises(InputError, match="same image.*boxes"):
         without_object(model(), flat, (0, 0, 4, 4))
     with pytest.raises(InputError, match="4 x 4 and 6 x 4 pixels.*size"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (8, 8, 14, 12))
-    with pytest.raises(InputError, match="overlap"):
+    with pytest.raises(InputError, match=r"boxes \(.*\) and \(.*overlap"):
         swapped_objects(model(), clean, (0, 0, 4, 4), (2, 2, 6, 6))
     with pytest.raises(InputError, match="image=1.*prompt has 1 images"):
         without_object(model(), clean, (0, 0, 4, 4), image=1)
-    with pytest.raises(InputError, match="without_object needs the original image"):
+    with pytest.raises(InputError, match=r"without_object.*original image.*images="):
         without_object(pair().ours, pair().ours.as_inputs(pair().prompt()), (0, 0, 4, 4))

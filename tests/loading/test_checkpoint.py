@@ -149,7 +149,7 @@ def test_a_module_of_another_config_is_refused(tmp_path, hf_model, config):
     write(tmp_path, hf_model)
     module = blank_module(config)
     module.register_parameter("extra", torch.nn.Parameter(torch.empty(2, device="meta")))
-    with pytest.raises(CheckpointError, match=r"does not call for: extra\. Build it from the same config"):
+    with pytest.raises(CheckpointError, match=r"parameters.*: extra\..*same config"):
         load_into(module, tmp_path, config)
 
 
@@ -175,7 +175,7 @@ def test_a_long_list_of_names_is_cut(tmp_path, hf_model, config, state):
 @pytest.mark.parametrize("name", ["image_newline", "language_model.model.layers.3.mlp.up_proj.weight"])
 def test_surplus_tensors_are_named_with_their_file(tmp_path, hf_model, config, state, name):
     write_state(tmp_path, hf_model.config, {**state, name: torch.ones(2)})
-    message = f"holds 1 tensors that its config.json does not call for: {re.escape(name)} in model.safetensors"
+    message = rf"1 tensors.*config\.json.*: {re.escape(name)} in model\.safetensors"
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path, config)
 
@@ -189,7 +189,7 @@ def test_a_misshapen_tensor_is_named_with_file_and_shapes(tmp_path, hf_model, co
 
 def test_the_same_tensor_in_two_spellings_is_refused(tmp_path, hf_model, config, state):
     write_state(tmp_path, hf_model.config, {**state, "model.multi_modal_projector.linear_1.bias": torch.ones(48)})
-    with pytest.raises(CheckpointError, match="holds the same tensor twice"):
+    with pytest.raises(CheckpointError, match="same tensor twice"):
         read(tmp_path, config)
 
 
@@ -204,7 +204,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, hf_model, config, sta
 def test_overflow_in_conversion_is_told_from_a_damaged_file(tmp_path, hf_model, config, state):
     state[Q_PROJ][0, 0] = 1e6
     write_state(tmp_path, hf_model.config, state)
-    message = r"numbers too large for torch\.float16 \(it is stored as torch\.float32\)"
+    message = r"too large.*torch\.float16.*torch\.float32"
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path, config, dtype=torch.float16)
 
@@ -232,7 +232,7 @@ def test_a_truncated_shard_is_named(tmp_path, hf_model, config, kept):
     write(tmp_path, hf_model, shards=2)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is truncated or is no safetensors"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors.*truncated.*Download"):
         read(tmp_path, config)
 
 
@@ -264,7 +264,7 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path, hf_model, config, in
 def test_pickles_are_refused_and_never_opened(tmp_path, hf_model, config):
     hf_model.config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(CheckpointError, match=r"as pickle files only \(pytorch_model\.bin\).*Convert them once"):
+    with pytest.raises(CheckpointError, match=r"\(pytorch_model\.bin\).*Convert.*save_pretrained"):
         read(tmp_path, config)
 
 
@@ -330,20 +330,20 @@ def test_the_dtype_that_a_config_names():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"config\.json is not there; expected a checkpoint folder"),
-        ("{", r"config\.json is not readable JSON"),
-        ("[1]", r"config\.json holds a JSON list; expected an object"),
-        ("{}", r"describes a model of type None.*'llava'"),
-        ('{"model_type": "llava_nxt"}', r"describes a model of type 'llava_nxt'.*'llava_next'"),
+        (None, r"config\.json.*expected.*folder"),
+        ("{", r"config\.json.*readable JSON"),
+        ("[1]", r"config\.json.*JSON list.*object"),
+        ("{}", r"type None.*'llava'"),
+        ('{"model_type": "llava_nxt"}', r"type 'llava_nxt'.*'llava_next'"),
         (
             '{"model_type": "llava", "quantization_config": {}}',
             "quantized weights .config.json has quantization_config",
         ),
         (
             '{"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": "wide"}}',
-            "is not a LLaVA config that transformers can read: .*hidden_size",
+            r"config\.json.*LLaVA config.*transformers.*hidden_size",
         ),
-        ('{"model_type": "llava", "torch_dtype": "float7"}', "is not a LLaVA config that transformers can read"),
+        ('{"model_type": "llava", "torch_dtype": "float7"}', r"config\.json.*LLaVA config.*transformers.*float7"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, text, message):

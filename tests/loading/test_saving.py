@@ -145,10 +145,10 @@ def test_an_empty_folder_may_be_filled(tmp_path, hf_model):
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path, hf_model):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("precious")
-    with pytest.raises(CheckpointError, match="thesis exists and is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"thesis.*no checkpoint.*config\.json"):
         save(our_state(hf_model), hf_model.config, None, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis/chapter.tex").read_text() == "precious"
-    with pytest.raises(CheckpointError, match="is a file; expected the name of a folder"):
+    with pytest.raises(CheckpointError, match="a file; expected.*folder"):
         save(our_state(hf_model), hf_model.config, None, tmp_path / "thesis/chapter.tex", overwrite=True)
 
 
@@ -195,5 +195,5 @@ def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path, hf_model, chan
 
 @pytest.mark.parametrize("size", ["big", "5", "GB", "1.2.3MB", "-1GB"])
 def test_a_shard_size_that_is_none_is_refused(tmp_path, hf_model, size):
-    with pytest.raises(CheckpointError, match=f"max_shard_size='{size}' is not a size"):
+    with pytest.raises(CheckpointError, match=f"max_shard_size='{size}'.*'5GB'"):
         save(our_state(hf_model), hf_model.config, None, tmp_path / "new", max_shard_size=size)

@@ -256,7 +256,7 @@ ORIGINAL = {  # liuhaotian/llava-v1.5-7b, the fields that count
     "torch_dtype": "float16",
     "vocab_size": 32000,
 }
-LAYOUT = r"layout of the original LLaVA code.*llava-hf/llava-1\.5-7b-hf.*at random"
+LAYOUT = r"original LLaVA code.*llava-hf/llava-1\.5-7b-hf.*at random"
 
 
 def config_file(folder: Path, fields: dict[str, Any]) -> None:

@@ -65,10 +65,10 @@ def test_large_activations_by_any_of_their_names() -> None:
 @pytest.mark.parametrize(
     ("key", "match"),
     [
-        ("blocks.0.hook_resid_pots", "hook_resid_pots.* is not in this cache.* Did you mean: blocks.0.hook_resid_post"),
-        (("result", 0), "'result 0' is not in this cache.*name it in names_filter to cache it"),
-        (("pattern", 7), "'pattern 7' is not in this cache"),
-        ("vision.pattern", "is not in this cache"),
+        ("blocks.0.hook_resid_pots", "hook_resid_pots.*cache.* Did you mean: blocks.0.hook_resid_post"),
+        (("result", 0), "'result 0'.*cache.*names_filter"),
+        (("pattern", 7), "'pattern 7'.*cache"),
+        ("vision.pattern", r"'vision\.pattern'.*cache"),
     ],
 )  # fmt: skip
 def test_what_was_not_cached_is_refused(key: Any, match: str) -> None:
@@ -93,7 +93,7 @@ def test_the_vision_view_has_the_towers_own_names() -> None:
     assert torch.equal(CACHE.vision["resid_post", -1], CACHE["vision.blocks.1.hook_resid_post"])
     assert torch.equal(CACHE.vision["hook_out"], CACHE["vision.hook_out"])
     assert set(CACHE.vision) == {name.removeprefix("vision.") for name in CACHE if name.startswith("vision.")}
-    with pytest.raises(HookNameError, match="holds nothing of the vision tower; name 'vision."):
+    with pytest.raises(HookNameError, match=r"vision tower.*'vision\.\*' in names_filter"):
         _ = with_names("z").vision
 
 
@@ -124,7 +124,7 @@ def test_views_of_gradients() -> None:
 def test_views_need_the_same_positions_in_every_row() -> None:
     with pytest.raises(SpanError, match="image positions.*prompts"):
         _ = CACHE.image
-    with pytest.raises(SpanError, match="or only some positions were kept"):
+    with pytest.raises(SpanError, match="no text positions.*only some positions"):
         _ = with_names(None, SINGLE, positions="last").text
     assert with_names("z", MODELS.prompt(batch=2)).image["z", 0].shape[1] == 4
     text_only = with_names("z", MODELS.prompt(n_images=0))

@@ -71,11 +71,11 @@ def test_gradients_are_cut_to_the_same_positions() -> None:
 @pytest.mark.parametrize(
     ("positions", "match"),
     [
-        (11, r"positions=\[11\] do not lie in the prompt; expected numbers in -11..10"),
+        (11, r"positions=\[11\].*-11\.\.10"),
         ([0, -12], r"positions=\[-12\]"),
-        ([], r"positions=\[\] do not lie"),
-        (slice(20, 30), "do not lie in the prompt"),
-        ("text", r"Span 'text' has \[4, 7\] positions in the rows.*one at a time"),
+        ([], r"positions=\[\].*-11\.\.10"),
+        (slice(20, 30), r"positions=slice\(20, 30.*-11\.\.10"),
+        ("text", r"Span 'text'.*\[4, 7\] positions.*one at"),
     ],
 )
 def test_positions_that_are_not_there_are_refused(positions: Any, match: str) -> None:
@@ -85,7 +85,7 @@ def test_positions_that_are_not_there_are_refused(positions: Any, match: str) ->
 
 
 def test_unknown_spans_are_refused() -> None:
-    with pytest.raises(SpanError, match="There is no span 'imge'. Did you mean: image"):
+    with pytest.raises(SpanError, match="'imge'. Did you mean: image"):
         OURS.run_with_cache(RIGHT, positions="imge")
     with pytest.raises(SpanError, match="span 'image'.*prompt.*image"):
         OURS.run_with_cache(MODELS.prompt(n_images=0), positions="image")
@@ -115,7 +115,7 @@ def test_the_forecast_is_right_for_every_hook(geometry: str) -> None:
 
 
 def test_the_forecast_refuses_what_would_not_be_cached() -> None:
-    with pytest.raises(HookNameError, match="the prompt has no image"):
+    with pytest.raises(HookNameError, match="'vision.hook_out'.*no image"):
         OURS.cache_size(MODELS.prompt(n_images=0), "vision.hook_out")
 
 
@@ -180,7 +180,7 @@ def test_entered_at_a_layer_the_rest_is_cached(layer: int) -> None:
     assert off(one["resid_post", -1], whole["resid_post", -1][:, -1:]) < 1e-5
     with pytest.raises(InputError, match="spans.*positions='last'"):
         OURS.run_with_cache(whole["resid_pre", layer], **options, positions="last")
-    with pytest.raises(SpanError, match="has no image positions"):
+    with pytest.raises(SpanError, match="no image positions"):
         _ = cache.image
 
 
@@ -211,7 +211,7 @@ def test_the_batch_axis_of_one_prompt_can_go(n_images: int) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, r"a single number to take gradients of, got \(2, 11, 99\)"),
+        ({}, r"single number.*got \(2, 11, 99\)"),
         ({"metric": lambda logits: logits[:, -1, 0]}, r"got \(2,\)"),
         ({"return_type": None}, "got NoneType"),
         ({"metric": lambda logits: logits.sum().item()}, "got float"),

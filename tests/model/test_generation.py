@@ -398,17 +398,17 @@ def test_the_cache_sees_edits() -> None:
     ("options", "error", "match"),
     [
         ({"max_new_tokens": 0}, InputError, "max_new_tokens=0; expected at least 1"),
-        ({"temperature": 0.0}, InputError, "temperature=0.0; expected a positive number"),
+        ({"temperature": 0.0}, InputError, "temperature=0.0; expected.*positive"),
         ({"top_k": 0}, InputError, "top_k=0; expected at least 1"),
         ({"top_p": 1.5}, InputError, "top_p=1.5; expected a probability"),
         ({"hook_phase": "predill"}, InputError, "hook_phase='predill'; expected 'prefill', 'decode' or 'both'"),
         ({"return_type": "token"}, InputError, "return_type='token'; expected 'text' or 'tokens'"),
-        ({"max_new_tokens": 245}, InputError, "The prompt has 12 positions and max_new_tokens is 245.*256 positions"),
+        ({"max_new_tokens": 245}, InputError, "12 positions.*max_new_tokens.*245.*256 positions"),
         ({"fwd_hooks": [("patern", print)], "hook_phase": "decode"}, HookNameError, "No hook is called 'patern'"),
         (
             {"fwd_hooks": [("vision.hook_out", print)], "hook_phase": "decode"},
             HookNameError,
-            "does not fire over new tokens",
+            "'vision.hook_out'.*new tokens.*hook_phase='prefill'",
         ),
         ({"return_cache": True, "names_filter": "patern"}, HookNameError, "No hook is called 'patern'"),
         ({"return_type": "text"}, InputError, "no processor"),
@@ -427,8 +427,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_run(
 def test_image_hooks_and_caches_on_text_are_refused() -> None:
     models = pair()
     text = models.prompt(n_images=0)
-    with pytest.raises(HookNameError, match="the prompt has no image"):
+    with pytest.raises(HookNameError, match="Hook '.*no image"):
         tokens_of(models, text, fwd_hooks=[("vision.hook_out", lambda x, hook: None)])
-    with pytest.raises(HookNameError, match="the prompt has no image"):
+    with pytest.raises(HookNameError, match="Hook '.*no image"):
         tokens_of(models, text, return_cache=True, names_filter="projector.*")
     assert torch.equal(tokens_of(models, text, fwd_hooks=[("*", lambda x, hook: None)]), tokens_of(models, text))

@@ -123,7 +123,7 @@ def test_contexts_can_be_cleared(models: Pair) -> None:
     ("name", "match"),
     [
         ("blocks.0.hook_resid_pots", "Did you mean: blocks.0.hook_resid_post"),
-        ("vision.blocks.2.hook_resid_post", "loaded but not run"),
+        ("vision.blocks.2.hook_resid_post", r"after block 1.*vision\.blocks\.0\.\.1"),
         ([], "matches no hook"),
         (lambda name: False, "matches no hook"),
     ],
@@ -150,7 +150,7 @@ def test_on_text_image_hooks_are_refused_and_globs_mean_what_fires(models: Pair)
             ours.run_with_cache(text, names_filter=names)
         with (
             ours.hooks([(names, double)]),
-            pytest.raises(HookNameError, match="which does not fire: the prompt has no"),
+            pytest.raises(HookNameError, match=r"function.*'.*'.*no image.*reset_hooks"),
         ):
             ours(text)
     edited = ours.run_with_hooks(text, fwd_hooks=[(lambda name: name.endswith("hook_z"), double)])
@@ -165,7 +165,7 @@ def test_hooks_beyond_the_layers_that_are_run_are_refused(models: Pair) -> None:
         ours.run_with_hooks(prompt, fwd_hooks=[("blocks.2.hook_resid_pre", double)], stop_at_layer=2)
     with pytest.raises(HookNameError, match="'hook_embed'.*fire"):
         ours.run_with_hooks(stream, fwd_hooks=[("hook_embed", double)], start_at_layer=1)
-    with pytest.raises(HookNameError, match="'vision.hook_out' does not fire"):
+    with pytest.raises(HookNameError, match="'vision.hook_out'.*fire"):
         ours.run_with_cache(stream, names_filter="vision.hook_out", start_at_layer=1)
     assert ours.run_with_hooks(prompt, fwd_hooks=[("resid_pre", double)], stop_at_layer=-1) is not None
 
@@ -293,7 +293,7 @@ def test_a_change_of_one_row_leaves_the_others(models: Pair) -> None:
 @pytest.mark.parametrize(
     ("function", "match"),
     [
-        (lambda x, hook: x[:, :-1], r"on blocks.0.attn.hook_z returned a tensor of shape \(1, 11, 4, 12\)"),
+        (lambda x, hook: x[:, :-1], r"blocks.0.attn.hook_z.* shape \(1, 11, 4, 12\).*expected \(1, 12, 4, 12\)"),
         (lambda x, hook: x.half(), "torch.float16; expected"),
         (lambda x, hook: "x", "returned str"),
     ],

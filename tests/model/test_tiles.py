@@ -131,7 +131,7 @@ def test_what_a_processor_returns_is_taken_in_every_form(kind: str) -> None:
     inputs = ours.as_inputs(fields)
     assert torch.equal(ours({**fields, **inputs.image_fields}), logits)  # tiles one after the other
     assert torch.equal(ours(inputs[1]), ours(as_alone(inputs, 1)))
-    with pytest.raises(InputError, match=r"videos are not supported"):
+    with pytest.raises(InputError, match="videos.*images"):
         ours({**fields, "pixel_values_videos": torch.zeros(1)})
 
 
@@ -146,12 +146,12 @@ def test_images_that_do_not_fit(kind: str) -> None:
     ours, _ = both(kind)
     fields = make_prompts(kind, [TALL], [WIDE])
     for wrong, message in (
-        ({"image_sizes": None}, "pixel_values are given without image_sizes"),
-        ({"image_sizes": fields["image_sizes"].flip(0)}, r"Prompt 0 has \d+ <image> tokens in a row from position \d+"),
+        ({"image_sizes": None}, "pixel_values.* without image_sizes"),
+        ({"image_sizes": fields["image_sizes"].flip(0)}, r"Prompt 0.*\d+ <image> tokens.*position \d+"),
         ({"image_sizes": fields["image_sizes"][:1], "batch_num_images": None}, r"pixel_values have shape \[2, \d, 3"),
         ({"image_sizes": fields["image_sizes"].float()}, r"image_sizes are float32; expected integers"),
-        ({"image_sizes": fields["image_sizes"] * 0}, r"image_sizes have shape \[2, 2\] and go down to 0"),
-        ({"pixel_values": None}, r"for which no image is\s+left"),
+        ({"image_sizes": fields["image_sizes"] * 0}, r"image_sizes.*\[2, 2\].* 0"),
+        ({"pixel_values": None}, r"(?s)Prompt \d.*<image>.*no image"),
         ({"pixel_values": fields["pixel_values"][:, :2]}, r"pixel_values have shape \[2, 2, 3"),
         ({"pixel_values": fields["pixel_values"][0]}, r"expected \d tiles"),
         ({"batch_num_images": torch.tensor([3])}, r"batch_num_images are \[3\]"),
@@ -163,7 +163,7 @@ def test_images_that_do_not_fit(kind: str) -> None:
 def test_inputs_of_another_geometry_are_refused() -> None:
     inputs = both("next")[0].as_inputs(make_prompts("next", [WIDE]))
     other = HookedLLaVA.from_hf(make_hf("next", image_grid_pinpoints=[[112, 112]]))
-    with pytest.raises(InputError, match="prepared for a model"):
+    with pytest.raises(InputError, match=r"\d+ positions per image.*has \d+.*prepare\("):
         other(inputs)
 
 

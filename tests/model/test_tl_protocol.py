@@ -180,15 +180,15 @@ def test_tokens_of_inputs_as_strings() -> None:
         with pytest.raises(InputError, match="row.*tokens, got 2.*row"):
             model.to_str_tokens(several)
     for wrong in (["What", "color"], None, {"pixel_values": one.pixel_values}):
-        with as_users_run(), pytest.raises(InputError, match="inputs of one prompt, got"):
+        with as_users_run(), pytest.raises(InputError, match="one text, one row.*one prompt, got"):
             model.to_str_tokens(wrong)
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("red star", r"'red star' is not a single token: it becomes \['red', 'star'\]"),
-        ("zebra", "'zebra' is not in the vocabulary"),
+        ("red star", r"'red star'.*single token.*\['red', 'star'\]"),
+        ("zebra", "'zebra'.*vocabulary"),
     ],
 )
 def test_what_is_not_one_token_is_refused(text: str, match: str) -> None:
@@ -197,7 +197,7 @@ def test_what_is_not_one_token_is_refused(text: str, match: str) -> None:
 
 
 def test_without_a_processor_text_is_refused() -> None:
-    with pytest.raises(InputError, match=r"no processor \(none was given\), so text cannot become tokens"):
+    with pytest.raises(InputError, match=r"no processor.*processor=.*from_hf.*token ids"):
         pair().ours.to_tokens("star")
 
 

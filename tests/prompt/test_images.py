@@ -237,15 +237,15 @@ def test_integers_and_floats_of_32_bits(pixels: np.ndarray, tmp_path: Path) -> N
         given.save(tmp_path / "image.tif")
         np.testing.assert_array_equal(as_array(load_image(tmp_path / "image.tif")), grey(values))
     for given, said in (
-        (Image.fromarray(np.full((2, 2), -1, dtype=np.int32)), "mode 'I' and values from -1 to -1; expected 0 to 255"),
-        (Image.fromarray(np.full((2, 2), 1 << 20, dtype=np.int32)), "mode 'I' and values from 1.04858e+06 to"),
+        (Image.fromarray(np.full((2, 2), -1, dtype=np.int32)), "mode 'I'.*values.*-1 to -1.*0 to 255"),
+        (Image.fromarray(np.full((2, 2), 1 << 20, dtype=np.int32)), r"mode 'I'.*values.*1\.04858e\+06"),
         (
             Image.fromarray(np.full((2, 2), 300, dtype=np.float32)),
-            "mode 'F' and values from 300 to 300; expected 0 to 1",
+            "mode 'F'.*values.*300 to 300.*0 to 1",
         ),
-        (Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)), "mode 'F' and values from nan to nan"),
+        (Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)), "mode 'F'.*values.*nan to nan"),
     ):
-        with pytest.raises(InputError, match=re.escape(said)):
+        with pytest.raises(InputError, match=said):
             load_image(given)
 
 
@@ -409,20 +409,18 @@ def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
         with pytest.raises(InputError, match=r"cut\." + kind):
             load_image(cut)
         if opened is not None:
-            with pytest.raises(
-                InputError, match=r"PIL image of mode RGB, which cannot be read: damaged, cut short or closed \("
-            ):
+            with pytest.raises(InputError, match=r"PIL image of mode RGB.*damaged.*\("):
                 load_image(opened)
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
-    with pytest.raises(InputError, match="not an image that PIL can read"):
+    with pytest.raises(InputError, match="file '.*'.*PIL.*PNG, JPEG"):
         load_image(empty)
     with pytest.raises(InputError, match="no file"):
         load_image(tmp_path)
     (tmp_path / "good.png").write_bytes(png(8, 0, pixels[..., 0].astype(int)))
     with Image.open(tmp_path / "good.png") as closed:
         pass
-    with pytest.raises(InputError, match="PIL image of mode L, which cannot be read: damaged, cut short or closed"):
+    with pytest.raises(InputError, match="PIL image of mode L.*damaged, cut short"):
         load_image(closed)
 
 
@@ -431,41 +429,41 @@ def test_files_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
     [
         (
             5,
-            "The image is a int; expected a path, a PIL image, a numpy array [height, width, 3] (uint8, uint16, bool, or",
+            r"image.*int.*path.*PIL image.*array \[height, width, 3\] \(uint8, uint16, bool",
         ),
-        (None, "The image is a NoneType; expected a path"),
-        (b"\x89PNG", "The image is a bytes; expected a path"),
-        (b"\x89PNG", "Open bytes with PIL.Image.open(io.BytesIO(...))."),
-        (io.BytesIO(b"\x89PNG"), "The image is a BytesIO; expected a path"),
-        (io.BytesIO(b"\x89PNG"), "with PIL.Image.open("),
-        ("https://example.org/star.png", "where there is no file; download it, and give the file's path."),
-        ("iVBORw0KGgo" * 1000, "... (11000 characters), where there is no file; check the path."),
-        ("", "The image is the path '', where there is no file"),
-        (torch.zeros(1, 3, 5, 7), "The image is a tensor of 1 x 3 x 5 x 7; expected [3, height, width]"),
-        (np.zeros((2, 5, 7, 3)), "The image is an array of 2 x 5 x 7 x 3; expected [height, width, 3]"),
+        (None, "image.*NoneType.*path"),
+        (b"\x89PNG", "image.*bytes.*path"),
+        (b"\x89PNG", r"bytes.*PIL\.Image\.open\(io\.BytesIO\(\.\.\.\)\)"),
+        (io.BytesIO(b"\x89PNG"), "image.*BytesIO.*path"),
+        (io.BytesIO(b"\x89PNG"), r"PIL\.Image\.open\("),
+        ("https://example.org/star.png", r"'https://example\.org/star\.png'.*file.*path"),
+        ("iVBORw0KGgo" * 1000, r"\.\.\. \(11000 characters\).*file.*path"),
+        ("", "image.*path ''.*file"),
+        (torch.zeros(1, 3, 5, 7), r"image.*tensor.*1 x 3 x 5 x 7.*\[3, height, width\]"),
+        (np.zeros((2, 5, 7, 3)), r"image.*array.*2 x 5 x 7 x 3.*\[height, width, 3\]"),
         (
             np.zeros((3, 5, 7)),
-            "an array of 3 x 5 x 7; expected [height, width, 3] (or [height, width]), one image at a time.",
+            r"array.*3 x 5 x 7.*\[height, width, 3\] \(or \[height, width\]\).*image",
         ),
-        (np.zeros((3, 5, 7)), "If this is [3, height, width], give np.moveaxis(array, 0, -1)."),
-        (torch.zeros(5, 7, 3), "The image is a tensor of 5 x 7 x 3; expected [3, height, width]"),
-        (torch.zeros(5, 7, 3), "If this is [height, width, 3], give tensor.permute(2, 0, 1)."),
-        (np.zeros((0, 7, 3)), "The image is an array of 0 x 7 x 3; expected [height, width, 3]"),
-        (np.zeros((5, 7, 5)), "The image is an array of 5 x 7 x 5; expected [height, width, 3]"),
-        (np.zeros(5), "The image is an array of 5; expected [height, width, 3]"),
-        (Image.new("RGB", (0, 4)), "The image has no pixels (0 x 4); give one with an area."),
+        (np.zeros((3, 5, 7)), r"\[3, height, width\].*np\.moveaxis\(array, 0, -1\)"),
+        (torch.zeros(5, 7, 3), r"image.*tensor.*5 x 7 x 3.*\[3, height, width\]"),
+        (torch.zeros(5, 7, 3), r"\[height, width, 3\].*tensor\.permute\(2, 0, 1\)"),
+        (np.zeros((0, 7, 3)), r"image.*array.*0 x 7 x 3.*\[height, width, 3\]"),
+        (np.zeros((5, 7, 5)), r"image.*array.*5 x 7 x 5.*\[height, width, 3\]"),
+        (np.zeros(5), r"image.*array.*5.*\[height, width, 3\]"),
+        (Image.new("RGB", (0, 4)), r"image.*pixels \(0 x 4\)"),
         (
             np.zeros((5, 7, 3), dtype=np.int64),
-            "has values of type int64; expected uint8 (0 to 255), uint16 (0 to 65535), bool",
+            r"values.*int64.*uint8 \(0 to 255\), uint16 \(0 to 65535\), bool",
         ),
-        (np.full((5, 7), 200, dtype=np.uint16), "has values of type uint16 that go up to 200 only"),
-        (np.full((5, 7, 3), -1.5), "has float values from -1.5 to -1.5; expected 0 to 1. Give the image itself (not "),
-        (np.full((5, 7, 3), np.nan), "has float values from nan to nan; expected 0 to 1."),
-        (torch.full((3, 5, 7), 200.0), "has float values from 200 to 200; expected 0 to 1."),
+        (np.full((5, 7), 200, dtype=np.uint16), "values.*uint16.*200"),
+        (np.full((5, 7, 3), -1.5), r"float values.*-1\.5 to -1\.5.*0 to 1.*image.*not"),
+        (np.full((5, 7, 3), np.nan), "float values.*nan to nan.*0 to 1"),
+        (torch.full((3, 5, 7), 200.0), "float values.*200 to 200.*0 to 1"),
     ],
 )
 def test_what_is_no_image(given: Any, message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=message):
         load_image(given)
 
 

@@ -19,6 +19,7 @@ from hooked_llava.prompt.templates import Template
 from hooked_llava.toy.processor import build_processor
 from tests.builders import IMAGE_TOKEN_ID
 from tests.fixtures_processor import make_config, make_processor
+from tests.messages import says
 
 CONFIG, PROCESSOR = make_config(), make_processor()
 QUESTION = "What color is the star?"
@@ -28,10 +29,6 @@ IMAGE = Image.fromarray(PIXELS)
 
 def prepare(question: Any, images: Any = None, **settings: Any) -> Inputs:
     return prepare_inputs(question, images, **{"config": CONFIG, "processor": PROCESSOR, **settings})
-
-
-def says(message: str) -> Any:
-    return pytest.raises(InputError, match=re.escape(message))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -168,7 +165,7 @@ def test_the_beginning_of_text_is_written_once() -> None:
     bare = prepare("USER: a star", template=None)
     assert torch.equal(prepare("<s>USER: a star", template=None).input_ids, bare.input_ids)
     assert prepare("<s>USER: a star", template=None).prompts == ("<s>USER: a star",)
-    with says("Prompt 1 begins with '<s>' and prompt 0 does not; write it before all of them, or before none"):
+    with says("Prompt 1.*'<s>'.*prompt 0"):
         prepare(["a star", "<s>a star"], template=None)
 
 
@@ -206,11 +203,9 @@ def test_options_in_a_batch() -> None:
     with pytest.raises(SpanError, match="'red' occurs 2.*question"):
         prepare("Is the red star red or blue?", options=["red", "blue"])
     for options in (["red", "blue"], [["red"]], [["red"], "blue"]):
-        with says(
-            f"options={options!r} for 2 prompts; expected a list of words for one question, and a list of such lists"
-        ):
+        with says(rf"options={re.escape(repr(options))}.*2 prompts.*list.*words.*question.*list.*lists"):
             prepare(["Is it red?", "Is it blue?"], options=options)
-    with says("options='red' for 1 prompt; expected a list of words for one question"):
+    with says("options='red'.*1 prompt.*list.*words.*question"):
         prepare("Is it red?", options="red")
 
 
@@ -227,38 +222,38 @@ def test_device_and_dtype() -> None:
         (
             "Is <image> a <image>?",
             [IMAGE],
-            "2 <image> in the question, 1 image given: expected one <image> per image.",
+            "2 <image>.*question, 1 image.*<image>",
         ),
         (
             "Is <image> a star?",
             [IMAGE, IMAGE],
-            "1 <image> in the question, 2 images given: expected one <image> per",
+            "1 <image>.*question, 2 images.*<image>",
         ),
         (
             "Is <image> a star?",
             None,
-            "1 <image> in the question, 0 images given: expected one <image> per image. Give 1",
+            "1 <image>.*question, 0 images.*<image>.*image.*1",
         ),
         (
             ["A?", "B?"],
             [IMAGE],
-            "2 prompts and 1 entries in images; expected a list with one entry per prompt: an image, ",
+            "2 prompts.*1 entries.*images.*list.*entry.*prompt.*image",
         ),
-        (["A?", "B?"], IMAGE, "2 prompts and one image in images; expected a list with one entry per prompt"),
-        ("", None, "Question 0 is empty; give at least one word to ask."),
-        (["A?", " "], None, "Question 1 is empty; give at least one word to ask."),
-        ([], None, "There is no question: an empty list was given; expected at least one."),
+        (["A?", "B?"], IMAGE, "2 prompts.*image.*images.*list.*entry.*prompt"),
+        ("", None, "Question 0.*empty.*word"),
+        (["A?", " "], None, "Question 1.*empty.*word"),
+        ([], None, "question.*empty list"),
         (
             "A?",
             "no/such.png",
-            "Image 0 of prompt 0 is the path 'no/such.png', where there is no file; check the path.",
+            r"Image 0.*prompt 0.*path 'no/such\.png'.*file.*path",
         ),
         (
             ["A?", "B?"],
             [None, [IMAGE, np.zeros((5, 7, 9))]],
-            "Image 1 of prompt 1 is an array of 5 x 7 x 9; expected",
+            "Image 1.*prompt 1.*array.*5 x 7 x 9",
         ),
-        ("is " * 300, None, "Prompt 0 has 303 tokens, image tokens included; the model was made for at most 256."),
+        ("is " * 300, None, "Prompt 0.*303 tokens, image tokens.*model.*256"),
     ],
 )
 def test_questions_and_images_that_do_not_fit(question: Any, images: Any, message: str) -> None:
@@ -267,43 +262,35 @@ def test_questions_and_images_that_do_not_fit(question: Any, images: Any, messag
 
 
 def test_whole_prompts_that_do_not_fit() -> None:
-    with says("2 <image> in the prompt, 1 image given: expected one <image> per image. Give 2 images, or change the "):
+    with says("2 <image>.*prompt, 1 image.*<image>.*image.*2 images"):
         prepare("<image> <image> a", [IMAGE], template=None)
-    with says("Prompt 1: 0 <image> in the prompt, 1 image given: expected one <image> per image. Give 0 images, or "):
+    with says("Prompt 1: 0 <image>.*prompt, 1 image.*<image>.*image.*0 images"):
         prepare(["<image> a", "a"], [IMAGE, IMAGE], template=None)
-    with says(
-        "answer_prefix='The' has no place where template=None: the text is the whole prompt. Write it at the prompt's "
-    ):
+    with says("answer_prefix='The'.*template=None.*text.*prompt"):
         prepare("a", template=None, answer_prefix="The")
-    with says("tail=None has no place where template=None: the text is the whole prompt. Name a template, or drop it."):
+    with says("tail=None.*template=None.*text.*prompt.*template"):
         prepare("a", template=None, tail=None)
     chat = make_processor(chat_template="{% for m in messages %}Q {{ m.content[-1].text }} A{% endfor %}")
-    with says("tail='b' has no place where template='chat': the processor's chat template is used as it is."):
+    with says("tail='b'.*template='chat'.*template"):
         prepare("a", processor=chat, tail="b")
-    with says("There is no template 'vicuna'. Did you mean: vicuna-v1?"):
+    with says(r"template 'vicuna'.*vicuna-v1\?"):
         prepare("a", template="vicuna")
 
 
 def test_processors_that_do_not_fit() -> None:
-    with says(
-        "Text and images need a processor, and the model has no processor; expected a LlavaProcessor (tokenizer and "
-    ):
+    with says(r"images.*processor.*model.*processor.*LlavaProcessor \(tokenizer"):
         prepare("a", processor=None)
-    with says("the model has a TokenizersBackend as its processor"):
+    with says("model.*TokenizersBackend.*processor"):
         prepare("a", processor=PROCESSOR.tokenizer)
-    with says(
-        "The processor writes '<image>' as token 5 and the model expects images at token 6; use the processor of "
-    ):
+    with says("processor.*'<image>'.*token 5.*model.*images.*token 6.*processor"):
         prepare("a", config=make_config(image_token_id=6))
-    with says("The LlavaProcessor writes 5 <image> tokens for an image"):
+    with says("LlavaProcessor.*5 <image> tokens.*image"):
         prepare("a", IMAGE, processor=make_processor(select_strategy="full"))
-    with says("The LlavaProcessor makes images of 24 x 24 pixels and the model takes 16 x 16"):
+    with says("LlavaProcessor.*images.*24 x 24 pixels.*model.*16 x 16"):
         prepare("a", IMAGE, processor=make_processor(24, 12))
     no_padding = make_processor()
     no_padding.tokenizer.pad_token = None
-    with says(
-        "2 prompts need padding and the tokenizer has no padding token; set processor.tokenizer.pad_token, for example"
-    ):
+    with says(r"2 prompts.*padding.*padding token.*processor\.tokenizer\.pad_token"):
         prepare(["a", "is"], processor=no_padding)
     assert len(prepare("a", processor=no_padding)) == 1
 
@@ -368,7 +355,7 @@ def test_a_slow_tokenizer_gives_no_question_span() -> None:
         image_token_id, patch_size, chat_template = IMAGE_TOKEN_ID, 8, None
 
     token_map = prepare(QUESTION, IMAGE, processor=Processor()).token_map
-    with pytest.raises(SpanError, match="This prompt has no span 'question'"):
+    with pytest.raises(SpanError, match="no span 'question'"):
         token_map["question"]
     assert [token_map.labels[p] for p in token_map.find(QUESTION)] == ["What", "color", "is", "the", "star", "?"]
 
@@ -485,23 +472,23 @@ def test_as_inputs_keeps_positions_and_several_images() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.tensor([1, IMAGE_TOKEN_ID, 7]), "Prompt 0 has 1 <image> tokens in a row from position 1"),
-        (torch.tensor([1, *[IMAGE_TOKEN_ID] * 4]), "input_ids show 1 image but no pixel_values are given"),
+        (torch.tensor([1, IMAGE_TOKEN_ID, 7]), "Prompt 0.*1 <image> tokens.*position 1"),
+        (torch.tensor([1, *[IMAGE_TOKEN_ID] * 4]), "input_ids.*1 image.*pixel_values"),
         (
             {"input_ids": [[1, 7]], "pixel_values": torch.rand(1, 3, 16, 16)},
-            "input_ids show 0 images (per prompt: [0]) and",
+            r"input_ids.*0 images \(per prompt: \[0\]\)",
         ),
-        ({"pixel_values": torch.rand(1, 3, 16, 16)}, "pixel_values are given without input_ids"),
+        ({"pixel_values": torch.rand(1, 3, 16, 16)}, "pixel_values.*input_ids"),
         (
             {"input_ids": [[1, 7]], "attention_mask": [[1, 1, 1]]},
-            "attention_mask has shape [1, 3] and input_ids [1, 2]",
+            r"attention_mask.*\[1, 3\].*input_ids \[1, 2\]",
         ),
-        ({"input_ids": [[1, 7], [1]]}, "input_ids is a list that is no tensor"),
-        ({"input_ids": [[1, 700]]}, "input_ids go from 1 to 700"),
-        (torch.rand(1, 4), "input_ids are float32"),
-        (torch.ones(1, 300, dtype=torch.int64), "Prompt 0 has 300 tokens"),
-        ("a <image>", "1 <image> in the prompt, 0 images given"),
-        ("", "Question 0 is empty"),
+        ({"input_ids": [[1, 7], [1]]}, "input_ids.*list.*tensor"),
+        ({"input_ids": [[1, 700]]}, "input_ids.*1 to 700"),
+        (torch.rand(1, 4), "input_ids.*float32"),
+        (torch.ones(1, 300, dtype=torch.int64), "Prompt 0.*300 tokens"),
+        ("a <image>", "1 <image>.*prompt, 0 images"),
+        ("", "Question 0.*empty"),
     ],
 )
 def test_as_inputs_refuses(value: Any, message: str) -> None:
@@ -510,7 +497,7 @@ def test_as_inputs_refuses(value: Any, message: str) -> None:
 
 
 def test_as_inputs_refuses_inputs_of_another_model() -> None:
-    with says("These inputs were prepared for a model with 4 positions per image; this one has 16."):
+    with says("model.*4 positions.*image.*16"):
         as_inputs(prepare(QUESTION, IMAGE), config=make_config(32))
-    with says("Text and images need a processor, and the model has no processor"):
+    with says("images.*processor.*model.*processor"):
         as_inputs("a star", config=CONFIG)

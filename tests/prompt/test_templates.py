@@ -221,11 +221,7 @@ def test_image_tokens_in_the_question_stay_where_they_are() -> None:
         TEMPLATES["llava-1.5"].format("Is <image> like <image>?", 2).text == "USER: Is <image> like <image>? ASSISTANT:"
     )
     assert TEMPLATES["plain"].format("What is <pic>?", 1, image_token="<pic>").text == "What is <pic>?\n"
-    message = (
-        "2 <image> in the question, 1 image given: expected one <image> per image. Give 2 images, or change the "
-        "question."
-    )
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match="2 <image>.*question, 1 image.*<image>.*2 images"):
         TEMPLATES["llava-1.5"].format("Is <image> like <image>?", 1)
 
 
@@ -236,17 +232,16 @@ def test_count_message_speaks_of_images() -> None:
 
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_an_empty_question_is_refused(question: str) -> None:
-    with pytest.raises(InputError, match=r"The question is empty; give at least one word to ask\."):
+    with pytest.raises(InputError, match="question is empty.*one word"):
         TEMPLATES["plain"].format(question)
 
 
 def test_unknown_name() -> None:
-    message = (
-        "There is no template 'vicuna_v1'. Did you mean: vicuna-v1? Known: llava-1.5, vicuna-v1, llava-v1, "
-        "mistral-instruct, llava-llama-3, chatml-direct, qwen-2, plain, yu-2024, basu-2024, tiny-shapes, "
-        "and 'chat' for the processor's own; None takes the text as the whole prompt."
+    known = (
+        r"llava-1\.5, vicuna-v1, llava-v1, mistral-instruct, llava-llama-3, chatml-direct, qwen-2, plain, yu-2024, "
+        r"basu-2024, tiny-shapes, and 'chat'"
     )
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=rf"template 'vicuna_v1'.*: vicuna-v1\?.*{known}.*None"):
         find_template("vicuna_v1")
 
 

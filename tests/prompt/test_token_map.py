@@ -182,12 +182,9 @@ def test_own_spans_errors() -> None:
 
 def test_unknown_spans() -> None:
     token_map = make_map().with_spans(subject="star")
-    message = (
-        "There is no span 'questoin'. Did you mean: question, rest? Known: system, image, question, options, rest, "
-        "text, last, subject. Words of the prompt become one by inputs.with_spans(name='words'); token_map.find('words') "
-        "gives their positions."
-    )
-    with pytest.raises(SpanError, match=re.escape(message)):
+    known = "system, image, question, options, rest, text, last, subject"
+    advice = r"inputs\.with_spans\(name='words'\).*token_map\.find\('words'\)"
+    with pytest.raises(SpanError, match=rf"span 'questoin'.*: question, rest\?.*{known}.*{advice}"):
         token_map["questoin"]
     with pytest.raises(SpanError, match="prompt.*span 'options'.*answer options"):
         token_map["options"]
@@ -205,9 +202,7 @@ def test_without_a_tokenizer() -> None:
         match="'star'.*prompt.*token.*model.*tokenizer.*processor=.*from_hf.*positions",
     ):
         token_map.find("star")
-    with pytest.raises(
-        SpanError, match="The prompt's characters are not known: it was given as token ids, without a tok"
-    ):
+    with pytest.raises(SpanError, match="prompt's characters.*token ids.*tokenizer"):
         token_map.locate(0, 1)
     with pytest.raises(SpanError, match="images.*pixel_values"):
         token_map.patch_box(0, 0)
@@ -269,7 +264,7 @@ def test_pixels_and_boxes() -> None:
         token_map.box_to_patches((25, 0, 26, 50))
     with pytest.raises(SpanError, match="coverage=50.*expected 0 to 1"):
         token_map.box_to_patches((25, 0, 26, 50), coverage=50)
-    with pytest.raises(SpanError, match="lies wholly outside what the model sees"):
+    with pytest.raises(SpanError, match=r"box \(.*outside.*model"):
         token_map.box_to_patches((0, 0, 20, 20))
     with pytest.raises(SpanError, match=r"box.*\(x0, y0, x1, y1\).*3.*\(0\.0, 0\.0, 1\.0\)"):
         token_map.box_to_patches((0, 0, 1))
@@ -401,7 +396,7 @@ def test_what_is_no_patch_of_a_grid_is_refused() -> None:
         token_map.patch_to_position(0, 2, grid="fine")
     with pytest.raises(SpanError, match="patch.*image 0.*box"):
         token_map.box_to_patches((0, 0, 1, 1))
-    with pytest.raises(SpanError, match="original images are not known"):
+    with pytest.raises(SpanError, match=r"original images.*pixel_values.*images="):
         token_map.box_to_patches((0, 0, 1, 1), image=1)
     with pytest.raises(InputError, match="1 image_starts and 0 layouts"):
         TokenMap(token_ids=(1, 2), real=range(2), image_starts=(0,))
@@ -427,7 +422,7 @@ def test_every_position_is_text_padding_or_one_thing_of_one_image(drawn: list[An
                 assert re.fullmatch(rf"img.*\[{row},{col}\]", labels[position])
                 seen.append(position)
         for position in here - patches:
-            with pytest.raises(SpanError, match="which is no patch"):
+            with pytest.raises(SpanError, match=r"Position \d+ .*of image \d+.*no patch"):
                 token_map.cell_at(position)
             assert labels[position].endswith(("newline]", "[cls]"))
     assert len(set(seen)) == len(seen)

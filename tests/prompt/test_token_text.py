@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,14 +72,12 @@ def test_find() -> None:
 
 def test_find_errors() -> None:
     words = make_text()
-    message = (
-        "'star' occurs 2 times in the prompt; choose one with occurrence=, or look only within='question':\n"
-        "  occurrence=0: ...at color is the red [star]? A redder star. ASS...\n"
-        "  occurrence=1: ... red star? A redder [star]. ASSISTANT:..."
-    )
-    with pytest.raises(SpanError, match=re.escape(message)) as caught:
+    with pytest.raises(SpanError, match="'star' occurs 2.*prompt.*occurrence=.*within='question'") as caught:
         words.find("star")
-    assert str(caught.value) == message
+    assert str(caught.value).splitlines()[1:] == [
+        "  occurrence=0: ...at color is the red [star]? A redder star. ASS...",
+        "  occurrence=1: ... red star? A redder [star]. ASSISTANT:...",
+    ]
     for occurrence in (2, -1):
         with pytest.raises(
             SpanError,
@@ -106,7 +102,7 @@ def test_find_errors() -> None:
         words.find("star", within="tail")
     with pytest.raises(SpanError, match="within='question'.*prompt"):
         make_text(known=False).find("star", within="question")
-    with pytest.raises(SpanError, match=r"An empty string was given to find; expected words of the prompt\."):
+    with pytest.raises(SpanError, match="empty string.*find.*words.*prompt"):
         words.find(" ")
 
 
@@ -154,15 +150,15 @@ def test_words_of_scripts_with_spaces_are_whole(prompt: str, words: str) -> None
 
 def test_advice_is_the_callers() -> None:
     words = make_text()
-    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the prompt; ask someone:\n  occurrence=0: "):
+    with pytest.raises(SpanError, match=r"'star' occurs 2 .*prompt; ask someone:\n  occurrence=0: "):
         words.find("star", advice="ask someone")
-    with pytest.raises(SpanError, match=r"only inside 'color'; give the whole word, or ask someone\."):
+    with pytest.raises(SpanError, match=r"'color'.*whole word, or ask someone\."):
         words.find("colo", advice="ask someone")
     # What is looked for in the question already is not sent there.
     twice = plain("Is the star a star?")
-    with pytest.raises(SpanError, match=r"'star' occurs 2 times in the question; choose one with occurrence=:\n"):
+    with pytest.raises(SpanError, match=r"'star' occurs 2 .*question.*occurrence=:\n"):
         twice.find("star", within="question")
-    with pytest.raises(SpanError, match=r"choose one with occurrence=:\n"):
+    with pytest.raises(SpanError, match=r"occurrence=:\n"):
         make_text(known=False).find("star")
 
 

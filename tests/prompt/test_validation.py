@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,28 +11,21 @@ from hooked_llava.errors import InputError
 from hooked_llava.prompt import validation as check
 from tests.builders import D_VOCAB, IMAGE_TOKEN_ID
 from tests.fixtures_processor import make_config
+from tests.messages import says
 
 CONFIG = make_config()  # 16 x 16 pixels, 2 x 2 patches
 IDS = torch.tensor([[1, 7, 8, 9]])
 IMAGE = [IMAGE_TOKEN_ID] * 4
 
 
-def says(message: str) -> Any:
-    return pytest.raises(InputError, match=re.escape(message))
-
-
 def test_keys() -> None:
     given = check.check_keys({"input_ids": 1, "attention_mask": None, "token_type_ids": 3, "mm_token_type_ids": 4})
     assert given == {"input_ids": 1}
-    with says(
-        "Unknown input 'pixel_value'. Did you mean: pixel_values? Expected input_ids, attention_mask, pixel_values, "
-    ):
+    with says(r"'pixel_value'.*pixel_values\?.*input_ids, attention_mask, pixel_values"):
         check.check_keys({"pixel_value": 1, "input_ids": 1})
-    with says(
-        "pixel_values are given without input_ids; expected token ids [batch, position], with <image> tokens for the "
-    ):
+    with says(r"pixel_values.*input_ids.*token.*\[batch, position\].*<image> tokens"):
         check.check_keys({"pixel_values": 1})
-    with says("There are no input_ids; expected token ids [batch, position]"):
+    with says(r"input_ids.*token.*\[batch, position\]"):
         check.check_keys({"input_ids": None})
 
 
@@ -54,15 +46,13 @@ def test_token_ids() -> None:
     assert check.check_token_ids(IDS[0].int(), CONFIG).tolist() == IDS.tolist()
     assert check.check_token_ids(IDS[0].int(), CONFIG).dtype == torch.int64
     for wrong in (IDS.float(), IDS.bool(), IDS.to(torch.complex64)):
-        with says(f"input_ids are {str(wrong.dtype).removeprefix('torch.')}; expected integers (token ids)."):
+        with says(rf"input_ids.*{str(wrong.dtype).removeprefix('torch.')}.*integers \(token ids\)"):
             check.check_token_ids(wrong, CONFIG)
     for wrong in (IDS[None], torch.zeros(1, 0, dtype=torch.int64), torch.tensor(3)):
-        with says(f"input_ids have shape {list(wrong.shape)}; expected [position] or [batch, position], not empty."):
+        with says(rf"input_ids.*{re.escape(str(list(wrong.shape)))}.*\[position\].*\[batch, position\].*empty"):
             check.check_token_ids(wrong, CONFIG)
     for wrong, low, high in (([1, -1], -1, 1), ([1, D_VOCAB], 1, D_VOCAB)):
-        with says(
-            f"input_ids go from {low} to {high}; expected 0 to 98, the model's vocabulary. Use the tokenizer of this "
-        ):
+        with says(f"input_ids.*{low} to {high}.*0 to 98.*vocabulary"):
             check.check_token_ids(torch.tensor(wrong), CONFIG)
 
 
@@ -77,18 +67,15 @@ def test_masks_of_zeros_and_ones(dtype: torch.dtype, row: list[int]) -> None:
 
 def test_masks() -> None:
     assert check.check_mask(None, IDS).all()
-    with says("attention_mask is float32; expected bool, or integers 0 and 1 (1 for real tokens)."):
+    with says(r"attention_mask.*float32.*bool.*integers 0 and 1 \(1.*tokens\)"):
         check.check_mask(torch.ones(1, 4), IDS)
-    with says("attention_mask has shape [1, 3] and input_ids [1, 4]; expected the same."):
+    with says(r"attention_mask.*\[1, 3\].*input_ids \[1, 4\]"):
         check.check_mask(torch.ones(1, 3, dtype=torch.int64), IDS)
-    with says("attention_mask has values from 1 to 2; expected 1 for real tokens and 0 for padding."):
+    with says("attention_mask.*values.*1 to 2.*1.*tokens.*0.*padding"):
         check.check_mask(torch.tensor([[1, 2, 1, 1]]), IDS)
-    with says("attention_mask of prompt 1 has no real token; drop the row."):
+    with says("attention_mask.*prompt 1.*token"):
         check.check_mask(torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), IDS.expand(2, 4))
-    with says(
-        "attention_mask of prompt 0 has padding between real tokens; expected padding on the left or on the right "
-        "only. To cut an attention edge, use an intervention."
-    ):
+    with says("attention_mask.*prompt 0.*padding.*tokens.*padding"):
         check.check_mask(torch.tensor([[1, 0, 1, 1]]), IDS)
 
 
@@ -101,9 +88,7 @@ def test_length_counts_real_tokens() -> None:
     mask[:, :100] = False
     check.check_length(mask, CONFIG)
     mask[1] = True
-    with says(
-        "Prompt 1 has 300 tokens, image tokens included; the model was made for at most 256. Shorten the prompt or "
-    ):
+    with says("Prompt 1.*300 tokens, image tokens.*model.*256.*prompt"):
         check.check_length(mask, CONFIG)
 
 
@@ -125,15 +110,15 @@ def test_image_tokens_come_in_whole_images() -> None:
     for row, message in (
         (
             [1, *IMAGE[:3], 7],
-            "Prompt 0 has 3 <image> tokens in a row from position 1, which is 0 images and 3 tokens; ",
+            "Prompt 0.*3 <image> tokens.*position 1.*0 images and 3 tokens",
         ),
         (
             [1, *IMAGE, *IMAGE[:2]],
-            "Prompt 0 has 6 <image> tokens in a row from position 1, which is 1 image and 2 tokens; ",
+            "Prompt 0.*6 <image> tokens.*position 1.*1 image and 2 tokens",
         ),
         (
             [*IMAGE[:2], 7, *IMAGE[:2]],
-            "Prompt 0 has 2 <image> tokens in a row from position 0, which is 0 images and 2 ",
+            "Prompt 0.*2 <image> tokens.*position 0.*0 images and 2",
         ),
     ):
         ids = torch.tensor([row])
@@ -142,9 +127,8 @@ def test_image_tokens_come_in_whole_images() -> None:
     full = make_config(select_strategy="full")
     ids = torch.tensor([[1, *IMAGE]])
     with says(
-        "expected 5 per image. A processor writes as many if you set "
-        "processor.patch_size = 8; processor.num_additional_image_tokens = 1; "
-        "processor.vision_feature_select_strategy = 'full'; do not cut prompts short."
+        r"5 per image.*processor\.patch_size = 8; processor\.num_additional_image_tokens = 1; "
+        r"processor\.vision_feature_select_strategy = 'full'"
     ):
         check.find_images(ids, torch.ones_like(ids, dtype=torch.bool), full)
 
@@ -153,39 +137,33 @@ def test_image_tokens_are_not_padding() -> None:
     ids = torch.tensor([[1, 7, 7, 7, 7], [*IMAGE, 7]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :2] = False
-    with says("Prompt 1 has image tokens that attention_mask marks as padding; expected them unmasked."):
+    with says("Prompt 1.*image tokens.*attention_mask.*padding"):
         check.find_images(ids, mask, CONFIG)
 
 
 def test_pixels() -> None:
     pixels = torch.rand(2, 3, 16, 16)
     assert check.check_pixels(pixels, CONFIG) is pixels
-    with says(
-        "pixel_values are uint8; expected floats, normalised by the image processor. For raw images use prepare("
-    ):
+    with says(r"pixel_values.*uint8.*floats.*image processor.*images.*prepare\("):
         check.check_pixels(pixels.to(torch.uint8), CONFIG)
     for wrong in (pixels[0], pixels[:, :1], torch.rand(2, 3, 16, 17), torch.rand(2, 16, 16, 3)):
-        with says(
-            f"pixel_values have shape {list(wrong.shape)}; expected [image, 3, 16, 16] (image, channel, height, "
-        ):
+        with says(rf"pixel_values.*{re.escape(str(list(wrong.shape)))}.*\[image, 3, 16, 16\] \(image.*height"):
             check.check_pixels(wrong, CONFIG)
     for bad in (float("nan"), float("inf")):
         broken = pixels.clone()
         broken[1, 0, 3, 3] = bad
-        with says("pixel_values of image 1 are not all finite (NaN or infinity)."):
+        with says(r"pixel_values.*image 1.*finite \(NaN.*infinity\)"):
             check.check_pixels(broken, CONFIG)
 
 
 def test_images_match() -> None:
     check.check_images([1, 0, 2], 3)
     check.check_images([0], None)
-    with says("input_ids show 2 images but no pixel_values are given: image tokens without images would run as text."):
+    with says("input_ids.*2 images.*pixel_values.*image tokens.*images.*text"):
         check.check_images([2], None)
-    with says(
-        "input_ids show 1 image (per prompt: [1, 0]) and pixel_values hold 2; expected as many. Give one image per "
-    ):
+    with says(r"input_ids.*1 image \(per prompt: \[1, 0\]\).*pixel_values.*2.*image"):
         check.check_images([1, 0], 2)
-    with says("input_ids show 0 images (per prompt: [0]) and pixel_values hold 1; expected as many."):
+    with says(r"input_ids.*0 images \(per prompt: \[0\]\).*pixel_values.*1"):
         check.check_images([0], 1)
 
 
@@ -194,18 +172,16 @@ def test_position_ids() -> None:
     positions = check.check_position_ids(torch.arange(4).int(), IDS)
     assert positions is not None
     assert positions.tolist() == [[0, 1, 2, 3]]
-    with says("position_ids are float32; expected integers."):
+    with says("position_ids.*float32.*integers"):
         check.check_position_ids(torch.rand(1, 4), IDS)
-    with says("position_ids have shape [1, 3] and input_ids [1, 4]; expected the same."):
+    with says(r"position_ids.*\[1, 3\].*input_ids \[1, 4\]"):
         check.check_position_ids(torch.arange(3), IDS)
-    with says("position_ids go down to -1; expected 0 and above."):
+    with says("position_ids.*-1.*0"):
         check.check_position_ids(torch.arange(4) - 1, IDS)
 
 
 def test_layouts() -> None:
     check.check_layouts([], CONFIG)
     check.check_layouts([llava_layout(2, 2)] * 2, CONFIG)
-    with says(
-        "These inputs were prepared for a model with 9 positions per image; this one has 4. Call prepare(...) of the "
-    ):
+    with says(r"model.*9 positions.*image.*4.*prepare\(\.\.\.\)"):
         check.check_layouts([llava_layout(2, 2), llava_layout(3, 3)], CONFIG)

@@ -96,7 +96,7 @@ def test_without_a_prompt_the_answer_follows_one_that_prepare_makes(kind: Kind) 
     assert model.tokenizer.convert_ids_to_tokens(two.ids[0]) in ("▁", "Ġ")
     assert not two.whole
     assert Answer.of(model, "Red").whole
-    with pytest.raises(InputError, match="'2' is not a single token"):
+    with pytest.raises(InputError, match=r"'2'.*single token.*\["):
         Answer.of(model, "2")
     at_a_line = model.prepare("Who made the star?\n", template=None)
     glued = Answer.of(model, "Red", inputs=at_a_line, first_token=True)
@@ -124,7 +124,7 @@ def test_an_answer_that_changes_the_prompts_own_tokens_is_refused() -> None:
         model = talking(kind)
         before, whole = ids_of(model, prompt), ids_of(model, prompt + answer)
         assert whole[: len(before)] != before
-        with pytest.raises(InputError, match="would change the prompt's own last tokens.*token ids"):
+        with pytest.raises(InputError, match="prompt.*last tokens.*token ids"):
             answer_tokens(model, model.prepare(prompt, template=None), answer)
         assert answer_tokens(model, model.prepare(prompt, template=None), [[7, 8]])[0].ids == (7, 8)
 
@@ -226,7 +226,7 @@ def test_every_analysis_follows_the_tokens_that_come_after_the_prompt(kind: Kind
         )
         for analysis in one_token:
             if len(found.ids) > 1:
-                with pytest.raises(InputError, match="single token|one token"):
+                with pytest.raises(InputError, match=r"'.*'.*single token.*\[|one token"):
                     analysis(word)
             else:
                 np.testing.assert_array_equal(analysis(word), analysis(found.ids[0]))

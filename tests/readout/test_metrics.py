@@ -110,7 +110,7 @@ def test_answers_and_their_spellings() -> None:
     assert Answer.of(model(), "star", variants=True).ids == (ids["star"],)  # "Star" is not in the vocabulary
     assert Answer.of(model(), 7).ids == (7,)
     assert Answer.of(model(), TWO) is TWO
-    with pytest.raises(InputError, match="not a single token"):
+    with pytest.raises(InputError, match=r"'.*'.*single token.*\["):
         Answer.of(model(), "red star")
     assert Answer.of(model(), "red star", first_token=True).ids == (ids["red"],)
     for same in (np.int64(7), torch.tensor(7)):
@@ -126,7 +126,7 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_answer() -> None:
         lambda: teacher_forced(model(), inputs, "zebra"),
         lambda: teacher_forced(model(), inputs, "red zebra"),
     ):
-        with pytest.raises(InputError, match=r"The tokenizer does not know '(red )?zebra': it becomes \[.*'<unk>'\]"):
+        with pytest.raises(InputError, match=r"tokenizer.*'(red )?zebra'.*\[.*'<unk>'\]"):
             attempt()
     with pytest.raises(InputError, match="'' has no tokens"):
         Answer.of(model(), "", first_token=True)
@@ -214,7 +214,7 @@ def test_a_bare_space_is_no_spelling() -> None:
 def test_metrics_refuse_what_is_no_token() -> None:
     for make in (probability, log_probability, rank, lambda answer: logit_difference(answer, 1)):
         for wrong in ("Red", 1.5, -1):
-            with as_users_run(), pytest.raises(InputError, match=r"takes an Answer or a token id.*Answer.of\(model"):
+            with as_users_run(), pytest.raises(InputError, match=r"Answer.*token id.*Answer\.of\(model"):
                 make(wrong)
         with pytest.raises(InputError, match="Token id 999.*0..6"):
             make(999)(LOGITS)

@@ -182,7 +182,7 @@ def test_runs_without_a_prompt_say_so() -> None:
         model.run_with_hooks(stream, start_at_layer=1, fwd_hooks=[change])
     with model.hooks([change]), pytest.raises(InputError, match="by its parts"):
         model.language(stream, model.context(stream))
-    with pytest.raises(HookNameError, match="does not fire"):
+    with pytest.raises(HookNameError, match=r"'blocks\.1\.attn\.hook_z'.*start_at_layer.*stop_at_layer"):
         model.run_with_hooks(inputs, stop_at_layer=1, fwd_hooks=[change])
     with model.hooks([change]), pytest.raises(InputError, match="Functions are attached"):
         Replay(model, inputs)
@@ -301,7 +301,7 @@ def test_phases() -> None:
     in_image, in_tower = Intervention(Z, positions="image", zero=True), Intervention("vision.hook_embed", zero=True)
     with pytest.raises(InputError, match=r"'image'.*nothing would change"):
         model.generate(inputs, 6, fwd_hooks=[in_image], hook_phase="decode", **options)
-    with pytest.raises(HookNameError, match="does not fire over new tokens"):
+    with pytest.raises(HookNameError, match="Hook '.*'.*new tokens.*hook_phase='prefill'"):
         model.generate(inputs, 6, fwd_hooks=[in_tower], hook_phase="decode", **options)
 
 
@@ -310,11 +310,11 @@ def test_what_generated_tokens_cannot_have_is_refused_beforehand() -> None:
     inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
     ran: list[Any] = []
     watch = ("hook_embed", ran.append)
-    with pytest.raises(InputError, match=r"position_mean.*one at a time"):
+    with pytest.raises(InputError, match="position_mean.*one at"):
         model.generate(inputs, 3, fwd_hooks=[watch, Intervention(("z", 1), position_mean=True)], return_type="tokens")
     each = torch.randn(inputs.shape[1], model.cfg.d_model)
     for_each = Intervention(("mlp_out", 1), value=each)
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match=r"shape \(12, 48\).*shape \(1, 48\)"):
         model.generate(inputs, 3, fwd_hooks=[watch, for_each], return_type="tokens")
     assert not ran
     assert model.generate(inputs, 3, fwd_hooks=[for_each], hook_phase="prefill", return_type="tokens").shape[1] == 3

@@ -31,15 +31,15 @@ def test_positions_may_be_any_whole_numbers(positions: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"positions": [1.7]}, r"positions=\[1.7\]; expected whole numbers, a slice, or the name of one span"),
-        ({"positions": torch.tensor([True] * 5)}, "A mask is turned into numbers"),
-        ({"positions": [True, False]}, "expected whole numbers"),
-        ({"positions": ["last", "image"]}, r"'image\|last' joins two"),
-        ({"heads": [1.5]}, r"heads=\[1.5\]; expected whole numbers\."),
-        ({"heads": "all"}, "heads='all'; expected whole numbers"),
-        ({"hook": "hook_image_embed", "image": 5}, r"image=5 on 'hook_image_embed' is out of range; expected 0..0"),
-        ({"hook": "hook_image_embed", "image": -1}, "image=-1 .* out of range"),
-        ({"hook": "hook_image_embed", "image": "a"}, "image='a'; expected whole numbers"),
+        ({"positions": [1.7]}, r"positions=\[1\.7\].*whole numbers, a slice.*span"),
+        ({"positions": torch.tensor([True] * 5)}, r"mask.*mask\.nonzero"),
+        ({"positions": [True, False]}, r"positions=\[True, False\].*whole numbers"),
+        ({"positions": ["last", "image"]}, r"'image\|last'"),
+        ({"heads": [1.5]}, r"heads=\[1\.5\].*whole numbers\."),
+        ({"heads": "all"}, "heads='all'.*whole numbers"),
+        ({"hook": "hook_image_embed", "image": 5}, r"image=5.*'hook_image_embed'.*0\.\.0"),
+        ({"hook": "hook_image_embed", "image": -1}, r"image=-1.*'hook_image_embed'.*0\.\.0"),
+        ({"hook": "hook_image_embed", "image": "a"}, "image='a'.*whole numbers"),
     ],
 )
 def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
@@ -50,12 +50,12 @@ def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"block": "image"}, r"'image' is no edge; expected 'source->target'"),
-        ({"block": 3}, r"block=3; expected two places, \(source, target\)"),
-        ({"block": ("image", "text", "last")}, "expected two places"),
-        ({"scale": "2"}, "scale='2'; expected one number"),
-        ({"value": "red"}, "value='red'; expected a tensor, an array or numbers"),
-        ({"zero": 0}, "says nothing of what to do"),
+        ({"block": "image"}, r"'image'.*expected 'source->target'"),
+        ({"block": 3}, r"block=3.*\(source, target\)"),
+        ({"block": ("image", "text", "last")}, r"block=\('image', 'text', 'last'\).*\(source, target\)"),
+        ({"scale": "2"}, "scale='2'.*one number"),
+        ({"value": "red"}, "value='red'.*tensor.*array.*numbers"),
+        ({"zero": 0}, "'blocks.0.attn.hook_attn_scores'.*value, add, scale, zero"),
     ],
 )
 def test_changes_that_are_none(what: dict[str, Any], message: str) -> None:
@@ -67,10 +67,13 @@ def test_runs_that_are_none() -> None:
     models = pair()
     replay = Replay(models.ours, models.prompt())
     for runs, message in (
-        (Intervention(Z, zero=True), "runs= is one Intervention; expected a list of runs"),
-        ([[("hook", 0)]], r"A run holds \('hook', 0\); expected Interventions"),
-        ([[Intervention(None, zero=True)]], "hook=None; expected the name of a hook"),  # type: ignore[arg-type]
-        ([[Intervention(Z, fn=lambda t: t.double())]], "of torch.float64; expected a tensor like the cut"),
+        (Intervention(Z, zero=True), "runs=.*one Intervention.*list"),
+        ([[("hook", 0)]], r"run.*\('hook', 0\).*Interventions"),
+        ([[Intervention(None, zero=True)]], "hook=None.*name"),  # type: ignore[arg-type]
+        (
+            [[Intervention(Z, fn=lambda t: t.double())]],
+            r"torch\.float64.*\(12, 4, 12\) of torch\.float32",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             replay.run(runs)  # type: ignore[arg-type]

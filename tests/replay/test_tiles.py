@@ -73,11 +73,9 @@ def test_replay_and_attached_interventions_equal_the_whole_run(kind: str) -> Non
 def test_tiles_that_are_not_there(kind: str) -> None:
     ours, _ = both(kind)
     inputs = ours.as_inputs(make_prompts(kind, [WIDE]))
-    with pytest.raises(InputError, match=r"tile=9 on 'vision.hook_out' is out of range"):
+    with pytest.raises(InputError, match=r"tile=9.*'vision\.hook_out'.*range"):
         Replay(ours, inputs).run([[Intervention("vision.hook_out", tile=9, zero=True)]])
-    with pytest.raises(
-        InputError, match="tile= belongs to hooks of the vision tower and the projector; 'hook_image_embed'"
-    ):
+    with pytest.raises(InputError, match="tile=.*vision tower.*projector.*'hook_image_embed'"):
         Replay(ours, inputs).run([[Intervention("hook_image_embed", tile=0, zero=True)]])
 
 

@@ -74,15 +74,15 @@ def test_a_file_can_be_read_by_others_and_needs_a_folder(tmp_path: Path) -> None
     save(dataset(), tmp_path / "result")
     (tmp_path / "usual").touch()
     assert (tmp_path / "result").stat().st_mode == (tmp_path / "usual").stat().st_mode
-    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+    with pytest.raises(InputError, match="no folder '.*nowhere'"):
         save(dataset(), tmp_path / "nowhere" / "result")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="readable safetensors file"):
         load(tmp_path / "missing")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="readable safetensors file"):
         load(tmp_path / "text")
     save_file({"x": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match="expected 'hooked_llava.result.v1'"):

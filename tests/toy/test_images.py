@@ -28,7 +28,7 @@ def test_drawing_writes_them_all(tmp_path):
 
 
 def test_an_unknown_name_gets_a_suggestion():
-    with pytest.raises(InputError, match=r"No bundled image is called 'dmo'\. Did you mean: demo\? Known: demo, "):
+    with pytest.raises(InputError, match=r"'dmo'\. Did you mean: demo\? Known: demo, "):
         image_path("dmo")
 
 

@@ -89,9 +89,9 @@ def test_the_number_of_steps_may_change_only_before_the_decline(finished: tuple[
     resumed = train(TINY, tmp_path, log_every=1)
     expected = weights(finished[0])
     assert all(torch.equal(w, expected[n]) for n, w in weights(resumed).items())
-    with pytest.raises(ValueError, match="belongs to a run with"):
+    with pytest.raises(ValueError, match=r"run with \{.*not \{.*'(steps': 9|seed': 4)"):
         train(replace(TINY, steps=9), tmp_path)
-    with pytest.raises(ValueError, match="belongs to a run with"):
+    with pytest.raises(ValueError, match=r"run with \{.*not \{.*'(steps': 9|seed': 4)"):
         train(replace(TINY, seed=4), tmp_path)
 
 
@@ -223,5 +223,5 @@ def test_evaluation_gives_a_table(model: LlavaForConditionalGeneration, processo
     table = markdown_table({"one": results, "two": results})
     assert table.count("\n") == len(kinds) + 1
     assert len({line.count("|") for line in table.splitlines()}) == 1
-    with pytest.raises(ValueError, match="kind must be one of"):
+    with pytest.raises(ValueError, match="kind.*one of .*got '"):
         held_out("nonsense", 1)

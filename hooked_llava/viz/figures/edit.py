@@ -51,7 +51,9 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
     """
     answers = require_dims(check_array(answers, "answer_shift", "edit_page(...).results['answers']"), "state", "token")
     if set(answers["state"].values.tolist()) != {"before", "after"}:
-        raise InputError(f"The states are {answers['state'].values.tolist()}; expected before and after.")
+        raise InputError(
+            f"The states are {answers['state'].values.tolist()}; expected before and after, as edit_page returns."
+        )
     tokens = [str(token) for token in answers["token"].values]
     at = np.arange(len(tokens))
     with plot(PAGE_WIDTH, 0.9 + 0.42 * len(tokens)) as figure:

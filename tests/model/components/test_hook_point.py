@@ -99,9 +99,9 @@ def test_in_inference_mode_writes_take_effect_too() -> None:
         (lambda x, hook: x[:1], r"on blocks.0.hook_resid_post returned .* shape \(1, 3\) and torch.float32; expected"),
         (lambda x, hook: x.double(), "torch.float64; expected .* and torch.float32"),
         (lambda x, hook: x.mean(), r"shape \(\)"),
-        (lambda x, hook: 3.0, r"returned float; expected a tensor of shape \(2, 3\), or None"),
+        (lambda x, hook: 3.0, r"returned float; expected.*shape \(2, 3\), or None"),
         (lambda x, hook: (x,), "returned tuple"),
-        (lambda x, hook: x.to("meta"), "returned a tensor on meta; expected one on cpu"),
+        (lambda x, hook: x.to("meta"), "on meta; expected.*on cpu"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(function: Any, match: str) -> None:

@@ -35,7 +35,7 @@ def test_many_layers_fit():
 
 
 def test_another_axis_is_refused():
-    with pytest.raises(InputError, match=r"has the axes layer; expected component"):
+    with pytest.raises(InputError, match="axes layer; expected component"):
         contribution_bars(xr.DataArray([1.0, 2.0], dims="layer"))
 
 

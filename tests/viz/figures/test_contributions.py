@@ -42,7 +42,7 @@ def test_patches_lie_on_the_image_layer_by_layer(model, inputs):
     parts = logit_attribution(model, inputs, "red", by="patch")
     figure = plot_contributions(parts, inputs)
     np.testing.assert_allclose(drawn(figure, 1), parts.sum("head")[1], atol=1e-6)
-    with pytest.raises(InputError, match="drawn on the image; give the inputs"):
+    with pytest.raises(InputError, match="by patch.*image.*inputs"):
         plot_contributions(parts)
 
 
@@ -55,5 +55,5 @@ def test_layers_are_a_row_and_heads_are_cells(model, inputs):
 
 def test_several_prompts_are_refused(model, inputs):
     both = model.prepare(["Is it red?", "Is it blue?"])
-    with pytest.raises(InputError, match="Choose or average the others first"):
+    with pytest.raises(InputError, match=r"axes .*; expected .*result\.mean\("):
         plot_contributions(logit_attribution(model, both, "red", by="neuron"))

@@ -68,5 +68,5 @@ def test_other_axes_are_refused(edges):
     pairs = edges.expand_dims(pair=2)
     with pytest.raises(InputError, match="heads.*layer, head"):
         edge_map(pairs)
-    with pytest.raises(InputError, match="The result has the axes layer, head"):
+    with pytest.raises(InputError, match="axes layer, head; expected"):
         edge_map(xr.DataArray(np.zeros((2, 3)), dims=("layer", "head")))

@@ -56,7 +56,7 @@ def test_two_bars_for_each_token(answers):
 
 
 def test_other_answers_are_refused(answers):
-    with pytest.raises(InputError, match="expected before and after"):
+    with pytest.raises(InputError, match=r"states.*\[.*expected before.*after.*edit_page"):
         answer_shift(answers.assign_coords(state=["clean", "corrupted"]))
     with pytest.raises(InputError, match="expected state, token"):
         answer_shift(answers.rename(token="word"))

@@ -52,7 +52,7 @@ def test_answer_curve_of_many_layers_names_few_of_them():
 
 
 def test_errors_say_what_is_missing(model, inputs):
-    with pytest.raises(InputError, match=r"lens_table draws 'token', 'probability' .* got a dataset with x \[y\]"):
+    with pytest.raises(InputError, match=r"lens_table draws 'token', 'probability'.*got.*x \[y\]"):
         lens_table(xr.Dataset({"x": ("y", [1.0])}))
     with pytest.raises(InputError, match=r"'token'.*layer, position"):
         lens_table(xr.Dataset({name: ("layer", [1.0]) for name in ("token", "probability")}))

@@ -119,14 +119,14 @@ def test_what_fits_no_figure_says_what_to_do(estimate, pair, model):
         plot_patching(estimate, pair[0])
     with pytest.raises(InputError, match="layer, position, head.*layer, head"):
         plot_patching(recovered(estimate)["z"], pair[0])
-    with pytest.raises(InputError, match="A result by patch is drawn on the image; give the inputs"):
+    with pytest.raises(InputError, match="by patch.*image.*inputs"):
         plot_patching(recovered(estimate)["attn_out"], unfold=True)
     with pytest.raises(InputError, match="are 13.*expected 1 to 12"):
         plot_patching({str(i): estimate["attn_out"] for i in range(13)})
     together = activation_patching(model, *pair, positions=["image", "last"], metric=metric)
     with pytest.raises(InputError, match="positions.*patches.*image 0"):
         plot_patching(together, pair[0], unfold=True)
-    with pytest.raises(InputError, match="a result by patch, or by position together with its inputs"):
+    with pytest.raises(InputError, match="by patch, or by position.*inputs; .*axes"):
         by_patch(xr.DataArray([1.0], dims="layer"))
 
 

@@ -54,7 +54,7 @@ def test_layer_position_map_without_inputs_uses_the_labels_of_the_result(inputs)
 
 
 def test_layer_position_map_refuses_the_wrong_inputs_and_an_unknown_collapse(inputs, text_inputs):
-    with pytest.raises(InputError, match=r"give the inputs that the result was made from"):
+    with pytest.raises(InputError, match=r"position \d+.*prompt \d+ positions.*inputs"):
         layer_position_map(by_position(inputs), text_inputs)
     with as_users_run(), pytest.raises(InputError, match=r"collapse='median'; expected None, 'mean', 'sum' or 'max'"):
         layer_position_map(by_position(inputs), inputs, collapse="median")  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_position_maps_below_each_other_write_the_tokens_once(inputs):
     shown = [[label.get_visible() and label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes[:2]]
     assert "What" not in shown[0]
     assert "What" in shown[1]
-    with pytest.raises(InputError, match="The results are about different positions"):
+    with pytest.raises(InputError, match="different positions.*layer_position_map"):
         layer_position_maps({"a": parts["attn_out"], "b": parts["mlp_out"].isel(position=[0])}, inputs)
 
 

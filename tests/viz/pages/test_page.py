@@ -19,16 +19,16 @@ def test_saving_is_all_or_nothing(page, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    with pytest.raises(InputError, match=r"cannot be written to .*\(No space left on device\); choose another place"):
+    with pytest.raises(InputError, match=r"report.*'.*' \(No space.*\).*another place"):
         page.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "older"
 
 
 def test_saving_where_it_cannot_be_done_says_so(page, tmp_path):
-    with pytest.raises(InputError, match=r"which is a folder; give a file name in it"):
+    with pytest.raises(InputError, match=r"a folder.*file name"):
         page.save(tmp_path)
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere.*Make it first"):
+    with pytest.raises(InputError, match=r"no folder '.*nowhere'.*Make"):
         page.save(tmp_path / "nowhere" / "report.html")
 
 

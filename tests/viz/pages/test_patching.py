@@ -121,11 +121,11 @@ def test_two_images_have_sections_each(model, wide_image):
 
 
 def test_pairs_without_a_difference_are_refused(tiny_shapes, star):
-    with pytest.raises(InputError, match=r"Both prompts are answered with 'Orange', so there is no difference"):
+    with pytest.raises(InputError, match="Both prompts.*'Orange'"):
         patching_report(tiny_shapes, star[0], star[0])
-    with pytest.raises(InputError, match="The two tokens to compare are both 'Blue'; name another"):
+    with pytest.raises(InputError, match="both 'Blue'.*answer.*baseline"):
         patching_report(tiny_shapes, *star, answer="Blue")
-    with pytest.raises(InputError, match="do not match position by position"):
+    with pytest.raises(InputError, match=r"(?s)clean.*corrupted.*Word them alike.*clean:\n.*corrupted:\n"):
         patching_report(tiny_shapes, star[0], tiny_shapes.prepare(QUESTION))
     with as_users_run(), pytest.raises(InputError, match="direction='both'; expected 'denoise'"):
         patching_report(tiny_shapes, *star, direction="both")  # type: ignore[arg-type]
