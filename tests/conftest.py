@@ -15,6 +15,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from hooked_llava.model.llava import HookedLLaVA
+from tests import shape_checks
 from tests.builders import make_hf_model
 from tests.builders import tiny_hf_config as build_tiny_hf_config
 
@@ -26,6 +27,12 @@ settings.load_profile("fixed")
 # Tensors here are so small that threads cost more than they bring; on a busy machine they wait for each other, and
 # the same test takes sixty times as long.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked() -> None:
+    """The first calls of every function are checked in every test."""
+    shape_checks.check_again()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,5 @@
+"""The tests, in folders that mirror the package."""
+
+from tests.shape_checks import first_calls
+
+__all__ = ["first_calls"]
