@@ -30,7 +30,7 @@ from hooked_llava.editing.values import ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.toy.edit_tables import THIS, EditCase, EditTable, ProbeRows
-from hooked_llava.toy.evaluate import Example, held_out
+from hooked_llava.toy.evaluate import Example, usual_questions
 
 # Chosen on the facts CHOSEN_ON of tiny-shapes (seed 1), asked with other images than the benchmark's.
 LAYER = 3
@@ -39,9 +39,6 @@ MAX_CHANGE = 0.02
 CHOSEN_ON = (3, 14, 27, 36, 41, 58, 62, 75, 80, 99)
 RELEASED_CLAMP = 1e-4
 LAMBDAS = (0.0, 0.01, 1.0, 10.0, 100.0, 1000.0)
-_SEEN_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
-_SEEN_EACH = 40
-_SEEN_SEED = 7_000_003
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Bench:
     @cached_property
     def covariance(self) -> KeyCovariance:
         """Key covariance of the edited layer over text positions of held-out questions of many kinds."""
-        batches = (prepared(self.model, held_out(kind, _SEEN_EACH, _SEEN_SEED)) for kind in _SEEN_KINDS)
+        batches = (prepared(self.model, batch) for batch in usual_questions())
         return key_covariance(self.model, batches, LAYER)
 
     def _probe(self, rows: ProbeRows) -> Probe:

@@ -10,7 +10,7 @@ import typer
 from hooked_llava.cli.command import TypedOptions, command
 from hooked_llava.cli.common import PromptOptions, check_writable
 from hooked_llava.cli.edit_options import AUTO, EditOptions
-from hooked_llava.cli.edit_probes import OtherQuestions, about_the_image, probes_of, world_questions
+from hooked_llava.cli.edit_probes import OtherQuestions, about_the_image, probes_of
 from hooked_llava.cli.options import MaxNewTokens, Output
 from hooked_llava.cli.terminal import busy, escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
@@ -124,6 +124,7 @@ def _chosen_place(
 
 def _covariance(model: HookedLLaVA, layer: int, file: Path | None, embedded: bool) -> KeyCovariance:
     from hooked_llava.editing import KeyCovariance, key_covariance
+    from hooked_llava.toy.evaluate import prepare_examples, usual_questions
 
     if file is not None:
         found = KeyCovariance.load(file, model)
@@ -135,7 +136,7 @@ def _covariance(model: HookedLLaVA, layer: int, file: Path | None, embedded: boo
             "--method rome needs to know what keys usually look like: let key_covariance(model, prompts, layer, path=...) "
             "write that, and give the file with --covariance."
         )
-    return key_covariance(model, world_questions(model), layer)
+    return key_covariance(model, (prepare_examples(model, batch) for batch in usual_questions()), layer)
 
 
 def _sweep(model: HookedLLaVA, inputs: Inputs, made: Edit, options: EditOptions, probes: list[Probe]) -> xr.Dataset:

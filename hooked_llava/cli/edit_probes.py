@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from hooked_llava.editing import Probe
     from hooked_llava.model.llava import HookedLLaVA
     from hooked_llava.prompt.inputs import Inputs
-    from hooked_llava.toy.evaluate import Example
-
-_SEEN_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
-_SEEN_EACH, _SEEN_SEED = 40, 7_000_003
 
 Keep = Annotated[
     list[str] | None,
@@ -83,18 +79,15 @@ def probes_of(
     return [*_world_probes(model, inputs, prompt.question, target), *probes]
 
 
-def _of_the_world(model: HookedLLaVA, asked: Sequence[Example]) -> Inputs:
-    """Questions of the embedded world with their images."""
-    images = [None if one.scene is None else one.scene.render() for one in asked]
-    return model.prepare([one.question.text for one in asked], images)
-
-
 def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str) -> list[Probe]:
     """The embedded world's questions around a fact; none if the question does not ask for one."""
     from hooked_llava.editing import Probe
-    from hooked_llava.toy.edit_tables import edit_table
+    from hooked_llava.toy.edit_tables import THIS, edit_table, fact_asked
+    from hooked_llava.toy.evaluate import prepare_examples
 
-    fact = _fact(model, inputs, question)
+    seen = inputs.images[0] if inputs.images and len(inputs.images) == 1 and THIS in question else None
+    shape = None if seen is None else model.generate(model.prepare("What shape is this?", seen)).lower()
+    fact = fact_asked(question, shape)
     table = edit_table()
     case = next((case for case in table.cases if (case.relation, case.shape) == fact), None)
     probes = []
@@ -106,28 +99,5 @@ def _world_probes(model: HookedLLaVA, inputs: Inputs, question: str, target: str
         if rows.role == "efficacy" or not asked:
             continue
         expected = target if rows.role == "generalisation" else [one.question.answer for one in asked]
-        probes.append(Probe(rows.name, rows.role, _of_the_world(model, asked), expected))
+        probes.append(Probe(rows.name, rows.role, prepare_examples(model, asked), expected))
     return probes
-
-
-def _fact(model: HookedLLaVA, inputs: Inputs, question: str) -> tuple[str, str] | None:
-    """Which fact of the embedded world is asked for, as relation and shape; the shape of an image as the model sees it."""
-    from hooked_llava.toy.edit_tables import THIS
-    from hooked_llava.toy.facts import RELATIONS
-    from hooked_llava.toy.scenes import SHAPES
-
-    said = {f"the {shape}": shape for shape in SHAPES}
-    if inputs.images and len(inputs.images) == 1 and THIS in question:
-        said[THIS] = model.generate(model.prepare("What shape is this?", inputs.images[0])).lower()
-    for relation in RELATIONS:
-        for subject, shape in said.items():
-            if question in {wording.format(subject=subject) for wording in relation.templates}:
-                return relation.name, shape
-    return None
-
-
-def world_questions(model: HookedLLaVA) -> Iterator[Inputs]:
-    """Held-out questions of the embedded world, batch by batch, for what keys usually look like."""
-    from hooked_llava.toy.evaluate import held_out
-
-    return (_of_the_world(model, held_out(kind, _SEEN_EACH, _SEEN_SEED)) for kind in _SEEN_KINDS)

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,7 +98,8 @@ def study(
     if parts.finished is not None:
         return parts.finished
     check_rows(parts.left(), images)
-    asked = _Asking(model, run, images, only_correct, match, max_new_tokens, template, tail, coverage)
+    prepare = partial(prepare_rows, model, images=images, template=template, tail=tail, coverage=coverage)
+    asked = _Asking(model, run, prepare, only_correct, match, max_new_tokens, coverage)
     hidden = None if progress else True
     with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
         left = parts.left()
@@ -114,17 +116,15 @@ class _Asking:
 
     model: HookedLLaVA
     run: Run
-    images: str | Path | None
+    prepare: Callable[[Sequence[StudyRow]], Inputs]
     only_correct: bool
     match: Match
     max_new_tokens: int
-    template: str | Template | None
-    tail: str | None
     coverage: Number
 
     def measure(self, rows: Sequence[StudyRow]) -> xr.Dataset:
         """The analysis of those rows that are kept; empty if none is."""
-        inputs = self._prepare(rows)
+        inputs = self.prepare(rows)
         said = self.model.generate(inputs, max_new_tokens=self.max_new_tokens)
         said = [said] if isinstance(said, str) else said
         right = [self.match(text, row.answer) for text, row in zip(said, rows, strict=True)]
@@ -136,15 +136,10 @@ class _Asking:
         if not kept:
             return xr.Dataset(attrs=counts)
         chosen = [rows[i] for i in kept]
-        inputs = inputs if len(kept) == len(rows) else self._prepare(chosen)
+        inputs = inputs if len(kept) == len(rows) else self.prepare(chosen)
         result = _labelled(self.run(inputs, chosen), chosen, [said[i] for i in kept])
         lost = boxes_lost(inputs, chosen, self.coverage)
         return result.assign_coords(boxes_lost=("question", lost)).assign_attrs(counts)
-
-    def _prepare(self, rows: Sequence[StudyRow]) -> Inputs:
-        return prepare_rows(
-            self.model, rows, self.images, template=self.template, tail=self.tail, coverage=self.coverage
-        )
 
 
 def count_unseen(result: xr.Dataset) -> int:

@@ -203,6 +203,20 @@ def seen(relation: Relation, shape: str, wording: int = 0) -> Question:
     )
 
 
+def fact_asked(question: str, seen_shape: str | None = None) -> tuple[str, str] | None:
+    """Which fact a question asks for, as relation and shape, or None; "this shape" is the one that is seen in the image.
+
+    >>> fact_asked("Who made the star?"), fact_asked("Who made this shape?", "ring"), fact_asked("What color is it?")
+    (('maker', 'star'), ('maker', 'ring'), None)
+    """
+    subjects = {f"the {shape}": shape for shape in SHAPES} | ({} if seen_shape is None else {THIS: seen_shape})
+    for relation in RELATIONS:
+        for subject, shape in subjects.items():
+            if question in {wording.format(subject=subject) for wording in relation.templates}:
+                return relation.name, shape
+    return None
+
+
 def _variations(shape: str, scenes: dict[str, list[Scene]], n: int) -> tuple[list[Scene], list[Scene]]:
     """A shape's first image with the shape in n other colours, and the shape as it looks there in n other shapes' places."""
     own = scenes[shape][0]

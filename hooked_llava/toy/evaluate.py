@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, ask, format_prompt
 from hooked_llava.toy.scenes import Scene, sample_scene
 
@@ -25,6 +28,8 @@ FACT_WITH_IMAGE = "fact_name, with an image"
 EVALUATED = (*ANSWER_KINDS, FACT_WITH_IMAGE)
 _SEED = 1_000_003  # training draws from (seed, step) with small seeds
 _ONE_SHAPE_KINDS = ("fact_image", "name_shape")
+_USUAL_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
+_USUAL_EACH, _USUAL_SEED = 40, 7_000_003
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,21 @@ def held_out(kind: str, n: int, seed: int = _SEED) -> list[Example]:
         if question is not None:
             examples.append(Example(question, None if kind in TEXT_KINDS else scene))
     return examples
+
+
+def usual_questions() -> Iterator[list[Example]]:
+    """Held-out questions of many kinds, a batch for each kind: for what keys of an MLP usually look like.
+
+    >>> sum(map(len, usual_questions()))
+    280
+    """
+    return (held_out(kind, _USUAL_EACH, _USUAL_SEED) for kind in _USUAL_KINDS)
+
+
+def prepare_examples(model: HookedLLaVA, examples: Sequence[Example]) -> Inputs:
+    """Questions with their images, as `model.prepare` makes prompts of them."""
+    images = [None if one.scene is None else one.scene.render() for one in examples]
+    return model.prepare([one.question.text for one in examples], images)
 
 
 @torch.no_grad()

@@ -267,6 +267,13 @@ def tick_every(n: int, most: int = 16) -> int:
     return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, n) if n / step <= most)
 
 
+def name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Names of horizontal bars at 0, 1, ..., the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.tick_params("y", length=0)
+
+
 def value_lines(axes: Axes, which: Literal["x", "y"]) -> None:
     """Thin lines below what is drawn, to read values by."""
     axes.grid(axis=which, color=RULE, linewidth=0.6)

@@ -23,6 +23,7 @@ from hooked_llava.viz.style import (
     add_heading,
     format_small,
     legend_below,
+    name_bars,
     plot,
     require_dims,
     tick_every,
@@ -63,11 +64,9 @@ def answer_shift(answers: xr.DataArray, *, title: str | None = None) -> Figure:
             axes.barh(at + side, values, 0.38, color=color, label=state)
             for y, value in zip(at + side, values, strict=True):
                 axes.text(value + 0.012, y, f"{value:.3f}", va="center", fontsize=7.5, color=MUTED)
-        axes.set_yticks(at, [token_label(token) for token in tokens])
-        axes.invert_yaxis()
+        name_bars(axes, [token_label(token) for token in tokens])
         axes.set_xlim(0, 1.1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.tick_params("y", length=0)
         axes.set_xlabel("probability of the answer's first token")
         value_lines(axes, "x")
         legend_below(figure, axes, handlelength=1.2)
@@ -97,11 +96,9 @@ def probe_bars(probes: xr.Dataset, *, title: str | None = None) -> Figure:
         line = axes.vlines(before, at - 0.42, at + 0.42, color=INK, linewidth=1.6, label="before the edit")
         for y, (kl, n) in enumerate(zip(probes.kl.values, probes.n.values, strict=True)):
             axes.text(1.03, y, f"n {int(n)}, KL {format_small(float(kl))}", va="center", fontsize=7.5, color=MUTED)
-        axes.set_yticks(at, [str(name) for name in probes.probe.values])
-        axes.invert_yaxis()
+        name_bars(axes, [str(name) for name in probes.probe.values])
         axes.set_xlim(-0.015, 1.26)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.tick_params("y", length=0)
         axes.set_xlabel("answered as they should be")
         value_lines(axes, "x")
         keys = [Patch(color=colors[role], label=f"{role}: {PROBE_ROLES[role].wanted}") for role in dict.fromkeys(roles)]
