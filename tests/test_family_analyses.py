@@ -29,10 +29,14 @@ from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_interventions import run_naively
 from tests.pairs import FAMILY, off
+from tests.tiled import with_processor
 
 _ENGINE = LayerPass.logits
 LANGUAGES = ["llama-clip", "mistral-clip", "qwen2-clip", "phi-clip", "phi-siglip"]
+TILED = {"llava_next": ("next", (24, 100)), "onevision": ("onevision", (50, 170))}
+"""Models that cut images into tiles, and a size (height, width) of which the second's fine grid is pooled."""
 each = pytest.mark.parametrize("name", LANGUAGES)
+every = pytest.mark.parametrize("name", [*LANGUAGES, *TILED])
 
 
 @functools.cache
@@ -42,12 +46,14 @@ def hf_of(name: str) -> Any:
 
 @functools.cache
 def model_of(name: str) -> HookedLLaVA:
+    if name in TILED:
+        return with_processor(TILED[name][0])
     siglip = {"image_size": 18, "select_strategy": "full", "n_class_tokens": 0} if name.endswith("siglip") else {}
     return HookedLLaVA.from_hf(hf_of(name), make_processor(**siglip))
 
 
-def image(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+def image(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -57,7 +63,8 @@ def prompts(name: str) -> tuple[Any, Any]:
 
 def _prompt(name: str, question: str, seed: int) -> Any:
     text = f"USER: <image>\n{question} ASSISTANT:"
-    return model_of(name).prepare(text, images=image(seed), template=None).with_spans(question=question)
+    size = TILED[name][1] if name in TILED else (24, 24)
+    return model_of(name).prepare(text, images=image(seed, size), template=None).with_spans(question=question)
 
 
 def naive_logits(self: LayerPass) -> Tensor:
@@ -122,7 +129,10 @@ def _left_padded(singles: list[Any]) -> dict[str, Tensor]:
 def patching_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
     """Those that re-run: each must give numbers that are not all 0."""
     metric = log_probability(Answer.of(model, "red"))
-    receivers = ["logits", ("q", 2, 1), ("k", 1, 0), ("v", 2, 1)]
+    ranking = {"map": analysis.patch_importance(model, clean, "red")}
+    own = int(model(clean)[0, -1].argmax())
+    last = model.cfg.n_layers - 1
+    receivers = ["logits", ("q", last, 1), ("k", 1, 0), ("v", last, 1)]
     if not model.config.language.parallel_attn_mlp:
         receivers.append(("mlp", 1))
     return {
@@ -138,9 +148,16 @@ def patching_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, C
             model, clean, other, receivers=receivers, senders="mlps", metric=metric
         ),
         "knockout": lambda: analysis.attention_knockout(model, clean, ["image->last", "question->last"], 1),
-        "trace": lambda: analysis.causal_trace(model, clean, "star", corruption=Noise(3.0), answer="red"),
-        "ablated": lambda: analysis.ablate_heads(model, clean, [(0, 1), (2, 0)], replace="zero"),
+        "trace": lambda: analysis.causal_trace(model, clean, "star", corruption=Noise(3.0)),
+        "ablated": lambda: analysis.ablate_heads(model, clean, [(0, 1), (last, 0)], replace="zero"),
         "ablated tokens": lambda: analysis.patch_importance(model, clean, "red", method="token_ablation"),
+        "occlusion": lambda: analysis.patch_importance(model, clean, "red", method="occlusion"),
+        "patched tower": lambda: analysis.activation_patching(
+            model, clean, other, hook="vision.resid_pre", layers=1, metric=metric
+        ),
+        "deleted patches": lambda: analysis.deletion_curves(model, clean, ranking, shares=(0, 0.4, 1)),
+        "deleted tokens": lambda: analysis.deletion_curves(model, clean, ranking, shares=(0, 0.4, 1), where="tokens"),
+        "without": lambda: analysis.answer_without(model, clean, own, heads=[(0, 1)], patches=ranking["map"]),
     }
 
 
@@ -152,7 +169,7 @@ def numbers(result: Any) -> dict[str, np.ndarray]:
     return {"value": np.asarray(result, dtype=float)}
 
 
-@each
+@every
 def test_analyses_that_re_run_equal_full_hooked_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
     analyses = patching_analyses(model, *prompts(name))
@@ -168,20 +185,29 @@ def test_analyses_that_re_run_equal_full_hooked_runs(name: str, monkeypatch: pyt
             assert float(np.nanmax(np.abs(own - slow))) <= 1e-5 * scale, (what, key)
 
 
+MAPS: list[dict[str, Any]] = [
+    {"method": method, "vision": vision}
+    for method in ("grad_x_input", "integrated_gradients", "rollout", "relevancy")
+    for vision in (False, True)
+]
+MAPS += [{"method": "attention"}, {"method": "log_increase", "heads": "all"}]
+
+
 def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
     metric = log_probability(Answer.of(model, "red"))
+    of_cells = analysis.patch_importance(model, clean, "red")
     return {
         "lens": lambda: analysis.logit_lens(model, clean, k=2, answers=["red"]),
         "heads": lambda: analysis.head_scores(model, clean, "red"),
         "positions": lambda: analysis.position_scores(model, clean, "red", heads=2),
         "map": lambda: analysis.patch_importance(model, clean, "red"),
-        "gradient map": lambda: analysis.patch_importance(model, clean, "red", method="grad_x_input"),
-        "relevancy": lambda: analysis.patch_importance(model, clean, "red", method="relevancy"),
-        "rollout": lambda: analysis.patch_importance(model, clean, method="rollout"),
+        **{f"map {how}": functools.partial(analysis.patch_importance, model, clean, **how) for how in MAPS},
         "readings": lambda: analysis.head_readings(model, clean, 1, 1, "red", k=2),
         "stored": lambda: analysis.information_storage(model, clean, "red", "blue", top=3),
         "next": lambda: analysis.next_tokens(model, clean, k=3),
         "attention": lambda: analysis.image_attention(model, clean),
+        "signs": lambda: analysis.answer_signs(model, clean, of_cells, of_cells > of_cells.mean()),
+        "by patch": lambda: analysis.logit_attribution(model, clean, "red", by="patch"),
         "curve": lambda: analysis.answer_probability(model, clean, "red"),
         "contribution": lambda: analysis.attention_contribution(model, clean, "star"),
         "estimate": lambda: analysis.attribution_patching(model, clean, other, metric=metric),
@@ -189,7 +215,7 @@ def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Ca
     }
 
 
-@each
+@every
 def test_analyses_that_read_run(name: str) -> None:
     model = model_of(name)
     for what, run in reading_analyses(model, *prompts(name)).items():
@@ -202,7 +228,7 @@ def test_analyses_that_read_run(name: str) -> None:
                 assert np.nanmax(np.abs(values)) > 0, (what, key)
 
 
-@each
+@every
 def test_sums_hold(name: str) -> None:
     model = model_of(name)
     clean, other = prompts(name)

@@ -7,20 +7,33 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
 )
 from transformers.utils import logging
 
+from hooked_llava.loading.onevision import OnevisionProcessor
 from hooked_llava.model.llava import HookedLLaVA
-from tests.architecture.processors import MAX_TILES, PATCH, REMAINDER_TILE, TILE, pinpoints
+from tests.architecture.processors import (
+    MAX_TILES,
+    PATCH,
+    REMAINDER_TILE,
+    TILE,
+    next_processor,
+    onevision_processor,
+    pinpoints,
+)
 from tests.architecture.processors import make_layout as layout_of_kind
 from tests.builders import D_VOCAB, IMAGE_TOKEN_ID, PAD_TOKEN_ID, randomise, tiny_hf_config
+from tests.fixtures_processor import make_tokenizer
 
 Size = tuple[int, int]
 KINDS = ("next", "onevision")
@@ -108,3 +121,25 @@ def make_prompts(
         if kind == "onevision":
             fields["batch_num_images"] = torch.tensor([len(sizes) for sizes in prompts if sizes])
     return fields
+
+
+def processor_of(kind: str) -> Any:
+    """A processor for models of that kind, with real image processing and a small tokenizer."""
+    if kind == "onevision":
+        return OnevisionProcessor(onevision_processor(TILES[kind]), make_tokenizer())
+    return LlavaNextProcessor(
+        next_processor(TILES[kind]), make_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+@cache
+def with_processor(kind: str) -> HookedLLaVA:
+    """The shared model with a processor of its own: read it, do not change it."""
+    return HookedLLaVA.from_hf(both(kind)[1], processor_of(kind))
+
+
+def drawn(*sizes: Size, seed: int = 0) -> list[Image.Image]:
+    """Random images of these sizes."""
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]

@@ -29,6 +29,7 @@ from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import check_sizes, stack, to_numpy
+from hooked_llava.results.image_axes import ImageAxes, patches_of_cells
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def activation_patching(
         layers: layer or layers to patch, all by default.
         positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn; the
             name of a span within a list means its positions together: ["image", "question", "last"] are three cells.
-            On image hooks these are patches ("all" takes the class token along).
+            On image hooks these are patches, of images of several grids features, and newlines have no activation that
+            differs ("all" takes the class token along).
         heads: "each" head in turn, "all" together, or a list, each in turn.
         metric: function of logits [..., d_vocab], or a list with one for each pair; by default the logit difference of
             the two prompts' own answers.
@@ -83,10 +85,11 @@ def activation_patching(
         logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
         batch_size: rows at once; chosen from the free memory by default.
 
-    Returns an array with those of the axes layer, position (or image and patch) and head (kv_head) that were taken in
-    turn, for several pairs behind an axis pair; its attributes hold the metric of the unpatched runs as `clean` and
-    `corrupted`. Raises `InputError` where the prompts do not match, the pairs do not stack, both prompts give the same
-    answer and no metric is given, the metric gives more than one number, or a layer, position or head is out of range.
+    Returns an array with those of the axes layer, position (or image and patch, of images of several grids image and
+    feature; see `results.image_axes`) and head (kv_head) that were taken in turn, for several pairs after an axis pair; its
+    attributes hold the metric of the unpatched runs as `clean` and `corrupted`. Raises `InputError` where the prompts do
+    not match, the pairs do not stack, both prompts give the same answer and no metric is given, the metric gives more than
+    one number, or a layer, position or head is out of range.
 
     >>> from hooked_llava import HookedLLaVA
     >>> from hooked_llava.readout.metrics import Answer, probability
@@ -134,10 +137,14 @@ def _one_pair(
             model, metric, there_logits, replay.logits(logit_positions), direction
         )
         cells = list(product(names, *axes.values()))
-        real = list(base.token_map.real)
-        runs = [[_intervention(model, cache[name], name, axes, cell, real)] for name, *cell in cells]
-        values = replay.run(runs, metric, logit_positions, batch_size)
-        attrs = made.attrs(**baselines, runs=len(runs), work=replay.work.forwards)
+        where = _Places(base, model.hooks_table[names[0]])
+        runs = [
+            _interventions(model, cache[name], name, dict(zip(axes, cell, strict=True)), where) for name, *cell in cells
+        ]
+        there = [i for i, run in enumerate(runs) if run]
+        found = replay.run([runs[i] for i in there], metric, logit_positions, batch_size)
+        values = found.new_full((len(cells),), torch.nan).index_copy(0, torch.tensor(there, device=found.device), found)
+        attrs = made.attrs(**baselines, runs=len(there), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
 
@@ -163,7 +170,11 @@ def _axes(model: HookedLLaVA, names: list[str], prompt: Inputs, positions: Each,
     axes: _Axes = {}
     if hook.on_image_side:
         axes["image"] = list(range(prompt.n_images))
-        axes["patch"] = _numbers(positions, model.config.vision.n_patches, f"positions (patches) of {names[0]}")
+        places = ImageAxes.of(prompt)
+        axis = "patch" if places.grid else "feature"
+        axes[axis] = _numbers(
+            positions, places.n_places, f"positions ({'patches' if places.grid else 'features'}) of {names[0]}"
+        )
     elif isinstance(positions, str) and positions == "each":
         axes["position"] = list(prompt.token_map.real)
     else:
@@ -202,29 +213,64 @@ def _numbers(given: Each, n: int, what: str) -> list[int | None]:
     return list(as_indices(given, n, what))
 
 
-def _intervention(
-    model: HookedLLaVA, activation: Tensor, name: str, axes: _Axes, cell: Sequence[Any], real: list[int]
-) -> Intervention:
-    """The source run's activation, cut to one cell of the map, put into its place."""
-    hook = model.hooks_table[name]
-    at = dict(zip(axes, cell, strict=True))
-    head, image = at.get("head", at.get("kv_head")), at.get("image")
-    value = activation[image or 0]
+class _Places:
+    """Where the cells of a map lie in the patched prompt."""
+
+    def __init__(self, base: Inputs, hook: Hook) -> None:
+        self.base, self.real = base, list(base.token_map.real)
+        self.axes = ImageAxes.of(base) if hook.on_image_side else None
+        self.cells = [layout.object_features().tolist() for layout in base.layouts]
+        self.patches = [patches_of_cells(layout) for layout in base.layouts] if hook.by_tile else []
+
+    def of_image(self, hook: Hook, image: int, place: int | None) -> list[tuple[int | None, list[int] | None]]:
+        """(tile, patches) of a place of an image, or of all of it; for hooks without tiles (None, [its cell]).
+
+        Nothing for a newline, and where a shorter image has no such place.
+        """
+        layout = self.base.layouts[image]
+        if place is None:
+            return [(tile, None) for tile in range(layout.n_tiles)] if hook.by_tile else [(None, None)]
+        assert self.axes is not None
+        feature, cells = int(self.axes.features(layout)[place]), self.cells[image]
+        if feature not in cells:
+            return []
+        return list(self.patches[image][feature].items()) if hook.by_tile else [(None, [cells.index(feature)])]
+
+
+def _interventions(
+    model: HookedLLaVA, activation: Tensor, name: str, at: dict[str, Any], places: _Places
+) -> list[Intervention]:
+    """The source run's activation, cut to one cell of the map, put into its place; none where it has no place."""
+    hook, image = model.hooks_table[name], at.get("image")
+    head = at.get("head", at.get("kv_head"))
+    heads = None if head is None else [head]
     axis = (hook.position_axis or 1) - 1
+
+    def cut(value: Tensor, rows: Sequence[int] | None) -> Tensor:
+        if rows is not None:
+            value = value.index_select(axis, torch.tensor(rows, device=value.device))
+        if head is None:
+            return value
+        head_axis = next(i for i, axis_name in enumerate(hook.axes) if axis_name in ("head", "kv_head"))
+        return value.narrow(head_axis - 1, head, 1)
+
     if image is None:
         place = at["position"]
-        where = real if place is None else list(place.positions) if isinstance(place, _Together) else [place]
-        rows = where
-    else:
-        where = None if at["patch"] is None else [at["patch"]]
-        along = model.config.vision.patches_along(hook.axes[hook.position_axis or 1])
-        rows = None if where is None else [along[where[0]]]
-    if rows is not None:
-        value = value.index_select(axis, torch.tensor(rows, device=value.device))
-    if head is not None:
-        head_axis = next(i for i, axis_name in enumerate(hook.axes) if axis_name in ("head", "kv_head"))
-        value = value.narrow(head_axis - 1, head, 1)
-    return Intervention(name, positions=where, heads=None if head is None else [head], image=image, value=value)
+        where = places.real if place is None else list(place.positions) if isinstance(place, _Together) else [place]
+        return [Intervention(name, positions=where, heads=heads, value=cut(activation[0], where))]
+    found, layout = [], places.base.layouts[image]
+    for tile, patches in places.of_image(hook, image, at.get("patch", at.get("feature"))):
+        if hook.by_tile:
+            row = places.base.tiles[image].start + (tile or 0)
+            along: Sequence[int] = model.config.vision.patches_along(hook.axes[hook.position_axis or 1])
+        else:
+            row, along = image, places.cells[image]
+        rows = (
+            [along[p] for p in patches] if patches is not None else None if hook.by_tile else range(layout.n_features)
+        )
+        value = cut(activation[row], rows)
+        found.append(Intervention(name, positions=patches, heads=heads, image=image, tile=tile, value=value))
+    return found
 
 
 def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes, base: Inputs) -> xr.DataArray:
@@ -234,11 +280,13 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
     layers = [model.hooks_table[name].layer for name in names]
     if layers[0] is not None:
         taken = {"layer": layers, **taken}
+    numbers = to_numpy(values).reshape([len(choices) for choices in taken.values()])
+    if "feature" in taken:
+        return _by_feature(numbers, taken, base)
     places = taken.get("position", [])
     if "position" in taken:
         taken["position"] = [place.positions[0] if isinstance(place, _Together) else place for place in places]
-    shape = [len(choices) for choices in taken.values()]
-    result = xr.DataArray(to_numpy(values).reshape(shape), dims=tuple(taken), coords=dict(taken), name="metric")
+    result = xr.DataArray(numbers, dims=tuple(taken), coords=dict(taken), name="metric")
     if "position" in taken:
         labels = base.token_map.labels
         named = [place.name if isinstance(place, _Together) else labels[place] for place in places]
@@ -246,10 +294,18 @@ def _labelled(model: HookedLLaVA, values: Tensor, names: list[str], axes: _Axes,
         if any(isinstance(place, _Together) for place in places):
             sizes = [len(place.positions) if isinstance(place, _Together) else 1 for place in places]
             result = result.assign_coords(n_positions=("position", sizes))
-        return result
     if "patch" in taken:
-        grid = model.config.vision.patch_grid
-        result.attrs["patch_grid"] = list(grid)
+        result.attrs["patch_grid"] = list(grid := ImageAxes.of(base).shape)
         rows, columns = np.unravel_index(taken["patch"], grid)
         return result.assign_coords(patch_row=("patch", rows), patch_col=("patch", columns))
     return result
+
+
+def _by_feature(numbers: np.ndarray, taken: dict[str, list[Any]], base: Inputs) -> xr.DataArray:
+    """The map of images of several grids, with all that is known of the features that were taken."""
+    axes, chosen = ImageAxes.of(base), taken["feature"]
+    others = [axis for axis in taken if axis != "feature"]
+    values = np.full((*(len(taken[axis]) for axis in others), axes.n_places), np.nan, dtype=numbers.dtype)
+    values[..., chosen] = np.moveaxis(numbers, list(taken).index("feature"), -1)
+    result = axes.labelled(values, others, coords={axis: taken[axis] for axis in others}, name="metric")
+    return result.isel(feature=chosen).transpose(*taken)

@@ -14,6 +14,7 @@ import xarray as xr
 
 from hooked_llava.errors import InputError
 from hooked_llava.readout.resid import next_token_logits
+from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.map_quality import auroc, shares
 from hooked_llava.results.provenance import provenance
 
@@ -34,8 +35,8 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
     Args:
         model: the model.
         inputs: prompts with one image each.
-        maps: [prompt, (image,) patch_row, patch_col] or, for one prompt, [(image,) patch_row, patch_col], such as
-            `patch_importance` gives.
+        maps: [prompt, (image,) patch_row, patch_col], for images of several grids [prompt, (image,) feature], such as
+            `patch_importance` gives; for one prompt without the axis prompt. What is NaN is left out.
         coverage: the share of each patch that objects cover (all of the image's, or those that are asked about), of the
             same shape.
 
@@ -49,25 +50,27 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
     ['confidence', 'entropy', 'map_entropy', 'map_peak', 'mass_on_objects']
     """
     prompts = model.as_inputs(inputs)
-    grid = prompts.patch_grid
-    both = [np.asarray(getattr(v, "values", v), dtype=np.float64).reshape(-1, *grid) for v in (maps, coverage)]
+    shape = ImageAxes.of(prompts).shape
+    both = [np.asarray(getattr(v, "values", v), dtype=np.float64).reshape(-1, *shape) for v in (maps, coverage)]
     if any(len(array) != len(prompts) for array in both):
         raise InputError(
             f"{len(prompts)} prompts, {len(both[0])} maps and {len(both[1])} coverages; give one of each per prompt."
         )
     values, covered = both
+    values = np.where(np.isnan(covered), np.nan, values)
+    places = tuple(range(1, values.ndim))
     with provenance("answer_signs", model, prompts, n_forward=1) as made:
         log_p = next_token_logits(model, prompts).double().log_softmax(-1)
-        positive = np.clip(values, 0, None)
-        total = positive.sum((1, 2))
-        on = (positive * np.clip(covered, 0, 1)).sum((1, 2)) / np.where(total > 0, total, 1)
-        part = shares(values)
+        positive = np.nan_to_num(np.clip(values, 0, None))
+        total = positive.sum(places)
+        on = (positive * np.nan_to_num(np.clip(covered, 0, 1))).sum(places) / np.where(total > 0, total, 1)
+        part = np.nan_to_num(shares(values, n_axes=len(places)))
         found = {
             "confidence": log_p.exp().amax(-1).cpu().numpy(),
             "entropy": -(log_p.exp() * log_p).sum(-1).cpu().numpy(),
             "mass_on_objects": np.where(total > 0, on, 0.0),
-            "map_entropy": -(part * np.log(np.where(part > 0, part, 1))).sum((1, 2)),
-            "map_peak": values.max((1, 2)),
+            "map_entropy": -(part * np.log(np.where(part > 0, part, 1))).sum(places),
+            "map_peak": np.nanmax(values, places),
         }
         return xr.Dataset({name: ("prompt", array) for name, array in found.items()}, attrs=made.attrs())
 

@@ -20,6 +20,7 @@ from hooked_llava.readout.vocabulary import decode_text, decode_tokens
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
+from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def answer_without(
         inputs: one prompt.
         target: the token that is followed, a word or an id.
         heads: (layer, head) pairs, the most important first; their z becomes 0 at the last position. Up to 16 are removed.
-        patches: numbers by patch [image, patch_row, patch_col], the most important being the largest; these patches become
-            the processor's mean color in the image. Up to all of them are removed.
+        patches: numbers by patch [image, patch_row, patch_col] (of images of several grids [image, feature]), the most
+            important being the largest; what they show becomes the processor's mean color in the image. Up to all of
+            them are removed; what is NaN stays.
 
     Returns a dataset [run]: `probability` of the target, and of the most probable token `token`, `token_id` and
     `token_probability`; coordinates `removed` ("nothing", "heads", "patches"), `n_removed`, and `n_ranked`, of how many.
@@ -67,7 +69,7 @@ def answer_without(
     for n in _sizes(min(len(ranked), _MOST_HEADS)):
         zeros = [Intervention(("z", layer), positions="last", heads=[head], zero=True) for layer, head in ranked[:n]]
         removals.append(("heads", n, len(ranked), zeros))
-    order = [] if patches is None else _ranked_patches(prompt, patches)
+    order = [] if patches is None else ImageAxes.of(prompt).ranked(patches.transpose("image", ...).values).tolist()
     removals += [("patches", n, len(order), _blanked(model, prompt, order[:n])) for n in _sizes(len(order))]
     about = {"target": decode_text(model, [token]), "target_id": token}
     with provenance("answer_without", model, prompt, n_forward=1, **about) as made:
@@ -117,13 +119,8 @@ def _sizes(n: int) -> list[int]:
     return sorted({*(2**i for i in range(n.bit_length())), n} - {0})
 
 
-def _ranked_patches(prompt: Inputs, patches: xr.DataArray) -> list[tuple[int, int]]:
-    """(image, patch) from the largest value to the smallest, equal ones in their order."""
-    flat = patches.transpose("image", ...).values.reshape(prompt.n_images, -1)
-    order = np.argsort(-flat.ravel(), kind="stable").tolist()
-    return [divmod(i, flat.shape[1]) for i in order]
-
-
-def _blanked(model: HookedLLaVA, prompt: Inputs, patches: Sequence[tuple[int, int]]) -> list[Intervention]:
+def _blanked(model: HookedLLaVA, prompt: Inputs, patches: list[list[int]]) -> list[Intervention]:
+    """The interventions that take (image, feature) away."""
     images = sorted({image for image, _ in patches})
-    return [blank(model, prompt, [p for i, p in patches if i == image], image=image) for image in images]
+    each = [blank(model, prompt, [f for i, f in patches if i == image], image=image) for image in images]
+    return [change for changes in each for change in changes]

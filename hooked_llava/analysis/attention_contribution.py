@@ -28,6 +28,7 @@ from hooked_llava.readout.metrics import probability
 from hooked_llava.readout.resid import logits_at, rows_at
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.arrays import to_numpy
+from hooked_llava.results.image_axes import ImageAxes, take
 from hooked_llava.results.map_quality import roc_auc
 from hooked_llava.results.provenance import provenance
 
@@ -59,7 +60,8 @@ def attention_contribution(
         answer: for "logit", a token id, or a word that is one token after the prompt; the model's own next token by default.
 
     Returns a dataset with `constraint_to_last` [layer, source] over the constraint's tokens (`source` are positions,
-    `label` their text), and with an image `image_to_constraint` [layer, image, patch_row, patch_col]; an axis head
+    `label` their text), and with an image `image_to_constraint` [layer, image, patch_row, patch_col], for images of several
+    grids [layer, image, feature] (see `results.image_axes`); an axis head
     follows layer if `by_head`. Attributes: `answer`, `measured` ("first
     token" of the model's own answer, or "whole answer") and `confidence`, the probability of the model's own next token.
     Raises `InputError` and `SpanError` for what does not fit.
@@ -164,8 +166,12 @@ def _labelled(
         "constraint_to_last": ((*dims, "source"), to_numpy(sizes[..., 1, sources]), units),
     }
     if token_map.n_images:
-        grids = [sizes[..., 0, token_map.patches(i).tolist()] for i in range(token_map.n_images)]
-        grid = torch.stack(grids, -2).unflatten(-1, prompt.patch_grid)  # (layer, *head, image, patch_row, patch_col)
-        found["image_to_constraint"] = ((*dims, "image", "patch_row", "patch_col"), to_numpy(grid), units)
+        axes = ImageAxes.of(prompt)
+        at_images = take(sizes[..., 0, :], axes.positions(token_map))  # (layer, *head, image, place)
+        image_to_constraint = axes.labelled(to_numpy(at_images), (*dims, "image"), attrs=units)
+        labels_of = (
+            {"label": "feature_label"} if "label" in image_to_constraint.coords else {}
+        )  # `label` is of the sources
+        found["image_to_constraint"] = image_to_constraint.rename(labels_of)
     labels = [token_map.labels[p] for p in sources]
     return xr.Dataset(found, coords=coords | {"source": sources, "label": ("source", labels)})

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hooked_llava.analysis.maps.occlusion import Where, blank, forwards_of, mean_embedding
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
+from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -45,11 +47,12 @@ def deletion_curves(
     Args:
         model: the model.
         inputs: one prompt with an image.
-        maps: by name, numbers by patch [patch_row, patch_col], the most important being the largest.
+        maps: by name, numbers by patch [patch_row, patch_col] (of images of several grids [feature]), the most important
+            being the largest; what is NaN stays.
         target: answer that is followed; the model's own next token by default.
         directions: "deletion" (a good map lets the answer fall early), "insertion" (rise early), or both.
         shares: parts of the patches, from 0 to 1, increasing.
-        where: take patches away in the "image", or as image "tokens" after the vision tower.
+        where: take patches away in the "image", in every grid that shows them, or as image "tokens" after the vision tower.
         image: which image of the prompt.
 
     Returns `probability`, and `area` [direction, map] under each curve over the shares. Equal values are taken in the
@@ -68,25 +71,26 @@ def deletion_curves(
     if len(prompt) != 1 or not 0 <= image < prompt.n_images or not maps:
         got = f"{len(prompt)} prompts, {prompt.n_images} images, {len(maps)} maps, and image={image}"
         raise InputError(f"deletion_curves follows maps of one prompt's image; got {got}.")
-    grids = {name: _checked(prompt.patch_grid, name, values) for name, values in maps.items()}
+    axes, layout = ImageAxes.of(prompt), prompt.layouts[image]
+    orders = {name: _order(axes, layout, name, values, where) for name, values in maps.items()}
     found = read_target(model, prompt, target)
     longer = found.inputs
     with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
         replay, positions = Replay(model, longer), found.logit_positions[0].tolist()
         found = found.with_own(model, replay.logits(positions)[None])
         fill = mean_embedding(model, longer, image) if where == "tokens" else None
-        gone = [_gone(values, share, way) for way in ways for values in grids.values() for share in steps]
+        gone = [_gone(order, share, way) for way in ways for order in orders.values() for share in steps]
         different = list(dict.fromkeys(gone))  # all curves share their ends, and similar maps more
-        runs = [[blank(model, longer, p, image=image, where=where, fill=fill)] if p else [] for p in different]
+        runs = [blank(model, longer, features, image=image, where=where, fill=fill) for features in different]
         once = replay.run(runs, found.metric(0), positions=positions)
         log_p = once[[different.index(p) for p in gone]]
-        values = to_numpy(log_p.exp()).reshape(len(ways), len(grids), len(steps))
+        values = to_numpy(log_p.exp()).reshape(len(ways), len(orders), len(steps))
         made.n_forward = forwards_of(replay)  # its runs included
         attrs = made.attrs(**found.attrs(model, "target"), runs=len(runs))
     area = np.trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0])
     return xr.Dataset(
         {"probability": (("direction", "map", "share"), values), "area": (("direction", "map"), area)},
-        coords={"direction": ways, "map": list(grids), "share": steps},
+        coords={"direction": ways, "map": list(orders), "share": steps},
         attrs=attrs,
     )
 
@@ -108,15 +112,15 @@ def _steps(shares: Sequence[float | int]) -> Float[np.ndarray, " share"]:
     return steps
 
 
-def _checked(grid: tuple[int, int], name: str, values: Any) -> Float[np.ndarray, " patch"]:
+def _order(axes: ImageAxes, layout: ImageLayout, name: str, values: Any, where: Where) -> Int[np.ndarray, " feature"]:
+    """The features that a map puts in order, the largest value first; newlines only where tokens are taken away."""
     array = np.asarray(getattr(values, "values", values), dtype=np.float64).squeeze()
-    if array.shape != grid:
-        raise InputError(f"Map {name!r} has the shape {array.shape}; expected one number per patch, {grid}.")
-    return array.reshape(-1)
+    if array.shape != axes.shape:
+        raise InputError(f"Map {name!r} has the shape {array.shape}; expected one number per patch, {axes.shape}.")
+    return axes.ranked(array[None], [layout], cells_only=where == "image")[:, 1]
 
 
-def _gone(values: Float[np.ndarray, " patch"], share: float, way: Direction) -> tuple[int, ...]:
-    """Patches that are blank when so large a share of the patches has had its turn."""
-    order = np.argsort(-values, kind="stable").tolist()
+def _gone(order: Int[np.ndarray, " feature"], share: float, way: Direction) -> tuple[int, ...]:
+    """Features that are blank when so large a share of them has had its turn."""
     n = round(share * len(order))
-    return tuple(sorted(order[:n] if way == "deletion" else order[n:]))
+    return tuple(sorted((order[:n] if way == "deletion" else order[n:]).tolist()))

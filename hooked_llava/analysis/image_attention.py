@@ -12,6 +12,7 @@ import xarray as xr
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.results.image_axes import ImageAxes, take
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "last") -> xr.DataArray:
     """Attention of every head from one position to every patch, [image, layer, head, patch_row, patch_col].
+
+    For images of several grids [image, layer, head, feature], newlines included: see `results.image_axes`.
 
     The numbers are `hook_pattern` itself: a head's row sums to 1 over all keys, so what is missing went to text.
     Raises `InputError` for several prompts or positions, or a prompt without an image.
@@ -36,7 +39,7 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         raise InputError(
             f"image_attention takes one prompt with an image; got {len(prompt)} prompts with {prompt.n_images} images."
         )
-    token_map, grid = prompt.token_map, prompt.patch_grid
+    axes = ImageAxes.of(prompt)
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; expected one, such as 'last'.")
@@ -46,10 +49,10 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         )
         names = (model.hooks_table.name("pattern", i) for i in range(model.cfg.n_layers))
         pattern = torch.stack([cache[name][:, 0] for name in names])  # (layer, head, key)
-        maps = [pattern[..., token_map.patches(i).tensor(pattern.device)] for i in range(prompt.n_images)]
-        return xr.DataArray(
-            torch.stack(maps).unflatten(-1, grid).float().cpu().numpy(),
-            dims=("image", "layer", "head", "patch_row", "patch_col"),
+        maps = take(pattern, axes.positions(prompt.token_map)).movedim(-2, 0)  # (image, layer, head, place)
+        return axes.labelled(
+            maps.float().cpu().numpy(),
+            ("image", "layer", "head"),
             coords={"layer": range(model.cfg.n_layers), "head": range(model.cfg.n_heads)},
             name="attention",
             attrs=made.attrs(),

@@ -9,6 +9,7 @@ term of its own). What a component does by way of later ones is not in its term.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from hooked_llava.readout.head_outputs import head_outputs_along
 from hooked_llava.readout.resid import logits_at, rows_at
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.arrays import stack, to_numpy
+from hooked_llava.results.image_axes import ImageAxes, take
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ def logit_attribution(
             "layer" [layer] (attention and MLP of each together);
             "head" [layer, head]; "neuron" [layer, neuron];
             "source" [layer, head, source], each head's part by the position it comes from (A v W_O, its
-            value-output); "patch" [layer, head, patch_row, patch_col] of the image ([layer, head, image, ...] of several).
+            value-output); "patch" [layer, head, patch_row, patch_col] of the image ([layer, head, image, ...] of several;
+            for images of several grids feature in place of patch_row and patch_col, see `results.image_axes`).
         position: where the logit is read.
 
     The parts and the attribute `rest` (what is divided no further: the embedding, biases, for heads and neurons
@@ -77,6 +80,8 @@ def logit_attribution(
     words_of = (answer, baseline)
 
     def tokens(token_map: TokenMap) -> list[int | None]:
+        if by == "patch" and not token_map.n_images:
+            raise InputError("by='patch' needs an image, and this prompt has none; use by='source'.")
         own = [None if word is None else single_token(model, token_map, word) for word in words_of]
         if own[0] is not None and own[0] == own[1]:
             same = _word(model, own[0])
@@ -84,7 +89,10 @@ def logit_attribution(
         return own
 
     each = prompts.each(tokens, prompts.token_maps)  # all are checked before anything is run
-    results = prompts.each(lambda one, own: _one_prompt(model, one, own[0], own[1], by, position), prompts, each)
+    divide = partial(_by_patch, axes=ImageAxes.of(prompts)) if by == "patch" else _DIVIDE[by]
+    results = prompts.each(
+        lambda one, own: _one_prompt(model, one, own[0], own[1], by, divide, position), prompts, each
+    )
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 
@@ -102,10 +110,14 @@ def contribution_sums(components: xr.DataArray) -> dict[str, float]:
 
 
 def _one_prompt(
-    model: HookedLLaVA, prompt: Inputs, answer: int | None, baseline: int | None, by: By, position: int | str
+    model: HookedLLaVA,
+    prompt: Inputs,
+    answer: int | None,
+    baseline: int | None,
+    by: By,
+    divide: Callable[..., xr.DataArray],
+    position: int | str,
 ) -> xr.DataArray:
-    if by == "patch" and not prompt.n_images:
-        raise InputError("by='patch' needs an image, and this prompt has none; use by='source'.")
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:
         raise InputError(f"position={position!r} means {len(where)} positions; expected one, such as 'last'.")
@@ -118,7 +130,7 @@ def _one_prompt(
         scale = model.ln_final.scale_of(rows_at(final, index))[0, 0]
         direction = _direction(model, answer, baseline) / scale  # (d_model)
         total = float(logits[answer] - (0.0 if baseline is None else logits[baseline]))
-        result = _DIVIDE[by](model, cache, direction, prompt)
+        result = divide(model, cache, direction, prompt)
         if by == "component":
             result = xr.concat([result, *_biases(model, answer, baseline)], "component")
         attrs = {
@@ -222,14 +234,21 @@ def _by_source(
 
 
 def _by_patch(
-    model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
+    model: HookedLLaVA,
+    cache: dict[str, Tensor],
+    direction: Float[Tensor, " d_model"],
+    prompt: Inputs,
+    *,
+    axes: ImageAxes,
 ) -> xr.DataArray:
-    values, token_map = _by_position(model, cache, direction), prompt.token_map
-    patches = (token_map.patches(image).tensor(values.device) for image in range(token_map.n_images))
-    grids = [values[..., where].unflatten(-1, prompt.patch_grid) for where in patches]
-    if len(grids) == 1:
-        return _labelled(grids[0], "layer", "head", "patch_row", "patch_col")
-    return _labelled(torch.stack(grids, 2), "layer", "head", "image", "patch_row", "patch_col")
+    values = take(
+        _by_position(model, cache, direction), axes.positions(prompt.token_map)
+    )  # (layer, head, image, place)
+    dims = ("layer", "head", "image")
+    if prompt.n_images == 1:
+        values, dims = values[:, :, 0], dims[:2]
+    coords = dict(zip((*dims, *axes.dims), map(range, (*values.shape[:-1], *axes.shape)), strict=True))
+    return axes.labelled(to_numpy(values), dims, layouts=prompt.layouts, coords=coords, name="logit")
 
 
 def _by_position(
@@ -262,7 +281,6 @@ _DIVIDE: dict[str, Callable[..., xr.DataArray]] = {
     "head": _by_head,
     "neuron": _by_neuron,
     "source": _by_source,
-    "patch": _by_patch,
 }
 
 

@@ -14,8 +14,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.analysis.maps.patches import patch_positions
 from hooked_llava.analysis.maps.scores import Heads, check_choice
+from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.options.patch_maps import PATCH_MAPS
@@ -23,10 +23,14 @@ from hooked_llava.readout.answer import unwrap_single
 from hooked_llava.readout.answer_cache import AnswerCache, Target, prompts_of
 from hooked_llava.readout.answer_tokens import per_prompt
 from hooked_llava.results.arrays import stack, to_numpy
+from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+
+
+_WHOLE = ("grid", ALL)  # the default, which goes without saying
 
 
 def patch_importance(
@@ -39,9 +43,12 @@ def patch_importance(
     vision: bool = False,
     steps: int = 16,
     window: int = 1,
+    grid: str = ALL,
     fill: Float[Tensor, " d_model"] | None = None,
 ) -> xr.DataArray:
     """How much every patch matters for the answer, [image, patch_row, patch_col]; several prompts give a first axis prompt.
+
+    For images of several grids, [image, feature]: see `results.image_axes`.
 
     Args:
         model: the model.
@@ -56,6 +63,7 @@ def patch_importance(
         vision: for gradients, rollout and relevancy: carry on through the vision tower to the pixels and patches.
         steps: points of the path, for "integrated_gradients".
         window: side in patches of the square that is blanked, for "occlusion" and "token_ablation".
+        grid: for "occlusion" the grid in whose tiles what a patch shows is blanked; "all" of them by default.
         fill: what takes the place of an image embedding, for "token_ablation".
 
     Positive numbers speak for the answer (attention and rollout do not know for or against). Attributes: `target`,
@@ -72,16 +80,18 @@ def patch_importance(
     >>> inputs.token_map.patch_to_position(row, column) in star
     True
     """
-    given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "fill": fill}
+    given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "grid": grid, "fill": fill}
     options, how = _options(model, method, given), PATCH_MAPS[method]
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not an AnswerCache.")
     prompts = prompts_of(model, inputs)
-    patch_positions(prompts)  # refuses prompts without images before anything runs
+    axes = ImageAxes.of(prompts)
+    axes.positions_of_all(prompts)  # refuses unequally many images before anything runs
     if how.one_prompt and len(prompts) > 1:
         apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
-        return stack([_importance(model, p, t, method, options).isel(prompt=0, drop=True) for p, t in apart], "prompt")
-    result = _importance(model, inputs if how.takes_cache else prompts, target, method, options)
+        each = [_importance(model, p, t, method, options, axes).isel(prompt=0, drop=True) for p, t in apart]
+        return stack(each, "prompt")
+    result = _importance(model, inputs if how.takes_cache else prompts, target, method, options, axes)
     return result if len(prompts) > 1 else result.isel(prompt=0, drop=True)
 
 
@@ -98,17 +108,17 @@ def _options(model: HookedLLaVA, method: str, given: dict[str, Any]) -> dict[str
     return {name: given[name] for name in own}
 
 
-def _importance(model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any]) -> xr.DataArray:
-    said = {name: value for name, value in options.items() if name not in ("heads", "fill")}
+def _importance(
+    model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any], axes: ImageAxes
+) -> xr.DataArray:
+    said = {name: value for name, value in options.items() if name not in ("heads", "fill") and (name, value) != _WHOLE}
     said["units"] = PATCH_MAPS[method].units
     prompts = prompts_of(model, inputs)
     with provenance("patch_importance", model, prompts, n_forward=1, method=method, **said) as made:
         found = PATCH_MAPS[method].draw(model, inputs, target, **options)
         attrs = found.target | {"n_backward": found.n_backward}
         attrs |= {} if found.heads is None else {"heads": unwrap_single(found.heads)}
-        return xr.DataArray(
-            to_numpy(found.maps.unflatten(-1, prompts.patch_grid)),
-            dims=("prompt", "image", "patch_row", "patch_col"),
-            name=method,
-            attrs=made.attrs(**attrs) | {"n_forward": found.n_forward},
+        attrs = made.attrs(**attrs) | {"n_forward": found.n_forward}
+        return axes.labelled(
+            to_numpy(found.maps), ("prompt", "image"), layouts=prompts.layouts, name=method, attrs=attrs
         )

@@ -157,21 +157,21 @@ class ImageLayout:
         return labels
 
     def unfold(self, values: _Array) -> dict[str, _Array]:
-        """Numbers by feature [..., feature] as numbers by cell: for each grid [..., row, col], newlines left out.
+        """Numbers [..., feature], an array or a tensor, as numbers by cell: for each grid [..., row, col].
 
-        Arrays or tensors; the result shares their memory where it can. What comes after the last feature (zeros that
-        fill up shorter images) is left out. Raises `InputError` for fewer numbers than features.
+        Newlines, and what comes after the last feature, are left out. Raises `InputError` for too few numbers.
         """
-        if values.shape[-1] < self.n_features:
-            raise InputError(
-                f"There are {values.shape[-1]} numbers for {self.n_features} features; expected one for each."
-            )
-        unfolded = {}
-        for grid in self.grids:
-            first, (rows, columns) = self.first_features[grid.name], grid.shape
-            cells = values[..., first : first + rows * grid.row_stride]
-            unfolded[grid.name] = cells.reshape(*values.shape[:-1], rows, grid.row_stride)[..., :columns]
-        return unfolded
+        if (n := values.shape[-1]) < self.n_features:
+            raise InputError(f"There are {n} numbers for {self.n_features} features; expected one for each.")
+        return {name: values[..., self.cell_features(name)] for name in self.names}
+
+    def fold(self, by_grid: Mapping[str, Float[np.ndarray, "*batch row col"]]) -> Float[np.ndarray, "*batch feature"]:
+        """The reverse of `unfold`; NaN for newlines, the class token, and grids that are not given."""
+        batch = next(iter(by_grid.values())).shape[:-2]
+        values = np.full((*batch, self.n_features), np.nan)
+        for name, cells in by_grid.items():
+            values[..., self.cell_features(name)] = cells
+        return values
 
     # Pixels of the original image
 

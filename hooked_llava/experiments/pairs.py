@@ -25,6 +25,7 @@ from hooked_llava.prompt.pixels import process_images
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
+from hooked_llava.results.image_axes import ImageAxes
 
 _NOISE = 3.0  # Meng et al. 2022 (arXiv 2202.05262) corrupt with three times the spread of the token embeddings
 _SHOWN = 12  # questions of a pool that an error lists
@@ -42,15 +43,22 @@ def check_pair(clean: Inputs, corrupted: Inputs) -> None:
         )
 
 
-def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image patch_row patch_col"]:
-    """Which patches of two prompts' images differ in a pixel, as the model receives them."""
-    rows, columns = first.patch_grid
+def changed_patches(first: Inputs, second: Inputs) -> Bool[np.ndarray, "image ..."]:
+    """Which patches of two prompts' images differ in a pixel, as the model receives them.
+
+    [image, patch_row, patch_col]; for images of several grids [image, feature], where newlines never differ. Raises
+    `InputError` without an image.
+    """
+    axes = ImageAxes.of(first)
     assert first.pixel_values is not None
     assert second.pixel_values is not None
-    differs = (first.pixel_values != second.pixel_values).any(1)  # (image, height, width)
-    n, height, width = differs.shape
-    blocks = differs.reshape(n, rows, height // rows, columns, width // columns)
-    return blocks.any(4).any(2).cpu().numpy()
+    differs = (first.pixel_values != second.pixel_values).any(1)  # (tile, height, width)
+    grid = first.layouts[0].grids[0]
+    rows, columns, image = grid.rows.patches_per_tile, grid.columns.patches_per_tile, grid.columns.image
+    size = differs.shape[-1] // columns if image is None else image.patch_size
+    blocks = differs[:, : rows * size, : columns * size].reshape(-1, rows, size, columns, size)
+    shares = axes.of_patches(blocks.any(4).any(2).float())
+    return (shares > 0).reshape(-1, *axes.shape).cpu().numpy()
 
 
 def prompt_pairs(

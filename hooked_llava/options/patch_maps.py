@@ -96,7 +96,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         title="Occlusion",
         meaning="what log P loses when a patch is painted grey in the image, and the model is run again",
         units=_NATS,
-        options=("window",),
+        options=("window", "grid"),
         one_prompt=True,
     ),
     "token_ablation": PatchMap(

@@ -126,20 +126,6 @@ class Inputs:
             )
         return self.token_maps[0]
 
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of patches, of all images the same: what results with axes patch_row and patch_col need.
-
-        Raises `InputError` without images, for images of several grids, and for grids of different shapes.
-        """
-        grids = [[grid.shape for grid in layout.grids] for layout in self.layouts]
-        if not grids or any(shapes != grids[0][:1] for shapes in grids):
-            raise InputError(
-                f"Numbers by patch_row and patch_col need images with one grid of patches each, all of one shape; these "
-                f"{len(grids)} images have grids of {grids} (rows, columns)."
-            )
-        return grids[0][0]
-
     @cached_property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the positions that image embeddings take."""

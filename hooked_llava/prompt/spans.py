@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -96,21 +96,47 @@ def span_by_object(
     return Positions(drawn.choice(others.tolist(), len(wanted), replace=False).tolist())
 
 
-def positions_by_grid(starts: Sequence[int], layouts: Sequence[ImageLayout]) -> dict[str, Positions]:
-    """For each grid the positions that the images of several grids have in it, newlines included; nothing where none has.
+NEWLINES = "newlines"
+"""The newline positions of images, where they have such."""
+
+
+def positions_within_images(starts: Sequence[int], layouts: Sequence[ImageLayout]) -> dict[str, Positions]:
+    """The spans that images have within them: each grid where there are several, its newlines included; and newlines.
 
     >>> from hooked_llava.architecture import Grid, GridAxis
     >>> base = Grid(name="base", rows=GridAxis.of(1), columns=GridAxis.of(2))
     >>> fine = Grid(name="fine", rows=GridAxis.of(1), columns=GridAxis.of(2), newline="row", first_tile=1)
-    >>> positions_by_grid([5], [ImageLayout(grids=(base, fine))])
-    {'base': Positions(5..6), 'fine': Positions(7..9)}
+    >>> positions_within_images([5], [ImageLayout(grids=(base, fine))])
+    {'base': Positions(5..6), 'fine': Positions(7..9), 'newlines': Positions(9)}
     """
     found: dict[str, Positions] = {}
+
+    def add(name: str, positions: Iterable[int]) -> None:
+        if own := Positions(positions):
+            found[name] = found.get(name, Positions()) | own
+
     for start, layout in zip(starts, layouts, strict=True):
         for grid in layout.grids if len(layout.grids) > 1 else ():
             first = start + layout.first_features[grid.name]
-            found[grid.name] = found.get(grid.name, Positions()) | range(first, first + grid.n_features)
+            add(grid.name, range(first, first + grid.n_features))
+        add(NEWLINES, (layout.newline_features() + start).tolist())
     return found
+
+
+def image_parts(starts: Sequence[int], layouts: Sequence[ImageLayout]) -> list[tuple[str, range]]:
+    """The positions of every image under its name; where it has several grids, those of each apart.
+
+    >>> from hooked_llava.architecture.layouts import llava_layout
+    >>> image_parts([1, 6], [llava_layout(2, 2), llava_layout(1, 2)])
+    [('image 0', range(1, 5)), ('image 1', range(6, 8))]
+    """
+    parts = []
+    for number, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
+        name = "image" if len(layouts) == 1 else f"image {number}"
+        stops = [*(layout.first_features[grid] for grid in layout.names[1:]), layout.n_features]
+        for grid, first, stop in zip(layout.names, [0, *stops[:-1]], stops, strict=True):
+            parts.append((name if len(stops) == 1 else f"{name}, {grid}", range(start + first, start + stop)))
+    return parts
 
 
 def unknown_span(name: str, known: Sequence[str], text: str) -> str:

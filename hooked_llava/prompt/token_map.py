@@ -6,7 +6,7 @@ The named spans of a prompt (padding belongs to none):
 |---|---|
 | `system` | text before the first image, or before the question where there is no image, that is in no other span |
 | `image` | all images; `token_map["image", 1]` or `token_map.image(1)` is the second one |
-| `base`, `fine` | parts of `image` cut into tiles: what shows the whole image at once, and its tiles with their newlines |
+| `base`, `fine`, `newlines` | parts of `image` cut into tiles: the whole at once; its tiles with their newlines; these alone |
 | `question` | the question as asked, its options included |
 | `options` | the answer options named in the question, a part of it |
 | `rest` | every other text: template, instruction tail, answer prefix; without it knocked-out edges leak |
@@ -354,7 +354,7 @@ class TokenMap:
         A line is longer only where a single token is.
         """
         tokens = self.words.tokens if self.words is not None else [str(token_id) for token_id in self.token_ids]
-        spans = {name: p for name, p in self.spans.items() if name not in self._by_grid or name in self.named}
+        spans = {name: p for name, p in self.spans.items() if name not in self._within_images or name in self.named}
         return format_table(tokens, self.real, self.image_ranges, spans, width)
 
     @cached_property
@@ -374,15 +374,15 @@ class TokenMap:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*SPANS, *self._by_grid, *self.named)))
+        return tuple(dict.fromkeys((*SPANS, *self._within_images, *self.named)))
 
     @cached_property
-    def _by_grid(self) -> dict[str, Positions]:
-        """The spans of the grids, where images have several; the user's own of that name goes before."""
-        return of_spans.positions_by_grid(self.image_starts, self.layouts)
+    def _within_images(self) -> dict[str, Positions]:
+        """The spans within images, such as `base`; the user's own of that name goes before."""
+        return of_spans.positions_within_images(self.image_starts, self.layouts)
 
     def _positions(self, name: str) -> Positions:
-        return self._partition[name] if name in SPANS else (self._by_grid | dict(self.named))[name]
+        return self._partition[name] if name in SPANS else (self._within_images | dict(self.named))[name]
 
     def _at(self, image: int, features: np.ndarray) -> Positions:
         return Positions((features + self.image_starts[image]).tolist())

@@ -50,9 +50,10 @@ def stack(results: Sequence[Any], dim: str) -> Any:
         if (places != places[0]).any():
             per_result["absolute_position"] = ((dim, "position"), places)
             bare = [r.assign_coords(position=range(places.shape[1])) for r in bare]
-    if any("label" in r.coords and not r.label.equals(bare[0].label) for r in bare):
-        per_result["label"] = ((dim, *bare[0].label.dims), np.stack([r.label.values for r in bare]))
-        bare = [r.drop_vars("label") for r in bare]
+    for name in ("label", "grid", "row", "col"):  # what stands at the places of an axis
+        if any(name in r.coords and not r[name].equals(bare[0][name]) for r in bare):
+            per_result[name] = ((dim, *bare[0][name].dims), np.stack([r[name].values for r in bare]))
+            bare = [r.drop_vars(name) for r in bare]
     joined = xr.concat(bare, dim=dim, coords="minimal", compat="override", join="exact")
     return joined.assign_coords(per_result).assign_attrs(join_attrs([r.attrs for r in results]))
 

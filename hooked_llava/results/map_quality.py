@@ -6,6 +6,7 @@ of the patches only, so maps in different units can be compared; ties count half
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,10 @@ def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: floa
     the object with as many highest patches as it has. `specificity`: `auc` against patches of other objects only.
 
     Args:
-        maps: [..., patch_row, patch_col], such as `patch_importance` gives for images one per prompt.
-        coverage: the share of each patch that the object covers, or booleans, of the same shape.
+        maps: [..., patch_row, patch_col], such as `patch_importance` gives for images one per prompt; or a labelled array
+            [..., feature], where what is NaN in the map or in the coverage (newlines) is left out.
+        coverage: the share of each patch that the object covers, or booleans, of the same shape; by feature
+            `layout.fold(layout.box_shares(box))`.
         others: likewise for all other objects together, for `specificity`.
         threshold: share from which on a patch counts as the object's.
 
@@ -45,20 +48,21 @@ def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: floa
     """
     import xarray as xr
 
-    scores, object_is_there = _flat(maps), _flat(coverage) >= threshold
-    if scores.shape != object_is_there.shape:
+    by_feature = "feature" in getattr(maps, "dims", ())
+    scores, covered = (_flat(values, 1 if by_feature else 2) for values in (maps, coverage))
+    if scores.shape != covered.shape:
         raise InputError(
             f"The maps have the shape {np.shape(maps)} and the coverage {np.shape(coverage)}; give one share for each patch."
         )
-    found: dict[str, Any] = {
-        "auc": roc_auc(scores, object_is_there),
-        "average_precision": average_precision(scores, object_is_there),
-        "pointing": pointing(scores, object_is_there),
-        "iou": iou_at_size(scores, object_is_there),
-    }
-    if others is not None:
-        other_is_there = (_flat(others) >= threshold) & ~object_is_there
-        found["specificity"] = roc_auc(scores, object_is_there, among=object_is_there | other_is_there)
+    other = None if others is None else _flat(others, 1 if by_feature else 2) >= threshold
+    found: dict[str, list[float]] = {name: [] for name in (MEASURES if others is not None else MEASURES[:-1])}
+    for row in range(len(scores)):
+        counted = ~np.isnan(scores[row]) & ~np.isnan(covered[row]) if by_feature else slice(None)
+        own, is_object = scores[row][counted][None], (covered[row][counted] >= threshold)[None]
+        for name, measure in _MEASURES.items():
+            found[name] += measure(own, is_object).tolist()
+        if other is not None:
+            found["specificity"] += roc_auc(own, is_object, among=is_object | other[row][counted]).tolist()
     return xr.Dataset({name: ("prompt", values) for name, values in found.items()}, attrs={"threshold": threshold})
 
 
@@ -214,26 +218,30 @@ def mean_intervals(
     return np.stack([means[0], *np.where(empty, np.nan, ends)]).reshape(3, *values.shape[1:])
 
 
-def shares(maps: Float[np.ndarray, "... patch_row patch_col"]) -> Float[np.ndarray, "... patch_row patch_col"]:
+def shares(maps: Float[np.ndarray, "..."], *, n_axes: int = 2) -> Float[np.ndarray, "..."]:
     """A map as non-negative shares that sum to 1: less its smallest value, over the sum (method (g) of arXiv 2411.10950).
 
-    A constant map has equal shares.
+    The last `n_axes` are a map's own, [patch_row, patch_col] by default. A constant map has equal shares; NaN stays.
 
     >>> shares(np.array([[1.0, 2.0], [1.0, 4.0]])).tolist()
     [[0.0, 0.25], [0.0, 0.75]]
     """
-    lifted = maps - maps.min((-2, -1), keepdims=True)
-    total = lifted.sum((-2, -1), keepdims=True)
-    even = 1 / (maps.shape[-1] * maps.shape[-2])
+    axes = tuple(range(-n_axes, 0))
+    lifted = maps - np.nanmin(maps, axes, keepdims=True)
+    total = np.nansum(lifted, axes, keepdims=True)
+    even = np.where(np.isnan(maps), np.nan, 1 / (~np.isnan(maps)).sum(axes, keepdims=True))
     return np.where(total > 0, lifted / np.where(total > 0, total, 1), even)
 
 
-def _flat(maps: Any) -> np.ndarray:
-    """[..., patch_row, patch_col] as float64 [prompt, patch]."""
+_MEASURES = {"auc": roc_auc, "average_precision": average_precision, "pointing": pointing, "iou": iou_at_size}
+
+
+def _flat(maps: Any, n_axes: int) -> Float[np.ndarray, "prompt place"]:
+    """[..., patch_row, patch_col], or [..., feature], as float64."""
     array = np.asarray(getattr(maps, "values", maps), dtype=np.float64)
-    if array.ndim < 2:
+    if array.ndim < n_axes:
         raise InputError(f"A map has the shape {array.shape}; expected [..., patch_row, patch_col].")
-    return array.reshape(-1, array.shape[-2] * array.shape[-1])
+    return array.reshape(-1, math.prod(array.shape[-n_axes:]))
 
 
 def _each(

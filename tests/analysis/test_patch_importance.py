@@ -12,12 +12,9 @@ import xarray as xr
 
 from hooked_llava import results
 from hooked_llava.analysis import head_scores, image_attention, patch_importance, top_heads
-from hooked_llava.analysis.maps.patches import patch_positions
-from hooked_llava.architecture import llava_layout
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
-from tests.layouts import by_hand, inputs_of
 from tests.oracles.naive_scores import NaiveScores, rollout
 from tests.pairs import as_users_run, batch, pair
 
@@ -142,7 +139,7 @@ def test_gradients_of_a_model_in_half_precision_are_added_up_in_single(monkeypat
     monkeypatch.setattr(gradients, "_gradient", constant)
     read, ids = inputs.last[:, None], torch.tensor([[[7]]])
     found, _ = gradients.integrated_gradients(half.ours, inputs, read, ids, steps=400, vision=True)
-    expected = gradients.sum_pixels(half.ours, inputs.pixel_values.float(), gradients.patch_positions(inputs))
+    expected = gradients.sum_pixels(half.ours, inputs.pixel_values.float())[:, None].flatten(2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -288,10 +285,3 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
                 patch_importance(models.ours, models.prompt(), 7, method=method, heads=heads)
     with pytest.raises(InputError, match=r"heads \[\(.*\)\]; expected"):
         patch_importance(models.ours, models.prompt(), 7, heads=[(0, 99)])
-
-
-def test_maps_by_row_and_column_need_images_of_one_grid() -> None:
-    assert patch_positions(inputs_of([llava_layout(2, 3), llava_layout(2, 3, class_token=True)])).shape == (1, 2, 6)
-    for images in ([by_hand()], [llava_layout(2, 3), llava_layout(3, 2)]):
-        with pytest.raises(InputError, match=r"patch_row.*one grid.*grids of \["):
-            patch_positions(inputs_of(images))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hooked_llava.analysis.maps.methods import Drawn
-from hooked_llava.analysis.maps.patches import patch_positions
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.patch_maps import PATCH_MAPS, PatchMap, markdown_table
+from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.viz.figures.overlay import patch_overlay
 from hooked_llava.viz.pages.explain import explain
 from tests.builders import make_hf_model
@@ -30,7 +30,8 @@ FLAT = PatchMap(
 
 
 def flat(model, prompts, target, steps) -> Drawn:
-    return Drawn(torch.full(patch_positions(prompts).shape, float(steps)), {"target": "any"})
+    where = ImageAxes.of(prompts).positions_of_all(prompts)
+    return Drawn(torch.full(where.shape, float(steps)), {"target": "any"})
 
 
 @pytest.fixture(scope="module")

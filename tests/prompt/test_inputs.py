@@ -259,11 +259,3 @@ def test_a_batch_of_images_with_different_layouts() -> None:
     boxes = inputs[0].with_boxes(object=[(0, 0, 8, 8)])
     assert boxes.token_map["object"] == boxes.token_map.box_to_patches((0, 0, 8, 8), coverage=0)
     assert [boxes.token_map.cell_at(p)[1].grid for p in boxes.token_map["object"]] == ["base", "fine"]
-
-
-def test_numbers_by_row_and_column_need_one_grid_of_one_shape() -> None:
-    assert inputs_of([llava_layout(2, 3)], [llava_layout(2, 3, class_token=True)]).patch_grid == (2, 3)
-    for other in ([by_hand()], [llava_layout(2, 3), llava_layout(3, 2)], []):
-        unequal = inputs_of(other)
-        with says("patch_row.*patch_col.*images.*patches"):
-            _ = unequal.patch_grid

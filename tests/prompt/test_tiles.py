@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import LlavaNextProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from hooked_llava.architecture.config import LLaVAConfig
@@ -17,25 +14,11 @@ from hooked_llava.loading.checkpoint import load_processor
 from hooked_llava.loading.onevision import OnevisionProcessor
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import prepare
-from tests.architecture.processors import MAX_TILES, PATCH, next_processor, onevision_processor
+from tests.architecture.processors import MAX_TILES, onevision_processor
 from tests.fixtures_processor import make_tokenizer
-from tests.tiled import KINDS, SQUARE, TALL, TILES, WIDE, hf_config, make_hf
+from tests.tiled import KINDS, SQUARE, TALL, TILES, WIDE, drawn, hf_config, make_hf, processor_of
 
 QUESTION = "What color is the star?"
-
-
-def processor_of(kind: str) -> Any:
-    if kind == "onevision":
-        return OnevisionProcessor(onevision_processor(TILES[kind]), make_tokenizer())
-    return LlavaNextProcessor(
-        next_processor(TILES[kind]), make_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )  # fmt: skip
-
-
-def drawn(*sizes: tuple[int, int]) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @pytest.mark.parametrize("sizes", [[WIDE], [TALL], [SQUARE, WIDE]])
@@ -120,7 +103,10 @@ def test_grids_of_an_image_are_spans_and_ends_of_edges() -> None:
     assert token_map["base"].isdisjoint(token_map["fine"])
     assert len(token_map["base"]) == config.vision.n_patches
     assert token_map["image-base"] == token_map["fine"]
-    assert {p for p in token_map["fine"] if "newline" in token_map.labels[p]}
+    newlines = {p for p in token_map["fine"] if "newline" in token_map.labels[p]}
+    assert newlines
+    assert set(token_map["newlines"]) == newlines
+    assert token_map["fine-newlines"] == token_map.patches(grid="fine")
     assert "base" not in without
     assert token_map.with_spans(base=[3])["base"] == [3]
     assert "base" not in str(token_map)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.gradients import Ids, Read, with_gradients
-from hooked_llava.analysis.maps.patches import at_patches, patch_positions
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -28,7 +29,7 @@ Steps = list[Float[Tensor, "row query key"]]
 @torch.no_grad()
 def attention_rollout(
     model: HookedLLaVA, inputs: Inputs, read: Read, *, vision: bool = False
-) -> Float[Tensor, "prompt image patch"]:
+) -> Float[Tensor, "prompt image place"]:
     """Rows of the product over layers of (A + I) / 2, A averaged over heads (Abnar & Zuidema, arXiv 2005.00928).
 
     With `vision` the product goes on through the vision tower.
@@ -43,12 +44,12 @@ def attention_rollout(
     model.run_with_hooks(inputs, fwd_hooks=[([*language, *tower], keep_mean)], stop_at_layer=model.cfg.n_layers)
     row = _one_hot(read, inputs.shape[1]) / read.shape[1]
     row = _descend(row, [means[name] for name in language], keep=0.5, pass_on=0.5)
-    return _to_patches(model, inputs, row, [means[name] for name in tower], keep=0.5, pass_on=0.5, vision=vision)
+    return _to_places(model, inputs, row, [means[name] for name in tower], keep=0.5, pass_on=0.5, vision=vision)
 
 
 def relevancy(
     model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, *, vision: bool = False
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
+) -> tuple[Float[Tensor, "prompt image place"], Int[Tensor, "prompt read variant"]]:
     """R <- R + E_h[(dA * A)+] R from the first layer to the last (Chefer et al., arXiv 2103.15679), the answer's rows;
     and the answer's tokens.
 
@@ -59,7 +60,7 @@ def relevancy(
     patterns, gradients, ids = with_gradients(model, inputs, read, ids, [*language, *tower])
     flow = {name: (gradients[name] * pattern).float().clamp(min=0).mean(1) for name, pattern in patterns.items()}
     row = _descend(_one_hot(read, inputs.shape[1]), [flow[name] for name in language], keep=1.0, pass_on=1.0)
-    maps = _to_patches(model, inputs, row, [flow[name] for name in tower], keep=1.0, pass_on=1.0, vision=vision)
+    maps = _to_places(model, inputs, row, [flow[name] for name in tower], keep=1.0, pass_on=1.0, vision=vision)
     return maps, ids
 
 
@@ -79,7 +80,7 @@ def _descend(row: Float[Tensor, "row pos"], steps: Steps, *, keep: float, pass_o
     return row
 
 
-def _to_patches(
+def _to_places(
     model: HookedLLaVA,
     inputs: Inputs,
     row: Float[Tensor, "prompt pos"],
@@ -88,14 +89,37 @@ def _to_patches(
     keep: float,
     pass_on: float,
     vision: bool,
-) -> Float[Tensor, "prompt image patch"]:
-    """The row at the patches, or carried on through the vision tower to them."""
-    where = patch_positions(inputs)
+) -> Float[Tensor, "prompt image place"]:
+    """The row at the images' places; or carried on through the vision tower to the patches, and pooled as its cells are."""
+    axes = ImageAxes.of(inputs)
+    where = axes.positions_of_all(inputs)
     if not vision:
-        return at_patches(row, where)
-    features = torch.stack(
-        [row[i, m.image(j).tensor()] for i, m in enumerate(inputs.token_maps) for j in range(m.n_images)]
-    )  # (tile, feature)
-    patches = model.config.vision.patches_along("pos")
-    features = torch.nn.functional.pad(features, (patches.stop - features.shape[1], 0))  # a class token that is dropped
-    return _descend(features, list(steps), keep=keep, pass_on=pass_on)[:, patches].reshape(where.shape)
+        return take_each(row, where)
+    cfg = model.config.vision
+    at_patches = _descend(_at_tower(model, inputs, row), list(steps), keep=keep, pass_on=pass_on)
+    by_patch = at_patches[:, cfg.patches_along("pos")].unflatten(1, cfg.patch_grid)
+    return axes.of_patches(by_patch).unflatten(0, (len(inputs), -1))
+
+
+def _at_tower(model: HookedLLaVA, inputs: Inputs, row: Float[Tensor, "prompt pos"]) -> Float[Tensor, "tile tower_pos"]:
+    """Numbers by position as numbers at the vision tower's output: a pooled cell's go to its patches by weight.
+
+    A class token that is dropped gets 0; what is at newlines goes nowhere.
+    """
+    cfg = model.config.vision
+    patches, (_, columns) = cfg.patches_along("pos"), cfg.patch_grid
+    arriving = row.new_zeros(sum(map(len, inputs.tiles)), patches.stop)
+    images = ((i, image) for i, n in enumerate(inputs.images_per_prompt) for image in range(n))
+    for (i, image), layout, tiles in zip(images, inputs.layouts, inputs.tiles, strict=True):
+        of_image = row[i, inputs.token_maps[i].image(image).tensor(row.device)]  # (feature)
+        if layout.class_token:
+            arriving[tiles.start, 0] = of_image[0]
+        for grid in layout.grids:
+            (tile, patch_row, patch_col), weights = np.moveaxis(grid.patches()[0], -1, 0), grid.patches()[1]
+            index = (
+                torch.from_numpy(tiles.start + tile),
+                torch.from_numpy(patches.start + patch_row * columns + patch_col),
+            )
+            carried = of_image[layout.cell_features(grid.name)][..., None] * torch.from_numpy(weights).to(row)
+            arriving.index_put_(tuple(axis.to(row.device) for axis in index), carried, accumulate=True)
+    return arriving

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.analysis.maps.patches import at_patches, patch_positions, sum_pixels
 from hooked_llava.checks import whole_number
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import answer_log_probability
 from hooked_llava.readout.resid import logits_at
+from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -51,14 +51,14 @@ def _read_logits(
 
 def gradient_times_input(
     model: HookedLLaVA, inputs: Inputs, read: Read, ids: Ids, *, vision: bool = False
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
+) -> tuple[Float[Tensor, "prompt image place"], Int[Tensor, "prompt read variant"]]:
     """d log P / d x . x of every patch, and the answer's tokens; x is the image embedding or, with `vision`, the pixels.
 
     Pixels are normalised, so that 0 is the colour that the processor subtracts.
     """
     end, log_p = _path(model, inputs, read, vision=vision)
     gradient, ids = _gradient(log_p, end, ids)
-    return _by_patch(model, inputs, gradient * end, vision=vision), ids
+    return _by_place(model, inputs, gradient * end, vision=vision), ids
 
 
 def integrated_gradients(
@@ -70,7 +70,7 @@ def integrated_gradients(
     steps: int = 16,
     vision: bool = False,
     baseline: Tensor | None = None,
-) -> tuple[Float[Tensor, "prompt image patch"], Int[Tensor, "prompt read variant"]]:
+) -> tuple[Float[Tensor, "prompt image place"], Int[Tensor, "prompt read variant"]]:
     """(x - x0) . mean gradient on the line from the baseline x0 to x, over the midpoints of `steps` equal parts.
 
     The model's own answer is the one that it gives at x.
@@ -90,7 +90,7 @@ def integrated_gradients(
     total = torch.zeros_like(way)
     for step in range(steps):
         total += _gradient(log_p, (start + (step + 0.5) / steps * way).to(end.dtype), ids)[0]
-    return _by_patch(model, inputs, total / steps * way, vision=vision), ids
+    return _by_place(model, inputs, total / steps * way, vision=vision), ids
 
 
 _LogP = Callable[[Tensor, Ids], tuple[Tensor, Tensor]]
@@ -131,11 +131,21 @@ def _without_image(
     return start
 
 
-def _by_patch(
+def _by_place(
     model: HookedLLaVA, inputs: Inputs, parts: Tensor, *, vision: bool
-) -> Float[Tensor, "prompt image patch"]:
-    where = patch_positions(inputs)
-    return sum_pixels(model, parts.float(), where) if vision else at_patches(parts.float().sum(-1), where)
+) -> Float[Tensor, "prompt image place"]:
+    axes = ImageAxes.of(inputs)
+    if vision:
+        return axes.of_patches(sum_pixels(model, parts.float())).unflatten(0, (len(inputs), -1))
+    return take_each(parts.float().sum(-1), axes.positions_of_all(inputs))
+
+
+def sum_pixels(
+    model: HookedLLaVA, values: Float[Tensor, "tile channel height width"]
+) -> Float[Tensor, "tile patch_row patch_col"]:
+    """Values by pixel, added up over every patch."""
+    size = model.config.vision.patch_size
+    return values.sum(1).unfold(1, size, size).unfold(2, size, size).sum((-1, -2))
 
 
 def with_gradients(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hooked_llava.analysis.maps import attention_flow, gradients
 from hooked_llava.analysis.maps import occlusion as taken_away
-from hooked_llava.analysis.maps.patches import at_patches, patch_positions
 from hooked_llava.analysis.maps.scores import (
     Heads,
     chosen_heads,
@@ -22,6 +21,7 @@ from hooked_llava.analysis.maps.scores import (
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
 from hooked_llava.readout.answer_cache import Target, as_answer_cache, read_target
+from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Drawn:
     """Maps, what they speak for, and what they cost."""
 
-    maps: Float[Tensor, "prompt image patch"]
+    maps: Float[Tensor, "prompt image place"]
     target: dict[str, Any]
     n_forward: int | float = 1
     n_backward: int = 0
@@ -42,17 +42,19 @@ def log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads |
     """S of what heads write from each patch at the answer's position: of the best head by default, of the k best, or of all."""
     parts = ("pattern", "v") if heads == "all" else ("pattern", "v", "z")
     cache, n_forward = as_answer_cache(model, inputs, target, parts)
-    where = patch_positions(cache.inputs)
+    where = ImageAxes.of(cache.inputs).positions_of_all(cache.inputs)
+    keys = where.flatten(1).clamp(min=0)
     if heads == "all":
-        layers = [score_positions_of_layer(cache, i, where.flatten(1)) for i in range(cache.n_layers)]
-        return Drawn(torch.stack(layers).sum(0).reshape(where.shape), cache.target_attrs(), n_forward, heads="all")
-    chosen = chosen_heads(cache, 1 if heads is None else heads)
-    maps = torch.zeros(where.shape, device=where.device)
-    for layer, head in sorted({pair for row in chosen for pair in row}):
-        rows = [i for i, row in enumerate(chosen) if (layer, head) in row]
-        scores = score_positions(cache.take(rows), layer, head, where[rows].flatten(1))
-        maps[rows] += scores.float().reshape(len(rows), *where.shape[1:])
-    return Drawn(maps, cache.target_attrs(), n_forward, heads=named_heads(chosen))
+        chosen, layers = "all", [score_positions_of_layer(cache, i, keys) for i in range(cache.n_layers)]
+        scores = torch.stack(layers).sum(0)
+    else:
+        chosen = chosen_heads(cache, 1 if heads is None else heads)
+        scores = torch.zeros(keys.shape, device=keys.device)
+        for layer, head in sorted({pair for row in chosen for pair in row}):
+            rows = [i for i, row in enumerate(chosen) if (layer, head) in row]
+            scores[rows] += score_positions(cache.take(rows), layer, head, keys[rows]).float()
+    maps = scores.reshape(where.shape).masked_fill(where < 0, torch.nan)
+    return Drawn(maps, cache.target_attrs(), n_forward, heads=chosen if chosen == "all" else named_heads(chosen))
 
 
 def attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> Drawn:
@@ -60,11 +62,11 @@ def attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | No
     heads = "all" if heads is None else heads
     parts = ("pattern", "z") if isinstance(heads, int) else ("pattern",)
     cache, n_forward = as_answer_cache(model, inputs, target, parts)
-    where = patch_positions(cache.inputs)
+    where = ImageAxes.of(cache.inputs).positions_of_all(cache.inputs)
     pattern = torch.stack([cache.part(i, "pattern").float().mean(2) for i in range(cache.n_layers)], 1)
     chosen = chosen_heads(cache, heads)
     rows = [torch.stack([row[pair] for pair in pairs]).mean(0) for row, pairs in zip(pattern, chosen, strict=True)]
-    maps = at_patches(torch.stack(rows), where)
+    maps = take_each(torch.stack(rows), where)
     return Drawn(maps, cache.target_attrs(), n_forward, heads="all" if heads == "all" else named_heads(chosen))
 
 
@@ -98,9 +100,9 @@ def relevancy(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool)
     return Drawn(maps, _said(model, found, ids), n_backward=1)
 
 
-def occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int) -> Drawn:
+def occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, grid: str) -> Drawn:
     """log P less what it is with patches blanked in the image."""
-    return _taken_away(model, prompts, target, where="image", window=window)
+    return _taken_away(model, prompts, target, where="image", window=window, grid=grid)
 
 
 def token_ablation(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, fill: Tensor | None) -> Drawn:

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import ImageLike
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.image_axes import image_dims
 from hooked_llava.viz.figures.bars import contribution_bars, top_bars
 from hooked_llava.viz.figures.maps import cell_map, layer_head_map
-from hooked_llava.viz.figures.overlay import patch_overlays
+from hooked_llava.viz.figures.overlay import EACH, patch_overlays
 from hooked_llava.viz.figures.positions import layer_position_map
 from hooked_llava.viz.titles import title_of
 
@@ -27,7 +28,7 @@ def plot_contributions(
     | head | a cell for each head |
     | neuron | bars of the neurons that contribute most, either way |
     | source | layer by token, summed over the heads; each image one column, the sum of its patches |
-    | patch | the image with its patches, a panel a layer, summed over the heads |
+    | patch | the image with its patches, a panel a layer (and of each grid), summed over the heads |
 
     Args:
         result: what `logit_attribution` returned for one prompt.
@@ -44,11 +45,11 @@ def plot_contributions(
     """
     title = title_of(result) if title is None else title
     axes = {str(dim) for dim in result.dims}
-    if "patch_row" in axes:
+    if image_dims(result):
         if inputs is None:
             raise InputError("A result by patch is drawn on the image; give the inputs, or the image itself.")
         one = result.sel(image=image, drop=True) if "image" in axes else result
-        return patch_overlays(inputs, _over_heads(one), image=image, title=title)
+        return patch_overlays(inputs, _over_heads(one), image=image, title=title, grid=EACH)
     if "source" in axes:
         prompt = inputs if isinstance(inputs, Inputs) else None
         tokens = _over_heads(result).rename(source="position")
@@ -63,4 +64,4 @@ def plot_contributions(
 
 
 def _over_heads(result: xr.DataArray) -> xr.DataArray:
-    return result.sum("head", keep_attrs=True) if "head" in result.dims else result
+    return result.sum("head", min_count=1, keep_attrs=True) if "head" in result.dims else result  # NaN stays NaN

@@ -14,11 +14,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layout import ALL, ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.image_axes import BY_FEATURE, BY_PATCH, image_dims
 from hooked_llava.viz.style import (
     DIVERGING,
     INK,
@@ -35,11 +36,12 @@ from hooked_llava.viz.style import (
 )
 from hooked_llava.viz.titles import add_note, shown_title, title_of
 
-Grid = xr.DataArray | np.ndarray | Tensor
+Values = xr.DataArray | np.ndarray | Tensor
 """Values by patch, [patch_row, patch_col]; or by position of the image, [feature]."""
 Underlay = Literal["grey", "color"]
 """How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
-_PLACES = ("patch_row", "patch_col", "feature")
+EACH = "each"
+"""`grid=` for a panel of each grid."""
 _SMALL = 160
 _BAR = 0.9  # inches of the color bar with its numbers and its unit
 _FADE = 0.75
@@ -49,10 +51,11 @@ _GROUND = 0.8  # the grey that stands for the image in the color bar
 
 def patch_overlay(
     inputs: Inputs | ImageLike,
-    grid: Grid,
+    values: Values,
     *,
     image: int = 0,
     layout: ImageLayout | None = None,
+    grid: str = ALL,
     underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
@@ -64,25 +67,32 @@ def patch_overlay(
     keeps its colors, faded. A patch is the more opaque the larger its value.
 
     Where an image has several grids of patches, give one number for each of its positions, [feature]: the mean of the
-    grids is drawn, each by the area that its patches show (`ImageLayout.draw`).
+    grids is drawn, each by the area that its patches show (`ImageLayout.draw`). `grid` names the one that is drawn
+    ("base", "fine"); "each" draws them beside each other.
 
-    Raises `InputError` for another number of values than the image has patches.
+    Raises `InputError` for another number of values than the image has patches, and `SpanError` for a grid that the image
+    does not have.
 
     >>> figure = patch_overlay(np.zeros((30, 60, 3), dtype=np.uint8), np.eye(3))
     >>> figure.axes[0].collections[0].get_coordinates()[-1, -1].tolist()
     [60.0, 30.0]
     """
-    values = _grid_values(grid)
-    original, layout = _original(inputs, image, layout, values.shape)
-    scale = scale_of(grid, values) if isinstance(grid, xr.DataArray) else color_scale(values)
+    array = _place_values(values)
+    original, layout = _original(inputs, image, layout)
+    array = _fitting(array, layout, array.ndim)
+    if grid == EACH and len(_drawn_grids(layout, grid)) > 1:
+        about = {"name": values.name, "attrs": values.attrs} if isinstance(values, xr.DataArray) else {}
+        panels = xr.DataArray(array[None], dims=("panel", "feature"), coords={"panel": [""]}, **about)
+        return patch_overlays(original, panels, layout=layout, grid=EACH, underlay=underlay, title=title)
+    scale = scale_of(values, array) if isinstance(values, xr.DataArray) else color_scale(array)
     width, height = _panel_size(original, 3.6)
     with plot(width + _BAR, height + 0.4) as figure:
         axes = figure.add_subplot()
-        draw_overlay(axes, original, values, scale, layout, underlay)
-        subject, unit = (title_of(grid), unit_of(grid)) if isinstance(grid, xr.DataArray) else ("", "value")
+        draw_overlay(axes, original, array, scale, layout, underlay, _drawn_grids(layout, grid)[0])
+        subject, unit = (title_of(values), unit_of(values)) if isinstance(values, xr.DataArray) else ("", "value")
         axes.set_title(subject if title is None else title)
-        add_color_bar(figure, axes, scale, unit, values, colors=_as_overlaid(scale))
-        add_note(figure, grid.attrs if isinstance(grid, xr.DataArray) else {}, title)
+        add_color_bar(figure, axes, scale, unit, array, colors=_as_overlaid(scale))
+        add_note(figure, values.attrs if isinstance(values, xr.DataArray) else {}, title)
     return figure
 
 
@@ -92,43 +102,48 @@ def patch_overlays(
     *,
     image: int = 0,
     layout: ImageLayout | None = None,
+    grid: str = ALL,
     columns: int = 4,
     underlay: Underlay = "grey",
     title: str | None = None,
 ) -> Figure:
     """Small multiples of `patch_overlay` on one color scale: result has one axis besides patch_row and patch_col (or feature).
 
-    Raises `InputError` as `patch_overlay`, and for a result with other axes.
+    With grid="each" there is a panel for each grid of every entry. Raises as `patch_overlay`, and `InputError` for a
+    result with other axes.
 
     >>> maps = xr.DataArray(np.ones((3, 2, 2)), dims=("layer", "patch_row", "patch_col"))
     >>> figure = patch_overlays(np.zeros((8, 8, 3), dtype=np.uint8), maps)
     >>> [axes.get_title() for axes in figure.axes[:3]]
     ['layer 0', 'layer 1', 'layer 2']
     """
-    over = [str(dim) for dim in result.dims if dim not in _PLACES]
-    places = [dim for dim in _PLACES if dim in result.dims]
-    if len(over) != 1 or places not in (["feature"], ["patch_row", "patch_col"]):
+    places = image_dims(result)
+    over = [str(dim) for dim in result.dims if dim not in places]
+    if len(over) != 1 or set(places) not in (set(BY_FEATURE), set(BY_PATCH)):
         raise InputError(
             f"patch_overlays draws one image along one axis; the result has {', '.join(map(str, result.dims))}. "
             "Expected patch_row, patch_col and one more; choose or average the others first."
         )
-    result = result.transpose(over[0], *places)
-    original, layout = _original(inputs, image, layout, result.shape[1:])
-    scale, n = scale_of(result), result.shape[0]
-    columns = min(columns, n)
+    result = result.transpose(over[0], *(dim for dim in (*BY_PATCH, *BY_FEATURE) if dim in places))
+    original, layout = _original(inputs, image, layout)
+    values, grids = _fitting(result.values, layout, len(places)), _drawn_grids(layout, grid)
+    names = [str(name) if isinstance(name, str) else f"{over[0]} {name}" for name in result[over[0]].values]
+    drawn = [(name, own, one) for name, own in zip(names, values, strict=True) for one in grids]
+    columns = max(1, min(columns, len(drawn)) // len(grids)) * len(grids)  # the grids of an entry stay in one row
+    scale, n = scale_of(result, values), len(drawn)
     rows, heading = -(-n // columns), shown_title(result, title)
     width, height = _panel_size(original, (PAGE_WIDTH - _BAR) / max(columns, 3))
     with plot(columns * width + _BAR, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
-        for axes, values, name in zip(panels.flat, result.values, result[over[0]].values, strict=False):
-            draw_overlay(axes, original, values, scale, layout, underlay)
-            label = str(name) if isinstance(name, str) else f"{over[0]} {name}"
+        for axes, (name, own, one) in zip(panels.flat, drawn, strict=False):
+            draw_overlay(axes, original, own, scale, layout, underlay, one)
+            label = ", ".join(part for part in (name, one if len(grids) > 1 else "") if part)
             axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
         add_heading(figure, heading)
         add_note(figure, result.attrs, title)
-        add_color_bar(figure, panels, scale, unit_of(result), result.values, colors=_as_overlaid(scale))
+        add_color_bar(figure, panels, scale, unit_of(result), values, colors=_as_overlaid(scale))
     return figure
 
 
@@ -139,6 +154,7 @@ def draw_overlay(
     scale: ColorScale,
     layout: ImageLayout | None,
     underlay: Underlay = "grey",
+    grid: str = ALL,
 ) -> None:
     """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
     one_of(underlay, get_args(Underlay), "underlay")
@@ -147,7 +163,8 @@ def draw_overlay(
     borders = _borders(original, values, layout)
     if borders is None:
         assert layout is not None
-        values = layout.draw(_by_feature(values, layout))
+        by_feature = values if values.ndim == 1 else layout.fold({layout.names[0]: values})
+        values = layout.draw(by_feature, grid)
         mapped: Any = axes.imshow(
             values, extent=(0, original.width, original.height, 0), interpolation="nearest", **how
         )
@@ -156,7 +173,7 @@ def draw_overlay(
         mapped = axes.pcolormesh(*borders, values, linewidth=0, rasterized=True, **how)
     mapped.set_alpha(_opacity(values, scale))  # one for each patch, which matplotlib's types leave out
     if layout is not None:
-        mark_crop(axes, layout)
+        mark_crop(axes, layout, grid)
     axes.set_xlim(0, original.width)
     axes.set_ylim(original.height, 0)
 
@@ -188,17 +205,8 @@ def _borders(
     return None if x is None or y is None else (x, y)
 
 
-def _by_feature(values: np.ndarray, layout: ImageLayout) -> Float[np.ndarray, " feature"]:
-    """Values by patch of the only grid as values by position."""
-    if values.ndim == 1:
-        return values
-    by_feature = np.full(layout.n_features, np.nan)
-    by_feature[layout.cell_features(layout.names[0])] = values
-    return by_feature
-
-
 def _original(
-    inputs: Inputs | ImageLike, image: int, layout: ImageLayout | None, shape: tuple[int, ...]
+    inputs: Inputs | ImageLike, image: int, layout: ImageLayout | None
 ) -> tuple[Image.Image, ImageLayout | None]:
     """The image to draw on, and its layout if it knows the original's pixels."""
     if isinstance(inputs, Inputs):
@@ -208,45 +216,56 @@ def _original(
                 f"Cannot draw on original image {image}: {held}. Use prepare(question, images=...), which keeps "
                 "them, or give an image in place of the inputs."
             )
-        layout = layouts_of(inputs)[image]
-        original = inputs.images[image]
+        layout, original = inputs.layouts[image], inputs.images[image]
     else:
         original = load_image(inputs)
-    if layout is None or layout.original_size is None:
-        if len(shape) == 1:
+    return original, None if layout is None or layout.original_size is None else layout
+
+
+def _fitting(values: np.ndarray, layout: ImageLayout | None, n_axes: int) -> np.ndarray:
+    """Values [..., *place] that the image shows: NaN for newlines, and without what fills up images shorter than others.
+
+    Raises `InputError` for another number of values than the image has patches.
+    """
+    shape = values.shape[-n_axes:]
+    if layout is None:
+        if n_axes == 1:
             raise InputError("Values by position of an image need its layout; give inputs made by prepare, or layout=.")
-        return original, None
-    expected = [(layout.n_features,), *(grid.shape for grid in layout.grids if len(layout.grids) == 1)]
-    if shape not in expected:
+        return values
+    if n_axes == 1 and np.isnan(values[..., layout.n_features :]).all():
+        shape = (min(shape[0], layout.n_features),)
+    if shape not in [(layout.n_features,), *(grid.shape for grid in layout.grids if len(layout.grids) == 1)]:
         given = f"{shape[0]} by position" if len(shape) == 1 else f"{shape[0]} x {shape[1]} (patch_row x patch_col)"
         several = "" if len(layout.grids) == 1 else f" in several grids, {layout.n_features} positions in all"
         raise InputError(
             f"The values are {given} and the image has {layout} patches{several}; "
             f"give one value per {'position' if several else 'patch'}."
         )
-    return original, layout
+    return layout.fold(layout.unfold(values)) if n_axes == 1 else values
 
 
-def layouts_of(inputs: Inputs) -> list[ImageLayout]:
-    """The layouts of the images of all prompts."""
-    return [layout for token_map in inputs.token_maps for layout in token_map.layouts]
+def _drawn_grids(layout: ImageLayout | None, grid: str) -> tuple[str, ...]:
+    """The grids that have a panel each."""
+    if layout is None or grid == ALL:
+        return (ALL,)
+    if grid == EACH:
+        return tuple(one.name for one in layout.grids if min(one.shape))
+    return (layout.grid(grid).name,)
 
 
-def _grid_values(grid: Grid) -> Float[np.ndarray, "..."]:
-    if isinstance(grid, xr.DataArray):
-        kept = [dim for dim in grid.dims if dim in _PLACES or grid.sizes[dim] > 1]
-        values = grid.squeeze([dim for dim in grid.dims if dim not in kept], drop=True)
-        if set(kept) == {"patch_row", "patch_col"}:
-            values = values.transpose("patch_row", "patch_col")
-        values = values.values
+def _place_values(values: Values) -> Float[np.ndarray, "*place"]:
+    if isinstance(values, xr.DataArray):
+        kept = [dim for dim in values.dims if dim in image_dims(values) or values.sizes[dim] > 1]
+        one = values.squeeze([dim for dim in values.dims if dim not in kept], drop=True)
+        array = (one.transpose(*BY_PATCH) if set(kept) == set(BY_PATCH) else one).values
     else:
-        values = grid.detach().float().cpu().numpy() if isinstance(grid, Tensor) else grid
-    if values.ndim not in (1, 2):
+        array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else values
+    if array.ndim not in (1, 2):
         raise InputError(
-            f"The values have the shape {values.shape}; expected one number per patch, [patch_row, patch_col]. "
+            f"The values have the shape {array.shape}; expected one number per patch, [patch_row, patch_col]. "
             "Choose or average the other axes first, or draw one axis with patch_overlays."
         )
-    return values.astype(np.float64)
+    return array.astype(np.float64)
 
 
 def _panel_size(image: Image.Image, longest: float) -> tuple[float, float]:
@@ -255,14 +274,14 @@ def _panel_size(image: Image.Image, longest: float) -> tuple[float, float]:
     return max(0.5, image.width * scale), max(0.5, image.height * scale)
 
 
-def mark_crop(axes: Axes, layout: ImageLayout) -> None:
+def mark_crop(axes: Axes, layout: ImageLayout, grid: str = ALL) -> None:
     """Dim what no patch shows, and draw a line around what patches show, if that is not the whole image."""
-    cut = layout.cut_boxes()
+    cut = layout.cut_boxes(grid)
     if not cut:
         return
     for x0, y0, x1, y1 in cut:
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=PAPER, alpha=0.7, linewidth=0))
-    left, top, right, bottom = layout.visible_box()
+    left, top, right, bottom = layout.visible_box(grid)
     frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.0, label="seen")
     frame.set_clip_on(False)
     axes.add_patch(frame)

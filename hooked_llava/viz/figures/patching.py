@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,15 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import ImageLike
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.arrays import recovered
+from hooked_llava.results.image_axes import BY_FEATURE, BY_PATCH, ImageAxes, image_dims
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
-from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
+from hooked_llava.viz.figures.overlay import EACH, patch_overlay, patch_overlays
 from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.kinds import check_not_another
 from hooked_llava.viz.titles import title_of
@@ -40,7 +42,7 @@ def plot_patching(
     |---|---|
     | layer, position | tokens along the axis, an image's patches side by side; with `unfold` the image, a panel a layer |
     | layer, head (or kv_head) | a cell for each head |
-    | patch; layer, patch | the image with its patches; a panel a layer |
+    | patch; layer, patch (or feature) | the image with its patches; a panel a layer, and of each grid where there are several |
     | receiver, layer; receiver, layer, head | a row, or a panel, for each receiver; of many, senders by receivers |
     | several results by name, or a dataset | panels on one scale; of `edge_attribution`, senders by receivers |
     | component, neuron, source, ... of `logit_attribution` | as `plot_contributions` |
@@ -69,7 +71,7 @@ def plot_patching(
         return plot_contributions(result, inputs, image=image, title=title)
     drawn = _bare(_shared(result, share))
     title = title_of(drawn) if title is None else title
-    if "patch" in drawn.dims or (unfold and "position" in drawn.dims):
+    if {"patch", "feature"} & set(drawn.dims) or (unfold and "position" in drawn.dims):
         return _on_image(drawn, inputs, image, title)
     return _by_axes(drawn, inputs, title)
 
@@ -91,7 +93,7 @@ def _by_axes(drawn: xr.DataArray, inputs: Inputs | ImageLike | None, title: str)
 
 
 def by_patch(result: xr.DataArray, inputs: Inputs | ImageLike | None = None, *, image: int = 0) -> xr.DataArray:
-    """A result by patch, or by position, on the grid of one image: axes patch_row and patch_col in place of it.
+    """A result by patch, or by position, on the axes of one image: patch_row and patch_col in place of it, or feature.
 
     Patches that the result does not have are NaN. Raises `InputError` without positions of the image, and for a
     result by position without its inputs.
@@ -102,49 +104,53 @@ def by_patch(result: xr.DataArray, inputs: Inputs | ImageLike | None = None, *, 
     [[nan, 1.0], [2.0, nan]]
     """
     prompt = _prompt(inputs)
-    if "patch" in result.dims:
-        axis, indices = "patch", list(range(result.sizes["patch"]))
-        places = list(zip(result["patch_row"].values.tolist(), result["patch_col"].values.tolist(), strict=True))
-    else:
-        axis = "position"
-        indices, places = _patches_of(result, prompt, image)
-    rows, columns = np.array(places).T
-    grid = tuple(prompt.patch_grid if prompt is not None else result.attrs.get("patch_grid", ()))
-    if not grid:
-        raise InputError(
-            "The result does not say how many patches the image has (attribute patch_grid), so where these patches lie is "
-            "not known; give the inputs that it was made from."
-        )
+    axes = ImageAxes.of(prompt) if prompt is not None and prompt.n_images else None
+    axis, indices, places = _places(result, prompt, axes, image)
+    dims, shape = (axes.dims, axes.shape) if axes is not None else _own_axes(result)
     others = [str(dim) for dim in result.dims if dim != axis]
-    values = np.full((*(result.sizes[dim] for dim in others), *grid), np.nan)
-    values[..., rows, columns] = result.transpose(*others, axis).values[..., indices]
+    values = np.full((*(result.sizes[dim] for dim in others), math.prod(shape)), np.nan)
+    values[..., places] = result.transpose(*others, axis).values[..., indices]
     coords = {dim: result[dim].values for dim in others if dim in result.coords}
-    return xr.DataArray(values, dims=(*others, "patch_row", "patch_col"), coords=coords, name=result.name).assign_attrs(
-        result.attrs
-    )
+    drawn = values.reshape(*values.shape[:-1], *shape)
+    return xr.DataArray(drawn, dims=(*others, *dims), coords=coords, name=result.name).assign_attrs(result.attrs)
 
 
-def _patches_of(result: xr.DataArray, prompt: Inputs | None, image: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Which entries of the axis position are patches of the image, and where these lie."""
-    if prompt is None or "position" not in result.dims:
+def _places(
+    result: xr.DataArray, prompt: Inputs | None, axes: ImageAxes | None, image: int
+) -> tuple[str, list[int], list[int]]:
+    """The axis that is the image's, which of its entries lie in the image, and at which places."""
+    if "feature" in result.dims:
+        return "feature", list(range(result.sizes["feature"])), result["feature"].values.tolist()
+    if "patch" in result.dims:
+        columns = (axes.shape if axes is not None else _own_axes(result)[1])[-1]
+        places = (result["patch_row"].values * columns + result["patch_col"].values).tolist()
+        return "patch", list(range(len(places))), places
+    if prompt is None or axes is None or "position" not in result.dims:
         raise InputError(
             f"Patches need a result by patch, or by position together with its inputs; the result has the axes "
             f"{', '.join(map(str, result.dims))}{'' if prompt is not None else ' and no inputs were given'}."
         )
-    found = []
-    for index, position in enumerate(result["position"].values.tolist()):
-        try:
-            of, row, column = prompt.token_map.position_to_patch(position)
-        except SpanError:
-            continue  # text, or a class token
-        if of == image:
-            found.append((index, (row, column)))
-    if not found or "n_positions" in result.coords:
+    place_of = {p: place for place, p in enumerate(axes.positions(prompt.token_map)[image].tolist()) if p >= 0}
+    positions = result["position"].values.tolist()
+    indices = [index for index, position in enumerate(positions) if position in place_of]
+    if not indices or "n_positions" in result.coords:
         raise InputError(
             f"The result has no positions of patches of image {image} by themselves, so none can be drawn."
         )
-    indices, places = zip(*found, strict=True)
-    return list(indices), list(places)
+    return "position", indices, [place_of[positions[index]] for index in indices]
+
+
+def _own_axes(result: xr.DataArray) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The axes of the image as the result itself knows them."""
+    if "feature" in result.dims:
+        return BY_FEATURE, (int(result["feature"].max()) + 1,)
+    if "patch_grid" not in result.attrs:
+        raise InputError(
+            "The result does not say how many patches the image has (attribute patch_grid), so where these patches lie is "
+            "not known; give the inputs that it was made from."
+        )
+    rows, columns = result.attrs["patch_grid"]
+    return BY_PATCH, (rows, columns)
 
 
 def _several(parts: Mapping[str, xr.DataArray], inputs: Inputs | ImageLike | None, about: Mapping[Any, Any]) -> Figure:
@@ -173,9 +179,9 @@ def _on_image(result: xr.DataArray, inputs: Inputs | ImageLike | None, image: in
     if "image" in result.dims:
         result = result.sel(image=image, drop=True)
     grid = by_patch(result, inputs, image=image)
-    if grid.ndim == 2:
-        return patch_overlay(inputs, grid, image=image, title=title)
-    return patch_overlays(inputs, grid, image=image, title=title)
+    if grid.ndim == len(image_dims(grid)):
+        return patch_overlay(inputs, grid, image=image, title=title, grid=EACH)
+    return patch_overlays(inputs, grid, image=image, title=title, grid=EACH)
 
 
 def _has_ends(result: Any, share: bool) -> bool:
@@ -189,7 +195,7 @@ def _shared(result: xr.DataArray, share: bool) -> xr.DataArray:
 def _bare(result: xr.DataArray) -> xr.DataArray:
     """Without axes of one entry that say nothing in a figure, as long as the others still make one."""
     dropped = [dim for dim in _OF_ONE_RUN if dim in result.dims and result.sizes[dim] == 1]
-    if "layer" in result.dims and not set(result.dims) & {"head", "kv_head", "patch"}:
+    if "layer" in result.dims and not set(result.dims) & {"head", "kv_head", "patch", "feature"}:
         dropped = [dim for dim in dropped if dim != "position"]  # a map of one column
     return result.squeeze(dropped, drop=True)
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.spans import image_parts
 from hooked_llava.viz.figures.maps import label_axis, names_along, stacked_maps
 from hooked_llava.viz.style import (
     ORANGE,
@@ -119,19 +120,19 @@ def _groups(result: xr.DataArray, inputs: Inputs | None, collapse: Collapse | No
             f"The result has position {max(positions)} and the prompt {len(token_map)} positions; "
             "give the inputs that the result was made from."
         )
-    image_of = {p: i for i, image in enumerate(token_map.image_ranges) for p in image}
+    parts = image_parts(token_map.image_starts, token_map.layouts)
+    part_of = {p: i for i, (_, part) in enumerate(parts) for p in part}
     found: dict[object, list[int]] = {}
     for index, position in enumerate(positions):
-        found.setdefault(("image", image_of[position]) if position in image_of else position, []).append(index)
+        found.setdefault(("image", part_of[position]) if position in part_of else position, []).append(index)
     groups = []
     for key, indices in found.items():
         here = [positions[i] for i in indices]
         if not isinstance(key, tuple):
             groups.append(_Group(_short(token_map.labels[here[0]]), here, indices, 1))
             continue
-        size = len(token_map.image_ranges[key[1]])
+        name, size = parts[key[1]][0], len(parts[key[1]][1])
         count = str(size) if size == len(indices) else f"{len(indices)} of {size}"
-        name = f"image {key[1]}" if token_map.n_images > 1 else "image"
         how = (
             f"{count} patch{'' if count == '1' else 'es'}, row by row" if collapse is None else f"{collapse} of {count}"
         )

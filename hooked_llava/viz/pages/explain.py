@@ -91,7 +91,8 @@ def explain(
         n_heads: how many heads' attention is drawn.
         patches: the method of the patch map, see `patch_importance`.
         occlusion: whether occlusion is drawn beside it, which runs the model once for about each patch; by default up to
-            `OCCLUDED_UNASKED` patches. What is taken away are squares of a quarter of the image's side.
+            `OCCLUDED_UNASKED` patches. What is taken away are squares of a quarter of the image's side, of images of several
+            grids a quarter of the shortest grid's.
         on_step: called with the name of each part of the work (`STEPS`) as it begins; by default a progress bar
             shows if it takes longer than two seconds.
 
@@ -153,10 +154,11 @@ def _patch_maps(
 ) -> dict[str, xr.DataArray]:
     """The chosen patch map, and occlusion beside it unless that is it already or would take too long unasked."""
     begin("patches")
-    window: dict[str, Any] = {"window": max(1, min(prompt.patch_grid) // _WINDOWS)}
+    sides = [min(grid.shape) for layout in prompt.layouts for grid in layout.grids if min(grid.shape)]
+    window: dict[str, Any] = {"window": max(1, min(sides) // _WINDOWS)}
     own = window if "window" in PATCH_MAPS[options.patches].options else {}
     maps = {"patches": patch_importance(model, prompt, scored, method=options.patches, **own)}
-    n_patches = prompt.n_images * model.config.vision.n_patches
+    n_patches = sum(layout.n_cells for layout in prompt.layouts)
     wanted = n_patches <= OCCLUDED_UNASKED if options.occlusion is None else options.occlusion
     if wanted and options.patches != "occlusion":
         begin("occlusion")

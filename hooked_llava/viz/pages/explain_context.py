@@ -14,11 +14,12 @@ from hooked_llava.analysis.logit_attribution import contribution_sums
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.image_axes import image_dims
 from hooked_llava.viz.figures.bars import contribution_bars
 from hooked_llava.viz.figures.lens import answer_curve
 from hooked_llava.viz.figures.maps import layer_head_map, names_along
 from hooked_llava.viz.figures.model_view import as_the_model_sees_it
-from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
+from hooked_llava.viz.figures.overlay import EACH, patch_overlay, patch_overlays
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.parts import about_model, canvas, panel_columns, prompt_tokens, shown_images
 from hooked_llava.viz.style import SEQUENTIAL, ColorScale
@@ -36,6 +37,7 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
         "prompt": prompt_tokens(prompt.token_map),
         "images": images,
         "originals_known": prompt.images is not None,
+        "tiled": any(len(layout.grids) > 1 for layout in prompt.layouts),
         "normalised": bool(getattr(processor, "do_normalize", False)),
         "next_tokens": _ranked(results["next_tokens"]),
         "lens_rows": _lens_rows(results["lens"]),
@@ -60,8 +62,8 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
 
 
 def looking_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
-    """The maps [panel, patch_row, patch_col] of the n heads that attend most to the image, in that order."""
-    shares = attention.sum(("patch_row", "patch_col"))
+    """The maps of the n heads that attend most to the image, in that order: an axis panel in place of layer and head."""
+    shares = attention.sum(image_dims(attention))
     best = top_heads(shares, min(n, shares.size))
     maps = [attention.sel(layer=layer, head=head, drop=True) for layer, head in best]
     names = [f"layer {layer}, head {head}: {float(shares.sel(layer=layer, head=head)):.0%}" for layer, head in best]
@@ -71,11 +73,12 @@ def looking_heads(attention: xr.DataArray, n: int) -> xr.DataArray:
 def _attention(attention: xr.DataArray, drawn_on: Inputs | Image.Image, image: int, n_heads: int) -> dict[str, Any]:
     """Where the last position looks in one image."""
     mean = attention.mean("head", keep_attrs=True)
-    share = attention.sum(("patch_row", "patch_col"))
+    share = attention.sum(image_dims(attention))
     columns = panel_columns(attention.sizes["layer"])
+    how: dict[str, Any] = {"image": image, "grid": EACH, "title": ""}
     return {
-        "by_layer": patch_overlays(drawn_on, mean, image=image, columns=columns, title=""),
-        "by_head": patch_overlays(drawn_on, looking_heads(attention, n_heads), image=image, title=""),
+        "by_layer": patch_overlays(drawn_on, mean, columns=columns, **how),
+        "by_head": patch_overlays(drawn_on, looking_heads(attention, n_heads), **how),
         "share_map": layer_head_map(share.rename("attention"), title=""),
         "mean_share": f"{float(share.mean()):.0%}",
     }
@@ -99,7 +102,7 @@ def _map(shown: xr.DataArray, drawn_on: Inputs | Image.Image, image: int) -> dic
     return {
         "method": method,
         "title": PATCH_MAPS[method].title + which,
-        "figure": patch_overlay(drawn_on, shown, image=image, title=""),
+        "figure": patch_overlay(drawn_on, shown, image=image, grid=EACH, title=""),
         "meaning": PATCH_MAPS[method].meaning + (squares if window > 1 else ""),
         "largest": f"{float(shown.max()):.2g}",
         "cost": f"{cost:.0f} forward pass{'' if round(cost) == 1 else 'es'}",

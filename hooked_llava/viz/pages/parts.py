@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
+from hooked_llava.prompt.spans import image_parts
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.viz.figures.model_view import model_view
 from hooked_llava.viz.pages.embed import visible
@@ -57,17 +59,16 @@ def about_model(model: HookedLLaVA) -> dict[str, Any]:
 
 
 def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
-    """The prompt's tokens with the span of each; an image's positions are one entry, padding is left out."""
+    """The prompt's tokens with the span of each; an image's positions are one entry (one for each grid), padding is left out."""
     spans = token_map.spans
+    parts = {part.start: (name, part) for name, part in image_parts(token_map.image_starts, token_map.layouts)}
     entries, position = [], token_map.real.start
     while position < token_map.real.stop:
         span = next((name for name in _SPANS if position in spans.get(name, ())), "rest")
         if span == "image":
-            image = token_map.image_starts.index(position)
-            size = len(token_map.image_ranges[image])
-            name = f"image {image}" if token_map.n_images > 1 else "image"
-            entries.append({"text": f"{name}, {size} positions", "span": span})
-            position += size
+            name, part = parts[position]
+            entries.append({"text": f"{name}, {len(part)} positions", "span": span})
+            position = part.stop
             continue
         entries.append({"text": visible(token_map.labels[position]), "span": span})
         position += 1
@@ -75,16 +76,23 @@ def prompt_tokens(token_map: TokenMap) -> list[dict[str, str]]:
 
 
 def shown_images(model: HookedLLaVA, inputs: Inputs) -> list[Image.Image]:
-    """A prompt's images as they were given or, where that is not known, as the model sees them."""
+    """A prompt's images as they were given or, where that is not known, as the model sees them.
+
+    Of an image that is cut into tiles the first tile, which shows all of it, in the original's size.
+    """
     if inputs.images is not None:
         return list(inputs.images)
     processor = getattr(model.processor, "image_processor", None)
     views = (model_view(inputs, processor, image=image) for image in range(inputs.n_images))
-    return [Image.fromarray((255 * view).round().astype(np.uint8)) for view in views]
+    shown = [Image.fromarray((255 * view).round().astype(np.uint8)) for view in views]
+    sizes = [layout.original_size if len(layout.grids) > 1 else None for layout in inputs.layouts]
+    return [view if size is None else view.resize(size[::-1]) for view, size in zip(shown, sizes, strict=True)]
 
 
 def canvas(inputs: Inputs, images: list[Image.Image], image: int) -> Inputs | Image.Image:
     """What an image's patches are drawn on: the prompt, which knows where they lie, or what is shown of the image."""
+    if inputs.images is None and len(inputs.layouts[image].grids) > 1:
+        return replace(inputs, images=tuple(images))
     return images[image] if inputs.images is None else inputs
 
 

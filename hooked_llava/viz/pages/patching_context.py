@@ -18,7 +18,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.question import question_text
 from hooked_llava.results.arrays import recovered
 from hooked_llava.viz.figures.maps import layer_head_map
-from hooked_llava.viz.figures.overlay import patch_overlays
+from hooked_llava.viz.figures.overlay import EACH, patch_overlays
 from hooked_llava.viz.figures.patching import by_patch
 from hooked_llava.viz.figures.positions import layer_position_maps
 from hooked_llava.viz.pages.parts import about_model, canvas, panel_columns, prompt_tokens, shown_images
@@ -50,7 +50,8 @@ def where_the_difference_lies(
         "followed": followed,
         "ends": [f"{results['heads'].attrs[name]:+.2f}" for name in ("clean", "corrupted")],
         "denoise": direction == "denoise",
-        "changed": _changed(changed_patches(*pair)) if clean.n_images else "",
+        "changed": _changed(pair) if clean.n_images else "",
+        "tiled": any(len(layout.grids) > 1 for layout in clean.layouts),
         "stream_map": layer_position_maps({hook: shares[hook] for hook in _STREAM}, base),
         "found": deciding_places(shares["resid_pre"]),
         "head_map": layer_head_map(shares["heads"], title=""),
@@ -70,8 +71,9 @@ def where_the_difference_lies(
     }
 
 
-def _changed(patches: np.ndarray) -> str:
-    return f"{int(patches.sum())} of {patches.size}"
+def _changed(pair: tuple[Inputs, Inputs]) -> str:
+    n_patches = sum(layout.n_cells for layout in pair[0].layouts)
+    return f"{int(changed_patches(*pair).sum())} of {n_patches}"
 
 
 def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:
@@ -92,9 +94,10 @@ def _by_patch(shares: dict[str, Any], base: Inputs, drawn_on: Inputs | Image.Ima
     ways = xr.DataArray(list(panels), dims="way", name="way")
     both = xr.concat(list(panels.values()), ways, combine_attrs="override")
     columns = panel_columns(stream.sizes["layer"])
+    how: dict[str, Any] = {"image": image, "grid": EACH, "title": ""}
     return {
-        "patches": patch_overlays(drawn_on, both.rename("recovered"), image=image, title=""),
-        "by_layer": patch_overlays(drawn_on, stream.rename("recovered"), image=image, columns=columns, title=""),
+        "patches": patch_overlays(drawn_on, both.rename("recovered"), **how),
+        "by_layer": patch_overlays(drawn_on, stream.rename("recovered"), columns=columns, **how),
     }
 
 

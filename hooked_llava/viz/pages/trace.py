@@ -17,7 +17,7 @@ from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
-from hooked_llava.viz.figures.overlay import patch_overlays
+from hooked_llava.viz.figures.overlay import EACH, patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
@@ -100,7 +100,9 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
         "to_last": contribution_maps(contribution),
         "images": images,
         "from_image": [
-            patch_overlays(prompt, contribution.image_to_constraint.isel(image=i), image=i, columns=columns, title="")
+            patch_overlays(
+                prompt, contribution.image_to_constraint.isel(image=i), image=i, grid=EACH, columns=columns, title=""
+            )
             for i in range(len(images))
         ],
     }

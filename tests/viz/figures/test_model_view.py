@@ -34,3 +34,21 @@ def test_a_image_that_is_not_there_has_no_view(inputs, text_inputs):
         model_view(inputs, image=1)
     with pytest.raises(InputError, match="image 0.*hold 0"):
         as_the_model_sees_it(text_inputs)
+
+
+def test_every_grid_of_tiles_is_shown():
+    from tests.tiled import drawn, with_processor
+
+    model = with_processor("next")
+    inputs = model.prepare("What is it?", drawn((24, 100)))
+    seen = model_view(inputs, model.processor.image_processor, grid="fine")
+    assert seen.shape == (56, 112, 3)
+    half = model_view(inputs, model.processor.image_processor)
+    assert half.shape == (56, 56, 3)
+    np.testing.assert_allclose(seen[14:42, :56].mean(), half[:, :28].mean(), atol=0.02)  # the image lies in the middle
+    figure = as_the_model_sees_it(inputs, model.processor.image_processor)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "original, 100 x 24 pixels",
+        "base: 56 x 56 pixels,\n4 x 4 patches",
+        "fine: 112 x 56 pixels in 2 tiles,\n2 x 8 patches",
+    ]

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from hooked_llava.architecture import Grid, GridAxis, ImageLayout, llava_layout, processor_axes
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.viz import patch_overlay, patch_overlays
 from tests.fixtures_processor import make_processor
 from tests.layouts import DRAWN, axis, by_hand, inputs_of, made
@@ -188,6 +188,37 @@ def test_a_single_pooled_grid_is_drawn_by_area_too():
         [20, 0, 24, 16],
         [4, 0, 20, 16],
     ]  # cut away, cut away, and the frame around the rest
+
+
+def test_one_grid_is_drawn_by_itself_or_each_beside_the_other():
+    layout, image = by_hand(), np.zeros((16, 24, 3), np.uint8)
+    values = np.random.default_rng(0).random(layout.n_features)
+    for name in layout.names:
+        figure = patch_overlay(image, values, layout=layout, grid=name)
+        np.testing.assert_allclose(drawn(figure), layout.draw(values, name))
+    assert len(figure.axes[0].patches) == 3  # what the fine grid does not show: two strips, and the frame
+    panels = [axes for axes in patch_overlay(image, values, layout=layout, grid="each").axes if len(axes.images) == 2]
+    assert [axes.get_title() for axes in panels] == ["base", "fine"]
+    for name, axes in zip(layout.names, panels, strict=True):
+        seen = np.ma.filled(np.ma.masked_invalid(axes.images[1].get_array()).astype(float), np.nan)
+        np.testing.assert_allclose(seen, layout.draw(values, name))
+    with pytest.raises(SpanError, match="no grid 'bas'.*base, fine"):
+        patch_overlay(image, values, layout=layout, grid="bas")
+    maps = xr.DataArray(np.stack([values, -values]), dims=("layer", "feature"))
+    figure = patch_overlays(image, maps, layout=layout, grid="each", columns=3)
+    assert [axes.get_title() for axes in figure.axes[:4]] == [
+        f"layer {i}, {name}" for i in range(2) for name in layout.names
+    ]
+
+
+def test_what_fills_up_shorter_images_is_not_drawn(inputs):
+    layout, image = by_hand(), np.zeros((16, 24, 3), np.uint8)
+    values = np.full(20, np.nan)
+    values[:14] = np.arange(14)
+    np.testing.assert_allclose(drawn(patch_overlay(image, values, layout=layout)), layout.draw(values[:14]))
+    values[-1] = 1.0
+    with pytest.raises(InputError, match="20 by position"):
+        patch_overlay(image, values, layout=layout)
 
 
 def test_values_that_do_not_fit_several_grids(inputs):
