@@ -86,7 +86,7 @@ def shown_images(model: HookedLLaVA, inputs: Inputs) -> list[Image.Image]:
     views = (model_view(inputs, processor, image=image) for image in range(inputs.n_images))
     shown = [Image.fromarray((255 * view).round().astype(np.uint8)) for view in views]
     sizes = [layout.original_size if len(layout.grids) > 1 else None for layout in inputs.layouts]
-    return [view if size is None else view.resize(size[::-1]) for view, size in zip(shown, sizes, strict=True)]
+    return [view if size is None else view.resize((size[1], size[0])) for view, size in zip(shown, sizes, strict=True)]
 
 
 def canvas(inputs: Inputs, images: list[Image.Image], image: int) -> Inputs | Image.Image:
