@@ -14,7 +14,6 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from hooked_llava.analysis.maps.occlusion import Where, blank, forwards_of, mean_embedding
-from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_cache import Target, read_target
@@ -25,6 +24,7 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.inputs import Inputs
 
 Direction = Literal["deletion", "insertion"]
 DIRECTIONS = ("deletion", "insertion")
@@ -47,8 +47,7 @@ def deletion_curves(
     Args:
         model: the model.
         inputs: one prompt with an image.
-        maps: by name, numbers by patch [patch_row, patch_col] (of images of several grids [feature]), the most important
-            being the largest; what is NaN stays.
+        maps: by name, numbers by patch [patch_row, patch_col] or [feature], the largest the most important; NaN stays.
         target: answer that is followed; the model's own next token by default.
         directions: "deletion" (a good map lets the answer fall early), "insertion" (rise early), or both.
         shares: parts of the patches, from 0 to 1, increasing.
@@ -71,8 +70,7 @@ def deletion_curves(
     if len(prompt) != 1 or not 0 <= image < prompt.n_images or not maps:
         got = f"{len(prompt)} prompts, {prompt.n_images} images, {len(maps)} maps, and image={image}"
         raise InputError(f"deletion_curves follows maps of one prompt's image; got {got}.")
-    axes, layout = ImageAxes.of(prompt), prompt.layouts[image]
-    orders = {name: _order(axes, layout, name, values, where) for name, values in maps.items()}
+    orders = {name: _order(prompt, image, name, values, where) for name, values in maps.items()}
     found = read_target(model, prompt, target)
     longer = found.inputs
     with provenance("deletion_curves", model, prompt, n_forward=1, where=where, image=image) as made:
@@ -112,12 +110,12 @@ def _steps(shares: Sequence[float | int]) -> Float[np.ndarray, " share"]:
     return steps
 
 
-def _order(axes: ImageAxes, layout: ImageLayout, name: str, values: Any, where: Where) -> Int[np.ndarray, " feature"]:
+def _order(prompt: Inputs, image: int, name: str, values: Any, where: Where) -> Int[np.ndarray, " feature"]:
     """The features that a map puts in order, the largest value first; newlines only where tokens are taken away."""
-    array = np.asarray(getattr(values, "values", values), dtype=np.float64).squeeze()
+    axes, array = ImageAxes.of(prompt), np.asarray(getattr(values, "values", values), dtype=np.float64).squeeze()
     if array.shape != axes.shape:
         raise InputError(f"Map {name!r} has the shape {array.shape}; expected one number per patch, {axes.shape}.")
-    return axes.ranked(array[None], [layout], cells_only=where == "image")[:, 1]
+    return axes.ranked(array[None], prompt.layouts[image : image + 1], cells_only=where == "image")[:, 1]
 
 
 def _gone(order: Int[np.ndarray, " feature"], share: float, way: Direction) -> tuple[int, ...]:
