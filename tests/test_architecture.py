@@ -218,6 +218,7 @@ NOT_MIRRORED = (
     "test_tile_geometry",
     "test_parity",
     "test_readme",
+    "test_shape_checks",
     "test_docs",
     "test_notebooks",
     "test_bad_input",
