@@ -177,15 +177,16 @@ def _show(question: str, page: EditPage, made: Edit) -> None:
 def _show_probes(probes: xr.Dataset) -> None:
     """How the questions of each probe are answered, before and after."""
     from hooked_llava.editing.roles import PROBE_ROLES
+    from hooked_llava.viz.pages.parts import records
     from hooked_llava.viz.style import format_small
 
     rows = []
-    for one in (probes.isel(probe=i) for i in range(probes.sizes["probe"])):
-        should = "change" if PROBE_ROLES[str(one.role.values)].to_change else "stay"
-        accuracies = f"{float(one.accuracy_before):.2f}", f"{float(one.accuracy):.2f}"
-        rows.append([escape(str(one.probe.values)), should, str(int(one.n)), *accuracies, format_small(float(one.kl))])
-    words, numbers = ("asked", "should"), ("n", "right before", "after", "KL")
-    show_table([*words, *numbers], rows, right=numbers, whole=words)
+    for one in records(probes):
+        should = "change" if PROBE_ROLES[one["role"]].to_change else "stay"
+        numbers = str(one["n"]), f"{one['accuracy_before']:.2f}", f"{one['accuracy']:.2f}", format_small(one["kl"])
+        rows.append([escape(one["probe"]), should, *numbers])
+    words, counts = ("asked", "should"), ("n", "right before", "after", "KL")
+    show_table([*words, *counts], rows, right=counts, whole=words)
 
 
 def _show_missed(questions: xr.Dataset) -> None:
@@ -193,12 +194,13 @@ def _show_missed(questions: xr.Dataset) -> None:
     from hooked_llava.editing.questions import missed
     from hooked_llava.editing.roles import PROBE_ROLES
     from hooked_llava.prompt.token_text import visible_token
+    from hooked_llava.viz.pages.parts import records
 
-    wrong = [questions.isel(question=i) for i, is_missed in enumerate(missed(questions)) if is_missed]
+    wrong = [one for one, is_missed in zip(records(questions), missed(questions), strict=True) if is_missed]
     for one in wrong[:_MOST_NAMED]:
-        did = "did not become the target" if PROBE_ROLES[str(one.role.values)].to_change else "changed"
-        said = f"{visible_token(one.before.values)} → {visible_token(one.after.values)}"
-        say(f"[bold]{did}:[/bold] {escape(f'{one.text.values} {said}')}")
+        did = "did not become the target" if PROBE_ROLES[one["role"]].to_change else "changed"
+        said = f"{one['text']} {visible_token(one['before'])} → {visible_token(one['after'])}"
+        say(f"[bold]{did}:[/bold] {escape(said)}")
     if len(wrong) > _MOST_NAMED:
         say(f"[dim]and {len(wrong) - _MOST_NAMED} more, on the page[/dim]")
     if wrong:

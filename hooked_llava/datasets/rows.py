@@ -156,8 +156,7 @@ def row_image(row: StudyRow, images: str | Path | None = None) -> Image.Image | 
     if row.image is None:
         return None
     opened = load_image(_located(row, images), _name(row))
-    if row.boxes and row.size is not None:
-        _check_size(row, opened.size)
+    _check_size(row, opened.size)
     return opened
 
 
@@ -179,7 +178,7 @@ def _size(row: StudyRow, image: ImageLike | None) -> tuple[int, int]:
 
 
 def _check_size(row: StudyRow, size: tuple[int, int]) -> None:
-    if row.size is not None and size != tuple(row.size):
+    if row.boxes and row.size is not None and size != tuple(row.size):
         raise InputError(
             f"{_name(row)} is {size[0]} x {size[1]} pixels, and its boxes were drawn in {row.size[0]} x {row.size[1]}; "
             "use the original images."

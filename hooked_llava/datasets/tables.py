@@ -115,19 +115,18 @@ def plain_id(text: str) -> str:
 
 def _decoded(file: Path, encoding: str | None) -> str:
     data = file.read_bytes()
-    if encoding is None:
-        encoding = next((name for mark, name in _MARKED if data.startswith(mark)), "utf-8")
-        if encoding == "utf-8":
-            try:
-                return data.decode(encoding)
-            except UnicodeDecodeError:
-                text = data.decode(_FALLBACK)
-                warn_user(
-                    f"{str(file)!r} is not in UTF-8 and was read as Windows-1252; if its words look wrong, name its encoding=.",
-                    HookedLLaVAWarning,
-                )
-                return text
-    return data.decode(encoding)
+    encoding = encoding or next((name for mark, name in _MARKED if data.startswith(mark)), None)
+    if encoding:
+        return data.decode(encoding)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode(_FALLBACK)
+        warn_user(
+            f"{str(file)!r} is not in UTF-8 and was read as Windows-1252; if its words look wrong, name its encoding=.",
+            HookedLLaVAWarning,
+        )
+        return text
 
 
 def _filled(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:

@@ -119,16 +119,13 @@ def place_constraint(question: str, words: str) -> tuple[str | None, str]:
     (None, 'not in the question')
     """
     words = words.strip()
-    found = _places(question, words)
-    if len(found) == 1:
-        return found[0], "as it is"
-    if len(found) > 1:
-        return None, "several times in the question"
-    for tried in (words, words.strip(string.punctuation + string.whitespace)):
-        found = _places(question, tried, re.IGNORECASE) if tried else []
+    plain = words.strip(string.punctuation + string.whitespace)
+    loosely = "capitals or punctuation"
+    for tried, flags, how in ((words, 0, "as it is"), (words, re.IGNORECASE, loosely), (plain, re.IGNORECASE, loosely)):
+        found = _places(question, tried, flags)
         if len(found) == 1:
-            return found[0], "capitals or punctuation"
-        if len(found) > 1:
+            return found[0], how
+        if found:
             return None, "several times in the question"
     return None, "not in the question"
 

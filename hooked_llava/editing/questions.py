@@ -70,6 +70,12 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     return {"answers": first, "probes": probed, "questions": questions}
 
 
+def most_probable_others(answers: xr.DataArray, state: str, n: int = 3) -> xr.DataArray:
+    """Of `answers` in a state, the n most probable tokens besides the answer before and the target, in that order."""
+    others = answers.isel(token=slice(answers.attrs["n_followed"], None)).sel(state=state)
+    return others.isel(token=others.argsort().values[::-1][:n])
+
+
 def probe_prompts(model: HookedLLaVA, probe: Probe) -> Inputs:
     """A probe's prompts as the model takes them; raises `InputError` for kept ones."""
     if isinstance(probe.prompts, KeptPrompts):

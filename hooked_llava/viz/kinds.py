@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import xarray as xr
 
@@ -43,7 +43,7 @@ KINDS = {
 """By the name of the analysis, which its result says."""
 
 
-def kind_of(result: Any) -> Kind:
+def kind_of(result: object) -> Kind:
     """What is known of the analysis that a result says it is of.
 
     >>> kind_of(xr.Dataset(attrs={"analysis": "logit_lens"})).title
@@ -52,7 +52,7 @@ def kind_of(result: Any) -> Kind:
     return KINDS.get(str(getattr(result, "attrs", {}).get("analysis")), Kind())
 
 
-def check_array(result: Any, figure: str, maker: str) -> xr.DataArray:
+def check_array(result: object, figure: str, maker: str) -> xr.DataArray:
     """The result, if it is one array; raises `InputError` that names what `figure` draws and what draws this instead.
 
     >>> check_array(xr.DataArray([1.0], dims="layer"), "layer_head_map", "head_scores").dims
@@ -65,7 +65,7 @@ def check_array(result: Any, figure: str, maker: str) -> xr.DataArray:
     )
 
 
-def check_dataset(result: Any, names: Sequence[str], figure: str, maker: str) -> xr.Dataset:
+def check_dataset(result: object, names: Sequence[str], figure: str, maker: str) -> xr.Dataset:
     """The result, if it is a dataset that holds arrays of these names; raises `InputError` as `check_array` does.
 
     >>> result = xr.Dataset({"effect": ("layer", [1.0])})
@@ -73,7 +73,7 @@ def check_dataset(result: Any, names: Sequence[str], figure: str, maker: str) ->
     True
     """
     lacking = [name for name in names if not isinstance(result, xr.Dataset) or name not in result]
-    if not lacking:
+    if isinstance(result, xr.Dataset) and not lacking:
         return result
     raise InputError(
         f"{figure} draws {', '.join(map(repr, names))} of the dataset that {maker} returns; got {described(result)}, which "
@@ -95,7 +95,7 @@ def check_axes(values: xr.DataArray, *axes: str, optional: Sequence[str] = (), a
     raise InputError(f"{name} has the axes {given}; expected {', '.join(axes)}{also}.{advice}")
 
 
-def check_not_another(result: Any, figures: Sequence[str]) -> None:
+def check_not_another(result: object, figures: Sequence[str]) -> None:
     """Raises `InputError` for a dataset of an analysis that has a figure of its own, which is none of `figures`.
 
     >>> check_not_another(xr.Dataset(attrs={"analysis": "attribution_patching"}), ["plot_patching"])
@@ -105,7 +105,7 @@ def check_not_another(result: Any, figures: Sequence[str]) -> None:
         raise InputError(f"{figures[0]} does not draw {described(result)}.{_instead(result, figures[0])}")
 
 
-def described(result: Any) -> str:
+def described(result: object) -> str:
     """What a result is, in a few words for an error.
 
     >>> described(xr.DataArray([[1.0]], dims=("layer", "head"), name="metric", attrs={"analysis": "activation_patching"}))
@@ -121,7 +121,7 @@ def described(result: Any) -> str:
     return f"a dataset{made} with {parts or 'nothing'}"
 
 
-def _instead(result: Any, figure: str) -> str:
+def _instead(result: object, figure: str) -> str:
     """Which figure to take, where another one draws the result."""
     own = kind_of(result).figure
     return f" Draw it with viz.{own}." if own and figure not in own else ""

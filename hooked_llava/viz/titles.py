@@ -121,12 +121,12 @@ def _short(prompt: str) -> str:
     return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(".".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in value)
     return str(value)
 
 
-def _word(word: Any) -> str:
+def _word(word: object) -> str:
     text = str(word)
     return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")

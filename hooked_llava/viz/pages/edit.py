@@ -11,7 +11,7 @@ import xarray as xr
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.evaluate import Probe
-from hooked_llava.editing.questions import ask_questions, missed, probe_prompts
+from hooked_llava.editing.questions import ask_questions, missed, most_probable_others, probe_prompts
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.editing.roles import PROBE_ROLES
 from hooked_llava.editing.size import size_text
@@ -31,7 +31,6 @@ from hooked_llava.viz.style import format_small
 
 STEPS = ("asking", "answering", "drawing")
 """The parts of the work, as progress is reported."""
-_N_OTHERS = 3  # tokens besides the answer before and the target, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +137,13 @@ def rest_sentences(answers: xr.DataArray) -> list[str]:
 
     `answers` are the page's results of that name.
     """
-    named = answers.isel(token=slice(answers.attrs["n_followed"], None))
     sentences = []
     for state in ("before", "after"):
-        one = named.sel(state=state)
-        order = one.argsort().values[::-1][:_N_OTHERS]
-        tokens = ", ".join(f"“{visible(str(one.token.values[i]))}” {float(one[i]):.3f}" for i in order)
-        largest, n = format_small(float(one.rest_largest)), answers.attrs["n_rest"]
-        spread = f"{float(one.rest):.3f} is spread over {n} further tokens, none above {largest}"
+        others = most_probable_others(answers, state)
+        named = zip(others.token.values, others.values, strict=True)
+        tokens = ", ".join(f"“{visible(str(token))}” {p:.3f}" for token, p in named)
+        largest, n = format_small(float(others.rest_largest)), answers.attrs["n_rest"]
+        spread = f"{float(others.rest):.3f} is spread over {n} further tokens, none above {largest}"
         sentences.append(f"Other tokens {state} the edit: {tokens}; {spread}.")
     return sentences
 

@@ -217,7 +217,7 @@ def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -
     }
 
 
-def _number(value: Any, digits: int) -> str:
+def _number(value: float | xr.DataArray, digits: int) -> str:
     """Rounded, with a real minus sign, and none before a zero."""
     text = f"{float(value) + 0.0:.{digits}f}"
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
