@@ -7,22 +7,24 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from hooked_llava.errors import CheckpointError, ConfigError, HookNameError, InputError
 from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model
 from tests.oracles.plain import loss_by_hand
 from tests.pairs import (
+    FAMILY,
     FP32,
     GEOMETRIES,
     as_users_run,
+    assert_as_near_as_theirs,
     assert_same_streams,
     batch,
     counted_positions,
     fresh_pair,
     off,
     pair,
+    rounding_errors,
 )
 
 
@@ -100,28 +102,13 @@ def test_given_position_ids_are_used(geometry: str) -> None:
     assert off(models.ours(**prompt), models.ours(**plain)) > 1e-3
 
 
-def squared(x: Tensor) -> float:
-    return x.double().pow(2).mean().item()
-
-
-@pytest.mark.parametrize("geometry", ["grouped", "several_layers"])
+@pytest.mark.parametrize("geometry", ["grouped", "several_layers", *FAMILY])
 def test_bfloat16_is_as_near_to_float32_as_hugging_face_is(geometry: str) -> None:
-    errors: dict[str, list[float]] = {"theirs": [], "fused": [], "explicit": []}
+    found = []
     for seed in range(3):
         exact, rounded = pair(geometry, seed=seed), pair(geometry, torch.bfloat16, seed)
-        weights = {name: w.float() for name, w in rounded.hf.state_dict().items()}
-        reference = copy.deepcopy(exact.hf)
-        reference.load_state_dict(weights)
-        prompt = exact.prompt(batch=2, seed=seed, n_text=20)
-        prompt["pixel_values"] = prompt["pixel_values"].bfloat16().float()
-        with torch.no_grad():
-            truth = reference(**prompt).logits
-            theirs = rounded.hf(**prompt | {"pixel_values": prompt["pixel_values"].bfloat16()}).logits
-        errors["theirs"].append(squared(theirs - truth))
-        errors["fused"].append(squared(rounded.ours(**prompt) - truth))
-        errors["explicit"].append(squared(rounded.ours.run_with_cache(**prompt)[0] - truth))
-    assert all(ours <= 1.5**2 * theirs for ours, theirs in zip(errors["fused"], errors["theirs"], strict=True)), errors
-    assert sum(errors["explicit"]) <= 1.5**2 * sum(errors["theirs"]), errors  # one seed alone varies by a third
+        found.append(rounding_errors(exact.hf, rounded.hf, exact.prompt(batch=2, seed=seed, n_text=20)))
+    assert_as_near_as_theirs(found)
 
 
 LISTENERS = ["attn_scores", "pattern", "result", "q_input", "k_input", "v_input", "normalized", "scale", None]

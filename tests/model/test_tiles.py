@@ -13,6 +13,7 @@ from hooked_llava.errors import ConfigError, InputError
 from hooked_llava.loading.embedded import resolve
 from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.llava import HookedLLaVA
+from tests.pairs import assert_as_near_as_theirs, rounding_errors
 from tests.tiled import KINDS, SQUARE, TALL, WIDE, both, hf_config, make_hf, make_prompts
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
@@ -42,6 +43,16 @@ def test_every_combination_of_parts_equals_hugging_face(kind: str, language: str
     ours, theirs = both(kind, language, tower)
     table = ours.verify(theirs, make_prompts(kind, [TALL], [WIDE, SQUARE], []))
     assert table.ok, str(table)
+
+
+@EVERY
+def test_bfloat16_is_as_near_to_float32_as_hugging_face_is(kind: str) -> None:
+    found = []
+    for seed in range(3):
+        exact, rounded = make_hf(kind, seed), make_hf(kind, seed, dtype=torch.bfloat16)
+        prompts = make_prompts(kind, [WIDE], [TALL, SQUARE], n_text=20, seed=seed)
+        found.append(rounding_errors(exact, rounded, prompts))
+    assert_as_near_as_theirs(found)
 
 
 @EVERY
