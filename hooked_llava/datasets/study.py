@@ -97,12 +97,11 @@ def study(
     parts = _Parts(rows) if out is None else _Parts.open(rows, Path(out), _fingerprint(model, rows, settings))
     if parts.finished is not None:
         return parts.finished
-    check_rows(parts.left(), images)
+    left = parts.left()
+    check_rows(left, images)
     prepare = partial(prepare_rows, model, images=images, template=template, tail=tail, coverage=coverage)
     asked = _Asking(model, run, prepare, only_correct, match, max_new_tokens, coverage)
-    hidden = None if progress else True
-    with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
-        left = parts.left()
+    with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=not progress or None, leave=False) as bar:
         bar.update(len(rows) - len(left))
         for batch in _batches(left, batch_size):
             parts.add(batch, asked.measure(batch))
