@@ -56,7 +56,8 @@ def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: 
     views = [first, *(model_view(inputs, image_processor, image=image, grid=name) for name in layout.names[1:])]
     original = inputs.images[image] if inputs.images is not None else None
     both = original is not None and layout.original_size is not None and not _unchanged(layout)
-    n_panels = len(views) + both
+    n_panels, several = len(views) + both, len(views) > 1
+    look: dict[str, Any] = {"fontweight": "normal"} | ({"fontsize": 8} if several else {})
     with plot(3.6 if n_panels == 1 else PAGE_WIDTH, 3.5 if n_panels == 1 else 2.8) as figure:
         panels = list(figure.subplots(1, n_panels, squeeze=False)[0])
         if both and original is not None:
@@ -64,12 +65,13 @@ def as_the_model_sees_it(inputs: Inputs, image_processor: Any = None, *, image: 
             draw_image(axes, np.asarray(original))
             mark_crop(axes, layout)
             axes.set_anchor("N")
-            axes.set_title(f"original, {original.width} x {original.height} pixels", fontweight="normal")
+            size = f"{original.width} x {original.height} pixels"
+            axes.set_title(f"original,\n{size}" if several else f"original, {size}", **look)
         for axes, view, grid in zip(panels, views, layout.grids, strict=True):
             draw_image(axes, (view * 255).round().astype(np.uint8))
             _draw_patches(axes, grid, view)
-            axes.set_title(_said_of(grid, view, alone=len(views) == 1), fontweight="normal")
-            if len(views) > 1:
+            axes.set_title(_said_of(grid, view, alone=not several), **look)
+            if several:
                 axes.set_anchor("N")
     return figure
 

@@ -44,6 +44,7 @@ EACH = "each"
 """`grid=` for a panel of each grid."""
 _SMALL = 160
 _BAR = 0.9  # inches of the color bar with its numbers and its unit
+_LEAST_HEIGHT = 1.7  # inches: the unit beside the color bar needs so much
 _FADE = 0.75
 _MOST_OPAQUE = 0.92
 _GROUND = 0.8  # the grey that stands for the image in the color bar
@@ -133,12 +134,13 @@ def patch_overlays(
     scale, n = scale_of(result, values), len(drawn)
     rows, heading = -(-n // columns), shown_title(result, title)
     width, height = _panel_size(original, (PAGE_WIDTH - _BAR) / max(columns, 3))
-    with plot(columns * width + _BAR, rows * (height + 0.24) + (0.3 if heading else 0.1)) as figure:
+    each = height + (0.24 if len(grids) == 1 else 0.4)  # room for names in one line or two
+    with plot(columns * width + _BAR, max(rows * each, _LEAST_HEIGHT) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes, (name, own, one) in zip(panels.flat, drawn, strict=False):
             draw_overlay(axes, original, own, scale, layout, underlay, one)
-            label = ", ".join(part for part in (name, one if len(grids) > 1 else "") if part)
-            axes.set_title(label, fontsize=8, fontweight="normal", loc="center", pad=3)
+            label = "\n".join(part for part in (name, one if len(grids) > 1 else "") if part)
+            axes.set_title(label, fontsize=8 if len(grids) == 1 else 7, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
         add_heading(figure, heading)

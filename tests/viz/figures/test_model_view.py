@@ -48,7 +48,7 @@ def test_every_grid_of_tiles_is_shown():
     np.testing.assert_allclose(seen[14:42, :56].mean(), half[:, :28].mean(), atol=0.02)  # the image lies in the middle
     figure = as_the_model_sees_it(inputs, model.processor.image_processor)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "original, 100 x 24 pixels",
+        "original,\n100 x 24 pixels",
         "base: 56 x 56 pixels,\n4 x 4 patches",
         "fine: 112 x 56 pixels in 2 tiles,\n2 x 8 patches",
     ]

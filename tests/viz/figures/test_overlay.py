@@ -207,7 +207,7 @@ def test_one_grid_is_drawn_by_itself_or_each_beside_the_other():
     maps = xr.DataArray(np.stack([values, -values]), dims=("layer", "feature"))
     figure = patch_overlays(image, maps, layout=layout, grid="each", columns=3)
     assert [axes.get_title() for axes in figure.axes[:4]] == [
-        f"layer {i}, {name}" for i in range(2) for name in layout.names
+        f"layer {i}\n{name}" for i in range(2) for name in layout.names
     ]
 
 
