@@ -23,12 +23,12 @@ class Features(NamedTuple):
     """The active features of vectors, without the zeros.
 
     Attributes:
-        values (Float[Tensor, "*batch active"]): How strongly each feature is active; 0 fills up vectors with fewer.
-        indices (Int[Tensor, "*batch active"]): Which features they are.
+        values (Float[Tensor, "... active"]): How strongly each feature is active; 0 fills up vectors with fewer.
+        indices (Int[Tensor, "... active"]): Which features they are.
     """
 
-    values: Float[Tensor, "*batch active"]
-    indices: Int[Tensor, "*batch active"]
+    values: Float[Tensor, "... active"]
+    indices: Int[Tensor, "... active"]
 
 
 @dataclass(frozen=True, kw_only=True)
