@@ -59,7 +59,7 @@ class ImageAxes:
         """For the images of all prompts; raises `InputError` where there is none."""
         if not inputs.n_images:
             raise InputError(
-                "A patch map needs images, and the prompts have none; give one with prepare(question, images=...)."
+                "A patch map needs images, and the prompts have 0; give one with prepare(question, images=...)."
             )
         return cls(inputs.layouts)
 

@@ -142,8 +142,8 @@ def test_places_that_are_not_there_are_nan() -> None:
 
 
 def test_images_are_needed() -> None:
-    with pytest.raises(InputError, match="needs images.*prompts have none"):
+    with pytest.raises(InputError, match=r"images.*prompts have 0.*images=..."):
         ImageAxes.of(inputs_of([]))
     inputs = inputs_of([by_hand()], [])
-    with pytest.raises(InputError, match="equally many in every prompt; the prompts have 1, 0"):
+    with pytest.raises(InputError, match=r"images.*prompts have 1, 0"):
         ImageAxes.of(inputs).positions_of_all(inputs)
