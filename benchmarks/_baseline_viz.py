@@ -47,7 +47,7 @@ def figures_of_reading(s: Subject) -> Made:
 @on(SOME, quick=_QUICK)
 def figures_of_images(s: Subject) -> Made:
     importance = analysis.patch_importance(s.model, s.one)
-    processor = s.model.processor.image_processor
+    processor = getattr(s.model.processor, "image_processor", None)
     return {
         "overlay": lambda: viz.patch_overlay(s.one, importance),
         "signed": lambda: viz.patch_overlay(s.images[0], np.linspace(-1, 2, 12).reshape(3, 4)),

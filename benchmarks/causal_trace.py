@@ -80,7 +80,8 @@ def largest_difference(model: HookedLLaVA, inputs: Any, trace: Any, options: dic
     noise = gaussian_noise(model, inputs, options["constraint"])
 
     def corrupt(tensor: Tensor, hook: object) -> Tensor:
-        tensor[:, list(options["constraint"])] += noise.add
+        assert noise.operand is not None
+        tensor[:, list(options["constraint"])] += noise.operand
         return tensor
 
     return _difference(model, inputs, inputs, trace, {"hook_embed": corrupt})

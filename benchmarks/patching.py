@@ -50,6 +50,7 @@ from benchmarks._sweeps import (
     z,
 )
 from hooked_llava.analysis import attribution_patching
+from hooked_llava.model.cache_hooks import positions_of
 from hooked_llava.replay import Replay
 
 ROWS = {
@@ -173,7 +174,8 @@ def worker(row: str, geometry: str) -> Measured:
     sweep = sweep_of("text" if row == PLAIN else row, setting)
     runs = [run.data for run in sweep.runs]
     if row == "whole":  # the longest rows, of which its largest batches are made
-        runs = [run for run in runs if run[0].positions[0] < _FIRST]
+        firsts = [positions_of(run[0].positions, None, setting.inputs.shape[1])[0] for run in runs]
+        runs = [run for run, first in zip(runs, firsts, strict=True) if first < _FIRST]
     replay = Replay(setting.model, setting.inputs)
     if row == PLAIN:
         runs = runs[:1]

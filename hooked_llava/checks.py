@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, SupportsIndex, TypeGuard, TypeVar, cast
+from typing import Any, SupportsIndex, TypeAlias, TypeGuard, TypeVar, cast
 
 from hooked_llava.errors import HookedLLaVAError, InputError, did_you_mean
 
 T = TypeVar("T")
+Indices: TypeAlias = SupportsIndex | Iterable[SupportsIndex]
+"""One index or several, of any integers: Python's, NumPy's or torch's."""
 
 _FEW = 3
 """So many names are all shown in a message, in quotes; of more the closest is suggested."""

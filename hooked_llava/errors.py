@@ -110,3 +110,12 @@ def did_you_mean(given: str, known: Iterable[str], *, n: int = 3) -> str:
     """
     close = difflib.get_close_matches(given, list(known), n=n, cutoff=0.5)
     return f" Did you mean: {', '.join(close)}?" if close else ""
+
+
+def counted(n: int, noun: str, plural: str | None = None) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "image"), counted(0, "entry", "entries")
+    ('1 image', '0 entries')
+    """
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"

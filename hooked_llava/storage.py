@@ -46,7 +46,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file_format: str
 ) -> None:
-    """Write tensors and words that belong to them to one safetensors file; nothing half-written stays behind.
+    """Write tensors and words that belong to them to one safetensors file; nothing half-written stays.
 
     `file_format` names the kind of file and its version, for `read_tensors`. Tensors must not share memory. Raises `InputError`
     as `written_whole`.

@@ -1,6 +1,6 @@
 """At which layer does the answer appear, and in which form?
 
-Zhang et al. (arXiv 2411.18620) read the stream of the last position after every layer through the unembedding and follow
+Zhang et al. (arXiv 2411.18620) read the residual stream of the last position after every layer through the unembedding and follow
 four words: the answer in lower case and capitalised, and the false option in both. In LLaVA the lower-case word rises
 first and the capitalised one, which the model says, overtakes it later: meaning first, then form.
 """
@@ -8,7 +8,7 @@ first and the capitalised one, which the model says, overtakes it later: meaning
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,7 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 FORMS = ("lower", "capitalised", "false lower", "false capitalised")
@@ -34,13 +35,13 @@ _READINGS = ("none", "final")
 
 def answer_probability(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     answer: str | Sequence[str] | None = None,
     false_option: str | Sequence[str] | None = None,
 ) -> xr.DataArray:
     """Probability of the answer's first token by layer, for its two forms and those of the false option.
 
-    Layer l is the stream of the last position entering block l, and layer n_layers the final one. The axis `norm` says
+    Layer l is the residual stream of the last position entering block l, and layer n_layers the final one. The axis `norm` says
     how it is read: "none" softmax(x W_U) as in the paper, "final" softmax(ln_final(x) W_U). (The paper's last point is
     "final", since Hugging Face's last hidden state is normalised already; the rest of its curve is "none". The jump
     between them is one of reading, not of the model.)

@@ -28,22 +28,24 @@ from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.readout.resid import logits_at
-from hooked_llava.results.arrays import check_sizes, stack, to_numpy
+from hooked_llava.results.arrays import check_sizes, position_coords, stack, to_numpy
 from hooked_llava.results.map_quality import rank_correlation
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, PromptsLike
 
 Activations = dict[str, Tensor]
 _PROJECTED = ("q", "k", "v")
+_ROUNDING = 1e-6
+"""Of the range of a map: as much as sums in float32 may be off."""
 
 
 def attribution_patching(
     model: HookedLLaVA,
-    clean: Any,
-    corrupted: Any,
+    clean: PromptsLike,
+    corrupted: PromptsLike,
     *,
     hooks: str | tuple[str, int] | Sequence[str | tuple[str, int]] = ("resid_pre", "attn_out", "mlp_out"),
     metric: Metric | Sequence[Metric] | None = None,
@@ -100,8 +102,8 @@ def attribution_patching(
 
 def edge_attribution(
     model: HookedLLaVA,
-    clean: Any,
-    corrupted: Any,
+    clean: PromptsLike,
+    corrupted: PromptsLike,
     *,
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
@@ -128,12 +130,12 @@ def edge_attribution(
     """
     table, layers = model.hooks_table, range(model.cfg.n_layers)
     senders = ["hook_embed", *(table.name(part, i) for i in layers for part in ("z", "mlp_out"))]
-    behind = [table.name(part, i) for i in layers for part in (*_PROJECTED, *_mlp_readers(model))]
-    behind.append(table.name("resid_post", -1))
-    held = [*behind, *table.resolve("resid_pre")]
+    read_at = [table.name(part, i) for i in layers for part in (*_PROJECTED, *_mlp_readers(model))]
+    read_at.append(table.name("resid_post", -1))
+    held = [*read_at, *table.resolve("resid_pre")]
 
     def estimate(base: Inputs, changes: Activations, point: _Run, metric: Metric) -> xr.Dataset:
-        return _edges(model, changes, point.held, point.gradients(behind, metric))
+        return _edges(model, changes, point.held, point.gradients(read_at, metric))
 
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
     results = _each_pair(
@@ -145,7 +147,8 @@ def edge_attribution(
 def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
     """Spearman's rank correlation of exact patching and its estimate, over the cells that both have as numbers.
 
-    Ties share their mean rank. NaN where one of them is constant. Raises `InputError` for maps with different axes.
+    Cells that differ by rounding in float32 alone (1e-6 of the map's range) tie, and ties share their mean rank. NaN where one
+    of them is constant. Raises `InputError` for maps with different axes.
 
     >>> exact, estimate = (xr.DataArray(v, dims="layer", coords={"layer": range(3)}) for v in ([1, 5, 9], [0, 1, 30]))
     >>> round(agreement(exact, estimate), 6)
@@ -155,7 +158,18 @@ def agreement(exact: xr.DataArray, estimate: xr.DataArray) -> float:
         raise InputError(f"The maps have axes {exact.dims} and {estimate.dims}; compare maps with the same axes.")
     first, second = xr.align(exact, estimate.transpose(*exact.dims), join="inner")
     pairs = np.stack([first.values.ravel(), second.values.ravel()]).astype(np.float64)
-    return rank_correlation(*pairs[:, np.isfinite(pairs).all(0)])
+    return rank_correlation(*map(_without_rounding, pairs[:, np.isfinite(pairs).all(0)]))
+
+
+def _without_rounding(values: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:
+    """The values, with those equal that differ by no more than rounding in float32."""
+    order = values.argsort()
+    ascending, tolerance, start = values[order], _ROUNDING * np.ptp(values) if len(values) else 0.0, 0
+    while start < len(ascending):
+        stop = np.searchsorted(ascending, ascending[start] + tolerance, side="right")
+        ascending[start:stop] = ascending[start]
+        start = stop
+    return ascending[order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -276,7 +290,7 @@ def _estimate(
     rows = [einsum("... d, ... d -> ...", changes[name][0].float(), gradients[name][0].float()) for name in names]
     axes = model.hooks_table[names[0]].axes[1:-1]
     dims = tuple("position" if axis == "pos" else axis for axis in axes)
-    coords: dict[str, Any] = {"position": range(base.shape[1]), "label": ("position", base.token_map.labels)}
+    coords = position_coords(base.token_map, range(base.shape[1]))
     if len(dims) > 1:
         coords[dims[1]] = range(rows[0].shape[-1])
     if model.hooks_table[names[0]].layer is None:
@@ -286,7 +300,7 @@ def _estimate(
 
 
 def _receivers(model: HookedLLaVA) -> list[list[str]]:
-    """Labels of the places that read the stream, layer by layer: queries, keys and values by head, MLP; then the logits."""
+    """Labels of what reads the residual stream, layer by layer: queries, keys and values by head, MLP; then the logits."""
     cfg = model.config.language
     kinds = (("q", cfg.n_heads), ("k", cfg.n_key_value_heads), ("v", cfg.n_key_value_heads))
     by_layer = [
@@ -327,19 +341,19 @@ def _edges(model: HookedLLaVA, changes: Activations, held: Activations, gradient
 def _reading(
     model: HookedLLaVA, layer: int, held: Activations, gradients: Activations
 ) -> Float[Tensor, "receiver pos d_model"]:
-    """Gradients at every place of a layer that reads the stream: each head's copy for q, k and v, and the MLP's.
+    """Gradients at every place of a layer that reads the residual stream: each head's copy for q, k and v, and the MLP's.
 
     Those of the copies (`q_input` and its kin) are made here, from the gradients at queries, keys and values: through
-    the projection and the norm, so that no run holds a copy of the stream for every head of every layer.
+    the projection and the norm, so that no run holds a copy of it for every head of every layer.
     """
     block, table = model.blocks[layer], model.hooks_table
-    stream = held[table.name("resid_pre", layer)][0].detach()
+    resid = held[table.name("resid_pre", layer)][0].detach()
 
-    def before_norm(behind_norm: Float[Tensor, "reader pos d_model"]) -> Float[Tensor, "reader pos d_model"]:
-        copies = stream.expand_as(behind_norm).clone().requires_grad_()
+    def before_norm(after_norm: Float[Tensor, "reader pos d_model"]) -> Float[Tensor, "reader pos d_model"]:
+        copies = resid.expand_as(after_norm).clone().requires_grad_()
         with torch.enable_grad():
             normalized = block.ln1.fused(copies)
-        return torch.autograd.grad(normalized, copies, behind_norm)[0].float()
+        return torch.autograd.grad(normalized, copies, after_norm)[0].float()
 
     rows = []
     for name, linear in zip(_PROJECTED, (block.attn.query, block.attn.key, block.attn.value), strict=True):
@@ -350,12 +364,12 @@ def _reading(
     if "mlp_in" in of_mlp:
         return torch.cat([*rows, of_mlp["mlp_in"].float()])
     linears = (block.mlp.up,) if block.mlp.gate is None else (block.mlp.gate, block.mlp.up)
-    behind_norm = [gradient @ linear.weight for gradient, linear in zip(of_mlp.values(), linears, strict=True)]
-    return torch.cat([*rows, before_norm(torch.stack(behind_norm).sum(0))])
+    after_norm = [gradient @ linear.weight for gradient, linear in zip(of_mlp.values(), linears, strict=True)]
+    return torch.cat([*rows, before_norm(torch.stack(after_norm).sum(0))])
 
 
 def _mlp_readers(model: HookedLLaVA) -> tuple[str, ...]:
-    """Where an MLP reads the stream: its own copy, or in a parallel block, which has none, its neurons before the activation."""
+    """What an MLP reads, as hooks: its own copy of the residual stream, or in a parallel block its neurons before activation."""
     cfg = model.config.language
     if not cfg.parallel_attn_mlp:
         return ("mlp_in",)
@@ -365,7 +379,7 @@ def _mlp_readers(model: HookedLLaVA) -> tuple[str, ...]:
 def _into_layer(
     model: HookedLLaVA, layer: int, reading: Float[Tensor, "receiver pos d_model"], changes: Activations
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edges from every head, MLP and the embedding into a layer's readers; its MLP (the last) also hears its heads.
+    """Edges from every head, MLP and the embedding into a layer's readers; its MLP (the last) also reads its heads.
 
     Not in a parallel block, whose MLP reads what its heads read.
     """
@@ -374,10 +388,10 @@ def _into_layer(
     mlps = heads[:, :, 0].copy()
     embed = to_numpy(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
     for sender in range(min(layer + (not cfg.parallel_attn_mlp), cfg.n_layers)):
-        hears = slice(None) if sender < layer else slice(-1, None)
+        readers = slice(None) if sender < layer else slice(-1, None)
         z = changes[model.hooks_table.name("z", sender)][0]  # (pos, head, d_head)
         wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
-        heads[hears, sender] = to_numpy(einsum("h p m, r p m -> r h", wrote, reading[hears]))
+        heads[readers, sender] = to_numpy(einsum("h p m, r p m -> r h", wrote, reading[readers]))
         if sender < layer:
             change = changes[model.hooks_table.name("mlp_out", sender)][0].float()
             mlps[:, sender] = to_numpy(einsum("p m, r p m -> r", change, reading))

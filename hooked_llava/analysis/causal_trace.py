@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import as_indices, one_of
+from hooked_llava.checks import as_indices, one_of, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import (
     Constraint,
@@ -33,18 +33,18 @@ from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import AnswerReading, read_answer
-from hooked_llava.readout.answer_tokens import Answer
+from hooked_llava.readout.answer_tokens import AnswerLike
 from hooked_llava.readout.metric_names import about_metric
 from hooked_llava.readout.metrics import Metric, value_of
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import join_attrs, n_tied, to_numpy
+from hooked_llava.results.arrays import join_attrs, n_tied, position_coords, to_numpy
 from hooked_llava.results.provenance import Provenance, provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 WindowReading = Literal["centred", "released"]
@@ -80,7 +80,7 @@ class _Plan:
 
 def causal_trace(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     constraint: Constraint | Sequence[Constraint],
     *,
     corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)
@@ -89,7 +89,7 @@ def causal_trace(
     window_reading: WindowReading = "centred",
     layers: int | Sequence[int] | None = None,
     positions: Where | None = None,
-    answer: str | SupportsIndex | Answer | None = None,
+    answer: AnswerLike | None = None,
     metric: Metric | None = None,
     batch_size: int | None = None,
 ) -> xr.Dataset:
@@ -124,9 +124,7 @@ def causal_trace(
     >>> trace["indirect_effect"].dims, float(trace["lowered_by"]) > 0.9
     (('kind', 'layer', 'position'), True)
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"causal_trace takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
+    prompt = model.as_inputs(inputs).single("causal_trace")
     reading = read_answer(model, prompt, answer)
     plan = _plan(model, reading, constraint, kinds, (window, window_reading), layers, positions)
     how: dict[str, Any] = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}
@@ -281,6 +279,7 @@ def _plan(
     width, kind = window
     one_of(kind, get_args(WindowReading), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
+    width = whole_number(width, "window", least=1, most=2 * n_layers - 1)  # wider windows would all hold every layer
     centres = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
     around = centred_window if kind == "centred" else released_window
     windows = [around(centre, width, n_layers) for centre in centres]
@@ -370,8 +369,7 @@ def _labelled(
         coords={
             "kind": list(plan.kinds),
             "layer": plan.layers,
-            "position": plan.positions,
-            "label": ("position", [token_map.labels[p] for p in plan.positions]),
+            **position_coords(token_map, plan.positions),
             "corrupted_label": ("position", [corrupted.labels[p] for p in plan.positions]),
             "role": ("position", [_role(token_map, plan.constraints, p) for p in plan.positions]),
             "constraint_index": ("position", [owner.get(p, -1) for p in plan.positions]),

@@ -7,7 +7,7 @@ replaced by its mean over reference prompts, so that what all prompts share stay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -17,11 +17,11 @@ from torch import Tensor
 from hooked_llava.analysis.maps.scores import check_heads
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.prepare import Inputs, InputsLike
 from hooked_llava.readout.answer import answer_is_said
 from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.intervention import Intervention
-from hooked_llava.replay.reference_mean import reference_means
+from hooked_llava.replay.reference_mean import Reference, reference_means
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
@@ -35,11 +35,11 @@ Sets = Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]]
 
 def ablate_heads(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     heads: Sets,
     target: Target = None,
     *,
-    reference: Any = None,
+    reference: Reference | None = None,
     replace: Replacement = "mean",
 ) -> xr.Dataset:
     """What the answer loses when sets of heads are taken away at the position where it is read, through Replay.
@@ -92,7 +92,7 @@ def ablate_heads(
 
 
 def _sets(model: HookedLLaVA, heads: Sets) -> dict[str, list[tuple[int, int]]]:
-    """The sets by name, checked, behind that of no head."""
+    """The sets by name, checked, after that of no head."""
     cfg = model.config.language
     named = heads if isinstance(heads, Mapping) else {"heads": heads}
     if "none" in named:
@@ -124,7 +124,7 @@ def random_heads(model: HookedLLaVA, seed: int) -> list[tuple[int, int]]:
     return [divmod(int(i), n_heads) for i in order]
 
 
-def _means(model: HookedLLaVA, reference: Any) -> list[Float[Tensor, "head d_head"]]:
+def _means(model: HookedLLaVA, reference: Reference) -> list[Float[Tensor, "head d_head"]]:
     """Every head's mean z at the answer's position."""
     places = [(("z", layer), "last") for layer in range(model.cfg.n_layers)]
     return [mean[-1] if mean.ndim > 2 else mean for mean in reference_means(model, reference, places)]

@@ -1,13 +1,13 @@
 """What does a head find, and what does it make of it?
 
 The query-key and value-output readings of Yu & Ananiadou (arXiv 2411.10950): at the positions that matter, the words in
-the stream that a head reads, in the two parts of it that attention and the MLPs wrote (by which the paper explains where
+the residual stream that a head reads, in the two parts of it that attention and the MLPs wrote (by which the paper explains where
 the head looks and what it takes), and in what it writes from there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import xarray as xr
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions
+from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.answer_cache import AnswerCache, Target, cache_answer, read_target
 from hooked_llava.readout.head_outputs import head_outputs
 from hooked_llava.readout.lens import Space, check_spaces, project
-from hooked_llava.readout.vocabulary import check_k, decode_tokens
-from hooked_llava.results.arrays import to_numpy
+from hooked_llava.readout.vocabulary import check_k
+from hooked_llava.results.arrays import position_coords, to_numpy, word_variables
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 READINGS = ("layer_input", "key_input", "value_input", "value_output")
 
 
 def head_readings(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     layer: int,
     head: int,
     target: Target = None,
@@ -46,9 +46,9 @@ def head_readings(
 ) -> xr.Dataset:
     """Words at the positions that a head reads from: `token`, `token_id`, `value`, each [reading, position, rank].
 
-    Readings of position p, at the head's layer l: "layer_input" the stream x_l; "key_input" what attention wrote there in
-    earlier layers, "value_input" what the MLPs wrote (together x_l - x_0); "value_output" what the head writes from p at the
-    answer's position. All are read with the final norm's scale at the answer's position, as the paper's code does.
+    Readings of position p, at the head's layer l: "layer_input" the residual stream x_l; "key_input" what attention wrote
+    there in earlier layers, "value_input" what the MLPs wrote (together x_l - x_0); "value_output" what the head writes
+    from p at the answer's position. All are read with the final norm's scale at the answer's position, as the paper's code does.
 
     Args:
         model: the model.
@@ -70,9 +70,7 @@ def head_readings(
     >>> read["token"].dims, read.sizes["position"]
     (('reading', 'position', 'rank'), 3)
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"head_readings reads one prompt at a time, got {len(prompt)}; take inputs[i].")
+    prompt = model.as_inputs(inputs).single("head_readings")
     cfg = model.config.language
     layer, head = check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)[0]
     check_k(model, k)
@@ -97,46 +95,42 @@ def _read(
     model, prompt = cache.model, cache.inputs
     pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
     written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
-    stream, *parts = [*_vectors(model, prompt, layer, index), written]
-    read = [project(model, stream, space, cache.scale[0, 0], bias=True)]  # the bias belongs to the whole stream
+    resid, *parts = [*_vectors(model, prompt, layer, index), written]
+    read = [project(model, resid, space, cache.scale[0, 0], bias=True)]  # the bias belongs to the whole residual stream
     read.append(project(model, torch.stack(parts), space, cache.scale[0, 0]))
     values, ids = torch.cat([read[0][None], read[1]]).topk(k, dim=-1)
-    dims = ("reading", "position", "rank")
+    seen = to_numpy(pattern[head, 0, index.to(pattern.device)])
     return xr.Dataset(
         {
-            "token": (dims, decode_tokens(model, ids)),
-            "token_id": (dims, ids.cpu().numpy()),
-            "value": (dims, to_numpy(values)),
-            "attention": ("position", to_numpy(pattern[head, 0, index.to(pattern.device)])),
+            **word_variables(model, values, ids, ("reading", "position", "rank"), "value"),
+            "attention": ("position", seen),
         },
-        coords={
-            "reading": list(READINGS),
-            "position": index.tolist(),
-            "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
-        },
+        coords={"reading": list(READINGS), **position_coords(prompt.token_map, index.tolist())},
     )
 
 
 def _vectors(
     model: HookedLLaVA, prompt: Inputs, layer: int, index: Int[Tensor, " position"]
 ) -> Float[Tensor, "3 position d_model"]:
-    """The stream entering a layer, and what attention and the MLPs below wrote into it."""
+    """The residual stream entering a layer, and what attention and the MLPs below wrote into it."""
     table = model.hooks_table
     names = ["hook_embed", table.name("resid_pre", layer)]
     names += [table.name("attn_out", below) for below in range(layer)]
-    store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(names, caching_hook(store, table, index[None]))]
-    with torch.no_grad():
-        # one layer further, so that the stream entering this one is certain to have passed its hook
-        model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=layer + 1)
-    held = {name: at_least_float32(tensor[0]) for name, tensor in store.items()}
-    stream = held[names[1]]
-    by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(stream))
-    return torch.stack([stream, by_attention, stream - held["hook_embed"] - by_attention])
+    # one layer further, so that the residual stream entering this one is certain to have passed its hook
+    _, cache = model.run_with_cache(prompt, names_filter=names, positions=index, stop_at_layer=layer + 1)
+    held = {name: at_least_float32(cache[name][0]) for name in names}
+    resid = held[names[1]]
+    by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(resid))
+    return torch.stack([resid, by_attention, resid - held["hook_embed"] - by_attention])
 
 
 def attention_to_object(
-    model: HookedLLaVA, same: Any, other: Any, positions: Positions, *, heads: list[tuple[int, int]] | None = None
+    model: HookedLLaVA,
+    same: InputsLike,
+    other: InputsLike,
+    positions: Positions,
+    *,
+    heads: list[tuple[int, int]] | None = None,
 ) -> xr.DataArray:
     """Attention to an object's positions under a question about it and under one about another, [question, layer, head].
 

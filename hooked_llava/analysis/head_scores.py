@@ -1,6 +1,6 @@
 """Which layers, heads and positions make the answer likelier?
 
-Yu & Ananiadou (arXiv 2411.10950) score every vector v that is added to the stream u at the answer's position by the
+Yu & Ananiadou (arXiv 2411.10950) score every vector v that is added to the residual stream u at the answer's position by the
 log-probability increase S(v | u) = log p(w | u + v) - log p(w | u), read through the unembedding with the final norm's
 scale frozen. One forward pass; of the patterns only the answer's row is kept. S is not additive over heads or positions,
 and it says nothing about what would happen without them: for that see `ablate_heads`.
@@ -29,18 +29,18 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.answer import unwrap_single
 from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of, split_prompts
-from hooked_llava.results.arrays import stack, to_numpy
+from hooked_llava.results.arrays import position_coords, stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 _UNITS = "log-probability increase (nats)"
 
 
-def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
-    """S of what every head adds at the answer's position, given the stream entering its block, [layer, head].
+def head_scores(model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Target = None) -> xr.DataArray:
+    """S of what every head adds at the answer's position, given the residual stream entering its block, [layer, head].
 
     Args:
         model: the model.
@@ -64,13 +64,13 @@ def head_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.Da
         return _labelled(scores, ("prompt", "layer", "head"), "head_score", made.attrs(**cache.target_attrs()))
 
 
-def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.DataArray:
-    """S of attention and of the MLP of every layer, each given the stream it is added to, [layer, component].
+def layer_scores(model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Target = None) -> xr.DataArray:
+    """S of attention and of the MLP of every layer, each given the residual stream that it is added to, [layer, component].
 
     The scores telescope: they sum to the answer's log probability (attribute `log_probability`) less what the embedding
     alone gives (`log_probability_of_embedding`), exactly, because the norm's scale is frozen. Where attention and MLP stand
-    side by side (Phi) there is no stream between them: the MLP is given `resid_pre` and `attn_out`, which keeps the sum, and
-    the attribute `mlp_given` says so. Arguments as for `head_scores`.
+    side by side (Phi) there is no residual stream between them: the MLP is given `resid_pre` and `attn_out`, which keeps the
+    sum, and the attribute `mlp_given` says so. Arguments as for `head_scores`.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -94,7 +94,12 @@ def layer_scores(model: HookedLLaVA, inputs: Any, target: Target = None) -> xr.D
 
 
 def position_scores(
-    model: HookedLLaVA, inputs: Any, target: Target = None, *, heads: Heads = 1, positions: Positions | None = None
+    model: HookedLLaVA,
+    inputs: InputsLike | AnswerCache,
+    target: Target = None,
+    *,
+    heads: Heads = 1,
+    positions: Positions | None = None,
 ) -> xr.Dataset:
     """What the heads bring from every position: `score`, S of A v W_O, and `attention`, [head, position].
 
@@ -137,7 +142,7 @@ def _positions_of(
         cache, made.n_forward = as_answer_cache(model, inputs, target, ("pattern", "v", "z"))
         if cache.logit_positions.shape[1] > 1 and not isinstance(
             inputs, AnswerCache
-        ):  # the answer stands behind the prompt
+        ):  # the answer is appended to the prompt
             prompt = prompt.padded_left()
             index = resolve_positions(named, prompt)
         where = index.to(prompt.device)
@@ -151,8 +156,7 @@ def _positions_of(
             coords={
                 "head": range(len(pairs)),
                 "layer_head": ("head", named_heads([pairs])[0]),
-                "position": index[0].tolist(),
-                "label": ("position", [prompt.token_map.labels[i] for i in index[0].tolist()]),
+                **position_coords(prompt.token_map, index[0].tolist()),
             },
             attrs=made.attrs(**cache.target_attrs()),
         )
@@ -194,7 +198,7 @@ def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, i
     return len(one & other) / len(one)
 
 
-def heads_by_attention(model: HookedLLaVA, inputs: Any, span: Positions = "image") -> xr.DataArray:
+def heads_by_attention(model: HookedLLaVA, inputs: InputsLike | AnswerCache, span: Positions = "image") -> xr.DataArray:
     """Attention of every head from the answer's position to a span, [layer, head]: the other way to rank heads.
 
     Of several prompts each has a span of its own length, and a first axis prompt comes before. A `AnswerCache` may stand in

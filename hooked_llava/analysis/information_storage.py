@@ -7,7 +7,7 @@ word with a distractor: by their logit difference, and by the reciprocal of thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 import xarray as xr
@@ -31,12 +31,12 @@ from hooked_llava.readout.head_outputs import head_outputs
 from hooked_llava.readout.lens import Space, check_spaces, project
 from hooked_llava.readout.resid import resid_by_layer
 from hooked_llava.readout.vocabulary import decode_text
-from hooked_llava.results.arrays import resid_coords, stack, to_numpy
+from hooked_llava.results.arrays import position_coords, resid_coords, stack, to_numpy
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 Words = str | SupportsIndex | Sequence[str | SupportsIndex]
@@ -44,7 +44,7 @@ Words = str | SupportsIndex | Sequence[str | SupportsIndex]
 
 def information_storage(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike | AnswerCache,
     correct: Words,
     distractor: Words,
     *,
@@ -53,7 +53,7 @@ def information_storage(
     heads: Heads = 1,
     spaces: Sequence[Space] = ("unembed", "embed"),
 ) -> xr.Dataset:
-    """How plainly a correct word and a distractor can be read in the stream by layer, and in what heads take from it.
+    """How plainly a correct word and a distractor can be read in the residual stream by layer, and in what heads take from it.
 
     Args:
         model: the model.
@@ -95,7 +95,9 @@ def information_storage(
 
     ids = prompts_of(model, inputs).each(tokens, maps, *given)
     if isinstance(inputs, AnswerCache) and inputs.logit_positions.shape[1] != 1:
-        raise InputError("information_storage reads one message from each position; give an AnswerCache of one token.")
+        raise InputError(
+            "information_storage reads one head output from each position; give an AnswerCache of one token."
+        )
     results = [
         _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(apart, ids, strict=True)
     ]
@@ -152,8 +154,7 @@ def _one_prompt(
                 "space": list(spaces),
                 **resid_coords(len(resid) - 1),
                 "head": range(len(pairs)),
-                "position": index.tolist(),
-                "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
+                **position_coords(prompt.token_map, index.tolist()),
                 "word": ["correct", "distractor"],
             },
             attrs=made.attrs(

@@ -5,7 +5,7 @@ not attend to source positions (their scores become minus infinity before the so
 the other keys), and the answer's probability is compared with what it was. One run for each edge and each centre of the
 window; Replay does them together, re-running only what an edge can reach.
 
-The paper's released code knows image, question and last position, but not the text around them (instruction, "ASSISTANT:").
+The paper's released code has image, question and last position, but not the text around them (instruction, "ASSISTANT:").
 Blocking "image->question" and "image->last" there leaves the way image -> rest -> last open. Here that text is the span
 `rest`; "image->question|rest|last" closes every way.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,13 +29,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import as_indices, is_whole_number
+from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edge, Edges, Missing, edges_of, marked
 from hooked_llava.experiments.windows import centred_window, paper_width
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
-from hooked_llava.readout.answer_tokens import Answer
+from hooked_llava.readout.answer_tokens import Target
 from hooked_llava.readout.metrics import Metric, logit_difference, measured
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
@@ -43,6 +43,7 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.prepare import InputsLike
 
 PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question")
 """What Zhang et al. block in every prompt."""
@@ -51,19 +52,18 @@ OBJECT_EDGES = ("object->question", "other->question", "random->question")
 CLOSED_EDGES = ("image->question|rest|last", "question|rest->last")
 """What the released grouping leaves open: with the text around the question included."""
 Window = int | Literal["all"] | None
-Word = str | SupportsIndex | Answer | Sequence[SupportsIndex]
 _OTHER = "change of the metric"
 
 
 def attention_knockout(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     edges: Edges = PAPER_EDGES,
     window: Window = None,
     *,
     centers: int | Sequence[int] | None = None,
-    answer: Word | Sequence[Word] | None = None,
-    baseline: Word | Sequence[Word] | None = None,
+    answer: Target = None,
+    baseline: Target = None,
     metric: MetricName | Metric = "relative_change",
     total: bool = False,
     missing: Missing = "raise",
@@ -171,9 +171,12 @@ def windows_of(window: Window, centers: int | Sequence[int] | None, n_layers: in
         if centers is not None:
             raise InputError("window='all' blocks every layer at once and has no centre; leave centers= out.")
         return {None: range(n_layers)}
-    if window is not None and not is_whole_number(window):
-        raise InputError(f"window={window!r}; expected a number of layers, or 'all'.")
-    width = paper_width(n_layers) if window is None else int(window)
+    if window is None:
+        width = paper_width(n_layers)
+    else:
+        widest = 2 * n_layers - 1  # wider windows would all hold every layer
+        expected = f"a number of layers from 1 to {widest}, or 'all'"
+        width = whole_number(window, "window", least=1, most=widest, expected=expected)
     centres = range(n_layers) if centers is None else as_indices(centers, n_layers, "layers, as centers")
     return {centre: centred_window(centre, width, n_layers) for centre in centres}
 
@@ -182,7 +185,7 @@ def _named(metric: MetricName | Metric) -> str:
     return metric if isinstance(metric, str) else "custom"
 
 
-def _check_metric(metric: Any, reading: AnswerReading, baseline: AnswerReading | None) -> None:
+def _check_metric(metric: MetricName | Metric, reading: AnswerReading, baseline: AnswerReading | None) -> None:
     if not callable(metric) and metric not in KNOCKOUT_METRICS:
         raise InputError(
             f"metric={metric!r}; expected {', '.join(KNOCKOUT_METRICS)}, or a function of logits [..., d_vocab]."
@@ -214,7 +217,9 @@ class _Scores:
     base: Float[Tensor, " prompt"]
 
     @classmethod
-    def of(cls, replay: Replay, reading: AnswerReading, baseline: AnswerReading | None, metric: Any) -> _Scores:
+    def of(
+        cls, replay: Replay, reading: AnswerReading, baseline: AnswerReading | None, metric: MetricName | Metric
+    ) -> _Scores:
         logits = reading.shaped(replay.logits(reading.positions))
         own = reading.with_own(replay.model, logits)
         unmeasured = cls(own, baseline, metric, logits.new_zeros(len(logits)))

@@ -1,7 +1,7 @@
 """What would the model say if it stopped here?
 
-Logit lens (nostalgebraist 2020): the stream between two blocks is read with the final norm and the unembedding, which
-were trained on the final stream only: in early layers the words show what the vectors resemble, not what the model
+Logit lens (nostalgebraist 2020): the residual stream between two blocks is read with the final norm and the unembedding, which
+were trained on the final residual stream only: in early layers the words show what the vectors resemble, not what the model
 believes.
 """
 
@@ -19,19 +19,19 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
 from hooked_llava.readout.lens import Lens, lens, top_tokens
-from hooked_llava.readout.vocabulary import check_k, decode_tokens
-from hooked_llava.results.arrays import resid_coords, stack
+from hooked_llava.readout.vocabulary import check_k
+from hooked_llava.results.arrays import position_coords, resid_coords, stack, word_variables
 from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 
 def logit_lens(
     model: HookedLLaVA,
-    inputs: Any,
+    inputs: InputsLike,
     *,
     positions: Positions = "last",
     norm: Lens = "final",
@@ -41,14 +41,14 @@ def logit_lens(
 ) -> xr.Dataset:
     """Words in the residual stream by layer: `token`, `token_id`, `probability`, each [layer, position, rank].
 
-    Layer l is the stream entering block l, and layer n_layers the final one, where norm="final" gives the model's own
+    Layer l is the residual stream entering block l, and layer n_layers the final one, where norm="final" gives the model's own
     probabilities. With `answers` (words or ids) also `answer_probability` [layer, position, answer].
 
     Args:
         model: the model.
         inputs: one prompt, anything `model.as_inputs` takes; several give a first axis prompt.
         positions: span name, number, slice or list; image positions too.
-        norm: "final" applies the final norm to the stream, "frozen" the scale that the final stream has at the same
+        norm: "final" applies the final norm to the residual stream, "frozen" the scale that the final one has at the same
             position (so that a component's reading is its part of the logits; a LayerNorm's bias is in readings of the
             whole stream only), "none" reads it raw (Zhang et al.
             2411.18620).
@@ -97,16 +97,8 @@ def _one_prompt(
         probability, ids = top_tokens(model, vectors, k, **how)
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
-            {
-                "token": ((*dims, "rank"), decode_tokens(model, ids)),
-                "token_id": ((*dims, "rank"), ids.cpu().numpy()),
-                "probability": ((*dims, "rank"), probability.cpu().numpy()),
-            },
-            coords={
-                **_layers(model, names, hook),
-                "position": index.tolist(),
-                "label": ("position", [prompt.token_map.labels[i] for i in index.tolist()]),
-            },
+            word_variables(model, probability, ids, (*dims, "rank"), "probability"),
+            coords={**_layers(model, names, hook), **position_coords(prompt.token_map, index.tolist())},
         )
         if answers:
             followed = [token for _, token in answers]

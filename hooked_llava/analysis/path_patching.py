@@ -2,8 +2,8 @@
 
 Path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): the direct path from a sender to a receiver is the
 residual stream alone: with everything between them frozen, the receiver reads its old input plus what the sender's
-output changed by. So a path is one intervention, that difference added to the receiver's own copy of the stream, and
-everything behind the receiver runs on.
+output changed by. So a path is one intervention, that difference added to the receiver's own copy of it, and
+everything after the receiver runs on.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.prepare import Inputs, PromptsLike
 
 Senders = Literal["heads", "mlps"]
 Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]
-"""The final stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
+"""The final residual stream; ("mlp", layer); or ("q" | "k" | "v", layer, head)."""
 
 
 class _Target(NamedTuple):
-    """Where a receiver reads the stream."""
+    """Where a receiver reads the residual stream."""
 
     kind: str
     hook: str
@@ -50,8 +50,8 @@ class _Target(NamedTuple):
 
 def path_patching(
     model: HookedLLaVA,
-    clean: Any,
-    corrupted: Any,
+    clean: PromptsLike,
+    corrupted: PromptsLike,
     *,
     receivers: Receiver | Sequence[Receiver] = ("logits",),
     senders: Senders = "heads",
@@ -77,7 +77,7 @@ def path_patching(
         logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
         batch_size: rows at once; chosen from the free memory by default.
 
-    Returns [receiver, layer, head] or [receiver, layer], for several pairs behind an axis pair, with NaN where the
+    Returns [receiver, layer, head] or [receiver, layer], for several pairs after an axis pair, with NaN where the
     sender does not lie before the receiver; attributes `clean` and `corrupted` hold the metric of the unpatched runs.
     Raises `InputError` for prompts that do not match and unknown senders or receivers.
 
@@ -146,7 +146,7 @@ def _one_pair(
 def _changes(
     model: HookedLLaVA, there: dict[str, Tensor], here: dict[str, Tensor], layer: int, where: list[int]
 ) -> Float[Tensor, "sender position d_model"]:
-    """What each sender of a layer adds to the stream in the source run, less what it adds in the base run."""
+    """What each sender of a layer adds to the residual stream in the source run, less what it adds in the base run."""
     name = model.hooks_table.name("mlp_out", layer)
     if name in there:
         return (there[name] - here[name])[:, where]
@@ -178,8 +178,9 @@ def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
     if kind == "mlp":
         if cfg.parallel_attn_mlp:
             raise InputError(
-                f"receiver={receiver!r}: in this model's blocks MLP and attention read one normalized stream, so a path into the "
-                "MLP alone cannot be run. Use edge_attribution for its estimate, or 'logits' and 'q', 'k', 'v' as receivers."
+                f"receiver={receiver!r}: in this model's blocks MLP and attention read one normalized residual stream, so a "
+                "path into the MLP alone cannot be run. Use edge_attribution for its estimate, or 'logits' and 'q', 'k', 'v' as "
+                "receivers."
             )
         return _Target(kind, table.name("mlp_in", layer), layer)
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads

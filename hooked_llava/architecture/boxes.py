@@ -47,7 +47,7 @@ def checked_mask(mask: np.ndarray | Tensor) -> Bool[np.ndarray, "height width"]:
 
 
 def format_box(box: Sequence[float | int]) -> str:
-    """The box as a message shows it.
+    """The box as an error shows it.
 
     >>> format_box((0, 1.5, 3, 4))
     '(0, 1.5, 3, 4)'

@@ -30,7 +30,7 @@ class LLaVAConfig:
         eos_token_ids (tuple[int, ...]): Token ids that end an answer.
         tiling (Tiling | None): How images of any resolution are cut into tiles; None for LLaVA-1.5, where an image is one
             tile.
-        model_name (str): Where the weights came from, for results and messages.
+        model_name (str): Where the weights came from, for results and errors.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""The rows of the table of hooks: what passes through each, its shape and its other spellings, as a config calls for them."""
+"""The rows of the table of hooks: what passes through each, its shape and its other names, by the config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HookSpec:
         axes (tuple[str, ...]): Names of the tensor's axes.
         meaning (str): What the tensor is.
         large (bool): Whether a cache without a filter leaves it out because of its size.
-        aliases (tuple[str, ...]): Other spellings that are understood.
+        aliases (tuple[str, ...]): Other names that are understood.
     """
 
     name: str
@@ -68,7 +68,10 @@ def _attention_hooks(cfg: TowerConfig) -> list[HookSpec]:
         HookSpec(f"{attn}hook_pattern", _EDGES, "attention pattern: softmax of the scores over the keys"),
         HookSpec(f"{attn}hook_z", _HEADS, "values averaged by the pattern"),
         HookSpec(
-            f"{attn}hook_result", ("batch", "pos", "head", "d_model"), "what each head adds to the stream", large=True
+            f"{attn}hook_result",
+            ("batch", "pos", "head", "d_model"),
+            "what each head adds to the residual stream",
+            large=True,
         ),
     ]
 
@@ -84,12 +87,12 @@ def _block_hooks(cfg: TowerConfig) -> list[HookSpec]:
         HookSpec("blocks.{i}.hook_resid_pre", _RESID, "residual stream entering the block"),
         *_norm_hooks("blocks.{i}.ln1", "the block's input" if cfg.parallel_attn_mlp else "the attention's input"),
         *_attention_hooks(cfg),
-        HookSpec("blocks.{i}.hook_attn_out", _RESID, "what attention adds to the stream"),
+        HookSpec("blocks.{i}.hook_attn_out", _RESID, "what attention adds to the residual stream"),
         *([] if cfg.parallel_attn_mlp else between),
         HookSpec("blocks.{i}.mlp.hook_pre", _NEURONS, "MLP neurons before the activation function"),
         *([linear] if cfg.gated_mlp else []),
         HookSpec("blocks.{i}.mlp.hook_post", _NEURONS, "MLP neurons, as the output map reads them"),
-        HookSpec("blocks.{i}.hook_mlp_out", _RESID, "what the MLP adds to the stream"),
+        HookSpec("blocks.{i}.hook_mlp_out", _RESID, "what the MLP adds to the residual stream"),
         HookSpec("blocks.{i}.hook_resid_post", _RESID, "residual stream leaving the block"),
     ]
 
@@ -133,7 +136,7 @@ def language_hooks(cfg: TowerConfig) -> list[HookSpec]:
         HookSpec("hook_image_embed", ("image", "feature", "d_model"), "what the merge puts at the image positions"),
         HookSpec("hook_embed", _RESID, "what enters block 0: text and image"),
         *_block_hooks(cfg),
-        *_norm_hooks("ln_final", "the final stream"),
+        *_norm_hooks("ln_final", "the final residual stream"),
         HookSpec("hook_logits", ("batch", "pos", "d_vocab"), "logits"),
     ]
 

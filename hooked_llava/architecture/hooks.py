@@ -109,25 +109,27 @@ class HookTable:
             for ending in _endings(hook.name.removeprefix("vision.")):
                 self._by_ending[hook.tower == "vision", ending].append(hook.name)
 
-    def add_sae(self, name: str, d_sae: int) -> tuple[str, str]:
+    def add_sae(self, name: str, d_sae: int) -> list[str]:
         """List the hooks of an autoencoder attached to the hook `name`, which they follow; their names."""
-        at, listed = self.hooks[name], list(self.hooks.values())
-        place = listed.index(at) + 1
-        specs = sae_hooks(at.spec, name)
-        added = [
-            replace(at, name=spec.name, spec=spec, site=f"{at.site}{spec.name.removeprefix(name)}") for spec in specs
-        ]
-        self.hooks = {hook.name: hook for hook in (*listed[:place], *added, *listed[place:])}
+        added, listed = self._sae_hooks(name), list(self.hooks.items())
+        place = listed.index((name, self.hooks[name])) + 1
+        self.hooks = dict([*listed[:place], *added.items(), *listed[place:]])
         self.d_sae[name] = d_sae
         self._index_endings()
-        return specs[0].name, specs[1].name
+        return list(added)
 
     def remove_sae(self, name: str) -> None:
         """Take the hooks of an autoencoder from the table."""
-        for spec in sae_hooks(self.hooks[name].spec, name):
-            del self.hooks[spec.name]
+        for added in self._sae_hooks(name):
+            del self.hooks[added]
         del self.d_sae[name]
         self._index_endings()
+
+    def _sae_hooks(self, name: str) -> dict[str, Hook]:
+        """The hooks that an autoencoder at the hook `name` has, whether or not one is attached."""
+        at = self.hooks[name]
+        specs = sae_hooks(at.spec, name)
+        return {s.name: replace(at, name=s.name, spec=s, site=at.site + s.name.removeprefix(name)) for s in specs}
 
     def _add(self, tower: Part, specs: Sequence[HookSpec], n_layers: int) -> None:
         """The hooks of a part in the order in which they fire: all of block 0, then of block 1, ..."""
@@ -154,7 +156,11 @@ class HookTable:
         return list(self.hooks)
 
     def __getitem__(self, name: str) -> Hook:
-        return self.hooks[self.aliases.get(name, name)]
+        """The hook of a full name; an autoencoder's also after it was removed, since caches outlive it."""
+        name = self.aliases.get(name, name)
+        if name not in self.hooks and (at := name.rpartition(".")[0]) in self.hooks:
+            return self._sae_hooks(at)[name]
+        return self.hooks[name]
 
     def tower(self, hook: Hook) -> TowerConfig:
         """The sizes of a hook's tower; the projector's and the merge's hooks have the language tower's."""
@@ -197,7 +203,7 @@ class HookTable:
         return list(found) if len(found) == 1 else [name for name in self.hooks if name in found]
 
     def one(self, hook: object, *, with_image: bool = True) -> str:
-        """The full name of the one hook that a spelling means, any that `resolve` or `cache[...]` understands.
+        """The full name of the one hook that a name means, in any form that `resolve` or `cache[...]` understands.
 
         Raises `HookNameError` as `resolve`, and `InputError` for what is no name, or means several hooks.
         """
@@ -304,7 +310,7 @@ class HookTable:
         if parallel and any(part in name for part in ("resid_mid", "mlp_in", "ln2")):
             return (
                 f"Hook {name!r} does not exist: in this model's blocks attention and MLP stand side by side, so there is no "
-                "stream between them and one norm for both. Use 'resid_pre' (what both read), 'ln1.hook_normalized', "
+                "residual stream between them and one norm for both. Use 'resid_pre' (what both read), 'ln1.hook_normalized', "
                 "'attn_out' and 'mlp_out' (what each adds), or 'resid_post'."
             )
         if parts[:2] == ["vision", "ln_post"]:

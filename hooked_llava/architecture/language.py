@@ -18,26 +18,25 @@ from hooked_llava.errors import ConfigError
 
 _ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
-_LLAMA_NAMES = {
+_NAMES = {
     "embed_tokens": "embed",
-    "norm": "ln_final",
     "layers.{}.input_layernorm": "blocks.{}.ln1",
-    "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
     "layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
     "layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
     "layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
+}
+_LLAMA_NAMES = {
+    **_NAMES,
+    "norm": "ln_final",
+    "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
     "layers.{}.self_attn.o_proj": "blocks.{}.attn.output",
     "layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
     "layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
     "layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
 }
 _PHI_NAMES = {
-    "embed_tokens": "embed",
+    **_NAMES,
     "final_layernorm": "ln_final",
-    "layers.{}.input_layernorm": "blocks.{}.ln1",
-    "layers.{}.self_attn.q_proj": "blocks.{}.attn.query",
-    "layers.{}.self_attn.k_proj": "blocks.{}.attn.key",
-    "layers.{}.self_attn.v_proj": "blocks.{}.attn.value",
     "layers.{}.self_attn.dense": "blocks.{}.attn.output",
     "layers.{}.mlp.fc1": "blocks.{}.mlp.up",
     "layers.{}.mlp.fc2": "blocks.{}.mlp.down",
@@ -73,38 +72,36 @@ def _qwen2(text: Any) -> dict[str, Any]:
 
 
 def _phi(text: Any) -> dict[str, Any]:
-    if text.qk_layernorm:
-        raise ConfigError(
-            "The language model has qk_layernorm=True, norms on the queries and keys of each head, which are not built here. "
-            "Phi-1, Phi-1.5 and Phi-2 have none."
-        )
     return {
-        "normalization_type": "LN",
-        "eps": text.layer_norm_eps,
+        **_with_layer_norms(text),
         "gated_mlp": False,
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
         "parallel_attn_mlp": True,
-        "rotary": _rotary(text, share=text.rope_parameters["partial_rotary_factor"]),
     }
 
 
 def _stablelm(text: Any) -> dict[str, Any]:
-    if text.qk_layernorm:
-        raise ConfigError(
-            "The language model has qk_layernorm=True, norms on queries and keys, which are not built here."
-        )
     return {
-        "normalization_type": "LN",
-        "eps": text.layer_norm_eps,
+        **_with_layer_norms(text),
         "gated_mlp": True,
         "qkv_bias": text.use_qkv_bias,
         "out_bias": False,
         "mlp_bias": False,
         "parallel_attn_mlp": text.use_parallel_residual,
-        "rotary": _rotary(text, share=text.rope_parameters["partial_rotary_factor"]),
     }
+
+
+def _with_layer_norms(text: Any) -> dict[str, Any]:
+    """What Phi and StableLM share: LayerNorms, and a rotary embedding of a part of each head."""
+    if text.qk_layernorm:
+        raise ConfigError(
+            "The language model has qk_layernorm=True, norms on the queries and keys of each head, which are not built here. "
+            "Phi-1, Phi-1.5, Phi-2 and most StableLM have none."
+        )
+    rotary = _rotary(text, share=text.rope_parameters["partial_rotary_factor"])
+    return {"normalization_type": "LN", "eps": text.layer_norm_eps, "rotary": rotary}
 
 
 def _windows(text: Any, layers: Iterable[int]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def llava_next_layout(
     """
     _check_sizes(image_size, tile_size, patch_size)
     fine = _fine_grid(image_size, tile_size, patch_size, pinpoints, max_tiles=None)
-    return ImageLayout(grids=(_base_grid(image_size, tile_size, patch_size), fine), resample=resample)
+    return ImageLayout(grids=(_one_tile_grid(image_size, tile_size, patch_size), fine), resample=resample)
 
 
 def llava_onevision_layout(
@@ -135,9 +135,9 @@ def llava_onevision_layout(
     if max_tiles < 1:
         raise ConfigError(f"max_tiles={max_tiles}; expected 1 or more, the number in the config's 'anyres_max_9'.")
     if several_images:
-        return ImageLayout(grids=(_squared_grid(image_size, tile_size, patch_size),), resample=resample)
+        return ImageLayout(grids=(_one_tile_grid(image_size, tile_size, patch_size, squared=True),), resample=resample)
     fine = _fine_grid(image_size, tile_size, patch_size, pinpoints, max_tiles=max_tiles)
-    return ImageLayout(grids=(_base_grid(image_size, tile_size, patch_size), fine), resample=resample)
+    return ImageLayout(grids=(_one_tile_grid(image_size, tile_size, patch_size), fine), resample=resample)
 
 
 def _check_sizes(image_size: Size, tile_size: int, patch_size: int) -> None:
@@ -147,41 +147,23 @@ def _check_sizes(image_size: Size, tile_size: int, patch_size: int) -> None:
         raise ConfigError(f"patch_size={patch_size}, tile_size={tile_size}; expected patches no larger than a tile.")
 
 
-def _base_grid(image_size: Size, tile_size: int, patch_size: int) -> Grid:
-    """The whole image resized to one tile, whatever its aspect ratio."""
-    rows, columns = (
-        ImageAxis(
+def _one_tile_grid(image_size: Size, tile_size: int, patch_size: int, *, squared: bool = False) -> Grid:
+    """The whole image on one tile: resized to it whatever its aspect ratio, or padded to a square first."""
+    axes = []
+    for length in image_size:
+        padded = max(image_size) if squared else length
+        axis = ImageAxis(
             original=length,
-            padded=length,
-            before=0,
+            padded=padded,
+            before=(padded - length) // 2,
             resized=tile_size,
             offset=0,
             crop=tile_size,
             canvas=tile_size,
             patch_size=patch_size,
         )
-        for length in image_size
-    )
-    return Grid(name=BASE, rows=GridAxis.of(rows), columns=GridAxis.of(columns))
-
-
-def _squared_grid(image_size: Size, tile_size: int, patch_size: int) -> Grid:
-    """The image padded to a square and resized to one tile."""
-    side = max(image_size)
-    rows, columns = (
-        ImageAxis(
-            original=length,
-            padded=side,
-            before=(side - length) // 2,
-            resized=tile_size,
-            offset=0,
-            crop=tile_size,
-            canvas=tile_size,
-            patch_size=patch_size,
-        )
-        for length in image_size
-    )
-    return Grid(name=BASE, rows=GridAxis.of(rows), columns=GridAxis.of(columns), newline="end")
+        axes.append(GridAxis.of(axis))
+    return Grid(name=BASE, rows=axes[0], columns=axes[1], newline="end" if squared else "")
 
 
 def _fine_grid(

@@ -50,7 +50,7 @@ class TowerConfig:
         window (int | None): How many keys a query of a windowed layer sees, the last ones, its own included; None where
             no layer has a window.
         windowed_layers (tuple[int, ...]): Layers whose queries see only the window.
-        parallel_attn_mlp (bool): Whether attention and MLP read the same normalized stream, side by side (Phi), instead
+        parallel_attn_mlp (bool): Whether attention and MLP read the same normalized residual stream, side by side (Phi), instead
             of one after the other.
     """
 
@@ -87,12 +87,12 @@ class TowerConfig:
 
     @property
     def attn_only(self) -> bool:
-        """Always False; TransformerLens asks."""
+        """Always False, for TransformerLens."""
         return False
 
     @property
     def final_rms(self) -> bool:
-        """Whether the norm after the last block is an RMSNorm; TransformerLens asks."""
+        """Whether the norm after the last block is an RMSNorm, for TransformerLens."""
         return self.normalization_type == "RMS"
 
 

@@ -8,9 +8,10 @@ from hooked_llava.architecture.vision import VISION_TOWERS
 
 _PARTS = {"whole model": LLAVA_MODELS, "language model": LANGUAGE_MODELS, "vision tower": VISION_TOWERS}
 _TESTED = (
-    "Every language model is tested with every vision tower, on random weights against transformers: every layer and the "
-    "logits (1e-4 of the scale in float32), with and without images, padded on either side, greedy generation token by "
-    "token, and saving and loading."
+    "Every language model is tested with every vision tower in every whole model, on random weights against transformers: "
+    "every layer and the logits (1e-4 of the scale in float32), with and without images. Every pair of them in LLaVA, and one "
+    "pair in LLaVA-NeXT and in LLaVA-OneVision, also padded on either side, in greedy generation token by token, and saved "
+    "and loaded."
 )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.language import LANGUAGE_MODELS
@@ -13,6 +14,9 @@ from hooked_llava.architecture.llava import LLAVA_MODELS
 from hooked_llava.architecture.sizes import TowerConfig, VisionConfig
 from hooked_llava.architecture.vision import VISION_TOWERS
 from hooked_llava.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _HEAD = {"lm_head": "unembed"}
 _NEWLINE = {"image_newline": "image_newline"}
@@ -26,14 +30,16 @@ TIED_TO = "language.embed.weight"
 _UNEMBED_BIAS = ("language.unembed.bias", "lm_head.bias")
 
 
-def with_optional_tensors(config: LLaVAConfig, names: Iterable[str]) -> LLaVAConfig:
-    """The config, with a bias of the unembedding if the names of the tensors, ours or theirs, have it: no config says that.
+def model_config(hf_config: PreTrainedConfig, names: Iterable[str], *, model_name: str | None = None) -> LLaVAConfig:
+    """The config of a model that has tensors of these names, ours or theirs: only they say if its unembedding has a bias.
+
+    Raises `ConfigError` as `LLaVAConfig.from_hf`.
 
     >>> from transformers import LlavaConfig
-    >>> config = LLaVAConfig.from_hf(LlavaConfig())
-    >>> with_optional_tensors(config, ["language_model.lm_head.bias"]).language.unembed_bias
+    >>> model_config(LlavaConfig(), ["language_model.lm_head.bias"]).language.unembed_bias
     True
     """
+    config = LLaVAConfig.from_hf(hf_config, model_name=model_name)
     has_bias = any(name.endswith(_UNEMBED_BIAS) for name in names)
     return replace(config, language=replace(config.language, unembed_bias=has_bias))
 

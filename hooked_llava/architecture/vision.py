@@ -28,7 +28,7 @@ _NAMES = {
 _CLIP_NAMES = {
     **_NAMES,
     "embeddings.class_embedding": "class_embed",
-    "pre_layrnorm": "ln_pre",  # Hugging Face's own spelling
+    "pre_layrnorm": "ln_pre",  # Hugging Face's own typo
 }
 _SIGLIP_NAMES = {
     **_NAMES,

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.checks import is_whole_number
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, counted
 from hooked_llava.experiments.pairs import gaussian_noise, other_image
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -181,19 +181,19 @@ def replacement(
     if len(words) != len(constraints):
         raise InputError(f"There are {len(words)} replacements for {len(constraints)} constraints; expected as many.")
     if corruption.repeat:
-        firsts = [_alone(model, word)[0] for word in words]
+        firsts = [_in_place(model, token_map, *both)[0] for both in zip(constraints, words, strict=True)]
         return {p: token for where, token in zip(constraints, firsts, strict=True) for p in where}
     found = _tokenized_in_place(model, token_map, constraints, words)
     if found is not None:
         return found
     new: dict[int, int] = {}
     for where, word in zip(constraints, words, strict=True):
-        ids = _alone(model, word)
+        ids = _in_place(model, token_map, where, word)
         if len(ids) != len(where):
             old = " ".join(token_map.labels[p].strip() for p in where)
             raise InputError(
-                f"{word!r} takes {len(ids)} token{'s' * (len(ids) != 1)} and the constraint {old!r} {len(where)}, so "
-                "the positions behind them would not match. Choose words of as many tokens, or have their first token stand "
+                f"{word!r} takes {counted(len(ids), 'token')} and the constraint {old!r} {len(where)}, so "
+                "the positions after them would not match. Choose words of as many tokens, or have their first token stand "
                 "at every place (repeat)."
             )
         new |= dict(zip(where, ids, strict=True))
@@ -237,11 +237,23 @@ def _encoded(model: HookedLLaVA, text: str, sizes: Sequence[int]) -> list[int]:
     return list(model.tokenizer(longer, add_special_tokens=special)["input_ids"])
 
 
-def _alone(model: HookedLLaVA, word: str) -> list[int]:
-    ids = list(model.tokenizer(word, add_special_tokens=False)["input_ids"])
-    if not ids:
+def _in_place(model: HookedLLaVA, token_map: TokenMap, where: Positions, word: str) -> list[int]:
+    """The tokens of a word where a constraint stands, after what stands before it.
+
+    Raises `InputError` for a word without tokens, and for one that would change the tokens before it.
+    """
+    assert token_map.words is not None
+    start, _ = _characters(token_map, where)
+    before = [token_map.token_ids[p] for p in token_map.own if p < where[0]]
+    ids = _encoded(model, token_map.words.text[:start] + word, [len(image) for image in token_map.image_ranges])
+    if ids[: len(before)] != before:
+        raise InputError(
+            f"{word!r} would change the tokens before position {where[0]}, where it is to stand. Choose other words, or take "
+            "Noise() or MeanEmbedding()."
+        )
+    if len(ids) == len(before):
         raise InputError(f"The replacement {word!r} has no tokens; give a word.")
-    return ids
+    return ids[len(before) :]
 
 
 def _shown(model: HookedLLaVA, token: int) -> str:
@@ -270,5 +282,5 @@ def describe(corruption: Corruption, *, words: bool = True) -> str:
         return f"replaced by {by}" + (" at every token" if corruption.repeat else "")
     if isinstance(corruption, Noise):
         spread = "three times the embeddings' spread" if corruption.std is None else f"spread {corruption.std:g}"
-        return f"noise of {spread}, {corruption.samples} draw{'s' * (corruption.samples != 1)}"
+        return f"noise of {spread}, {counted(corruption.samples, 'draw')}"
     return "mean embedding" if isinstance(corruption, MeanEmbedding) else "another image"

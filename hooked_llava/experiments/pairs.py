@@ -339,11 +339,12 @@ def _counts(inputs: Inputs) -> list[int]:
 
 def _processed(model: HookedLLaVA, images: Sequence[Image.Image], n_images: int) -> list[_Image]:
     """Images as the model would receive each in a prompt of so many."""
-    found = []
+    assert model.processor is not None  # images were refused without one
+    processor, found = model.processor.image_processor, []
     for image in images:
-        made = process_images([[image] * n_images], model.processor.image_processor, model.config)
+        made = process_images([[image] * n_images], processor, model.config)
         size = {"height": image.height, "width": image.width}
-        layout = layout_of(model.config, model.processor.image_processor, **size, several_images=n_images > 1)
+        layout = layout_of(model.config, processor, **size, several_images=n_images > 1)
         found.append(_Image(made["pixel_values"][:1].flatten(0, -4)[: layout.n_tiles], layout, image))
     return found
 

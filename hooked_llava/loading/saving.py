@@ -8,21 +8,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.llava import llava_kind
-from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, with_optional_tensors
+from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, model_config
 from hooked_llava.errors import CheckpointError
-from hooked_llava.loading.checkpoint import INDEX, WEIGHTS
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+from hooked_llava.loading.weights import INDEX, WEIGHTS
+from hooked_llava.prompt.processor import Processor
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _GENERATION_CONFIG = "generation_config.json"
@@ -32,7 +28,7 @@ _METADATA = {"format": "pt"}  # transformers refuses safetensors without it
 def save(
     state: Mapping[str, Float[Tensor, "..."]],
     hf_config: PreTrainedConfig,
-    processor: ProcessorMixin | None,
+    processor: Processor | None,
     folder: str | Path,
     *,
     generation_config: GenerationConfig | None = None,
@@ -41,7 +37,7 @@ def save(
 ) -> Path:
     """Write tensors under our names as a folder that `from_pretrained` of transformers loads.
 
-    Everything is written beside the folder and moved into place at the end, so a failure leaves nothing behind and an
+    Everything is written beside the folder and moved into place at the end, so a failure leaves no trace and an
     older checkpoint there untouched. Returns the folder. Raises `CheckpointError` if the folder exists and overwrite
     is False, or holds something other than a checkpoint, or if the tensors do not fit the config.
     """
@@ -58,8 +54,7 @@ def save(
 
 
 def _named_for_disk(state: Mapping[str, Tensor], hf_config: PreTrainedConfig) -> dict[str, Tensor]:
-    config = LLaVAConfig.from_hf(hf_config)
-    config = with_optional_tensors(config, state)
+    config = model_config(hf_config, state)
     expected = expected_tensors(config)
     given = {name: tensor for name, tensor in state.items() if name != TIED or TIED in expected}
     wrong = sorted(set(expected) ^ set(given))
@@ -130,7 +125,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder} is a file; expected the name of a folder to write. Give another name.")
     if not overwrite:
         raise CheckpointError(f"{folder} exists already. Give another name, or overwrite=True to replace it.")
-    # overwrite=True deletes the folder: a slip such as "." must not cost somebody their files
+    # overwrite=True deletes the folder: a slip such as "." must not delete a folder of other files
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} exists and is no checkpoint (no config.json with safetensors beside it), so it is not "

@@ -5,24 +5,24 @@ from __future__ import annotations
 from torch import nn
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
+from hooked_llava.architecture.llava import llava_kind
+from hooked_llava.architecture.tensors import expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
-from hooked_llava.loading.checkpoint import set_parameter
+from hooked_llava.loading.weights import set_parameters
 
 
 def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -> None:
-    """Give a module parameters of its own on the storage of a `LlavaForConditionalGeneration`'s.
+    """Give a module parameters of its own on the storage of a Hugging Face LLaVA model's.
 
     Raises `CheckpointError` if the model lacks a tensor or has one of another shape.
     """
     given = {our_name(name, config): parameter.detach() for name, parameter in hf_model.state_dict().items()}
-    for name, shape in expected_tensors(config).items():
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
         if name not in given or tuple(given[name].shape) != shape:
             found = tuple(given[name].shape) if name in given else "nothing"
             raise CheckpointError(
                 f"The model's {name!r} has shape {found}; its config calls for {shape}. Pass a "
-                "LlavaForConditionalGeneration whose layers are those that its config describes."
+                f"{llava_kind(config.model_type).architecture} whose layers are those that its config describes."
             )
-        set_parameter(module, name, nn.Parameter(given[name], requires_grad=False))
-    if config.language.tied_embeddings:
-        set_parameter(module, TIED, module.get_parameter(TIED_TO))
+    set_parameters(module, ((name, given[name]) for name in expected), config)

@@ -1,6 +1,6 @@
-"""What can be wrapped or loaded, checked at the door: one table of what else is given, how it is known, and what to do.
+"""What can be wrapped or loaded: a table of what may be given instead, how it is recognised, and what to do about it.
 
-`from_hf` and `from_pretrained` ask here before anything is built. An advice is given only where following it ends in a
+`from_hf` and `from_pretrained` check it before anything is built. An advice is given only where following it ends in a
 model with all of its weights.
 """
 
@@ -35,6 +35,7 @@ _ORIGINAL_TYPES = (
 )
 _ORIGINAL_CLASS = re.compile(r"Llava\w+ForCausalLM")
 
+_CLASSES = ", ".join(kind.architecture for kind in LLAVA_MODELS.values())
 _UNQUANTIZED = (
     "Load the checkpoint that it was quantized from; where memory is short, "
     'HookedLLaVA.from_pretrained(name, dtype="bfloat16") takes once the memory of the weights.'
@@ -46,7 +47,7 @@ _ORIGINAL = (
     "save_pretrained of transformers do not convert it: they find no weight under its name and draw new ones at random."
 )
 _MERGE = (
-    "Merge the adapter and pass or save the result: base = LlavaForConditionalGeneration.from_pretrained(base_name); "
+    "Merge the adapter and pass or save the result: base = AutoModelForImageTextToText.from_pretrained(base_name); "
     "PeftModel.from_pretrained(base, adapter_name).merge_and_unload()."
 )
 
@@ -67,7 +68,7 @@ class Kind:
     advice: str
 
 
-# --- models in memory: each is asked about the object that was given
+# --- models in memory: `found` takes the object that was given
 
 
 def _is_named(*names: str) -> Callable[[Any], bool]:
@@ -156,7 +157,7 @@ OBJECTS = (
     Kind(
         "a config, which has no weights",
         lambda given: isinstance(given, PreTrainedConfig),
-        "Load the weights with LlavaForConditionalGeneration.from_pretrained, or HookedLLaVA.from_pretrained.",
+        "Load the weights with AutoModelForImageTextToText.from_pretrained, or HookedLLaVA.from_pretrained.",
     ),
     Kind(
         "a mapping of weights, without their model", lambda given: isinstance(given, Mapping), "Pass the model itself."
@@ -181,7 +182,7 @@ MODULES = (
     Kind(
         "a model without its unembedding",
         _is_named("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel"),
-        "Pass the LlavaForConditionalGeneration around it.",
+        "Pass the model around it, whose class is called ...ForConditionalGeneration.",
     ),
     Kind("a model with layers of an adapter (PEFT) that is not merged", _adapter_layer, _MERGE),
     Kind(
@@ -210,7 +211,7 @@ MODULES = (
 
 
 def check_model(given: object) -> None:
-    """Raises `ConfigError` for anything but a plain `LlavaForConditionalGeneration` with its weights in memory.
+    """Raises `ConfigError` for anything but a plain LLaVA model of transformers with its weights in memory.
 
     >>> check_model("llava-hf/llava-1.5-7b-hf")
     Traceback (most recent call last):
@@ -220,8 +221,8 @@ def check_model(given: object) -> None:
         _refuse_model(given, kind)
     if not isinstance(given, nn.Module) or not isinstance(getattr(given, "config", None), PreTrainedConfig):
         raise ConfigError(
-            f"hf_model is {_shown(given)}; expected a LlavaForConditionalGeneration of transformers. Load one with "
-            "LlavaForConditionalGeneration.from_pretrained, or use HookedLLaVA.from_pretrained."
+            f"hf_model is {_shown(given)}; expected a model of transformers ({_CLASSES}). Load one with "
+            "AutoModelForImageTextToText.from_pretrained, or use HookedLLaVA.from_pretrained."
         )
     if given.config.model_type in LLAVA_MODELS:  # another architecture is told by its config
         for kind in MODULES:
@@ -232,8 +233,8 @@ def _refuse_model(given: object, kind: Kind) -> None:
     if evidence := kind.found(given):
         known_by = f" ({evidence})" if isinstance(evidence, str) else ""
         raise ConfigError(
-            f"hf_model is {_shown(given)}, which is {kind.what}{known_by}; expected a LlavaForConditionalGeneration with "
-            f"its weights in memory, in floating point. {kind.advice}"
+            f"hf_model is {_shown(given)}, which is {kind.what}{known_by}; expected a model of transformers ({_CLASSES}) "
+            f"with its weights in memory, in floating point. {kind.advice}"
         )
 
 
@@ -241,12 +242,12 @@ def _shown(given: object) -> str:
     return repr(str(given)) if isinstance(given, (str, os.PathLike)) else f"a {type(given).__name__}"
 
 
-# --- checkpoint folders: each is asked about the folder and the fields of its config.json
+# --- checkpoint folders: `found` takes the `Folder`
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint folder before anything of it is believed.
+    """A checkpoint folder, of which nothing has been checked.
 
     Attributes:
         path (Path): The folder.

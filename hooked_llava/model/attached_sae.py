@@ -1,6 +1,6 @@
 """A sparse autoencoder in the place of a hook: its features and its error are hooks like any other.
 
-With the error term nothing changes: activation = reconstruction + error. While nobody reads or changes features or error,
+With the error term nothing changes: activation = reconstruction + error. While features and error are neither read nor changed,
 nothing is computed; where nothing is changed, the activation stays as it is bit for bit.
 """
 
@@ -64,12 +64,12 @@ class AttachedSAE:
         if self.keep_error and not (self.hook_sae_acts.listening or self.hook_sae_error.listening):
             return x
         flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
-        wide = flat.to(self.sae.b_dec.dtype)
-        features = self.sae.encode(wide)
+        vectors = flat.to(self.sae.b_dec.dtype)
+        features = self.sae.encode(vectors)
         acts = self.sae.dense(features)  # (..., d_sae)
-        error = wide - self.sae.decode(features)
+        error = vectors - self.sae.decode(features)
         new_acts = self.hook_sae_acts(acts)
-        new_error = self.hook_sae_error(error.view_as(x)).view_as(wide)
+        new_error = self.hook_sae_error(error.view_as(x)).view_as(vectors)
         if not self.keep_error:
             return self._decode(new_acts).to(x.dtype).view_as(x)
         if new_acts is acts and new_error.data_ptr() == error.data_ptr() and not torch.is_grad_enabled():

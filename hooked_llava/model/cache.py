@@ -63,8 +63,8 @@ def _without_middle(method: Callable[..., Any]) -> Callable[..., Any]:
         asked = [name for name in ("mlp_input", "incl_mid") if given.get(name)]
         if asked and self.model.cfg.parallel_attn_mlp:
             raise InputError(
-                f"{method.__name__}({asked[0]}=True) needs the stream between attention and MLP, and in this model's blocks "
-                f"they stand side by side: both read resid_pre through ln1. Leave {asked[0]} out."
+                f"{method.__name__}({asked[0]}=True) needs the residual stream between attention and MLP. In this "
+                f"model's blocks they stand side by side: both read resid_pre through ln1. Leave {asked[0]} out."
             )
         return method(self, *args, **kwargs)
 
@@ -72,7 +72,7 @@ def _without_middle(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class NamedCache(ActivationCache):
-    """TransformerLens's cache, with our other spellings of names, and an error that says what is missing."""
+    """TransformerLens's cache, with our other names, and an error that says what is missing."""
 
     aliases: Mapping[str, str] = MappingProxyType({})
 
@@ -194,7 +194,7 @@ class LLaVACache(NamedCache):
         return LLaVACache(held, self.model, has_batch_dim=self.has_batch_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all activations to one safetensors file; nothing half-written stays behind.
+        """Write all activations to one safetensors file; nothing half-written stays.
 
         Raises `InputError` for a folder that is not there.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
-Positions = str | SupportsIndex | slice | Sequence[int] | np.ndarray | Tensor
+Positions = str | SupportsIndex | slice | Sequence[SupportsIndex] | np.ndarray | Tensor
 """Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers."""
 Where = Positions | None
 """Positions, or None for all."""
@@ -26,7 +26,7 @@ _PLACES = "whole numbers, a slice, or the name of one span ('image|last' joins t
 
 
 def positions_of(
-    where: Any, token_map: TokenMap | None, n_positions: int, *, what: str = "positions", seed: int = 0
+    where: Where, token_map: TokenMap | None, n_positions: int, *, what: str = "positions", seed: int = 0
 ) -> list[int]:
     """The positions that a user's `Where` means in one prompt: what every `positions=` and every end of an edge goes by.
 

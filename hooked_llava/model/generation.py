@@ -23,7 +23,7 @@ from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, with_answer_span
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 Phase = Literal["prefill", "decode", "both"]
 """The run over the prompt, the runs over single new tokens, or all of them."""
@@ -76,7 +76,7 @@ class Sampling:
 @torch.no_grad()
 def generate(
     model: HookedModule,
-    inputs: Any,
+    inputs: InputsLike,
     max_new_tokens: int = 20,
     *,
     do_sample: bool = False,
@@ -120,7 +120,7 @@ def generate(
     Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks
     that are not there or never fire.
     """
-    prompt = with_answer_span(_padded_left(model.as_inputs(inputs)))
+    prompt = with_answer_span(model.as_inputs(inputs).padded_left())
     _check_request(model, prompt, max_new_tokens, return_type)
     if seed is not None:
         generator = torch.Generator(prompt.input_ids.device).manual_seed(seed)
@@ -289,13 +289,6 @@ def _eos_token_ids(model: HookedModule) -> tuple[int, ...]:
     if own is None:
         return model.config.eos_token_ids
     return (own,) if isinstance(own, int) else tuple(own)
-
-
-def _padded_left(inputs: Inputs) -> Inputs:
-    """Rows rolled so that padding stands on the left and every row ends in a real token."""
-    if bool(inputs.attention_mask[:, -1].all()):
-        return inputs
-    return inputs.padded_left()
 
 
 def _check_request(model: HookedModule, prompt: Inputs, max_new_tokens: int, return_type: str) -> None:

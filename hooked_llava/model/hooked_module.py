@@ -44,7 +44,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     hook_dict: dict[str, HookPoint]
 
     @abstractmethod
-    def as_inputs(self, value: Any) -> Inputs:
+    def as_inputs(self, value: InputsLike) -> Inputs:
         """Whatever a user gives as input, checked."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
 
         Args:
             sae: the autoencoder.
-            hook: any spelling of the hook; by default the one that the autoencoder was trained on.
+            hook: any name of the hook; by default the one that the autoencoder was trained on.
             keep_error: add what the features leave unexplained, so that attaching changes nothing; otherwise the
                 reconstruction takes the activation's place.
             any_model: take an autoencoder that was trained on a model of another name.
@@ -310,7 +310,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         return found
 
     def _refuse_image_hooks(self) -> None:
-        """Without an image the image side is not run; somebody listening there would wait in vain."""
+        """Without an image the image side is not run, so a function on a hook there would never be called."""
         for name, point in self.hook_dict.items():
             if point.has_functions and self.hooks_table[name].on_image_side:
                 raise HookNameError(

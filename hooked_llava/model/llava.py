@@ -19,19 +19,14 @@ from torch import Tensor, nn
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.architecture.supported import supported
-from hooked_llava.architecture.tensors import with_optional_tensors
+from hooked_llava.architecture.tensors import model_config
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.loading.checkpoint import (
-    load_into,
-    load_processor,
-    read_config,
-    read_generation_config,
-    with_stored_tensors,
-)
+from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.embedded import resolve
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
+from hooked_llava.loading.weights import load_into, read_headers
 from hooked_llava.model import generation
 from hooked_llava.model.components.assembly import assemble
 from hooked_llava.model.components.attention import AttentionContext
@@ -44,10 +39,14 @@ from hooked_llava.model.request import ForwardRequest, ReturnType
 from hooked_llava.model.summary import summary
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
+from hooked_llava.prompt.images import ImagesLike
 from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.processor import Processor
 from hooked_llava.prompt.validation import check_processor_fits
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from hooked_llava.model.verify import ParityTable
 
 
@@ -67,8 +66,8 @@ class HookedLLaVA(HookedModule):
         projector: Projector,
         language: LanguageTower,
         *,
-        processor: Any = None,
-        hf_config: Any = None,
+        processor: Processor | None = None,
+        hf_config: PreTrainedConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -199,7 +198,7 @@ class HookedLLaVA(HookedModule):
 
     # ------------------------------------------------------------------ inputs
 
-    def prepare(self, question: str | Sequence[str], images: Any = None, **options: Any) -> Inputs:
+    def prepare(self, question: str | Sequence[str], images: ImagesLike | None = None, **options: Any) -> Inputs:
         """A question about images as the model takes it; see `hooked_llava.prompt.prepare.prepare` for the options.
 
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -208,7 +207,7 @@ class HookedLLaVA(HookedModule):
         """
         return inputs_module.prepare(question, images, **self._inputs_for(), **options)
 
-    def as_inputs(self, value: Any) -> Inputs:
+    def as_inputs(self, value: InputsLike) -> Inputs:
         """Inputs from inputs, text, token ids, or what a Hugging Face processor returns; raises `InputError`."""
         return inputs_module.as_inputs(value, **self._inputs_for())
 
@@ -219,7 +218,7 @@ class HookedLLaVA(HookedModule):
 
     # ------------------------------------------------------------------ generation
 
-    def generate(self, inputs: Any, max_new_tokens: int = 20, **options: Any) -> Any:
+    def generate(self, inputs: InputsLike, max_new_tokens: int = 20, **options: Any) -> Any:
         """The model's answer as text (a list of texts for a batch); see `hooked_llava.model.generation.generate`.
 
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -228,8 +227,8 @@ class HookedLLaVA(HookedModule):
         """
         return generation.generate(self, inputs, max_new_tokens, **options)
 
-    def verify(self, hf_model: Any, inputs: Any = None) -> ParityTable:
-        """Every layer compared with a `LlavaForConditionalGeneration` on the same input, as a table; see `verify.verify`."""
+    def verify(self, hf_model: PreTrainedModel, inputs: InputsLike | None = None) -> ParityTable:
+        """Every layer compared with a LLaVA model of transformers on the same input, as a table; see `verify.verify`."""
         from hooked_llava.model.verify import verify
 
         return verify(self, hf_model, inputs)
@@ -252,8 +251,8 @@ class HookedLLaVA(HookedModule):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        processor: Any = None,
-        hf_config: Any = None,
+        processor: Processor | None = None,
+        hf_config: PreTrainedConfig | None = None,
     ) -> HookedLLaVA:
         """The three parts put together; on device "meta" without memory for the weights, elsewhere uninitialised."""
         with torch.device(device), _default_dtype(dtype):
@@ -291,18 +290,18 @@ class HookedLLaVA(HookedModule):
         """
         wanted = as_dtype(dtype)
         folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
-        hf_config = read_config(folder)
-        config = with_stored_tensors(LLaVAConfig.from_hf(hf_config, model_name=str(name)), folder)
-        processor, why_none = load_processor(folder)
+        hf_config, files = read_config(folder), read_headers(folder)
+        config = model_config(hf_config, files.names, model_name=str(name))
+        processor, why_none = load_processor(folder, hf_config.model_type)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
         model.no_processor = why_none
         model.generation_config = read_generation_config(folder)
-        load_into(model, folder, config, dtype=wanted, device=device)
+        load_into(model, files, config, dtype=wanted or stored_dtype(hf_config), device=device)
         return model
 
     @classmethod
-    def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedLLaVA:
-        """A view of a `LlavaForConditionalGeneration`: the same storage, in parameters of its own.
+    def from_hf(cls, hf_model: PreTrainedModel, processor: Processor | None = None) -> HookedLLaVA:
+        """A view of a LLaVA model of transformers: the same storage, in parameters of its own.
 
         A later `.to(...)` of this model leaves the user's alone; an edit of the weights in place reaches both. Without a
         processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture, and for
@@ -310,7 +309,7 @@ class HookedLLaVA(HookedModule):
         and `InputError` for a processor that is another model's.
         """
         check_model(hf_model)
-        config = with_optional_tensors(LLaVAConfig.from_hf(hf_model.config), hf_model.state_dict())
+        config = model_config(hf_model.config, hf_model.state_dict())
         if processor is not None:
             check_processor_fits(processor, config)
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_model.config)

@@ -1,6 +1,6 @@
 """What stands in `fwd_hooks`: pairs (names, function), and other things that say for themselves what they attach.
 
-A function sees a tensor and knows nothing of the prompt. An `Intervention` names spans, heads and images, so it must be
+A function sees a tensor and does not have the prompt. An `Intervention` names spans, heads and images, so it must be
 placed anew in the prompt of every pass: it is attached as a `PromptHook`, which the model tells what it is about to run.
 """
 

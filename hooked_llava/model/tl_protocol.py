@@ -22,6 +22,7 @@ from hooked_llava.model.components.block import Blocks, ParallelBlock
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.processor import Processor, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,21 @@ def sum_biases(
     return total
 
 
+def _stacked(name: str, meaning: str) -> Any:
+    """A property of a model: one weight of every layer, stacked in a new tensor each time."""
+
+    def stack(self: TransformerLensSurface) -> Tensor:
+        return self.stack_weights(name)
+
+    return property(stack, doc=f"{meaning}; stacked when read.")
+
+
 class TransformerLensSurface(nn.Module):
     """Weights, directions and tokens of the language tower, named as in TransformerLens."""
 
     config: LLaVAConfig
     language: LanguageTower
-    processor: Any
+    processor: Processor | None
     no_processor: str
 
     @property
@@ -76,7 +86,7 @@ class TransformerLensSurface(nn.Module):
         return ConfigView(self.config, weight.device, weight.dtype)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The processor's tokenizer; raises `InputError` if the model came without a processor."""
         if self.processor is None:
             raise InputError(
@@ -97,7 +107,7 @@ class TransformerLensSurface(nn.Module):
 
     @property
     def unembed(self) -> nn.Linear:
-        """Map from the normalized final stream to the logits."""
+        """Map from the normalized final residual stream to the logits."""
         return self.language.unembed
 
     @property
@@ -121,70 +131,19 @@ class TransformerLensSurface(nn.Module):
         part = "mlp" if name.endswith(("_in", "_gate", "_out")) else "attn"
         return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
 
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        """Query weights of all layers, stacked when asked."""
-        return self.stack_weights("W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Key weights of all layers, one for each key-value head, stacked when asked."""
-        return self.stack_weights("W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Value weights of all layers, one for each key-value head, stacked when asked."""
-        return self.stack_weights("W_V")
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        """Output weights of all layers, stacked when asked."""
-        return self.stack_weights("W_O")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        """Query biases of all layers."""
-        return self.stack_weights("b_Q")
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Key biases of all layers."""
-        return self.stack_weights("b_K")
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Value biases of all layers."""
-        return self.stack_weights("b_V")
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:
-        """Attention output biases of all layers."""
-        return self.stack_weights("b_O")
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
-        """MLP input weights of all layers, stacked when asked."""
-        return self.stack_weights("W_in")
-
-    @property
-    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:
-        """MLP gate weights of all layers, stacked when asked."""
-        return self.stack_weights("W_gate")
-
-    @property
-    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
-        """MLP output weights of all layers, stacked when asked."""
-        return self.stack_weights("W_out")
-
-    @property
-    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
-        """MLP input biases of all layers."""
-        return self.stack_weights("b_in")
-
-    @property
-    def b_out(self) -> Float[Tensor, "layer d_model"]:
-        """MLP output biases of all layers."""
-        return self.stack_weights("b_out")
+    W_Q = _stacked("W_Q", "Query weights of all layers, [layer head d_model d_head]")
+    W_K = _stacked("W_K", "Key weights of all layers, one for each key-value head, [layer kv_head d_model d_head]")
+    W_V = _stacked("W_V", "Value weights of all layers, one for each key-value head, [layer kv_head d_model d_head]")
+    W_O = _stacked("W_O", "Output weights of all layers, [layer head d_head d_model]")
+    b_Q = _stacked("b_Q", "Query biases of all layers, [layer head d_head]")
+    b_K = _stacked("b_K", "Key biases of all layers, [layer kv_head d_head]")
+    b_V = _stacked("b_V", "Value biases of all layers, [layer kv_head d_head]")
+    b_O = _stacked("b_O", "Attention output biases of all layers, [layer d_model]")
+    W_in = _stacked("W_in", "MLP input weights of all layers, [layer d_model d_mlp]")
+    W_gate = _stacked("W_gate", "MLP gate weights of all layers, [layer d_model d_mlp]")
+    W_out = _stacked("W_out", "MLP output weights of all layers, [layer d_mlp d_model]")
+    b_in = _stacked("b_in", "MLP input biases of all layers, [layer d_mlp]")
+    b_out = _stacked("b_out", "MLP output biases of all layers, [layer d_model]")
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -236,7 +195,7 @@ class TransformerLensSurface(nn.Module):
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape d_model"]:
-        """Direction whose dot product with (final stream / its scale) is the token's logit.
+        """Direction whose dot product with (final residual stream / its scale) is the token's logit.
 
         It is the token's unembedding times the final norm's weight (centred, where the norm is a LayerNorm); because that
         is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights. A LayerNorm's bias has no
@@ -304,13 +263,13 @@ class TransformerLensSurface(nn.Module):
         return ids[0]
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Does nothing: the hook fires whenever somebody listens. TransformerLens's tools call it."""
+        """Does nothing: the hook fires whenever it is hooked. TransformerLens's tools call it."""
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Does nothing: the hooks fire whenever somebody listens. TransformerLens's tools call it."""
+        """Does nothing: the hooks fire whenever they are hooked. TransformerLens's tools call it."""
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Does nothing: the hook fires whenever somebody listens. TransformerLens's tools call it."""
+        """Does nothing: the hook fires whenever it is hooked. TransformerLens's tools call it."""
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
         """Does nothing: there is no joint attention input, only `hook_q_input`, `hook_k_input` and `hook_v_input`."""

@@ -15,7 +15,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.architecture.llava import llava_kind
-from hooked_llava.architecture.tensors import with_optional_tensors
+from hooked_llava.architecture.tensors import model_config
 from hooked_llava.errors import ConfigError
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.summary import format_columns
@@ -114,7 +114,7 @@ def verify(
     >>> verify(HookedLLaVA.from_hf(hf_model), hf_model).ok
     True
     """
-    _check_same_config(model.config, with_optional_tensors(LLaVAConfig.from_hf(hf_model.config), hf_model.state_dict()))
+    _check_same_config(model.config, model_config(hf_model.config, hf_model.state_dict()))
     inputs = model.as_inputs(_random_prompt(model.config, seed) if inputs is None else inputs)
     theirs = _hf_activations(hf_model, inputs, _hf_modules(hf_model, model.config, inputs))
     with torch.no_grad():
@@ -148,15 +148,14 @@ def _random_prompt(config: LLaVAConfig, seed: int) -> dict[str, Tensor]:
     words = torch.tensor([token for token in range(config.language.d_vocab) if token not in special])
     before, after = (words[torch.randint(len(words), (n,), generator=generator)] for n in _TEXT_TOKENS)
     height, width = vision.image_size, 2 * vision.image_size + 1  # matters where images are cut into tiles
-    layout = layout_without_original(vision)
-    if config.tiling is not None:
-        layout = layout_of(config, None, height=height, width=width)
+    tiled = config.tiling is not None
+    layout = layout_of(config, None, height=height, width=width) if tiled else layout_without_original(vision)
     image = torch.full((layout.n_features,), config.image_token_id)
     input_ids = torch.cat([before, image, after])[None]
     shape = layout.n_tiles, vision.n_channels, vision.image_size, vision.image_size
     pixels = torch.randn(shape, generator=generator)
     fields = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
-    return fields if config.tiling is None else {**fields, "image_sizes": torch.tensor([[height, width]])}
+    return {**fields, "image_sizes": torch.tensor([[height, width]])} if tiled else fields
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hooked_llava.model.components.norm import make_norm
 
 
 class VisionTower(nn.Module):
-    """Patches, perhaps behind a class token, through blocks, up to the highest layer that the projector reads.
+    """Patches, perhaps after a class token, through blocks, up to the highest layer that the projector reads.
 
     Blocks above that layer, the post norm and a pooling head are part of the checkpoint, so they are kept and saved; they
     are not run.
@@ -40,23 +40,23 @@ class VisionTower(nn.Module):
         return self.features(self.states([self.embed(pixels)]))
 
     def states(self, entering: list[Float[Tensor, "image pos d_model"]]) -> list[Float[Tensor, "image pos d_model"]]:
-        """The stream entering every block that is run, and leaving the last; `entering` are those that are known already."""
+        """The residual stream entering every block that is run, and leaving the last; `entering` are those known already."""
         layers = range(len(entering) - 1, self.cfg.n_layers_run)
         return [*entering, *self.blocks.states(entering[-1], AttentionContext(), layers=layers)]
 
     def features(self, states: list[Float[Tensor, "image pos d_model"]]) -> Float[Tensor, "image feature d_features"]:
-        """The feature layers side by side, given the stream entering every block and leaving the last."""
+        """The feature layers side by side, given the residual stream entering every block and leaving the last."""
         features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
 
     def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
-        """What enters block 0: patches, behind the class token if there is one, plus learned positions; perhaps normalized."""
+        """What enters block 0: patches, after the class token if there is one, plus learned positions; perhaps normalized."""
         patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
         n_images = patches.shape[0]
         positions = self.pos_embed.weight.expand(n_images, -1, -1)
         if self.hook_pos_embed.listening:
-            positions = positions.clone()  # what somebody keeps must not be the weights themselves
+            positions = positions.clone()  # what a hook keeps must not be the weights themselves
         positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
         if self.class_embed is not None:
             patches = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)  # (image, pos, d_model)

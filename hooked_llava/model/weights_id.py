@@ -143,8 +143,8 @@ def _sums_at_once(pieces: Iterable[Int[Tensor, " _"]]) -> list[int]:
 
 def _block_sums(piece: Int[Tensor, " number"], odd: Int[Tensor, " odd"]) -> Iterator[int]:
     for start, block in enumerate(piece.split(_BLOCK)):
-        wide = block.long()
-        yield int(wide @ odd[: len(wide)]) + 2 * start * _BLOCK * int(wide.sum())
+        integers = block.long()
+        yield int(integers @ odd[: len(integers)]) + 2 * start * _BLOCK * int(integers.sum())
 
 
 def _bits(numbers: Float[Tensor, " number"]) -> Int[Tensor, " number"]:
@@ -227,6 +227,6 @@ def check_same_weights(
     if not same:
         raise InputError(
             f"The {what} was computed on another model{made_on and f' ({made_on!r})'}: the unedited weights of "
-            f"{model_name!r} differ from those that it knows. Use it with the model that it was made for, or make the "
+            f"{model_name!r} differ from those that it was made with. Use it with the model that it was made for, or make the "
             f"{what} again."
         )

@@ -26,6 +26,8 @@ from hooked_llava.errors import ImageCropped, InputError, warn_user
 
 ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array [height, width, 3] or a tensor [3, height, width]."""
+ImagesLike: TypeAlias = ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None]
+"""One image; images of the only prompt; or for each prompt its image, its images, or None."""
 _EXPECTED = (
     "a path, a PIL image, a numpy array [height, width, 3] (uint8, uint16, bool, or floats from 0 to 1) "
     "or a torch tensor [3, height, width]"
@@ -228,7 +230,7 @@ def _channels_last(image: Tensor, name: str) -> np.ndarray:
     _check_shape(tuple(image.shape), tuple(image.shape[:1]) if image.ndim == 3 else (), name, "tensor")
     array = image.detach().cpu()
     if array.is_floating_point():
-        array = array.float()  # numpy knows no bfloat16
+        array = array.float()  # numpy has no bfloat16
     return np.moveaxis(array.numpy(), 0, -1) if array.ndim == 3 else array.numpy()
 
 

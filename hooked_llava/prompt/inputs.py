@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE
-from hooked_llava.errors import InputError, naming_prompt
+from hooked_llava.errors import InputError, counted, naming_prompt
 from hooked_llava.prompt.assembly import Assembly
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_map import TokenMap
@@ -171,13 +171,21 @@ class Inputs:
             per_prompt = [given] if len(self) == 1 else list(given)
             if len(per_prompt) != len(self):
                 raise InputError(
-                    f"The boxes of {name!r} are {_count(len(per_prompt), 'list')} for {_count(len(self), 'prompt')}; "
+                    f"The boxes of {name!r} are {counted(len(per_prompt), 'list')} for {counted(len(self), 'prompt')}; "
                     "expected a list of boxes (x0, y0, x1, y1) for each."
                 )
             token_maps = tuple(
                 self.each(lambda m, own, name=name: _with_boxes(m, name, own, coverage), token_maps, per_prompt)
             )
         return replace(self, token_maps=token_maps)
+
+    def single(self, caller: str) -> Inputs:
+        """These inputs, if they are one prompt; raises `InputError` otherwise, for a function that takes one."""
+        if len(self) != 1:
+            raise InputError(
+                f"{caller} takes one prompt, got {len(self)}; call it once for each: inputs[0], inputs[1], ..."
+            )
+        return self
 
     def naming(self, row: int) -> AbstractContextManager[None]:
         """Errors of this library that the block raises say which prompt of several they are about."""
@@ -217,12 +225,14 @@ class Inputs:
         return self.to("cpu")
 
     def repeat(self, *sizes: int) -> Int[Tensor, "..."]:
-        """The token ids repeated along each axis, as of a tensor; TransformerLens's head detector asks."""
+        """The token ids repeated along each axis, as of a tensor, for TransformerLens's head detector."""
         return self.input_ids.repeat(*sizes)
 
     def padded_left(self) -> Inputs:
-        """A copy with each prompt's padding on its left, so that all end where decoding goes on."""
+        """The same with each prompt's padding on its left, so that all end where decoding goes on: itself if it is."""
         shifts = [self.shape[1] - token_map.real.stop for token_map in self.token_maps]
+        if not any(shifts):
+            return self
 
         def rolled(rows: Tensor) -> Tensor:
             return torch.stack([row.roll(by) for row, by in zip(rows, shifts, strict=True)])
@@ -266,13 +276,13 @@ class Inputs:
         return "\n\n".join(blocks)
 
     def _summary(self) -> str:
-        parts = [_count(len(self), "prompt"), _count(self.shape[1], "position")]
+        parts = [counted(len(self), "prompt"), counted(self.shape[1], "position")]
         if self.pixel_values is None:
             parts.append("no image")
         else:
             dtype = str(self.pixel_values.dtype).removeprefix("torch.")
             shapes = {str(layout): None for layout in self.layouts}
-            parts.append(f"{_count(self.n_images, 'image')} of {' or '.join(shapes)} patches ({dtype})")
+            parts.append(f"{counted(self.n_images, 'image')} of {' or '.join(shapes)} patches ({dtype})")
         return f"{', '.join(parts)}, on {self.device}"
 
     def _per_prompt(self, name: str, where: str | Iterable[Any]) -> list[Any]:
@@ -281,7 +291,7 @@ class Inputs:
             entries = [entries]
         if len(entries) != len(self):
             raise InputError(
-                f"The span {name!r} has {_count(len(entries), 'entry', 'entries')} for {_count(len(self), 'prompt')}; "
+                f"The span {name!r} has {counted(len(entries), 'entry', 'entries')} for {counted(len(self), 'prompt')}; "
                 "expected words, or one entry per prompt."
             )
         return entries
@@ -302,10 +312,6 @@ class Inputs:
             prompts=None if self.prompts is None else tuple(self.prompts[row] for row in rows),
             images=None if self.images is None else tuple(self.images[image] for image in kept),
         )
-
-
-def _count(n: int, noun: str, plural: str | None = None) -> str:
-    return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
 def _with_boxes(token_map: TokenMap, name: str, boxes: Sequence[Any], coverage: Number) -> TokenMap:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.images import load_image
+from hooked_llava.prompt.images import ImageLike, ImagesLike, load_image
 
 
-def open_images(images: Any, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
+def open_images(images: ImagesLike | None, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
     """For every prompt its images, opened; raises `InputError` for another number of entries than prompts.
 
     >>> [len(own) for own in open_images([Image.new("RGB", (8, 8)), None], 2, single=False)]
@@ -38,7 +38,7 @@ def open_images(images: Any, n_prompts: int, *, single: bool) -> list[list[Image
     ]
 
 
-def _entries(entry: Any) -> Sequence[Any]:
+def _entries(entry: ImageLike | Sequence[ImageLike] | None) -> Sequence[Any]:
     if entry is None:
         return []
     return entry if isinstance(entry, (list, tuple)) else [entry]

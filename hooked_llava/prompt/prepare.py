@@ -16,12 +16,13 @@ from torch import Tensor
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
-from hooked_llava.errors import InputError, PromptWithoutTemplate, naming_prompt, warn_user
+from hooked_llava.errors import InputError, PromptWithoutTemplate, counted, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.images import ImageLike, warn_of_cropped
+from hooked_llava.prompt.images import ImagesLike, warn_of_cropped
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.pixels import open_images, process_images
 from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.processor import Processor, Tokenizer
 from hooked_llava.prompt.templates import (
     CHAT,
     DEFAULT,
@@ -37,13 +38,15 @@ from hooked_llava.prompt.templates import (
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.prompt.token_text import TokenText, begins_with_bos, prompt_offsets
 
+TemplateLike: TypeAlias = Template | str | None
+"""A template, the name of one, "chat" for the processor's own, or None where the text is the whole prompt."""
 InputsLike: TypeAlias = Inputs | str | Sequence[str] | Tensor | Mapping[str, Any]
 """What stands for inputs: themselves, one or more whole prompts, token ids, or what a processor returns."""
+PromptsLike: TypeAlias = InputsLike | Sequence[InputsLike]
+"""One prompt, a batch, or a list of either."""
 _SET_LATER = "leave options= out and set the span afterwards: inputs.with_spans(options=positions)"
 TEMPLATE_TAIL = "template"
 """`tail=` of `prepare` for the instruction that the template brings along."""
-ImagesLike: TypeAlias = ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None]
-"""One image; images of the only prompt; or for each prompt its image, its images, or None."""
 
 
 def prepare(
@@ -51,8 +54,8 @@ def prepare(
     images: ImagesLike | None = None,
     *,
     config: LLaVAConfig,
-    processor: Any,
-    template: str | Template | None = DEFAULT,
+    processor: Processor | None,
+    template: TemplateLike = DEFAULT,
     options: Sequence[str] | Sequence[Sequence[str]] | None = None,
     answer_prefix: str = "",
     tail: str | None = TEMPLATE_TAIL,
@@ -60,7 +63,7 @@ def prepare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Dress questions in the conversation template, tokenize them and process their images, all checked.
+    """Write questions into the conversation template, tokenize them and process their images, all checked.
 
     For one question, `images` is an image or a list of its images; for a list of questions, a list with one entry
     each (an image, a list of images, or None). Images are paths, PIL images, arrays [height, width, 3] or tensors
@@ -82,11 +85,10 @@ def prepare(
     `ImageCropped`, once for all images, if the processor cuts a large part of one away.
     """
     questions = _questions(question)
-    _check_processor(processor, config, len(questions), padding_side)
+    processor = _checked_processor(processor, config, len(questions), padding_side)
     opened = open_images(images, len(questions), single=isinstance(question, str))
     chosen = _template(template, tail, answer_prefix, processor)
     prompts = _prompts(questions, opened, chosen, answer_prefix, processor)
-    _check_counts(prompts, opened, image_token_of(processor))
     layouts = [_layouts(own, processor, config) for own in opened]
     encoded = _encode(prompts, layouts, processor, padding_side)
     offsets = encoded.pop("offset_mapping", None)
@@ -104,7 +106,7 @@ def as_inputs(
     value: InputsLike,
     *,
     config: LLaVAConfig,
-    processor: Any = None,
+    processor: Processor | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
@@ -128,11 +130,12 @@ def as_inputs(
         tokenizer = getattr(processor, "tokenizer", None)
         return from_tensors(value, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
     whole = prepare(value, template=None, config=config, processor=processor, device=device, dtype=dtype)
+    assert processor is not None  # prepare has raised without one
     _warn_of_bare(whole.prompts or (), processor)
     return whole
 
 
-def _warn_of_bare(prompts: Sequence[str], processor: Any) -> None:
+def _warn_of_bare(prompts: Sequence[str], processor: Processor) -> None:
     """Warn of the first prompt in which nothing says that it was written as a whole prompt."""
     marks = conversation_marks(processor)
     written = (*marks, image_token_of(processor), *processor.tokenizer.all_special_tokens)
@@ -152,7 +155,7 @@ def from_tensors(
     entries: Mapping[str, Any],
     *,
     config: LLaVAConfig,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
@@ -202,9 +205,11 @@ def _questions(question: str | Sequence[str]) -> list[str]:
     return questions
 
 
-def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, padding_side: str) -> None:
+def _checked_processor(
+    processor: Processor | None, config: LLaVAConfig, n_prompts: int, padding_side: str
+) -> Processor:
     tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+    if processor is None or tokenizer is None or getattr(processor, "image_processor", None) is None:
         given = "no processor" if processor is None else f"a {type(processor).__name__} as its processor"
         raise InputError(
             f"Text and images need a processor, and the model has {given}; expected a LlavaProcessor "
@@ -223,9 +228,10 @@ def _check_processor(processor: Any, config: LLaVAConfig, n_prompts: int, paddin
         )
     if padding_side not in ("left", "right"):
         raise InputError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
+    return processor
 
 
-def _template(template: str | Template | None, tail: str | None, answer_prefix: str, processor: Any) -> Any:
+def _template(template: TemplateLike, tail: str | None, answer_prefix: str, processor: Processor) -> TemplateLike:
     """The `Template` with its tail settled; or "chat", or None, which have no place for a tail."""
     if template == DEFAULT:
         template = default_template(processor) or CHAT
@@ -247,32 +253,29 @@ def _template(template: str | Template | None, tail: str | None, answer_prefix: 
 
 
 def _prompts(
-    questions: list[str], images: list[list[Image.Image]], template: Any, answer_prefix: str, processor: Any
+    questions: list[str],
+    images: list[list[Image.Image]],
+    template: TemplateLike,
+    answer_prefix: str,
+    processor: Processor,
 ) -> list[Prompt]:
-    made = []
+    """The text of every prompt, with an image token for each of its images."""
+    token, made = image_token_of(processor), []
     for row, (text, own) in enumerate(zip(questions, images, strict=True)):
         with naming_prompt(row, text) if len(questions) > 1 else nullcontext():
-            made.append(_prompt(text, len(own), template, answer_prefix, processor))
+            if template is None:
+                prompt = Prompt(text)
+            elif isinstance(template, str):
+                prompt = format_chat(processor, text, len(own), answer_prefix=answer_prefix)
+            else:
+                prompt = template.format(text, len(own), answer_prefix=answer_prefix, image_token=token)
+            if (in_text := prompt.text.count(token)) != len(own):
+                raise InputError(count_message(in_text, len(own), token))
+            made.append(prompt)
     return made
 
 
-def _prompt(text: str, n_images: int, template: Template | str | None, answer_prefix: str, processor: Any) -> Prompt:
-    if template is None:
-        return Prompt(text)
-    if isinstance(template, str):
-        return format_chat(processor, text, n_images, answer_prefix=answer_prefix)
-    return template.format(text, n_images, answer_prefix=answer_prefix, image_token=image_token_of(processor))
-
-
-def _check_counts(prompts: list[Prompt], images: list[list[Image.Image]], image_token: str) -> None:
-    for row, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
-        in_text = prompt.text.count(image_token)
-        if in_text != len(own):
-            where = f"Prompt {row}: " if len(prompts) > 1 else ""
-            raise InputError(where + count_message(in_text, len(own), image_token))
-
-
-def _layouts(images: Sequence[Image.Image], processor: Any, config: LLaVAConfig) -> tuple[ImageLayout, ...]:
+def _layouts(images: Sequence[Image.Image], processor: Processor, config: LLaVAConfig) -> tuple[ImageLayout, ...]:
     """How each image of a prompt becomes positions."""
     several = len(images) > 1
     sizes = [{"height": image.height, "width": image.width} for image in images]
@@ -280,7 +283,7 @@ def _layouts(images: Sequence[Image.Image], processor: Any, config: LLaVAConfig)
 
 
 def _encode(
-    prompts: list[Prompt], layouts: list[tuple[ImageLayout, ...]], processor: Any, padding_side: str
+    prompts: list[Prompt], layouts: list[tuple[ImageLayout, ...]], processor: Processor, padding_side: str
 ) -> dict[str, Tensor]:
     """Token ids and mask, with each token's characters where the tokenizer knows them.
 
@@ -341,7 +344,7 @@ def _with_options(inputs: Inputs, options: Sequence[str] | Sequence[Sequence[str
     per_prompt: Sequence[Any] = [options] if single else options
     if isinstance(options, str) or len(per_prompt) != len(inputs) or any(isinstance(o, str) for o in per_prompt):
         raise InputError(
-            f"options={options!r} for {len(inputs)} prompt{'' if len(inputs) == 1 else 's'}; expected a list "
+            f"options={options!r} for {counted(len(inputs), 'prompt')}; expected a list "
             "of words for one question, and a list of such lists, one per question, for several."
         )
     found = inputs.each(lambda m, words: m.with_spans(options=_find_options(m, words)), inputs.token_maps, per_prompt)
@@ -363,7 +366,7 @@ def _token_maps(
     starts: list[tuple[int, ...]],
     layouts: Sequence[ImageLayout],
     config: LLaVAConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
 ) -> Iterable[TokenMap]:
     coming = iter(layouts)
     for row, real, firsts in zip(ids.tolist(), mask, starts, strict=True):

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.errors import InputError, counted, did_you_mean
+from hooked_llava.prompt.processor import Processor
 
 IMAGE_TOKEN = "<image>"
 CHAT = "chat"
@@ -48,7 +49,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    r"""How a question is dressed for one family of models.
+    r"""How a question becomes a prompt for one family of models.
 
     >>> Template(name="mine", user="Q: ", assistant=" A:").format("What is this?", n_images=1).text
     'Q: <image>\nWhat is this? A:'
@@ -208,15 +209,15 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def default_template(processor: Any) -> Template | None:
+def default_template(processor: Processor) -> Template | None:
     """The registered template that writes what the processor's chat template writes; None if none of them does.
 
     A processor without a chat template gets "llava-1.5". None means that only the chat template itself will do
     (`format_chat`).
 
-    >>> class Processor: chat_template = None
-    >>> default_template(Processor()).name
-    'llava-1.5'
+    >>> from hooked_llava import HookedLLaVA
+    >>> default_template(HookedLLaVA.from_pretrained("tiny-shapes").processor).name
+    'tiny-shapes'
     """
     if not getattr(processor, "chat_template", None):
         return TEMPLATES["llava-1.5"]
@@ -231,13 +232,13 @@ def default_template(processor: Any) -> Template | None:
     return None
 
 
-def conversation_marks(processor: Any) -> tuple[str, ...]:
+def conversation_marks(processor: Processor) -> tuple[str, ...]:
     """Words by which a prompt shows that it is in the conversation template that `prepare` would use, as "USER:".
 
-    None if that template has no such words.
+    Empty if that template has no such words.
 
-    >>> class Processor: chat_template = None
-    >>> conversation_marks(Processor())
+    >>> from hooked_llava import HookedLLaVA
+    >>> conversation_marks(HookedLLaVA.from_pretrained("tiny-shapes").processor)
     ('USER:', 'ASSISTANT:')
     """
     template = default_template(processor)
@@ -249,7 +250,7 @@ def conversation_marks(processor: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(piece for piece in pieces if piece and not piece.isalnum()))
 
 
-def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_prefix: str = "") -> Prompt:
+def format_chat(processor: Processor, question: str, n_images: int = 0, *, answer_prefix: str = "") -> Prompt:
     """The prompt that the processor's own chat template makes of a question, up to the answer or with its beginning.
 
     The text is that of transformers: `apply_chat_template(..., add_generation_prompt=True)`, and with an answer prefix
@@ -288,7 +289,7 @@ def format_chat(processor: Any, question: str, n_images: int = 0, *, answer_pref
     return Prompt(text, spans, separator)
 
 
-def image_token_of(processor: Any) -> str:
+def image_token_of(processor: Processor | None) -> str:
     """The text that stands for an image in this processor's prompts.
 
     >>> image_token_of(None)
@@ -314,12 +315,12 @@ def count_message(in_text: int, given: int, image_token: str = IMAGE_TOKEN, wher
     '2 <image> in the prompt, 1 image given: expected one <image> per image. Give 2 images, or change the prompt.'
     """
     return (
-        f"{in_text} {image_token} in the {where}, {given} image{'' if given == 1 else 's'} given: expected one "
-        f"{image_token} per image. Give {in_text} image{'' if in_text == 1 else 's'}, or change the {where}."
+        f"{in_text} {image_token} in the {where}, {counted(given, 'image')} given: expected one "
+        f"{image_token} per image. Give {counted(in_text, 'image')}, or change the {where}."
     )
 
 
-def _render_chat(processor: Any, question: str, n_images: int, answer_prefix: str = "") -> str:
+def _render_chat(processor: Processor, question: str, n_images: int, answer_prefix: str = "") -> str:
     """The chat template filled in by transformers; templates for text alone get the image tokens within the question."""
     parts = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
     lines = (image_token_of(processor) + "\n") * n_images + question

@@ -36,7 +36,7 @@ from hooked_llava.architecture.boxes import Box, BoxLike, checked_mask
 from hooked_llava.architecture.grid import Cell
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ALL, ImageLayout, Selection
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import InputError, SpanError, counted
 from hooked_llava.prompt import spans as of_spans
 from hooked_llava.prompt.positions import PatchPositions, Positions, format_runs
 from hooked_llava.prompt.token_table import format_table
@@ -182,7 +182,7 @@ class TokenMap:
     def layout(self, image: int = 0) -> ImageLayout:
         """How one image's patches become positions; raises `SpanError` for an image that is not there."""
         if not 0 <= image < self.n_images:
-            images = f"{self.n_images} image{'' if self.n_images == 1 else 's'}"
+            images = counted(self.n_images, "image")
             raise SpanError(f"There is no image {image}: the prompt has {images}, counted from 0.")
         return self.layouts[image]
 

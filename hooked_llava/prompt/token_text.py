@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from hooked_llava.errors import SpanError
+from hooked_llava.errors import SpanError, counted
+from hooked_llava.prompt.processor import Tokenizer
 
 # Scripts that write words without spaces between them: there a word has no border that could be looked for.
 _UNSPACED = (
@@ -42,7 +43,7 @@ class TokenText:
 
     Attributes:
         token_ids (tuple[int, ...]): Token id at every position, padding included.
-        tokenizer (PreTrainedTokenizerBase): A Hugging Face tokenizer.
+        tokenizer (Tokenizer): A Hugging Face tokenizer.
         image_token_id (int): Token id of the image positions; all positions of one image count as one image token in
             the text.
         images (tuple[range, ...]): The positions of each image.
@@ -57,7 +58,7 @@ class TokenText:
     """
 
     token_ids: tuple[int, ...]
-    tokenizer: Any
+    tokenizer: Tokenizer
     image_token_id: int
     images: tuple[range, ...]
     real: range
@@ -110,7 +111,7 @@ class TokenText:
             )
         if not 0 <= (occurrence or 0) < len(places):
             raise SpanError(
-                f"occurrence={occurrence}, but {words!r} occurs {len(places)} time{'' if len(places) == 1 else 's'} "
+                f"occurrence={occurrence}, but {words!r} occurs {counted(len(places), 'time')} "
                 f"in {_called(within)}; expected 0 to {len(places) - 1}."
             )
         return places[occurrence or 0]
@@ -200,7 +201,7 @@ def prompt_offsets(offsets: Sequence[tuple[int, int]], prompt: str, image_token:
     return tuple(mapped)
 
 
-def begins_with_bos(tokenizer: Any, text: str) -> bool:
+def begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
     """Whether a text has its beginning-of-text token written out, so that the tokenizer should not add another.
 
     >>> from hooked_llava.toy.processor import build_tokenizer
@@ -220,7 +221,7 @@ def roll(row: tuple[_T, ...], by: int) -> tuple[_T, ...]:
     return row[-by:] + row[:-by] if by else row
 
 
-def _piece(tokenizer: Any, previous: int | None, token_id: int) -> str:
+def _piece(tokenizer: Tokenizer, previous: int | None, token_id: int) -> str:
     """What a token adds to the text; only in context does a tokenizer say whether a space comes before a word."""
     alone = tokenizer.decode([token_id])
     if previous is None:

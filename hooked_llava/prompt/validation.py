@@ -16,7 +16,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE, layout_of, layout_without_original, same_positions
 from hooked_llava.architecture.processor_axes import processor_axes
-from hooked_llava.errors import ConfigError, InputError, did_you_mean
+from hooked_llava.errors import ConfigError, InputError, counted, did_you_mean
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "batch_num_images", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
@@ -53,8 +53,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 def check_token_ids(ids: Tensor, config: LLaVAConfig) -> Int[Tensor, "batch pos"]:
     """Token ids as int64 [batch, position]; raises `InputError` for their type, shape and range."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"input_ids are {_dtype(ids)}; expected integers (token ids).")
+    _check_integers(ids, "input_ids", "integers (token ids)")
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or 0 in ids.shape:
@@ -79,12 +78,7 @@ def check_mask(mask: Tensor | None, ids: Int[Tensor, "batch pos"]) -> Bool[Tenso
         return torch.ones_like(ids, dtype=torch.bool)
     if mask.is_floating_point() or mask.is_complex():
         raise InputError(f"attention_mask is {_dtype(mask)}; expected bool, or integers 0 and 1 (1 for real tokens).")
-    if mask.ndim == 1:
-        mask = mask[None]
-    if mask.shape != ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(mask.shape)} and input_ids {list(ids.shape)}; expected the same."
-        )
+    mask = _shaped_like(mask, "attention_mask", ids)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError(
             f"attention_mask has values from {int(mask.min())} to {int(mask.max())}; expected 1 for real tokens and 0 "
@@ -148,8 +142,8 @@ def _image_starts(
                 )
             if filled + layout.n_features > run:
                 raise InputError(
-                    f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is {whole} "
-                    f"image{'' if whole == 1 else 's'} and {run - filled} tokens; expected {_expected(layout, config)}; do "
+                    f"Prompt {row} has {run} <image> tokens in a row from position {start}, which is "
+                    f"{counted(whole, 'image')} and {run - filled} tokens; expected {_expected(layout, config)}; do "
                     "not cut prompts short."
                 )
             starts.append(start + filled)
@@ -224,7 +218,8 @@ def layouts_of_sizes(given: Mapping[str, Tensor], config: LLaVAConfig) -> list[I
             "pixel_values are given without image_sizes; expected [image, 2], the (height, width) of each original image, as "
             "this checkpoint's processor returns them: they say how its tiles become positions."
         )
-    sizes = _whole_numbers(given["image_sizes"], "image_sizes")
+    sizes = given["image_sizes"].cpu()
+    _check_integers(sizes, "image_sizes")
     if sizes.ndim != 2 or sizes.shape[1] != 2 or (sizes < 1).any():
         raise InputError(
             f"image_sizes have shape {list(sizes.shape)} and go down to {sizes.min().item() if sizes.numel() else None}; "
@@ -232,7 +227,8 @@ def layouts_of_sizes(given: Mapping[str, Tensor], config: LLaVAConfig) -> list[I
         )
     several = [False] * len(sizes)
     if "batch_num_images" in given:
-        counts = _whole_numbers(given["batch_num_images"], "batch_num_images").flatten().tolist()
+        _check_integers(given["batch_num_images"], "batch_num_images")
+        counts = given["batch_num_images"].flatten().tolist()
         several = [n > 1 for n in counts for _ in range(n)]
         if len(several) != len(sizes):
             raise InputError(
@@ -256,7 +252,7 @@ def check_tiles(
         if len(pixels) != len(layouts) or pixels.shape[1] < max(n_tiles, default=0):
             raise InputError(
                 f"pixel_values have shape {list(pixels.shape)}; expected [image, tile, channel, height, width] with "
-                f"{_images(len(layouts))} of {n_tiles} tiles, by image_sizes."
+                f"{counted(len(layouts), 'image')} of {n_tiles} tiles, by image_sizes."
             )
         pixels = torch.cat([image[:n] for image, n in zip(pixels, n_tiles, strict=True)])
     elif len(pixels) != sum(n_tiles):
@@ -267,13 +263,21 @@ def check_tiles(
     return check_pixels(pixels, config)
 
 
-def _whole_numbers(numbers: Tensor, name: str) -> Tensor:
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise InputError(f"{name} are {_dtype(numbers)}; expected integers.")
-    return numbers.cpu()
+def _check_integers(given: Tensor, name: str, expected: str = "integers") -> None:
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise InputError(f"{name} are {_dtype(given)}; expected {expected}.")
 
 
-def check_processor_fits(processor: Any, config: LLaVAConfig) -> None:
+def _shaped_like(given: Tensor, name: str, ids: Tensor) -> Tensor:
+    """A mask or position ids with the axes of the token ids; one row may come without its batch axis."""
+    given = given[None] if given.ndim == 1 else given
+    if given.shape != ids.shape:
+        has = "have" if name.endswith("s") else "has"
+        raise InputError(f"{name} {has} shape {list(given.shape)} and input_ids {list(ids.shape)}; expected the same.")
+    return given
+
+
+def check_processor_fits(processor: object, config: LLaVAConfig) -> None:
     """Raises `InputError` for what is no processor, and for one that makes images of another size, or writes another number
     of image tokens, than the model takes; what it does not say is not compared.
 
@@ -326,12 +330,12 @@ def check_images(n_per_row: list[int], n_given: int | None) -> None:
     n_shown = sum(n_per_row)
     if n_given is None and n_shown:
         raise InputError(
-            f"input_ids show {_images(n_shown)} but no pixel_values are given: image tokens without images would "
+            f"input_ids show {counted(n_shown, 'image')} but no pixel_values are given: image tokens without images would "
             "run as text. Give pixel_values, or use prepare(question, images=...)."
         )
     if n_given is not None and n_given != n_shown:
         raise InputError(
-            f"input_ids show {_images(n_shown)} (per prompt: {n_per_row}) and pixel_values hold {n_given}; expected "
+            f"input_ids show {counted(n_shown, 'image')} (per prompt: {n_per_row}) and pixel_values hold {n_given}; expected "
             "as many. Give one image per <image>, in order."
         )
 
@@ -340,14 +344,8 @@ def check_position_ids(positions: Tensor | None, ids: Int[Tensor, "batch pos"]) 
     """Position ids as int64; raises `InputError` for their type, shape and sign."""
     if positions is None:
         return None
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise InputError(f"position_ids are {_dtype(positions)}; expected integers.")
-    if positions.ndim == 1:
-        positions = positions[None]
-    if positions.shape != ids.shape:
-        raise InputError(
-            f"position_ids have shape {list(positions.shape)} and input_ids {list(ids.shape)}; expected the same."
-        )
+    _check_integers(positions, "position_ids")
+    positions = _shaped_like(positions, "position_ids", ids)
     if int(positions.min()) < 0:
         raise InputError(f"position_ids go down to {int(positions.min())}; expected 0 and above.")
     return positions.to(torch.int64)
@@ -365,10 +363,6 @@ def check_layouts(layouts: Iterable[ImageLayout], config: LLaVAConfig) -> None:
                 f"These inputs were prepared for a model with {layout.n_features} positions per image; this one has "
                 f"{own.n_features}. Call prepare(...) of the model that runs them."
             )
-
-
-def _images(n: int) -> str:
-    return f"{n} image{'' if n == 1 else 's'}"
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -18,8 +18,17 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.prepare import Inputs
-from hooked_llava.readout.answer_tokens import Answer, answer_tokens, continued, is_index, one_answer, per_prompt
+from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.readout.answer_tokens import (
+    Answer,
+    AnswerLike,
+    Target,
+    answer_tokens,
+    continued,
+    is_index,
+    one_answer,
+    per_prompt,
+)
 from hooked_llava.readout.lens import log_p_of_odds
 from hooked_llava.readout.metric_names import NamedMetric
 from hooked_llava.readout.vocabulary import decode_text, token_names
@@ -202,7 +211,7 @@ def unwrap_single(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else list(values)
 
 
-def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str = "answer") -> AnswerReading:
+def read_answer(model: HookedLLaVA, inputs: InputsLike, answer: Target = None, what: str = "answer") -> AnswerReading:
     """Where an answer is read: text, a token id, or an `Answer`, the same for all prompts or a list with one for each.
 
     In a list an answer may also be a list of token ids. One of several tokens is appended to its prompt. Without an answer
@@ -230,24 +239,26 @@ def read_answer(model: HookedLLaVA, inputs: Any, answer: Any = None, what: str =
     if table.shape[1] == 1:
         return AnswerReading(prompts, prompts.last[:, None], table, texts, measured)
     longer = append_tokens(model, prompts, table[..., 0], [one.text if one.from_text else None for one in found])
-    first = longer.shape[1] - table.shape[1] - 1
-    read = torch.arange(first, first + table.shape[1], device=prompts.device).expand(len(prompts), -1)
-    return AnswerReading(longer, read, table, texts, measured)
+    n = table.shape[1]
+    return AnswerReading(longer, _predicting(longer, longer.shape[1] - n, n), table, texts, measured)
 
 
 def _appended_already(model: HookedLLaVA, inputs: Inputs) -> AnswerReading:
     """The reading of inputs that have their answers with them."""
     starts = {m.n_answer and m.own.stop for m in inputs.token_maps}
-    if len(starts) != 1 or any(not m.n_answer for m in inputs.token_maps):
+    if len(starts) != 1 or 0 in starts:
         raise InputError(
             "The answers that the inputs have appended begin at different positions; ask prompt by prompt."
         )
-    start = starts.pop()
     rows = [[[m.token_ids[p]] for p in range(m.own.stop, m.real.stop)] for m in inputs.token_maps]
     table = token_table(rows, inputs.device)
-    read = torch.arange(start - 1, start - 1 + table.shape[1], device=inputs.device).expand(len(inputs), -1)
     texts = tuple(decode_text(model, [i for (i,) in row]) for row in rows)
-    return AnswerReading(inputs, read, table, texts, WHOLE)
+    return AnswerReading(inputs, _predicting(inputs, starts.pop(), table.shape[1]), table, texts, WHOLE)
+
+
+def _predicting(inputs: Inputs, start: int, n: int) -> Int[Tensor, "prompt read"]:
+    """The positions that predict n tokens from a position on."""
+    return torch.arange(start - 1, start - 1 + n, device=inputs.device).expand(len(inputs), -1)
 
 
 def token_table(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Int[Tensor, "prompt read variant"]:
@@ -282,8 +293,8 @@ class TeacherForced:
 
 def teacher_forced(
     model: HookedLLaVA,
-    inputs: Any,
-    answer: str | SupportsIndex | Sequence[SupportsIndex] | Sequence[str] | Sequence[Sequence[SupportsIndex]],
+    inputs: InputsLike,
+    answer: AnswerLike | Sequence[str] | Sequence[Sequence[SupportsIndex]],
 ) -> TeacherForced:
     """An answer of one or more tokens appended to the prompts, to be scored as a whole.
 
@@ -313,13 +324,13 @@ def teacher_forced(
     found = prompt.each(lambda token_map, one: one_answer(model, token_map, one), prompt.token_maps, given)
     table = token_table([one.variants for one in found], prompt.device)
     longer = append_tokens(model, prompt, table[..., 0], [one.text if one.from_text else None for one in found])
-    n, length = table.shape[1], longer.shape[1]
     same = table[0] if bool((table == table[:1]).all()) else table
 
     def metric(logits: Float[Tensor, "*shape d_vocab"]) -> Float[Tensor, "*out"]:
         return answer_log_probability(logits, same)
 
     named = NamedMetric(metric, "log_probability of the whole answer", {})
+    n, length = table.shape[1], longer.shape[1]
     return TeacherForced(longer, list(range(length - n - 1, length - 1)), named)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,18 +16,14 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.prepare import Inputs, InputsLike
 from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
-from hooked_llava.readout.answer_tokens import Answer, per_prompt
+from hooked_llava.readout.answer_tokens import Target, per_prompt
 from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase
 from hooked_llava.readout.resid import logits_at, rows_at
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-
-Target = str | SupportsIndex | Answer | Sequence[str | SupportsIndex | Answer] | None
-"""What is scored: None for the answer that the inputs have appended, else the model's own next token; text (of several
-tokens: under teacher forcing), a token id, an `Answer` with its variants; or a list with one for each prompt."""
 
 PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
 
@@ -121,7 +117,7 @@ class AnswerCache:
 
 @torch.no_grad()
 def cache_answer(
-    model: HookedLLaVA, inputs: Any, target: Target = None, *, parts: Sequence[str] = PARTS
+    model: HookedLLaVA, inputs: InputsLike, target: Target = None, *, parts: Sequence[str] = PARTS
 ) -> AnswerCache:
     """Run the prompts once and keep what the answer is read from; see `AnswerCache`.
 
@@ -152,7 +148,9 @@ def cache_answer(
     return AnswerCache(model, prompts, read, found.ids, found.texts, found.measured, resid, scale, store)
 
 
-def as_answer_cache(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequence[str]) -> tuple[AnswerCache, int]:
+def as_answer_cache(
+    model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Target, parts: Sequence[str]
+) -> tuple[AnswerCache, int]:
     """The answer cache of some prompts, and how many forward passes it took: none if it is given in place of the prompts.
 
     Raises `InputError` for a given cache of another model, without the parts, or with a target beside it.
@@ -162,13 +160,15 @@ def as_answer_cache(model: HookedLLaVA, inputs: Any, target: Target, parts: Sequ
     missing = [part for part in parts if not any(name.endswith(f"hook_{part}") for name in inputs.held)]
     if inputs.model is not model or target is not None or missing:
         raise InputError(
-            f"A decision is given in place of prompts: it must be of the same model, have the parts {list(parts)} and "
+            f"An answer cache is given in place of prompts: it must be of the same model, have the parts {list(parts)} and "
             f"bring its own target; it lacks {missing}, and target={target!r}."
         )
     return inputs, 0
 
 
-def split_prompts(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple[Inputs | AnswerCache, Any]]:
+def split_prompts(
+    model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Target
+) -> list[tuple[Inputs | AnswerCache, Any]]:
     """Each prompt apart with its target; or each prompt's part of an answer cache, which brings its own target."""
     if isinstance(inputs, AnswerCache):
         return [(inputs.only(i), target) for i in range(len(inputs.logit_positions))]
@@ -176,12 +176,12 @@ def split_prompts(model: HookedLLaVA, inputs: Any, target: Target) -> list[tuple
     return list(zip(prompts, per_prompt(target, len(prompts)), strict=True))
 
 
-def prompts_of(model: HookedLLaVA, inputs: Any) -> Inputs:
+def prompts_of(model: HookedLLaVA, inputs: InputsLike | AnswerCache) -> Inputs:
     """The prompts, or those of an answer cache that stands in their place."""
     return inputs.inputs if isinstance(inputs, AnswerCache) else model.as_inputs(inputs)
 
 
-def read_target(model: HookedLLaVA, inputs: Any, target: Target) -> AnswerReading:
+def read_target(model: HookedLLaVA, inputs: InputsLike, target: Target) -> AnswerReading:
     """The prompts (with an answer of several tokens appended), where it is read, and its tokens (None: the model's own).
 
     Raises `InputError` for a list that has not one target for each prompt, or targets of different numbers of tokens.

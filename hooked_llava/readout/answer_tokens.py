@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.prepare import Inputs, InputsLike
 from hooked_llava.prompt.templates import default_template, format_chat
 from hooked_llava.prompt.token_text import begins_with_bos
 from hooked_llava.readout.vocabulary import decode_text, token_id, token_names
@@ -95,7 +95,14 @@ class AnswerTokens:
         return tuple(ids[0] for ids in self.variants)
 
 
-def answer_tokens(model: HookedLLaVA, inputs: Any, answer: Any, what: str = "answer") -> list[AnswerTokens]:
+AnswerLike: TypeAlias = str | SupportsIndex | Answer | AnswerTokens | Iterable[SupportsIndex]
+"""Text (of several tokens: under teacher forcing), a token id, an `Answer` with its variants, or token ids."""
+Target: TypeAlias = AnswerLike | Iterable[AnswerLike] | None
+"""An answer for all prompts, or a list with one for each; None for the answer that the inputs have appended, else the model's
+own next token."""
+
+
+def answer_tokens(model: HookedLLaVA, inputs: InputsLike, answer: Target, what: str = "answer") -> list[AnswerTokens]:
     """The tokens that an answer adds to each of the prompts.
 
     Text follows the prompt after what the template puts there, unless it brings a leading space of its own; where no template
@@ -115,7 +122,7 @@ def answer_tokens(model: HookedLLaVA, inputs: Any, answer: Any, what: str = "ans
     return prompts.each(lambda token_map, one: one_answer(model, token_map, one, what), prompts.token_maps, each)
 
 
-def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: Any, what: str = "answer") -> AnswerTokens:
+def one_answer(model: HookedLLaVA, prompt: TokenMap | None, answer: AnswerLike, what: str = "answer") -> AnswerTokens:
     """The tokens that an answer adds to one prompt; as `answer_tokens`. Without a prompt: to one that `prepare` makes."""
     if isinstance(answer, AnswerTokens):
         return answer
@@ -161,7 +168,7 @@ def first_tokens(model: HookedLLaVA, prompt: TokenMap, answers: Sequence[str]) -
     return [ids[0] if ids and ids[0] != model.tokenizer.unk_token_id else None for ids in found]
 
 
-def per_prompt(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
+def per_prompt(given: Target, n_prompts: int, what: str = "target") -> list[Any]:
     """One answer for each prompt: the same for all, or a list's own; raises `InputError` for a list of another length.
 
     >>> per_prompt("Red", 2), per_prompt([7, 8], 2)
@@ -181,7 +188,7 @@ def per_prompt(given: Any, n_prompts: int, what: str = "target") -> list[Any]:
     return each
 
 
-def is_index(given: Any) -> bool:
+def is_index(given: object) -> bool:
     """Whether it is a whole number of any library.
 
     >>> import torch
@@ -228,7 +235,9 @@ class _Context:
     def of(cls, model: HookedLLaVA, prompt: TokenMap | None) -> _Context:
         """That of a prompt; raises `InputError` if only its ids are known and they spell nothing that gives them again."""
         if prompt is None:
-            template = default_template(model.processor) if model.tokenizer is not None else None
+            _ = model.tokenizer  # a model without one says so
+            assert model.processor is not None
+            template = default_template(model.processor)
             made = template.format("?") if template else format_chat(model.processor, "?")
             return cls(made.text, _encode(model, made.text, special=True), True, made.answer_separator)
         ids = _own_ids(prompt)

@@ -1,8 +1,8 @@
 """Vectors -> words: reading a residual stream through the unembedding, or by the input embeddings.
 
 Three lenses are in use, and papers differ in which: `final` applies the final norm to the vector itself, `frozen` the
-final norm with the scale that the actual final stream had (so that parts add up to the logits), `none` no norm at all.
-A LayerNorm also subtracts the mean of every vector and adds its bias once, to the whole stream.
+final norm with the scale that the actual final residual stream had (so that parts add up to the logits), `none` no norm at all.
+A LayerNorm also subtracts the mean of every vector and adds its bias once, to the whole residual stream.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lens(
         norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U. With a LayerNorm u
             is centred first and the norm's bias added; an unembedding's bias is added, too.
         scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
-        bias: for "frozen" and "none", False where the vectors are parts of the stream: biases of the norm and of the
+        bias: for "frozen" and "none", False where the vectors are parts of the residual stream: biases of the norm and of the
             unembedding belong to the whole only.
 
     In the vectors' dtype. Raises `InputError` for an unknown norm, or "frozen" without a scale.
@@ -114,8 +114,8 @@ def project(
 ) -> Float[Tensor, "*shape d_vocab"]:
     """One number for every word of the vocabulary, in float32 at least.
 
-    "unembed": logits through the final norm with a given scale (frozen), as parts of the final stream are read; with
-    `bias` as the whole stream is, with the biases of a LayerNorm and of the unembedding.
+    "unembed": logits through the final norm with a given scale (frozen), as parts of the final residual stream are read; with
+    `bias` as the whole residual stream is, with the biases of a LayerNorm and of the unembedding.
     "embed": inner product with each word's input embedding; "cosine": their cosine, which does not favour long vectors.
 
     Raises `InputError` for another space, or "unembed" without a scale.
@@ -155,8 +155,8 @@ def log_probability_increase(
 
     Args:
         model: the model whose final norm and unembedding are used; its hooks do not fire.
-        vectors: what is added to the stream, v.
-        base: the stream that they are added to, u; one for all, or shaped so that it broadcasts against the vectors.
+        vectors: what is added to the residual stream, v.
+        base: the residual stream that they are added to, u; one for all, or shaped so that it broadcasts against the vectors.
         target: token w, or several whose probabilities add up; a tensor where the vectors have different ones.
         scale: `ln_final.hook_scale` of the position that the answer is read at.
 
@@ -184,7 +184,7 @@ def log_probabilities(
     *,
     scale: Float[Tensor, "*scale 1"],
 ) -> Float[Tensor, "*out"]:
-    """log p(w | u) in nats of each vector u through the frozen final norm, over all spellings of the target w.
+    """log p(w | u) in nats of each vector u through the frozen final norm, over all variants of the target w.
 
     `target` and `scale` broadcast against the vectors; otherwise as `log_probability_increase`.
 

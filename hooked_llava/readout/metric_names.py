@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class NamedMetric:
-    """A metric, from logits [..., d_vocab] to [...], that knows its name and its tokens.
+    """A metric, from logits [..., d_vocab] to [...], with its name and its tokens.
 
     Attributes:
         function (Callable[[Tensor], Tensor]): From logits at the read position to one number per prompt.
@@ -34,7 +34,7 @@ class NamedMetric:
         return self.function(logits)
 
 
-def about_metric(model: HookedLLaVA, metric: Any) -> dict[str, Any]:
+def about_metric(model: HookedLLaVA, metric: object) -> dict[str, Any]:
     """Attributes of a result: `metric` by name, and for its tokens `answer` and `answer_ids` (`baseline` likewise).
 
     >>> from hooked_llava import HookedLLaVA

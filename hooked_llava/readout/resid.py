@@ -50,7 +50,7 @@ def logits_and_activations(
 ) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
     """Logits at some positions, and the named activations at all, in one forward pass.
 
-    All positions are unembedded only where an activation behind the blocks is asked for.
+    All positions are unembedded only where an activation after the blocks is asked for.
     """
     n_layers = model.cfg.n_layers
     store: dict[str, Tensor] = {}

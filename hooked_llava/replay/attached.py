@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
@@ -63,11 +62,11 @@ class AttachedIntervention(PromptHook):
 
 
 @as_hook.register
-def _(entry: Intervention, model: Any) -> HookEntry:
+def _(entry: Intervention, model: HookedLLaVA) -> HookEntry:
     return model.hooks_table.one(entry.hook), AttachedIntervention(entry, model)
 
 
-def _names_new_tokens(where: Any, bound: BoundIntervention, inputs: Inputs) -> list[bool]:
+def _names_new_tokens(where: Where, bound: BoundIntervention, inputs: Inputs) -> list[bool]:
     """For each prompt, whether its positions go on into what is generated after it: all of it or nothing."""
     if where is not None and not isinstance(where, str):
         return [False] * len(inputs)

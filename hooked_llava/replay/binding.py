@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import SupportsIndex
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layout import ImageLayout
-from hooked_llava.checks import as_index, as_indices, whole_numbers
+from hooked_llava.checks import Indices, as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import axis_sizes, positions_of
+from hooked_llava.model.cache_hooks import Where, axis_sizes, positions_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
@@ -16,7 +16,7 @@ from hooked_llava.replay.bound import POSITION_AXES, BoundIntervention, spread
 from hooked_llava.replay.intervention import SCORES, Intervention
 
 
-def bind(intervention: Any, model: HookedLLaVA, inputs: Inputs) -> BoundIntervention:
+def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> BoundIntervention:
     """Place an intervention in a model and its inputs.
 
     Raises `HookNameError` for an unknown hook, `SpanError` for an unknown span, and `InputError` for positions, heads,
@@ -73,7 +73,7 @@ def _check_several(bound: BoundIntervention) -> None:
             )
 
 
-def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
+def _sequence(where: Where, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
     """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
 
     def of_prompt(token_map: TokenMap) -> tuple[int, ...]:
@@ -83,14 +83,14 @@ def _sequence(where: Any, inputs: Inputs, *, of_edge: bool = False) -> tuple[tup
     return tuple(inputs.each(of_prompt, inputs.token_maps))
 
 
-def _check_number(given: Any, n: int, what: str, name: str) -> None:
+def _check_number(given: SupportsIndex | None, n: int, what: str, name: str) -> None:
     """Refuse a number of an image or tile that no prompt has."""
     if given is not None:
         number = whole_numbers(given, what)[0]
         as_index(number, n, what, says=f"{what}={given} on {name!r} is out of range", from_end=False)
 
 
-def patches_of(where: Any, hook: Hook, model: HookedLLaVA, layout: ImageLayout) -> tuple[int, ...]:
+def patches_of(where: Where, hook: Hook, model: HookedLLaVA, layout: ImageLayout) -> tuple[int, ...]:
     """Patches of a tile, or of an image, as indices of the hook's own position axis; raises `InputError`.
 
     In the tower the class token comes first; among an image's features newlines come between.
@@ -109,7 +109,7 @@ def patches_of(where: Any, hook: Hook, model: HookedLLaVA, layout: ImageLayout) 
     return tuple(patches[i] for i in indices(where, len(patches), "positions", hook.spec.name) or ())
 
 
-def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
+def indices(given: Indices | None, n: int, what: str, name: str) -> tuple[int, ...] | None:
     """Heads, neurons or patches below n, None for all; raises `InputError` for those that hook `name` does not have."""
     if given is None:
         return None
@@ -124,7 +124,7 @@ def indices(given: Any, n: int, what: str, name: str) -> tuple[int, ...] | None:
 
 def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) -> None:
     """Whether `value` or `add` fits the cut, found out before anything runs."""
-    operand = bound.intervention.value if bound.intervention.value is not None else bound.intervention.add
+    operand = bound.intervention.operand
     if operand is None:
         return
     sizes = axis_sizes(model.hooks_table, bound.hook.name, inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Where
 from hooked_llava.model.components.hook_point import HookPoint, with_hook
 from hooked_llava.replay.intervention import Intervention
 
@@ -44,7 +45,7 @@ class BoundIntervention:
     point: HookPoint
 
     @property
-    def target(self) -> Any:
+    def target(self) -> Where:
         """Where the change is, as the user named it: the target of a block, else the positions."""
         return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
 
@@ -101,14 +102,13 @@ class BoundIntervention:
         if change.zero:
             return torch.zeros_like(cut)
         if change.scale is not None:
-            return cut * change.scale
+            return cut * cast("float", change.scale)
         if change.position_mean:
             return cut.mean(self._position_axis, keepdim=True).expand_as(cut)
         if change.fn is not None:
             return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.hook.name)
-        operand = change.value if change.value is not None else change.add
-        assert operand is not None
-        fitted = self._fit(operand.to(cut.device, cut.dtype), cut, kept, n_positions)
+        assert change.operand is not None
+        fitted = self._fit(change.operand.to(cut.device, cut.dtype), cut, kept, n_positions)
         return fitted if change.value is not None else cut + fitted
 
     @property
@@ -122,7 +122,7 @@ class BoundIntervention:
         shape = list(cut.shape)
         shape[self._position_axis] = n_positions
         full = spread(operand, shape, self._position_axis)
-        return full if full is None or len(kept) == n_positions else full.index_select(self._position_axis, kept)
+        return full if len(kept) == n_positions else full.index_select(self._position_axis, kept)
 
 
 def spread(operand: Tensor, shape: Sequence[int], position_axis: int) -> Tensor:
@@ -146,7 +146,7 @@ def _index(position: int, where: dict[int, int] | int) -> int | None:
     return position - where if position >= where else None
 
 
-def _checked_result(result: Any, cut: Tensor, name: str) -> Tensor:
+def _checked_result(result: object, cut: Tensor, name: str) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != cut.shape or result.dtype != cut.dtype:
         is_tensor = isinstance(result, Tensor)
         given = f"{tuple(result.shape)} of {result.dtype}" if is_tensor else type(result).__name__

@@ -1,7 +1,7 @@
 """A second kept run that shares the beginning of a first: the same prompts with other embeddings from some position on.
 
 Attention is causal, so what lies before the first changed embedding is as it was. Where an image comes first and only
-words behind it are changed, the second run costs a few positions instead of a forward pass.
+words after it are changed, the second run costs a few positions instead of a forward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hooked_llava.replay.plan import PlannedRun
 from hooked_llava.replay.state import ReplayState
 
 EMBEDDINGS = ("hook_embed", "hook_text_embed")
-"""The hooks that a branch may change: behind them nothing but the model itself makes up the run."""
+"""The hooks that a branch may change: after them nothing but the model itself makes up the run."""
 _KEPT = ("resid_pre", "resid_post", "v")
 
 

@@ -28,20 +28,19 @@ class ImageSide:
     def __init__(self, model: HookedLLaVA, inputs: Inputs) -> None:
         self.model = model
         self.inputs = inputs
-        self._pixels = (
-            None if inputs.pixel_values is None else inputs.pixel_values.clone()
-        )  # whoever gave them may write
+        pixels = inputs.pixel_values
+        self._pixels = None if pixels is None else pixels.clone()  # the caller may write to theirs later
 
     @cached_property
-    def streams(self) -> list[Float[Tensor, "tile pos d_model"]]:
-        """Stream entering every block that is run, and leaving the last."""
+    def states(self) -> list[Float[Tensor, "tile pos d_model"]]:
+        """The residual stream entering every block that is run, and leaving the last."""
         assert self._pixels is not None
         return self.model.vision.states([self.model.vision.embed(self._pixels)])
 
     @torch.no_grad()
     def rerun(self, runs: Sequence[Run]) -> Float[Tensor, "run image feature d_model"]:
         """Image embeddings of every image under each run's changes; runs that enter at the same place go together."""
-        _ = self.streams  # kept before anything is attached
+        _ = self.states  # kept before anything is attached
         by_block: dict[int, list[int]] = defaultdict(list)
         for i, run in enumerate(runs):
             by_block[self._first_block(run)].append(i)
@@ -78,7 +77,7 @@ class ImageSide:
     def _from(self, block: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
         vision, n_runs = self.model.vision, len(runs)
         with edited(self.model, self._edits(runs)):
-            kept = [stream.repeat(n_runs, 1, 1) for stream in self.streams[: max(block, 0) + 1]]  # (run * tile, ...)
+            kept = [state.repeat(n_runs, 1, 1) for state in self.states[: max(block, 0) + 1]]  # (run * tile, ...)
             if block < 0:
                 assert self._pixels is not None
                 kept = [vision.embed(self._pixels.repeat(n_runs, 1, 1, 1))]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_llava.checks import Indices
 from hooked_llava.errors import InputError
+from hooked_llava.model.cache_hooks import Where
 from hooked_llava.prompt.spans import split_edge
 
 ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
 SCORES = "attn.hook_attn_scores"
+Numbers: TypeAlias = Tensor | np.ndarray | SupportsFloat | Sequence[Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +32,7 @@ class Intervention:
     Intervention('blocks.3.attn.hook_z', positions='last', heads=[2], zero=True)
 
     Attributes:
-        hook (str or tuple): Name of the hook, or any other spelling of it that a cache takes: ("z", 3), or a short name
+        hook (str or tuple): Name of the hook, or any other name of it that a cache takes: ("z", 3), or a short name
             that means one hook.
         positions (Where): Sequence positions (query rows, for scores and pattern); on image hooks indices of
             patches: of a tile, or on `hook_image_embed` of the image, as `token_map.patches` counts them. None: all.
@@ -49,28 +53,28 @@ class Intervention:
         mean_of (InputsLike, list of them, cache, Replay or tensor): Replace by the mean over a reference: prompts,
             batches of them, a cache, a Replay, or the mean itself as a tensor. It is one mean over all prompts and all
             positions that `positions` names in each; see `reference_means`.
-        block (Edge or str): An edge, (source, target) or "source->target": target may not attend to source; on
+        block (str or pair of Where): An edge, (source, target) or "source->target": target may not attend to source; on
             `hook_attn_scores`.
         fn (Callable[..., Tensor] | None): Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the
             intervention's positions and heads.
     """
 
-    hook: Any
+    hook: str | tuple
     _: KW_ONLY
-    positions: Any = None
-    heads: Any = None
-    neurons: Any = None
-    features: Any = None
-    image: Any = None
-    tile: Any = None
-    value: Any = None
-    add: Any = None
-    scale: Any = None
-    zero: Any = False
+    positions: Where = None
+    heads: Indices | None = None
+    neurons: Indices | None = None
+    features: Indices | None = None
+    image: SupportsIndex | None = None
+    tile: SupportsIndex | None = None
+    value: Numbers | None = None
+    add: Numbers | None = None
+    scale: SupportsFloat | None = None
+    zero: bool = False
     position_mean: bool = False
     mean: bool = False
     mean_of: Any = None
-    block: Any = None
+    block: str | Sequence[Where] | None = None
     fn: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +108,11 @@ class Intervention:
     def action(self) -> str:
         """Name of the field that says what to do."""
         return next(name for name in ACTIONS if self._is_set(name))
+
+    @property
+    def operand(self) -> Tensor | None:
+        """`value` or `add`, which are tensors by now."""
+        return cast("Tensor | None", self.add if self.value is None else self.value)
 
     def __repr__(self) -> str:
         given = [f.name for f in fields(self) if f.name != "hook" and self._is_set(f.name)]

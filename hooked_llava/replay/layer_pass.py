@@ -164,7 +164,7 @@ class LayerPass:
                 ]
         return edits
 
-    def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: Any) -> None:
+    def _edit_now(self, fresh: Tensor, runs: list[PlannedRun], name: str, where: int | list[dict[int, int]]) -> None:
         """Edits at a hook that fires before the runs join, on their fresh rows [prompt, run, position, d_model]."""
         for i, run in enumerate(runs):
             edits = [bound for bound in run.language if bound.hook.name == name]
@@ -237,7 +237,7 @@ class LayerPass:
 
 
 def needs_full_suffix(runs: Iterable[PlannedRun], n_layers: int) -> bool:
-    """Whether a change behind the last keys and values mixes positions, so that it must see all of its own."""
+    """Whether a change after the last keys and values mixes positions, so that it must see all of its own."""
     return any(
         (r.intervention.position_mean or r.intervention.fn is not None)
         and r.hook.stage >= n_layers - 1

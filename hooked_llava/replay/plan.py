@@ -22,7 +22,7 @@ class PlannedRun:
         index (int): Its place in the list that the user gave.
         language (tuple[BoundIntervention, ...]): Interventions on language hooks.
         image (tuple[BoundIntervention, ...]): Interventions on image-side hooks.
-        first_layer (int): First layer whose stream, keys or values are recomputed; n_layers if only what lies behind
+        first_layer (int): First layer whose residual stream, keys or values are recomputed; n_layers if only what comes after
             the blocks is.
         start (int | None): First position that is recomputed, the smallest over the prompts; None if nothing is
             changed.

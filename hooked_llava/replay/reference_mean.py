@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,16 +15,20 @@ from transformer_lens import ActivationCache
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_without_original
 from hooked_llava.errors import HookNameError, InputError
-from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike, PromptsLike
 from hooked_llava.replay.binding import bind, indices, patches_of
 from hooked_llava.replay.intervention import Intervention, comparable
 from hooked_llava.replay.layer_pass import recordable, recorded
 from hooked_llava.replay.plan import plan_run
 from hooked_llava.replay.row_edits import image_rows
 from hooked_llava.replay.state import ReplayState
+
+Reference: TypeAlias = PromptsLike | ActivationCache | Mapping[str, Tensor] | ReplayState | Tensor
+"""What a mean is taken over: prompts or batches of them, a cache, a Replay; or the mean itself as a tensor."""
 
 
 @dataclass(eq=False)
@@ -41,9 +45,9 @@ class Place:
     """
 
     hook: Hook
-    where: Any
-    image: Any = None
-    tile: Any = None
+    where: Where
+    image: SupportsIndex | None = None
+    tile: SupportsIndex | None = None
     total: Tensor | None = None
     n: int = 0
 
@@ -90,7 +94,7 @@ def with_means(model: HookedLLaVA, interventions: Sequence[Intervention]) -> lis
 
 
 @torch.no_grad()
-def reference_means(model: HookedLLaVA, reference: Any, places: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+def reference_means(model: HookedLLaVA, reference: Reference, places: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """The mean activation at each place, over all prompts of a reference and all positions that the place has in each.
 
     Args:
@@ -119,12 +123,12 @@ def reference_means(model: HookedLLaVA, reference: Any, places: Sequence[tuple[A
         keys.append((name, comparable(where), *map(comparable, which)))
         distinct.setdefault(keys[-1], Place(model.hooks_table[name], where, *which))
     _gather(model, reference, list(distinct.values()))
-    wide = torch.promote_types(model.cfg.dtype, torch.float32)
-    means = {key: place.mean(wide) for key, place in distinct.items()}
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    means = {key: place.mean(dtype) for key, place in distinct.items()}
     return [means[key] for key in keys]
 
 
-def _gather(model: HookedLLaVA, reference: Any, places: list[Place]) -> None:
+def _gather(model: HookedLLaVA, reference: Reference, places: list[Place]) -> None:
     """Sum up the activations of every place, from whatever holds them."""
     names = list(dict.fromkeys(place.hook.name for place in places))
     if isinstance(reference, ReplayState):
@@ -163,10 +167,10 @@ def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[s
     model.run_with_hooks(prompts, fwd_hooks=[(names, add)], **stop)
 
 
-def _batches(model: HookedLLaVA, reference: Any) -> Iterator[Inputs]:
+def _batches(model: HookedLLaVA, reference: PromptsLike) -> Iterator[Inputs]:
     several = isinstance(reference, (list, tuple)) and not all(isinstance(entry, str) for entry in reference)
     for batch in reference if several else [reference]:
-        yield model.as_inputs(batch)
+        yield model.as_inputs(cast("InputsLike", batch))
 
 
 def _rows(model: HookedLLaVA, place: Place, inputs: Inputs) -> list[tuple[int, Sequence[int]]]:
@@ -178,7 +182,7 @@ def _rows(model: HookedLLaVA, place: Place, inputs: Inputs) -> list[tuple[int, S
     return [(i, positions_of(place.where, m, inputs.shape[1])) for i, m in enumerate(inputs.token_maps)]
 
 
-def _held(cache: Any, hook: Hook) -> Tensor:
+def _held(cache: ActivationCache | Mapping[str, Tensor], hook: Hook) -> Tensor:
     """An activation of a cache, with its batch axis."""
     with suppress(KeyError):
         held = cache[hook.name]
@@ -186,7 +190,9 @@ def _held(cache: Any, hook: Hook) -> Tensor:
     raise HookNameError(f"mean_of= is a cache that does not hold {hook.name!r}; name it in names_filter to cache it.")
 
 
-def _rows_of_cache(model: HookedLLaVA, place: Place, cache: Any, activation: Tensor) -> list[tuple[int, Sequence[int]]]:
+def _rows_of_cache(
+    model: HookedLLaVA, place: Place, cache: ActivationCache | Mapping[str, Tensor], activation: Tensor
+) -> list[tuple[int, Sequence[int]]]:
     rows, n = range(len(activation)), activation.shape[place.hook.position_axis or 1]
     token_maps = getattr(cache, "token_maps", None)
     if place.hook.on_image_side:

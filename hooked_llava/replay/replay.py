@@ -3,11 +3,11 @@
 In LLaVA the image comes first and attention is causal, so a change at layer l and position p reaches only layers >= l
 and positions >= p. Replay keeps the residual stream, keys and values of one run; a re-run
 
-1. enters at the first layer that is changed, with the kept stream;
+1. enters at the first layer that is changed, with the kept residual stream;
 2. carries only the positions from the first changed one on, and reads earlier keys and values from the kept run;
 3. stacks runs into one batch, each row with its own changes; rows join at their own layer, so that one pass over the
    layers serves them all;
-4. computes, in the last layer and behind it, only the positions that are read.
+4. computes, in the last layer and after it, only the positions that are read.
 
 The result is the full run's with the same hooks, up to the rounding of another order of summation.
 """
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.binding import bind
 from hooked_llava.replay.branch import EMBEDDINGS, branched_run
@@ -36,6 +38,9 @@ from hooked_llava.replay.reference_mean import with_means
 from hooked_llava.replay.state import IN_A_RERUN, ReplayState, Work, refuse_listeners
 from hooked_llava.replay.sweep import Sweep
 
+Runs: TypeAlias = Sequence[Intervention | Sequence[Intervention]]
+"""Runs, each one intervention or several that it applies together."""
+
 
 class Replay(ReplayState):
     """One run of a batch of prompts, kept, and re-run under interventions at the cost of what they can reach.
@@ -43,7 +48,7 @@ class Replay(ReplayState):
     Args:
         model: the model; no functions may be attached to it.
         inputs: anything `model.as_inputs` takes; a batch of prompts applies every run to every prompt.
-        dtype: keep streams, keys and values in this dtype (half of the memory, no longer exact).
+        dtype: keep the residual stream, keys and values in this dtype (half of the memory, no longer exact).
         device: keep them there.
 
     Raises `InputError` if functions are attached to the model.
@@ -58,7 +63,7 @@ class Replay(ReplayState):
     def __init__(
         self,
         model: HookedLLaVA,
-        inputs: Any,
+        inputs: InputsLike,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -71,7 +76,7 @@ class Replay(ReplayState):
         self._images_changed = False
 
     @staticmethod
-    def forecast(model: HookedLLaVA, inputs: Any, *, dtype: torch.dtype | None = None) -> int:
+    def forecast(model: HookedLLaVA, inputs: InputsLike, *, dtype: torch.dtype | None = None) -> int:
         """Bytes that a Replay of these inputs keeps, without running the model."""
         prompt = model.as_inputs(inputs)
         cfg = model.config.language
@@ -89,7 +94,7 @@ class Replay(ReplayState):
 
     def run(
         self,
-        runs: Any,
+        runs: Runs,
         metric: Metric | None = None,
         positions: Positions = "last",
         batch_size: int | None = None,
@@ -114,7 +119,7 @@ class Replay(ReplayState):
 
     def sweep(
         self,
-        runs: Any,
+        runs: Runs,
         metric: Metric | None = None,
         positions: Positions = "last",
         batch_size: int | None = None,
@@ -126,7 +131,7 @@ class Replay(ReplayState):
         return Sweep(self, planned, metric, positions, batch_size, progress=progress)
 
     def run_with_cache(
-        self, runs: Any, names_filter: Any, positions: Positions = "last"
+        self, runs: Runs, names_filter: NamesFilter, positions: Positions = "last"
     ) -> tuple[Float[Tensor, "run ..."], list[dict[str, Tensor]]]:
         """Logits, and for each run the activations that were recomputed, by hook name.
 
@@ -141,7 +146,7 @@ class Replay(ReplayState):
         logits = torch.cat([nothing, *(one[None] for one, _ in found)])
         return self.shaped(logits, positions), [activations for _, activations in found]
 
-    def branch(self, changes: Any) -> Replay:
+    def branch(self, changes: Intervention | Sequence[Intervention]) -> Replay:
         """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
 
         `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
@@ -171,7 +176,7 @@ class Replay(ReplayState):
         other._images_changed = self._images_changed or any(changed)  # noqa: SLF001 (of its own class)
         return other
 
-    def _planned(self, runs: Any) -> list[PlannedRun]:
+    def _planned(self, runs: Runs) -> list[PlannedRun]:
         """The runs, all checked before a reference mean is taken for any."""
         lists = [[run] if isinstance(run, Intervention) else list(run) for run in _listed(runs)]
         planned = [self._plan(i, run) for i, run in enumerate(lists)]
@@ -180,7 +185,7 @@ class Replay(ReplayState):
             planned = [self._plan(i, [next(filled) for _ in run]) for i, run in enumerate(lists)]
         return planned
 
-    def _plan(self, index: int, run: Sequence[Any]) -> PlannedRun:
+    def _plan(self, index: int, run: Sequence[Intervention]) -> PlannedRun:
         bound = [bind(intervention, self.model, self.inputs) for intervention in run]
         planned = plan_run(index, bound, self.inputs, self.model.cfg.n_layers)
         if planned.image and self._images_changed:
@@ -191,7 +196,7 @@ class Replay(ReplayState):
         return planned
 
 
-def _listed(runs: Any) -> Sequence[Any]:
+def _listed(runs: Runs) -> Runs:
     if isinstance(runs, Intervention):
         raise InputError(
             "runs= is one Intervention; expected a list of runs, each a list of Interventions: [[...], ...]."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -48,7 +49,9 @@ def edited_copy(batch: Tensor, edits: Iterable[RowEdit]) -> Tensor:
     return changed
 
 
-def image_rows(inputs: Inputs, hook: Hook, image: int | None = None, tile: int | None = None) -> list[tuple[int, int]]:
+def image_rows(
+    inputs: Inputs, hook: Hook, image: SupportsIndex | None = None, tile: SupportsIndex | None = None
+) -> list[tuple[int, int]]:
     """(row of an image hook's tensor, its image counted over all prompts), for the image of each prompt and the tile of each
     image that have these numbers; None: all.
     """
@@ -59,8 +62,10 @@ def image_rows(inputs: Inputs, hook: Hook, image: int | None = None, tile: int |
     return [(row, i) for images in named for i in images for row in inputs.tiles[i][_only(tile)]]
 
 
-def _only(number: int | None) -> slice:
-    return slice(None) if number is None else slice(number, number + 1)
+def _only(number: SupportsIndex | None) -> slice:
+    if number is None:
+        return slice(None)
+    return slice(operator.index(number), operator.index(number) + 1)
 
 
 def edit_function(edits: list[RowEdit]) -> Callable[..., Tensor]:

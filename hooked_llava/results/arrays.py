@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.readout.vocabulary import decode_tokens
 from hooked_llava.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from hooked_llava.model.llava import HookedLLaVA
+    from hooked_llava.prompt.token_map import TokenMap
 
 SHARE = "share recovered"
 """Units of `recovered`: 0 corrupted, 1 clean."""
@@ -140,10 +145,32 @@ def _along_pairs(end: float | Sequence[float], result: Any) -> Any:
     return xr.DataArray(end, dims="pair" if isinstance(end, (list, tuple)) else ())
 
 
+def position_coords(token_map: TokenMap, positions: Sequence[int]) -> dict[str, Any]:
+    """Coordinates of an axis of positions: their numbers in the prompt, and what stands there.
+
+    >>> from hooked_llava.prompt.token_map import TokenMap
+    >>> position_coords(TokenMap(token_ids=(7, 8, 9), real=range(3)), [0, 2])
+    {'position': [0, 2], 'label': ('position', ['7', '9'])}
+    """
+    labels = token_map.labels
+    return {"position": list(positions), "label": ("position", [labels[p] for p in positions])}
+
+
+def word_variables(
+    model: HookedLLaVA, values: Tensor, ids: Int[Tensor, "*shape"], dims: Sequence[str], name: str
+) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """Variables of a dataset of words: `token`, `token_id`, and under `name` a number for each."""
+    return {
+        "token": (dims, decode_tokens(model, ids)),
+        "token_id": (dims, ids.cpu().numpy()),
+        name: (dims, to_numpy(values)),
+    }
+
+
 def resid_coords(n_layers: int, dim: str = "layer") -> dict[str, Any]:
     """Coordinates of an axis of residual streams: the number of the layer that each enters, and its name, last "final".
 
-    The name stays with its stream where some layers are chosen, which a number by itself does not say.
+    The name stays with its residual stream where some layers are chosen, which a number by itself does not say.
 
     >>> resid_coords(2)
     {'layer': [0, 1, 2], 'layer_name': ('layer', ['0', '1', 'final'])}
@@ -177,7 +204,7 @@ def to_numpy(values: Tensor) -> np.ndarray:
 def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> None:
     """Write a result to one safetensors file: numbers as tensors; names, words and attributes as JSON; no pickle.
 
-    Nothing half-written stays behind. Raises `InputError` for contents that the file cannot hold (dates, objects), and a
+    Nothing half-written stays. Raises `InputError` for contents that the file cannot hold (dates, objects), and a
     folder that is not there.
 
     >>> import tempfile, xarray as xr

@@ -90,7 +90,7 @@ def load_sae(
 def save_sae(sae: SparseAutoencoder, folder: str | os.PathLike[str], *, file_format: FileFormat = "sparsify") -> None:
     """Write a sparse autoencoder that `load_sae` and the named library read; the folder is made if it is not there.
 
-    sparsify's format has TopK only; SAELens's has all kinds. Nothing half-written stays behind. Raises `CheckpointError` for a
+    sparsify's format has TopK only; SAELens's has all kinds. Nothing half-written stays. Raises `CheckpointError` for a
     kind that the format does not have.
 
     >>> import tempfile

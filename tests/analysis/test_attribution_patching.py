@@ -154,6 +154,18 @@ def test_agreement_is_spearmans_correlation() -> None:
         agreement(one, one.rename(layer="head"))
 
 
+def test_cells_that_differ_by_rounding_alone_tie() -> None:
+    exact = xr.DataArray([2.0, 2.0 + 1e-7, 2.0 - 2e-7, 5.0, -1.0], dims="layer", coords={"layer": range(5)})
+    estimate = exact.copy(data=[3.0, 1.0, 2.0, 9.0, -4.0])
+    assert agreement(exact, estimate) == agreement(exact.round(3), estimate) != 1
+    assert agreement(estimate, exact) == pytest.approx(agreement(exact, estimate))
+    assert agreement(exact * 1e-8, estimate) == agreement(exact, estimate)  # it is the range that counts
+    assert agreement(exact + 1e6, estimate + 1e9) == agreement(exact, estimate)
+    tenth = exact.copy(data=[2.0, 2.1, 1.9, 5.0, -1.0])
+    assert agreement(tenth, tenth) == pytest.approx(1.0)
+    assert agreement(tenth, estimate) != agreement(exact, estimate)
+
+
 def test_agreement_with_exact_patching_on_request() -> None:
     model, clean, near = near_prompts(step=1e-2)
     exact = activation_patching(model, clean, near, hook="mlp_out", metric=metric)

@@ -408,7 +408,7 @@ def test_a_study_of_another_metric(tiny_shapes: HookedLLaVA) -> None:
         (["image->question|rset"], {}, SpanError, "span 'rset'.*Did you mean: rest"),
         ({"mine": ([3, 4], "last")}, {}, InputError, r"'mine'.*by number \(\[3, 4\]\)"),
         ({"mine": ("image", 7)}, {}, InputError, r"'mine'.*by number \(7\)"),
-        (["image->last"], {"window": 0}, InputError, "window of 0 layers"),
+        (["image->last"], {"window": 0}, InputError, "window=0.*number of layers"),
         (
             ["image->last"],
             {"metric": "logit_difference"},
@@ -454,7 +454,8 @@ def test_curves_as_numbers() -> None:
         (["question"], {}, "'question' is no edge"),
         (("image", "text", "last"), {}, "'image' is no edge"),
         (["image->last", "image->last"], {}, "'image->last'.*twice"),
-        (["image->last"], {"window": 0}, "window of 0 layers"),
+        (["image->last"], {"window": 0}, "window=0.*number of layers"),
+        (["image->last"], {"window": 99}, "window=99.*1 to 5.*'all'"),
         (["image->last"], {"window": 1.5}, r"window=1\.5.*number of layers"),
         (["image->last"], {"window": "all", "centers": [1]}, "window='all'.*centers="),
         (["image->last"], {"centers": [9]}, r"9.*layers.*2"),

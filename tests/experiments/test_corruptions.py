@@ -24,6 +24,7 @@ from hooked_llava.prompt.positions import Positions
 from hooked_llava.replay import Replay
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
+from tests.fixtures_tokenizers import KINDS, Kind, talking
 from tests.pairs import as_users_run, pair
 
 
@@ -123,3 +124,24 @@ def test_the_other_image_may_come_as_a_processor_returns_it() -> None:
     found, same = (corrupt(models.ours, replay, where, OtherImage(o)) for o in (other, models.ours.as_inputs(other)))
     assert torch.equal(found.replays[0].logits(), same.replays[0].logits())
     assert not torch.equal(found.replays[0].logits(), replay.logits())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_token_is_that_of_the_word_in_the_sentence(kind: Kind) -> None:
+    """Byte-level tokens hold the space before their word, which the word alone does not have."""
+    model = talking(kind)
+    prompt, other = model.prepare("Who made the red star?"), model.prepare("Who made the circle?")
+    where = find_constraints(prompt.token_map, "red star")
+    new = replacement(model, prompt.token_map, where, Replace("circle", repeat=True))
+    assert list(new.values()) == [other.token_map.token_ids[other.token_map.find("circle")[0]]] * len(where[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_tokens_is_that_in_the_sentence(kind: Kind) -> None:
+    model = talking(kind)
+    prompt, other = model.prepare("What color is the star?"), model.prepare("What color is the redder circle?")
+    where = find_constraints(prompt.token_map, "star")
+    n = len(other.token_map.find("redder circle"))
+    assert n > len(where[0])
+    with pytest.raises(InputError, match=f"'redder circle'.*{n} tokens.*'star' {len(where[0])}"):
+        replacement(model, prompt.token_map, where, Replace("redder circle"))

@@ -13,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import expected_tensors, hf_name, our_name
 from hooked_llava.errors import CheckpointError
-from hooked_llava.loading import checkpoint
-from hooked_llava.loading.checkpoint import (
-    load_into,
-    load_processor,
-    read_config,
-    read_generation_config,
-    stored_dtype,
-    stream_tensors,
-)
+from hooked_llava.loading import weights
+from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
+from hooked_llava.loading.weights import load_into, read_headers, stream_tensors
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.toy.processor import build_processor
 from tests.builders import make_hf_model, tiny_hf_config
 from tests.loading.checkpoints import LAYOUTS, blank_module, state_in, write, write_state
 
@@ -45,7 +41,7 @@ def state(hf_model):
 
 
 def read(folder, config, **options):
-    return dict(stream_tensors(folder, config, **options))
+    return dict(stream_tensors(read_headers(folder), config, **options))
 
 
 def assert_same_weights(tensors, hf_model):
@@ -104,20 +100,33 @@ def test_tensors_do_not_depend_on_the_file(tmp_path, hf_model, config):
 def test_load_into_fills_a_meta_module(tmp_path, hf_model, config):
     write(tmp_path, hf_model, shards=2)
     module = blank_module(config)
-    load_into(module, tmp_path, config)
+    load_into(module, read_headers(tmp_path), config)
     assert_same_weights(dict(module.named_parameters()), hf_model)
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_load_into_takes_the_config_dtype_by_default(tmp_path):
+def test_load_into_takes_the_stored_dtype_by_default(tmp_path):
     hf_model = make_hf_model(dtype=torch.bfloat16)
     hf_model.save_pretrained(tmp_path)
     config = LLaVAConfig.from_hf(hf_model.config)
     module = blank_module(config)
-    load_into(module, tmp_path, config)
+    load_into(module, read_headers(tmp_path), config)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
-    load_into(module, tmp_path, config, dtype=torch.float32)
+    load_into(module, read_headers(tmp_path), config, dtype=torch.float32)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_config_and_headers_are_read_once(tmp_path, hf_model, monkeypatch):
+    write(tmp_path, hf_model, shards=3)
+    build_processor().save_pretrained(tmp_path)
+    read = []
+    read_text, header = Path.read_text, weights._header
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read.append(path.name) or read_text(path, *a, **k))
+    monkeypatch.setattr(weights, "_header", lambda path: read.append(path.name) or header(path))
+    model = HookedLLaVA.from_pretrained(tmp_path)
+    assert model.processor is not None
+    assert read.count("config.json") == 1
+    assert [read.count(file.name) for file in tmp_path.glob("*.safetensors")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -129,7 +138,7 @@ def test_tied_embeddings_share_one_parameter(tmp_path, with_head):
     write_state(tmp_path, hf_model.config, state)
     config = LLaVAConfig.from_hf(hf_model.config)
     module = blank_module(config)
-    load_into(module, tmp_path, config)
+    load_into(module, read_headers(tmp_path), config)
     embed = module.get_parameter("language.embed.weight")
     assert module.get_parameter("language.unembed.weight") is embed
     assert torch.equal(embed, hf_model.lm_head.weight)
@@ -150,7 +159,7 @@ def test_a_module_of_another_config_is_refused(tmp_path, hf_model, config):
     module = blank_module(config)
     module.register_parameter("extra", torch.nn.Parameter(torch.empty(2, device="meta")))
     with pytest.raises(CheckpointError, match=r"parameters.*: extra\..*same config"):
-        load_into(module, tmp_path, config)
+        load_into(module, read_headers(tmp_path), config)
 
 
 # --- what is wrong with the tensors
@@ -221,7 +230,7 @@ def test_tensors_are_compared_before_any_is_read(tmp_path, hf_model, config, sta
     del state[Q_PROJ]
     write_state(tmp_path, hf_model.config, state)
     with pytest.raises(CheckpointError, match="lacks 1 of"):
-        next(stream_tensors(tmp_path, config))
+        next(stream_tensors(read_headers(tmp_path), config))
 
 
 # --- what is wrong with the files
@@ -360,30 +369,28 @@ def test_generation_config_is_read_where_there_is_one(tmp_path, hf_model):
 
 
 def test_processor_loads_with_pillow_from_either_layout(tmp_path):
-    from hooked_llava.toy.processor import build_processor
-
     build_processor().save_pretrained(tmp_path)
     tiny_hf_config().save_pretrained(tmp_path)
-    processor, reason = load_processor(tmp_path)
+    processor, reason = load_processor(tmp_path, "llava")
     assert (type(processor.image_processor).__name__, reason) == ("CLIPImageProcessorPil", "")
     fields = json.loads((tmp_path / "processor_config.json").read_text())  # as on the hub: two files, not one
     images = {**fields.pop("image_processor"), "processor_class": "LlavaProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
-    again, _ = load_processor(tmp_path)
+    again, _ = load_processor(tmp_path, "llava")
     assert type(again.image_processor).__name__ == "CLIPImageProcessorPil"
     assert again.image_processor.crop_size == processor.image_processor.crop_size
 
 
 def test_a_folder_without_a_processor_says_why(tmp_path):
     tiny_hf_config().save_pretrained(tmp_path)
-    processor, reason = load_processor(tmp_path)
+    processor, reason = load_processor(tmp_path, "llava")
     assert processor is None
     assert "holds no tokenizer (tokenizer.json or tokenizer.model)" in reason
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "holds no image processor" in load_processor(tmp_path)[1]
+    assert "holds no image processor" in load_processor(tmp_path, "llava")[1]
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    processor, reason = load_processor(tmp_path)
+    processor, reason = load_processor(tmp_path, "llava")
     assert processor is None
     assert "do not load" in reason
 
@@ -392,7 +399,7 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.loading.checkpoint import read_config, stream_tensors
+from hooked_llava.loading import read_config, read_headers, stream_tensors
 
 def memory(field):  # not ru_maxrss: that starts at the parent's peak
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
@@ -404,7 +411,7 @@ for dtype in (torch.bfloat16, torch.float32):
     torch.ones(10, dtype=torch.bfloat16).to(dtype).isfinite().all()  # what a first call loads is no weight
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")
-    kept.append(dict(stream_tensors(sys.argv[1], config, dtype=dtype)))
+    kept.append(dict(stream_tensors(read_headers(sys.argv[1]), config, dtype=dtype)))
     print((memory("VmHWM") - before) / sum(tensor.nbytes for tensor in kept[-1].values()))
 """
 
@@ -424,6 +431,6 @@ def test_loading_takes_one_times_the_memory_of_the_weights(tmp_path):
 
 
 def test_a_sum_that_overflows_is_no_sign_of_damage() -> None:
-    assert checkpoint._is_finite(torch.full((1000,), 3e38))
-    assert not checkpoint._is_finite(torch.tensor([1.0, float("inf"), -float("inf")]))
-    assert not checkpoint._is_finite(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
+    assert weights._is_finite(torch.full((1000,), 3e38))
+    assert not weights._is_finite(torch.tensor([1.0, float("inf"), -float("inf")]))
+    assert not weights._is_finite(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))

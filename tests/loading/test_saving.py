@@ -11,8 +11,9 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import our_name
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading import saving
-from hooked_llava.loading.checkpoint import read_config, read_generation_config, stored_dtype, stream_tensors
+from hooked_llava.loading.checkpoint import read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.saving import save
+from hooked_llava.loading.weights import read_headers, stream_tensors
 from tests.builders import make_hf_model, make_prompt
 
 
@@ -39,7 +40,7 @@ def test_round_trip_is_bit_identical(tmp_path, max_shard_size, dtype, tied):
     folder = save(our_state(hf_model), hf_model.config, None, tmp_path / "new", max_shard_size=max_shard_size)
     config = LLaVAConfig.from_hf(read_config(folder))
     assert config == LLaVAConfig.from_hf(hf_model.config)
-    read = dict(stream_tensors(folder, config))
+    read = dict(stream_tensors(read_headers(folder), config))
     state = our_state(hf_model)
     assert set(state) - set(read) == ({"language.unembed.weight"} if tied else set())
     assert all(torch.equal(tensor, state[name]) and tensor.dtype == dtype for name, tensor in read.items())
@@ -88,7 +89,9 @@ def test_weights_that_are_views_are_saved(tmp_path, hf_model):
     name = "language.blocks.0.mlp.up.weight"
     state[name] = state[name].T.contiguous().T
     folder = save(state, hf_model.config, None, tmp_path / "new")
-    assert torch.equal(dict(stream_tensors(folder, LLaVAConfig.from_hf(hf_model.config)))[name], state[name])
+    assert torch.equal(
+        dict(stream_tensors(read_headers(folder), LLaVAConfig.from_hf(hf_model.config)))[name], state[name]
+    )
 
 
 def test_processor_and_generation_config_are_saved(tmp_path, hf_model):

@@ -16,16 +16,18 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, VipLlavaConfig
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, VipLlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import CheckpointError, ConfigError, InputError
-from hooked_llava.loading.checkpoint import read_config, stream_tensors
+from hooked_llava.loading.checkpoint import read_config
 from hooked_llava.loading.supported import as_dtype, check_model
+from hooked_llava.loading.weights import read_headers, stream_tensors
 from hooked_llava.model.llava import HookedLLaVA
 from tests.builders import make_hf_model, make_prompt, tiny_hf_config
 from tests.fixtures_processor import make_processor, make_tokenizer
 from tests.loading.checkpoints import state_in, write_state
+from tests.pairs import as_users_run
 
 pytestmark = [  # of PEFT on transformers 5, and of torch.compile
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -127,8 +129,8 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "config": (tiny_hf_config, r"a LlavaConfig.*no weights"),
     "state dict": (lambda: plain().state_dict(), r"OrderedDict.*Pass the model itself"),
     "pipeline": (lambda: SimpleNamespace(model=plain(), task="image-text-to-text"), r"pipeline.*\.model"),
-    "nothing": (lambda: None, r"a NoneType; expected a LlavaForConditionalGeneration"),
-    "another module": (lambda: nn.Linear(2, 2), r"a Linear; expected a LlavaForConditionalGeneration"),
+    "nothing": (lambda: None, r"a NoneType; expected.*LlavaForConditionalGeneration.*LlavaNextFor.*LlavaOnevisionFor"),
+    "another module": (lambda: nn.Linear(2, 2), r"a Linear; expected.*LlavaForConditionalGeneration"),
     "compiled": (lambda: torch.compile(plain()), r"OptimizedModule.*hf_model\._orig_mod"),
     "data parallel": (lambda: nn.DataParallel(plain()), r"a DataParallel.*hf_model\.module"),
     "another wrapper": (lambda: Wrapper("module", plain()), r"a Wrapper.*hf_model\.module"),
@@ -140,7 +142,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "merged, still wrapped": (merged_in_place, rf"a PeftModel.*hf_model\.{MERGE}"),
     "adapter inside": (injected, rf"adapter.*q_proj\).*PeftModel\.from_pretrained\(base, adapter_name\)\.{MERGE}"),
     "tuned prompt": (prompt_tuned, r"tuned prompt.*cannot be merged.*get_base_model\(\)"),
-    "no head": (lambda: plain().model, r"a LlavaModel.*LlavaForConditionalGeneration around it"),
+    "no head": (lambda: plain().model, r"a LlavaModel.*Pass the model around it.*ForConditionalGeneration"),
     "meta": (on_meta, r"not in memory \(model\..* is on the meta device\).*without device_map"),
     "offloaded": (offloaded, r"not in memory \(model\..* is on the meta device\).*without device_map"),
     "brought in": (brought_in, r"model\.language_model as they are used.*remove_hook_from_submodules"),
@@ -189,7 +191,7 @@ def test_an_adapter_is_merged_by_the_advice_for_files(tmp_path: Path) -> None:
     wrapped.save_pretrained(adapter)
     with pytest.raises(CheckpointError, match=rf"adapter.*adapter_config\.json.*{MERGE}"):
         HookedLLaVA.from_pretrained(adapter)
-    loaded = LlavaForConditionalGeneration.from_pretrained(base)
+    loaded = AutoModelForImageTextToText.from_pretrained(base)
     ours = HookedLLaVA.from_hf(PeftModel.from_pretrained(loaded, adapter).merge_and_unload())
     prompt = make_prompt(plain())
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_another_architecture_is_told_by_its_config() -> None:
     ],
 )
 def test_a_processor_of_another_model_is_found_at_the_door(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with as_users_run(), pytest.raises(InputError, match=message):
         HookedLLaVA.from_hf(plain(), make())
 
 
@@ -421,5 +423,5 @@ def test_what_is_read_before_was_not_made_stricter(tmp_path: Path) -> None:
     """A checkpoint of ours loads, and its config says nothing else than before."""
     plain().save_pretrained(tmp_path)
     config = LLaVAConfig.from_hf(read_config(tmp_path))
-    assert dict(stream_tensors(tmp_path, config)).keys()
+    assert dict(stream_tensors(read_headers(tmp_path), config)).keys()
     assert isinstance(read_config(tmp_path), LlavaConfig)

@@ -149,3 +149,21 @@ def test_a_replay_knows_when_reconstructions_come_and_go(model, inputs):
         assert torch.isfinite(replay.run(run)).all()
     with model.attach_sae(at(HOOK), keep_error=False), pytest.raises(StaleReplayError, match="keep_error=False"):
         replay.run(run)
+
+
+def test_a_cache_outlives_the_autoencoder(model, inputs, tmp_path):
+    acts, error = f"{HOOK}.hook_sae_acts", f"{HOOK}.hook_sae_error"
+    with model.attach_sae(at(HOOK)):
+        _, cache = model.run_with_cache(inputs, names_filter=["sae_acts", "sae_error", "projector.hook_out"])
+        image, text = cache.image[acts], cache.text[error]
+        cache.save(tmp_path / "cache")
+        first = cache[acts][0]
+    loaded = type(cache).load(tmp_path / "cache", model)
+    for kept in (cache, loaded):
+        assert torch.equal(kept.image[acts], image)
+        assert torch.equal(kept.text[error], text)
+        assert torch.equal(kept.apply_slice_to_batch_dim(0)[acts], first)
+        tiles = kept["projector.hook_out"]
+        one = kept.remove_batch_dim()
+        assert torch.equal(one[acts], first)
+        assert torch.equal(one["projector.hook_out"], tiles)

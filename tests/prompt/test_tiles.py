@@ -79,7 +79,7 @@ def test_prompts_of_a_loaded_checkpoint(kind: str, tmp_path: Any) -> None:
     model = HookedLLaVA.from_hf(make_hf(kind), processor=processor_of(kind))
     model.save_pretrained(tmp_path / "saved")
     loaded = HookedLLaVA.from_pretrained(tmp_path / "saved")
-    assert loaded.processor is not None, load_processor(tmp_path / "saved")[1]
+    assert loaded.processor is not None, load_processor(tmp_path / "saved", loaded.config.model_type)[1]
     questions, images = [QUESTION, "Is this red?", "What shape?"], [drawn(WIDE), None, drawn(TALL, SQUARE)]
     inputs = loaded.prepare(questions, images)
     assert torch.equal(loaded(inputs), model(model.prepare(questions, images)))

@@ -11,7 +11,7 @@ import torch
 from hooked_llava.errors import InputError
 from hooked_llava.replay import Intervention, Replay
 from hooked_llava.replay.binding import bind
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 Z = "blocks.1.attn.hook_z"
 
@@ -43,7 +43,7 @@ def test_positions_may_be_any_whole_numbers(positions: Any) -> None:
     ],
 )
 def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with as_users_run(), pytest.raises(InputError, match=message):
         placed(**what)
 
 
@@ -59,23 +59,25 @@ def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
     ],
 )
 def test_changes_that_are_none(what: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with as_users_run(), pytest.raises(InputError, match=message):
         Intervention("blocks.0.attn.hook_attn_scores", **what)
 
 
 def test_runs_that_are_none() -> None:
     models = pair()
     replay = Replay(models.ours, models.prompt())
+    with as_users_run():
+        unnamed = Intervention(None, zero=True)  # type: ignore[arg-type]
     for runs, message in (
         (Intervention(Z, zero=True), "runs=.*one Intervention.*list"),
         ([[("hook", 0)]], r"run.*\('hook', 0\).*Interventions"),
-        ([[Intervention(None, zero=True)]], "hook=None.*name"),  # type: ignore[arg-type]
+        ([[unnamed]], "hook=None.*name"),  # type: ignore[arg-type]
         (
             [[Intervention(Z, fn=lambda t: t.double())]],
             r"torch\.float64.*\(12, 4, 12\) of torch\.float32",
         ),
     ):
-        with pytest.raises(InputError, match=message):
+        with as_users_run(), pytest.raises(InputError, match=message):
             replay.run(runs)  # type: ignore[arg-type]
 
 

@@ -45,7 +45,7 @@ def test_does_only_the_blocks_above_the_change() -> None:
     late = bind(Intervention("vision.blocks.1.hook_mlp_out", zero=True), models.ours, inputs)
     ran: list[str] = []
     with models.ours.hooks([("vision.blocks.*.hook_resid_pre", lambda tensor, hook: ran.append(hook.name))]):
-        _ = side.streams
+        _ = side.states
         ran.clear()
         side.rerun([[late], [late]])
     assert ran == ["vision.blocks.1.hook_resid_pre"]

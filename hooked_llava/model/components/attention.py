@@ -1,7 +1,7 @@
 """Multi-head attention of both towers, grouped-query attention included.
 
-With nobody listening to scores, pattern or per-head results, attention is one fused call; what somebody listens to
-is computed explicitly. The softmax runs in float32 either way.
+While scores, pattern and per-head results have no hook functions, attention is one fused call; what is hooked is computed
+explicitly. The softmax runs in float32 either way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PreNorm = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs besides the stream; one object serves all layers of a forward pass.
+    """What attention needs besides the residual stream; one object serves all layers of a forward pass.
 
     Attributes:
         causal (bool): Whether position q sees exactly the keys up to q and no mask says more.
@@ -95,7 +95,7 @@ class AttentionContext:
         return replace(self, windowed=replace(self, allowed=allowed, causal=False, prefix=prefix))
 
     def allowed_after_prefix(self, n: int, device: torch.device) -> Bool[Tensor, "batch 1 query key"] | None:
-        """Which of n keys behind a prefix each query may see; None where every query sees all."""
+        """Which of n keys after a prefix each query may see; None where every query sees all."""
         if self.allowed is not None or not self.causal or n == 1:
             return self.allowed
         return torch.ones(n, n, dtype=torch.bool, device=device).tril()[None, None]
@@ -125,11 +125,11 @@ class AttentionContext:
 
 def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
     """Softmax over the keys in float32; a query with no allowed key gets 0 everywhere, without NaN in gradients."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
     fully_masked = scores.amax(-1, keepdim=True) == float("-inf")
     if not bool(fully_masked.any()):  # the rule; the copies below are for padding and for hooks that block everything
-        return scores.softmax(-1, dtype=wide)
-    return scores.masked_fill(fully_masked, 0.0).softmax(-1, dtype=wide).masked_fill(fully_masked, 0.0)
+        return scores.softmax(-1, dtype=dtype)
+    return scores.masked_fill(fully_masked, 0.0).softmax(-1, dtype=dtype).masked_fill(fully_masked, 0.0)
 
 
 class Attention(nn.Module):
@@ -155,7 +155,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext, *, pre_norm: PreNorm
     ) -> Float[Tensor, "batch query d_model"]:
-        """What attention adds to the residual stream, given the normalized stream x."""
+        """What attention adds to the residual stream, given the normalized residual stream x."""
         if self.windowed and context.windowed is not None:
             context = context.windowed
         query_source = context.read(x), (context.read(pre_norm[0]), pre_norm[1])
@@ -174,7 +174,7 @@ class Attention(nn.Module):
     def project(
         self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], pre_norm: PreNorm
     ) -> Float[Tensor, "batch pos any_head d_head"]:
-        """Queries, keys or values of all heads; with a listener on the input, each head reads its own copy."""
+        """Queries, keys or values of all heads; if the input is hooked, each head reads its own copy."""
         if not hook_input.listening:
             return linear(x).unflatten(-1, (-1, self.cfg.d_head))
         resid, norm = pre_norm
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch pos kv_head d_head"],
         context: AttentionContext,
     ) -> Float[Tensor, "batch query head d_head"]:
-        """Values averaged by the pattern, in one fused call unless somebody listens to scores or pattern."""
+        """Values averaged by the pattern, in one fused call unless scores or pattern are hooked."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.kv_cache is not None:
             k, v = context.kv_cache.append(self.layer, k, v)

@@ -15,23 +15,31 @@ from hooked_llava.model.components.mlp import MLP
 from hooked_llava.model.components.norm import make_norm
 
 
-class Block(nn.Module):
-    """Attention and MLP, each reading a normalized copy of the residual stream and adding to it."""
+class _Block(nn.Module):
+    """What both kinds of blocks are made of."""
 
-    hook_out_is_single_residual_stream = True  # TransformerLens's logit lens asks
+    hook_out_is_single_residual_stream = True  # for TransformerLens's logit lens
 
     def __init__(self, cfg: TowerConfig, layer: int) -> None:
         super().__init__()
         self.ln1 = make_norm(cfg)
         self.attn = Attention(cfg, layer)
-        self.ln2 = make_norm(cfg)
+        if not cfg.parallel_attn_mlp:  # here, since hashes of the weights go by the order of the parameters
+            self.ln2 = make_norm(cfg)
         self.mlp = MLP(cfg)
         self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()
-        self.hook_mlp_in = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+
+
+class Block(_Block):
+    """Attention and MLP, each reading a normalized copy of the residual stream and adding to it."""
+
+    def __init__(self, cfg: TowerConfig, layer: int) -> None:
+        super().__init__(cfg, layer)
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_in = HookPoint()
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
@@ -44,20 +52,8 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_mid + mlp_out)
 
 
-class ParallelBlock(nn.Module):
+class ParallelBlock(_Block):
     """Attention and MLP side by side: both read the same normalized copy of the residual stream, and both add to it (Phi)."""
-
-    hook_out_is_single_residual_stream = True  # TransformerLens's logit lens asks
-
-    def __init__(self, cfg: TowerConfig, layer: int) -> None:
-        super().__init__()
-        self.ln1 = make_norm(cfg)
-        self.attn = Attention(cfg, layer)
-        self.mlp = MLP(cfg)
-        self.hook_resid_pre = HookPoint()
-        self.hook_attn_out = HookPoint()
-        self.hook_mlp_out = HookPoint()
-        self.hook_resid_post = HookPoint()
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
@@ -71,7 +67,7 @@ class ParallelBlock(nn.Module):
 
 
 def make_block(cfg: TowerConfig, layer: int) -> Block | ParallelBlock:
-    """The block that a tower's config asks for."""
+    """The block of a tower's config."""
     return (ParallelBlock if cfg.parallel_attn_mlp else Block)(cfg, layer)
 
 

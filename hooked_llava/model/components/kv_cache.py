@@ -28,7 +28,7 @@ class KVCache:
     def append(
         self, layer: int, k: Float[Tensor, "batch kv_head pos d_head"], v: Float[Tensor, "batch kv_head pos d_head"]
     ) -> tuple[Float[Tensor, "batch kv_head key d_head"], Float[Tensor, "batch kv_head key d_head"]]:
-        """Write one layer's new keys and values behind the old ones; returns all of them as views.
+        """Write one layer's new keys and values after the old ones; returns all of them as views.
 
         `length` moves only when `advance` is called, after the last layer: all layers of a step write the same slots.
         """

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, with the scale and the normalized stream as hooks."""
+"""RMSNorm and LayerNorm, with the scale and the normalized residual stream as hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hooked_llava.model.components.precision import at_least_float32
 
 
 class _Norm(nn.Module, ABC):
-    """What both norms share: a weight, two hooks, and one fused kernel when nobody listens."""
+    """What both norms share: a weight, two hooks, and one fused kernel where neither hook is used."""
 
     bias: Tensor | None
 
@@ -108,5 +108,5 @@ class LayerNorm(_Norm):
 
 
 def make_norm(cfg: TowerConfig) -> RMSNorm | LayerNorm:
-    """The norm that a tower's config asks for."""
+    """The norm of a tower's config."""
     return (RMSNorm if cfg.normalization_type == "RMS" else LayerNorm)(cfg.d_model, cfg.eps)

@@ -155,18 +155,18 @@ def _average(
     scale: float,
 ) -> tuple[Float[Tensor, "batch kv_head query d_head"], Float[Tensor, "batch kv_head query 1"]]:
     """Values averaged over the allowed keys, and the logarithm of the sum of exponentials, both in float32 at least."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     on_cpu = q.device.type == "cpu"
     if _FLASH_ON_CPU is not None and on_cpu and (allowed is None or bool(allowed.any(-1).all())):
         mask = None if allowed is None else q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         z, total = _FLASH_ON_CPU(q, k, v, attn_mask=mask, scale=scale)
-        return z.to(wide), total[..., None]
-    scores = ((q * scale) @ k.mT).to(wide)
+        return z.to(dtype), total[..., None]
+    scores = ((q * scale) @ k.mT).to(dtype)
     if allowed is not None:
         scores.masked_fill_(~allowed, float("-inf"))
-    lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
+    lowest, tiny = torch.finfo(dtype).min, torch.finfo(dtype).tiny
     largest = scores.amax(-1, keepdim=True).clamp(min=lowest)  # finite where all is blocked
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
-    z = (weights.to(v.dtype) @ v).to(wide) / total.clamp(min=tiny)
+    z = (weights.to(v.dtype) @ v).to(dtype) / total.clamp(min=tiny)
     return z, (largest + total.log()).clamp(min=lowest)
