@@ -42,7 +42,7 @@ def whole_number(
 ) -> int:
     """Python's integer for one of any kind, within the bounds; raises `InputError` for anything else.
 
-    `of` is said behind the value, and `expected` in place of the bounds.
+    An error says `of` after the value, and `expected` in place of the bounds.
 
     >>> import numpy as np
     >>> whole_number(np.int64(3), "k", least=1)

@@ -67,7 +67,7 @@ def attribution_patching(
         steps: points of the path for integrated gradients; 0 takes the gradient at the run that is patched.
         logit_positions: where the metric reads logits, if not at the last position (see `metrics.teacher_forced`).
 
-    Returns one array for each hook, [layer, position] or [layer, position, head] (or kv_head), for several pairs behind
+    Returns one array for each hook, [layer, position] or [layer, position, head] (or kv_head), for several pairs after
     an axis pair: the estimated change of the metric. Attributes `clean` and `corrupted` hold the metric of the two
     runs. Raises `InputError` where the prompts do not match, for hooks of the image side or scores, and a metric
     without gradient.
@@ -113,9 +113,9 @@ def edge_attribution(
     """First-order estimate of `path_patching` between every sender and every receiver.
 
     A path's estimate is what the sender's output changes by, times the gradient at the receiver's own copy of the
-    stream, over all positions. The edges of one sender sum to its estimate as a node. Beyond a backward pass it holds
-    the gradients at `q_input`, `k_input` and `v_input`, [pos, head, d_model] each, of one layer at a time. Arguments as
-    for `attribution_patching`.
+    residual stream, over all positions. The edges of one sender sum to its estimate as a node. Beyond a backward pass
+    it holds the gradients at `q_input`, `k_input` and `v_input`, [pos, head, d_model] each, of one layer at a time.
+    Arguments as for `attribution_patching`.
 
     Returns `heads` [receiver, layer, head], `mlps` [receiver, layer] and `embed` [receiver], with NaN where the sender
     does not lie before the receiver; receivers are "L3H2 q" (k, v), "L3 mlp" and "logits", as in `path_patching`.

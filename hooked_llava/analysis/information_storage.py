@@ -70,8 +70,8 @@ def information_storage(
             the model's own answer (or the answer cache's target).
         spaces: how vectors become words, see `head_readings`.
 
-    Returns, for the stream entering each layer (layer 0 is the embedding: at image positions what the projector gives;
-    layer n_layers the final stream), `logit_difference` and `rank` [space, layer, position, (word)], and for the heads'
+    Returns, for what enters each layer (layer 0 is the embedding: at image positions what the projector gives; layer
+    n_layers the final residual stream), `logit_difference` and `rank` [space, layer, position, (word)], and for heads'
     outputs at the answer's position `message_logit_difference` and `message_rank` [space, head, position, (word)]. A rank
     counts from 1; the paper's MRR is the mean of its reciprocal, as `reciprocal_rank` takes it. "Logits" of the spaces
     "embed" and "cosine" are inner products and cosines. Raises `InputError` for words of several tokens, and for spaces,

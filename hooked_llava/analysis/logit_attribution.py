@@ -1,9 +1,9 @@
 """Which components write the answer's logit?
 
-Direct logit attribution (Elhage et al. 2021): the final stream is the sum of what the embedding, the heads and the MLPs
-added, and the final norm divides it by one number. So a logit is a sum of one term for each component: its output,
-divided by that scale, times the norm's weight and the token's unembedding (a LayerNorm also centres it, and its bias is a
-term of its own). What a component does by way of later ones is not in its term.
+Direct logit attribution (Elhage et al. 2021): the final residual stream is the sum of what the embedding, the heads and
+the MLPs added, and the final norm divides it by one number. So a logit is a sum of one term for each component: its
+output, divided by that scale, times the norm's weight and the token's unembedding (a LayerNorm also centres it, and its
+bias is a term of its own). What a component does by way of later ones is not in its term.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _one_prompt(
 def _cache(
     model: HookedLLaVA, prompt: Inputs, where: list[int], by: str
 ) -> tuple[dict[str, Tensor], Float[Tensor, "1 pos d_model"]]:
-    """What the parts are made of, at the position where the logit is read, but values everywhere; and the final stream."""
+    """What the parts are made of where the logit is read, but values everywhere; and the final residual stream."""
     table = model.hooks_table
     store: dict[str, Tensor] = {}
     hooks: list[Any] = [(table.resolve(list(_PARTS[by])), caching_hook(store, table, torch.tensor([where])))]
@@ -157,7 +157,7 @@ def _cache(
 
 
 def _direction(model: HookedLLaVA, answer: int, baseline: int | None) -> Float[Tensor, " d_model"]:
-    """What the normalized stream is multiplied by, in float32 at least."""
+    """What the normalized residual stream is multiplied by, in float32 at least."""
     direction = model.tokens_to_residual_directions(answer)
     if baseline is not None:
         direction = direction - model.tokens_to_residual_directions(baseline)

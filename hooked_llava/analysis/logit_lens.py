@@ -50,7 +50,7 @@ def logit_lens(
         positions: span name, number, slice or list; image positions too.
         norm: "final" applies the final norm to the residual stream, "frozen" the scale that the final one has at the same
             position (so that a component's reading is its part of the logits; a LayerNorm's bias is in readings of the
-            whole stream only), "none" reads it raw (Zhang et al.
+            whole residual stream only), "none" reads it raw (Zhang et al.
             2411.18620).
         answers: tokens whose probability is wanted in every layer: ids, or words that are one token after the prompt.
         k: number of words kept.

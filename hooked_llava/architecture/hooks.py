@@ -35,7 +35,7 @@ class Hook:
     Attributes:
         name (str): Full name: "blocks.3.attn.hook_z".
         spec (HookSpec): Its row of the table.
-        tower (Part): The part of the model that it belongs to.
+        tower (Part): The part of the model that it belongs to; "language" for the merge of text and image.
         layer (int | None): The block of that part; None outside of blocks.
         site (str): Name inside the block, or in the part outside of blocks: "attn.hook_z", "hook_embed",
             "ln_final.hook_scale".

@@ -36,7 +36,7 @@ def layout_of(
     (32.0, 0.0, 40.0, 8.0)
     """
     vision, resample = config.vision, None
-    with suppress(ConfigError):
+    with suppress(ConfigError):  # an unknown filter only leaves footprints unknown
         resample = "bicubic" if image_processor is None else filter_of(image_processor.resample)
     if config.tiling is not None:
         return _tiled_layout((height, width), vision, config.tiling, several_images, resample)
@@ -48,6 +48,7 @@ def layout_of(
 def _tiled_layout(
     image_size: Size, vision: VisionConfig, tiling: Tiling, several_images: bool, resample: Filter | None
 ) -> ImageLayout:
+    """The layout in LLaVA-NeXT, or where the tiling has `max_tiles`, in LLaVA-OneVision."""
     tile: dict[str, Any] = {"tile_size": vision.image_size, "patch_size": vision.patch_size, "resample": resample}
     if tiling.max_tiles is None:
         return llava_next_layout(image_size, pinpoints=tiling.pinpoints, **tile)

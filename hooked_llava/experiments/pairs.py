@@ -265,7 +265,7 @@ def gaussian_noise(
 ) -> Intervention:
     """Gaussian noise on what enters the language tower at some positions, as an intervention for any run.
 
-    Put it first in each run of a Replay of the clean prompt, and what is restored behind it (Meng et al. 2022).
+    Put it first in each run of a Replay of the clean prompt, and what is restored after it (Meng et al. 2022).
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""What to keep of a forward pass: which positions, how many bytes, and the hook functions that keep it."""
+"""What a user's `positions=` means; and what to keep of a forward pass: its bytes, and the functions that keep it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
 Positions = str | SupportsIndex | slice | Sequence[SupportsIndex] | np.ndarray | Tensor
-"""Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers."""
+"""Sequence positions: a span or spans joined ("image", "question|last"), a number, a slice, or several numbers.
+
+What a user may type; `prompt.positions.Positions` is the set that a span gives.
+"""
 Where = Positions | None
 """Positions, or None for all."""
 _PLACES = "whole numbers, a slice, or the name of one span ('image|last' joins two)"

@@ -35,7 +35,10 @@ from hooked_llava.prompt.prepare import Inputs, InputsLike
 
 
 class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
-    """A model of three parts whose hooks are listed in a `HookTable`: what caches, generation and parity ask of it."""
+    """The base of `HookedLLaVA`: hooks, caches and runs, for a model of three parts whose hooks a `HookTable` lists.
+
+    The abstract methods are what these, generation and `verify` ask of the model's own computation.
+    """
 
     hooks_table: HookTable
     vision: VisionTower
@@ -166,10 +169,10 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
 
     @contextmanager
     def placing(self, inputs: Inputs | None, n_new: int = 0) -> Iterator[None]:
-        """One pass over these prompts (None: over a residual stream), with attached `Intervention`s placed in them.
+        """Bind the attached `Intervention`s to the prompts of one pass (None: a pass over a residual stream).
 
-        `n_new` tells a pass over the newest of so many generated tokens. Raises `InputError` or `SpanError` for
-        interventions that do not fit, before the pass.
+        In generation `n_new` is how many tokens were generated so far, and the pass is over the newest of them; 0 for
+        a pass over the prompt. Raises `InputError` or `SpanError` for interventions that do not fit, before the pass.
         """
         if not self._prompt_hooks:
             yield
@@ -306,7 +309,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         found: list[HookEntry] = [(self.hooks_table.resolve(names, **request.fires), fn) for names, fn in entries]
         for _, fn in found:
             if isinstance(fn, PromptHook) and request.prompt is not None:
-                fn.place(request.prompt)
+                fn.place(request.prompt)  # for its errors; `placing` does it again when the pass begins
         return found
 
     def _refuse_image_hooks(self) -> None:

@@ -108,10 +108,10 @@ class HookedLLaVA(HookedModule):
     ) -> Tensor | None:
         """Logits [batch pos d_vocab], the loss, or nothing.
 
-        `inputs` is anything `as_inputs` takes; or the residual stream [batch pos d_model] entering `start_at_layer`, with
-        the prompt's mask if something is padded. With `stop_at_layer` the residual stream entering that layer is returned
-        instead. The loss is the mean cross-entropy in nats of the next token, over text tokens. Raises `InputError` for
-        input that does not fit.
+        `inputs` is anything `as_inputs` takes; or the residual stream [batch pos d_model] entering `start_at_layer`,
+        with the prompt's mask if something is padded; or all arguments at once, as `request` has checked them. With
+        `stop_at_layer` the residual stream entering that layer is returned instead. The loss is the mean cross-entropy
+        in nats of the next token, over text tokens. Raises `InputError` for input that does not fit.
         """
         request = self.request(
             inputs,
@@ -125,7 +125,7 @@ class HookedLLaVA(HookedModule):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-        with self.placing(request.prompt):
+        with self.placing(request.prompt):  # attached interventions find their positions in this prompt
             resid = (
                 self.embed(request.begin) if isinstance(request.begin, Inputs) else request.begin
             )  # (batch, pos, d_model)
@@ -152,9 +152,11 @@ class HookedLLaVA(HookedModule):
     def project(
         self, features: Float[Tensor, "run_tile patch d_features"], inputs: Inputs
     ) -> Float[Tensor, "run_image feature d_model"]:
-        """Vision features of one run over the inputs' tiles, or of several, as image embeddings.
+        """Vision features as image embeddings: through the projector, and where images are cut into tiles, joined.
 
-        In the dtype of the token embeddings, whatever the projector's is. Shorter images are filled up with zeros.
+        The features are those of all tiles of the inputs, or of several runs over them, one run after the other (as
+        Replay makes them). The embeddings are in the dtype of the token embeddings, whatever the projector's is. Images
+        with fewer features than the longest are filled up with zeros, which `real_features` leaves out again.
         """
         projected = self.projector(features).to(self.cfg.dtype)  # (run_tile, patch, d_model)
         if self.image_newline is None:
@@ -164,7 +166,7 @@ class HookedLLaVA(HookedModule):
     def real_features(
         self, images: Float[Tensor, "*run image feature d_model"], inputs: Inputs
     ) -> Float[Tensor, "*run real d_model"]:
-        """The features of all images one after the other, without what fills up shorter ones."""
+        """The features of all images one after the other, without the zeros that fill up the shorter ones."""
         images = images.flatten(-3, -2)
         if self.image_newline is None or inputs.assembly.real is None:
             return images
@@ -177,7 +179,10 @@ class HookedLLaVA(HookedModule):
         position_ids: Int[Tensor, "batch pos"] | None = None,
         kv_cache: KVCache | None = None,
     ) -> AttentionContext:
-        """What attention needs for these positions; a mask without padding is dropped, so that the fused kernel is used."""
+        """What attention needs for these positions; as `LanguageTower.context`, which says what the arguments are.
+
+        A mask without padding is dropped, so that the fused kernel is used.
+        """
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         return self.language.context(
@@ -212,7 +217,10 @@ class HookedLLaVA(HookedModule):
         return inputs_module.as_inputs(value, **self._inputs_for())
 
     def _inputs_for(self) -> dict[str, Any]:
-        """What inputs are made for: pixels come in the vision tower's dtype, which may be finer than the language tower's."""
+        """What `prepare` and `as_inputs` must know of this model, as keyword arguments.
+
+        Pixels come in the vision tower's dtype, which may be finer than the language tower's.
+        """
         pixel_dtype = self.vision.patch_embed.weight.dtype
         return {"config": self.config, "processor": self.processor, "device": self.cfg.device, "dtype": pixel_dtype}
 

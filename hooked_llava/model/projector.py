@@ -23,8 +23,8 @@ class Projector(nn.Module):
         self.hook_post = HookPoint()
         self.hook_out = HookPoint()
 
-    def forward(self, features: Float[Tensor, "image feature d_features"]) -> Float[Tensor, "image feature d_model"]:
+    def forward(self, features: Float[Tensor, "tile feature d_features"]) -> Float[Tensor, "tile feature d_model"]:
         """Image embeddings, one for each feature vector; in the projector's own dtype, whatever the features' is."""
         features = features.to(self.linear_in.weight.dtype)
-        hidden = self.hook_post(self.act(self.hook_pre(self.linear_in(features))))  # (image, feature, d_model)
+        hidden = self.hook_post(self.act(self.hook_pre(self.linear_in(features))))  # (tile, feature, d_model)
         return self.hook_out(self.linear_out(hidden))

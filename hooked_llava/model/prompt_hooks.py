@@ -1,7 +1,8 @@
-"""What stands in `fwd_hooks`: pairs (names, function), and other things that say for themselves what they attach.
+"""The entries of `fwd_hooks`: pairs (names, function), and `Intervention`s, which must know the prompt.
 
-A function sees a tensor and does not have the prompt. An `Intervention` names spans, heads and images, so it must be
-placed anew in the prompt of every pass: it is attached as a `PromptHook`, which the model tells what it is about to run.
+A function sees a tensor and does not have the prompt. An `Intervention` names spans, heads and images, so it is
+attached as a `PromptHook` (`replay.attached.AttachedIntervention`). Before every pass the model gives it the prompt,
+and it finds its positions there: it is placed.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class PromptHook(ABC):
 
     reads_only = True
     placed: Callable[[Tensor], Tensor] | None = None
-    """What it does to the activation of the pass that is running; None between passes."""
+    """What `place` returned for the pass that is running: a function of the activation; None between passes."""
 
     @abstractmethod
     def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:
-        """What it does in a pass over a prompt, or over the newest of `n_new` tokens that were generated after it.
+        """What it does to the activation in a pass over a prompt, or over the newest of `n_new` tokens after it.
 
         Raises `InputError` or `SpanError` where it does not fit.
         """
@@ -67,7 +68,9 @@ class PromptHook(ABC):
 
 @singledispatch
 def as_hook(entry: Any, model: Any) -> HookEntry:
-    """An entry of `fwd_hooks` as (names, function); whoever makes entries of another kind registers how they are read.
+    """An entry of `fwd_hooks` as (names, function).
+
+    Pairs are read here. `replay.attached`, which the model does not import, registers how an `Intervention` is read.
 
     >>> as_hook(("pattern", print), None)
     ('pattern', <built-in function print>)
@@ -89,14 +92,14 @@ def placing(hooks: Sequence[PromptHook], inputs: Inputs | None, n_new: int = 0) 
             "the prompt."
         )
     before = [(hook, hook.placed) for hook in hooks]
-    found = [hook.place(inputs, n_new) for hook in hooks if inputs is not None]
+    functions = [hook.place(inputs, n_new) for hook in hooks if inputs is not None]
     try:
-        for hook, does in zip(hooks, found, strict=True):
-            hook.placed = does
+        for hook, function in zip(hooks, functions, strict=True):
+            hook.placed = function
         yield
     finally:
-        for hook, did in before:
-            hook.placed = did
+        for hook, earlier in before:
+            hook.placed = earlier
 
 
 def with_answer_span(inputs: Inputs) -> Inputs:

@@ -30,8 +30,8 @@ class ForwardRequest:
         position_ids (Int[Tensor, "batch pos"] | None): Rotary positions; None to count the real tokens.
         start (int): The first layer.
         stop (int | None): The first layer that is not run; None if there are logits.
-        return_type (ReturnType): "logits", "loss", "both" or None.
-        n_layers (int): How many language blocks run.
+        return_type (ReturnType): "logits", "loss" or None.
+        n_layers (int): How many blocks the language tower has.
     """
 
     begin: Inputs | Float[Tensor, "batch pos d_model"]
@@ -49,7 +49,7 @@ class ForwardRequest:
 
     @property
     def fires(self) -> dict[str, Any]:
-        """Which hooks fire, as `HookTable.resolve` takes it."""
+        """Which hooks fire, as keyword arguments of `HookTable.resolve`; stages are numbered as in `Hook.stage`."""
         end = self.n_layers + 1 if self.stop is None else self.stop
         if self.prompt is None:
             return {"with_image": False, "stages": range(self.start or -1, end)}

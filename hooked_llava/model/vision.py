@@ -16,6 +16,8 @@ from hooked_llava.model.components.norm import make_norm
 class VisionTower(nn.Module):
     """Patches, perhaps after a class token, through blocks, up to the highest layer that the projector reads.
 
+    Its batch axis holds tiles: in LLaVA-1.5 one for each image, in LLaVA-NeXT and LLaVA-OneVision perhaps several.
+
     Blocks above that layer, the post norm and a pooling head are part of the checkpoint, so they are kept and saved; they
     are not run.
     """
@@ -35,31 +37,31 @@ class VisionTower(nn.Module):
         self.hook_embed = HookPoint()
         self.hook_out = HookPoint()
 
-    def forward(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image feature d_features"]:
+    def forward(self, pixels: Float[Tensor, "tile channel height width"]) -> Float[Tensor, "tile feature d_features"]:
         """Features as the projector reads them: chosen layers side by side, class token dropped or kept."""
         return self.features(self.states([self.embed(pixels)]))
 
-    def states(self, entering: list[Float[Tensor, "image pos d_model"]]) -> list[Float[Tensor, "image pos d_model"]]:
+    def states(self, entering: list[Float[Tensor, "tile pos d_model"]]) -> list[Float[Tensor, "tile pos d_model"]]:
         """The residual stream entering every block that is run, and leaving the last; `entering` are those known already."""
         layers = range(len(entering) - 1, self.cfg.n_layers_run)
         return [*entering, *self.blocks.states(entering[-1], AttentionContext(), layers=layers)]
 
-    def features(self, states: list[Float[Tensor, "image pos d_model"]]) -> Float[Tensor, "image feature d_features"]:
+    def features(self, states: list[Float[Tensor, "tile pos d_model"]]) -> Float[Tensor, "tile feature d_features"]:
         """The feature layers side by side, given the residual stream entering every block and leaving the last."""
-        features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (image, pos, d_features)
+        features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (tile, pos, d_features)
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
 
-    def embed(self, pixels: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image pos d_model"]:
+    def embed(self, pixels: Float[Tensor, "tile channel height width"]) -> Float[Tensor, "tile pos d_model"]:
         """What enters block 0: patches, after the class token if there is one, plus learned positions; perhaps normalized."""
         patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        patches = self.hook_patch_embed(start_graph(patches))  # (image, patch, d_model)
-        n_images = patches.shape[0]
-        positions = self.pos_embed.weight.expand(n_images, -1, -1)
+        patches = self.hook_patch_embed(start_graph(patches))  # (tile, patch, d_model)
+        n_tiles = patches.shape[0]
+        positions = self.pos_embed.weight.expand(n_tiles, -1, -1)
         if self.hook_pos_embed.listening:
             positions = positions.clone()  # what a hook keeps must not be the weights themselves
-        positions = self.hook_pos_embed(start_graph(positions))  # (image, pos, d_model)
+        positions = self.hook_pos_embed(start_graph(positions))  # (tile, pos, d_model)
         if self.class_embed is not None:
-            patches = torch.cat([self.class_embed.expand(n_images, 1, -1), patches], dim=1)  # (image, pos, d_model)
+            patches = torch.cat([self.class_embed.expand(n_tiles, 1, -1), patches], dim=1)  # (tile, pos, d_model)
         return self.hook_embed(self.ln_pre(patches + positions))
 
 

@@ -1,4 +1,7 @@
-"""Which projected patches the positions of each image are made of, as index tensors, worked out before the model runs."""
+"""Which projected patches the positions of each image are made of, as index tensors, worked out before the model runs.
+
+Only where images are cut into tiles (LLaVA-NeXT, LLaVA-OneVision); `model.components.assembly` applies the tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,14 @@ class Assembly:
     """How the patches of all tiles become the features of all images.
 
     Rows are counted over the patches of all tiles, one tile after the other; after them come the newline and a row of
-    zeros, which fills up images with fewer features than the longest.
+    zeros, which fills up images with fewer features than the longest. A feature is one row (one tap), or where a grid
+    is pooled (LLaVA-OneVision) the weighted sum of up to four.
 
     Attributes:
-        rows (Int[Tensor, "image feature tap"]): For each feature the rows that it is the weighted sum of.
+        rows (Int[Tensor, "image feature tap"]): For each feature the rows that it is made of.
         weights (Float[Tensor, "image feature tap"] | None): Their weights; None where every feature is one row as it is.
-        real (Int[Tensor, " real"] | None): The features that are no filling, counted over all images; None if all are.
+        real (Int[Tensor, " real"] | None): Indices, in [image feature] flattened, of the features that are not zeros to
+            fill up an image; None if all are.
         n_tiles (int): Tiles of all images.
 
     >>> from hooked_llava.architecture import Grid, GridAxis

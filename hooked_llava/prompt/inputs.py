@@ -192,7 +192,7 @@ class Inputs:
         return naming_prompt(row, self._words_of(row)) if len(self) > 1 else nullcontext()
 
     def each(self, function: Callable[..., _T], *columns: Iterable[Any]) -> list[_T]:
-        """What a function makes of every prompt's entries in some columns; its errors name the prompt."""
+        """The function called for every prompt with that prompt's entry of each column; its errors name the prompt."""
         found = []
         for row, entries in enumerate(zip(*columns, strict=True)):
             with self.naming(row):

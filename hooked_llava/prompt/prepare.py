@@ -93,6 +93,7 @@ def prepare(
     encoded = _encode(prompts, layouts, processor, padding_side)
     offsets = encoded.pop("offset_mapping", None)
     encoded |= process_images(opened, processor.image_processor, config)
+    # from_tensors knows no original image, and takes layouts from the tensors; _with_texts puts in those from above.
     inputs = from_tensors(encoded, config=config, tokenizer=processor.tokenizer, device=device, dtype=dtype)
     token_maps = _with_texts(inputs.token_maps, prompts, layouts, offsets, image_token_of(processor))
     flat = tuple(image for own in opened for image in own)
@@ -185,7 +186,7 @@ def from_tensors(
 def _checked_images(
     given: Mapping[str, Tensor], config: LLaVAConfig
 ) -> tuple[Float[Tensor, "tile channel height width"] | None, list[ImageLayout] | None]:
-    """The tiles of all images; and the layouts, None where all images have one and nothing tells them apart."""
+    """The tiles of all images; and their layouts, or None for LLaVA-1.5, where by pixel values alone all are equal."""
     pixels = given.get("pixel_values")
     if config.tiling is None:
         return None if pixels is None else check.check_pixels(pixels, config), None
@@ -276,7 +277,7 @@ def _prompts(
 
 
 def _layouts(images: Sequence[Image.Image], processor: Processor, config: LLaVAConfig) -> tuple[ImageLayout, ...]:
-    """How each image of a prompt becomes positions."""
+    """How each image of a prompt becomes positions, and which pixels of the original each position shows."""
     several = len(images) > 1
     sizes = [{"height": image.height, "width": image.width} for image in images]
     return tuple(layout_of(config, processor.image_processor, **size, several_images=several) for size in sizes)
@@ -368,9 +369,9 @@ def _token_maps(
     config: LLaVAConfig,
     tokenizer: Tokenizer | None,
 ) -> Iterable[TokenMap]:
-    coming = iter(layouts)
+    remaining = iter(layouts)
     for row, real, firsts in zip(ids.tolist(), mask, starts, strict=True):
-        own = tuple(islice(coming, len(firsts)))
+        own = tuple(islice(remaining, len(firsts)))
         at = real.nonzero()[:, 0].tolist()
         tokens, positions = tuple(row), range(at[0], at[-1] + 1)
         words = None

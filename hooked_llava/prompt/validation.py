@@ -121,12 +121,12 @@ def find_images(
     if bool((is_image & ~mask.cpu()).any()):
         row = int((is_image & ~mask.cpu()).any(1).nonzero()[0])
         raise InputError(f"Prompt {row} has image tokens that attention_mask marks as padding; expected them unmasked.")
-    coming = repeat(layout_without_original(config.vision)) if layouts is None else iter(layouts)
-    return [_image_starts(row, is_image[row].nonzero()[:, 0].tolist(), coming, config) for row in range(len(ids))]
+    remaining = repeat(layout_without_original(config.vision)) if layouts is None else iter(layouts)
+    return [_image_starts(row, is_image[row].nonzero()[:, 0].tolist(), remaining, config) for row in range(len(ids))]
 
 
 def _image_starts(
-    row: int, positions: list[int], coming: Iterator[ImageLayout], config: LLaVAConfig
+    row: int, positions: list[int], remaining: Iterator[ImageLayout], config: LLaVAConfig
 ) -> tuple[int, ...]:
     starts: list[int] = []
     while positions:
@@ -134,7 +134,7 @@ def _image_starts(
         run = next((i for i, position in enumerate(positions) if position != start + i), len(positions))
         whole, filled = 0, 0
         while filled < run:
-            layout = next(coming, None)
+            layout = next(remaining, None)
             if layout is None:
                 raise InputError(
                     f"Prompt {row} has {run - filled} <image> tokens from position {start + filled} on for which no image is "
@@ -352,7 +352,7 @@ def check_position_ids(positions: Tensor | None, ids: Int[Tensor, "batch pos"]) 
 
 
 def check_layouts(layouts: Iterable[ImageLayout], config: LLaVAConfig) -> None:
-    """Raises `InputError` for inputs prepared for a model with other images."""
+    """Raises `InputError` for inputs prepared for a model in which images take other positions or tiles."""
     for layout in layouts:
         own = layout_without_original(config.vision)
         if config.tiling is not None and layout.original_size is not None:

@@ -4,6 +4,7 @@ In: a model, a prompt, lists of `Intervention`s. Out: logits or a metric for eve
 lies below them.
 """
 
+# This import also registers how the model reads an Intervention in fwd_hooks.
 from hooked_llava.replay.attached import AttachedIntervention as AttachedIntervention
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means

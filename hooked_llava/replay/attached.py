@@ -1,4 +1,4 @@
-"""Interventions beside functions: attached to the model's hooks, and placed in the prompt of every pass.
+"""Interventions in `fwd_hooks`, beside functions: attached to the model's hooks, and bound to the prompt of every pass.
 
 In generation the positions that an intervention names are the prompt's: it acts in the pass over the prompt, and what
 follows reads the changed keys and values. On the tokens that are generated it acts where it names no positions (None is
@@ -43,7 +43,10 @@ class AttachedIntervention(PromptHook):
                 hook.intervention = intervention
 
     def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:
-        """The change of a batch of this prompt; raises as `bind`."""
+        """The intervention bound to these prompts, as a function from the hook's activation to the changed one.
+
+        Raises as `bind`.
+        """
         bound = bind(self.intervention, self.model, inputs)
         if n_new:
             bound = _for_new_token(bound, self.model, inputs, n_new)
@@ -63,6 +66,7 @@ class AttachedIntervention(PromptHook):
 
 @as_hook.register
 def _(entry: Intervention, model: HookedLLaVA) -> HookEntry:
+    """An Intervention in `fwd_hooks`, as (full name, function)."""
     return model.hooks_table.one(entry.hook), AttachedIntervention(entry, model)
 
 

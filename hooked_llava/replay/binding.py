@@ -1,4 +1,4 @@
-"""Placing interventions: names, spans, heads and values held against the model and its prompts before anything runs."""
+"""Bind interventions to a model and its prompts: names, spans, heads and values are checked before anything runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hooked_llava.replay.intervention import SCORES, Intervention
 
 
 def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> BoundIntervention:
-    """Place an intervention in a model and its inputs.
+    """Bind an intervention to a model and its inputs: which hook, which positions of each prompt, which heads.
 
     Raises `HookNameError` for an unknown hook, `SpanError` for an unknown span, and `InputError` for positions, heads,
     neurons or values that do not fit.
@@ -74,7 +74,7 @@ def _check_several(bound: BoundIntervention) -> None:
 
 
 def _sequence(where: Where, inputs: Inputs, *, of_edge: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Sequence positions in every prompt; as ends of an edge, where an answer is read."""
+    """The sequence positions in every prompt. In an end of an edge `last` is read as by `TokenMap.edge_end`."""
 
     def of_prompt(token_map: TokenMap) -> tuple[int, ...]:
         end = token_map.edge_end(where) if of_edge else where
@@ -110,7 +110,10 @@ def patches_of(where: Where, hook: Hook, model: HookedLLaVA, layout: ImageLayout
 
 
 def indices(given: Indices | None, n: int, what: str, name: str) -> tuple[int, ...] | None:
-    """Heads, neurons or patches below n, None for all; raises `InputError` for those that hook `name` does not have."""
+    """Heads, neurons, features or patches as indices below n; None for all.
+
+    Raises `InputError` for those that the hook `name` does not have; `what` is how errors call them.
+    """
     if given is None:
         return None
     if n == 0:
@@ -123,7 +126,10 @@ def indices(given: Indices | None, n: int, what: str, name: str) -> tuple[int, .
 
 
 def check_operand(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs) -> None:
-    """Whether `value` or `add` fits the cut, found out before anything runs."""
+    """Check before anything runs that `value` or `add` fits the cut (the tensor at its positions and heads).
+
+    Raises `InputError` where it does not.
+    """
     operand = bound.intervention.operand
     if operand is None:
         return

@@ -1,4 +1,4 @@
-"""An intervention placed in a model and a batch of prompts, and how it changes one row."""
+"""An intervention bound to a model and a batch of prompts, and how it changes one row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POSITION_AXES = ("pos", "query", "patch", "feature")
 
 @dataclass(frozen=True, eq=False)
 class BoundIntervention:
-    """An intervention placed in a model and a batch of prompts: its hook, positions per prompt, indices.
+    """An intervention bound to a model and a batch of prompts: its hook, positions per prompt, indices.
 
     Attributes:
         intervention (Intervention): The intervention as the user gave it.
@@ -32,7 +32,7 @@ class BoundIntervention:
         heads (tuple[int, ...] | None): Head indices; None: all.
         neurons (tuple[int, ...] | None): Neuron indices; None: all.
         features (tuple[int, ...] | None): Feature indices of an autoencoder; None: all.
-        point (HookPoint): The hook itself.
+        point (HookPoint): The model's hook point.
     """
 
     intervention: Intervention
@@ -64,28 +64,30 @@ class BoundIntervention:
         """Change one row (one run of one prompt, or of one tile or image, without its batch axis) in place.
 
         `where` turns absolute positions into indices of the row's position axis: an offset to subtract, or a table in
-        which positions that the row does not hold are missing.
+        which positions that the row does not hold are missing. `owner` is the row's prompt; on the image side, its
+        image.
         """
+        # (which of the intervention's positions, where it lies in the row)
         held = [(i, _index(p, where)) for i, p in enumerate(self.positions[owner])]
         held = [(i, index) for i, index in held if index is not None]
         if not held:
             return
-        kept = torch.tensor([i for i, _ in held], device=row.device)
-        rows = torch.tensor([index for _, index in held], device=row.device)
+        ordinals = torch.tensor([i for i, _ in held], device=row.device)
+        here = torch.tensor([index for _, index in held], device=row.device)
         if self.intervention.block is not None:
-            index = self._grid(row, rows, torch.tensor(self.sources[owner], device=row.device))
+            index = self._grid(row, here, torch.tensor(self.sources[owner], device=row.device))
             row[index] = float("-inf")
             return
-        index = self._grid(row, rows, None)
+        index = self._grid(row, here, None)
         cut = row[index]
-        row[index] = self._changed(cut, kept, len(self.positions[owner]))
+        row[index] = self._changed(cut, ordinals, len(self.positions[owner]))
 
-    def _grid(self, row: Tensor, rows: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
-        """Index of the row's chosen positions, heads, neurons and keys, as an open grid; other axes whole."""
+    def _grid(self, row: Tensor, here: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
+        """Index of the row's chosen positions, heads, neurons and keys, as `numpy.ix_` gives it; other axes whole."""
         chosen: list[Tensor | None] = []
         for axis in self.hook.axes[1:]:
             if axis in POSITION_AXES:
-                chosen.append(rows)
+                chosen.append(here)
             elif (own := self.along(axis)) is not None:
                 chosen.append(torch.tensor(own, device=row.device))
             else:
@@ -97,7 +99,8 @@ class BoundIntervention:
             grid.append(slice(None) if c is None else c.reshape(-1, *[1] * (n_chosen - 1 - seen)))
         return tuple(grid)
 
-    def _changed(self, cut: Tensor, kept: Int[Tensor, " position"], n_positions: int) -> Tensor:
+    def _changed(self, cut: Tensor, ordinals: Int[Tensor, " position"], n_positions: int) -> Tensor:
+        """What the action makes of the cut, the row at its positions; these are `ordinals` of all `n_positions`."""
         change = self.intervention
         if change.zero:
             return torch.zeros_like(cut)
@@ -108,7 +111,7 @@ class BoundIntervention:
         if change.fn is not None:
             return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.hook.name)
         assert change.operand is not None
-        fitted = self._fit(change.operand.to(cut.device, cut.dtype), cut, kept, n_positions)
+        fitted = self._fit(change.operand.to(cut.device, cut.dtype), cut, ordinals, n_positions)
         return fitted if change.value is not None else cut + fitted
 
     @property
@@ -117,12 +120,12 @@ class BoundIntervention:
         assert axis is not None
         return axis - 1  # the row has no batch axis
 
-    def _fit(self, operand: Tensor, cut: Tensor, kept: Int[Tensor, " position"], n_positions: int) -> Tensor:
+    def _fit(self, operand: Tensor, cut: Tensor, ordinals: Int[Tensor, " position"], n_positions: int) -> Tensor:
         """The operand spread over the cut, less the positions that this row does not hold."""
         shape = list(cut.shape)
         shape[self._position_axis] = n_positions
         full = spread(operand, shape, self._position_axis)
-        return full if len(kept) == n_positions else full.index_select(self._position_axis, kept)
+        return full if len(ordinals) == n_positions else full.index_select(self._position_axis, ordinals)
 
 
 def spread(operand: Tensor, shape: Sequence[int], position_axis: int) -> Tensor:

@@ -33,7 +33,7 @@ class ImageSide:
 
     @cached_property
     def states(self) -> list[Float[Tensor, "tile pos d_model"]]:
-        """The residual stream entering every block that is run, and leaving the last."""
+        """The vision tower's residual stream entering every block that is run, and leaving the last."""
         assert self._pixels is not None
         return self.model.vision.states([self.model.vision.embed(self._pixels)])
 
@@ -57,14 +57,17 @@ class ImageSide:
 
     @cached_property
     def block_cost(self) -> float:
-        """One tile through one block, in positions through a block of the language tower: multiplications by weights."""
+        """What one tile costs in one block, as a number of positions in a block of the language tower.
+
+        Counted in multiplications by weights.
+        """
         vision, language = self.model.vision.blocks, self.model.language.blocks
         sizes = [sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2) for blocks in (vision, language)]
         return self.model.config.vision.n_positions * sizes[0] / sizes[1]
 
     @property
     def cost_of_all(self) -> float:
-        """All tiles through all blocks, in the same unit."""
+        """What all tiles cost in all blocks that are run, in the unit of `block_cost`."""
         return self._n_tiles * self.model.config.vision.n_layers_run * self.block_cost
 
     def _first_block(self, run: Run) -> int:
@@ -75,6 +78,7 @@ class ImageSide:
         return 0 if self._pixels is None else len(self._pixels)
 
     def _from(self, block: int, runs: list[Run]) -> Float[Tensor, "run image feature d_model"]:
+        """Image embeddings of runs that enter at one block (numbered as by `_first_block`), in one pass."""
         vision, n_runs = self.model.vision, len(runs)
         with edited(self.model, self._edits(runs)):
             kept = [state.repeat(n_runs, 1, 1) for state in self.states[: max(block, 0) + 1]]  # (run * tile, ...)

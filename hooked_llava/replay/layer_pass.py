@@ -32,7 +32,13 @@ _EMBEDDING = ("hook_text_embed", "hook_embed")
 class LayerPass:
     """Runs with a common start; rows of the batch are (prompt, run), prompts outermost.
 
-    A row is active once its run has joined.
+    A run joins at the first layer that it changes; from then on its rows are active.
+
+    Args:
+        state: the Replay.
+        runs: the runs that go together.
+        wanted: positions at which logits are wanted.
+        listen: names of hooks whose activations are kept in `seen`.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class LayerPass:
         self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
         self.n_layers = self.model.cfg.n_layers
         self.wanted = wanted
+        # What reaches the final norm: the positions wanted, or all where a change after the last keys and values needs them.
         self.reads = self._all_from_start() if needs_full_suffix(runs, self.n_layers) else wanted
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
@@ -89,14 +96,14 @@ class LayerPass:
         queries = self._queries() if layer == self.n_layers - 1 else None
         if self._context is None or len(x[0]) != self._context[0]:
             self._context = len(x[0]), self.kept.context(self.start, len(x[0]))
-        with edited(self.model, self._edits(layer, queries), self._listeners(layer)):
+        with edited(self.model, self._edits(layer, queries), self._caching_hooks(layer)):
             blocks, only = self.model.language.blocks, range(layer, layer + 1)
             out = blocks.run(x.flatten(0, 1), self._context[1], layers=only, queries=queries)
         self.state.work.token_layers += self._cost(layer)
         return out.unflatten(0, x.shape[:2])
 
     def _read(self, x: Tensor | None) -> Float[Tensor, "run prompt position d_vocab"]:
-        """Final norm and unembedding."""
+        """Final norm and unembedding of all runs, those included that change something only after the blocks."""
         n_prompts = len(self.reads)
         fresh = rows_at(self.kept.entering(self.n_layers), self.reads)[:, None].repeat(
             1, len(self.runs), 1, 1
@@ -115,7 +122,7 @@ class LayerPass:
             for prompt in range(n_prompts)
         ]
         self.active = list(self.runs)
-        with edited(self.model, edits, self._listeners(self.n_layers)):
+        with edited(self.model, edits, self._caching_hooks(self.n_layers)):
             logits = self.model.language.to_logits(fresh.flatten(0, 1))
         logits = logits.unflatten(0, (n_prompts, len(self.runs))).transpose(0, 1)  # (run, prompt, position, d_vocab)
         logits = logits[sorted(range(len(self.runs)), key=lambda i: self.runs[i].index)]
@@ -209,7 +216,8 @@ class LayerPass:
         whole = self.kept.entering(0).masked_scatter(inputs.image_mask[..., None], real)
         return torch.where(mask[..., None], whole[:, self.start :], rows)
 
-    def _listeners(self, layer: int) -> list[tuple[Any, Any]]:
+    def _caching_hooks(self, layer: int) -> list[tuple[Any, Any]]:
+        """For `fwd_hooks`: what keeps the activations that are asked for, in one layer, or after the blocks."""
         table = self.model.hooks_table
         names = [name for name in self._listen if table[name].layer == (layer if layer < self.n_layers else None)]
         return [(names, caching_hook(self.seen, table))] if names else []
@@ -237,7 +245,10 @@ class LayerPass:
 
 
 def needs_full_suffix(runs: Iterable[PlannedRun], n_layers: int) -> bool:
-    """Whether a change after the last keys and values mixes positions, so that it must see all of its own."""
+    """Whether some change must see all positions that it names, where otherwise only those that are read are computed.
+
+    So it is with a mean over positions, or a function, at a hook that fires after the last block's keys and values.
+    """
     return any(
         (r.intervention.position_mean or r.intervention.fn is not None)
         and r.hook.stage >= n_layers - 1
@@ -253,7 +264,7 @@ def fires_at_all_positions(hook: Hook) -> bool:
 
 
 def recordable(state: ReplayState, names_filter: NamesFilter) -> list[str]:
-    """The hooks that a filter names; raises `InputError` for one that a re-run does not reach."""
+    """Full names of the hooks that a filter asks for; raises `InputError` for one on the image side."""
     table = state.model.hooks_table
     names = table.resolve(names_filter, with_image=state.inputs.pixel_values is not None)
     if image_side := [name for name in names if table[name].on_image_side]:
@@ -267,7 +278,7 @@ def recordable(state: ReplayState, names_filter: NamesFilter) -> list[str]:
 def recorded(
     state: ReplayState, run: PlannedRun, names: list[str], positions: Positions
 ) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
-    """Logits of one run, and the named activations that were recomputed for it."""
+    """Run one run: its logits, and the named activations that were recomputed for it."""
     layer_pass = LayerPass(state, [run], state.wanted(positions), names)
     logits = layer_pass.logits()[0] if run.changes else state.kept_logits(positions)
     state.work.runs += len(state.inputs) * run.changes

@@ -1,4 +1,4 @@
-"""The cone that each run can reach, and which runs go together."""
+"""The layers and positions that each run can reach (its cone), and which runs go together."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def first_positions(inputs: Inputs, bound: BoundIntervention) -> list[int]:
 
 
 def first_layer_of(bound: BoundIntervention) -> int:
-    """First layer that must run again under a change; a block's output enters the next block."""
+    """First layer that must run again under a change.
+
+    That of the hook; but a change of a block's output is made where it enters the next block.
+    """
     # Where an autoencoder follows the hook, what it sees belongs to the block.
     leaves = bound.hook.site == "hook_resid_post" and bound.point.then is None
     return max(bound.hook.stage, 0) + leaves
@@ -68,7 +71,10 @@ def first_layer_of(bound: BoundIntervention) -> int:
 def batches(
     runs: Sequence[PlannedRun], n_positions: int, rows_at_once: dict[int, int] | int
 ) -> Iterator[list[PlannedRun]]:
-    """Runs that go together: the same start (or near enough), ordered by their first layer, and not too many."""
+    """Runs that go together: the same start (or near enough), ordered by their first layer, and not too many.
+
+    `rows_at_once` is how many runs may go together, for any start or by the number of positions from the start on.
+    """
     ordered = sorted(
         (run for run in runs if run.start is not None), key=lambda run: (-(run.start or 0), run.first_layer)
     )

@@ -150,8 +150,8 @@ class Replay(ReplayState):
         """A Replay of the same prompts with other embeddings, at the cost of the positions from the first change on.
 
         `changes` are interventions on `hook_embed` or `hook_text_embed`. The branch keeps the run under them, so that
-        its own runs start from there; the work is counted here. Raises `InputError` for any other hook, and in the
-        branch for interventions on the image side if embeddings of an image were changed.
+        its own runs start from there; making it counts in this Replay's `work`. Raises `InputError` for any other hook,
+        and in the branch for interventions on the image side if embeddings of an image were changed.
 
         >>> from hooked_llava import HookedLLaVA
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")

@@ -52,8 +52,9 @@ def edited_copy(batch: Tensor, edits: Iterable[RowEdit]) -> Tensor:
 def image_rows(
     inputs: Inputs, hook: Hook, image: SupportsIndex | None = None, tile: SupportsIndex | None = None
 ) -> list[tuple[int, int]]:
-    """(row of an image hook's tensor, its image counted over all prompts), for the image of each prompt and the tile of each
-    image that have these numbers; None: all.
+    """The rows of an image hook's tensor that belong to one image of each prompt and one tile of each image; None: all.
+
+    Pairs of a row and its image, counted over all prompts.
     """
     ends = [*accumulate(inputs.images_per_prompt, initial=0)]
     named = [range(first, stop)[_only(image)] for first, stop in pairwise(ends)]
@@ -80,12 +81,12 @@ def edit_function(edits: list[RowEdit]) -> Callable[..., Tensor]:
 
 @contextmanager
 def edited(
-    model: HookedLLaVA, edits: Iterable[RowEdit], listeners: list[tuple[Any, Any]] | None = None
+    model: HookedLLaVA, edits: Iterable[RowEdit], further_hooks: list[tuple[Any, Any]] | None = None
 ) -> Iterator[None]:
-    """The edits attached to their hooks, and after them the listeners, for the time of the block."""
+    """The edits attached to their hooks inside the block, and after them further entries of `fwd_hooks`."""
     by_name: dict[str, list[RowEdit]] = defaultdict(list)
     for edit in edits:
         by_name[edit.bound.hook.name].append(edit)
     hooks: list[tuple[Any, Any]] = [(name, edit_function(several)) for name, several in by_name.items()]
-    with model.hooks([*hooks, *(listeners or [])]):
+    with model.hooks([*hooks, *(further_hooks or [])]):
         yield

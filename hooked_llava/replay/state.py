@@ -53,7 +53,10 @@ class Work:
 
 
 class ReplayState:
-    """A kept run of a batch of prompts, the model and the prompts that it is of, and the work done on it since."""
+    """A kept run of a batch of prompts, the model and the prompts that it is of, and the work done on it since.
+
+    `Replay` without its runs: what `LayerPass`, `Sweep` and reference means, which Replay uses, need of it.
+    """
 
     def __init__(self, model: HookedLLaVA, inputs: Inputs, kept: KeptRun) -> None:
         self.model, self.inputs, self.kept = model, inputs, kept

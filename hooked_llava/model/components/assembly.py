@@ -1,4 +1,7 @@
-"""The features of images that are cut into tiles: patches gathered, pooled, and set off by newlines."""
+"""Joins the projected patches of tiles to the features of images (LLaVA-NeXT, LLaVA-OneVision).
+
+`prompt.assembly` works out beforehand which patches these are; here they are gathered, pooled, and newlines put in.
+"""
 
 from __future__ import annotations
 

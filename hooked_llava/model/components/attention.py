@@ -37,9 +37,10 @@ class AttentionContext:
     """What attention needs besides the residual stream; one object serves all layers of a forward pass.
 
     Attributes:
-        causal (bool): Whether position q sees exactly the keys up to q and no mask says more.
-        allowed (Bool[Tensor, "batch 1 query key"] | None): Which keys each query may see, when `causal` alone does not
-            say it.
+        causal (bool): Whether every query sees exactly the keys up to its own position, so that no mask is needed; then
+            `allowed` is None.
+        allowed (Bool[Tensor, "batch 1 query key"] | None): Which keys each query may see. None where `causal` says it,
+            and where every query sees every key (the vision tower, or decoding one token).
         rotation (Rotation | None): Rotary cosine and sine of the positions, or None.
         kv_cache (KVCache | None): Earlier keys and values, when decoding.
         prefix (SharedPrefix | None): Keys and values of earlier positions, shared by many rows of the batch.
@@ -58,7 +59,7 @@ class AttentionContext:
     windowed: AttentionContext | None = None
 
     def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
-        """x at the positions whose output is wanted."""
+        """x at the positions whose output is wanted, `queries`; x itself where all are."""
         return x if self.queries is None else x.index_select(1, self.queries)
 
     def at(self, queries: Sequence[int], n_positions: int, device: torch.device) -> AttentionContext:
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         if context.rotation is not None:
             q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
             k = self.hook_rot_k(rotate(k, context.rotation))
-        z = self.hook_z(self.attend(q, k, v, context))  # (batch, pos, head, d_head)
+        z = self.hook_z(self.attend(q, k, v, context))  # (batch, query, head, d_head)
         if self.hook_result.listening:
             result = self.hook_result(einsum("b p h d, h d m -> b p h m", z, self.W_O))
             return result.sum(2) if self.output.bias is None else result.sum(2) + self.output.bias
@@ -196,8 +197,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.kv_cache is not None:
             k, v = context.kv_cache.append(self.layer, k, v)
-        graph = context.prefix is not None and torch.is_grad_enabled()  # the fused two-part form has no gradients
-        if self.hook_attn_scores.listening or self.hook_pattern.listening or graph:
+        needs_gradients = context.prefix is not None and torch.is_grad_enabled()  # `attend_with_prefix` has none
+        if self.hook_attn_scores.listening or self.hook_pattern.listening or needs_gradients:
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
         if context.prefix is not None:
             allowed = context.allowed_after_prefix(k.shape[2], k.device)

@@ -66,12 +66,12 @@ class HookPoint(tl_hook_points.HookPoint):
 
     @property
     def listening(self) -> bool:
-        """Whether anything reads or changes the activation: functions, forward or backward, or an autoencoder."""
+        """Whether the activation is hooked: by functions, forward or backward, or by an autoencoder."""
         return self.then is not None or self.has_functions
 
     @property
     def has_functions(self) -> bool:
-        """Whether any function, forward or backward, is attached."""
+        """Whether any function, forward or backward, is attached; an autoencoder is none."""
         return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
 
     def add_hook(

@@ -39,7 +39,7 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the MLP adds to the residual stream, given the normalized stream."""
+        """What the MLP adds to the residual stream, given the normalized residual stream."""
         if self.gate is None:
             post = self.act(self.hook_pre(self.up(x)))  # (batch, pos, d_mlp)
         else:
