@@ -97,12 +97,12 @@ def _block_hooks(cfg: TowerConfig) -> list[HookSpec]:
     ]
 
 
-_PATCHES = ("tile", "feature", "d_model")
+_FEATURES = ("tile", "feature", "d_model")
 
 PROJECTOR_HOOKS = (
-    HookSpec("projector.hook_pre", _PATCHES, "hidden layer before the activation function"),
-    HookSpec("projector.hook_post", _PATCHES, "hidden layer after the activation function"),
-    HookSpec("projector.hook_out", _PATCHES, "image features in the language model's residual stream"),
+    HookSpec("projector.hook_pre", _FEATURES, "hidden layer before the activation function"),
+    HookSpec("projector.hook_post", _FEATURES, "hidden layer after the activation function"),
+    HookSpec("projector.hook_out", _FEATURES, "image features in the language model's residual stream"),
 )
 """The projector's rows."""
 

@@ -163,7 +163,7 @@ class HookTable:
         return self.hooks[name]
 
     def tower(self, hook: Hook) -> TowerConfig:
-        """The sizes of a hook's tower; the projector's and the merge's hooks have the language tower's."""
+        """The sizes of a hook's tower; for hooks of the projector and the merge, those of the language tower."""
         return self.config.vision if hook.tower == "vision" else self.config.language
 
     def name(self, short: str, layer: SupportsIndex) -> str:

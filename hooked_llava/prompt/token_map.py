@@ -9,7 +9,7 @@ The named spans of a prompt (padding belongs to none):
 | `base`, `fine`, `newlines` | parts of `image` cut into tiles: the whole at once; its tiles with their newlines; these alone |
 | `question` | the question as asked, its options included |
 | `options` | the answer options named in the question, a part of it |
-| `rest` | every other text: template, instruction tail, answer prefix; left open, it carries information past a knockout |
+| `rest` | every other text: template, instruction tail, answer prefix; if left open, a knockout leaks through it |
 | `last` | the last position, from which the answer's first token is predicted; in no other span but `text` [1] |
 | `text` | everything that is not image |
 

@@ -53,7 +53,7 @@ class LayerPass:
         self.start = min((run.start for run in runs if run.start is not None), default=self.kept.n_positions - 1)
         self.n_layers = self.model.cfg.n_layers
         self.wanted = wanted
-        # What reaches the final norm: the positions wanted, or all where a change after the last keys and values needs them.
+        # The positions that reach the final norm: those wanted, or all from the start (see `needs_full_suffix`).
         self.reads = self._all_from_start() if needs_full_suffix(runs, self.n_layers) else wanted
         self.active: list[PlannedRun] = []
         self.seen: dict[str, Tensor] = {}
