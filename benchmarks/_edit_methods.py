@@ -28,7 +28,7 @@ from hooked_llava.editing import (
 from hooked_llava.editing.solved import Solved, solve
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.edit_tables import THIS, EditCase, EditTable, ProbeRows
 from hooked_llava.toy.evaluate import Example, usual_questions
 

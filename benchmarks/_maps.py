@@ -20,7 +20,7 @@ from hooked_llava.analysis import patch_importance
 from hooked_llava.errors import CheckpointError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.scenes import Scene
 

@@ -15,7 +15,7 @@ from transformer_lens import patching
 
 from benchmarks._models import hf_config, make_bridge, random_hf_model, random_prompt
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay import Intervention, Replay
 
 TEXT = 20  # positions at the end of the prompt

@@ -29,7 +29,7 @@ from hooked_llava.analysis import (
     top_heads,
 )
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.map_quality import mean_intervals
 from hooked_llava.toy.evaluate import Example, embedded, held_out
 

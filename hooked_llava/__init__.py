@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from hooked_llava.model.cache import LLaVACache
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.prompt.token_map import TokenMap
     from hooked_llava.replay import Intervention, Replay
 

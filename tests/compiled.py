@@ -48,7 +48,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.attention import Attention
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, build_processor
 from tests.patch_world import (
     COLORS,

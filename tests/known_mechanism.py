@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from tests.compiled import CompiledLLaVA, compiled
 
 OBJECTS = {(0, 3): "red star", (2, 1): "blue ring", (4, 4): "green cross"}

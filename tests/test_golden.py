@@ -21,7 +21,7 @@ from hooked_llava.analysis.head_readings import head_readings
 from hooked_llava.analysis.head_scores import head_scores, position_scores, top_heads
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 
 pytestmark = pytest.mark.requires_weights
 

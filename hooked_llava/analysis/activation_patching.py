@@ -34,7 +34,7 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
 
 Each = Literal["each", "all"] | str | int | Sequence[int | str]
 """Each in turn, all together, or a choice of which each is taken in turn."""

@@ -44,7 +44,8 @@ from hooked_llava.results.provenance import Provenance, provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs, InputsLike
+    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.prompt.prepare import InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 WindowReading = Literal["centred", "released"]

@@ -17,7 +17,8 @@ from torch import Tensor
 from hooked_llava.analysis.maps.scores import check_heads
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.readout.answer import answer_is_said
 from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.intervention import Intervention

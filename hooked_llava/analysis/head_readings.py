@@ -27,7 +27,8 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs, InputsLike
+    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.prompt.prepare import InputsLike
 
 READINGS = ("layer_input", "key_input", "value_input", "value_output")
 

@@ -34,7 +34,8 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs, InputsLike
+    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.prompt.prepare import InputsLike
 
 _UNITS = "log-probability increase (nats)"
 

@@ -36,7 +36,8 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs, InputsLike
+    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.prompt.prepare import InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
 Words = str | SupportsIndex | Sequence[str | SupportsIndex]

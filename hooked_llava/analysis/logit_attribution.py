@@ -33,7 +33,7 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.prompt.token_map import TokenMap
 
 By = Literal["component", "layer", "head", "neuron", "source", "patch"]

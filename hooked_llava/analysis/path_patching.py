@@ -32,7 +32,8 @@ from hooked_llava.results.provenance import provenance
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs, PromptsLike
+    from hooked_llava.prompt.inputs import Inputs
+    from hooked_llava.prompt.prepare import PromptsLike
 
 Senders = Literal["heads", "mlps"]
 Receiver = Literal["logits"] | tuple[str, int] | tuple[str, int, int]

@@ -20,7 +20,7 @@ from hooked_llava.prompt.templates import DEFAULT, Template
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.prompt.token_map import TokenMap
 
 PixelBox = tuple[Number, Number, Number, Number]

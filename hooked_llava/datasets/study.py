@@ -37,7 +37,7 @@ from hooked_llava.results.map_quality import mean_intervals
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
 
 Run = Callable[["Inputs", Sequence[StudyRow]], "xr.DataArray | xr.Dataset"]
 """From a batch of prompts and their rows to a result with the first axis `prompt` (without it for one prompt)."""

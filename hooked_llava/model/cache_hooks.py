@@ -15,7 +15,7 @@ from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
 Positions = str | SupportsIndex | slice | Sequence[SupportsIndex] | np.ndarray | Tensor

@@ -23,7 +23,8 @@ from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, with_answer_span
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 
 Phase = Literal["prefill", "decode", "both"]
 """The run over the prompt, the runs over single new tokens, or all of them."""

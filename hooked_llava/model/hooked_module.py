@@ -31,7 +31,8 @@ from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, plac
 from hooked_llava.model.request import ForwardRequest, forward_request
 from hooked_llava.model.tl_protocol import TransformerLensSurface
 from hooked_llava.model.vision import VisionTower
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 
 
 class HookedModule(TransformerLensSurface, HookedRootModule, ABC):

@@ -40,7 +40,8 @@ from hooked_llava.model.summary import summary
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
 from hooked_llava.prompt.images import ImagesLike
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.processor import Processor
 from hooked_llava.prompt.validation import check_processor_fits
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.prepare import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
 HookEntry = tuple[NamesFilter, Callable[..., Any]]

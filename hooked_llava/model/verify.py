@@ -19,7 +19,8 @@ from hooked_llava.architecture.tensors import model_config
 from hooked_llava.errors import ConfigError
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.summary import format_columns
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 
 TOLERANCE = 1e-4
 """Largest difference in float32, as a part of the activation's largest number, that counts as the same."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.readout.answer_tokens import (
     Answer,
     AnswerLike,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
 from hooked_llava.readout.answer_tokens import Target, per_prompt
 from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase

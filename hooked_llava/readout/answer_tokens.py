@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.prepare import Inputs, InputsLike
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.templates import default_template, format_chat
 from hooked_llava.prompt.token_text import begins_with_bos
 from hooked_llava.readout.vocabulary import decode_text, token_id, token_names

@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_llava.checks import is_whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import TeacherForced, answer_log_probability, teacher_forced
 from hooked_llava.readout.answer_tokens import Answer, per_prompt
 from hooked_llava.readout.metric_names import NamedMetric

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.model.cache_hooks import caching_hook
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA

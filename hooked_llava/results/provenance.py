@@ -16,7 +16,7 @@ from hooked_llava.model.weights_id import weights_stamp
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
-    from hooked_llava.prompt.prepare import Inputs
+    from hooked_llava.prompt.inputs import Inputs
 
 _LETTERS = 12  # of a hash
 

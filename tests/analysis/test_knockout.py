@@ -14,7 +14,7 @@ from hooked_llava.datasets import by_kind
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.edges import edges_of, marked
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import teacher_forced
 from hooked_llava.replay import Replay
 from hooked_llava.results.arrays import load, save

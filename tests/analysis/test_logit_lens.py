@@ -11,7 +11,7 @@ import torch
 from hooked_llava.analysis import logit_lens
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from tests.fixtures_processor import make_processor
 from tests.pairs import batch, pair
 

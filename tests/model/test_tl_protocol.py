@@ -18,7 +18,7 @@ from transformer_lens.tools.analysis.logit_lens import logit_lens
 from hooked_llava.errors import InputError
 from hooked_llava.model.components import HookPoint
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from tests.builders import D_VOCAB
 from tests.fixtures_processor import make_processor
 from tests.pairs import as_users_run, fresh_pair, off, pair

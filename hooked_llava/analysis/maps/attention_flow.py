@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_llava.analysis.maps.gradients import Ids, Read, with_gradients
 from hooked_llava.model.components.hook_point import reads_only
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:

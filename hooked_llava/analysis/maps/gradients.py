@@ -18,7 +18,7 @@ from torch import Tensor
 from hooked_llava.checks import whole_number
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.model.components.precision import at_least_float32
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import answer_log_probability
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.results.image_axes import ImageAxes, take_each

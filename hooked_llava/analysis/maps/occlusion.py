@@ -15,7 +15,7 @@ from hooked_llava.architecture.layout import ALL, ImageLayout
 from hooked_llava.architecture.shown_pixels import shown_pixels
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.prompt.prepare import Inputs
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import answer_log_probability
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
