@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs="+", default=[folder.name for folder in embedded()])
     options = start(parser, argv)
     if options.quick:
-        options.n, options.asked, options.checkpoints = 2, 32, options.checkpoints[:1]
+        options.n, options.asked, options.checkpoints = 1, 16, options.checkpoints[:1]
     measured: dict[str, Measured] = {}
     for checkpoint in options.checkpoints:
         measured[checkpoint] = study(HookedLLaVA.from_pretrained(f"tiny-shapes-{checkpoint}"), options.n, options.asked)

@@ -153,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     options = start(arguments(__doc__, repetitions=7), argv)
     measured = {}
     for geometry in options.geometry:
-        rows = {f"window {width}": measure(geometry, width, options.repetitions) for width in WINDOWS}
+        n_layers = hf_config(geometry).text_config.num_hidden_layers
+        widths = [width for width in WINDOWS if width < 2 * n_layers]  # a wider one would hold every layer
+        rows = {f"window {width}": measure(geometry, width, options.repetitions) for width in widths}
         measured[geometry] = {"sizes": sizes(hf_config(geometry), POSITIONS[geometry]), "rows": rows}
         print(f"\n{table(rows, geometry)}")
     print(f"\nwritten to {write('knockout', options, geometries=measured)}")

@@ -122,7 +122,7 @@ def test_patching_reports_cost_counted_work_and_agreement_with_plain_hooks(run: 
 @pytest.mark.slow
 def test_knockout_reports_the_released_procedure_beside_ours(run: Run, tmp_path: Path) -> None:
     rows = run("knockout", tmp_path / "report.json")["geometries"]["quick"]["rows"]
-    assert rows.keys() == {"window 9", "window 3"}
+    assert rows.keys() == {"window 3"}, "nine layers would be all of two"
     for row in rows.values():
         assert row["counted_forwards"] <= 2.0
         assert row["percentage_points_difference"] < 0.05
@@ -226,7 +226,7 @@ def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -
             assert of["left_out"] == sum(drop < 0.1 for drop in of["lowered_by"])
             assert ("best" in of) == (of["left_out"] < of["traced"])
         assert len(found[asked]["windows"]) == 2
-    assert found["errors"]["asked"] == 32
+    assert found["errors"]["asked"] == 16
     assert len(found["by image"]["messages"]["norm"]) == 6
 
 
