@@ -46,7 +46,7 @@ SOME = [*named(("seed1", "direct", "grouped")), "grouped-bfloat16"]
 """For what takes long."""
 EDITED = [*named(("seed0", "seed1", "grouped", "biases")), *named(("seed0", "grouped"), ["bfloat16"])]
 """Whose MLPs can be edited: those of a known mechanism do nothing."""
-QUICK = ["direct-float64", "grouped-float64"]
+QUICK = ["grouped-float64"]
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,14 @@ def roc_auc(
     >>> roc_auc(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).tolist()
     [0.75]
     """
-    from scipy.stats import mannwhitneyu
+    from scipy.stats import rankdata
 
     def one(values: np.ndarray, is_one: np.ndarray) -> float:
-        if is_one.all():
+        n, n_others = int(is_one.sum()), int((~is_one).sum())
+        if not n_others:
             return float("nan")
-        wins = mannwhitneyu(values[is_one], values[~is_one], method="asymptotic").statistic
-        return wins / is_one.sum() / (~is_one).sum()
+        wins = rankdata(values)[is_one].sum() - n * (n + 1) / 2  # of pairs, where the positive item scores higher
+        return wins / (n * n_others)
 
     return _each(one, scores, positive, among)
 
