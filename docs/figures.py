@@ -38,7 +38,7 @@ def answers(model: HookedLLaVA) -> None:
     clean, blue = (model.prepare(QUESTION, images=image_path(name)) for name in ("demo", "demo-blue-star"))
     fact = model.prepare("Who made this shape?", images=image_path("one-shape"))
     maps = [
-        patch_importance(model, clean, heads=4)[0].rename("log-probability increase, 4 heads"),
+        patch_importance(model, clean, heads=4)[0].rename("log increase, 4 heads"),
         patch_importance(model, clean, method="attention")[0].rename("attention, all heads"),
         patch_importance(model, clean, method="occlusion", window=2)[0].rename("occlusion, 2 x 2 patches"),
     ]

@@ -28,6 +28,7 @@ CASES = {
     "an unknown template": (("ask", *DEMO, "--template", "nope"), "'nope'.*llava-1.5"),
     "options in conflict": (("ask", "--no-image", *DEMO), "--no-image.*'demo'"),
     "an unknown command": (("explian", *DEMO), "explian.*explain"),
+    "a window of too many layers": (("knockout", *DEMO, "--window", "99"), "window.*99.*1 to 11"),
     "an unknown method": (("explain", *DEMO, "--patches", "gradcam"), "--patches.*gradcam.*occlusion"),
     "an output nowhere": (("explain", *DEMO, "-o", "{folder}/no/page.html"), r"--output .*no/page\.html.*folder"),
     "an answer of several words": (("explain", *DEMO, "--answer", "Orange Red"), "'Orange Red'.*one token"),
