@@ -153,10 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     options = start(arguments(__doc__, repetitions=7), argv)
     measured = {}
     for geometry in options.geometry:
-        n_layers = hf_config(geometry).text_config.num_hidden_layers
-        widths = [width for width in WINDOWS if width < 2 * n_layers]  # a wider one would hold every layer
+        size = sizes(hf_config(geometry), POSITIONS[geometry])
+        widths = [width for width in WINDOWS if width < 2 * size["layers"]]  # a wider one would hold every layer
         rows = {f"window {width}": measure(geometry, width, options.repetitions) for width in widths}
-        measured[geometry] = {"sizes": sizes(hf_config(geometry), POSITIONS[geometry]), "rows": rows}
+        measured[geometry] = {"sizes": size, "rows": rows}
         print(f"\n{table(rows, geometry)}")
     print(f"\nwritten to {write('knockout', options, geometries=measured)}")
 
