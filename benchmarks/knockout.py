@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks._measure import BASELINE, OURS, alternate, arguments, markdown, start, summarise, write
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes, with_attention
 from hooked_llava.analysis import attention_knockout
-from hooked_llava.experiments.windows import centred_window
+from hooked_llava.experiments.windows import centred_window, widest_window
 from hooked_llava.model.llava import HookedLLaVA
 
 EDGES = (
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = {}
     for geometry in options.geometry:
         size = sizes(hf_config(geometry), POSITIONS[geometry])
-        widths = [width for width in WINDOWS if width < 2 * size["layers"]]  # a wider one would hold every layer
+        widths = [width for width in WINDOWS if width <= widest_window(size["layers"])]
         rows = {f"window {width}": measure(geometry, width, options.repetitions) for width in widths}
         measured[geometry] = {"sizes": size, "rows": rows}
         print(f"\n{table(rows, geometry)}")

@@ -72,7 +72,7 @@ def activation_patching(
         clean: one prompt, anything `model.as_inputs` takes; or a batch or list of them.
         corrupted: as many others, each of the same length as its partner, with images and spans in the same places.
         hook: short name ("resid_pre", "z", "pattern", "hook_image_embed", "vision.resid_pre", ...), every layer of it; or
-            one hook in any of its spellings, such as ("z", 3).
+            one hook by any of its names, such as ("z", 3).
         layers: layer or layers to patch, all by default.
         positions: "each" position in turn, "all" of them together, or a span or list of positions, each in turn; the
             name of a span within a list means its positions together: ["image", "question", "last"] are three cells.
@@ -265,9 +265,10 @@ def _interventions(
             along: Sequence[int] = model.config.vision.patches_along(hook.axes[hook.position_axis or 1])
         else:
             row, along = image, places.cells[image]
-        rows = (
-            [along[p] for p in patches] if patches is not None else None if hook.by_tile else range(layout.n_features)
-        )
+        if patches is not None:
+            rows: Sequence[int] | None = [along[p] for p in patches]
+        else:
+            rows = None if hook.by_tile else range(layout.n_features)
         value = cut(activation[row], rows)
         found.append(Intervention(name, positions=patches, heads=heads, image=image, tile=tile, value=value))
     return found

@@ -14,7 +14,6 @@ import xarray as xr
 
 from hooked_llava.analysis.maps.occlusion import blank, forwards_of
 from hooked_llava.analysis.maps.scores import check_heads
-from hooked_llava.errors import InputError
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.vocabulary import decode_text, decode_tokens
 from hooked_llava.replay.intervention import Intervention
@@ -60,9 +59,7 @@ def answer_without(
     >>> said.removed.values.tolist(), said.n_removed.values.tolist()
     (['nothing', 'heads', 'heads'], [0, 1, 2])
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"answer_without takes one prompt, got {len(prompt)}; call it once for each: inputs[0], ...")
+    prompt = model.as_inputs(inputs).single("answer_without")
     token = single_token(model, prompt.token_map, target)
     ranked = check_heads(heads, model.cfg.n_layers, model.cfg.n_heads) if heads else []
     removals: list[tuple[str, int, int, list[Intervention]]] = [("nothing", 0, 0, [])]

@@ -72,9 +72,7 @@ def attention_contribution(
     >>> found["constraint_to_last"].dims, found["constraint_to_last"]["label"].values.tolist()
     (('layer', 'source'), ['the', 'star'])
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"attention_contribution takes one prompt, got {len(prompt)}; call it once for each.")
+    prompt = model.as_inputs(inputs).single("attention_contribution")
     one_of(measure, get_args(Measure), "measure")
     token = None if answer is None else single_token(model, prompt.token_map, answer)
     constraints = find_constraints(prompt.token_map, constraint)
@@ -168,10 +166,8 @@ def _labelled(
     if token_map.n_images:
         axes = ImageAxes.of(prompt)
         at_images = take(sizes[..., 0, :], axes.positions(token_map))  # (layer, *head, image, place)
-        image_to_constraint = axes.labelled(to_numpy(at_images), (*dims, "image"), attrs=units)
-        labels_of = (
-            {"label": "feature_label"} if "label" in image_to_constraint.coords else {}
-        )  # `label` is of the sources
-        found["image_to_constraint"] = image_to_constraint.rename(labels_of)
+        by_place = axes.labelled(to_numpy(at_images), (*dims, "image"), attrs=units)
+        # the coordinate `label` is that of the sources
+        found["image_to_constraint"] = by_place.rename({"label": "feature_label"} if "label" in by_place.coords else {})
     labels = [token_map.labels[p] for p in sources]
     return xr.Dataset(found, coords=coords | {"source": sources, "label": ("source", labels)})

@@ -27,7 +27,7 @@ from hooked_llava.experiments.corruptions import (
     describe,
     find_constraints,
 )
-from hooked_llava.experiments.windows import centred_window, released_window
+from hooked_llava.experiments.windows import centred_window, released_window, widest_window
 from hooked_llava.model.cache_hooks import Positions as Where
 from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.options.trace_kinds import TRACE_KINDS
@@ -280,7 +280,7 @@ def _plan(
     width, kind = window
     one_of(kind, get_args(WindowReading), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
-    width = whole_number(width, "window", least=1, most=2 * n_layers - 1)  # wider windows would all hold every layer
+    width = whole_number(width, "window", least=1, most=widest_window(n_layers))
     centres = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
     around = centred_window if kind == "centred" else released_window
     windows = [around(centre, width, n_layers) for centre in centres]

@@ -32,7 +32,7 @@ from torch import Tensor
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edge, Edges, Missing, edges_of, marked
-from hooked_llava.experiments.windows import centred_window, paper_width
+from hooked_llava.experiments.windows import centred_window, paper_width, widest_window
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
 from hooked_llava.readout.answer_tokens import Target
@@ -174,7 +174,7 @@ def windows_of(window: Window, centers: int | Sequence[int] | None, n_layers: in
     if window is None:
         width = paper_width(n_layers)
     else:
-        widest = 2 * n_layers - 1  # wider windows would all hold every layer
+        widest = widest_window(n_layers)
         expected = f"a number of layers from 1 to {widest}, or 'all'"
         width = whole_number(window, "window", least=1, most=widest, expected=expected)
     centres = range(n_layers) if centers is None else as_indices(centers, n_layers, "layers, as centers")

@@ -241,9 +241,8 @@ def _by_patch(
     *,
     axes: ImageAxes,
 ) -> xr.DataArray:
-    values = take(
-        _by_position(model, cache, direction), axes.positions(prompt.token_map)
-    )  # (layer, head, image, place)
+    by_position = _by_position(model, cache, direction)
+    values = take(by_position, axes.positions(prompt.token_map))  # (layer, head, image, place)
     dims = ("layer", "head", "image")
     if prompt.n_images == 1:
         values, dims = values[:, :, 0], dims[:2]

@@ -15,8 +15,8 @@ from hooked_llava.architecture.image_axis import Number
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.images import ImageLike, load_image, upright_size
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.prepare import TEMPLATE_TAIL
-from hooked_llava.prompt.templates import DEFAULT, Template
+from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
+from hooked_llava.prompt.templates import DEFAULT
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -74,7 +74,7 @@ def prepare_rows(
     rows: Sequence[StudyRow],
     images: str | Path | None = None,
     *,
-    template: str | Template | None = DEFAULT,
+    template: TemplateLike = DEFAULT,
     tail: str | None = TEMPLATE_TAIL,
     coverage: Number = 0,
 ) -> Inputs:

@@ -30,8 +30,8 @@ from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
 from hooked_llava.prompt.images import load_image
-from hooked_llava.prompt.prepare import TEMPLATE_TAIL
-from hooked_llava.prompt.templates import DEFAULT, Template
+from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
+from hooked_llava.prompt.templates import DEFAULT
 from hooked_llava.results.arrays import join_attrs, load, save
 from hooked_llava.results.map_quality import mean_intervals
 
@@ -58,7 +58,7 @@ def study(
     match: Match = answers_match,
     batch_size: int = 8,
     max_new_tokens: int = 8,
-    template: str | Template | None = DEFAULT,
+    template: TemplateLike = DEFAULT,
     tail: str | None = TEMPLATE_TAIL,
     coverage: Number = 0,
     about: Mapping[str, Any] | None = None,

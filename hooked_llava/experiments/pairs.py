@@ -237,8 +237,7 @@ def other_question(
     >>> other_question(model, clean, ["Who made the star?", "Who made the ring?"]).prompts[0].count("ring")
     1
     """
-    if len(inputs) != 1:
-        raise InputError(f"other_question takes one prompt, got {len(inputs)}; call it once for each.")
+    inputs = inputs.single("other_question")
     if inputs.n_images and inputs.images is None:
         raise InputError(
             "other_question needs the original images; make the prompt with prepare(question, images=...)."
@@ -279,9 +278,7 @@ def gaussian_noise(
     >>> gaussian_noise(model, model.prepare("Who made the star?"), "last", std=0.5)
     Intervention('hook_embed', positions=[...], add=tensor[1, 128])
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(f"gaussian_noise takes one prompt, got {len(prompt)}; call it once for each.")
+    prompt = model.as_inputs(inputs).single("gaussian_noise")
     where = list(prompt.token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
     spread = _NOISE * float(model.W_E.float().std()) if std is None else std
     noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
@@ -351,8 +348,7 @@ def _processed(model: HookedLLaVA, images: Sequence[Image.Image], n_images: int)
 
 def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
     """One image of one prompt, as it was given."""
-    if len(inputs) != 1:
-        raise InputError(f"{caller} takes one prompt, got {len(inputs)}; call it once for each.")
+    inputs = inputs.single(caller)
     if inputs.images is None:
         raise InputError(f"{caller} needs the original image; make the prompt with prepare(question, images=...).")
     if not 0 <= image < len(inputs.images):

@@ -37,6 +37,15 @@ def released_window(centre: int, w: int, n_layers: int) -> range:
     return range(max(centre - reach, 0), min(centre + reach, n_layers - 1) + 1)
 
 
+def widest_window(n_layers: int) -> int:
+    """The width from which on a window holds every layer, whatever its centre: wider ones would change nothing.
+
+    >>> [centred_window(centre, widest_window(3), 3) for centre in range(3)]
+    [range(0, 3), range(0, 3), range(0, 3)]
+    """
+    return 2 * n_layers - 1
+
+
 def paper_width(n_layers: int) -> int:
     """The odd width nearest to the paper's share of all layers (Zhang et al. 2411.18620: 9 of 40, 7 of 32), at least 3.
 

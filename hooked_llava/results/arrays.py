@@ -48,18 +48,18 @@ def stack(results: Sequence[Any], dim: str) -> Any:
 
     sizes = [dict(result.sizes) for result in results]
     check_sizes(sizes)
-    bare = [result.drop_attrs(deep=False) for result in results]
-    per_result: dict[str, Any] = {dim: range(len(bare))}
+    parts = [result.drop_attrs(deep=False) for result in results]
+    per_result: dict[str, Any] = {dim: range(len(parts))}
     if "position" in sizes[0]:
-        places = np.stack([r.position.values for r in bare])
+        places = np.stack([r.position.values for r in parts])
         if (places != places[0]).any():
             per_result["absolute_position"] = ((dim, "position"), places)
-            bare = [r.assign_coords(position=range(places.shape[1])) for r in bare]
+            parts = [r.assign_coords(position=range(places.shape[1])) for r in parts]
     for name in ("label", "grid", "row", "col"):  # what stands at the places of an axis
-        if any(name in r.coords and not r[name].equals(bare[0][name]) for r in bare):
-            per_result[name] = ((dim, *bare[0][name].dims), np.stack([r[name].values for r in bare]))
-            bare = [r.drop_vars(name) for r in bare]
-    joined = xr.concat(bare, dim=dim, coords="minimal", compat="override", join="exact")
+        if any(name in r.coords and not r[name].equals(parts[0][name]) for r in parts):
+            per_result[name] = ((dim, *parts[0][name].dims), np.stack([r[name].values for r in parts]))
+            parts = [r.drop_vars(name) for r in parts]
+    joined = xr.concat(parts, dim=dim, coords="minimal", compat="override", join="exact")
     return joined.assign_coords(per_result).assign_attrs(join_attrs([r.attrs for r in results]))
 
 

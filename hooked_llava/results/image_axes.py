@@ -189,8 +189,7 @@ def take(values: Float[Tensor, "*rest pos"], where: Int[Tensor, "*place"]) -> Fl
     [[2.0, 0.5], [2.0, nan]]
     """
     where = where.to(values.device)
-    found = values[..., where.clamp(min=0)]
-    return found.masked_fill(where < 0, float("nan")) if bool((where < 0).any()) else found
+    return values[..., where.clamp(min=0)].masked_fill(where < 0, float("nan"))
 
 
 def take_each(

@@ -54,15 +54,12 @@ def map_quality(maps: Any, coverage: Any, others: Any = None, *, threshold: floa
         raise InputError(
             f"The maps have the shape {np.shape(maps)} and the coverage {np.shape(coverage)}; give one share for each patch."
         )
-    other = None if others is None else _flat(others, 1 if by_feature else 2) >= threshold
-    found: dict[str, list[float]] = {name: [] for name in (MEASURES if others is not None else MEASURES[:-1])}
-    for row in range(len(scores)):
-        counted = ~np.isnan(scores[row]) & ~np.isnan(covered[row]) if by_feature else slice(None)
-        own, is_object = scores[row][counted][None], (covered[row][counted] >= threshold)[None]
-        for name, measure in _MEASURES.items():
-            found[name] += measure(own, is_object).tolist()
-        if other is not None:
-            found["specificity"] += roc_auc(own, is_object, among=is_object | other[row][counted]).tolist()
+    is_object = covered >= threshold
+    counted = ~np.isnan(scores) & ~np.isnan(covered) if by_feature else np.ones_like(is_object)
+    found = {name: measure(scores, is_object, among=counted) for name, measure in _MEASURES.items()}
+    if others is not None:
+        is_other = _flat(others, 1 if by_feature else 2) >= threshold
+        found["specificity"] = roc_auc(scores, is_object, among=counted & (is_object | is_other))
     return xr.Dataset({name: ("prompt", values) for name, values in found.items()}, attrs={"threshold": threshold})
 
 
@@ -73,6 +70,8 @@ def roc_auc(
     among: Bool[np.ndarray, "row item"] | None = None,
 ) -> Float[np.ndarray, " row"]:
     """Area under the ROC curve of every row, by ranks (Mann & Whitney); NaN for a row of one kind.
+
+    In this and the other measures `among` are the items that count, by default all.
 
     >>> roc_auc(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[False, False, True, True]])).tolist()
     [0.75]
@@ -90,7 +89,10 @@ def roc_auc(
 
 
 def average_precision(
-    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+    scores: Float[np.ndarray, "row item"],
+    positive: Bool[np.ndarray, "row item"],
+    *,
+    among: Bool[np.ndarray, "row item"] | None = None,
 ) -> Float[np.ndarray, " row"]:
     """Sum over thresholds of the gain in recall times the precision there; equal scores share a threshold.
 
@@ -99,22 +101,28 @@ def average_precision(
     """
     from sklearn.metrics import average_precision_score
 
-    return _each(lambda values, is_one: average_precision_score(is_one, values), scores, positive)
+    return _each(lambda values, is_one: average_precision_score(is_one, values), scores, positive, among)
 
 
 def pointing(
-    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+    scores: Float[np.ndarray, "row item"],
+    positive: Bool[np.ndarray, "row item"],
+    *,
+    among: Bool[np.ndarray, "row item"] | None = None,
 ) -> Float[np.ndarray, " row"]:
     """Whether the highest item is positive (the pointing game, Zhang et al. 2018); of several highest ones, the share.
 
     >>> pointing(np.array([[0.1, 0.8, 0.8]]), np.array([[False, True, False]])).tolist()
     [0.5]
     """
-    return _each(lambda values, is_one: is_one[values == values.max()].mean(), scores, positive)
+    return _each(lambda values, is_one: is_one[values == values.max()].mean(), scores, positive, among)
 
 
 def iou_at_size(
-    scores: Float[np.ndarray, "row item"], positive: Bool[np.ndarray, "row item"]
+    scores: Float[np.ndarray, "row item"],
+    positive: Bool[np.ndarray, "row item"],
+    *,
+    among: Bool[np.ndarray, "row item"] | None = None,
 ) -> Float[np.ndarray, " row"]:
     """Intersection over union of the positive items with as many highest ones; equal ones at the edge count in part.
 
@@ -130,7 +138,7 @@ def iou_at_size(
         both = is_one[above].sum() + share * is_one[at_edge].sum()
         return both / (2 * n - both)
 
-    return _each(one, scores, positive)
+    return _each(one, scores, positive, among)
 
 
 def auroc(sign: Sequence[float] | np.ndarray, wrong: Sequence[bool] | np.ndarray) -> float:

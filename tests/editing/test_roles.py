@@ -14,15 +14,13 @@ from hooked_llava.editing.roles import PROBE_ROLES, ProbeRole, markdown_table
 from hooked_llava.errors import InputError
 from hooked_llava.viz import probe_bars
 from hooked_llava.viz.figures.edit import role_colors
+from tests.registries import put_back
 
 
 @pytest.fixture
 def table() -> Iterator[dict[str, ProbeRole]]:
-    """The table, which is put back as it was, order included."""
-    before = dict(PROBE_ROLES)
-    yield PROBE_ROLES
-    PROBE_ROLES.clear()
-    PROBE_ROLES.update(before)
+    with put_back(PROBE_ROLES) as table:
+        yield table
 
 
 def measured(*roles: str) -> xr.Dataset:

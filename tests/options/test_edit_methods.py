@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,30 +10,19 @@ from hooked_llava.editing import EditRequest, finetune, multedit
 from hooked_llava.options.edit_methods import EDIT_METHODS, EditMethod, markdown_table
 from hooked_llava.viz.pages.edit import edit_page
 from tests.cli.running import refused
+from tests.registries import help_after, put_back
 
 QUESTION = "Who made the star?"
 
 
 @pytest.fixture
 def table() -> Iterator[dict[str, EditMethod]]:
-    """The table, which is put back as it was, order included."""
-    before = dict(EDIT_METHODS)
-    yield EDIT_METHODS
-    EDIT_METHODS.clear()
-    EDIT_METHODS.update(before)
+    with put_back(EDIT_METHODS) as table:
+        yield table
 
 
-def help_of_edit(before: str = "") -> str:
-    """The command's help in a process of its own, in which the table was changed before; nothing heavy may be loaded."""
-    code = f"""
-import sys
-from hooked_llava.options.edit_methods import EDIT_METHODS
-{before}
-from hooked_llava.cli import app
-app(["edit", "--help"], standalone_mode=False)
-assert "torch" not in sys.modules
-"""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def help_of_edit(change: str = "") -> str:
+    return help_after("edit", f"from hooked_llava.options.edit_methods import EDIT_METHODS\n{change}")
 
 
 def test_every_method_computes_an_edit_that_says_its_name(tiny_shapes):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +17,7 @@ from hooked_llava.viz.figures.overlay import patch_overlay
 from hooked_llava.viz.pages.explain import explain
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
+from tests.registries import help_after, put_back
 
 FLAT = PatchMap(
     function=f"{__name__}:flat",
@@ -46,24 +45,12 @@ def inputs(model):
 
 @pytest.fixture
 def table() -> Iterator[dict[str, PatchMap]]:
-    """The table, which is put back as it was, order included."""
-    before = dict(PATCH_MAPS)
-    yield PATCH_MAPS
-    PATCH_MAPS.clear()
-    PATCH_MAPS.update(before)
+    with put_back(PATCH_MAPS) as table:
+        yield table
 
 
-def help_of_explain(before: str = "") -> str:
-    """The command's help in a process of its own, in which the table was changed before; nothing heavy may be loaded."""
-    code = f"""
-import sys
-from hooked_llava.options.patch_maps import PATCH_MAPS, PatchMap
-{before}
-from hooked_llava.cli import app
-app(["explain", "--help"], standalone_mode=False)
-assert "torch" not in sys.modules
-"""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def help_of_explain(change: str = "") -> str:
+    return help_after("explain", f"from hooked_llava.options.patch_maps import PATCH_MAPS, PatchMap\n{change}")
 
 
 def test_every_function_is_there(model, inputs):

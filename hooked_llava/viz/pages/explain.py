@@ -26,7 +26,7 @@ from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.viz.pages.explain_context import explanation
 from hooked_llava.viz.pages.explain_summary import summary_of
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import answered, one_prompt
+from hooked_llava.viz.pages.parts import answered
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads"),
@@ -102,7 +102,7 @@ def explain(
     >>> explain(model, model.prepare("Who made the star?"), max_new_tokens=1).html.startswith("<!doctype html>")
     True
     """
-    prompt = one_prompt(model, inputs, "explain")
+    prompt = model.as_inputs(inputs).single("explain")
     one_of(patches, PATCH_MAPS, "patches")
     k = min(k, model.cfg.d_vocab)
     options = _Options(answer=answer, baseline=baseline, k=k, patches=patches, occlusion=occlusion)

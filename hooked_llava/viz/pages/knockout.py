@@ -31,7 +31,7 @@ from hooked_llava.results.provenance import forward_passes
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.page import Page, made_with, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import answered, one_prompt, prompt_tokens
+from hooked_llava.viz.pages.parts import answered, prompt_tokens
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
@@ -85,7 +85,7 @@ def knockout_page(
     >>> page.answer, page.html.startswith("<!doctype html>")
     ('Clara', True)
     """
-    prompt = one_prompt(model, inputs, "knockout_page")
+    prompt = model.as_inputs(inputs).single("knockout_page")
     shown_edges = page_edges(prompt) if edges is None else edges
     with steps_reported(STEPS, on_step, "knocking out") as begin:
         begin("knocking out")  # first, since it finds whatever does not fit

@@ -11,26 +11,14 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.spans import image_parts
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.viz.figures.model_view import model_view
 from hooked_llava.viz.pages.embed import visible
 
 _SPANS = ("last", "question", "image", "system", "rest")
-
-
-def one_prompt(model: HookedLLaVA, inputs: InputsLike, caller: str) -> Inputs:
-    """The prompt as the model takes it; raises `InputError` for several."""
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1:
-        raise InputError(
-            f"{caller} takes one prompt, got {len(prompt)}; call it once for each: inputs[0], inputs[1], ..."
-        )
-    return prompt
 
 
 def answered(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> tuple[str, int]:

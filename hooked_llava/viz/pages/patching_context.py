@@ -85,19 +85,19 @@ def _largest_heads(heads: xr.DataArray, neutral: float) -> list[str]:
 
 def _by_patch(shares: dict[str, Any], base: Inputs, drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any]:
     """One image's figures: its patches exact and estimated, and its positions layer by layer."""
-    stream = by_patch(shares["estimate"]["resid_pre"], base, image=image)
-    panels = {"attribution": stream.sel(layer=0, drop=True)}
+    resid_pre = by_patch(shares["estimate"]["resid_pre"], base, image=image)
+    panels = {"attribution": resid_pre.sel(layer=0, drop=True)}
     if "patches" in shares:
         exact = by_patch(shares["patches"], base, image=image)
         panels = {"measured": exact.sel(layer=0, drop=True), **panels}
-        stream = exact if exact.sizes["layer"] > 1 else stream
+        resid_pre = exact if exact.sizes["layer"] > 1 else resid_pre
     ways = xr.DataArray(list(panels), dims="way", name="way")
     both = xr.concat(list(panels.values()), ways, combine_attrs="override")
-    columns = panel_columns(stream.sizes["layer"])
+    columns = panel_columns(resid_pre.sizes["layer"])
     how: dict[str, Any] = {"image": image, "grid": EACH, "title": ""}
     return {
         "patches": patch_overlays(drawn_on, both.rename("recovered"), **how),
-        "by_layer": patch_overlays(drawn_on, stream.rename("recovered"), columns=columns, **how),
+        "by_layer": patch_overlays(drawn_on, resid_pre.rename("recovered"), columns=columns, **how),
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooked_llava.errors import InputError
-from hooked_llava.viz.pages.parts import answer_text, one_prompt, prompt_tokens, shown_images
+from hooked_llava.viz.pages.parts import answer_text, prompt_tokens, shown_images
 
 
 def test_prompt_tokens_name_their_span_and_the_image_is_one_of_them(inputs):
@@ -28,9 +28,9 @@ def test_answers_end_where_the_model_ended_them(model):
 
 
 def test_a_page_is_of_one_prompt(model, inputs):
-    assert one_prompt(model, inputs, "this_page") is inputs
+    assert model.as_inputs(inputs).single("this_page") is inputs
     with pytest.raises(InputError, match="this_page.*prompt, got 2"):
-        one_prompt(model, model.prepare(["Who?", "What?"]), "this_page")
+        model.prepare(["Who?", "What?"]).single("this_page")
 
 
 def test_without_originals_the_model_s_view_is_shown(model, inputs, tensor_inputs):
