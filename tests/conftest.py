@@ -29,10 +29,16 @@ settings.load_profile("fixed")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def types_checked() -> None:
+    """The first calls of every function are checked in every file of tests."""
+    shape_checks.check_again("file")
+
+
 @pytest.fixture(autouse=True)
 def shapes_checked() -> None:
-    """The first calls of every function are checked in every test."""
-    shape_checks.check_again()
+    """The first calls of every function with shapes are checked in every test."""
+    shape_checks.check_again("test")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""Annotated shapes and types are checked in the first calls of every function in every test.
+"""Annotated shapes and types are checked in the first calls of every function.
 
-jaxtyping checks each call of each function; on the small tensors of the tests that takes longer than the computing. A
-function that was right many times in one test is not checked again in the same test.
+jaxtyping checks each call of each function; on the small tensors of the tests that takes longer than the computing. So a
+function with shapes is checked in its first calls of every test, and any other, whose types pyright sees too, in its
+first calls of every file of tests. A function inside a function is wrapped anew whenever the outer one is called: the
+first of them in every file are.
 """
 
 from __future__ import annotations
@@ -9,16 +11,23 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import getattr_static
 from typing import Any
 
+import jaxtyping
 from beartype import beartype
 
-CALLS = 10
+CALLS = 3
 
-_calls: Counter[tuple[str, str]] = Counter()
-_unchecked: list[Any] = []
+_jaxtyped = jaxtyping.jaxtyped
+_calls: dict[str, Counter[Any]] = {"test": Counter(), "file": Counter()}
+_unchecked: dict[str, list[Any]] = {"test": [], "file": []}
+
+
+def install() -> None:
+    """Wrap what jaxtyping's import hook decorates every function with."""
+    jaxtyping.jaxtyped = partial(partial, _first_made)  # the hook gives the type checker first, and then the function
 
 
 def first_calls(signature: Any) -> Any:
@@ -26,26 +35,37 @@ def first_calls(signature: Any) -> Any:
     check = beartype(signature)
     if isinstance(signature, type):
         return check
-    name = (signature.__module__, signature.__qualname__)
+    period = "test" if "jaxtyping" in str(signature.__annotations__) else "file"
+    calls = _calls[period]
 
     @wraps(check)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        _calls[name] += 1
-        if _calls[name] == CALLS:
-            _leave_unchecked(*name)
+        calls[check] += 1
+        if calls[check] == CALLS:
+            _leave_unchecked(signature.__module__, signature.__qualname__, period)
         return check(*args, **kwargs)
 
     return counted
 
 
-def check_again() -> None:
-    """Check every function again from its next call on: a new test begins."""
-    _calls.clear()
-    while _unchecked:
-        del _unchecked.pop().__no_type_check__
+def check_again(period: str) -> None:
+    """Check again from the next call on: every function with shapes as a new test begins, the others with a new file."""
+    _calls[period].clear()
+    while _unchecked[period]:
+        del _unchecked[period].pop().__no_type_check__
 
 
-def _leave_unchecked(module: str, name: str) -> None:
+def _first_made(function: Any, *, typechecker: Any) -> Any:
+    """`jaxtyped`, but for functions inside functions of which enough were made."""
+    code = getattr(function, "__code__", None)
+    if code is not None and "<locals>" in function.__qualname__:
+        _calls["file"][code] += 1
+        if _calls["file"][code] > CALLS:
+            return function
+    return _jaxtyped(function, typechecker=typechecker)
+
+
+def _leave_unchecked(module: str, name: str, period: str) -> None:
     """Set the mark of `typing.no_type_check` on a function, which jaxtyping asks for at every call."""
     function: Any = sys.modules[module]
     for part in name.split("."):
@@ -54,4 +74,4 @@ def _leave_unchecked(module: str, name: str) -> None:
         function = getattr(function, wrapper, function)
     if isinstance(function, Callable) and "__no_type_check__" not in vars(function):
         function.__no_type_check__ = True
-        _unchecked.append(function)
+        _unchecked[period].append(function)
