@@ -92,11 +92,28 @@ class NamedCache(ActivationCache):
         full_name = self.aliases.get(full_name, full_name)
         if full_name not in self.cache_dict:
             wanted = key if isinstance(key, str) else " ".join(map(str, key))
+            if (of_sae := self._of_autoencoder(full_name, wanted)) is not None:
+                return self.cache_dict[of_sae]
             raise HookNameError(
                 f"{wanted!r} is not in this cache of {len(self)} activations.{did_you_mean(wanted, self.cache_dict)} "
                 "cache.keys() lists them; name it in names_filter to cache it."
             )
         return self.cache_dict[full_name]
+
+    def _of_autoencoder(self, short: str, wanted: str) -> str | None:
+        """The held activation of an autoencoder that "blocks.2.hook_sae_acts" means, wherever in the block it is attached.
+
+        It is looked up among what is held, since a cache outlives the autoencoder. Raises `HookNameError` for several.
+        """
+        block, _, site = short.rpartition("hook_sae_")
+        held = [
+            name
+            for name in self.cache_dict
+            if name.endswith(f".hook_sae_{site}") and name.startswith(block) and not name.startswith("vision.")
+        ]
+        if len(held) > 1:
+            raise HookNameError(f"{wanted!r} means {len(held)} activations of this cache: {', '.join(held)}. Name one.")
+        return held[0] if held else None
 
 
 class LLaVACache(NamedCache):

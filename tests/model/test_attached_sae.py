@@ -167,3 +167,18 @@ def test_a_cache_outlives_the_autoencoder(model, inputs, tmp_path):
         one = kept.remove_batch_dim()
         assert torch.equal(one[acts], first)
         assert torch.equal(one["projector.hook_out"], tiles)
+
+
+def test_a_cache_takes_the_short_names_that_filters_take(model, inputs):
+    with model.attach_sae(at(HOOK)), model.attach_sae(at("vision.blocks.1.hook_resid_post", 32)):
+        _, cache = model.run_with_cache(inputs, names_filter=["sae_acts", "sae_error", "vision.sae_acts"])
+    assert torch.equal(cache["sae_acts", 1], cache[f"{HOOK}.hook_sae_acts"])
+    assert torch.equal(cache["sae_error", -2], cache[f"{HOOK}.hook_sae_error"])
+    assert torch.equal(cache["sae_acts"], cache["sae_acts", 1])
+    assert torch.equal(cache.vision["sae_acts", 1], cache["vision.blocks.1.hook_resid_post.hook_sae_acts"])
+    with pytest.raises(HookNameError, match=r"sae_acts 0"):
+        cache["sae_acts", 0]
+    with model.attach_sae(at(HOOK)), model.attach_sae(at("blocks.1.hook_mlp_out")):
+        _, cache = model.run_with_cache(inputs, names_filter="sae_acts")
+    with pytest.raises(HookNameError, match=r"sae_acts 1.*2 activations.*hook_mlp_out.*hook_resid_post"):
+        cache["sae_acts", 1]
