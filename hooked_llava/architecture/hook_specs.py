@@ -141,10 +141,11 @@ def language_hooks(cfg: TowerConfig) -> list[HookSpec]:
     ]
 
 
-def sae_hooks(at: HookSpec, name: str) -> tuple[HookSpec, HookSpec]:
-    """The rows of an autoencoder attached to the hook `name`: its features, and what it leaves unexplained."""
+def sae_hooks(at: HookSpec, name: str) -> tuple[HookSpec, HookSpec, HookSpec]:
+    """The rows of an autoencoder attached to the hook `name`: its features before and after the choice, and its error."""
     axes = tuple(axis for axis in at.axes[:-1] if axis not in ("head", "kv_head"))  # heads are side by side
     return (
+        HookSpec(f"{name}.hook_sae_pre", (*axes, "d_sae"), "every feature before the largest are chosen", large=True),
         HookSpec(f"{name}.hook_sae_acts", (*axes, "d_sae"), "activations of the autoencoder's features", large=True),
         HookSpec(f"{name}.hook_sae_error", at.axes, "activation less its reconstruction", large=True),
     )

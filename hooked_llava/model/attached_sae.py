@@ -33,8 +33,16 @@ class Autoencoder(Protocol):
     b_dec: Tensor
     """[d_in]."""
 
+    def pre_acts(self, x: Tensor, /) -> Tensor:
+        """Every feature's activation before the choice."""
+        ...
+
+    def choose(self, pre_acts: Tensor, /) -> Any:
+        """The features that stay active."""
+        ...
+
     def encode(self, x: Tensor, /) -> Any:
-        """The active features of vectors."""
+        """The active features of vectors: `choose(pre_acts(x))`."""
         ...
 
     def decode(self, features: Any, /) -> Tensor:
@@ -51,24 +59,30 @@ class AttachedSAE:
 
     def __init__(self, sae: Autoencoder, *, keep_error: bool) -> None:
         self.sae, self.keep_error = sae, keep_error
+        self.hook_sae_pre = HookPoint()
         self.hook_sae_acts = HookPoint()
         self.hook_sae_error = HookPoint()
 
     @property
-    def points(self) -> tuple[HookPoint, HookPoint]:
+    def points(self) -> tuple[HookPoint, HookPoint, HookPoint]:
         """Its hooks, in the order in which they fire."""
-        return self.hook_sae_acts, self.hook_sae_error
+        return self.hook_sae_pre, self.hook_sae_acts, self.hook_sae_error
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """The activation with its features and its error as functions on the two hooks leave them."""
-        if self.keep_error and not (self.hook_sae_acts.listening or self.hook_sae_error.listening):
+        """The activation with its features and its error as functions on the hooks leave them."""
+        if self.keep_error and not any(point.listening for point in self.points):
             return x
         flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
         vectors = flat.to(self.sae.b_dec.dtype)
-        features = self.sae.encode(vectors)
+        pre = self.sae.pre_acts(vectors)
+        new_pre = self.hook_sae_pre(pre)
+        chosen = self.sae.choose(new_pre)
+        if not (self.keep_error or self.hook_sae_acts.listening or self.hook_sae_error.listening):
+            return self.sae.decode(chosen).to(x.dtype).view_as(x)
+        features = chosen if new_pre is pre else self.sae.choose(pre)
         acts = self.sae.dense(features)  # (..., d_sae)
         error = vectors - self.sae.decode(features)
-        new_acts = self.hook_sae_acts(acts)
+        new_acts = self.hook_sae_acts(acts if new_pre is pre else self.sae.dense(chosen))
         new_error = self.hook_sae_error(error.view_as(x)).view_as(vectors)
         if not self.keep_error:
             return self._decode(new_acts).to(x.dtype).view_as(x)

@@ -22,12 +22,9 @@ from hooked_llava.model.cache_hooks import caching_hook, shared_spans
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
-from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, with_answer_span
+from hooked_llava.model.prompt_hooks import HookEntry, Phase, PromptHook, as_hook, with_answer_span
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
-
-Phase = Literal["prefill", "decode", "both"]
-"""The run over the prompt, the runs over single new tokens, or all of them."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +267,10 @@ def _check_placed(hooks: Sequence[PromptHook], prompt: Inputs, hook_phase: str) 
     """Refuse interventions that do not fit the prompt, or do nothing in the phase that was asked for."""
     for hook in hooks:
         hook.place(prompt)
-        if hook_phase == "decode" and not hook.acts_on_new_tokens(prompt):
+        phases = {hook_phase, hook.phases} - {"both"}
+        if len(phases) > 1:
+            raise InputError(f"{hook!r} acts in other passes than hook_phase={hook_phase!r}: nothing would change.")
+        if phases == {"decode"} and not hook.acts_on_new_tokens(prompt):
             raise InputError(
                 f"{hook!r} names positions of the prompt, which are not run again over new tokens: with hook_phase='decode' "
                 "nothing would change. Leave positions= out, name the span 'answer', or use hook_phase='prefill' or 'both'."

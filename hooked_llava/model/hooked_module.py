@@ -130,8 +130,9 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     ) -> Iterator[Self]:
         """A sparse autoencoder in the place of a hook, inside the block: its features become hooks like any other.
 
-        `<hook>.hook_sae_acts` [..., d_sae] holds all features and `<hook>.hook_sae_error` what they leave unexplained; both can
-        be cached, changed and replayed (short names "sae_acts", "sae_error"). Functions on the hook itself come before them.
+        `<hook>.hook_sae_acts` [..., d_sae] holds all features, `<hook>.hook_sae_pre` the same before the largest are chosen,
+        and `<hook>.hook_sae_error` what the features leave unexplained. They can be cached, changed and replayed (short names
+        "sae_acts", "sae_pre", "sae_error"). Functions on the hook itself come before them.
         Several autoencoders may be attached, one to each hook.
 
         Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from hooked_llava.prompt.token_map import TokenMap
 
 HookEntry = tuple[NamesFilter, Callable[..., Any]]
 """Which activations, and the function `fn(tensor)` or `fn(tensor, hook)` that reads or replaces them."""
+Phase = Literal["prefill", "decode", "both"]
+"""The run over the prompt, the runs over single new tokens, or all of them."""
 
 
 class PromptHook(ABC):
@@ -33,6 +35,11 @@ class PromptHook(ABC):
     reads_only = True
     placed: Callable[[Tensor], Tensor] | None = None
     """What `place` returned for the pass that is running: a function of the activation; None between passes."""
+
+    @property
+    def phases(self) -> Phase:
+        """The phases of generation in which it acts, whatever phase it is attached in."""
+        return "both"
 
     @abstractmethod
     def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, continued
+from hooked_llava.model.prompt_hooks import HookEntry, Phase, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay.binding import bind, check_operand
 from hooked_llava.replay.bound import BoundIntervention
@@ -30,9 +30,16 @@ class AttachedIntervention(PromptHook):
 
     def __init__(self, intervention: Intervention, model: HookedLLaVA) -> None:
         self.intervention, self.model = intervention, model
+        # What it does to new tokens of these prompts: found once, not for every token.
+        self._on_new: tuple[Inputs, Callable[[Tensor], Tensor]] | None = None
 
     def __repr__(self) -> str:
         return repr(self.intervention)
+
+    @property
+    def phases(self) -> Phase:
+        """The phases of generation in which the intervention acts."""
+        return self.intervention.phases
 
     @classmethod
     def prepare(cls, hooks: Sequence[AttachedIntervention]) -> None:
@@ -40,13 +47,23 @@ class AttachedIntervention(PromptHook):
         if hooks:
             filled = with_means(hooks[0].model, [hook.intervention for hook in hooks])
             for hook, intervention in zip(hooks, filled, strict=True):
-                hook.intervention = intervention
+                if intervention is not hook.intervention:
+                    hook.intervention, hook._on_new = intervention, None  # noqa: SLF001 (of its own class)
 
     def place(self, inputs: Inputs, n_new: int = 0) -> Callable[[Tensor], Tensor]:
         """The intervention bound to these prompts, as a function from the hook's activation to the changed one.
 
         Raises as `bind`.
         """
+        if not n_new:
+            return self._bound(inputs, 0)
+        if self.intervention.block is not None:  # blocked keys grow with what is generated
+            return self._bound(inputs, n_new)
+        if self._on_new is None or self._on_new[0] is not inputs:
+            self._on_new = inputs, self._bound(inputs, n_new)
+        return self._on_new[1]
+
+    def _bound(self, inputs: Inputs, n_new: int) -> Callable[[Tensor], Tensor]:
         bound = bind(self.intervention, self.model, inputs)
         if n_new:
             bound = _for_new_token(bound, self.model, inputs, n_new)
@@ -72,7 +89,7 @@ def _(entry: Intervention, model: HookedLLaVA) -> HookEntry:
 
 def _names_new_tokens(where: Where, bound: BoundIntervention, inputs: Inputs) -> list[bool]:
     """For each prompt, whether its positions go on into what is generated after it: all of it or nothing."""
-    if where is not None and not isinstance(where, str):
+    if bound.intervention.phases == "prefill" or (where is not None and not isinstance(where, str)):
         return [False] * len(inputs)
     found = []
     for token_map in inputs.token_maps:

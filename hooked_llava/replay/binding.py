@@ -10,6 +10,7 @@ from hooked_llava.checks import Indices, as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where, axis_sizes, positions_of
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.replay.bound import POSITION_AXES, BoundIntervention, spread
@@ -40,10 +41,12 @@ def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> Boun
     has_heads = bool({"head", "kv_head"} & set(hook.axes))
     of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
+    if on_image_side and intervention.phases == "decode":
+        raise InputError(f"{name!r} fires when the prompt is read: phases='decode' would change nothing. Use 'prefill'.")
     positions = (
         tuple(patches_of(target, hook, model, layout) for layout in inputs.layouts)
         if on_image_side
-        else _sequence(target, inputs, of_edge=of_edge)
+        else _in_phases(_sequence(target, inputs, of_edge=of_edge), intervention.phases, inputs)
     )
     bound = BoundIntervention(
         intervention,
@@ -81,6 +84,15 @@ def _sequence(where: Where, inputs: Inputs, *, of_edge: bool = False) -> tuple[t
         return tuple(positions_of(end, token_map, inputs.shape[1]))
 
     return tuple(inputs.each(of_prompt, inputs.token_maps))
+
+
+def _in_phases(positions: tuple[tuple[int, ...], ...], phases: Phase, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    """The prompts' own positions among some ("prefill"), or those of what is appended as an answer ("decode")."""
+    if phases == "both":
+        return positions
+    wanted = phases == "prefill"
+    ends = [token_map.own.stop for token_map in inputs.token_maps]
+    return tuple(tuple(p for p in row if (p < end) is wanted) for row, end in zip(positions, ends, strict=True))
 
 
 def _check_number(given: SupportsIndex | None, n: int, what: str, name: str) -> None:

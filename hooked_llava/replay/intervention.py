@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
-from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_llava.checks import Indices
+from hooked_llava.checks import Indices, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import Where
+from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.prompt.spans import split_edge
 
 ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
@@ -57,6 +58,8 @@ class Intervention:
             `hook_attn_scores`.
         fn (Callable[..., Tensor] | None): Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the
             intervention's positions and heads.
+        phases (Phase): "prefill": of its positions only the prompt's; "decode": only those of the tokens that are
+            generated, or appended as an answer; "both".
     """
 
     hook: str | tuple
@@ -76,8 +79,10 @@ class Intervention:
     mean_of: Any = None
     block: str | Sequence[Where] | None = None
     fn: Callable[..., Tensor] | None = None
+    phases: Phase = "both"
 
     def __post_init__(self) -> None:
+        one_of(self.phases, get_args(Phase), "phases")
         if self.mean:
             object.__setattr__(self, "mean", False)
             object.__setattr__(self, "position_mean", True)
@@ -102,6 +107,8 @@ class Intervention:
 
     def _is_set(self, name: str) -> bool:
         value = getattr(self, name)
+        if name == "phases":
+            return value != "both"
         return bool(value) if name in ("zero", "mean", "position_mean") else value is not None
 
     @property
