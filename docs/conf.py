@@ -27,7 +27,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.supported import supported
 from hooked_llava.editing import roles
 from hooked_llava.errors import HookedLLaVAError
-from hooked_llava.options import edit_methods, patch_maps
+from hooked_llava.options import edit_methods, patch_maps, steering_modes
 
 project = "hooked_llava"
 author = "hooked_llava contributors"
@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch-map-table": patch_maps.markdown_table,
     "edit-method-table": edit_methods.markdown_table,
     "probe-role-table": roles.markdown_table,
+    "steering-mode-table": steering_modes.markdown_table,
 }
 """Directives that are a table made from a registry of the library when the documentation is built."""
 

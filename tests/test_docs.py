@@ -66,6 +66,7 @@ PUBLIC = (
     ".analysis",
     ".experiments",
     ".editing",
+    ".steering",
     ".sae",
     ".datasets",
     ".results",

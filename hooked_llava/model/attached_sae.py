@@ -7,6 +7,7 @@ nothing is computed; where nothing is changed, the activation stays as it is bit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,8 @@ from hooked_llava.model.components.hook_point import HookPoint
 
 _WIDTHS = ("d_model", "d_mlp", "d_features", "d_head", "head", "kv_head")
 """Axes of the vectors that an autoencoder can be attached to; heads lie side by side."""
+_MOST_AT_ONCE = 2**25
+"""Features times vectors that are held at once."""
 
 
 @runtime_checkable
@@ -100,8 +103,24 @@ class AttachedSAE:
         return acts @ self.sae.W_dec + self.sae.b_dec
 
 
+def encoded_in_parts(sae: Autoencoder, x: Float[Tensor, "vector d_in"]) -> Iterator[Any]:
+    """The active features of many vectors, of some at a time: all features of all vectors are never held at once."""
+    yield from (sae.encode(part) for part in x.split(max(1, _MOST_AT_ONCE // len(sae.W_dec))))
+
+
 def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
-    """The full name of the hook that an autoencoder is attached to; raises `InputError` where it does not belong there."""
+    """The full name of the hook that an autoencoder is attached to; raises `InputError` where it does not belong there.
+
+    Also for a hook that has an autoencoder already.
+    """
+    name = place_of_sae(sae, hook, table, model_name)
+    if name in table.d_sae:
+        raise InputError(f"hook={name!r} has an autoencoder attached already; leave its block first.")
+    return name
+
+
+def place_of_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
+    """The full name of the hook that an autoencoder fits; raises `InputError` for one of another width, hook or model."""
     trained_on = sae.cfg.hook
     if hook is None and trained_on is None:
         raise InputError("hook=None, and the autoencoder does not say which hook it was trained on; name it.")
@@ -121,6 +140,4 @@ def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | N
             f"hook={name!r} has activations of width {width} and the autoencoder takes d_in={sae.cfg.d_in}; attach it to the "
             "hook it was trained on."
         )
-    if name in table.d_sae:
-        raise InputError(f"hook={name!r} has an autoencoder attached already; leave its block first.")
     return name

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,20 @@ class Sampling:
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
 
 
+@runtime_checkable
+class Steers(Protocol):
+    """What steers a model while it generates; `hooked_llava.steering.Steering` is one."""
+
+    @property
+    def interventions(self) -> Sequence[Any]:
+        """Entries of `fwd_hooks` that say by themselves in which phases they act."""
+        ...
+
+    def attached(self) -> AbstractContextManager[Any]:
+        """What else must be attached to the model."""
+        ...
+
+
 @torch.no_grad()
 def generate(
     model: HookedModule,
@@ -87,6 +101,7 @@ def generate(
     stop_at_eos: bool = True,
     fwd_hooks: Sequence[Any] = (),
     hook_phase: Phase = "both",
+    steering: Steers | Sequence[Steers] = (),
     return_cache: bool = False,
     names_filter: NamesFilter = None,
     return_type: Literal["text", "tokens"] = "text",
@@ -108,15 +123,14 @@ def generate(
         fwd_hooks: functions and `Intervention`s attached while generating, as for `run_with_hooks`. The positions that an
             intervention names are the prompt's (padded on the left); on new tokens it acts where it names none, or the span
             "answer" (all that is generated), and `last` as an end of an edge is where every new token is predicted.
-        hook_phase: attach them in the run over the prompt ("prefill"), over new tokens, whose activations have one position
-            ("decode"), or "both".
+        hook_phase: attach them over the prompt ("prefill"), over new tokens one at a time ("decode"), or "both".
+        steering: what `hooked_llava.steering.steer` made, or several; each says its phases itself.
         return_cache: also return the activations of prompt and generated tokens, but the last one, which is never run.
         names_filter: which activations, as for `run_with_cache`.
         return_type: new text, or new token ids [batch new_tokens], rows that ended earlier filled with padding.
 
-    Returns the text (a list for a batch) or tokens; with `return_cache` a pair of that and a `LLaVACache`.
-    Raises `InputError` for input that does not fit, or a prompt too long for the model, and `HookNameError` for hooks
-    that are not there or never fire.
+    Returns the text (a list for a batch) or tokens; with `return_cache` a pair of that and a `LLaVACache`. Raises `InputError`
+    for input that does not fit the model, and `HookNameError` for hooks that are not there or never fire.
     """
     prompt = with_answer_span(model.as_inputs(inputs).padded_left())
     _check_request(model, prompt, max_new_tokens, return_type)
@@ -127,9 +141,9 @@ def generate(
     if return_type == "text" or stops:
         _ = model.tokenizer  # a model without one says so now, not after decoding
     stop = _Stop(model, prompt, stop_at_eos, stops)
-    hooks = _by_phase(model, prompt, fwd_hooks, hook_phase)
-    record = _Record(model, names_filter, prompt) if return_cache else None
-    tokens = _decode(model, prompt, max_new_tokens, sampling, stop, hooks, record)
+    with _hooks_by_phase(model, prompt, fwd_hooks, hook_phase, steering) as hooks:
+        record = _Record(model, names_filter, prompt) if return_cache else None
+        tokens = _decode(model, prompt, max_new_tokens, sampling, stop, hooks, record)
     answer = tokens if return_type == "tokens" else _texts(model, tokens, stop.eos.tolist())
     return (answer, record.cache()) if record is not None else answer
 
@@ -236,6 +250,20 @@ class _Record:
             parts = [F.pad(part, (0, n_keys - part.shape[-1]), value=empty) for part in parts]
         axis = hook.position_axis
         return parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
+
+
+@contextmanager
+def _hooks_by_phase(
+    model: HookedModule, prompt: Inputs, fwd_hooks: Sequence[Any], hook_phase: str, steering: Steers | Sequence[Steers]
+) -> Iterator[dict[str, list[HookEntry]]]:
+    """What is attached in each phase, what steers last; inside the block its autoencoders are in the model."""
+    several = list(steering) if isinstance(steering, Sequence) else [steering]
+    with ExitStack() as stack:
+        for one in several:
+            stack.enter_context(one.attached())
+        hooks = _by_phase(model, prompt, fwd_hooks, hook_phase)
+        steers = _by_phase(model, prompt, [change for one in several for change in one.interventions], "both")
+        yield {phase: [*hooks[phase], *steers[phase]] for phase in hooks}
 
 
 def _by_phase(

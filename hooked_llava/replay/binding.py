@@ -42,7 +42,9 @@ def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> Boun
     of_edge = intervention.block is not None
     source, target = intervention.block or (None, intervention.positions)
     if on_image_side and intervention.phases == "decode":
-        raise InputError(f"{name!r} fires when the prompt is read: phases='decode' would change nothing. Use 'prefill'.")
+        raise InputError(
+            f"{name!r} fires when the prompt is read: phases='decode' would change nothing. Use 'prefill'."
+        )
     positions = (
         tuple(patches_of(target, hook, model, layout) for layout in inputs.layouts)
         if on_image_side

@@ -65,9 +65,9 @@ class Place:
             self.total = part if self.total is None else self.total + part
             self.n += len(positions)
 
-    def mean(self, dtype: torch.dtype) -> Tensor:
-        """The mean; raises `InputError` for that over a single activation."""
-        if self.total is None or self.n < 2:
+    def mean(self, dtype: torch.dtype, fewest: int = 2) -> Tensor:
+        """The mean; raises `InputError` for that over fewer activations than `fewest`."""
+        if self.total is None or self.n < fewest:
             raise InputError(
                 f"mean_of= has {self.n} activations of {self.hook.name!r} at {self.where!r}, and the mean of one is that one "
                 "itself; give several prompts or positions, or value=."
@@ -94,7 +94,9 @@ def with_means(model: HookedLLaVA, interventions: Sequence[Intervention]) -> lis
 
 
 @torch.no_grad()
-def reference_means(model: HookedLLaVA, reference: Reference, places: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+def reference_means(
+    model: HookedLLaVA, reference: Reference, places: Sequence[tuple[Any, ...]], *, fewest: int = 2
+) -> list[Tensor]:
     """The mean activation at each place, over all prompts of a reference and all positions that the place has in each.
 
     Args:
@@ -103,9 +105,10 @@ def reference_means(model: HookedLLaVA, reference: Reference, places: Sequence[t
             by hook name; a Replay; or the mean itself as a tensor.
         places: (hook, positions), perhaps with image and tile; positions mean in every prompt of the reference what they mean
             in any: a span may be of another length in each. A cache that keeps some positions only is averaged over those.
+        fewest: activations that a mean must be of.
 
     Returns for each place a tensor like the hook's without its batch axis, with one entry on the axis of positions. Raises
-    `InputError` for a single activation, `SpanError` for spans that the reference does not have, and `HookNameError` for
+    `InputError` for fewer activations, `SpanError` for spans that the reference does not have, and `HookNameError` for
     hooks that it does not hold.
 
     >>> from hooked_llava import HookedLLaVA
@@ -124,7 +127,7 @@ def reference_means(model: HookedLLaVA, reference: Reference, places: Sequence[t
         distinct.setdefault(keys[-1], Place(model.hooks_table[name], where, *which))
     _gather(model, reference, list(distinct.values()))
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-    means = {key: place.mean(dtype) for key, place in distinct.items()}
+    means = {key: place.mean(dtype, fewest) for key, place in distinct.items()}
     return [means[key] for key in keys]
 
 
