@@ -175,6 +175,17 @@ class HookTable:
         """
         return self.one((short, operator.index(layer)))
 
+    def stop_after(self, names: Iterable[str]) -> int | None:
+        """The `stop_at_layer` of the shortest run in which all these hooks fire; None where one fires after the blocks.
+
+        >>> from transformers import LlavaConfig
+        >>> table = HookTable(LLaVAConfig.from_hf(LlavaConfig()))
+        >>> table.stop_after(["hook_embed", "blocks.3.hook_resid_post"]), table.stop_after(["ln_final.hook_scale"])
+        (4, None)
+        """
+        end = max(self[name].stage for name in names) + 1
+        return max(end, 0) if end <= self.config.language.n_layers else None
+
     def resolve(self, names_filter: NamesFilter, *, with_image: bool = True, stages: range | None = None) -> list[str]:
         """Full names, in firing order, of the hooks that a filter asks for.
 

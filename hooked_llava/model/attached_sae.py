@@ -31,10 +31,16 @@ class Autoencoder(Protocol):
 
     cfg: Any
     """Has d_in, d_sae, hook and model_name."""
-    W_dec: Tensor
-    """[d_sae, d_in]: what each feature writes."""
-    b_dec: Tensor
-    """[d_in]."""
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[d_sae, d_in]: what each feature writes."""
+        ...
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[d_in]."""
+        ...
 
     def pre_acts(self, x: Tensor, /) -> Tensor:
         """Every feature's activation before the choice."""
@@ -108,6 +114,13 @@ def encoded_in_parts(sae: Autoencoder, x: Float[Tensor, "vector d_in"]) -> Itera
     yield from (sae.encode(part) for part in x.split(max(1, _MOST_AT_ONCE // len(sae.W_dec))))
 
 
+def vector_width(table: HookTable, name: str) -> int:
+    """Length of the vectors of a hook, its heads side by side; 0 for a hook without vectors, such as a pattern."""
+    axes = table[name].axes
+    sizes = {axis: size for axis, size in widths(table, name).items() if axis in _WIDTHS}
+    return math.prod(sizes.get(axis, 0) for axis in axes if axis in ("head", "kv_head", axes[-1]))
+
+
 def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
     """The full name of the hook that an autoencoder is attached to; raises `InputError` where it does not belong there.
 
@@ -125,7 +138,7 @@ def place_of_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str 
     if hook is None and trained_on is None:
         raise InputError("hook=None, and the autoencoder does not say which hook it was trained on; name it.")
     name = table.one(trained_on if hook is None else hook)
-    at, known = table[name], trained_on in table.hooks or trained_on in table.aliases
+    known = trained_on in table.hooks or trained_on in table.aliases
     if known and table.one(trained_on) != name:
         raise InputError(f"hook={hook!r}, and the autoencoder was trained on {trained_on!r}; attach it there.")
     if model_name is not None and sae.cfg.model_name not in (None, model_name):
@@ -133,8 +146,7 @@ def place_of_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str 
             f"The autoencoder was trained on the model {sae.cfg.model_name!r} and this one is {model_name!r}; give any_model="
             "True if they are the same or the mismatch is meant."
         )
-    sizes = {axis: size for axis, size in widths(table, name).items() if axis in _WIDTHS}
-    width = math.prod(sizes.get(axis, 0) for axis in at.axes if axis in ("head", "kv_head", at.axes[-1]))
+    width = vector_width(table, name)
     if width != sae.cfg.d_in:
         raise InputError(
             f"hook={name!r} has activations of width {width} and the autoencoder takes d_in={sae.cfg.d_in}; attach it to the "

@@ -165,9 +165,7 @@ def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[s
             if place.hook.name == hook.name:
                 place.add(tensor, _rows(model, place, prompts))
 
-    end = max(place.hook.stage for place in places) + 1
-    stop: dict[str, Any] = {"stop_at_layer": max(end, 0)} if end <= model.cfg.n_layers else {}
-    model.run_with_hooks(prompts, fwd_hooks=[(names, add)], **stop)
+    model.run_with_hooks(prompts, fwd_hooks=[(names, add)], stop_at_layer=model.hooks_table.stop_after(names))
 
 
 def _batches(model: HookedLLaVA, reference: PromptsLike) -> Iterator[Inputs]:

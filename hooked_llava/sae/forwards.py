@@ -1,0 +1,130 @@
+"""Activations of prompts, from forward passes that stop at the highest hook; the next prompts are prepared meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_llava.checks import whole_number
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model.cache_hooks import Where, positions_of
+from hooked_llava.model.components.hook_point import HookPoint, reads_only
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.sae.places import places_of
+from hooked_llava.sae.prefetch import prefetched
+from hooked_llava.sae.prompts import Progress, PromptRow, PromptSource
+from hooked_llava.sae.shuffle import PLACES, Rows
+
+ALL = "all"
+"""`tokens=` for every position that is not padding."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Activations on their way to the shuffle buffer.
+
+    Attributes:
+        rows (Rows): They and their places, by hook.
+        after (Progress): How far the source was read with them.
+    """
+
+    rows: Rows
+    after: Progress
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Prompts that are about to be run: inputs, which positions of [batch pos] are kept, where those are."""
+
+    inputs: Inputs
+    index: Int[Tensor, " activation"]
+    places: Int[Tensor, "activation column"]
+    after: Progress
+
+
+class ModelSource:
+    """Activations that a model computes when they are asked for.
+
+    Args:
+        model: the model.
+        hooks: full names of hooks of the language tower.
+        prompts: what is run.
+        tokens: the span whose positions are kept, or "all".
+        prompts_per_forward: how many prompts go through the model together.
+        prefetch: how many batches of prompts are prepared ahead, in a thread.
+        options: go to `model.prepare`.
+    """
+
+    def __init__(
+        self,
+        model: HookedLLaVA,
+        hooks: list[str],
+        prompts: PromptSource,
+        tokens: str,
+        prompts_per_forward: int,
+        prefetch: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.model, self.hooks, self.prompts, self.options = model, hooks, prompts, options
+        self.where: Where = None if tokens == ALL else tokens
+        self.prompts_per_forward = prompts_per_forward
+        self.prefetch = whole_number(prefetch, "prefetch", least=0)
+
+    def chunks(self, start: Progress, *, shuffled: bool = True) -> Generator[Chunk]:
+        """The activations of all prompts from some progress on, one forward pass after the other."""
+        batches = self._batches(start, shuffled=shuffled)
+        for prepared in prefetched(lambda: next(batches, None), self.prefetch):
+            yield Chunk(self._forward(prepared), prepared.after)
+
+    def _batches(self, start: Progress, *, shuffled: bool) -> Iterator[_Prepared]:
+        waiting: list[PromptRow] = []
+        after = start
+        for row, now in self.prompts.rows(start, shuffled=shuffled):
+            if waiting and (row.prepared is not None or len(waiting) == self.prompts_per_forward):
+                yield self._prepare(waiting, after)
+                waiting = []
+            waiting.append(row)
+            after = now
+            if row.prepared is not None:
+                yield self._prepare(waiting, after)
+                waiting = []
+        if waiting:
+            yield self._prepare(waiting, after)
+
+    def _prepare(self, rows: list[PromptRow], after: Progress) -> _Prepared:
+        numbers = [row.row for row in rows]
+        try:
+            inputs = self._inputs(rows)
+            kept = inputs.each(lambda m: positions_of(self.where, m, inputs.shape[1]), inputs.token_maps)
+        except (InputError, SpanError) as error:
+            error.args = (f"Rows {numbers} of data: {error}",)
+            raise
+        n = inputs.shape[1]
+        index = [prompt * n + position for prompt, positions in enumerate(kept) for position in positions]
+        places = [places_of(m, row, at) for m, row, at in zip(inputs.token_maps, numbers, kept, strict=True)]
+        return _Prepared(inputs, torch.tensor(index, dtype=torch.long).to(inputs.device), torch.cat(places), after)
+
+    def _inputs(self, rows: list[PromptRow]) -> Inputs:
+        if rows[0].prepared is not None:
+            return self.model.as_inputs(rows[0].prepared).single("An entry of data")
+        images = [row.images or None for row in rows]
+        return self.model.prepare([row.question for row in rows], images if any(images) else None, **self.options)
+
+    @torch.no_grad()
+    def _forward(self, prepared: _Prepared) -> Rows:
+        found: Rows = {}
+
+        @reads_only
+        def keep(tensor: Tensor, hook: HookPoint) -> None:
+            vectors = tensor.flatten(2) if tensor.ndim > 3 else tensor  # heads side by side
+            found[str(hook.name)] = vectors.flatten(0, 1).index_select(0, prepared.index)
+
+        stop = self.model.hooks_table.stop_after(self.hooks)
+        self.model.run_with_hooks(prepared.inputs, fwd_hooks=[(self.hooks, keep)], stop_at_layer=stop, return_type=None)
+        return {**{name: found[name] for name in self.hooks}, PLACES: prepared.places}
