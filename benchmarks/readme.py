@@ -28,6 +28,7 @@ from benchmarks import (
     knockout,
     patch_importance,
     patching,
+    sae_stream,
     top_heads,
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
@@ -134,6 +135,11 @@ def costs(report: Report) -> list[str]:
     return [table(found["rows"], geometry) for geometry, found in report["geometries"].items()]
 
 
+def streams(report: Report) -> list[str]:
+    """What activations for autoencoders cost, and a step of training on them."""
+    return [sae_stream.table(report)]
+
+
 def importance(report: Report) -> list[str]:
     """Patch maps against the truth, and signs of wrong answers."""
     checkpoints, against = report["checkpoints"], report["against_mean_attention"]
@@ -170,6 +176,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "overhead": {"hook_overhead": ratios, "generation": ratios},
     "patching": {"patching": sweeps},
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
+    "streaming": {"sae_stream": streams},
     "importance": {"patch_importance": importance, "top_heads": ablations},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from transformers.utils import logging
 
-from benchmarks import _maps, editing, patch_importance, patching
+from benchmarks import _maps, editing, patch_importance, patching, sae_stream
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
@@ -300,3 +300,13 @@ def test_contestants_take_turns_and_all_run_in_every_repetition() -> None:
 def test_failing_worker_shows_what_it_said() -> None:
     with pytest.raises(RuntimeError, match="No module named"):
         measure.in_fresh_process("not_there", 1)
+
+
+def test_sae_stream_reports_costs_and_memory(run: Run, tmp_path: Path) -> None:
+    report = run("sae_stream", tmp_path / "report.json")
+    rows = report["geometries"]["quick"]["rows"]
+    assert list(rows) == [sae_stream.FORWARD, *sae_stream.STREAMS, sae_stream.STEP]
+    assert rows[sae_stream.FORWARD]["ratio"] == 1.0
+    assert all(row.keys() == EVERY_ROW and row["median_s"] > 0 for row in rows.values())
+    assert report["memory"]["steps"] == 40
+    assert report["memory"]["resident_bytes"] > 2**20

@@ -73,6 +73,10 @@ class StreamConfig:
         for name in ("batch_size", "buffer", "prompts_per_forward", "epochs"):
             if name != "epochs" or self.epochs is not None:
                 whole_number(getattr(self, name), name, least=1)
+        if self.buffer < self.batch_size:
+            raise InputError(
+                f"buffer={self.buffer} holds less than batch_size={self.batch_size}; expected at least as many."
+            )
         if not isinstance(self.tokens, str):
             raise InputError(f"tokens={self.tokens!r}; expected 'all', or the name of a span such as 'image'.")
 

@@ -140,6 +140,7 @@ class SAETrainer:
             self.bandwidth = self.config.bandwidth * (total / n) ** 0.5
             self.log_threshold.fill_(self.bandwidth).log_()
 
+    @torch.enable_grad()
     def step(self, batches: list[Tensor]) -> StepRecord:
         """One step of the optimiser over some batches [batch, d_in], as over one that holds all of them.
 

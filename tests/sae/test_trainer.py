@@ -92,9 +92,9 @@ def test_every_kind_learns_and_keeps_unit_rows(kind):
 
 def test_jump_relus_active_features_move_to_k():
     few, many = (
-        make_trainer("jump_relu", steps=150, lr=0.05, warmup=0, bandwidth=0.1, sparsity_weight=w) for w in (1.0, 0.0)
+        make_trainer("jump_relu", steps=80, lr=0.05, warmup=0, bandwidth=0.1, sparsity_weight=w) for w in (1.0, 0.0)
     )
-    data = batches(150, size=32)
+    data = batches(80, size=32)
     for trainer in (few, many):
         trainer.start(data[:1])
     last = [[trainer.step([x]) for x in data][-1] for trainer in (few, many)]
