@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -29,6 +30,12 @@ settings.load_profile("fixed")
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays to the end: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def types_checked() -> None:
     """The first calls of every function are checked in every file of tests."""
@@ -44,7 +51,9 @@ def shapes_checked() -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Randomness that a test forgot to seed is at least the same in every run."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack each time, for accelerators to come
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session")

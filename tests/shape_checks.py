@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from inspect import getattr_static
 from typing import Any
 
@@ -32,18 +32,18 @@ def install() -> None:
 
 def first_calls(signature: Any) -> Any:
     """The type checker that pyproject.toml gives to jaxtyping: beartype, for the first calls of a function."""
-    check = beartype(signature)
     if isinstance(signature, type):
-        return check
+        return beartype(signature)
     period = "test" if "jaxtyping" in str(signature.__annotations__) else "file"
     calls = _calls[period]
+    check = cache(lambda: beartype(signature))  # made at the first call: an import brings many functions, a file few
 
-    @wraps(check)
+    @wraps(signature)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[check] += 1
-        if calls[check] == CALLS:
+        calls[signature] += 1
+        if calls[signature] == CALLS:
             _leave_unchecked(signature.__module__, signature.__qualname__, period)
-        return check(*args, **kwargs)
+        return check()(*args, **kwargs)
 
     return counted
 

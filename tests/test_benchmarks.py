@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 import xarray as xr
 from transformers.utils import logging
 
-from benchmarks import _maps, editing, patch_importance, patching, sae_stream
+from benchmarks import _maps, editing, hook_overhead, patch_importance, patching, sae_stream
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
@@ -27,24 +30,38 @@ COLUMNS = {measure.BASELINE, measure.HF_EAGER, measure.OURS, measure.BRIDGE}
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
     """Benchmarks collect garbage before every call: what earlier tests hold is not looked through each time."""
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+def in_this_process(script: str, threads: int, *worker: str) -> dict[str, Any]:
+    """In place of `in_fresh_process`, most of whose time are imports."""
+    with redirect_stdout(StringIO()) as said:
+        import_module(f"benchmarks.{script}").main(["--threads", str(threads), "--worker", *worker])
+    return json.loads(said.getvalue().splitlines()[-1])
+
+
+def run_here(command: list[str], **_: object) -> SimpleNamespace:
+    """In place of `subprocess.run` of `python -c CODE`."""
+    with redirect_stdout(StringIO()) as said:
+        exec(command[command.index("-c") + 1], {})
+    return SimpleNamespace(stdout=said.getvalue())
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Gives the report of one benchmark at its smallest; memory and start-up are measured in processes of their own.
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Gives the report of one benchmark at its smallest, which starts no other processes.
 
     What a benchmark sets for the whole process is set back afterwards.
     """
 
     def of(script: str, out: Path, *options: str) -> dict[str, Any]:
-        main = import_module(f"benchmarks.{script}").main
-        main(["--quick", "--repetitions", "1", "--out", str(out), *options])
+        module = import_module(f"benchmarks.{script}")
+        if hasattr(module, "in_fresh_process"):
+            monkeypatch.setattr(module, "in_fresh_process", in_this_process)
+        module.main(["--quick", "--repetitions", "1", "--out", str(out), *options])
         assert "| " in capsys.readouterr().out
         assert [path.name for path in out.parent.iterdir()] == [out.name]
         report = json.loads(out.read_text(encoding="utf-8"))
@@ -61,7 +78,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
 
 
 @pytest.mark.slow
-def test_hook_overhead_reports_every_row_of_every_contestant(run: Run, tmp_path: Path) -> None:
+def test_hook_overhead_reports_every_row_of_every_contestant(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook_overhead, "subprocess", SimpleNamespace(run=run_here))
     report = run("hook_overhead", tmp_path / "report.json")
     rows = report["geometries"]["quick"]["rows"]
     assert len(rows) == 6
@@ -295,6 +315,14 @@ def test_contestants_take_turns_and_all_run_in_every_repetition() -> None:
     assert {name: len(of) for name, of in seconds.items()} == {"a": 4, "b": 4, "c": 4}
     timed = "".join(calls[6:])  # after warm-up and calibration
     assert [timed[i : i + 3] for i in range(0, 12, 3)] == ["abc", "acb", "cab", "cba"]
+
+
+def test_a_worker_answers_with_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho "$@"\necho '{"peak_bytes": 3}'\n""", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert measure.in_fresh_process("loading", 1, "ours", "folder") == {"peak_bytes": 3}
 
 
 def test_failing_worker_shows_what_it_said() -> None:

@@ -209,7 +209,7 @@ def test_only_what_the_answering_head_takes_reads_as_the_color(model, variant):
     expected[4:, 2] = LOGIT  # the last position, behind the answering head
     assert np.allclose(stream, expected, atol=1e-4)
     read = chosen.index(at["object" if variant == "direct" else "word"])
-    assert np.allclose(stored.message_logit_difference[0, 0].values, one_hot(3, read, LOGIT), atol=1e-4)
+    assert np.allclose(stored.head_output_logit_difference[0, 0].values, one_hot(3, read, LOGIT), atol=1e-4)
     words = head_readings(model, inputs, *ANSWERING[variant], top=1, k=1).token
     assert words.sel(reading="value_output").values.item() == "Blue"
 

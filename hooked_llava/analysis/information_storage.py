@@ -72,11 +72,11 @@ def information_storage(
         spaces: how vectors become words, see `head_readings`.
 
     Returns, for what enters each layer (layer 0 is the embedding: at image positions what the projector gives; layer
-    n_layers the final residual stream), `logit_difference` and `rank` [space, layer, position, (word)], and for heads'
-    outputs at the answer's position `message_logit_difference` and `message_rank` [space, head, position, (word)]. A rank
-    counts from 1; the paper's MRR is the mean of its reciprocal, as `reciprocal_rank` takes it. "Logits" of the spaces
-    "embed" and "cosine" are inner products and cosines. Raises `InputError` for words of several tokens, and for spaces,
-    heads or positions that are not there. Methods (e) and (f) of the paper.
+    n_layers the final residual stream), `logit_difference` and `rank` [space, layer, position, (word)], and for what heads
+    write at the answer's position from each of these positions `head_output_logit_difference` and `head_output_rank`
+    [space, head, position, (word)]. A rank counts from 1; the paper's MRR is the mean of its reciprocal, see
+    `reciprocal_rank`. "Logits" of the spaces "embed" and "cosine" are inner products and cosines. Raises `InputError` for
+    words of several tokens, and for spaces, heads or positions that are not there. Methods (e) and (f) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -106,16 +106,19 @@ def information_storage(
 
 
 def reciprocal_rank(stored: xr.Dataset, *, dim: Sequence[str] = ("prompt", "position")) -> xr.Dataset:
-    """Mean of 1 / rank over prompts and positions (MRR) of what `information_storage` found: `stream` and `message`.
+    """Mean of 1 / rank over prompts and positions (MRR) of what `information_storage` found, by layer and by head.
+
+    `resid` [space, layer, word] is of the residual stream that enters each layer, `head_output` [space, head, word] of the heads'
+    outputs.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> stored = information_storage(model, model.prepare("Who made the star?"), "star", "ring", positions="question")
-    >>> reciprocal_rank(stored).stream.dims
+    >>> reciprocal_rank(stored).resid.dims
     ('space', 'layer', 'word')
     """
     over = [name for name in dim if name in stored.dims]
-    means = {"stream": (1 / stored["rank"]).mean(over), "message": (1 / stored["message_rank"]).mean(over)}
+    means = {"resid": (1 / stored["rank"]).mean(over), "head_output": (1 / stored["head_output_rank"]).mean(over)}
     return xr.Dataset(means, attrs=stored.attrs)
 
 
@@ -148,8 +151,11 @@ def _one_prompt(
             {
                 "logit_difference": (by_layer, to_numpy(torch.stack([difference for difference, _ in read]))),
                 "rank": ((*by_layer, "word"), torch.stack([rank for _, rank in read]).cpu().numpy()),
-                "message_logit_difference": (by_head, to_numpy(torch.stack([difference for difference, _ in sent]))),
-                "message_rank": ((*by_head, "word"), torch.stack([rank for _, rank in sent]).cpu().numpy()),
+                "head_output_logit_difference": (
+                    by_head,
+                    to_numpy(torch.stack([difference for difference, _ in sent])),
+                ),
+                "head_output_rank": ((*by_head, "word"), torch.stack([rank for _, rank in sent]).cpu().numpy()),
             },
             coords={
                 "space": list(spaces),

@@ -24,7 +24,7 @@ from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, check_sae
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions, shared_spans, tensor_bytes
 from hooked_llava.model.components.attention import AttentionContext
-from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.hook_point import HookPoint, has_functions
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.projector import Projector
 from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, placing
@@ -317,7 +317,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     def _refuse_image_hooks(self) -> None:
         """Without an image the image side is not run, so a function on a hook there would never be called."""
         for name, point in self.hook_dict.items():
-            if point.has_functions and self.hooks_table[name].on_image_side:
+            if has_functions(point) and self.hooks_table[name].on_image_side:
                 raise HookNameError(
                     f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
                     "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."

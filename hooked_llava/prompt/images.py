@@ -14,15 +14,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hooked_llava.architecture.boxes import format_box
-from hooked_llava.architecture.layout import ImageLayout
-from hooked_llava.errors import ImageCropped, InputError, warn_user
+from hooked_llava.errors import InputError
 
 ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array [height, width, 3] or a tensor [3, height, width]."""
@@ -39,38 +37,11 @@ _SIDEWAYS = (5, 6, 7, 8)
 # A grey PNG of 2 or 4 bits says in its own units which grey is transparent; PIL has stretched the greys to 8 bits.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 _SHOWN = 100  # characters of a path in an error
-_LARGE_CUT = 0.3
-"""Share of an image, 0 to 1. Square crops take a quarter of a 4:3 photo, a third of a 3:2 one, and more of wider ones."""
 # What PIL's readers raise for broken files.
 _BROKEN = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, AssertionError, struct.error, zlib.error),
     Image.DecompressionBombError,
 )
-
-
-def warn_of_cropped(layouts: Sequence[Sequence[ImageLayout]]) -> None:
-    """Warn once, with `ImageCropped`, if the processor cuts a large part of an image away: of the one that loses most.
-
-    `layouts` are those of each prompt's images.
-    """
-    known = {
-        (row, i): layout for row, own in enumerate(layouts) for i, layout in enumerate(own) if layout.original_size
-    }
-    cuts = {place: layout.cut() for place, layout in known.items()}
-    large = [place for place, cut in cuts.items() if cut >= _LARGE_CUT]
-    if not large:
-        return
-    row, i = worst = max(large, key=cuts.__getitem__)
-    height, width = known[worst].original_size or (0, 0)
-    seen = format_box([round(edge) for edge in known[worst].visible_box()])
-    name = "the image" if len(cuts) == 1 else f"image {i} of prompt {row}"
-    others = f" So it is with {len(large)} of {len(cuts)} images." if len(large) > 1 else ""
-    warn_user(
-        f"The processor crops {cuts[worst]:.0%} of {name} away: of {width} x {height} pixels (width x height) the model sees "
-        f"only the box {seen}.{others} If what matters lies outside, crop the image "
-        "or pad it to a square before prepare.",
-        ImageCropped,
-    )
 
 
 def load_image(image: object, name: str = "The image") -> Image.Image:
@@ -104,6 +75,37 @@ def load_image(image: object, name: str = "The image") -> Image.Image:
     hint = " Open a file's content with PIL.Image.open(io.BytesIO(...))." if hasattr(image, "read") else ""
     hint = " Open bytes with PIL.Image.open(io.BytesIO(...))." if isinstance(image, (bytes, bytearray)) else hint
     raise InputError(f"{name} is a {type(image).__name__}; expected {_EXPECTED}.{hint}")
+
+
+def open_images(images: ImagesLike | None, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
+    """For every prompt its images, opened; raises `InputError` for another number of entries than prompts.
+
+    >>> [len(own) for own in open_images([Image.new("RGB", (8, 8)), None], 2, single=False)]
+    [1, 0]
+    """
+    if images is None:
+        return [[] for _ in range(n_prompts)]
+    listed = isinstance(images, (list, tuple))
+    if single:
+        nested = [images if listed else [images]]
+    elif not listed or len(images) != n_prompts:
+        given = f"{len(images)} entries" if listed else "one image"
+        raise InputError(
+            f"{n_prompts} prompts and {given} in images; expected a list with one entry per prompt: "
+            "an image, a list of images, or None."
+        )
+    else:
+        nested = [_entries(entry) for entry in images]
+    return [
+        [load_image(image, f"Image {i} of prompt {row}") for i, image in enumerate(entries)]
+        for row, entries in enumerate(nested)
+    ]
+
+
+def _entries(entry: ImageLike | Sequence[ImageLike] | None) -> Sequence[Any]:
+    if entry is None:
+        return []
+    return entry if isinstance(entry, (list, tuple)) else [entry]
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

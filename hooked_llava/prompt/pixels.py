@@ -1,4 +1,4 @@
-"""The images of each prompt: opened, and through an image processor."""
+"""What an image processor makes of the images of each prompt, and what it cuts away."""
 
 from __future__ import annotations
 
@@ -8,40 +8,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from hooked_llava.architecture.boxes import format_box
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.errors import InputError
-from hooked_llava.prompt.images import ImageLike, ImagesLike, load_image
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.errors import ImageCropped, warn_user
 
-
-def open_images(images: ImagesLike | None, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:
-    """For every prompt its images, opened; raises `InputError` for another number of entries than prompts.
-
-    >>> [len(own) for own in open_images([Image.new("RGB", (8, 8)), None], 2, single=False)]
-    [1, 0]
-    """
-    if images is None:
-        return [[] for _ in range(n_prompts)]
-    listed = isinstance(images, (list, tuple))
-    if single:
-        nested = [images if listed else [images]]
-    elif not listed or len(images) != n_prompts:
-        given = f"{len(images)} entries" if listed else "one image"
-        raise InputError(
-            f"{n_prompts} prompts and {given} in images; expected a list with one entry per prompt: "
-            "an image, a list of images, or None."
-        )
-    else:
-        nested = [_entries(entry) for entry in images]
-    return [
-        [load_image(image, f"Image {i} of prompt {row}") for i, image in enumerate(entries)]
-        for row, entries in enumerate(nested)
-    ]
-
-
-def _entries(entry: ImageLike | Sequence[ImageLike] | None) -> Sequence[Any]:
-    if entry is None:
-        return []
-    return entry if isinstance(entry, (list, tuple)) else [entry]
+_LARGE_CUT = 0.3
+"""Share of an image, 0 to 1. Square crops take a quarter of a 4:3 photo, a third of a 3:2 one, and more of wider ones."""
 
 
 def process_images(
@@ -64,3 +37,28 @@ def process_images(
     by_prompt = config.tiling is not None and config.tiling.max_tiles is not None
     given: list[Any] = nested if by_prompt else [image for own in nested for image in own]
     return dict(image_processor(images=given, return_tensors="pt"))
+
+
+def warn_of_cropped(layouts: Sequence[Sequence[ImageLayout]]) -> None:
+    """Warn once, with `ImageCropped`, if the processor cuts a large part of an image away: of the one that loses most.
+
+    `layouts` are those of each prompt's images.
+    """
+    known = {
+        (row, i): layout for row, own in enumerate(layouts) for i, layout in enumerate(own) if layout.original_size
+    }
+    cuts = {place: layout.cut() for place, layout in known.items()}
+    large = [place for place, cut in cuts.items() if cut >= _LARGE_CUT]
+    if not large:
+        return
+    row, i = worst = max(large, key=cuts.__getitem__)
+    height, width = known[worst].original_size or (0, 0)
+    seen = format_box([round(edge) for edge in known[worst].visible_box()])
+    name = "the image" if len(cuts) == 1 else f"image {i} of prompt {row}"
+    others = f" So it is with {len(large)} of {len(cuts)} images." if len(large) > 1 else ""
+    warn_user(
+        f"The processor crops {cuts[worst]:.0%} of {name} away: of {width} x {height} pixels (width x height) the model sees "
+        f"only the box {seen}.{others} If what matters lies outside, crop the image "
+        "or pad it to a square before prepare.",
+        ImageCropped,
+    )

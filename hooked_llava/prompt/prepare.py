@@ -18,9 +18,9 @@ from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
 from hooked_llava.errors import InputError, PromptWithoutTemplate, counted, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
-from hooked_llava.prompt.images import ImagesLike, warn_of_cropped
+from hooked_llava.prompt.images import ImagesLike, open_images
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.prompt.pixels import open_images, process_images
+from hooked_llava.prompt.pixels import process_images, warn_of_cropped
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.processor import Processor, Tokenizer
 from hooked_llava.prompt.templates import (

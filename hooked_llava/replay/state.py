@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_llava.errors import InputError, StaleReplayError
 from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.model.components.hook_point import has_functions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_version
 from hooked_llava.prompt.inputs import Inputs
@@ -105,16 +106,9 @@ class ReplayState:
 def refuse_listeners(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
     """Raise, saying why, if functions are attached to any part of the model."""
     modules = {name.removeprefix("language."): module for name, module in model.named_modules()}
-    names = [name for name, module in {**modules, **model.hook_dict}.items() if _has_hooks(module)]
+    names = [name for name, module in {**modules, **model.hook_dict}.items() if has_functions(module)]
     if names:
         raise error(f"Functions are attached to {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; {why}")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether functions are attached to a module, be it by us, by TransformerLens or by torch."""
-    return bool(
-        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
-    )
 
 
 def _reconstructed(model: HookedLLaVA) -> list[tuple[str, int]]:

@@ -26,6 +26,15 @@ SHARE = "share recovered"
 """Units of `recovered`: 0 corrupted, 1 clean."""
 _TIED = 1e-3  # of the largest value
 _FORMAT = "hooked_llava.result.v1"
+_OLD_NAMES = {
+    "stream": "resid",
+    "message": "head_output",
+    "message_logit_difference": "head_output_logit_difference",
+    "message_rank": "head_output_rank",
+}
+"""Variables and axes of `information_storage`, `reciprocal_rank` and `flow_study` as version 0.1 called them."""
+_OF_OLD_NAMES = ("information_storage", "attention_knockout", "answer_probability")
+"""Analyses, and names of arrays, in whose files they may stand."""
 _ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
 _LISTED = (  # attributes that each prompt or pair has its own of
     *("clean", "corrupted", "prompt", "images", "corrupted_prompt", "corrupted_images"),
@@ -240,16 +249,19 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
 
 
 def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
-    """Read a result that `save` wrote; raises `CheckpointError` for any other file."""
+    """Read a result that `save` wrote, with today's names; raises `CheckpointError` for any other file."""
     import xarray as xr
 
     tensors, metadata = read_tensors(path, [_FORMAT], writer="save")
     described = json.loads(metadata["about"])
+    about = (described["name"], described["attrs"].get("analysis"))
+    renamed: dict[str, str] = _OLD_NAMES if any(what in _OF_OLD_NAMES for what in about) else {}
     found: dict[str, dict[str, xr.Variable]] = {"data": {}, "coord": {}}
     for key, entry in described["variables"].items():
         role, _, name = key.partition(":")
         flat = tensors[key].numpy() if key in tensors else np.array(entry["words"], dtype=str)
-        found[role][name] = xr.Variable(entry["dims"], flat.reshape(entry["shape"]), entry["attrs"])
+        dims = [renamed.get(dim, dim) for dim in entry["dims"]]
+        found[role][renamed.get(name) or name] = xr.Variable(dims, flat.reshape(entry["shape"]), entry["attrs"])
     if described["kind"] == "Dataset":
         return xr.Dataset(found["data"], coords=found["coord"], attrs=described["attrs"])
     return xr.DataArray(found["data"][""], coords=found["coord"], name=described["name"]).assign_attrs(

@@ -25,10 +25,13 @@ KINDS = ("mlp", "attn", "resid")
 QUESTION = "What color is this star ?"
 
 
-@pytest.fixture(scope="module", params=[4, 2], ids=["every head", "grouped"])
-def model(request: pytest.FixtureRequest) -> HookedLLaVA:
-    hf = make_hf_model(n_layers=4, n_key_value_heads=request.param)
-    return HookedLLaVA.from_hf(hf, make_processor())
+def model_with(n_key_value_heads: int) -> HookedLLaVA:
+    return HookedLLaVA.from_hf(make_hf_model(n_layers=4, n_key_value_heads=n_key_value_heads), make_processor())
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedLLaVA:
+    return model_with(2)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,10 @@ def reworded(model: Any, prompt: Any, old: str, new: list[str]) -> torch.Tensor:
     return whole
 
 
-def test_every_cell_equals_a_full_forward_with_plain_hooks(model: Any, prompt: Any) -> None:
+@pytest.mark.parametrize("n_key_value_heads", [4, 2])
+def test_every_cell_equals_a_full_forward_with_plain_hooks(n_key_value_heads: int, image: np.ndarray) -> None:
+    model = model_with(n_key_value_heads)
+    prompt = model.prepare(QUESTION, image)
     trace = causal_trace(model, prompt, "this star", corruption="the circle")
     assert trace.restored.dims == ("kind", "layer", "position")
     assert trace.kind.values.tolist() == list(KINDS)
@@ -345,7 +351,9 @@ def test_half_precision() -> None:
     for seed in range(4):
         image = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         prompt = model.prepare(QUESTION, image)
-        trace = causal_trace(model, prompt, "star", corruption="circle", kinds=("mlp", "attn"), layers=[0, 1])
+        where = prompt.token_map["question"]
+        options = {"kinds": ("mlp", "attn"), "layers": [0, 1], "positions": where}
+        trace = causal_trace(model, prompt, "star", corruption="circle", **options)
         assert trace.restored.dtype == np.float64
         answer = int(model(prompt)[0, -1].argmax())
         exact = _restored_naively(wide, image, trace, answer)

@@ -45,8 +45,8 @@ def test_differences_and_ranks_in_the_stream_and_in_messages() -> None:
                 assert cell["rank"].values.tolist() == [rank(logits, 7), rank(logits, 8)]
         logits = by_hand.lens(by_hand.message(1, 3, position))
         cell = stored.sel(space="unembed").isel(head=0, position=i)
-        assert cell.message_logit_difference.item() == pytest.approx((logits[7] - logits[8]).item(), abs=1e-5)
-        assert cell.message_rank.values.tolist() == [rank(logits, 7), rank(logits, 8)]
+        assert cell.head_output_logit_difference.item() == pytest.approx((logits[7] - logits[8]).item(), abs=1e-5)
+        assert cell.head_output_rank.values.tolist() == [rank(logits, 7), rank(logits, 8)]
     assert (stored.correct, stored.distractor, stored.heads) == ("#7", "#8", ["1.3"])
 
 
@@ -115,8 +115,8 @@ def test_prompts_have_words_of_their_own_and_ranks_are_averaged() -> None:
     np.testing.assert_allclose(both.logit_difference.sel(prompt=1), alone.logit_difference, atol=1e-9)
     assert both.correct == ["#7", "#9"]
     mean = reciprocal_rank(both)
-    np.testing.assert_allclose(mean.stream, (1 / both["rank"]).mean(("prompt", "position")))
-    assert mean.message.dims == ("space", "head", "word")
+    np.testing.assert_allclose(mean.resid, (1 / both["rank"]).mean(("prompt", "position")))
+    assert mean.head_output.dims == ("space", "head", "word")
 
 
 def test_in_tiny_shapes_image_embeddings_hold_their_colour_and_shape() -> None:
@@ -131,7 +131,7 @@ def test_in_tiny_shapes_image_embeddings_hold_their_colour_and_shape() -> None:
     for word, other in ((star.color, "purple"), ("star", "moon")):
         on = information_storage(model, inputs, word, other, positions=list(patches), spaces=["embed"])
         off = information_storage(model, inputs, word, other, positions=list(ground), spaces=["embed"])
-        on, off = (reciprocal_rank(found).stream.sel(space="embed", layer=0) for found in (on, off))
+        on, off = (reciprocal_rank(found).resid.sel(space="embed", layer=0) for found in (on, off))
         assert on.sel(word="correct") > 2 * off.sel(word="correct")
         assert on.sel(word="correct") > 2 * on.sel(word="distractor")
 

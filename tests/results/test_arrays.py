@@ -50,6 +50,32 @@ def test_datasets_come_back_as_they_were(tmp_path: Path) -> None:
     assert load(str(tmp_path / "result.safetensors")).identical(dataset())
 
 
+@pytest.mark.parametrize(
+    ("name", "attrs", "today"),
+    [
+        ("answer_probability", {}, "resid"),
+        (None, {"analysis": "attention_knockout"}, "resid"),
+        (None, {"analysis": "my_analysis"}, "stream"),
+    ],
+)
+def test_names_that_version_0_1_wrote_are_read_as_todays(
+    tmp_path: Path, name: str | None, attrs: dict[str, str], today: str
+) -> None:
+    coords = {"stream": [0, 1], "layer_name": ("stream", ["0", "final"])}
+    old = xr.DataArray([0.5, 1.0], coords, "stream", name=name, attrs=attrs)
+    save(old, tmp_path / "result.safetensors")
+    expected = old if today == "stream" else old.rename(stream=today)
+    xr.testing.assert_identical(load(tmp_path / "result.safetensors"), expected)
+
+
+def test_variables_that_version_0_1_wrote_are_read_as_todays(tmp_path: Path) -> None:
+    data = {"rank": ("layer", [1, 2]), "message_rank": ("head", [3.0]), "message_logit_difference": ("head", [0.5])}
+    save(xr.Dataset(data, attrs={"analysis": "information_storage"}), tmp_path / "result.safetensors")
+    found = load(tmp_path / "result.safetensors")
+    assert sorted(found.data_vars) == ["head_output_logit_difference", "head_output_rank", "rank"]
+    assert found["head_output_rank"].values.tolist() == [3.0]
+
+
 def test_numpy_attributes_become_plain(tmp_path: Path) -> None:
     result = xr.DataArray(np.float32(2), attrs={"n": np.int64(3), "where": (1, 2), "all": np.arange(2)})
     save(result, tmp_path / "r")

@@ -32,15 +32,15 @@ def flow_study(
 ) -> xr.Dataset:
     """Knockout and the answer's probability by layer of every question of a table; `viz.study_page` shows them.
 
-    The probabilities are `answer_probability` [question, norm, stream, form], where stream l enters layer l; the rest is
-    what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does. `options` are those
-    of `datasets.study`; raises as these functions.
+    The probabilities are `answer_probability` [question, norm, resid, form], where resid l is the residual stream that enters
+    layer l; the rest is what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does.
+    `options` are those of `datasets.study`; raises as these functions.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", kind="fact")
     >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
-    ['edge', 'form', 'layer', 'norm', 'question', 'stream']
+    ['edge', 'form', 'layer', 'norm', 'question', 'resid']
     """
     about = study_settings(model, edges, window, metric, seed) | {"analysis": "flow_study"}
 
@@ -49,7 +49,7 @@ def flow_study(
         found = attention_knockout(model, inputs, edges, window, **how)
         options = [row.false_option for row in asked]
         probability = answer_probability(model, inputs, [row.answer for row in asked], options)
-        found["answer_probability"] = probability.rename(layer="stream").drop_attrs()
+        found["answer_probability"] = probability.rename(layer="resid").drop_attrs()
         return found.assign_attrs(
             {name: found.attrs[name] + probability.attrs[name] for name in ("n_forward", "seconds")}
         )

@@ -25,6 +25,17 @@ def reads_only(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def has_functions(module: torch.nn.Module) -> bool:
+    """Whether any function, forward or backward, is attached to a module, be it by us, by TransformerLens or by torch.
+
+    >>> has_functions(torch.nn.Identity())
+    False
+    """
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks  # noqa: SLF001
+    )
+
+
 def with_hook(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     """The function as one of (tensor, hook), whether it was written as fn(tensor) or fn(tensor, hook).
 
@@ -59,7 +70,8 @@ class HookPoint(tl_hook_points.HookPoint):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activation, through the attached functions; as it is where there are none."""
-        # nn.Module's own call costs several times as much, and a forward pass makes one for every name
+        # nn.Module's own call costs several times as much, and a forward pass makes one for every name. `has_functions` is
+        # written out here, since its call would cost half as much again.
         if self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks:
             x = super().__call__(x)
         return x if self.then is None else self.then(x)
@@ -67,12 +79,7 @@ class HookPoint(tl_hook_points.HookPoint):
     @property
     def listening(self) -> bool:
         """Whether the activation is hooked: by functions, forward or backward, or by an autoencoder."""
-        return self.then is not None or self.has_functions
-
-    @property
-    def has_functions(self) -> bool:
-        """Whether any function, forward or backward, is attached; an autoencoder is none."""
-        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
+        return self.then is not None or has_functions(self)
 
     def add_hook(
         self,

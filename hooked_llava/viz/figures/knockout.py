@@ -72,7 +72,7 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
         norm: which reading, "none" or "final".
         title: instead of the result's own; "" for none.
 
-    Raises `InputError` for a result with other axes than norm, layer (or stream), form, kind and statistic.
+    Raises `InputError` for a result with other axes than norm, layer (or resid), form, kind and statistic.
 
     >>> dims, names = ("norm", "layer", "form"), {"norm": ["none"], "form": ["lower"]}
     >>> figure = probability_curves(xr.DataArray([[[0.25], [0.5]]], dims=dims, coords=names))
@@ -80,8 +80,8 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     [0.25, 0.5]
     """
     result = check_array(result, "probability_curves", "answer_probability")
-    if "stream" in result.dims:
-        result = result.rename(stream="layer")
+    if "resid" in result.dims:
+        result = result.rename(resid="layer")
     values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm)
     forms = [f for f in map(str, values["form"].values) if np.isfinite(values.sel(form=f).values).any()]
     curves = apart({form: values.sel(form=form).values for form in forms})

@@ -146,7 +146,7 @@ def names_along(result: xr.DataArray | xr.Dataset, axis: str) -> list[str]:
     >>> names_along(xr.DataArray([1.0, 2.0], dims="layer", coords={"layer": [3, 5]}), "layer")
     ['3', '5']
     """
-    of = {"position": "label", "layer": "layer_name", "stream": "layer_name"}.get(axis)
+    of = {"position": "label", "layer": "layer_name", "resid": "layer_name"}.get(axis)
     named = of in result.coords and result[of].dims == (axis,)
     return [str(name) for name in result[of if named else axis].values]
 

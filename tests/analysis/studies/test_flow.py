@@ -27,8 +27,8 @@ def table() -> list[StudyRow]:
 def test_knockout_and_probabilities_stand_side_by_side(model, table):
     edges = ["image->last", "object->question"]
     result = flow_study(model, table, edges, 1, only_correct=False)
-    assert result.answer_probability.dims == ("question", "norm", "stream", "form")
-    assert result.sizes["stream"] == result.sizes["layer"] + 1
+    assert result.answer_probability.dims == ("question", "norm", "resid", "form")
+    assert result.sizes["resid"] == result.sizes["layer"] + 1
     assert np.isfinite(result.answer_probability.sel(form=["lower", "false lower"])).all()
     alone = knockout_study(model, table, edges, 1, only_correct=False)
     np.testing.assert_array_equal(result.effect, alone.effect)

@@ -74,8 +74,8 @@ def test_probabilities_by_form():
     forms = ["lower", "capitalised", "false lower", "false capitalised"]
     result = xr.DataArray(
         values,
-        coords={"norm": ["none", "final"], "form": forms, **resid_coords(3, "stream")},
-        dims=("norm", "stream", "form"),
+        coords={"norm": ["none", "final"], "form": forms, **resid_coords(3, "resid")},
+        dims=("norm", "resid", "form"),
         name="p",
     )
     for norm in ("none", "final"):
