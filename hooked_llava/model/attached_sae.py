@@ -39,7 +39,7 @@ class Autoencoder(Protocol):
 
     @property
     def b_dec(self) -> Tensor:
-        """[d_in]."""
+        """[d_in]: what the reconstruction is without features."""
         ...
 
     def pre_acts(self, x: Tensor, /) -> Tensor:

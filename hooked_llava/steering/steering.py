@@ -155,7 +155,7 @@ def _along_direction(
     at = _checked_hook(model, name)
     vector = _vector(model, at, direction, mode)
     change = VectorChange(mode, vector[None], strength * vector, strength)
-    about = {"hook": name, "mode": mode, "strength": strength, "direction": list(vector.shape)}
+    about = {"hook": name, "mode": mode, "strength": strength, "width": len(vector)}
     return Steering(model, name, (_along(model, at, change, where),), None, change.total, about)
 
 

@@ -13,6 +13,7 @@ from hooked_llava.viz.figures.bars import contribution_bars, top_bars
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
+from hooked_llava.viz.figures.features import dose_response, feature_overlays
 from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves
 from hooked_llava.viz.figures.lens import answer_curve, lens_table
 from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
@@ -36,11 +37,13 @@ __all__ = [
     "cell_maps",
     "contribution_bars",
     "contribution_maps",
+    "dose_response",
     "edge_map",
     "edit_by_layer",
     "edit_page",
     "EditPage",
     "explain",
+    "feature_overlays",
     "knockout_curves",
     "knockout_page",
     "KnockoutPage",

@@ -32,6 +32,7 @@ KINDS = {
     "edge_attribution": Kind("edge_map", "Edges"),
     "edit_sweep": Kind(title="The edit at each layer and position"),
     "evaluate_edit": Kind("probe_bars", "The edit, asked"),
+    "feature_attribution": Kind("feature_overlays", "Feature attribution"),
     "head_scores": Kind("layer_head_map"),
     "heads_by_attention": Kind("layer_head_map"),
     "image_attention": Kind("patch_overlays"),
@@ -39,6 +40,7 @@ KINDS = {
     "logit_lens": Kind("lens_table or answer_curve", "Logit lens"),
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
+    "steering_sweep": Kind("dose_response", "Steering"),
 }
 """By the name of the analysis, which its result says."""
 
