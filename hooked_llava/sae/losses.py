@@ -57,7 +57,7 @@ def auxiliary_loss(
     dead: Bool[Tensor, " d_sae"],
     variance: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """How badly the dead features that are most active predict the error (Gao et al., appendix A.2), as a share of variance.
+    """How badly the dead features that are most active predict the error (Gao et al.), as a share of variance.
 
     The d_in / 2 most active dead features of each vector; scaled down where there are fewer dead ones. No bias is added, since
     the error has none, and no gradient goes through the error.
@@ -85,7 +85,7 @@ def batch_threshold(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, process
 
 
 class Step(torch.autograd.Function):
-    """1 where an activation is above its threshold; the threshold's gradient by a rectangular kernel (equation 12)."""
+    """1 where an activation is above its threshold; the threshold's gradient by a rectangular kernel."""
 
     @staticmethod
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -103,7 +103,7 @@ class Step(torch.autograd.Function):
 
 
 class JumpReLU(torch.autograd.Function):
-    """An activation where it is above its threshold, else 0; the threshold's gradient by a rectangular kernel (equation 11)."""
+    """An activation where it is above its threshold, else 0; the threshold's gradient by a rectangular kernel."""
 
     @staticmethod
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

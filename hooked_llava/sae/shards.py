@@ -34,7 +34,8 @@ class ShardCache:
 
     Args:
         folder: where they are, or will be; made if it is not there.
-        about: what they are of, in plain values; a folder of other activations is refused.
+        about: what they are of, in plain values, "hooks" among them; a folder of other activations is refused. One that is
+            complete may hold further hooks.
         shard_size: how many activations one file holds, at least.
 
     Raises `InputError` for a folder that holds other activations.
@@ -52,6 +53,8 @@ class ShardCache:
         if index.get("format") != FORMAT:
             raise CheckpointError(f"{self.folder / INDEX} holds format {index.get('format')!r}; expected {FORMAT!r}.")
         held = index["about"]
+        if index["complete"] and set(self.about["hooks"]) <= set(held["hooks"]):
+            held = {**held, "hooks": self.about["hooks"]}  # of the hooks that are there some are read
         if wrong := [name for name in self.about if held.get(name) != self.about[name]]:
             raise InputError(
                 f"cache_dir={str(self.folder)!r} holds activations of another {wrong[0]}: {held.get(wrong[0])!r}, and "

@@ -34,7 +34,8 @@ class TrainingConfig:
         accumulate (int): Batches of the stream in one step.
         aux_weight (float): Weight of the auxiliary loss.
         dead_after (int): A feature is dead if it was active at none of so many activations.
-        sparsity_weight (float): Of (L0 / k - 1)^2, which holds JumpReLU's number of active features at k.
+        sparsity_weight (float): Of (L0 / k - 1)^2, which holds JumpReLU's number of active features at k, where a penalty on L0
+            itself would leave it open.
         bandwidth (float): Width of the kernel of JumpReLU's gradients, and its first thresholds, in units of the root of the
             activations' mean squared norm around the decoder's bias; 0.001 in 2407.14435. Thresholds move by about `lr`
             of themselves in a step, so k is reached late or never where `lr * steps` is small.

@@ -102,7 +102,7 @@ def test_jump_relus_gradients_are_the_papers():
 
 
 def test_the_thresholds_gradient_is_that_of_the_expected_loss():
-    """Averaged over many activations, the estimate is the derivative of the mean of JumpReLU (equation 13 of the paper)."""
+    """Averaged over many activations, the estimate is the derivative of the mean of JumpReLU."""
     pre_acts = torch.rand(400_000, 1, dtype=torch.float64) * 2
     threshold = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     (found,) = torch.autograd.grad(losses.JumpReLU.apply(pre_acts, threshold, 0.1).mean(), threshold)

@@ -155,10 +155,20 @@ def test_a_cache_on_disk_gives_the_same_batches_without_running_the_model(tiny_s
         stream_of(tiny_shapes, pairs()[::-1], **options)
 
 
+def test_a_cache_of_several_hooks_is_read_hook_by_hook(tiny_shapes, tmp_path, monkeypatch):
+    options = {"cache_dir": tmp_path / "acts"}
+    both = list(stream_of(tiny_shapes, hooks=[HOOK, "blocks.0.hook_mlp_out"], **options).with_places())
+    monkeypatch.setattr(ModelSource, "_forward", None)
+    alone = list(stream_of(tiny_shapes, **options).with_places())
+    assert all(torch.equal(a.acts, b.acts[HOOK]) for a, b in zip(alone, both, strict=True))
+    with pytest.raises(InputError, match=r"cache_dir.*hooks.*hook_attn_out"):
+        stream_of(tiny_shapes, hooks="blocks.0.hook_attn_out", **options)
+
+
 def test_a_cache_that_was_interrupted_goes_on_after_its_last_shard(tiny_shapes, tmp_path):
     def filled(name: str, stop_after: int | None) -> tuple[ShardCache, int]:
         stream = stream_of(tiny_shapes, prompts_per_forward=1, prefetch=0)
-        cache, drawn_chunks = ShardCache(tmp_path / name, {"of": "test"}, shard_size=100), 0
+        cache, drawn_chunks = ShardCache(tmp_path / name, {"hooks": [HOOK]}, shard_size=100), 0
 
         def chunks(after):
             nonlocal drawn_chunks
@@ -171,7 +181,7 @@ def test_a_cache_that_was_interrupted_goes_on_after_its_last_shard(tiny_shapes, 
         try:
             cache.fill(chunks, progress=False)
         except KeyboardInterrupt:
-            assert not ShardCache(tmp_path / name, {"of": "test"}).complete
+            assert not ShardCache(tmp_path / name, {"hooks": [HOOK]}).complete
         return cache, drawn_chunks
 
     whole, _ = filled("whole", None)
