@@ -144,7 +144,7 @@ def test_an_edit_changes_what_the_formulas_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.hook_z", "vision.blocks.0.hook_mlp_out", "blocks.2.attn.hook_k"])
-def test_an_edit_with_everything_listening_changes_the_same(name: str) -> None:
+def test_an_edit_with_everything_hooked_changes_the_same(name: str) -> None:
     """The explicit path through scores and results instead of the fused one."""
     ours, edit = models().ours, edit_of(name)
     expected = models().slow.run(**padded_prompt(), edits={name: edit})

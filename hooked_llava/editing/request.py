@@ -13,7 +13,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import ImagesLike, InputsLike
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_tokens import one_answer
-from hooked_llava.replay.state import refuse_listeners
+from hooked_llava.replay.state import refuse_attached_functions
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def listed_requests(model: HookedLLaVA, requests: Requests) -> list[EditRequest]
     listed = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not listed:
         raise InputError("There is no request; give at least one EditRequest.")
-    refuse_listeners(model, "an edit is computed on the model as it is. Remove them first (model.reset_hooks()).")
+    refuse_attached_functions(
+        model, "an edit is computed on the model as it is. Remove them first (model.reset_hooks())."
+    )
     return listed
 
 

@@ -79,14 +79,14 @@ class AttachedSAE:
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The activation with its features and its error as functions on the hooks leave them."""
-        if self.keep_error and not any(point.listening for point in self.points):
+        if self.keep_error and not any(point.hooked for point in self.points):
             return x
         flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
         vectors = flat.to(self.sae.b_dec.dtype)
         pre = self.sae.pre_acts(vectors)
         new_pre = self.hook_sae_pre(pre)
         chosen = self.sae.choose(new_pre)
-        if not (self.keep_error or self.hook_sae_acts.listening or self.hook_sae_error.listening):
+        if not (self.keep_error or self.hook_sae_acts.hooked or self.hook_sae_error.hooked):
             return self.sae.decode(chosen).to(x.dtype).view_as(x)
         features = chosen if new_pre is pre else self.sae.choose(pre)
         acts = self.sae.dense(features)  # (..., d_sae)

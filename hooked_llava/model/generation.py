@@ -182,7 +182,7 @@ def _decode(
             seen = None if mask is None else mask[:, : kv_cache.length + resid.shape[1]]
             resid = language(resid, model.context(resid, seen, position_ids, kv_cache))
             kv_cache.advance(resid.shape[1])
-            ends = resid if _is_heard_at_the_end(language) else resid[:, -1:]  # other logits only for listeners
+            ends = resid if _is_heard_at_the_end(language) else resid[:, -1:]  # other logits only where hooks want them
             logits = language.to_logits(ends)[:, -1]  # (batch, d_vocab)
         picked = sampling.pick(logits)
         new_tokens[:, step] = torch.where(stop.ended, stop.filler, picked)
@@ -309,7 +309,7 @@ def _check_placed(hooks: Sequence[PromptHook], prompt: Inputs, hook_phase: str) 
 
 def _is_heard_at_the_end(language: LanguageTower) -> bool:
     norm = language.ln_final
-    return any(point.listening for point in (norm.hook_scale, norm.hook_normalized, language.hook_logits))
+    return any(point.hooked for point in (norm.hook_scale, norm.hook_normalized, language.hook_logits))
 
 
 def _eos_token_ids(model: HookedModule) -> tuple[int, ...]:

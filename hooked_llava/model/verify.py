@@ -187,7 +187,7 @@ def _block_taps(prefix: str, blocks: Any) -> dict[str, _Tap]:
 
 
 def _hf_activations(hf_model: PreTrainedModel, inputs: Inputs, taps: dict[str, _Tap]) -> dict[str, Tensor]:
-    """One forward pass of the Hugging Face model, listened to at the taps.
+    """One forward pass of the Hugging Face model, hooked at the taps.
 
     Not `output_hidden_states`: there the last state of the language tower is the one after the final norm.
     """
@@ -201,13 +201,13 @@ def _hf_activations(hf_model: PreTrainedModel, inputs: Inputs, taps: dict[str, _
     if inputs.pixel_values is not None:
         takes = llava_kind(hf_model.config.model_type).image_fields  # its vision tower casts pixels
         fields |= {name: value.to(device) for name, value in inputs.image_fields.items() if name in takes}
-    with _listening(taps) as heard, torch.no_grad():
+    with _hooked(taps) as heard, torch.no_grad():
         hf_model(**fields, use_cache=False)
     return {hook: heard[hook] for hook in taps}
 
 
 @contextmanager
-def _listening(taps: dict[str, _Tap]) -> Iterator[dict[str, Tensor]]:
+def _hooked(taps: dict[str, _Tap]) -> Iterator[dict[str, Tensor]]:
     heard: dict[str, Tensor] = {}
 
     def keeper(hook: str) -> Callable[..., None]:

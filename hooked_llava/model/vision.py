@@ -57,7 +57,7 @@ class VisionTower(nn.Module):
         patches = self.hook_patch_embed(start_graph(patches))  # (tile, patch, d_model)
         n_tiles = patches.shape[0]
         positions = self.pos_embed.weight.expand(n_tiles, -1, -1)
-        if self.hook_pos_embed.listening:
+        if self.hook_pos_embed.hooked:
             positions = positions.clone()  # what a hook keeps must not be the weights themselves
         positions = self.hook_pos_embed(start_graph(positions))  # (tile, pos, d_model)
         if self.class_embed is not None:

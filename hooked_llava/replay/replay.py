@@ -35,7 +35,7 @@ from hooked_llava.replay.kept_run import keep
 from hooked_llava.replay.layer_pass import recordable, recorded
 from hooked_llava.replay.plan import PlannedRun, plan_run
 from hooked_llava.replay.reference_mean import with_means
-from hooked_llava.replay.state import IN_A_RERUN, ReplayState, Work, refuse_listeners
+from hooked_llava.replay.state import IN_A_RERUN, ReplayState, Work, refuse_attached_functions
 from hooked_llava.replay.sweep import Sweep
 
 Runs: TypeAlias = Sequence[Intervention | Sequence[Intervention]]
@@ -71,7 +71,7 @@ class Replay(ReplayState):
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
         prompts = model.as_inputs(inputs)
-        refuse_listeners(model, IN_A_RERUN)
+        refuse_attached_functions(model, IN_A_RERUN)
         super().__init__(model, prompts, keep(model, prompts, dtype=dtype, device=device))
         self._images_changed = False
 

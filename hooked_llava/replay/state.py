@@ -76,7 +76,7 @@ class ReplayState:
 
     def check_fresh(self) -> None:
         """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
-        refuse_listeners(self.model, IN_A_RERUN, StaleReplayError)
+        refuse_attached_functions(self.model, IN_A_RERUN, StaleReplayError)
         if weights_version(self.model) != self._weights:
             raise StaleReplayError(
                 "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
@@ -103,7 +103,7 @@ class ReplayState:
         return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
 
 
-def refuse_listeners(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
+def refuse_attached_functions(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
     """Raise, saying why, if functions are attached to any part of the model."""
     modules = {name.removeprefix("language."): module for name, module in model.named_modules()}
     names = [name for name, module in {**modules, **model.hook_dict}.items() if has_functions(module)]

@@ -38,7 +38,7 @@ def test_only_one_positions_logits_are_computed() -> None:
 
 def test_more_words_than_there_are_is_refused_before_anything_runs() -> None:
     models, fired = pair(), []
-    listening = models.ours.hooks([("hook_embed", lambda x, hook: fired.append(hook))])
-    with listening, pytest.raises(InputError, match="k=100 words; expected 1 to 99"):
+    hooked = models.ours.hooks([("hook_embed", lambda x, hook: fired.append(hook))])
+    with hooked, pytest.raises(InputError, match="k=100 words; expected 1 to 99"):
         next_tokens(models.ours, models.prompt(), k=100)
     assert not fired

@@ -116,7 +116,7 @@ LISTENERS = ["attn_scores", "pattern", "result", "q_input", "k_input", "v_input"
 
 @pytest.mark.parametrize("names", LISTENERS, ids=str)
 @pytest.mark.parametrize("geometry", ["grouped", "biases"])
-def test_listening_changes_no_logit_beyond_rounding(geometry: str, names: str | None) -> None:
+def test_hooking_changes_no_logit_beyond_rounding(geometry: str, names: str | None) -> None:
     models = pair(geometry)
     prompt = batch([models.prompt(n_text=3), models.prompt(n_text=8, n_images=2)], "left")
     listened = [names, f"vision.{names}"] if names else None

@@ -26,7 +26,7 @@ Z = "blocks.1.attn.hook_z"
 def clean(model: HookedLLaVA) -> bool:
     """Whether nothing is attached, and nothing remembered of any prompt."""
     points = model.hook_dict.values()
-    return not model._prompt_hooks and not any(p.listening or p.fwd_hooks for p in points)
+    return not model._prompt_hooks and not any(p.hooked or p.fwd_hooks for p in points)
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -40,8 +40,8 @@ def test_a_table_leaves_out_positions_that_a_row_does_not_hold() -> None:
 def test_hooks_are_gone_after_the_block_exceptions_included() -> None:
     model, (edits, _) = pair().ours, edits_at(0)
     with edited(model, edits):
-        assert model.hook_dict["blocks.1.hook_mlp_out"].listening
-    assert not any(point.listening for point in model.hook_dict.values())
+        assert model.hook_dict["blocks.1.hook_mlp_out"].hooked
+    assert not any(point.hooked for point in model.hook_dict.values())
     with pytest.raises(ZeroDivisionError), edited(model, edits):
         _ = 1 / 0
-    assert not any(point.listening for point in model.hook_dict.values())
+    assert not any(point.hooked for point in model.hook_dict.values())

@@ -167,7 +167,7 @@ class Attention(nn.Module):
             q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
             k = self.hook_rot_k(rotate(k, context.rotation))
         z = self.hook_z(self.attend(q, k, v, context))  # (batch, query, head, d_head)
-        if self.hook_result.listening:
+        if self.hook_result.hooked:
             result = self.hook_result(einsum("b p h d, h d m -> b p h m", z, self.W_O))
             return result.sum(2) if self.output.bias is None else result.sum(2) + self.output.bias
         return self.output(z.flatten(2))
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], pre_norm: PreNorm
     ) -> Float[Tensor, "batch pos any_head d_head"]:
         """Queries, keys or values of all heads; if the input is hooked, each head reads its own copy."""
-        if not hook_input.listening:
+        if not hook_input.hooked:
             return linear(x).unflatten(-1, (-1, self.cfg.d_head))
         resid, norm = pre_norm
         weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         if context.kv_cache is not None:
             k, v = context.kv_cache.append(self.layer, k, v)
         needs_gradients = context.prefix is not None and torch.is_grad_enabled()  # `attend_with_prefix` has none
-        if self.hook_attn_scores.listening or self.hook_pattern.listening or needs_gradients:
+        if self.hook_attn_scores.hooked or self.hook_pattern.hooked or needs_gradients:
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
         if context.prefix is not None:
             allowed = context.allowed_after_prefix(k.shape[2], k.device)

@@ -77,7 +77,7 @@ class HookPoint(tl_hook_points.HookPoint):
         return x if self.then is None else self.then(x)
 
     @property
-    def listening(self) -> bool:
+    def hooked(self) -> bool:
         """Whether the activation is hooked: by functions, forward or backward, or by an autoencoder."""
         return self.then is not None or has_functions(self)
 

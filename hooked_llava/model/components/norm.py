@@ -41,7 +41,7 @@ class _Norm(nn.Module, ABC):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Normalize the last axis; the statistics are taken in float32 at least."""
-        if not (self.hook_scale.listening or self.hook_normalized.listening):
+        if not (self.hook_scale.hooked or self.hook_normalized.hooked):
             return self.fused(x)
         scale = self.hook_scale(self.scale_of(x))  # (batch, pos, 1)
         normalized = self.hook_normalized(

@@ -30,9 +30,9 @@ def test_without_functions_it_is_the_identity_and_nobody_listens() -> None:
     x = torch.randn(2, 3)
     empty = point()
     assert empty(x) is x
-    assert not empty.listening
-    assert point(plus_one_in_place).listening
-    assert point(plus_one_in_place, direction="bwd").listening
+    assert not empty.hooked
+    assert point(plus_one_in_place).hooked
+    assert point(plus_one_in_place, direction="bwd").hooked
 
 
 def test_a_write_in_place_takes_effect_and_leaves_what_was_given_alone() -> None:
@@ -128,7 +128,7 @@ def test_the_handle_holds_the_users_own_function() -> None:
     made = point(plus_one_in_place)
     assert made.fwd_hooks[0].user_hook is plus_one_in_place
     made.remove_hooks()
-    assert not made.listening
+    assert not made.hooked
 
 
 def test_backward_functions_read_and_replace_gradients() -> None:
