@@ -29,6 +29,7 @@ from benchmarks import (
     patch_importance,
     patching,
     sae_stream,
+    steering,
     top_heads,
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
@@ -140,6 +141,11 @@ def streams(report: Report) -> list[str]:
     return [sae_stream.table(report)]
 
 
+def steered(report: Report) -> list[str]:
+    """What steered generation costs, and attribution to features."""
+    return [table for geometry, found in report["geometries"].items() for table in steering.tables(found, geometry)]
+
+
 def importance(report: Report) -> list[str]:
     """Patch maps against the truth, and signs of wrong answers."""
     checkpoints, against = report["checkpoints"], report["against_mean_attention"]
@@ -177,6 +183,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "patching": {"patching": sweeps},
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
     "streaming": {"sae_stream": streams},
+    "steering": {"steering": steered},
     "importance": {"patch_importance": importance, "top_heads": ablations},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from transformers.utils import logging
 
-from benchmarks import _maps, editing, hook_overhead, patch_importance, patching, sae_stream
+from benchmarks import _maps, editing, hook_overhead, patch_importance, patching, sae_stream, steering
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
@@ -328,6 +328,15 @@ def test_a_worker_answers_with_its_last_line(tmp_path: Path, monkeypatch: pytest
 def test_failing_worker_shows_what_it_said() -> None:
     with pytest.raises(RuntimeError, match="No module named"):
         measure.in_fresh_process("not_there", 1)
+
+
+@pytest.mark.slow
+def test_steering_reports_generation_and_attribution(run: Run, tmp_path: Path) -> None:
+    found = run("steering", tmp_path / "report.json")["geometries"]["quick"]
+    assert list(found["rows"]) == ["6 tokens, steered", "6 tokens, not steered"]
+    assert all(row.keys() == {measure.BASELINE, measure.OURS} for row in found["rows"].values())
+    assert found["attribution"][steering.FORWARD]["ratio"] == 1.0
+    assert found["attribution"][steering.GRADIENT]["ratio"] > 0
 
 
 def test_sae_stream_reports_costs_and_memory(run: Run, tmp_path: Path) -> None:

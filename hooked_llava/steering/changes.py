@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -50,8 +51,13 @@ class VectorChange:
 
     def _along(self, x: Float[Tensor, "position d"]) -> Float[Tensor, "position d"]:
         """What of the vectors lies in the span of the directions."""
-        basis = torch.linalg.qr(at_least_float32(self.directions).to(x).T).Q  # (d, direction)
+        basis = self._basis.to(x)
         return x @ basis @ basis.T
+
+    @cached_property
+    def _basis(self) -> Float[Tensor, "d direction"]:
+        """Orthonormal vectors that span the directions."""
+        return torch.linalg.qr(at_least_float32(self.directions).T).Q
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +78,18 @@ class FeatureClamp:
     def __call__(self, cut: Float[Tensor, "position ..."]) -> Float[Tensor, "position ..."]:
         """The activation with what these features write changed, and nothing else."""
         x = cut.flatten(1).to(self.sae.b_dec.dtype)
-        chosen = torch.tensor(list(self.values), device=x.device)
-        wanted = torch.tensor(list(self.values.values()), device=x.device, dtype=x.dtype)
+        chosen, wanted, rows = self._chosen
         parts = []
         for part in encoded_in_parts(self.sae, x):
             is_chosen = part.indices[..., None] == chosen  # (position, active, chosen)
             now = (part.values[..., None] * is_chosen).sum(1)
-            parts.append((wanted - now) @ self.sae.W_dec[chosen])
+            parts.append((wanted - now) @ rows)
         return cut + torch.cat(parts).to(cut.dtype).view_as(cut)
+
+    @cached_property
+    def _chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The features, their values, and what they write, on the autoencoder's device: put there once."""
+        rows = self.sae.W_dec.detach()
+        chosen = torch.tensor(list(self.values), device=rows.device)
+        wanted = torch.tensor(list(self.values.values()), device=rows.device, dtype=rows.dtype)
+        return chosen, wanted, rows[chosen]
