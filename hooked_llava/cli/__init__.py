@@ -1,8 +1,8 @@
 """The command `hooked-llava`: ask a model about images, explain its answers, and check it against Hugging Face.
 
 One file for each command; `command.py` makes a function a command, `common.py` and `options.py` hold what several share,
-and `edit_options.py` and `edit_probes.py` what `edit` takes besides. Everything heavy is imported inside the commands, so
-that `--help` is quick.
+`edit_options.py` and `edit_probes.py` what `edit` takes besides; `sae.py` and `sae_train.py` are the commands of `sae`.
+Everything heavy is imported inside the commands, so that `--help` is quick.
 """
 
 import typer
@@ -12,6 +12,7 @@ from hooked_llava.cli.edit import edit
 from hooked_llava.cli.explain import explain
 from hooked_llava.cli.knockout import knockout
 from hooked_llava.cli.patch import patch
+from hooked_llava.cli.sae import app as sae_app
 from hooked_llava.cli.terminal import examples
 from hooked_llava.cli.trace import trace
 from hooked_llava.cli.verify import verify
@@ -31,5 +32,6 @@ app = typer.Typer(
 # In the order in which --help lists them.
 for _command in (ask, explain, patch, knockout, trace, edit, verify):
     app.command(epilog=_command.epilog)(_command.run)
+app.add_typer(sae_app, name="sae")
 
 __all__ = ["app"]

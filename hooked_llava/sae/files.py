@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_llava.checks import one_of
 from hooked_llava.errors import CheckpointError
-from hooked_llava.loading.embedded import resolve
+from hooked_llava.loading.embedded import EMBEDDED, resolve
 from hooked_llava.sae.autoencoder import WITH_THRESHOLD, Kind, SAEConfig, SparseAutoencoder
 from hooked_llava.storage import read_json, read_safetensors, write_safetensors, written_whole
 
@@ -49,10 +49,10 @@ def load_sae(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> SparseAutoencoder:
-    """Read a sparse autoencoder that sparsify, SAELens or `save_sae` wrote, from a folder or from the hub.
+    """Read a sparse autoencoder that sparsify, SAELens or `save_sae` wrote, from the package, a folder or the hub.
 
     Args:
-        name: the folder, or the hub's owner/name.
+        name: "tiny-shapes" for the one that comes with the package; the folder; or the hub's owner/name.
         hookpoint: the folder inside it, such as "model.layers.24"; sparsify keeps one for each hook.
         device: where the weights go.
         dtype: of the weights; as stored by default.
@@ -67,10 +67,13 @@ def load_sae(
     within = f"{hookpoint}/" if hookpoint else ""
     files = [within + file for file in (CONFIG, *WEIGHTS.values())]
     folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir, files=files) / within
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if hookpoint is None and name in EMBEDDED and len(inside) == 1:
+        folder = inside[0]
     found: list[FileFormat] = [kind for kind, file in WEIGHTS.items() if (folder / file).is_file()]
     if not (folder / CONFIG).is_file() or not found:
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f" Its folders {inside} do: give hookpoint= one of them." if inside else ""
+        names = [path.name for path in inside]
+        hint = f" Its folders {names} do: give hookpoint= one of them." if inside else ""
         raise CheckpointError(
             f"{folder} holds no sparse autoencoder; expected {CONFIG} and {' or '.join(WEIGHTS.values())}.{hint}"
         )

@@ -22,6 +22,7 @@ from hooked_llava.prompt.prepare import InputsLike, PromptsLike
 from hooked_llava.readout.answer import AnswerReading, answer_is_said, read_answer
 from hooked_llava.readout.answer_tokens import Target
 from hooked_llava.readout.metrics import kl_divergence
+from hooked_llava.readout.vocabulary import decode_tokens
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
 from hooked_llava.results.provenance import provenance
@@ -60,10 +61,11 @@ def steering_sweep(
         seed: of what is drawn at random.
         how: hook, positions, phases, mode and sae, as for `steer`. phases="decode" needs an answer of several tokens.
 
-    Returns `log_probability` and `said` (whether each token of the answer is the most probable) [steered_by, strength, prompt],
-    and with `others` `other_kl`, KL(unsteered || steered) of the next token in nats, and `other_changed`, whether another is
-    the most probable, [steered_by, strength, other]. `steered_by` is "steered" and the controls. `unsteered` holds
-    log P without any steering. Raises `InputError` for controls that cannot be had, and as `steer` and `read_answer`.
+    Returns `log_probability`, `said` (whether each token of the answer is the most probable) and `first_token` (the most
+    probable one after the prompt) [steered_by, strength, prompt], and with `others` `other_kl`, KL(unsteered || steered) of the
+    next token in nats, and `other_changed`, whether another is the most probable, [steered_by, strength, other]. `steered_by`
+    is "steered" and the controls. `unsteered` holds log P without any steering. Raises `InputError` for controls that cannot
+    be had, and as `steer` and `read_answer`.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> star, ring = (model.prepare(f"Who made the {shape}?") for shape in ("star", "ring"))
@@ -105,6 +107,10 @@ def _measured(
         "log_probability": by_cell(reading.log_probability(logits), "prompt"),
         "said": by_cell(answer_is_said(logits, reading.ids), "prompt"),
         "unsteered": ("prompt", to_numpy(reading.log_probability(unsteered))),
+        "first_token": (
+            ("steered_by", "strength", "prompt"),
+            decode_tokens(model, logits[:, :, 0].argmax(-1)).reshape(len(ways), -1, len(reading.inputs)),
+        ),
     }
     if others is not None:
         there, before, further = _replayed(model, others, cells, "last")

@@ -24,6 +24,7 @@ from hooked_llava.viz.figures.positions import layer_position_map, layer_positio
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
+from hooked_llava.viz.pages.features import FeaturePage, attribution_page, steering_page
 from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
 from hooked_llava.viz.pages.trace import TracePage, trace_page
@@ -32,6 +33,7 @@ __all__ = [
     "answer_curve",
     "answer_shift",
     "as_the_model_sees_it",
+    "attribution_page",
     "by_patch",
     "cell_map",
     "cell_maps",
@@ -44,6 +46,7 @@ __all__ = [
     "EditPage",
     "explain",
     "feature_overlays",
+    "FeaturePage",
     "knockout_curves",
     "knockout_page",
     "KnockoutPage",
@@ -62,6 +65,7 @@ __all__ = [
     "probe_bars",
     "Report",
     "role_curves",
+    "steering_page",
     "study_page",
     "top_bars",
     "trace_maps",

@@ -46,6 +46,23 @@ CASES = {
     "a layer out of range": (("edit", FACT, "-t", "Boris", "--layer", "99"), r"99.*0\.\.5"),
     "a layer that is no number": (("edit", FACT, "-t", "Boris", "--layer", "three"), "--layer three.*number"),
     "a position nowhere": (("edit", FACT, "-t", "Boris", "--layer", "3", "--position", "no"), "'no'.*question"),
+    "no feature": (("sae", "steer", *DEMO), "no feature.*--feature 12=8"),
+    "half a feature": (("sae", "steer", *DEMO, "--feature", "12"), "--feature 12.*N=VALUE"),
+    "a feature that is not there": (("sae", "steer", *DEMO, "--feature", "99999=1"), "feature=99999"),
+    "strengths in words": (("sae", "steer", *DEMO, "--feature", "1=1", "--strengths", "a,b"), "--strengths a,b.*0,1,2"),
+    "an unknown mode": (("sae", "steer", *DEMO, "--feature", "1=1", "--mode", "push"), "--mode.*push.*clamp"),
+    "a missing autoencoder": (("sae", "attribute", *DEMO, "--sae", "{folder}"), r"no sparse autoencoder.*cfg\.json"),
+    "an unknown attribution": (("sae", "attribute", *DEMO, "--method", "lrp"), "--method.*lrp.*gradient"),
+    "an output nowhere for features": (("sae", "attribute", *DEMO, "-o", "{folder}/no/x.html"), "--output.*folder"),
+    "features to nowhere": (("sae", "train", "--out", "{folder}/no/sae"), "--out .*no/sae.*folder"),
+    "a folder without questions": (("sae", "train", "--images", "{folder}"), "no questions.*--question"),
+    "a folder without images": (
+        ("sae", "train", "--images", "{folder}/none", "--question", "What?"),
+        "holds no images",
+    ),
+    "a question without images": (("sae", "train", "--question", "What?"), "--question.*--images FOLDER"),
+    "a table that is not there": (("sae", "train", "--dataset", "none.csv"), r"none\.csv.*CSV"),
+    "an unknown kind": (("sae", "train", "--kind", "gated"), "--kind.*gated.*topk"),
     "an empty target": (("edit", FACT, "-t", ""), "target.*--target"),
 }
 
@@ -71,7 +88,7 @@ def test_bad_input_gets_an_answer_that_says_what_to_do(case, folder, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["ask", "explain", "patch", "knockout", "trace", "edit", "verify"])
+@pytest.mark.parametrize("command", ["ask", "explain", "patch", "knockout", "trace", "edit", "sae", "verify"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

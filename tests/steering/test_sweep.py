@@ -146,3 +146,18 @@ def test_what_cannot_be_is_refused(model, inputs, sae):
             given = {"strengths": [1.0], **wrong}
             with pytest.raises(InputError, match=says):
                 steering_sweep(model, inputs, direction, given.pop("strengths"), hook=("resid_post", 1), **given)
+
+
+def test_the_first_token_is_the_most_probable_under_each_steering():
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    inputs = model.prepare(["Who made the star?", "Who made the ring?"])
+    there: dict[str, Any] = {"hook": ("resid_post", 2), "positions": "last"}
+    direction = mean_difference(
+        model, model.prepare("Who made the ring?"), model.prepare("Who made the star?"), **there
+    )
+    sweep = steering_sweep(model, inputs, direction, [0, 2], **there)
+    assert sweep.first_token.dims == ("steered_by", "strength", "prompt")
+    for strength in (0, 2):
+        with steer(model, direction, strength=strength, **there):
+            said = [model.tokenizer.decode([i]) for i in model(inputs)[:, -1].argmax(-1).tolist()]
+        assert sweep.first_token.sel(steered_by="steered", strength=strength).values.tolist() == said
