@@ -50,7 +50,7 @@ from benchmarks._sweeps import (
     z,
 )
 from hooked_llava.analysis import attribution_patching
-from hooked_llava.model.cache_hooks import positions_of
+from hooked_llava.prompt.where import positions_of
 from hooked_llava.replay import Replay
 
 ROWS = {

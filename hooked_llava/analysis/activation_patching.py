@@ -22,8 +22,8 @@ from hooked_llava.checks import as_indices
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.options.directions import Direction, check_direction
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
@@ -62,7 +62,7 @@ def activation_patching(
     heads: Each = "each",
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
-    logit_positions: Positions = "last",
+    logit_positions: PositionsLike = "last",
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """The metric with one activation taken from the other prompt, by layer, position and head as the hook has them.
@@ -123,7 +123,7 @@ def _one_pair(
     axes: _Axes,
     *,
     direction: Direction,
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     batch_size: int | None,
     asked: dict[str, Any],
 ) -> xr.DataArray:

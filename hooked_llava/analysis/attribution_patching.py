@@ -23,9 +23,9 @@ from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.options.directions import Direction, check_direction
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.results.arrays import check_sizes, position_coords, stack, to_numpy
@@ -52,7 +52,7 @@ def attribution_patching(
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
-    logit_positions: Positions = "last",
+    logit_positions: PositionsLike = "last",
 ) -> xr.Dataset:
     """First-order estimate of `activation_patching` at every layer and position (and head) of several hooks.
 
@@ -109,7 +109,7 @@ def edge_attribution(
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
     steps: int = 0,
-    logit_positions: Positions = "last",
+    logit_positions: PositionsLike = "last",
 ) -> xr.Dataset:
     """First-order estimate of `path_patching` between every sender and every receiver.
 
@@ -199,7 +199,7 @@ def _each_pair(
     estimate: Callable[[Inputs, Activations, _Run, Metric], xr.Dataset],
     direction: Direction,
     steps: int,
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     *,
     analysis: str,
     **about: Any,
@@ -234,7 +234,7 @@ def _along_path(
     start: Tensor,
     end: Tensor,
     names: list[str],
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     steps: int,
 ) -> Iterator[_Run]:
     """Runs at the midpoints of equal parts of the line between two embeddings."""
@@ -247,7 +247,7 @@ def _run(
     inputs: Inputs,
     embedding: Tensor,
     names: list[str],
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     *,
     graph: bool = False,
 ) -> _Run:

@@ -28,10 +28,9 @@ from hooked_llava.experiments.corruptions import (
     find_constraints,
 )
 from hooked_llava.experiments.windows import centred_window, released_window, widest_window
-from hooked_llava.model.cache_hooks import Positions as Where
-from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer import AnswerReading, read_answer
 from hooked_llava.readout.answer_tokens import AnswerLike
 from hooked_llava.readout.metric_names import about_metric
@@ -89,7 +88,7 @@ def causal_trace(
     window: int = 1,
     window_reading: WindowReading = "centred",
     layers: int | Sequence[int] | None = None,
-    positions: Where | None = None,
+    positions: PositionsLike | None = None,
     answer: AnswerLike | None = None,
     metric: Metric | None = None,
     batch_size: int | None = None,
@@ -272,7 +271,7 @@ def _plan(
     kinds: Sequence[str],
     window: tuple[int, str],
     layers: int | Sequence[int] | None,
-    positions: Where | None,
+    positions: PositionsLike | None,
 ) -> _Plan:
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds or set(kinds) - set(TRACE_KINDS):

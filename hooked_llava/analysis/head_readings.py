@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, Target, cache_answer, read_target
 from hooked_llava.readout.head_outputs import head_outputs
 from hooked_llava.readout.lens import Space, check_spaces, project
@@ -40,7 +40,7 @@ def head_readings(
     head: int,
     target: Target = None,
     *,
-    positions: Positions | int | None = None,
+    positions: PositionsLike | int | None = None,
     top: int = 6,
     k: int = 10,
     space: Space = "unembed",
@@ -129,7 +129,7 @@ def attention_to_object(
     model: HookedLLaVA,
     same: InputsLike,
     other: InputsLike,
-    positions: Positions,
+    positions: PositionsLike,
     *,
     heads: list[tuple[int, int]] | None = None,
 ) -> xr.DataArray:
@@ -175,7 +175,7 @@ def attention_to_object(
         return found.assign_coords(layer_head=named)
 
 
-def _mass(model: HookedLLaVA, prompts: Inputs, positions: Positions) -> Float[Tensor, "layer head"]:
+def _mass(model: HookedLLaVA, prompts: Inputs, positions: PositionsLike) -> Float[Tensor, "layer head"]:
     """Attention from the answer's position to the object's, averaged over prompts."""
     cache = cache_answer(model, prompts, parts=("pattern",))
     total = []

@@ -26,7 +26,7 @@ from hooked_llava.analysis.maps.scores import (
     score_positions,
 )
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer import unwrap_single
 from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of, split_prompts
 from hooked_llava.results.arrays import position_coords, stack, to_numpy
@@ -100,7 +100,7 @@ def position_scores(
     target: Target = None,
     *,
     heads: Heads = 1,
-    positions: Positions | None = None,
+    positions: PositionsLike | None = None,
 ) -> xr.Dataset:
     """What the heads bring from every position: `score`, S of A v W_O, and `attention`, [head, position].
 
@@ -133,7 +133,7 @@ def position_scores(
 
 
 def _positions_of(
-    model: HookedLLaVA, inputs: Inputs | AnswerCache, target: Target, heads: Heads, positions: Positions | None
+    model: HookedLLaVA, inputs: Inputs | AnswerCache, target: Target, heads: Heads, positions: PositionsLike | None
 ) -> xr.Dataset:
     prompt, named = prompts_of(model, inputs), slice(None) if positions is None else positions
     index = resolve_positions(named, prompt)
@@ -199,7 +199,9 @@ def head_overlap(first: Iterable[tuple[int, int]], second: Iterable[tuple[int, i
     return len(one & other) / len(one)
 
 
-def heads_by_attention(model: HookedLLaVA, inputs: InputsLike | AnswerCache, span: Positions = "image") -> xr.DataArray:
+def heads_by_attention(
+    model: HookedLLaVA, inputs: InputsLike | AnswerCache, span: PositionsLike = "image"
+) -> xr.DataArray:
     """Attention of every head from the answer's position to a span, [layer, head]: the other way to rank heads.
 
     Of several prompts each has a span of its own length, and a first axis prompt comes before. A `AnswerCache` may stand in

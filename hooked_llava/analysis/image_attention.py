@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.results.image_axes import ImageAxes, take
 from hooked_llava.results.provenance import provenance
 

@@ -24,7 +24,7 @@ from hooked_llava.analysis.maps.scores import (
     named_heads,
 )
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, prompts_of, split_prompts
 from hooked_llava.readout.answer_tokens import per_prompt, single_token
 from hooked_llava.readout.head_outputs import head_outputs
@@ -49,7 +49,7 @@ def information_storage(
     correct: Words,
     distractor: Words,
     *,
-    positions: Positions | None = None,
+    positions: PositionsLike | None = None,
     top: int | None = None,
     heads: Heads = 1,
     spaces: Sequence[Space] = ("unembed", "embed"),
@@ -126,7 +126,7 @@ def _one_prompt(
     model: HookedLLaVA,
     inputs: Inputs | AnswerCache,
     ids: tuple[int, int],
-    positions: Positions | None,
+    positions: PositionsLike | None,
     top: int | None,
     heads: Heads,
     spaces: Sequence[Space],

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import caching_hook, resolve_positions
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.head_outputs import head_outputs_along

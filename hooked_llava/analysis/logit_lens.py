@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
 from hooked_llava.readout.lens import Lens, lens, top_tokens
 from hooked_llava.readout.vocabulary import check_k
@@ -34,7 +34,7 @@ def logit_lens(
     model: HookedLLaVA,
     inputs: InputsLike,
     *,
-    positions: Positions = "last",
+    positions: PositionsLike = "last",
     norm: Lens = "final",
     answers: Sequence[str | int] | None = None,
     k: int = 5,
@@ -82,7 +82,7 @@ def logit_lens(
 def _one_prompt(
     model: HookedLLaVA,
     prompt: Inputs,
-    positions: Positions,
+    positions: PositionsLike,
     norm: Lens,
     answers: list[tuple[str, int]],
     k: int,

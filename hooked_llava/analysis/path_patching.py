@@ -21,8 +21,8 @@ from hooked_llava.checks import as_indices, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.options.directions import Direction, check_direction
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
 from hooked_llava.replay.intervention import Intervention
@@ -56,10 +56,10 @@ def path_patching(
     *,
     receivers: Receiver | Sequence[Receiver] = ("logits",),
     senders: Senders = "heads",
-    positions: Positions | None = None,
+    positions: PositionsLike | None = None,
     metric: Metric | Sequence[Metric] | None = None,
     direction: Direction = "denoise",
-    logit_positions: Positions = "last",
+    logit_positions: PositionsLike = "last",
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """The metric when one sender's output, as one receiver alone reads it, is taken from the other prompt.
@@ -109,9 +109,9 @@ def _one_pair(
     targets: list[_Target],
     *,
     senders: Senders,
-    positions: Positions | None,
+    positions: PositionsLike | None,
     direction: Direction,
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     batch_size: int | None,
 ) -> xr.DataArray:
     source, base = source_and_base(clean, corrupted, direction)

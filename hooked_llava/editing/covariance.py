@@ -16,10 +16,10 @@ from torch import Tensor
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.editing import weight_records
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
 from hooked_llava.prompt.prepare import InputsLike
+from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.storage import read_tensors, write_tensors
 
 _FORMAT = "hooked_llava.key_covariance.v2"

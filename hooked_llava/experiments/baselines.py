@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.directions import Direction
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metric_names import about_metric
 from hooked_llava.readout.metrics import Metric, measured, own_answers, value_of
 
@@ -30,7 +30,7 @@ def source_and_base(clean: T, corrupted: T, direction: Direction) -> tuple[T, T]
 def check_metrics(
     model: HookedLLaVA,
     pairs: Sequence[tuple[Inputs, Inputs, Metric | None]],
-    logit_positions: Positions,
+    logit_positions: PositionsLike,
     *,
     swept: bool = True,
 ) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 from hooked_llava.architecture.layouts import BASE, FINE
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.spans import BY_OBJECT, NEWLINES, split_edge, split_expression
 from hooked_llava.prompt.token_map import SPANS, TokenMap
+from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.replay.intervention import Intervention
 
 OneEdge = str | tuple[Where, Where]

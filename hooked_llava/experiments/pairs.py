@@ -17,11 +17,11 @@ from hooked_llava.architecture.boxes import BoxLike, checked_box
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, same_positions
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where, resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.pixels import process_images
+from hooked_llava.prompt.where import Where, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means

@@ -22,7 +22,7 @@ from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, check_sae
 from hooked_llava.model.cache import LLaVACache
-from hooked_llava.model.cache_hooks import Positions, caching_hook, resolve_positions, shared_spans, tensor_bytes
+from hooked_llava.model.cache_hooks import caching_hook, shared_spans, tensor_bytes
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint, has_functions
 from hooked_llava.model.components.kv_cache import KVCache
@@ -33,6 +33,7 @@ from hooked_llava.model.tl_protocol import TransformerLensSurface
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 
 
 class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
@@ -216,7 +217,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         *,
         names_filter: NamesFilter = None,
         fwd_hooks: Sequence[Any] = (),
-        positions: Positions | None = None,
+        positions: PositionsLike | None = None,
         device: torch.device | str | None = None,
         incl_bwd: bool = False,
         metric: Callable[[Tensor], Tensor] | None = None,
@@ -281,7 +282,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         return super().get_caching_hooks(lambda name: name in names, *args, **kwargs)
 
     def cache_size(
-        self, inputs: InputsLike, names_filter: NamesFilter = None, positions: Positions | None = None
+        self, inputs: InputsLike, names_filter: NamesFilter = None, positions: PositionsLike | None = None
     ) -> int:
         """Bytes that `run_with_cache` would keep, without running the model (neighbours that share storage counted each).
 

@@ -14,10 +14,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import HookEntry, Phase, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.replay.binding import bind, check_operand
 from hooked_llava.replay.bound import BoundIntervention
 from hooked_llava.replay.intervention import Intervention

@@ -8,11 +8,12 @@ from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import Indices, as_index, as_indices, whole_numbers
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where, axis_sizes, positions_of
+from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.replay.bound import POSITION_AXES, BoundIntervention, spread
 from hooked_llava.replay.intervention import SCORES, Intervention
 

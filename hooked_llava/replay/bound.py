@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where
 from hooked_llava.model.components.hook_point import HookPoint, with_hook
+from hooked_llava.prompt.where import Where
 from hooked_llava.replay.intervention import Intervention
 
 POSITION_AXES = ("pos", "query", "patch", "feature")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hooked_llava.checks import Indices, one_of
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where
 from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.prompt.spans import split_edge
+from hooked_llava.prompt.where import Where
 
 ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
 SCORES = "attn.hook_attn_scores"

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook, NamesFilter
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions, caching_hook
+from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.components.attention import AttentionContext
+from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.resid import rows_at
 from hooked_llava.replay.plan import PlannedRun
 from hooked_llava.replay.row_edits import RowEdit, edited
@@ -276,7 +277,7 @@ def recordable(state: ReplayState, names_filter: NamesFilter) -> list[str]:
 
 
 def recorded(
-    state: ReplayState, run: PlannedRun, names: list[str], positions: Positions
+    state: ReplayState, run: PlannedRun, names: list[str], positions: PositionsLike
 ) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
     """Run one run: its logits, and the named activations that were recomputed for it."""
     layer_pass = LayerPass(state, [run], state.wanted(positions), names)

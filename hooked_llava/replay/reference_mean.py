@@ -15,11 +15,11 @@ from transformer_lens import ActivationCache
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_without_original
 from hooked_llava.errors import HookNameError, InputError
-from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike, PromptsLike
+from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.replay.binding import bind, indices, patches_of
 from hooked_llava.replay.intervention import Intervention, comparable
 from hooked_llava.replay.layer_pass import recordable, recorded

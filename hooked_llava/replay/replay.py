@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import InputsLike
+from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.binding import bind
 from hooked_llava.replay.branch import EMBEDDINGS, branched_run
@@ -88,7 +88,7 @@ class Replay(ReplayState):
         """Bytes that are kept."""
         return self.kept.nbytes
 
-    def logits(self, positions: Positions = "last") -> Float[Tensor, "*prompt_position d_vocab"]:
+    def logits(self, positions: PositionsLike = "last") -> Float[Tensor, "*prompt_position d_vocab"]:
         """Logits of the kept run: [d_vocab] for one prompt, [prompt, d_vocab] for a batch, with a position axis unless "last"."""
         return self.shaped(self.kept_logits(positions)[None], positions)[0]
 
@@ -96,7 +96,7 @@ class Replay(ReplayState):
         self,
         runs: Runs,
         metric: Metric | None = None,
-        positions: Positions = "last",
+        positions: PositionsLike = "last",
         batch_size: int | None = None,
         *,
         progress: bool = True,
@@ -121,7 +121,7 @@ class Replay(ReplayState):
         self,
         runs: Runs,
         metric: Metric | None = None,
-        positions: Positions = "last",
+        positions: PositionsLike = "last",
         batch_size: int | None = None,
         *,
         progress: bool = True,
@@ -131,7 +131,7 @@ class Replay(ReplayState):
         return Sweep(self, planned, metric, positions, batch_size, progress=progress)
 
     def run_with_cache(
-        self, runs: Runs, names_filter: NamesFilter, positions: Positions = "last"
+        self, runs: Runs, names_filter: NamesFilter, positions: PositionsLike = "last"
     ) -> tuple[Float[Tensor, "run ..."], list[dict[str, Tensor]]]:
         """Logits, and for each run the activations that were recomputed, by hook name.
 

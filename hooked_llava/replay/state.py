@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.errors import InputError, StaleReplayError
-from hooked_llava.model.cache_hooks import Positions, resolve_positions
 from hooked_llava.model.components.hook_point import has_functions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_version
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.kept_run import KeptRun
@@ -32,8 +32,8 @@ class Work:
 
     Attributes:
         n_layers (int): Language blocks of the model.
-        n_positions (int): Positions of the padded prompts.
-        token_layers (float): Positions times layers that were computed.
+        n_positions (int): PositionsLike of the padded prompts.
+        token_layers (float): PositionsLike times layers that were computed.
         runs (int): Rows that were re-run: runs times prompts.
     """
 
@@ -88,16 +88,16 @@ class ReplayState:
                 "removed since this Replay was made, so its kept run is out of date. Make a new Replay."
             )
 
-    def wanted(self, positions: Positions) -> Int[Tensor, "prompt position"]:
+    def wanted(self, positions: PositionsLike) -> Int[Tensor, "prompt position"]:
         """Absolute positions at which logits are read."""
         return resolve_positions(positions, self.inputs).to(self.inputs.device)
 
     @torch.no_grad()
-    def kept_logits(self, positions: Positions) -> Float[Tensor, "prompt position d_vocab"]:
+    def kept_logits(self, positions: PositionsLike) -> Float[Tensor, "prompt position d_vocab"]:
         """Logits of the kept run, with all axes."""
         return logits_at(self.model, self.kept.entering(self.model.cfg.n_layers), self.wanted(positions))
 
-    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: Positions) -> Tensor:
+    def shaped(self, logits: Float[Tensor, "run prompt position d_vocab"], positions: PositionsLike) -> Tensor:
         """Without the prompt axis for one prompt, and without the position axis for "last"."""
         logits = logits[:, 0] if len(self.inputs) == 1 else logits
         return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hooked_llava.checks import whole_number
-from hooked_llava.model.cache_hooks import Positions
+from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import LayerPass, needs_full_suffix
 from hooked_llava.replay.plan import PlannedRun, batches
@@ -29,7 +29,7 @@ class Sweep:
         state: ReplayState,
         runs: list[PlannedRun],
         metric: Metric | None,
-        positions: Positions,
+        positions: PositionsLike,
         batch_size: int | None,
         *,
         progress: bool,

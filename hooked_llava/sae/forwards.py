@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.model.cache_hooks import Where, positions_of
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.sae.places import places_of
 from hooked_llava.sae.prefetch import prefetched
 from hooked_llava.sae.prompts import Progress, PromptRow, PromptSource

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.cache_hooks import Where
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import PromptsLike
+from hooked_llava.prompt.where import Where
 from hooked_llava.replay.reference_mean import reference_means
 
 

@@ -20,10 +20,11 @@ from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_index, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, place_of_sae
-from hooked_llava.model.cache_hooks import Where, widths
+from hooked_llava.model.cache_hooks import widths
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.options.steering_modes import STEERING_MODES, SteeringMode
+from hooked_llava.prompt.where import Where
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.results.provenance import described
 from hooked_llava.steering.changes import FeatureClamp, VectorChange

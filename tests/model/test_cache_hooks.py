@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_llava.errors import HookNameError, InputError, SpanError
 from hooked_llava.model.cache import LLaVACache
-from hooked_llava.model.cache_hooks import resolve_positions
+from hooked_llava.prompt.where import resolve_positions
 from tests.pairs import as_users_run, batch, off, pair
 
 MODELS = pair("grouped")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_llava.model.cache_hooks import resolve_positions
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.readout.resid import logits_and_activations, logits_at, next_token_logits, resid_by_layer
 from tests.pairs import off, pair
 
