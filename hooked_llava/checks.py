@@ -1,7 +1,8 @@
-"""Checks of arguments: whole numbers within bounds, indices, and names out of a list; the same everywhere."""
+"""Checks of arguments: whole and finite numbers within bounds, indices, and names out of a list; the same everywhere."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex, TypeAlias, TypeGuard, TypeVar, cast
@@ -74,6 +75,24 @@ def whole_numbers(given: Any, what: str, expected: str = "whole numbers") -> lis
             f"{what}={given!r}; expected {expected}. A mask is turned into numbers by mask.nonzero()[:, 0]."
         )
     return [operator.index(entry) for entry in listed]
+
+
+def finite_number(
+    value: Any, what: str, *, least: float = -math.inf, error: type[HookedLLaVAError] = InputError
+) -> float:
+    """A number as a float; raises `error` for NaN, infinite numbers, numbers below `least`, and what is no number.
+
+    >>> finite_number(2, "strength")
+    2.0
+    """
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number) or number < least:
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise error(f"{what}={value!r}; expected a finite number{bound}.")
+    return number
 
 
 def as_index(

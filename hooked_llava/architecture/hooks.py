@@ -326,6 +326,11 @@ class HookTable:
             )
         if parts[:2] == ["vision", "ln_post"]:
             return f"Hook {name!r} does not exist: LLaVA does not use the vision tower's post norm, so it is not run."
+        if name.rpartition(".")[2].startswith("hook_sae_"):
+            return (
+                f"No hook is called {name!r}: no autoencoder is attached there. Attach it by model.attach_sae(...), or a "
+                "steering's by its attached(), and stay inside the block."
+            )
         known = [*self.hooks, *self.aliases, *{full.rpartition("hook_")[2] for full in self.hooks}]
         return (
             f"No hook is called {name!r}.{did_you_mean(name, known)} model.hook_dict lists all {len(self.hooks)} names."

@@ -134,6 +134,8 @@ def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | N
 
 def place_of_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
     """The full name of the hook that an autoencoder fits; raises `InputError` for one of another width, hook or model."""
+    if not isinstance(sae, Autoencoder):
+        raise InputError(f"sae is a {type(sae).__name__}; expected a SparseAutoencoder, such as load_sae gives.")
     trained_on = sae.cfg.hook
     if hook is None and trained_on is None:
         raise InputError("hook=None, and the autoencoder does not say which hook it was trained on; name it.")

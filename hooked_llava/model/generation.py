@@ -72,8 +72,14 @@ class Sampling:
 
 
 @runtime_checkable
+@runtime_checkable
 class Steers(Protocol):
     """What steers a model while it generates; `hooked_llava.steering.Steering` is one."""
+
+    @property
+    def model(self) -> HookedModule:
+        """The model that it was made for."""
+        ...
 
     @property
     def interventions(self) -> Sequence[Any]:
@@ -258,6 +264,11 @@ def _hooks_by_phase(
 ) -> Iterator[dict[str, list[HookEntry]]]:
     """What is attached in each phase, what steers last; inside the block its autoencoders are in the model."""
     several = list(steering) if isinstance(steering, Sequence) else [steering]
+    for one in several:
+        if not isinstance(one, Steers):
+            raise InputError(f"steering= holds a {type(one).__name__}; expected what `steer` returns.")
+        if one.model is not model:
+            raise InputError("steering= was made for another model; make it by `steer` with this one.")
     with ExitStack() as stack:
         for one in several:
             stack.enter_context(one.attached())

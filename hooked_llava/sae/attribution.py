@@ -18,9 +18,9 @@ import torch
 import xarray as xr
 
 from hooked_llava.architecture.hooks import Hook
-from hooked_llava.checks import one_of, whole_number
+from hooked_llava.checks import one_of, whole_number, whole_numbers
 from hooked_llava.errors import InputError
-from hooked_llava.model.attached_sae import Autoencoder, place_of_sae
+from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, place_of_sae
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.attribution_methods import ATTRIBUTION_METHODS, AttributionMethod, Pooling
 from hooked_llava.prompt.inputs import Inputs
@@ -86,7 +86,8 @@ def feature_attribution(
     off = None if reference is None else _reference(model, reference, prompt)
     how = {"hook": name, "method": method, "reference": None if off is None else off.prompts}
     with provenance("feature_attribution", model, prompt, n_forward=0, **how) as made:
-        attribution = AttributionRuns(model, sae, at, prompt, sides_of(model, prompt, answer, baseline), off)
+        sides, n_forward = sides_of(model, prompt, answer, baseline)
+        attribution = AttributionRuns(model, sae, at, prompt, sides, off, n_forward)
         entries, values = attribution.measured(method, steps, top)
         return attribution.labelled(entries, values, made.attrs(**attribution.about()))
 
@@ -129,7 +130,9 @@ def pooled(attribution: xr.Dataset, by: Pooling = "mean") -> xr.Dataset:
     return result.isel(sae_feature=order)
 
 
-def feature_maps(inputs: Inputs, attribution: xr.Dataset, features: Sequence[int] | int = 6) -> xr.DataArray:
+def feature_maps(
+    inputs: Inputs, attribution: xr.Dataset, features: Sequence[int] | np.ndarray | int = 6
+) -> xr.DataArray:
     """Attributions of some features by place in the prompt's images, [sae_feature, image, patch_row, patch_col].
 
     For images of several grids [sae_feature, image, feature], see `results.image_axes`. `features` are numbers of features, or
@@ -145,12 +148,14 @@ def feature_maps(inputs: Inputs, attribution: xr.Dataset, features: Sequence[int
     """
     inputs = inputs.single("feature_maps")
     axes = ImageAxes.of(inputs)
-    if isinstance(features, Sequence):
-        chosen = list(features)
+    if isinstance(features, (Sequence, np.ndarray)):
+        chosen = [whole_number(one, "features", least=0) for one in whole_numbers(features, "features")]
     else:
         whole_number(features, "features", least=1)
         of_image = pooled(attribution, "sum").image
         chosen = of_image.sae_feature.values[np.argsort(-abs(of_image.values), kind="stable")][:features].tolist()
+    if not chosen:
+        raise InputError("No feature to draw: features=[], or none is active at a token of the prompt.")
     by_position = np.zeros((len(chosen), inputs.shape[1]))
     for row, feature in enumerate(chosen):
         own = attribution.sae_feature.values == feature
@@ -169,5 +174,11 @@ def _checked_hook(model: HookedLLaVA, name: str) -> Hook:
         raise InputError(
             f"feature_attribution works on vectors in the language tower's blocks, not on {name!r}; for what comes from the "
             "image use an autoencoder of hook_embed."
+        )
+    then = model.hook_dict[name].then
+    if isinstance(then, AttachedSAE) and not then.keep_error:
+        raise InputError(
+            f"hook={name!r} has an autoencoder attached that replaces the activation (keep_error=False), so what its features "
+            "write is encoded again; leave its block first, or attach it with its error."
         )
     return at

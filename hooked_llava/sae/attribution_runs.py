@@ -82,6 +82,7 @@ class AttributionRuns:
         prompt: the prompt.
         sides: the prompts that are run, see `sides_of`.
         off: the prompt whose features are what "off" means; None for 0.
+        n_forward: forward passes that were made to find the answers.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class AttributionRuns:
         prompt: Inputs,
         sides: tuple[Side, ...],
         off: Inputs | None,
+        n_forward: int = 0,
     ) -> None:
         self.model, self.sae, self.at, self.prompt, self.sides = model, sae, at, prompt, sides
-        self.n_forward, self.n_backward, self.work = 0, 0, 0.0
+        self.n_forward, self.n_backward, self.work = n_forward, 0, 0.0
         self.x, self.gradient, self.preference = self._differentiated()
         self.entries = self._active(None if off is None else self._activation(off))
 
@@ -263,13 +265,17 @@ class AttributionRuns:
 
 def sides_of(
     model: HookedLLaVA, prompt: Inputs, answer: AnswerLike | None, baseline: AnswerLike | None
-) -> tuple[Side, ...]:
-    """The prompts that are run: one where all answers are a single token, else one for each answer."""
-    if answer is None and not prompt.token_map.n_answer:
+) -> tuple[tuple[Side, ...], int]:
+    """The prompts that are run, and how many forward passes it took to know them.
+
+    One prompt where all answers are a single token, else one for each answer.
+    """
+    asks_model = answer is None and not prompt.token_map.n_answer
+    if asks_model:
         answer = int(next_token_logits(model, prompt)[0].argmax())
     found = [(1, read_answer(model, prompt, None if answer is None else [answer]))]
     if baseline is not None:
         found.append((-1, read_answer(model, prompt, [baseline], "baseline")))
     if all(reading.positions == "last" for _, reading in found):
-        return (Side(found[0][1], tuple(found)),)
-    return tuple(Side(reading, ((sign, reading),)) for sign, reading in found)
+        return (Side(found[0][1], tuple(found)),), int(asks_model)
+    return tuple(Side(reading, ((sign, reading),)) for sign, reading in found), int(asks_model)

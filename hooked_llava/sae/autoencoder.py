@@ -63,6 +63,10 @@ class SAEConfig:
             raise ConfigError('kind="topk" without k; expected how many features each vector keeps, such as k=32.')
         if self.groups and (list(self.groups) != sorted(set(self.groups)) or self.groups[-1] != self.d_sae):
             raise ConfigError(f"groups={self.groups}; expected growing widths that end with d_sae={self.d_sae}.")
+        if self.groups and self.kind != "matryoshka":
+            raise ConfigError(
+                f"groups={self.groups} with kind={self.kind!r}; only 'matryoshka' has groups. Leave them out."
+            )
 
 
 class SparseAutoencoder(nn.Module):
@@ -139,12 +143,12 @@ class SparseAutoencoder(nn.Module):
         if not values.shape[-1]:
             return self.b_dec.expand(*values.shape[:-1], -1).clone()
         flat = F.embedding_bag(
-            indices.reshape(-1, indices.shape[-1]),
+            indices.flatten(0, -2) if indices.ndim > 1 else indices[None],
             self.W_dec,
-            per_sample_weights=values.reshape(-1, values.shape[-1]).to(self.W_dec.dtype),
+            per_sample_weights=(values.flatten(0, -2) if values.ndim > 1 else values[None]).to(self.W_dec.dtype),
             mode="sum",
         )
-        return flat.reshape(*values.shape[:-1], -1) + self.b_dec
+        return flat.reshape(*values.shape[:-1], self.cfg.d_in) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """The reconstruction of each vector."""

@@ -93,7 +93,8 @@ def load_sae(
 def save_sae(sae: SparseAutoencoder, folder: str | os.PathLike[str], *, file_format: FileFormat = "sparsify") -> None:
     """Write a sparse autoencoder that `load_sae` and the named library read; the folder is made if it is not there.
 
-    sparsify's format has TopK only; SAELens's has all kinds. Nothing half-written stays. Raises `CheckpointError` for a
+    sparsify's format has TopK only; SAELens's has all kinds. One folder holds one autoencoder: what another format left there
+    is removed. Nothing half-written stays. Raises `CheckpointError` for a
     kind that the format does not have.
 
     >>> import tempfile
@@ -114,6 +115,8 @@ def save_sae(sae: SparseAutoencoder, folder: str | os.PathLike[str], *, file_for
     write_safetensors(folder / WEIGHTS[file_format], tensors)
     with written_whole(folder / CONFIG) as partial:
         partial.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    for other in set(WEIGHTS.values()) - {WEIGHTS[file_format]}:  # of an autoencoder that was here before
+        (folder / other).unlink(missing_ok=True)
 
 
 def _covers(fields: Mapping[str, Any], covered: Mapping[str, tuple[Any, ...]]) -> None:

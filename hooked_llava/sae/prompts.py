@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hooked_llava.checks import as_index, whole_number
 from hooked_llava.datasets.rows import SUFFIXES, StudyRow, row_image
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 
 _DIGITS = 16
+_IMAGE = "image"
+"""The usual column of images; entries without it are text."""
 
 
 class Progress(NamedTuple):
@@ -63,9 +66,14 @@ class DataOptions:
     """
 
     prompt: str | None = None
-    columns: tuple[str, str] = ("image", "question")
+    columns: tuple[str, str] = (_IMAGE, "question")
     images: str | Path | None = None
     part: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, (tuple, list)) or len(self.part) != 2:
+            raise InputError(f"part={self.part!r}; expected (i, n): every n-th prompt, from the i-th on.")
+        as_index(self.part[0], whole_number(self.part[1], "part[1]", least=1), "part[0]", from_end=False)
 
 
 class PromptSource:
@@ -131,6 +139,11 @@ class PromptSource:
                 raise InputError(
                     f"Entry {row} of data has {', '.join(map(repr, entry))} and no {question_column!r}; name the columns "
                     "of image and question, as columns=('image', 'question')."
+                )
+            if image_column not in entry and image_column != _IMAGE:  # named, so there should be one
+                raise InputError(
+                    f"Entry {row} of data has {', '.join(map(repr, entry))} and no {image_column!r}; name the columns of image "
+                    "and question, as columns=('image', 'question')."
                 )
             image, question = entry.get(image_column), entry.get(question_column)
         elif isinstance(entry, (tuple, list)) and len(entry) == 2:

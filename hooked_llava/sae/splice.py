@@ -62,7 +62,7 @@ def loss_recovered(
     model: HookedLLaVA,
     sae: SparseAutoencoder,
     prompts: InputsLike | Sequence[Inputs],
-    answers: Sequence[str] | None = None,
+    answers: str | Sequence[str] | None = None,
     *,
     hook: Any = None,
     tokens: str = ALL,
@@ -93,6 +93,7 @@ def loss_recovered(
     several = isinstance(prompts, (list, tuple)) and all(isinstance(one, Inputs) for one in prompts)
     batches = [model.as_inputs(one) for one in (prompts if several else [prompts])]  # type: ignore[list-item]
     n = sum(map(len, batches))
+    answers = [answers] if isinstance(answers, str) else answers
     if answers is not None and len(answers) != n:
         raise InputError(f"{len(answers)} answers for {n} prompts; expected one for each.")
     where = None if tokens == ALL else tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.checks import whole_number
+from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.llava import HookedLLaVA
@@ -45,8 +45,8 @@ class ActivationBatch:
     places: Int[Tensor, "batch column"]
 
     def place(self, column: str) -> Int[Tensor, " batch"]:
-        """One column of the places; raises `ValueError` for what is none of `PLACE_COLUMNS`."""
-        return self.places[:, PLACE_COLUMNS.index(column)]
+        """One column of the places; raises `InputError` for what is none of `PLACE_COLUMNS`."""
+        return self.places[:, PLACE_COLUMNS.index(one_of(column, PLACE_COLUMNS, "column"))]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class StreamConfig:
         for name in ("batch_size", "buffer", "prompts_per_forward", "epochs"):
             if name != "epochs" or self.epochs is not None:
                 whole_number(getattr(self, name), name, least=1)
+        whole_number(self.seed, "seed", least=0)
         if self.buffer < self.batch_size:
             raise InputError(
                 f"buffer={self.buffer} holds less than batch_size={self.batch_size}; expected at least as many."
@@ -263,7 +264,7 @@ def activation_stream(
     config = StreamConfig(tokens, batch_size, buffer, seed, epochs, prompts_per_forward)
     of_data = DataOptions(prompt, columns, images, launched_as() if part is None else part)
     prompts = PromptSource(data, of_data, seed=seed, epochs=epochs if cache_dir is None else 1)
-    one = isinstance(hooks, (str, tuple))
+    one = not isinstance(hooks, Iterable) or isinstance(hooks, (str, tuple))
     names = _checked_hooks(model, [hooks] if one else list(hooks))
     source = ModelSource(model, names, prompts, config.tokens, prompts_per_forward, prefetch, options)
     about = {"model": model.config.model_name, "hooks": names, "part": list(of_data.part), "n_rows": prompts.n_rows}

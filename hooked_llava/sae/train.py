@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.sae.autoencoder import Kind, SAEConfig, SparseAutoencoder
 from hooked_llava.sae.processes import Processes
@@ -64,6 +65,7 @@ def train_sae(
     (8, True)
     """
     config = TrainingConfig(steps=steps, **options)
+    whole_number(save_every, "save_every", least=1)
     device = torch.device(device or getattr(stream, "device", "cpu"))
     stream, about = _opened(stream)
     trainer = SAETrainer(_new(about, width, k, kind, groups, config.seed).to(device), config, Processes.current(device))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hooked_llava.checks import whole_number
+from hooked_llava.checks import finite_number, whole_number
 from hooked_llava.errors import ConfigError, InputError
 from hooked_llava.sae import losses
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
@@ -57,6 +57,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         whole_number(self.steps, "steps", least=1)
         whole_number(self.accumulate, "accumulate", least=1)
+        whole_number(self.dead_after, "dead_after", least=1)
+        for name in ("lr", "aux_weight", "sparsity_weight", "bandwidth", "clip"):
+            if (value := getattr(self, name)) is not None:
+                finite_number(value, name, least=0.0)
         if self.warmup is not None:
             whole_number(self.warmup, "warmup", least=0, most=self.steps - 1, of=f" of steps={self.steps}")
 
@@ -150,6 +154,7 @@ class SAETrainer:
         """
         chunks = self._chunks(batches)
         variance = losses.variance_around_mean(chunks, self.processes)
+        self._check_variance(float(variance))
         lr = self.config.learning_rate(self.steps_done, self.sae.cfg.d_sae)
         dead = self.unfired >= self.config.dead_after
         self.optimizer.zero_grad()
@@ -175,6 +180,8 @@ class SAETrainer:
                 raise InputError(
                     f"A batch has the shape {list(x.shape)}; expected [batch, {d_in}], the width it began with."
                 )
+            if not len(x):
+                raise InputError(f"Step {self.steps_done + 1}: the stream gave a batch without activations.")
         return [x.detach().to(like.device, like.dtype) for x in batches]
 
     def _backward(self, chunks: list[Tensor], variance: Tensor, dead: Tensor) -> dict[str, Any]:
@@ -239,6 +246,13 @@ class SAETrainer:
         elif self.sae.threshold is not None:
             weight = 1.0 if self.steps_done == 0 else 1 - _THRESHOLD_MEMORY
             self.sae.threshold.lerp_(of_batch.expand_as(self.sae.threshold), weight)
+
+    def _check_variance(self, variance: float) -> None:
+        if variance == 0:
+            raise InputError(
+                f"Step {self.steps_done + 1}: all activations of the step are the same vector, so no share of their variance "
+                "can be explained. Give larger batches, or other tokens."
+            )
 
     def _check(self, finite: bool, chunks: list[Tensor]) -> None:
         if finite:

@@ -33,8 +33,8 @@ def mean_difference(
         positions: positions over which the mean is taken in each prompt; None: all.
         negative_positions: those of the other prompts; by default the same.
 
-    Raises `InputError` if both sides are the same prompts at the same positions; `HookNameError` and `SpanError` for
-    hooks and spans that are not there.
+    Raises `InputError` if both sides have the same mean, such as the same prompts at the same positions; `HookNameError` and
+    `SpanError` for hooks and spans that are not there.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> star, ring = (model.prepare(f"Who made the {shape}?") for shape in ("star", "ring"))
@@ -46,7 +46,13 @@ def mean_difference(
     other_places = positions if negative_positions is None else negative_positions
     sides = ((positive, positions), (positive if negative is None else negative, other_places))
     means = [reference_means(model, prompts, [(hook, where)], fewest=1)[0] for prompts, where in sides]
-    return (means[0] - means[1]).squeeze(0)
+    difference = (means[0] - means[1]).squeeze(0)
+    if not bool(difference.any()):
+        raise InputError(
+            "The means of both sides are the same, so there is no direction: give other prompts, or other positions. Before "
+            "an image's positions, all images look alike."
+        )
+    return difference
 
 
 def random_direction(direction: Float[Tensor, "..."], *, seed: int = 0) -> Float[Tensor, "..."]:

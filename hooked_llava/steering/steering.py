@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
-from hooked_llava.checks import as_index, one_of
+from hooked_llava.checks import as_index, finite_number, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, place_of_sae
 from hooked_llava.model.cache_hooks import widths
@@ -123,8 +123,9 @@ def steer(
         tile: which tile of the image, on hooks of the vision tower and the projector.
         any_model: take an autoencoder that was trained on a model of another name.
 
-    Raises `InputError` for a direction of another width or without any length, features that are not there, modes that
-    are not there, and hooks without vectors; `HookNameError` for unknown hooks. Positions are checked when it is used.
+    Raises `InputError` for a direction of another width, one that is 0 where a mode needs its length, numbers that are not
+    finite, features and modes that are not there, and hooks without vectors; `HookNameError` for unknown hooks. Positions are
+    checked when it is used.
 
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> inputs = model.prepare("Who made the star?")
@@ -134,19 +135,20 @@ def steer(
     >>> bool((steered != model(inputs))[0, -1].any())
     True
     """
-    of_features = isinstance(direction, Mapping)
+    strength = finite_number(strength, "strength")
     if mode is not None:
         one_of(mode, STEERING_MODES, "mode")
     where = {"positions": positions, "phases": phases, "image": image, "tile": tile}
     given = {name: described(value) for name, value in where.items() if value is not None}
-    if of_features:
+    if isinstance(direction, Mapping):
         sae = _autoencoder(model, sae, hook)
         name = place_of_sae(sae, hook, model.hooks_table, None if any_model else model.config.model_name)
-        made = _by_features(model, name, sae, direction, mode or "clamp", float(strength), where)
+        made = _by_features(model, name, sae, direction, mode or "clamp", strength, where)
     elif hook is None or sae is not None:
-        raise InputError("A direction is steered at a hook and needs no autoencoder: give hook=, and leave sae= out.")
+        kind = type(direction).__name__
+        raise InputError(f"For features give {{feature: value}}; a direction ({kind}) needs hook= and no sae=.")
     else:
-        made = _along_direction(model, model.hooks_table.one(hook), direction, mode or "add", float(strength), where)
+        made = _along_direction(model, model.hooks_table.one(hook), direction, mode or "add", strength, where)
     return replace(made, about=dict(made.about) | given)
 
 
@@ -271,8 +273,5 @@ def _values(sae: Autoencoder, features: Mapping[Any, Any], strength: float) -> d
     values = {}
     for feature, value in features.items():
         index = as_index(feature, len(sae.W_dec), "feature", from_end=False)
-        try:
-            values[index] = strength * float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"direction={{{feature}: {value!r}}}; expected the feature's value as a number.") from None
+        values[index] = strength * finite_number(value, f"direction[{index}]")
     return values

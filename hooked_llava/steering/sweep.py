@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_llava.checks import one_of
+from hooked_llava.checks import finite_number, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.model.llava import HookedLLaVA
@@ -29,6 +29,11 @@ from hooked_llava.results.provenance import provenance
 from hooked_llava.steering.directions import mean_difference, random_direction
 from hooked_llava.steering.steering import DirectionLike, Steering, steer
 
+_NEEDS: dict[Control, str] = {
+    "reconstruction": "features of an autoencoder that is not attached with its error",
+    "random_feature": "features in place of a direction",
+    "mean_difference": "contrast=(prompts, others)",
+}
 STEERED = "steered"
 """What is asked about, on the axis `steered_by`; the other entries are controls."""
 
@@ -43,7 +48,7 @@ def steering_sweep(
     answer: Target = None,
     others: InputsLike | None = None,
     contrast: tuple[PromptsLike, PromptsLike] | None = None,
-    controls: Sequence[Control] | None = None,
+    controls: Control | Sequence[Control] | None = None,
     seed: int = 0,
     **how: Any,
 ) -> xr.Dataset:
@@ -80,7 +85,9 @@ def steering_sweep(
         raise InputError(
             "phases='decode' acts on an answer's tokens but the last, and it has one: nothing would change."
         )
-    if not (values := [float(one) for one in strengths]):
+    if not isinstance(strengths, Iterable) or isinstance(strengths, str) or "strength" in how:
+        raise InputError(f"strengths={strengths!r}; expected several numbers, such as [0, 1, 2], and no strength=.")
+    if not (values := [finite_number(one, "strengths") for one in strengths]):
         raise InputError("strengths=[] asks for nothing; give at least one number.")
     ways = _ways(model, direction, values, how, contrast, controls, seed)
     about = dict(ways[STEERED][0].about) | {"strength": values, "seed": seed}
@@ -128,7 +135,7 @@ def _ways(
     strengths: Sequence[float],
     how: dict[str, Any],
     contrast: tuple[PromptsLike, PromptsLike] | None,
-    controls: Sequence[Control] | None,
+    controls: Control | Sequence[Control] | None,
     seed: int,
 ) -> dict[str, list[Steering]]:
     """The steering and its controls, each at every strength."""
@@ -143,11 +150,11 @@ def _ways(
         "mean_difference": contrast is not None,
     }
     can = [control for control, it_can in possible.items() if it_can]
+    controls = [controls] if isinstance(controls, str) else controls
     for control in controls or ():
         one_of(control, get_args(Control), "controls")
         if control not in can:
-            needs = "contrast=(prompts, others)" if control == "mean_difference" else "features of an autoencoder"
-            raise InputError(f"controls={control!r} needs {needs}, and none that is attached with its error.")
+            raise InputError(f"controls={control!r} needs {_NEEDS[control]}.")
     ways: dict[str, tuple[Any, dict[str, Any]]] = {STEERED: (direction, at_hook)}
     along = at_hook | ({"sae": None, "mode": "add"} if of_features else {})
     for control in can if controls is None else controls:

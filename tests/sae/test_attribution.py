@@ -196,3 +196,31 @@ def test_features_of_the_star_argue_for_its_colour():
     first = maps.sel(sae_feature=int(best.sae_feature)).isel(image=0)
     row, col = np.unravel_index(np.argmax(first.values), first.shape)
     assert orange.token_map.patch_to_position(int(row), int(col)) in star
+
+
+def test_an_autoencoder_that_replaces_the_activation_is_refused():
+    sae = autoencoder()
+    expected = feature_attribution(model(), sae, inputs(), 31)
+    with model().attach_sae(sae):
+        assert feature_attribution(model(), sae, inputs(), 31).equals(expected)
+    with model().attach_sae(sae, keep_error=False), pytest.raises(InputError, match=r"blocks.1.*keep_error=False"):
+        feature_attribution(model(), sae, inputs(), 31)
+
+
+def test_the_pass_that_finds_the_models_own_answer_is_counted():
+    found = feature_attribution(model(), autoencoder(), inputs())
+    assert (found.attrs["n_forward"], found.attrs["n_backward"]) == (2, 1)
+
+
+def test_maps_take_numbers_of_any_kind_and_need_one(tiny_shapes):
+    prompt = tiny_shapes.prepare("What color is the star?", images=image_path("demo"))
+    sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=256, k=8, hook="hook_embed")).reset(seed=0)
+    found = feature_attribution(tiny_shapes, sae, prompt, "Orange")
+    listed = feature_maps(prompt, found, [3, 5])
+    with as_users_run():
+        assert listed.equals(feature_maps(prompt, found, np.array([3, 5])))
+    for wrong, says in (([], "No feature"), ([-1], "features=-1"), (["3"], "'3'")):
+        with as_users_run(), pytest.raises(InputError, match=says):
+            feature_maps(prompt, found, wrong)
+    with pytest.raises(InputError, match="none is active"):
+        feature_maps(prompt, found.isel(entry=slice(0)))

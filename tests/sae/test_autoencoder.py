@@ -69,3 +69,15 @@ def test_what_does_not_fit_is_refused():
         SAEConfig(d_in=4, d_sae=8, k=2, groups=(4, 2))
     with pytest.raises(InputError, match=r"width 5.*d_in=6"):
         make_sae().encode(activations(2, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_vectors_decode_to_no_vectors(kind):
+    sae = make_sae(kind)
+    assert sae(torch.ones(0, 6)).shape == (0, 6)
+    torch.testing.assert_close(sae(torch.ones(6)), sae(torch.ones(1, 6))[0])
+
+
+def test_groups_are_refused_where_they_would_do_nothing():
+    with pytest.raises(ConfigError, match=r"groups=\(5, 20\).*topk"):
+        make_sae("topk", groups=(5, 20))

@@ -110,3 +110,11 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"kind 'relu'.*saelens"):
         save_sae(make_sae("relu"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_holds_what_was_saved_last(tmp_path):
+    first, second = make_sae(seed=0), make_sae(seed=5)
+    save_sae(first, tmp_path)
+    for file_format in ("saelens", "sparsify"):
+        save_sae(second, tmp_path, file_format=file_format)
+        assert torch.equal(load_sae(tmp_path).W_dec, second.W_dec)

@@ -87,6 +87,12 @@ def test_where_ablation_costs_nothing_there_is_nothing_to_recover(tiny_shapes, a
     assert math.isnan(found.recovered)
 
 
+def test_one_answer_may_be_given_as_it_is(tiny_shapes, asked):
+    inputs, answers = asked
+    one, listed = (loss_recovered(tiny_shapes, make_sae(0.5), inputs[0], given) for given in (answers[0], answers[:1]))
+    assert one == listed
+
+
 def test_another_number_of_answers_is_refused(tiny_shapes, asked):
     with pytest.raises(InputError, match="2 answers for 6 prompts"):
         loss_recovered(tiny_shapes, make_sae(), asked[0], ["Red", "Blue"])

@@ -291,3 +291,31 @@ def test_what_does_not_fit_is_refused(tiny_shapes):
     with pytest.raises(SpanError, match=r"Rows.*1.*image"):
         list(stream_of(tiny_shapes, tokens="image"))
     assert PLACE_COLUMNS[0] == "row"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"part": (2, 2)}, r"part\[0\].*2"),
+        ({"part": 3}, "part=3"),
+        ({"hooks": None}, "hook=None"),
+        ({"seed": "first"}, "seed.*first"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tiny_shapes, wrong, says):
+    with pytest.raises(InputError, match=says):
+        stream_of(tiny_shapes, **wrong)
+
+
+def test_a_column_of_images_that_was_named_must_be_there(tiny_shapes):
+    data = [{"picture": scene(0), "question": QUESTIONS[0]}]
+    with pytest.raises(InputError, match=r"'picture'.*'img'"):
+        next(stream_of(tiny_shapes, data, columns=("img", "question")))
+    text_only = [{"question": QUESTIONS[0]}]
+    assert len(next(stream_of(tiny_shapes, text_only)))
+
+
+def test_a_column_of_places_that_is_not_there_is_named(tiny_shapes):
+    batch = next(stream_of(tiny_shapes).with_places())
+    with pytest.raises(InputError, match=r"column='tokens'.*token"):
+        batch.place("tokens")

@@ -150,3 +150,8 @@ def test_two_processes_train_as_one_with_whole_batches(tiny_shapes, tmp_path):
         files = sorted(path.name for path in (tmp_path / f"{kind}-run").iterdir())
         expected = [f"step-00000008.{what}.safetensors" for what in ("stream-0", "stream-1", "trainer")]
         assert files == ["latest.json", *expected]
+
+
+def test_checkpoints_come_after_one_step_at_least():
+    with pytest.raises(InputError, match="save_every=0"):
+        train_sae(iter([torch.randn(8, 6)] * 3), 12, 2, steps=3, save_every=0)

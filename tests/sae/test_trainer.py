@@ -147,3 +147,20 @@ def test_what_is_not_trained_is_refused():
         )
     with pytest.raises(InputError, match=r"\[16, 5\].*\[batch, 6\]"):
         make_trainer().step([activations(16, 5)])
+
+
+@pytest.mark.parametrize("name", ["lr", "aux_weight", "sparsity_weight", "bandwidth", "clip"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "0.1"])
+def test_settings_that_are_no_numbers_or_negative_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name}={value!r}"):
+        TrainingConfig(steps=3, **{name: value})
+
+
+def test_batches_without_variance_or_without_activations_are_named():
+    trainer = make_trainer()
+    before = weights(trainer)
+    with pytest.raises(InputError, match=r"Step 1.*same vector"):
+        trainer.step([torch.ones(4, 6)])
+    with pytest.raises(InputError, match=r"Step 1.*without activations"):
+        trainer.step([torch.ones(0, 6)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())

@@ -38,6 +38,8 @@ def test_over_prompts_images_and_positions():
     assert heads.shape == (MODEL.cfg.n_heads, MODEL.cfg.d_head)
     with pytest.raises(InputError, match="negative_positions"):
         mean_difference(MODEL, first, hook=HOOK, positions="image")
+    with pytest.raises(InputError, match="same"):
+        mean_difference(MODEL, first, first, hook=HOOK, positions="image")
 
 
 def test_random_directions_have_the_norm_and_are_drawn_by_the_seed():

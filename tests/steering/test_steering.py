@@ -236,7 +236,12 @@ def test_in_half_precision_the_dtype_stays():
         ({"hook": "resid"}, HookNameError, "resid"),
         ({"direction": {3: 1.0}}, InputError, "sae=None, and 0"),
         ({"direction": {144: 1.0}, "sae": autoencoder()}, InputError, "feature.*144.*143"),
-        ({"direction": {3: "much"}, "sae": autoencoder()}, InputError, "3: 'much'"),
+        ({"direction": {3: "much"}, "sae": autoencoder()}, InputError, r"direction\[3\]='much'"),
+        ({"direction": {3: float("nan")}, "sae": autoencoder()}, InputError, r"direction\[3\]=nan"),
+        ({"strength": float("nan")}, InputError, "strength=nan"),
+        ({"strength": "high"}, InputError, "strength='high'"),
+        ({"direction": 3, "sae": autoencoder()}, InputError, r"\{feature: value\}.*int"),
+        ({"direction": {3: 1.0}, "sae": torch.nn.Linear(2, 2)}, InputError, "Linear.*SparseAutoencoder"),
         ({"direction": {}, "sae": autoencoder()}, InputError, "sets no feature"),
         ({"direction": {3: 1.0}, "sae": autoencoder(), "hook": ("resid_post", 0)}, InputError, "trained on"),
     ],
@@ -245,3 +250,19 @@ def test_what_does_not_fit_is_refused(wrong, error, says):
     given = {"direction": direction(), "hook": HOOK} | wrong
     with as_users_run(), pytest.raises(error, match=says):
         steer(MODEL, given.pop("direction"), **given)
+
+
+def test_generation_takes_only_steerings_of_its_own_model():
+    inputs, steering = two_prompts(), steer(MODEL, direction(), hook=HOOK)
+    with as_users_run(), pytest.raises(InputError, match=r"steering=.*Tensor.*steer"):
+        MODEL.generate(inputs, steering=direction(), return_type="tokens")
+    with pytest.raises(InputError, match="another model"):
+        model_of(1).generate(
+            prompts(model_of(1), 1, batch=1, n_images=1, padding="none"), steering=steering, return_type="tokens"
+        )
+
+
+def test_a_reconstruction_that_is_not_attached_says_how_it_is():
+    steering = steer(MODEL, VALUES, sae=autoencoder(), mode="replace")
+    with pytest.raises(HookNameError, match=r"hook_sae_pre.*attached\(\)"):
+        Replay(MODEL, two_prompts()).run([steering.interventions])

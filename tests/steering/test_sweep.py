@@ -161,3 +161,24 @@ def test_the_first_token_is_the_most_probable_under_each_steering():
         with steer(model, direction, strength=strength, **there):
             said = [model.tokenizer.decode([i]) for i in model(inputs)[:, -1].argmax(-1).tolist()]
         assert sweep.first_token.sel(steered_by="steered", strength=strength).values.tolist() == said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"strengths": 3}, "strengths=3"),
+        ({"strengths": [1, float("nan")]}, "strengths=nan"),
+        ({"strength": 2.0}, r"no strength="),
+        ({"controls": "random_feature"}, "random_feature.*direction"),
+        ({"controls": "mean_difference"}, "contrast="),
+    ],
+)
+def test_numbers_and_controls_that_do_not_fit_are_named(model, inputs, wrong, says):
+    given = {"direction": torch.ones(128), "strengths": [1]} | THERE | wrong
+    with as_users_run(), pytest.raises(InputError, match=says):
+        steering_sweep(model, inputs, **given)
+
+
+def test_one_control_can_be_named_alone(model, inputs):
+    sweep = steering_sweep(model, inputs, torch.ones(128), [1], controls="random_direction", **THERE)
+    assert sweep.steered_by.values.tolist() == ["steered", "random_direction"]
