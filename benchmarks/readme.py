@@ -28,6 +28,7 @@ from benchmarks import (
     knockout,
     patch_importance,
     patching,
+    sae,
     sae_stream,
     steering,
     top_heads,
@@ -146,6 +147,11 @@ def steered(report: Report) -> list[str]:
     return [table for geometry, found in report["geometries"].items() for table in steering.tables(found, geometry)]
 
 
+def autoencoders(report: Report) -> list[str]:
+    """What autoencoders of the embedded model explain, keep, find and steer."""
+    return sae.tables(report)
+
+
 def importance(report: Report) -> list[str]:
     """Patch maps against the truth, and signs of wrong answers."""
     checkpoints, against = report["checkpoints"], report["against_mean_attention"]
@@ -184,6 +190,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
     "streaming": {"sae_stream": streams},
     "steering": {"steering": steered},
+    "autoencoders": {"sae": autoencoders},
     "importance": {"patch_importance": importance, "top_heads": ablations},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},

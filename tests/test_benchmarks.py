@@ -15,9 +15,20 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from sklearn.metrics import average_precision_score
 from transformers.utils import logging
 
-from benchmarks import _maps, editing, hook_overhead, patch_importance, patching, sae_stream, steering
+from benchmarks import (
+    _feature_labels,
+    _maps,
+    editing,
+    hook_overhead,
+    patch_importance,
+    patching,
+    sae,
+    sae_stream,
+    steering,
+)
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded
@@ -347,3 +358,37 @@ def test_sae_stream_reports_costs_and_memory(run: Run, tmp_path: Path) -> None:
     assert all(row.keys() == EVERY_ROW and row["median_s"] > 0 for row in rows.values())
     assert report["memory"]["steps"] == 40
     assert report["memory"]["resident_bytes"] > 2**20
+
+
+def test_sae_reports_sizes_precision_steering_and_attribution(run: Run, tmp_path: Path) -> None:
+    report = run("sae", tmp_path / "report.json")
+    assert [len(rows) for rows in report["sizes"].values()] == [2, 1]
+    assert all(
+        row["fvu"] > 0 and row["clean"] < row["mean_ablated"] for rows in report["sizes"].values() for row in rows
+    )
+    assert list(report["precision"]) == [sae.OURS, "neurons", "raw dimensions", "PCA", sae.RANDOM]
+    assert {len(row) for rows in report["precision"].values() for row in rows} == {len(report["labels"])}
+    assert set(report["steering"]) <= {"red", "blue"}
+    assert report["steering"]
+    for curves in report["steering"].values():
+        assert all(len(curves[way]) == len(sae.STRENGTHS) for way in ("steered", "random_feature", "random_direction"))
+    assert report["attribution"]["forwards"] <= 4
+
+
+def test_average_precision_of_units_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 5, (60, 4)).astype(float)  # many equal ones
+    labels = rng.random((60, 3)) < 0.3
+    found = _feature_labels.average_precisions(scores, labels)
+    for unit in range(4):
+        for label in range(3):
+            assert found[unit, label] == pytest.approx(average_precision_score(labels[:, label], scores[:, unit]))
+
+
+def test_a_dose_response_is_clear_if_the_color_is_reached_and_no_control_reaches_it() -> None:
+    quiet = {"random_feature": [0.0, 0.1, 0.1], "random_direction": [0.0, 0.2, 0.1]}
+    assert sae.is_clear({"steered": [0.0, 0.4, 0.9], **quiet})
+    assert sae.is_clear({"steered": [0.0, 0.9, 0.7], **quiet}), "too much of it may break the answer"
+    assert not sae.is_clear({"steered": [0.0, 0.3, 0.4], **quiet})
+    assert not sae.is_clear({"steered": [0.3, 0.2, 0.9], **quiet})
+    assert not sae.is_clear({"steered": [0.0, 0.4, 0.9], **quiet, "random_direction": [0.0, 0.6, 0.6]})

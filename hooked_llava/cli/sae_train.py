@@ -106,12 +106,11 @@ class DataOptions:
 
     def _folder(self, folder: Path) -> list[StudyRow]:
         from hooked_llava.datasets import StudyRow
-        from hooked_llava.datasets.rows import SUFFIXES
+        from hooked_llava.datasets.rows import SUFFIXES, image_files
 
         if self.question is None:
             raise InputError(f"--images {folder} has no questions; give --question, or --dataset TABLE.")
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-        if not found:
+        if not (found := image_files(folder)):
             raise InputError(f"--images {folder} holds no images ({', '.join(SUFFIXES)}); check the path.")
         return [StudyRow(id=path.name, question=self.question, answer="", image=path.resolve()) for path in found]
 

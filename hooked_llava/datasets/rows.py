@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -67,6 +68,16 @@ class StudyRow:
     constraint: str = ""
     constraint_occurrence: int | None = None
     answer_prefix: str = ""
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images in a folder and the folders inside it, sorted; none where there is no such folder.
+
+    >>> image_files("nowhere")
+    []
+    """
+    folder = Path(folder)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
 
 
 def prepare_rows(

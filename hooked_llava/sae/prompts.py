@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hooked_llava.checks import as_index, whole_number
-from hooked_llava.datasets.rows import SUFFIXES, StudyRow, row_image
+from hooked_llava.datasets.rows import SUFFIXES, StudyRow, image_files, row_image
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
@@ -179,9 +179,7 @@ def _opened(data: Any, options: DataOptions) -> Any:
     if isinstance(data, (str, os.PathLike)):
         if options.prompt is None:
             raise InputError(f"data={os.fspath(data)!r} is a folder of images; give prompt=, what is asked about each.")
-        folder = Path(data)
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-        if not found:
+        if not (found := image_files(data)):
             raise InputError(f"data={str(data)!r} holds no images ({', '.join(SUFFIXES)}); check the path.")
         return found
     if not _is_table(data) and not isinstance(data, Iterable):

@@ -7,27 +7,20 @@ from hooked_llava.toy.evaluate import held_out
 
 TRAINING_SEED, HELD_OUT_SEED = 9_000_003, 9_000_033
 """Apart from each other, from the models' training, and from the images on which accuracy is measured."""
-FEATURE_KINDS = (
-    "query_color",
-    "choose_attr",
-    "choose_cat",
-    "choose_rel",
-    "query_pos",
-    "exist",
-    "color_vqa",
-    "name_shape",
-)
+ANSWERED_KINDS = ("query_color", "choose_attr", "choose_cat", "choose_rel", "query_pos", "exist", "name_shape")
+"""Kinds whose answer comes right after the question."""
+FEATURE_KINDS = (*ANSWERED_KINDS[:-1], "color_vqa", "name_shape")
 """Kinds of question, in turn."""
 
 
-def feature_rows(n: int, *, seed: int = TRAINING_SEED) -> list[StudyRow]:
-    """n questions of all kinds in turn, each about its own image, with the answers as the model says them.
+def feature_rows(n: int, *, seed: int = TRAINING_SEED, kinds: tuple[str, ...] = FEATURE_KINDS) -> list[StudyRow]:
+    """n questions of some kinds in turn, each about its own image, with their answers.
 
     >>> [(row.question, row.answer) for row in feature_rows(1)]
     [('What color is the diamond?', 'Green')]
     """
-    each = -(-n // len(FEATURE_KINDS))
-    by_kind = {kind: held_out(kind, each, seed) for kind in FEATURE_KINDS}
+    each = -(-n // len(kinds))
+    by_kind = {kind: held_out(kind, each, seed) for kind in kinds}
     rows = []
     for number in range(each):
         for kind, examples in by_kind.items():
