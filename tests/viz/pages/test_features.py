@@ -31,7 +31,7 @@ def test_attributions_are_shown_by_feature_by_patch_and_by_token(model, inputs, 
     first = page.results["attribution"].isel(entry=0)
     assert f"{float(first.attribution):+.3f}" in page.html
     assert page.html.count("<tr>") == 1 + 2 + 1 + 3
-    assert "1 forward and 1 backward passes" in page.html.split("<footer>")[1]
+    assert "2 forward and 1 backward passes" in page.html.split("<footer>")[1]  # one forward pass found the answer
 
 
 def test_without_an_image_nothing_is_drawn(model, text_inputs, sae):
