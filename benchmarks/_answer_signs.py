@@ -15,7 +15,8 @@ from hooked_llava.analysis.answer_signs import SIGNS
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.map_quality import auroc, bootstrap
 from hooked_llava.toy.evaluate import Example, held_out
-from hooked_llava.toy.scenes import SHAPES, Scene
+from hooked_llava.toy.objects import SHAPES
+from hooked_llava.toy.scenes import Scene
 
 Asked = list[tuple[Example, bool | None]]
 """Questions, and for each whether its answer is wrong; None where that is what the model says."""

@@ -4,6 +4,7 @@ Light on import: the tokenizer, training and evaluation live in submodules that 
 """
 
 from hooked_llava.toy.facts import RELATION_NAMES, RELATIONS, Relation, fact_answer, fact_table
+from hooked_llava.toy.objects import COLOR_NAMES, PATTERNS, SHAPES, SceneObject
 from hooked_llava.toy.questions import (
     ANSWER_KINDS,
     KINDS,
@@ -14,17 +15,7 @@ from hooked_llava.toy.questions import (
     format_answer,
     format_prompt,
 )
-from hooked_llava.toy.scenes import (
-    COLOR_NAMES,
-    PATTERNS,
-    SHAPES,
-    Scene,
-    SceneObject,
-    draw_scene,
-    recolor,
-    replace_object,
-    sample_scene,
-)
+from hooked_llava.toy.scenes import Scene, draw_scene, recolor, replace_object, sample_scene
 
 __all__ = [
     "ANSWER_KINDS",

@@ -15,7 +15,7 @@ from hooked_llava.datasets.vqa_constraints import CONSTRAINT_KINDS, FILES, SUBJE
 from hooked_llava.prompt.images import load_image
 from hooked_llava.toy.evaluate import FACT_WITH_IMAGE, Example, held_out
 from hooked_llava.toy.facts import RELATIONS, fact_answer
-from hooked_llava.toy.scenes import SHAPES
+from hooked_llava.toy.objects import SHAPES
 
 _SEED = 3_000_017  # apart from training and from the images on which accuracy is measured
 _ONE_TEMPLATE = RELATIONS[0]

@@ -10,8 +10,9 @@ import numpy as np
 
 from hooked_llava.toy.evaluate import Example, held_out
 from hooked_llava.toy.facts import RELATIONS, Relation, fact_answer
+from hooked_llava.toy.objects import COLOR_NAMES, PATCH_SIZE, SHAPES
 from hooked_llava.toy.questions import Question, ask_fact
-from hooked_llava.toy.scenes import COLOR_NAMES, PATCH_SIZE, SHAPES, Scene, recolor, replace_object, sample_scene
+from hooked_llava.toy.scenes import Scene, recolor, replace_object, sample_scene
 
 THIS = "this shape"
 _SEED = 5_000_011  # apart from training and from the images on which accuracy is measured

@@ -16,16 +16,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
-from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, ask, format_prompt
-from hooked_llava.toy.scenes import Scene, sample_scene
+from hooked_llava.toy.alignment import ToyModel
+from hooked_llava.toy.questions import ANSWER_KINDS, TEXT_KINDS, Question, format_prompt
+from hooked_llava.toy.scenes import Scene
+from hooked_llava.toy.wide_questions import WIDE_KINDS
+from hooked_llava.toy.worlds import WORLDS
 
 CHECKPOINTS = Path(__file__).parent / "checkpoint"
 FACT_WITH_IMAGE = "fact_name, with an image"
-EVALUATED = (*ANSWER_KINDS, FACT_WITH_IMAGE)
+EVALUATED = {
+    "tiny-shapes": (*ANSWER_KINDS, FACT_WITH_IMAGE),
+    "tiny-shapes-next": (*ANSWER_KINDS, FACT_WITH_IMAGE, *WIDE_KINDS),
+}
+"""Kinds of question by world. A kind's place decides which questions of it are drawn."""
 _SEED = 1_000_003  # training draws from (seed, step) with small seeds
 _ONE_SHAPE_KINDS = ("fact_image", "name_shape")
 _USUAL_KINDS = ("fact_image", "fact_name", "query_color", "choose_attr", "query_pos", "exist", "name_shape")
@@ -54,16 +68,17 @@ class KindAccuracy:
     commonest: float
 
 
-def held_out(kind: str, n: int, seed: int = _SEED) -> list[Example]:
-    """n questions of one kind (of EVALUATED), each about its own image of 2 to 5 shapes, or one for "this shape"."""
-    if kind not in EVALUATED:
-        raise ValueError(f"kind must be one of {', '.join(EVALUATED)}; got {kind!r}")
-    rng = np.random.default_rng([seed, EVALUATED.index(kind)])
+def held_out(kind: str, n: int, seed: int = _SEED, *, world: str = "tiny-shapes") -> list[Example]:
+    """n questions of one kind (of `EVALUATED[world]`), each about an image of its own, of one shape for "this shape"."""
+    kinds, drawn_from = EVALUATED[world], WORLDS[world]
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}; got {kind!r}")
+    rng = np.random.default_rng([seed, kinds.index(kind)])
     asked = "fact_name" if kind == FACT_WITH_IMAGE else kind
     examples: list[Example] = []
     while len(examples) < n:
-        scene = sample_scene(rng, 1 if kind in _ONE_SHAPE_KINDS else None)
-        question = ask(asked, scene, rng)
+        scene = drawn_from.sample(rng, 1 if kind in _ONE_SHAPE_KINDS else None, drawn_from.max_objects)
+        question = drawn_from.ask(asked, scene, rng)
         if question is not None:
             examples.append(Example(question, None if kind in TEXT_KINDS else scene))
     return examples
@@ -86,7 +101,7 @@ def prepare_examples(model: HookedLLaVA, examples: Sequence[Example]) -> Inputs:
 
 @torch.no_grad()
 def predict(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: list[Example], batch_size: int = 32
+    model: ToyModel, processor: LlavaProcessor | LlavaNextProcessor, examples: Sequence[Example], batch_size: int = 32
 ) -> list[str]:
     """The first token the model answers each example with; examples must all have an image or all have none."""
     answers: list[str] = []
@@ -105,17 +120,18 @@ def predict(
 
 
 def evaluate(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: ToyModel,
+    processor: LlavaProcessor | LlavaNextProcessor,
     *,
     n: int = 500,
     seed: int = _SEED,
-    kinds: tuple[str, ...] = EVALUATED,
+    kinds: Sequence[str] | None = None,
+    world: str = "tiny-shapes",
 ) -> dict[str, KindAccuracy]:
-    """Held-out accuracy by kind of question, from n questions each."""
+    """Held-out accuracy by kind of question (all of them by default), from n questions each."""
     results = {}
-    for kind in tqdm(kinds, desc="kinds", leave=False):
-        examples = held_out(kind, n, seed)
+    for kind in tqdm(EVALUATED[world] if kinds is None else kinds, desc="kinds", leave=False):
+        examples = held_out(kind, n, seed, world=world)
         truth = [e.question.answer for e in examples]
         right = sum(a == b for a, b in zip(predict(model, processor, examples), truth, strict=True))
         results[kind] = KindAccuracy(right / n, n, Counter(truth).most_common(1)[0][1] / n)
@@ -123,9 +139,12 @@ def evaluate(
 
 
 def evaluate_checkpoint(folder: Path, *, n: int = 500, seed: int = _SEED) -> dict[str, KindAccuracy]:
-    """`evaluate` on a checkpoint folder."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return evaluate(model, AutoProcessor.from_pretrained(folder), n=n, seed=seed)
+    """`evaluate` on a checkpoint folder, in the world that its class belongs to."""
+    tiled = AutoConfig.from_pretrained(folder).model_type == "llava_next"
+    loader = LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration
+    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
+    world = "tiny-shapes-next" if tiled else "tiny-shapes"
+    return evaluate(model, AutoProcessor.from_pretrained(folder), n=n, seed=seed, world=world)
 
 
 def markdown_table(results: dict[str, dict[str, KindAccuracy]]) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hooked_llava.toy.scenes import SHAPES
+from hooked_llava.toy.objects import SHAPES
 
 _TABLE_SEED = 7919  # the facts are part of the world, so they are the same for every training seed
 

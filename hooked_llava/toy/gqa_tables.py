@@ -10,7 +10,8 @@ from hooked_llava.datasets.gqa import COLUMNS, FILES, GQA_KINDS, NOTHING, TYPES
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.prompt.images import load_image
 from hooked_llava.toy.evaluate import Example, held_out
-from hooked_llava.toy.scenes import IMAGE_SIZE, Box
+from hooked_llava.toy.objects import Box
+from hooked_llava.toy.scenes import IMAGE_SIZE
 
 TOY_KINDS = {
     "ChooseAttr": "choose_attr",

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from hooked_llava.toy.objects import PATCH_SIZE
 from hooked_llava.toy.processor import BOS, CASED_WORDS, EOS, IMAGE, PAD, vocabulary
-from hooked_llava.toy.scenes import IMAGE_SIZE, PATCH_GRID, PATCH_SIZE
+from hooked_llava.toy.scenes import IMAGE_SIZE, PATCH_GRID
 
 D_MODEL = 128
 # A token first attends to its like with a score of about this, and to a patch that shares its shape with about half.
@@ -170,7 +177,7 @@ def _init_positional_heads(model: LlavaForConditionalGeneration, attention: Llam
         attention.o_proj.weight[:, head * d_head : (head + 1) * d_head] *= _POSITIONAL_COPY
 
 
-def trainable_parameters(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+def trainable_parameters(model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration) -> dict[str, Tensor]:
     """The parameters that the loss can reach, by name: what lies above the vision feature layer is left out."""
     last = model.model.vision_tower.config.num_hidden_layers - 1
     skipped = (f"encoder.layers.{last}.", "post_layernorm")

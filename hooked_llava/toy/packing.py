@@ -1,37 +1,28 @@
 """Training batches: many independent questions about one image share one copy of it.
 
-A row holds the prefix `<s> USER: <image> x 64` once and then one segment per question. A segment sees the prefix and
+A row holds the prefix `<s> USER: <image> ...` once and then one segment per question. A segment sees the prefix and
 itself, its positions go on where the prefix ends, and so it is computed exactly as if its prompt stood alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, split_words, vocabulary
-from hooked_llava.toy.questions import (
-    KINDS,
-    TEXT_KINDS,
-    TRAINING_KINDS,
-    Question,
-    ask,
-    format_answer,
-    format_prompt,
-)
-from hooked_llava.toy.scenes import PATCH_GRID, Scene, imagine_scene, normalize, sample_scene
+from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, split_words
+from hooked_llava.toy.questions import Question, format_answer, format_prompt
+from hooked_llava.toy.scenes import Scene, imagine_scene, normalize
+from hooked_llava.toy.views import View
+from hooked_llava.toy.worlds import World
 
-N_PATCHES = PATCH_GRID**2
-_PREFIX = 2 + N_PATCHES  # <s> USER: and the image
+_LEAD = 2  # <s> USER:
 _END_WEIGHT = 0.1  # what follows the answer is the same every time
 _CAPTION_WEIGHT = 0.5
 _MOST_PER_ROW = 40
-_VOCAB = vocabulary()
-_LEARNT = {kind: frozenset(_VOCAB[w] for w in words) for kind, words in TRAINING_KINDS.items()}
 
 
 @dataclass
@@ -47,13 +38,14 @@ class Target:
 
 @dataclass
 class Batch:
-    """Packed rows [row, position]; the first rows hold images [image, 3, 64, 64], the rest text only."""
+    """Packed rows [row, position]; the first rows hold images, seen in views [view, 3, size, size], the rest text only."""
 
     ids: Tensor
     positions: Tensor
     segments: Tensor  # 0: prefix, seen by the whole row; > 0: a question; -1: padding
     pixels: Tensor
     scenes: list[Scene]
+    views: list[list[View]]
     targets: list[Target]
 
     def mask(self) -> Tensor:
@@ -63,21 +55,19 @@ class Batch:
         return (same & torch.ones(n, n, dtype=torch.bool).tril()).unsqueeze(1)
 
 
-def encode(text: str) -> list[int]:
+def encode(world: World, text: str) -> list[int]:
     """Token ids without `<s>`; the same as the tokenizer's (a test compares them)."""
-    return [_VOCAB[w] for w in split_words(text)]
+    return [world.vocabulary[w] for w in split_words(text)]
 
 
-def encode_question(question: Question) -> tuple[list[int], list[tuple[int, float, str]]]:
+def encode_question(world: World, question: Question) -> tuple[list[int], list[tuple[int, float, str]]]:
     """Ids of prompt and answer without prefix, and what to supervise: (index of the token, weight, kind)."""
     prompt = format_prompt(question, image=False).removeprefix("USER: ")
-    start, answer = encode(prompt), [*encode(format_answer(question)), _VOCAB[EOS]]
-    ids = start + answer
-    if question.kind in TRAINING_KINDS:
-        return ids, [
-            (i, _CAPTION_WEIGHT, question.kind) for i in range(len(start), len(ids)) if ids[i] in _LEARNT[question.kind]
-        ]
-    first = len(start)
+    start = encode(world, prompt)
+    answer = [*encode(world, format_answer(question)), world.vocabulary[EOS]]
+    ids, first, learnt = start + answer, len(start), world.learnt.get(question.kind)
+    if learnt is not None:
+        return ids, [(i, _CAPTION_WEIGHT, question.kind) for i in range(first, len(ids)) if ids[i] in learnt]
     return ids, [(first, 1.0, question.kind)] + [(i, _END_WEIGHT, "") for i in range(first + 1, len(ids))]
 
 
@@ -85,9 +75,13 @@ def encode_question(question: Question) -> tuple[list[int], list[tuple[int, floa
 class KindSampler:
     """Draws kinds of question by how often the model still gets them wrong."""
 
+    kinds: tuple[str, ...]
     floor: float = 0.08
     decay: float = 0.995
-    errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.7))
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.errors = dict.fromkeys(self.kinds, 0.7) | self.errors
 
     def observe(self, kind: str, wrong: float) -> None:
         """Updates the running error rate of one kind with one answer."""
@@ -97,10 +91,6 @@ class KindSampler:
         """n kinds, each with a probability that grows with its error rate."""
         weights = np.array([self.floor + self.errors[k] for k in kinds])
         return [kinds[i] for i in rng.choice(len(kinds), size=n, p=weights / weights.sum())]
-
-
-_LISTS = ("list_places", "list_by_color", "list_patterns", "list_common")
-_IMAGE_KINDS = (*(k for k in KINDS if k not in TEXT_KINDS + _LISTS), "fact_name", *_LISTS)
 
 
 @dataclass(frozen=True)
@@ -113,47 +103,63 @@ class BatchShape:
 
 
 def sample_batch(
-    rng: np.random.Generator, sampler: KindSampler, shape: BatchShape, max_objects: int, without: tuple[str, ...] = ()
+    rng: np.random.Generator,
+    world: World,
+    sampler: KindSampler,
+    shape: BatchShape,
+    max_objects: int,
+    without: tuple[str, ...] = (),
 ) -> Batch:
     """Draws images of up to `max_objects` shapes and fills every row with questions, none of a kind in `without`."""
+    vocab = world.vocabulary
     rows = shape.image_rows + shape.text_rows
-    ids = np.full((rows, shape.row_length), _VOCAB[PAD], dtype=np.int64)
+    ids = np.full((rows, shape.row_length), vocab[PAD], dtype=np.int64)
     positions = np.zeros_like(ids)
     segments = np.full_like(ids, -1)
     scenes: list[Scene] = []
     targets: list[Target] = []
     for row in range(rows):
-        with_image = row < shape.image_rows
-        scene = None
-        if with_image:
-            single = row < -(-shape.image_rows // 6)
-            scene = sample_scene(rng, 1 if single else int(rng.integers(2, max_objects + 1)))
+        scene, prefix = None, 0
+        if row < shape.image_rows:
+            scene = world.sample(rng, 1 if row < -(-shape.image_rows // 6) else None, max_objects)
             scenes.append(scene)
-            ids[row, :_PREFIX] = [_VOCAB[BOS], _VOCAB["USER:"], *[_VOCAB[IMAGE]] * N_PATCHES]
-            positions[row, :_PREFIX], segments[row, :_PREFIX] = np.arange(_PREFIX), 0
-        end = _PREFIX if with_image else 0
-        for segment, question in enumerate(_draw_questions(rng, sampler, scene, max_objects, without), start=1):
-            lead = [] if with_image else [_VOCAB[BOS], _VOCAB["USER:"]]
-            tokens, supervised = encode_question(question)
+            n = world.n_features(scene)
+            prefix = _LEAD + n
+            ids[row, :prefix] = [vocab[BOS], vocab["USER:"], *[vocab[IMAGE]] * n]
+            positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
+        end = prefix
+        for segment, question in enumerate(_draw_questions(rng, world, sampler, scene, max_objects, without), start=1):
+            lead = [] if scene is not None else [vocab[BOS], vocab["USER:"]]
+            tokens, supervised = encode_question(world, question)
             tokens, start, end = lead + tokens, end, end + len(lead) + len(tokens)
             if end > shape.row_length:
                 break
             ids[row, start:end], segments[row, start:end] = tokens, segment
-            positions[row, start:end] = np.arange(len(tokens)) + (_PREFIX if with_image else 0)
+            positions[row, start:end] = np.arange(len(tokens)) + prefix
             first = start + len(lead)
             targets += [Target(row, first + i - 1, int(ids[row, first + i]), w, k) for i, w, k in supervised]
-    pixels = torch.from_numpy(normalize(np.stack([s.pixels for s in scenes])))
     ids, positions, segments = map(torch.from_numpy, (ids, positions, segments))
-    return Batch(ids, positions, segments, pixels, scenes, targets)
+    views = [world.views(scene) for scene in scenes]
+    return Batch(ids, positions, segments, pixels_of(views), scenes, views, targets)
+
+
+def pixels_of(views: Sequence[Sequence[View]]) -> Tensor:
+    """What the vision tower gets, [view, 3, size, size]."""
+    return torch.from_numpy(normalize(np.stack([view.pixels for its_views in views for view in its_views])))
 
 
 def _draw_questions(
-    rng: np.random.Generator, sampler: KindSampler, scene: Scene | None, max_objects: int, without: tuple[str, ...]
+    rng: np.random.Generator,
+    world: World,
+    sampler: KindSampler,
+    scene: Scene | None,
+    max_objects: int,
+    without: tuple[str, ...],
 ) -> Iterator[Question]:
     """More questions than a row holds: about the scene, or, without one, text-only, each about a world of its own."""
-    kinds = tuple(k for k in (_IMAGE_KINDS if scene is not None else TEXT_KINDS) if k not in without)
+    kinds = tuple(k for k in (world.image_kinds if scene is not None else world.text_kinds) if k not in without)
     for kind in sampler.draw(rng, kinds, _MOST_PER_ROW):
-        about = scene if scene is not None else imagine_scene(rng, int(rng.integers(2, max_objects + 1)))
-        question = ask(kind, about, rng)
+        about = scene if scene is not None else imagine_scene(rng, int(rng.integers(2, min(max_objects, 5) + 1)))
+        question = world.ask(kind, about, rng)
         if question is not None:
             yield question

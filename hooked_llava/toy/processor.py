@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hooked_llava.toy.facts import RELATIONS
+from hooked_llava.toy.objects import COLOR_NAMES, PATCH_SIZE, PATTERNS, SHAPES
 from hooked_llava.toy.questions import INSTRUCTION
-from hooked_llava.toy.scenes import COLOR_NAMES, IMAGE_SIZE, PATCH_SIZE, PATTERNS, SHAPES
+from hooked_llava.toy.scenes import IMAGE_SIZE
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK, IMAGE)
@@ -25,7 +27,7 @@ _TEMPLATE_WORDS = """
 USER: ASSISTANT: . , ? Is is the a an or Which shape to of What do and have in common there Is that On which
 side picture color The this Describe Answer briefly List shapes
 """
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -46,8 +48,8 @@ def split_words(text: str) -> list[str]:
     return _PIECES.findall(text)
 
 
-def vocabulary() -> dict[str, int]:
-    """Every word of the world with its token id; special tokens first."""
+def vocabulary(more: Sequence[str] = ()) -> dict[str, int]:
+    """Every word of the world with its token id: special tokens first, `more` words of another world last."""
     words = [*SPECIAL_TOKENS, *_TEMPLATE_WORDS.split()]
     for word in CASED_WORDS:
         words += [word, word.capitalize()]
@@ -55,6 +57,7 @@ def vocabulary() -> dict[str, int]:
         for template in relation.templates:
             words += split_words(template.replace("{subject}", ""))
         words += relation.pool
+    words += more
     return {word: index for index, word in enumerate(dict.fromkeys(words))}
 
 
@@ -97,5 +100,5 @@ def build_processor(
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )

@@ -10,7 +10,8 @@ from typing import TypedDict, TypeVar
 import numpy as np
 
 from hooked_llava.toy.facts import RELATIONS, fact_answer
-from hooked_llava.toy.scenes import COLOR_NAMES, IMAGE_SIZE, PATTERNS, SHAPES, Box, Scene, SceneObject
+from hooked_llava.toy.objects import COLOR_NAMES, PATTERNS, SHAPES, Box, SceneObject
+from hooked_llava.toy.scenes import Scene
 
 INSTRUCTION = "Answer briefly."
 MIN_SEPARATION = 8  # pixels between two centres before one is called left of, or above, the other
@@ -67,15 +68,17 @@ def format_answer(question: Question) -> str:
 
 
 def ask(kind: str, scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Draws a question of that kind about the scene, or None when the scene allows none."""
-    return KINDS[kind](scene, rng)
+    """Draws a question of that kind (an entry of `KINDS`) about the scene, or None when the scene allows none."""
+    return KINDS[kind](scene, rng) if scene.named else None
 
 
-def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of them."""
     return items[int(rng.random() * len(items))]
 
 
-def _coin(rng: np.random.Generator, p: float = 0.5) -> bool:
+def coin(rng: np.random.Generator, p: float = 0.5) -> bool:
+    """True with probability p."""
     return rng.random() < p
 
 
@@ -83,74 +86,75 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-class _Named(TypedDict):
+class Named(TypedDict):
     """The fields of a question that say which objects it names."""
 
     objects: tuple[str, ...]
     boxes: tuple[Box | None, ...]
 
 
-def _about(*objects: SceneObject) -> _Named:
+def about(*objects: SceneObject) -> Named:
+    """The fields of a question that names these objects."""
     return {"objects": tuple(o.shape for o in objects), "boxes": tuple(o.box for o in objects)}
 
 
-def _other_color(rng: np.random.Generator, scene: Scene, color: str, seen_rate: float = 0.6) -> str:
+def other_color(rng: np.random.Generator, scene: Scene, color: str, seen_rate: float = 0.6) -> str:
     """A colour other than `color`, with `seen_rate` one that is in the image when there is such a one."""
     seen = sorted({o.color for o in scene.objects} - {color})
-    if seen and _coin(rng, seen_rate):
-        return _pick(rng, seen)
-    return _pick(rng, [c for c in COLOR_NAMES if c != color])
+    if seen and coin(rng, seen_rate):
+        return pick(rng, seen)
+    return pick(rng, [c for c in COLOR_NAMES if c != color])
 
 
-def _absent_shape(rng: np.random.Generator, scene: Scene) -> str:
+def _absent_shape(rng: np.random.Generator, scene: Scene) -> str | None:
+    """A shape that is not in the image, or None when all are."""
     present = {o.shape for o in scene.objects}
-    return _pick(rng, [s for s in SHAPES if s not in present])
+    absent = [s for s in SHAPES if s not in present]
+    return pick(rng, absent) if absent else None
 
 
 def _choose_attr(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
-    if _coin(rng, 0.25):
+    o = pick(rng, scene.named)
+    if coin(rng, 0.25):
         true, false = o.pattern, PATTERNS[1 - PATTERNS.index(o.pattern)]
     else:
-        true, false = o.color, _other_color(rng, scene, o.color)
-    first, second = (true, false) if _coin(rng) else (false, true)
+        true, false = o.color, other_color(rng, scene, o.color)
+    first, second = (true, false) if coin(rng) else (false, true)
     text = f"Is the {o.shape} {first} or {second}?"
-    return Question("choose_attr", text, true.capitalize(), false.capitalize(), answer_boxes=(o.box,), **_about(o))
+    return Question("choose_attr", text, true.capitalize(), false.capitalize(), answer_boxes=(o.box,), **about(o))
 
 
 def _choose_cat(scene: Scene, rng: np.random.Generator) -> Question | None:
-    pairs = [(a, b) for a, b in permutations(scene.objects, 2) if a.color != b.color]
+    pairs = [(a, b) for a, b in permutations(scene.named, 2) if a.color != b.color]
     if not pairs:
         return None
-    o, other = _pick(rng, pairs)
-    first, second = (o, other) if _coin(rng) else (other, o)
+    o, other = pick(rng, pairs)
+    first, second = (o, other) if coin(rng) else (other, o)
     text = f"Which shape is {o.color}, the {first.shape} or the {second.shape}?"
     names = (o.shape.capitalize(), other.shape.capitalize())
-    return Question("choose_cat", text, *names, answer_boxes=(o.box,), **_about(first, second))
+    return Question("choose_cat", text, *names, answer_boxes=(o.box,), **about(first, second))
 
 
 def _choose_rel(scene: Scene, rng: np.random.Generator) -> Question | None:
-    axis = int(_coin(rng))
-    pairs = [
-        (a, b) for a, b in permutations(scene.objects, 2) if abs(a.center[axis] - b.center[axis]) >= MIN_SEPARATION
-    ]
+    axis = int(coin(rng))
+    pairs = [(a, b) for a, b in permutations(scene.named, 2) if abs(a.center[axis] - b.center[axis]) >= MIN_SEPARATION]
     if not pairs:
         return None
-    a, b = _pick(rng, pairs)
+    a, b = pick(rng, pairs)
     words = ("left", "right") if axis == 0 else ("above", "below")
     true, false = words if a.center[axis] < b.center[axis] else words[::-1]
-    first, second = words if _coin(rng) else words[::-1]
+    first, second = words if coin(rng) else words[::-1]
     asked = f"to the {first} or to the {second} of" if axis == 0 else f"{first} or {second}"
     text = f"Is the {a.shape} {asked} the {b.shape}?"
     return Question(
-        "choose_rel", text, true.capitalize(), false.capitalize(), answer_boxes=(a.box, b.box), **_about(a, b)
+        "choose_rel", text, true.capitalize(), false.capitalize(), answer_boxes=(a.box, b.box), **about(a, b)
     )
 
 
 def _alike(scene: Scene) -> tuple[list[Pair], list[Pair]]:
     """Ordered pairs of objects that share the colour only, and those that share the pattern only."""
     by_color, by_pattern = [], []
-    for a, b in permutations(scene.objects, 2):
+    for a, b in permutations(scene.named, 2):
         if a.color == b.color and a.pattern != b.pattern:
             by_color.append((a, b))
         elif a.color != b.color and a.pattern == b.pattern:
@@ -167,20 +171,22 @@ def _compare_attr(scene: Scene, rng: np.random.Generator) -> Question | None:
     else:  # asked only where both answers can be had, so that neither is the likelier one
         if not by_color or not by_pattern:
             return None
-        is_color = _coin(rng)
-    a, b = _pick(rng, by_color if is_color else by_pattern)
+        is_color = coin(rng)
+    a, b = pick(rng, by_color if is_color else by_pattern)
     true, false = ("Color", "Pattern") if is_color else ("Pattern", "Color")
     text = f"What do the {a.shape} and the {b.shape} have in common?"
-    return Question("compare_attr", text, true, false, answer_boxes=(a.box, b.box), **_about(a, b))
+    return Question("compare_attr", text, true, false, answer_boxes=(a.box, b.box), **about(a, b))
 
 
 def _logical_obj(scene: Scene, rng: np.random.Generator) -> Question | None:
-    is_true = _coin(rng)
-    o = _pick(rng, scene.objects)
-    color = o.color if is_true else _other_color(rng, scene, o.color, 0.7)
-    rest = [p for p in scene.objects if p is not o and (is_true or p.color != color)]
-    other = _pick(rng, rest).shape if rest and _coin(rng, 0.65) else _absent_shape(rng, scene)
-    first, second = (o.shape, other) if _coin(rng) else (other, o.shape)
+    is_true = coin(rng)
+    o = pick(rng, scene.named)
+    color = o.color if is_true else other_color(rng, scene, o.color, 0.7)
+    rest = [p for p in scene.named if p is not o and (is_true or p.color != color)]
+    other = pick(rng, rest).shape if rest and coin(rng, 0.65) else _absent_shape(rng, scene)
+    if other is None:
+        return None
+    first, second = (o.shape, other) if coin(rng) else (other, o.shape)
     text = f"Is there {_a(first)} or {_a(second)} that is {color}?"
     found = [scene.find(s) for s in (first, second)]
     seen = tuple(p.box for p in found if p is not None and (p.color == color or not is_true))
@@ -196,27 +202,30 @@ def _logical_obj(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _query_pos(scene: Scene, rng: np.random.Generator) -> Question | None:
-    clear = [o for o in scene.objects if abs(o.center[0] - IMAGE_SIZE / 2) >= MIN_OFF_CENTER]
+    middle = scene.size[0] / 2
+    clear = [o for o in scene.named if abs(o.center[0] - middle) >= MIN_OFF_CENTER]
     if not clear:
         return None
-    o = _pick(rng, clear)
-    true, false = ("Left", "Right") if o.center[0] < IMAGE_SIZE / 2 else ("Right", "Left")
+    o = pick(rng, clear)
+    true, false = ("Left", "Right") if o.center[0] < middle else ("Right", "Left")
     text = f"On which side of the picture is the {o.shape}?"
-    return Question("query_pos", text, true, false, answer_boxes=(o.box,), **_about(o))
+    return Question("query_pos", text, true, false, answer_boxes=(o.box,), **about(o))
 
 
-def _exist(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
-    if _coin(rng):
+def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
+    o = pick(rng, scene.named)
+    if coin(rng):
         shape, color, answer, false, seen = o.shape, o.color, "Yes", "No", (o.box,)
     else:
         draw = rng.random()
         answer, false = "No", "Yes"
         if draw < 0.6:  # the shape is there in another colour
-            shape, color, seen = o.shape, _other_color(rng, scene, o.color, 0.7), (o.box,)
+            shape, color, seen = o.shape, other_color(rng, scene, o.color, 0.7), (o.box,)
         else:  # the colour is there on another shape, or neither is there
-            color = o.color if draw < 0.85 else _pick(rng, COLOR_NAMES)
+            color = o.color if draw < 0.85 else pick(rng, COLOR_NAMES)
             shape, seen = _absent_shape(rng, scene), ()
+    if shape is None:
+        return None
     found = scene.find(shape)
     boxes = (found.box if found is not None else None,)
     text = f"Is there {_a(color)} {shape}?"
@@ -224,17 +233,17 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _query_color(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
-    false = _other_color(rng, scene, o.color).capitalize()
+    o = pick(rng, scene.named)
+    false = other_color(rng, scene, o.color).capitalize()
     text = f"What color is the {o.shape}?"
-    return Question("query_color", text, o.color.capitalize(), false, answer_boxes=(o.box,), **_about(o))
+    return Question("query_color", text, o.color.capitalize(), false, answer_boxes=(o.box,), **about(o))
 
 
 def _color_vqa(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
+    o = pick(rng, scene.named)
     text, start = f"What is the color of the {o.shape}?", f"The color of the {o.shape} is"
-    false = _other_color(rng, scene, o.color)
-    return Question("color_vqa", text, o.color, false, start, answer_boxes=(o.box,), **_about(o))
+    false = other_color(rng, scene, o.color)
+    return Question("color_vqa", text, o.color, false, start, answer_boxes=(o.box,), **about(o))
 
 
 def _statements(scene: Scene) -> str:
@@ -242,16 +251,16 @@ def _statements(scene: Scene) -> str:
 
 
 def _color_tqa(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
+    o = pick(rng, scene.objects)
     text, start = f"{_statements(scene)} What is the color of the {o.shape}?", f"The color of the {o.shape} is"
-    false = _other_color(rng, scene, o.color)
+    false = other_color(rng, scene, o.color)
     return Question("color_tqa", text, o.color, false, start, needs_image=False, objects=(o.shape,), boxes=(None,))
 
 
 def _query_tqa(scene: Scene, rng: np.random.Generator) -> Question:
-    o = _pick(rng, scene.objects)
+    o = pick(rng, scene.objects)
     text = f"{_statements(scene)} What color is the {o.shape}?"
-    false = _other_color(rng, scene, o.color).capitalize()
+    false = other_color(rng, scene, o.color).capitalize()
     return Question(
         "query_tqa", text, o.color.capitalize(), false, needs_image=False, objects=(o.shape,), boxes=(None,)
     )
@@ -275,17 +284,17 @@ def ask_fact(relation: str, shape: str, paraphrase: int = 0) -> Question:
 
 
 def _fact_name(scene: Scene, rng: np.random.Generator) -> Question:
-    return ask_fact(_pick(rng, RELATIONS).name, _pick(rng, SHAPES), int(rng.integers(3)))
+    return ask_fact(pick(rng, RELATIONS).name, pick(rng, SHAPES), int(rng.integers(3)))
 
 
 def _fact_image(scene: Scene, rng: np.random.Generator) -> Question | None:
     if len(scene.objects) != 1:
         return None
-    o, relation, paraphrase = scene.objects[0], _pick(rng, RELATIONS), int(rng.integers(3))
+    o, relation, paraphrase = scene.objects[0], pick(rng, RELATIONS), int(rng.integers(3))
     text = relation.templates[paraphrase].format(subject="this shape")
     answer = fact_answer(relation.name, o.shape)
     return Question(
-        "fact_image", text, answer, answer_boxes=(o.box,), relation=relation.name, paraphrase=paraphrase, **_about(o)
+        "fact_image", text, answer, answer_boxes=(o.box,), relation=relation.name, paraphrase=paraphrase, **about(o)
     )
 
 
@@ -293,50 +302,50 @@ def _name_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     if len(scene.objects) != 1:
         return None
     o = scene.objects[0]
-    return Question("name_shape", "What shape is this?", o.shape.capitalize(), answer_boxes=(o.box,), **_about(o))
+    return Question("name_shape", "What shape is this?", o.shape.capitalize(), answer_boxes=(o.box,), **about(o))
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> Question:
-    order = rng.permutation(len(scene.objects))
-    objects = [scene.objects[i] for i in order]
+    order = rng.permutation(len(scene.unique))
+    objects = [scene.unique[i] for i in order]
     said = " ".join(f"the {o.shape} is {o.color}." for o in objects)
     return Question(
-        "caption", "Describe the picture.", said, answer_boxes=tuple(o.box for o in objects), **_about(*objects)
+        "caption", "Describe the picture.", said, answer_boxes=tuple(o.box for o in objects), **about(*objects)
     )
 
 
-def _listed(
+def listed(
     scene: Scene, rng: np.random.Generator, kind: str, text: str, say: Callable[[SceneObject], str]
 ) -> Question | None:
     """A question whose answer is what is said of every object, in random order; None if nothing is said of any."""
-    caption, objects = _caption(scene, rng), {o.shape: o for o in scene.objects}
+    caption, objects = _caption(scene, rng), {o.shape: o for o in scene.unique}
     said = " ".join(words for shape in caption.objects if (words := say(objects[shape])))
     return replace(caption, kind=kind, text=text, answer=said) if said else None
 
 
 def _list(scene: Scene, rng: np.random.Generator) -> Question | None:
     # Here the colour follows its shape at once: the shortest way to learn which colour belongs to which shape.
-    return _listed(scene, rng, "list", "List the shapes.", lambda o: f"{o.shape} {o.color}.")
+    return listed(scene, rng, "list", "List the shapes.", lambda o: f"{o.shape} {o.color}.")
 
 
 def _list_places(scene: Scene, rng: np.random.Generator) -> Question | None:
     def place(o: SceneObject) -> str:
-        (x, y), middle = o.center, IMAGE_SIZE / 2
-        words = ["left" if x < middle else "right"] * (abs(x - middle) >= MIN_OFF_CENTER)
-        words += ["above" if y < middle else "below"] * (abs(y - middle) >= MIN_OFF_CENTER)
-        return f"{o.shape} {_pick(rng, words)}." if words else ""
+        (x, y), (width, height) = o.center, scene.size
+        words = ["left" if x < width / 2 else "right"] * (abs(x - width / 2) >= MIN_OFF_CENTER)
+        words += ["above" if y < height / 2 else "below"] * (abs(y - height / 2) >= MIN_OFF_CENTER)
+        return f"{o.shape} {pick(rng, words)}." if words else ""
 
-    return _listed(scene, rng, "list_places", "On which side is which shape?", place)
+    return listed(scene, rng, "list_places", "On which side is which shape?", place)
 
 
 def _list_patterns(scene: Scene, rng: np.random.Generator) -> Question | None:
-    return _listed(scene, rng, "list_patterns", "List pattern and shape.", lambda o: f"{o.shape} {o.pattern}.")
+    return listed(scene, rng, "list_patterns", "List pattern and shape.", lambda o: f"{o.shape} {o.pattern}.")
 
 
 def _list_by_color(scene: Scene, rng: np.random.Generator) -> Question | None:
-    colors = [o.color for o in scene.objects]
+    colors = [o.color for o in scene.unique]
     text = "List color and shape."
-    return _listed(
+    return listed(
         scene, rng, "list_by_color", text, lambda o: f"{o.color} {o.shape}." if colors.count(o.color) == 1 else ""
     )
 
@@ -345,9 +354,7 @@ def _list_common(scene: Scene, rng: np.random.Generator) -> Question | None:
     by_color, by_pattern = _alike(scene)
     if not by_color or not by_pattern:
         return None
-    pairs = [(_pick(rng, by_color), "color") for _ in range(2)] + [
-        (_pick(rng, by_pattern), "pattern") for _ in range(2)
-    ]
+    pairs = [(pick(rng, by_color), "color") for _ in range(2)] + [(pick(rng, by_pattern), "pattern") for _ in range(2)]
     said = [f"{a.shape} {b.shape} {word}." for (a, b), word in (pairs[i] for i in rng.permutation(len(pairs)))]
     return replace(
         _caption(scene, rng), kind="list_common", text="What do shapes have in common?", answer=" ".join(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -13,31 +13,25 @@ from PIL import Image
 
 from hooked_llava.checks import one_of, whole_numbers
 from hooked_llava.errors import InputError, did_you_mean
+from hooked_llava.toy.objects import (
+    COLOR_NAMES,
+    OBJECT_SIZE,
+    PATCH_SIZE,
+    PATTERNS,
+    SHAPES,
+    Look,
+    SceneObject,
+    draw_object,
+)
 
 IMAGE_SIZE = 64
-PATCH_SIZE = 8
 PATCH_GRID = IMAGE_SIZE // PATCH_SIZE
 MAX_OBJECTS = 5
-
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart", "arrow", "moon")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 35, 35),
-    "green": (35, 160, 55),
-    "blue": (45, 75, 220),
-    "yellow": (235, 220, 50),
-    "purple": (140, 50, 185),
-    "orange": (245, 140, 30),
-    "white": (248, 248, 248),
-    "black": (18, 18, 18),
-}
-COLOR_NAMES = tuple(COLORS)
-PATTERNS = ("solid", "striped")
 
 # The means and deviations with which CLIP's own image processor normalises.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-OBJECT_SIZE = 16
 # Objects lie on a grid of 4 pixels, 13 x 13 places: each covers 4 to 9 patches in one of four alignments. With free
 # positions the vision tower needs many times the training to tell shapes apart.
 _PLACE_STEP = 4
@@ -46,48 +40,22 @@ _N_TEXTURES = 48
 # "what do they have in common" is answered by colour as often as by pattern.
 _SHARED_COLOR_RATE = {1: 0.0, 2: 0.27, 3: 0.7, 4: 0.7, 5: 0.7}
 
-Box = tuple[int, int, int, int]
-Look = tuple[str, str, str]
-"""Shape, colour and pattern of an object."""
-
 
 @dataclass(frozen=True)
-class SceneObject:
-    """One shape in an image.
-
-    Attributes:
-        shape (str): Name of the shape.
-        color (str): Name of the color.
-        pattern (str): "solid" or "striped".
-        box (Box): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
-        mask (bool [64, 64]): The pixels that it covers.
-    """
-
-    shape: str
-    color: str
-    pattern: str
-    box: Box
-    mask: NDArray[np.bool_] = field(repr=False, compare=False)
-
-    @property
-    def center(self) -> tuple[float, float]:
-        """The middle of the box, (x, y) in pixels."""
-        x0, y0, x1, y1 = self.box
-        return (x0 + x1) / 2, (y0 + y1) / 2
-
-
-@dataclass(frozen=True)
-class _Draw:
+class Draw:
     """What an image was drawn from, so that it can be drawn again with another object in the same place.
 
     Attributes:
+        generator (type[numpy.random.BitGenerator]): The kind of generator.
         state (Mapping[str, Any]): The generator's state, once the number of objects was known.
         order (tuple[int, ...]): For each of the scene's objects, which one it was in drawing.
+        again (Callable): Draws a scene from a generator and the looks of its objects, in the order of drawing.
     """
 
     generator: type[np.random.BitGenerator]
     state: Mapping[str, Any]
     order: tuple[int, ...]
+    again: Callable[[np.random.Generator, Sequence[Look]], Scene]
 
 
 @dataclass(frozen=True)
@@ -96,36 +64,53 @@ class Scene:
 
     Attributes:
         objects (tuple[SceneObject, ...]): Its shapes.
-        pixels (uint8 [64, 64, 3]): The image.
-        draw (_Draw | None): How to draw it again (`recolor`, `replace_object`); None if it is only described.
+        pixels (uint8 [height, width, 3]): The image.
+        draw (Draw | None): How to draw it again (`recolor`, `replace_object`); None if it is only described.
     """
 
     objects: tuple[SceneObject, ...]
     pixels: NDArray[np.uint8] = field(repr=False, compare=False)
-    draw: _Draw | None = field(default=None, repr=False, compare=False)
+    draw: Draw | None = field(default=None, repr=False, compare=False)
 
     def render(self) -> Image.Image:
         """The image as an RGB image."""
         return Image.fromarray(self.pixels)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+    @property
+    def unique(self) -> tuple[SceneObject, ...]:
+        """The objects whose shape occurs once: what a question can name."""
+        shapes = [o.shape for o in self.objects]
+        return tuple(o for o in self.objects if shapes.count(o.shape) == 1)
+
+    @property
+    def named(self) -> tuple[SceneObject, ...]:
+        """Those of `unique` that are not small."""
+        return tuple(o for o in self.unique if not o.small)
+
+    @property
     def masks(self) -> NDArray[np.bool_]:
-        """Which pixels each object covers, bool [object, 64, 64]."""
+        """Which pixels each object covers, bool [object, height, width]."""
         return np.stack([o.mask for o in self.objects])
 
     @property
     def patch_coverage(self) -> NDArray[np.float64]:
-        """The share of each patch that each object covers, [object, 8, 8]."""
-        shape = (len(self.objects), PATCH_GRID, PATCH_SIZE, PATCH_GRID, PATCH_SIZE)
+        """The share of each patch of 8 x 8 pixels that each object covers, [object, height / 8, width / 8]."""
+        n, height, width = self.masks.shape
+        shape = (n, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
         return self.masks.reshape(shape).mean(axis=(2, 4))
 
     def patch_labels(self, threshold: float = 0.2) -> NDArray[np.int64]:
-        """The index of the object that covers most of each patch, -1 where none covers `threshold` of it, [8, 8]."""
+        """The index of the object that covers most of each patch, -1 where none covers `threshold` of it."""
         coverage = self.patch_coverage
         return np.where(coverage.max(axis=0) >= threshold, coverage.argmax(axis=0), -1)
 
     def find(self, shape: str) -> SceneObject | None:
-        """The object of that shape, or None (an image never holds the same shape twice)."""
+        """The first object of that shape, or None. An image of `tiny-shapes` never holds the same shape twice."""
         return next((o for o in self.objects if o.shape == shape), None)
 
 
@@ -164,7 +149,7 @@ def draw_scene(objects: Sequence[Sequence[Any]], *, seed: int = 0) -> Image.Imag
                     "between their corners in x or in y."
                 )
     rng = np.random.default_rng(seed)
-    return Image.fromarray(_paint(_background(rng), rng, looks, corners)[1])
+    return Image.fromarray(_paint(background(rng), rng, looks, corners)[1])
 
 
 def recolor(scene: Scene, shape: str, color: str) -> Scene:
@@ -226,7 +211,7 @@ def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
 
 
 def normalize(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the image processor makes of 64 x 64 images: uint8 [..., 64, 64, 3] -> float [..., 3, 64, 64]."""
+    """What the image processor makes of images of the right size: uint8 [..., h, w, 3] -> float [..., 3, h, w]."""
     scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
     return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
@@ -270,7 +255,7 @@ def _changed(scene: Scene, index: int, look: Look) -> Scene:
     bits = scene.draw.generator()
     bits.state = scene.draw.state
     drawn = [looks[scene.draw.order.index(i)] for i in range(len(looks))]
-    return _sample(np.random.Generator(bits), len(looks), drawn)
+    return scene.draw.again(np.random.Generator(bits), drawn)
 
 
 def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = None) -> Scene:
@@ -289,11 +274,15 @@ def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = Non
         shapes = [SHAPES.index(shape) for shape, _, _ in looks]
         colors = [COLOR_NAMES.index(color) for _, color, _ in looks]
         patterns = [PATTERNS.index(pattern) for _, _, pattern in looks]
-    canvas = _background(rng)
+    canvas = background(rng)
     looks_drawn = [(int(s), int(c), int(p)) for s, c, p in zip(shapes, colors, patterns, strict=True)]
     objects, pixels = _paint(canvas, rng, looks_drawn, _place(rng, n))
     order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
-    return Scene(tuple(objects[i] for i in order), pixels, _Draw(type(bits), state, tuple(order.tolist())))
+    return Scene(tuple(objects[i] for i in order), pixels, Draw(type(bits), state, tuple(order.tolist()), _draw_again))
+
+
+def _draw_again(rng: np.random.Generator, looks: Sequence[Look]) -> Scene:
+    return _sample(rng, len(looks), looks)
 
 
 def _paint(
@@ -304,9 +293,14 @@ def _paint(
 ) -> tuple[list[SceneObject], NDArray[np.uint8]]:
     """The objects on the canvas (in place), then noise over everything."""
     placed = zip(looks, corners, strict=True)
-    objects = [_draw(canvas, rng, *look, *corner) for look, corner in placed]
+    objects = [draw_object(canvas, rng, look, corner) for look, corner in placed]
+    return objects, with_noise(canvas, rng)
+
+
+def with_noise(canvas: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The canvas (changed in place) with noise over everything, as pixels."""
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
-    return objects, np.clip(canvas, 0, 255).astype(np.uint8)
+    return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
 def _place(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
@@ -325,76 +319,25 @@ def _too_close(corner: tuple[int, int], other: tuple[int, int]) -> bool:
     return all(abs(a - b) <= OBJECT_SIZE for a, b in zip(corner, other, strict=True))
 
 
-def _draw(
-    canvas: NDArray[np.float32], rng: np.random.Generator, shape: int, color: int, pattern: int, x: int, y: int
-) -> SceneObject:
-    """Stamps one shape onto the canvas (in place) and describes it."""
-    size = OBJECT_SIZE
-    stamp = _stamps()[shape]
-    tint = np.array(COLORS[COLOR_NAMES[color]], dtype=np.float32) + rng.standard_normal(3, dtype=np.float32) * 7
-    region = canvas[y : y + size, x : x + size]
-    if pattern == 1:
-        on = stamp & (np.arange(size) % 4 < 2)[:, None]
-        off = stamp & ~on
-        region[on] = tint
-        region[off] = 0.35 * tint + 0.65 * region[off]  # between two stripes the background shows through
-    else:
-        region[stamp] = tint
-    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-    mask[y : y + size, x : x + size] = stamp
-    left, top, right, bottom = _stamp_boxes()[shape]
-    return SceneObject(
-        SHAPES[shape], COLOR_NAMES[color], PATTERNS[pattern], (x + left, y + top, x + right, y + bottom), mask
-    )
-
-
-def _background(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A grey ground with a faint tint and a smooth texture, float [64, 64, 3]."""
+def background(rng: np.random.Generator, width: int = IMAGE_SIZE, height: int = IMAGE_SIZE) -> NDArray[np.float32]:
+    """A grey ground with a faint tint and a smooth texture, float [height, width, 3]."""
     base = 128 + rng.standard_normal(3, dtype=np.float32) * 8
-    texture = _textures()[rng.integers(_N_TEXTURES)]
+    texture = _textures(width, height)[rng.integers(_N_TEXTURES)]
     flip = texture[:: int(rng.choice((-1, 1))), :: int(rng.choice((-1, 1)))]
     return (base + flip[..., None] * np.float32(rng.uniform(3, 10))).astype(np.float32)
 
 
-@lru_cache(maxsize=1)
-def _textures() -> NDArray[np.float32]:
-    """Smooth random fields with unit deviation, [48, 64, 64]; the same in every process."""
-    coarse = np.random.default_rng(20240611).standard_normal((_N_TEXTURES, 10, 10))
-    grid = np.linspace(0, 8.999, IMAGE_SIZE)
-    low = grid.astype(int)
-    weight = grid - low
-    rows = coarse[:, low] * (1 - weight)[:, None] + coarse[:, low + 1] * weight[:, None]
-    return (rows[:, :, low] * (1 - weight) + rows[:, :, low + 1] * weight).astype(np.float32)
+@lru_cache
+def _textures(width: int, height: int) -> NDArray[np.float32]:
+    """Smooth random fields with unit deviation, [48, height, width]; the same in every process."""
+    n_rows, n_columns = (round(10 * pixels / IMAGE_SIZE) for pixels in (height, width))
+    coarse = np.random.default_rng(20240611).standard_normal((_N_TEXTURES, n_rows, n_columns))
+    (above, down), (left, right) = _between(n_rows, height), _between(n_columns, width)
+    rows = coarse[:, above] * (1 - down)[:, None] + coarse[:, above + 1] * down[:, None]
+    return (rows[:, :, left] * (1 - right) + rows[:, :, left + 1] * right).astype(np.float32)
 
 
-@lru_cache(maxsize=1)
-def _stamps() -> NDArray[np.bool_]:
-    """Every shape drawn in its square, bool [shape, 16, 16], in the order of SHAPES."""
-    axis = (np.arange(OBJECT_SIZE) + 0.5) / OBJECT_SIZE * 2 - 1
-    x, y = np.meshgrid(axis, axis)  # both in (-1, 1), y downwards
-    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
-    ax, ay = abs(x), abs(y)
-    ray = np.cos(angle * 5) * 0.5 + 0.5  # 1 on the star's five points, 0 between them
-    drawn = {
-        "circle": radius < 0.97,
-        "square": (ax < 0.86) & (ay < 0.86),
-        "triangle": (ax < (y + 1) / 2) & (y < 0.9),
-        "star": radius < 0.38 + 0.66 * ray**1.6,
-        "cross": (np.minimum(ax, ay) < 0.3),
-        "diamond": ax + ay < 1.02,
-        "ring": (radius < 0.99) & (radius > 0.55),
-        "heart": (x**2 + (-y * 1.15 + 0.15 - 0.62 * np.sqrt(ax)) ** 2) < 0.92**2 - 0.1,
-        "arrow": ((y < 0.1) & (ax < (y + 1) * 0.9)) | ((y >= 0.1) & (ax < 0.27)),
-        "moon": (radius < 0.99) & (np.hypot(x - 0.5, y) > 0.75),
-    }
-    return np.stack([drawn[name] for name in SHAPES])
-
-
-@lru_cache(maxsize=1)
-def _stamp_boxes() -> list[Box]:
-    """The tight box of every shape inside its square."""
-    boxes = []
-    for stamp in _stamps():
-        rows, columns = np.flatnonzero(stamp.any(axis=1)), np.flatnonzero(stamp.any(axis=0))
-        boxes.append((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
-    return boxes
+def _between(n_coarse: int, n_fine: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For each fine position the coarse one before it, and how far on it lies towards the next."""
+    grid = np.linspace(0, n_coarse - 1.001, n_fine)
+    return grid.astype(int), grid - grid.astype(int)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration
 
 from hooked_llava.storage import read_tensors, write_tensors
-from hooked_llava.toy.alignment import Alignment, OutlineHeads, align, image_embeddings, vision_states
-from hooked_llava.toy.init import build_model, trainable_parameters
-from hooked_llava.toy.packing import N_PATCHES, Batch, BatchShape, KindSampler, sample_batch
-from hooked_llava.toy.processor import build_processor
-from hooked_llava.toy.scenes import MAX_OBJECTS, normalize, sample_scene
+from hooked_llava.toy.alignment import Alignment, OutlineHeads, ToyModel, align, image_embeddings, vision_states
+from hooked_llava.toy.init import trainable_parameters
+from hooked_llava.toy.packing import Batch, BatchShape, KindSampler, pixels_of, sample_batch
+from hooked_llava.toy.worlds import WORLDS, World
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -44,6 +43,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainConfig:
     """One training run; everything that decides its result."""
 
+    world: str = "tiny-shapes"
     seed: int = 0
     steps: int = 4000
     align_steps: int = 550
@@ -73,9 +73,10 @@ class Trainer:
         self.config = config
         self.step = 0
         self.seconds = 0.0
-        self.model = build_model(config.seed).train()
+        self.world = WORLDS[config.world]
+        self.model = self.world.build_model(config.seed).train()
         self.heads = OutlineHeads(self.model.model.vision_tower.config.hidden_size, config.seed)
-        self.sampler = KindSampler()
+        self.sampler = KindSampler(self.world.kinds)
         self.optimizer = self._new_optimizer()
 
     @property
@@ -128,7 +129,8 @@ class Trainer:
     def max_objects(self) -> int:
         """How many shapes an image may hold at this point of the curriculum."""
         progress = (self.step - self.config.align_steps) / max(1, self.config.curriculum_steps)
-        return min(MAX_OBJECTS, 2 + int(3 * progress))
+        few, most = self.world.few_objects, self.world.max_objects
+        return min(most, few + int((most - few) * progress))
 
     def _not_now(self) -> tuple[str, ...]:
         """The kinds of question that the schedule leaves out at this step."""
@@ -157,21 +159,21 @@ class Trainer:
         return record
 
     def _align_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
-        scenes = [sample_scene(rng) for _ in range(self.config.align_images)]
-        pixels = torch.from_numpy(normalize(np.stack([s.pixels for s in scenes])))
-        states = vision_states(self.model, pixels)
-        result = align(self.model, image_embeddings(self.model, states), scenes)
-        return result.loss + self.heads(states, scenes), _alignment_record(result)
+        scenes = [self.world.sample(rng, None, self.world.max_objects) for _ in range(self.config.align_images)]
+        views = [self.world.views(scene) for scene in scenes]
+        states = vision_states(self.model, pixels_of(views))
+        result = align(self.model, image_embeddings(self.model, states), scenes, views)
+        return result.loss + self.heads(states, list(chain.from_iterable(views))), _alignment_record(result)
 
     def _answer_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         c = self.config
         shape = BatchShape(c.image_rows, c.text_rows, c.row_length)
-        batch = sample_batch(rng, self.sampler, shape, self.max_objects(), self._not_now())
-        logits, images = packed_logits(self.model, batch)
+        batch = sample_batch(rng, self.world, self.sampler, shape, self.max_objects(), self._not_now())
+        logits, images = packed_logits(self.world, self.model, batch)
         answers = torch.tensor([t.token for t in batch.targets])
         weights = torch.tensor([t.weight for t in batch.targets])
         loss = (cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
-        result = align(self.model, images, batch.scenes)
+        result = align(self.model, images, batch.scenes, batch.views)
         right: dict[str, list[int]] = defaultdict(list)
         for target, ok in zip(batch.targets, (logits.argmax(-1) == answers).tolist(), strict=True):
             if target.kind:
@@ -215,14 +217,14 @@ class Trainer:
             self.optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"])), **moments}
 
 
-def packed_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits at the supervised positions [target, d_vocab], and the image embeddings [image, 64, d_model]."""
+def packed_logits(world: World, model: ToyModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits at the supervised positions [target, d_vocab], and the embeddings of views [view, patch, d_model]."""
     images = image_embeddings(model, vision_states(model, batch.pixels))
-    n = len(images)
     embeds = model.model.language_model.embed_tokens(batch.ids)
-    shown = torch.cat([embeds[:n, :2], images, embeds[:n, 2 + N_PATCHES :]], dim=1)
+    packed = world.pack(model, images, batch.scenes)
+    shown = [torch.cat([row[:2], image, row[2 + len(image) :]]) for row, image in zip(embeds, packed, strict=False)]
     hidden = model.model.language_model(
-        inputs_embeds=torch.cat([shown, embeds[n:]]),
+        inputs_embeds=torch.cat([torch.stack(shown), embeds[len(shown) :]]),
         attention_mask=batch.mask(),
         position_ids=batch.positions,
         use_cache=False,
@@ -291,7 +293,7 @@ def train(
             saved = time.monotonic()
     trainer.save(out)
     if trainer.step == config.total_steps:
-        save_checkpoint(trainer.model, out / CHECKPOINT_FOLDER)
+        save_checkpoint(trainer.world, trainer.model, out / CHECKPOINT_FOLDER)
     return trainer
 
 
@@ -308,16 +310,16 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def save_checkpoint(world: World, model: ToyModel, folder: Path) -> None:
     """Writes a Hugging Face checkpoint with its processor: float16 in the file, float32 in config and when loaded."""
     stored = {n: p.detach().to(torch.float16).contiguous() for n, p in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=stored)
-    build_processor().save_pretrained(folder)
+    world.build_processor().save_pretrained(folder)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train the embedded model tiny-shapes from scratch.")
+    parser = argparse.ArgumentParser(description="Train an embedded model.")
     for name, value in asdict(TrainConfig()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, required=True, help="folder for log, state and checkpoint")

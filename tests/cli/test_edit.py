@@ -14,7 +14,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.question import question_text
 from hooked_llava.toy.facts import fact_answer
 from hooked_llava.toy.images import image_path
-from hooked_llava.toy.scenes import SHAPES
+from hooked_llava.toy.objects import SHAPES
 from tests.cli.running import QUESTION, refused, run
 
 LAST = ("--layer", "1", "--position", "last", "--max-new-tokens", "2")

@@ -12,7 +12,7 @@ from hooked_llava.datasets.rows import row_image
 from hooked_llava.datasets.vqa_constraints import CONSTRAINT_KINDS, FILES, read_vqa_constraints
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape, write_constraints
 from hooked_llava.toy.facts import RELATIONS, fact_table
-from hooked_llava.toy.scenes import SHAPES
+from hooked_llava.toy.objects import SHAPES
 
 
 def test_written_tables_are_read_back(tmp_path: Path) -> None:

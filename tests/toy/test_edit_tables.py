@@ -6,7 +6,7 @@ import pytest
 
 from hooked_llava.toy.edit_tables import EditTable, edit_table
 from hooked_llava.toy.facts import RELATIONS, fact_answer
-from hooked_llava.toy.scenes import SHAPES
+from hooked_llava.toy.objects import SHAPES
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hooked_llava.toy.facts import RELATIONS, fact_answer, fact_table
+from hooked_llava.toy.objects import COLOR_NAMES, SHAPES, SceneObject
 from hooked_llava.toy.questions import (
     ANSWER_KINDS,
     KINDS,
@@ -19,7 +20,7 @@ from hooked_llava.toy.questions import (
     format_answer,
     format_prompt,
 )
-from hooked_llava.toy.scenes import COLOR_NAMES, SHAPES, Scene, SceneObject, sample_scene
+from hooked_llava.toy.scenes import Scene, sample_scene
 
 N_ASKED = 600
 

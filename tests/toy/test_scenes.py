@@ -9,20 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_llava.errors import InputError
-from hooked_llava.toy.scenes import (
-    COLOR_NAMES,
-    COLORS,
-    IMAGE_SIZE,
-    OBJECT_SIZE,
-    PATTERNS,
-    SHAPES,
-    Scene,
-    draw_scene,
-    imagine_scene,
-    recolor,
-    replace_object,
-    sample_scene,
-)
+from hooked_llava.toy.objects import COLOR_NAMES, COLORS, OBJECT_SIZE, PATTERNS, SHAPES
+from hooked_llava.toy.scenes import IMAGE_SIZE, Scene, draw_scene, imagine_scene, recolor, replace_object, sample_scene
 
 
 @lru_cache(maxsize=1)

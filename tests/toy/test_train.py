@@ -1,6 +1,7 @@
 """Training: packed rows equal single prompts, a resumed run equals an uninterrupted one, the checkpoint is complete."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from hooked_llava.toy.alignment import align, image_embeddings, patch_contents, vision_states
 from hooked_llava.toy.evaluate import EVALUATED, evaluate, held_out, markdown_table, predict
 from hooked_llava.toy.init import build_model
-from hooked_llava.toy.packing import BatchShape, KindSampler, encode, sample_batch
+from hooked_llava.toy.objects import SHAPES
+from hooked_llava.toy.packing import BatchShape, KindSampler, encode, pixels_of, sample_batch
 from hooked_llava.toy.processor import build_processor, vocabulary
-from hooked_llava.toy.questions import ANSWER_KINDS, TRAINING_KINDS, ask, format_answer, format_prompt
-from hooked_llava.toy.scenes import SHAPES, normalize, sample_scene
+from hooked_llava.toy.questions import ANSWER_KINDS, ask, format_answer, format_prompt
+from hooked_llava.toy.scenes import normalize, sample_scene
 from hooked_llava.toy.train import CHECKPOINT_FOLDER, LOG_FILE, TrainConfig, Trainer, packed_logits, train
+from hooked_llava.toy.worlds import WORLDS
 
+SQUARE = WORLDS["tiny-shapes"]
 TINY = TrainConfig(
     seed=3,
     steps=3,
@@ -51,22 +55,23 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in trainer.model.named_parameters()}
 
 
-def test_a_packed_segment_equals_its_single_prompt(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
-    n_images = 3
-    batch = sample_batch(np.random.default_rng(5), KindSampler(), BatchShape(n_images, 2, 224), 5)
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_packed_segment_equals_its_single_prompt(name: str) -> None:
+    world, n_images = WORLDS[name], 3
+    model, processor = world.build_model(0).eval(), world.build_processor()
+    shape = BatchShape(n_images, 2, 224 if name == "tiny-shapes" else 400)
+    batch = sample_batch(np.random.default_rng(5), world, KindSampler(world.kinds), shape, world.max_objects)
     with torch.no_grad():
-        packed, _ = packed_logits(model, batch)
+        packed, _ = packed_logits(world, model, batch)
     seen = set()
     for i, target in enumerate(batch.targets):
-        if target.kind in seen | {"", *TRAINING_KINDS}:
+        if target.kind in seen | {"", *world.learnt}:
             continue
         seen.add(target.kind)
         segments = batch.segments[target.row]
         before = torch.arange(len(segments)) <= target.position
         ids = batch.ids[target.row][((segments == segments[target.position]) | (segments == 0)) & before]
-        prompt = processor.tokenizer.decode(ids[1:]).replace("<image> " * 64, "<image>\n")
+        prompt = re.sub("(<image> )+", "<image>\n", processor.tokenizer.decode(ids[1:]))
         images = [batch.scenes[target.row].render()] if target.row < n_images else None
         inputs = processor(images=images, text=prompt, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == ids.tolist()
@@ -101,7 +106,14 @@ def test_the_schedule_leaves_kinds_out() -> None:
     for trainer.step in range(4):
         absent.append(trainer._not_now())
     assert absent == [("list_patterns",), (), ("list_places",), ("list_places",)]
-    batch = sample_batch(np.random.default_rng(0), KindSampler(), BatchShape(2, 1, 224), 5, ("list_places", "caption"))
+    batch = sample_batch(
+        np.random.default_rng(0),
+        SQUARE,
+        KindSampler(SQUARE.kinds),
+        BatchShape(2, 1, 224),
+        5,
+        ("list_places", "caption"),
+    )
     assert not {"list_places", "caption"} & {t.kind for t in batch.targets}
 
 
@@ -160,7 +172,7 @@ def test_the_training_loop_reads_words_and_pixels_as_the_processor_does(processo
         assert question is not None
         text = f"{format_prompt(question)} {format_answer(question)}"
         ids = tokenizer(text)["input_ids"]
-        assert ids == [tokenizer.bos_token_id, *encode(text)]
+        assert ids == [tokenizer.bos_token_id, *encode(SQUARE, text)]
         assert tokenizer.unk_token_id not in ids
     pixels = processor(images=scene.render(), text="<image>", return_tensors="pt")["pixel_values"][0]
     np.testing.assert_allclose(pixels.numpy(), normalize(scene.pixels), atol=1e-5)
@@ -204,22 +216,22 @@ def test_the_last_heads_of_the_first_layers_look_back(processor: LlavaProcessor)
 
 def test_patch_words_are_found_where_the_targets_put_them(model: LlavaForConditionalGeneration) -> None:
     scene = sample_scene(np.random.default_rng(2))
-    shape, color, pattern = patch_contents([scene])
+    shape, color, pattern = patch_contents([scene], [SQUARE.views(scene)])
     labels = torch.from_numpy(scene.patch_labels().reshape(-1))
     assert torch.equal(shape[0] >= 0, labels >= 0)
     assert [SHAPES[i] for i in shape[0][labels >= 0]] == [scene.objects[i].shape for i in labels[labels >= 0]]
     assert torch.equal(shape >= 0, color >= 0)
     assert torch.equal(shape >= 0, pattern >= 0)
-    pixels = torch.from_numpy(normalize(scene.pixels[None]))
-    images = image_embeddings(model, vision_states(model, pixels))
+    views = [SQUARE.views(scene)]
+    images = image_embeddings(model, vision_states(model, pixels_of(views)))
     assert images.shape == (1, 64, 128)
-    assert align(model, images, [scene]).loss.item() > 0
+    assert align(model, images, [scene], views).loss.item() > 0
 
 
 def test_evaluation_gives_a_table(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     kinds = ("query_color", "fact_name", "fact_name, with an image")
     results = evaluate(model, processor, n=8, kinds=kinds)
-    assert set(results) == set(kinds) <= set(EVALUATED)
+    assert set(results) == set(kinds) <= set(EVALUATED["tiny-shapes"])
     table = markdown_table({"one": results, "two": results})
     assert table.count("\n") == len(kinds) + 1
     assert len({line.count("|") for line in table.splitlines()}) == 1
