@@ -24,7 +24,8 @@ class View:
         silhouette (float32 [size, size]): The share of each pixel that objects cover.
         labels (int64 [patch]): The index of the object that each patch shows, -1 for none.
         middles (bool [patch]): Whether the middle of an object lies there.
-        places (float32 [patch, 2]): Where the middle of the patch lies in the image, (x, y) from -1 to 1.
+        places (float32 [patch, 2]): Where the middle of the patch lies in the image, (x, y) from -1 to 1; 0 in a tile, from
+            which that cannot be seen.
         fine (bool): Whether it is a tile.
     """
 
@@ -38,7 +39,8 @@ class View:
 
 def whole_view(scene: Scene) -> View:
     """The image as it is."""
-    places = _places(*scene.size, (0, 0), scene.size)
+    width, height = scene.size
+    places = _places(width // PATCH_SIZE, height // PATCH_SIZE)
     nowhere = np.zeros(len(places), bool)  # a model with one view is not taught to count
     return View(scene.pixels, _silhouette(scene.masks), scene.patch_labels().reshape(-1), nowhere, places, False)
 
@@ -67,8 +69,8 @@ def _tile_view(scene: Scene, pixels: NDArray[np.uint8], masks: NDArray[np.bool_]
         column, row = (int((at - first) // PATCH_SIZE) for at, first in zip(o.center, corner, strict=True))
         if 0 <= row < grid and 0 <= column < grid:
             middles[row, column] = True
-    places = _places(size, size, corner, scene.size)
-    return View(pixels, _silhouette(masks), _labels(coverage), middles.reshape(-1), places, True)
+    nowhere = np.zeros((grid**2, 2), np.float32)
+    return View(pixels, _silhouette(masks), _labels(coverage), middles.reshape(-1), nowhere, True)
 
 
 def _base_view(scene: Scene, size: int) -> View:
@@ -79,8 +81,7 @@ def _base_view(scene: Scene, size: int) -> View:
     silhouette = (_shares(size, height) @ _silhouette(scene.masks) @ _shares(size, width).T).astype(np.float32)
     coverage = (_shares(grid, height) @ masks @ _shares(grid, width).T).reshape(len(masks), -1)
     coverage[[o.small for o in scene.objects]] = 0.0
-    places = _places(width, height, (0, 0), scene.size, grid)
-    return View(pixels, silhouette, _labels(coverage), np.zeros(grid**2, bool), places, False)
+    return View(pixels, silhouette, _labels(coverage), np.zeros(grid**2, bool), _places(grid, grid), False)
 
 
 def _silhouette(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -100,11 +101,7 @@ def _shares(n: int, length: int) -> NDArray[np.float32]:
     return (overlap.clip(0) * (n / length)).astype(np.float32)
 
 
-def _places(
-    width: int, height: int, corner: tuple[int, int], image: tuple[int, int], grid: int | None = None
-) -> NDArray[np.float32]:
-    """The middles of the patches of a part of the image, relative to the whole, [patch, 2]."""
-    columns, rows = (grid, grid) if grid else (width // PATCH_SIZE, height // PATCH_SIZE)
-    x = (corner[0] + (np.arange(columns) + 0.5) * width / columns) / image[0] * 2 - 1
-    y = (corner[1] + (np.arange(rows) + 0.5) * height / rows) / image[1] * 2 - 1
+def _places(columns: int, rows: int) -> NDArray[np.float32]:
+    """The middles of the patches of a grid, (x, y) from -1 to 1, [patch, 2]."""
+    x, y = ((np.arange(n) + 0.5) / n * 2 - 1 for n in (columns, rows))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2).astype(np.float32)
