@@ -20,7 +20,7 @@ from PIL import Image
 from hooked_llava import HookedLLaVA, viz
 from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, patch_importance
 from hooked_llava.editing import EditRequest, multedit
-from hooked_llava.toy.images import NAMES, image_path
+from hooked_llava.toy.images import RECOLORED, SEEDS, image_path
 
 FOLDER = Path(__file__).parent / "figures"
 QUESTION = "What color is the star?"
@@ -55,9 +55,10 @@ def answers(model: HookedLLaVA) -> None:
 
 
 def world() -> None:
-    """The bundled images, enlarged."""
-    figure, axes = plt.subplots(1, len(NAMES), figsize=(2 * len(NAMES), 2.3))
-    for axis, name in zip(axes, NAMES, strict=True):
+    """The bundled images of `tiny-shapes`, enlarged."""
+    names = (*SEEDS, *RECOLORED)
+    figure, axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2.3))
+    for axis, name in zip(axes, names, strict=True):
         axis.imshow(Image.open(image_path(name)).convert("RGB"), interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.axis("off")

@@ -21,8 +21,8 @@ app = typer.Typer(
     name="hooked-llava",
     help="Ask a LLaVA model about an image, and see how it came to its answer.",
     epilog=examples('ask demo "What color is the star?"', 'explain demo "What color is the star?" -o report.html')
-    + "\n\nBundled images: demo, one-shape, two-shapes, five-shapes, demo-blue-star. The model tiny-shapes comes "
-    "with the package, so all of this runs offline.",
+    + "\n\nBundled images: demo, one-shape, two-shapes, five-shapes, demo-blue-star, and wide for the model "
+    "tiny-shapes-next. It and tiny-shapes come with the package, so all of this runs offline.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -37,11 +37,11 @@ class ModelOptions:
     dtype: DTypeOption = None
 
     @property
-    def is_embedded(self) -> bool:
-        """Whether it comes with the package, so that its world is known."""
+    def is_tiny_shapes(self) -> bool:
+        """Whether it is a checkpoint of `tiny-shapes`, about whose world edits have tables of questions."""
         from hooked_llava.loading.embedded import EMBEDDED
 
-        return self.model in EMBEDDED
+        return EMBEDDED.get(self.model, "").startswith("seed")
 
     @property
     def template_name(self) -> str | None:

@@ -58,7 +58,7 @@ def edit(
     typed.refuse(sorted(others_take), f"has no place with --method {options.method}; leave it out.")
     check_writable(output)
     check_writable(save, "--save")
-    where = options.place(prompt.is_embedded)
+    where = options.place(prompt.is_tiny_shapes)
     model, inputs = prompt.prepare()
     made = _edit(model, inputs, options, where, others, prompt)
     probes = probes_of(model, inputs, prompt, options.target, others)
@@ -97,7 +97,7 @@ def _edit(
             marked = position == "constraint"
             given["keep"] = keep.with_spans(constraint=options.constraint or "") if marked else keep
         if "covariance" in options.entry.options:
-            given["covariance"] = _covariance(model, layer, options.covariance, prompt.is_embedded)
+            given["covariance"] = _covariance(model, layer, options.covariance, prompt.is_tiny_shapes)
         taken = {name: value for name, value in given.items() if name in options.entry.options}
         return options.entry.compute(model, options.request(inputs), **taken)
 

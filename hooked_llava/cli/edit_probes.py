@@ -74,7 +74,7 @@ def probes_of(
             reworded = questions is others.reword
             role, expected = ("generalisation", target) if reworded else ("specificity", None)
             probes.append(Probe(name, role, prompts, expected))
-    if others.reword or others.ask or others.ask_text or not prompt.is_embedded:
+    if others.reword or others.ask or others.ask_text or not prompt.is_tiny_shapes:
         return probes
     return [*_world_probes(model, inputs, prompt.question, target), *probes]
 

@@ -16,6 +16,7 @@ EMBEDDED = {
     "tiny-shapes-seed0": "seed0",
     "tiny-shapes-seed1": "seed1",
     "tiny-shapes-seed2": "seed2",
+    "tiny-shapes-next": "next0",
 }
 """Models that come with the package, by name, and the folder of each below `toy/checkpoint`."""
 

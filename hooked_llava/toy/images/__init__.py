@@ -12,6 +12,7 @@ import numpy as np
 
 from hooked_llava.checks import one_of
 from hooked_llava.toy.scenes import Scene, recolor, sample_scene
+from hooked_llava.toy.wide_scenes import sample_wide_scene
 
 SEEDS: dict[str, tuple[int, int]] = {
     "demo": (51, 4),
@@ -20,9 +21,11 @@ SEEDS: dict[str, tuple[int, int]] = {
     "five-shapes": (30, 5),
 }
 """Name of an image -> seed and number of shapes of its scene."""
+WIDE_SEEDS: dict[str, tuple[int, int]] = {"wide": (611, 8)}
+"""The same for images of the world of `tiny-shapes-next`."""
 RECOLORED: dict[str, tuple[str, str, str]] = {"demo-blue-star": ("demo", "star", "blue")}
 """Name of an image -> the one that it is but for the colour of one shape, that shape, and its colour."""
-NAMES = (*SEEDS, *RECOLORED)
+NAMES = (*SEEDS, *RECOLORED, *WIDE_SEEDS)
 """All bundled images."""
 
 
@@ -44,6 +47,9 @@ def image_scene(name: str) -> Scene:
     if _known(name) in RECOLORED:
         other, shape, color = RECOLORED[name]
         return recolor(image_scene(other), shape, color)
+    if name in WIDE_SEEDS:
+        seed, n_objects = WIDE_SEEDS[name]
+        return sample_wide_scene(np.random.default_rng(seed), n_objects)
     seed, n_objects = SEEDS[name]
     return sample_scene(np.random.default_rng(seed), n_objects)
 

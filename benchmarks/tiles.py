@@ -1,0 +1,276 @@
+"""What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about half an hour).
+
+Held-out images of `tiny-shapes-next`, whose objects are known: accuracy of every kind of question as it is, with the base
+grid blanked and with the tiles blanked; patch maps of every method, read from the base grid, the tiles and both together
+in pixels of the image, against the object that is the answer and against the one that the question only passes through;
+deletion and insertion; the same maps under a question about another object; attention knockout of the grids and of the
+passed-through object; and one tile's pixels taken from an image in which an object has another color.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, answers
+from benchmarks._measure import arguments, markdown, start, write
+from hooked_llava.analysis import attention_knockout, deletion_curves, patch_importance
+from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.map_quality import bootstrap, roc_auc
+from hooked_llava.toy.evaluate import EVALUATED, Example, held_out, prepare_examples
+from hooked_llava.toy.objects import COLOR_NAMES, SceneObject
+from hooked_llava.toy.scenes import Scene, recolor
+from hooked_llava.toy.wide_model import TILE, canvas_of
+
+NAME = "tiny-shapes-next"
+KINDS = ("query_color", "query_small", "query_beside")
+READINGS = {"base": "base", "tiles": "fine", "together": "all"}
+EDGES = ("base->last", "fine->last", "base->question", "fine->question", "fine-newlines->question", "passed->question",
+         "passed->last", "seen->question", "seen->last")  # fmt: skip
+SHARES = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+_BATCH = 25
+_EVERY = 2  # pixels of which one is ranked, along both axes
+_COSTLY = ("occlusion", "token ablation")
+
+Measured = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question and its objects: the one that is the answer, and the one that is named if that is another."""
+
+    example: Example
+    answer: SceneObject
+    passed: SceneObject | None
+
+    @property
+    def scene(self) -> Scene:
+        """The image."""
+        assert self.example.scene is not None
+        return self.example.scene
+
+
+def cases(kind: str, n: int) -> list[Case]:
+    """The first held-out questions of a kind whose answer is one object."""
+    found = []
+    for example in held_out(kind, n, world=NAME):
+        assert example.scene is not None
+        (seen,) = example.question.answer_boxes
+        answer = next(o for o in example.scene.objects if o.box == seen)
+        named = example.scene.find(example.question.objects[0])
+        found.append(Case(example, answer, None if named is answer else named))
+    return found
+
+
+def blanked(inputs: Inputs, grid: str) -> Inputs:
+    """The same prompts with every pixel of a grid in the processor's mean color."""
+    assert inputs.pixel_values is not None
+    pixels = inputs.pixel_values.clone()
+    for tiles in inputs.tiles:
+        first, stop = (tiles.start, tiles.start + 1) if grid == "base" else (tiles.start + 1, tiles.stop)
+        pixels[first:stop] = 0.0
+    return replace(inputs, pixel_values=pixels)
+
+
+def accuracy(model: HookedLLaVA, n: int) -> dict[str, dict[str, float]]:
+    """Share of right answers by kind: as it is, without the base grid, without the tiles; and of the commonest answer."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in tqdm(EVALUATED[NAME], desc="accuracy", leave=False):
+        right = defaultdict[str, list[bool]](list)
+        examples = held_out(kind, n, world=NAME)
+        for batch in _batches(examples):
+            inputs = prepare_examples(model, batch)
+            shown = {"as it is": inputs}
+            if inputs.pixel_values is not None:
+                shown |= {"base blanked": blanked(inputs, "base"), "tiles blanked": blanked(inputs, "fine")}
+            for name, own in shown.items():
+                right[name] += [a == e.question.answer for a, e in zip(answers(model, own), batch, strict=True)]
+        truth = [e.question.answer for e in examples]
+        commonest = max(truth.count(answer) for answer in set(truth)) / n
+        found[kind] = {name: float(np.mean(values)) for name, values in right.items()} | {"commonest": commonest}
+    return found
+
+
+def guesses(n: int) -> dict[str, float]:
+    """How often the color of any object of the image would be right."""
+    by_kind = {}
+    for kind in KINDS:
+        shares = [np.mean([o.color == case.answer.color for o in case.scene.objects]) for case in cases(kind, n)]
+        by_kind[kind] = float(np.mean(shares))
+    return by_kind
+
+
+def maps(model: HookedLLaVA, kind: str, some: Sequence[Case], costly: int) -> Measured:
+    """AUC in pixels of every method, reading and target, one number for each image."""
+    found: Measured = {name: defaultdict(list) for name in (*METHODS, RANDOM)}
+    for i, case in enumerate(tqdm(some, desc=kind, leave=False)):
+        inputs = prepare_examples(model, [case.example])
+        layout = inputs.token_maps[0].layout(0)
+        for name in found:
+            if name.startswith(_COSTLY) and (i >= costly or SINGLE_PATCHES in name):
+                continue
+            values = map_values(model, inputs, name, seed=i)
+            for reading, grid in READINGS.items():
+                drawn = layout.draw(np.where(np.isfinite(values), values, np.nan), grid)
+                for target, one in (("answer", case.answer), ("passed through", case.passed)):
+                    if one is not None:
+                        found[name][f"{reading}, {target}"].append(pixel_auc(drawn, one.mask))
+    return found
+
+
+def map_values(model: HookedLLaVA, inputs: Inputs, name: str, *, seed: int) -> np.ndarray:
+    """One map by feature; newlines, and what a method does not measure, are NaN."""
+    layout = inputs.token_maps[0].layout(0)
+    values = np.full(layout.n_features, np.nan)
+    cells = layout.object_features()
+    if name == RANDOM:
+        values[cells] = np.random.default_rng(seed).random(len(cells))
+    else:
+        values[cells] = patch_importance(model, inputs, **METHODS[name]).values.reshape(-1)[cells]
+    return values
+
+
+def pixel_auc(drawn: np.ndarray, mask: np.ndarray) -> float:
+    """Chance that a pixel of the object scores higher than another one that the map covers."""
+    scores, covered = (a[::_EVERY, ::_EVERY].reshape(1, -1) for a in (drawn, mask))
+    return float(roc_auc(np.nan_to_num(scores), covered, among=~np.isnan(scores))[0])
+
+
+def curves(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
+    """Area under deletion and insertion curves of every cheap method, one number for each image."""
+    found: Measured = {}
+    for i, case in enumerate(tqdm(some, desc="deletion and insertion", leave=False)):
+        inputs = prepare_examples(model, [case.example])
+        names = [name for name in (*METHODS, RANDOM) if not name.startswith(_COSTLY)]
+        own = {name: map_values(model, inputs, name, seed=i) for name in names}
+        area = deletion_curves(model, inputs, own, shares=SHARES).area
+        for name in names:
+            for way in ("deletion", "insertion"):
+                found.setdefault(name, defaultdict(list))[way].append(area.sel(direction=way, map=name).item())
+    return found
+
+
+def knockout(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
+    """Change of P(answer) in percent, and whether it is kept, where an edge is blocked in all layers."""
+    found: Measured = defaultdict(lambda: defaultdict(list))
+    for case in tqdm(some, desc="knockout", leave=False):
+        inputs = prepare_examples(model, [case.example])
+        passed = case.passed or case.answer
+        inputs = inputs.with_boxes(seen=[case.answer.box], passed=[passed.box])
+        edges = [e for e in EDGES if case.passed is not None or "passed" not in e]
+        result = attention_knockout(model, inputs, edges, window="all")
+        for edge in edges:
+            found[edge]["effect"].append(result.effect.sel(edge=edge).item())
+            found[edge]["kept"].append(float(result.answer_kept.sel(edge=edge).all()))
+    return found
+
+
+def tile_patching(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
+    """Which tiles carry the color: each is taken from the image with the answer's object in another color.
+
+    `follows`: the answer becomes the new color. Tiles are told apart by whether they show the object.
+    """
+    found: Measured = defaultdict(lambda: defaultdict(list))
+    for case in tqdm(some, desc="tile patching", leave=False):
+        if case.answer not in case.scene.unique:
+            continue
+        new = COLOR_NAMES[(COLOR_NAMES.index(case.answer.color) + 3) % len(COLOR_NAMES)]
+        changed = recolor(case.scene, case.answer.shape, new)
+        clean, other = (
+            prepare_examples(model, [replace(case.example, scene=scene)]) for scene in (case.scene, changed)
+        )
+        assert clean.pixel_values is not None
+        assert other.pixel_values is not None
+        kinds = tiles_of(case)
+        mixed = []
+        for tile in range(len(kinds)):
+            pixels = clean.pixel_values.clone()
+            pixels[tile] = other.pixel_values[tile]
+            mixed.append(replace(clean, pixel_values=pixels))
+        for kind, inputs in zip([*kinds, "all"], [*mixed, other], strict=True):
+            found[kind]["follows"].append(float(answers(model, inputs)[0] == new.capitalize()))
+    return found
+
+
+def tiles_of(case: Case) -> list[str]:
+    """Of the base tile and each fine one: what it is to the object."""
+    (width, height), (x0, y0, x1, y1) = case.scene.size, case.answer.box
+    canvas_width, canvas_height = canvas_of(case.scene.size)
+    left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
+    kinds = ["base"]
+    for y in range(0, canvas_height, TILE):
+        for x in range(0, canvas_width, TILE):
+            inside = x0 + left < x + TILE and x1 + left > x and y0 + top < y + TILE and y1 + top > y
+            kinds.append("a tile that shows the object" if inside else "another tile")
+    return kinds
+
+
+def intervals(measured: Measured) -> dict[str, dict[str, list[float]]]:
+    """Means with 95 % intervals over images, and how many there are."""
+    return {
+        name: {key: [*(round(x, 4) for x in bootstrap(values)), len(values)] for key, values in row.items() if values}
+        for name, row in measured.items()
+        if any(row.values())
+    }
+
+
+def table(found: dict[str, dict[str, list[float]]], corner: str) -> str:
+    """Means with half of their interval's width."""
+    columns = list(dict.fromkeys(key for row in found.values() for key in row))
+    cells = {
+        name: [f"{row[c][0]:.3f} ± {(row[c][2] - row[c][1]) / 2:.3f}" if c in row else "-" for c in columns]
+        for name, row in found.items()
+    }
+    return markdown(columns, cells, corner)
+
+
+def accuracy_table(found: dict[str, dict[str, float]]) -> str:
+    columns = ["commonest", "as it is", "base blanked", "tiles blanked"]
+    cells = {k: [f"{row[c]:.3f}" if c in row else "-" for c in columns] for k, row in found.items()}
+    return markdown(["always the commonest answer", *columns[1:]], cells, "question")
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for first in range(0, len(examples), _BATCH):
+        yield examples[first : first + _BATCH]
+
+
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__, repetitions=1)
+    parser.add_argument("--n", type=int, default=300, help="images for each kind of question (default 300)")
+    parser.add_argument("--costly", type=int, default=40, help="images for methods of many passes (default 40)")
+    parser.add_argument("--checkpoint", default=NAME, help="name or folder")
+    options = start(parser, argv)
+    if options.quick:
+        options.n, options.costly = 2, 1
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = options_of(argv)
+    model = HookedLLaVA.from_pretrained(options.checkpoint)
+    report: dict[str, Any] = {"accuracy": accuracy(model, options.n), "guesses": guesses(options.n)}
+    print(accuracy_table(report["accuracy"]), flush=True)
+    few = max(2, options.n // 6)
+    for kind in KINDS:
+        some = cases(kind, options.n)
+        report[kind] = {
+            "maps": intervals(maps(model, kind, some, options.costly)),
+            "curves": intervals(curves(model, some[:few])),
+            "knockout": intervals(knockout(model, some)),
+            "tile patching": intervals(tile_patching(model, some[: 2 * few])),
+        }
+        for part, found in report[kind].items():
+            print(f"\n{table(found, f'{kind}: {part}')}", flush=True)
+    print(write("tiles", options, n=options.n, costly=options.costly, **report))
+
+
+if __name__ == "__main__":
+    main()
