@@ -20,7 +20,9 @@ _PATTERN_GAIN = 0.7
 _PLACE_GAIN = 0.5
 _MARK_GAIN = 0.5  # how much of `<image>` every patch carries, which tells an image of a star from the word
 _MIDDLE_GAIN = 0.7  # of the word "shape", which marks one patch of each object, so that objects can be counted
+_BASE_GAIN = 0.5  # of the word "picture", which marks the base grid: it alone shows where in the image something lies
 _BACKGROUND_WEIGHT = 0.1
+_BASE_WEIGHT = 3.0  # there are few patches of the base grid, and objects are small there
 _NAMING_WEIGHT = 0.5
 _NAMING_SCALE = 4.0  # a patch embedding is as long as a word, so its products with words are too small for a softmax
 _AROUND = 3 * PATCH_SIZE // 2  # the neighbourhood's width at half resolution
@@ -98,16 +100,23 @@ def align(model: ToyModel, images: Tensor, scenes: Sequence[Scene], views: Seque
     shown = shape >= 0
     content = shapes[shape] + colors[color] + _PATTERN_GAIN * patterns[pattern]
     flat = [view for its_views in views for view in its_views]
-    everywhere = common + _MARK_GAIN * embed[_VOCAB[IMAGE]] + _place(embed, flat) + _middle(embed, flat)
+    everywhere = common + _MARK_GAIN * embed[_VOCAB[IMAGE]] + _place(embed, flat) + _marks(embed, flat)
     target = everywhere + torch.where(shown.unsqueeze(-1), content, 0.0)
-    weight = torch.where(shown, 1.0, _BACKGROUND_WEIGHT)
+    in_base = torch.tensor([view.grid == "base" for view in flat]).unsqueeze(-1)
+    weight = torch.where(shown, 1.0, _BACKGROUND_WEIGHT) * torch.where(in_base, _BASE_WEIGHT, 1.0)
     loss = ((images - target).square().sum(-1) * weight).mean()
     seen = images.detach()[shown]
     scores = images[shown] @ shapes.T
-    loss = loss + _NAMING_WEIGHT * cross_entropy(_NAMING_SCALE * scores, shape[shown])
+    loss = loss + _NAMING_WEIGHT * _naming(scores, shape[shown], weight[shown])
     shape_right = scores.detach().argmax(-1) == shape[shown]
     color_right = (seen @ colors.T).argmax(-1) == color[shown]
     return Alignment(loss, shape_right.float().mean().item(), color_right.float().mean().item())
+
+
+def _naming(scores: Tensor, shape: Tensor, weight: Tensor) -> Tensor:
+    """How surely patches name their shape, those of the base grid counted more."""
+    each = cross_entropy(_NAMING_SCALE * scores, shape, reduction="none")
+    return (each * weight).sum() / weight.sum()
 
 
 def _place(embed: Tensor, views: Sequence[View]) -> Tensor:
@@ -117,6 +126,8 @@ def _place(embed: Tensor, views: Sequence[View]) -> Tensor:
     return _PLACE_GAIN * (x * (right - left) + y * (below - above))
 
 
-def _middle(embed: Tensor, views: Sequence[View]) -> Tensor:
+def _marks(embed: Tensor, views: Sequence[View]) -> Tensor:
+    """What marks the middles of objects, and the base grid, [view, patch, d_model]."""
     middles = torch.from_numpy(np.stack([v.middles for v in views])).unsqueeze(-1)
-    return _MIDDLE_GAIN * middles * embed[_VOCAB["shape"]]
+    in_base = torch.tensor([v.grid == "base" for v in views])[:, None, None]
+    return _MIDDLE_GAIN * middles * embed[_VOCAB["shape"]] + _BASE_GAIN * in_base * embed[_VOCAB["picture"]]

@@ -26,7 +26,7 @@ class View:
         middles (bool [patch]): Whether the middle of an object lies there.
         places (float32 [patch, 2]): Where the middle of the patch lies in the image, (x, y) from -1 to 1; 0 in a tile, from
             which that cannot be seen.
-        fine (bool): Whether it is a tile.
+        grid (str): "whole" where there is no other view, else "base" or "fine".
     """
 
     pixels: NDArray[np.uint8]
@@ -34,7 +34,7 @@ class View:
     labels: NDArray[np.int64]
     middles: NDArray[np.bool_]
     places: NDArray[np.float32]
-    fine: bool
+    grid: str
 
 
 def whole_view(scene: Scene) -> View:
@@ -42,7 +42,7 @@ def whole_view(scene: Scene) -> View:
     width, height = scene.size
     places = _places(width // PATCH_SIZE, height // PATCH_SIZE)
     nowhere = np.zeros(len(places), bool)  # a model with one view is not taught to count
-    return View(scene.pixels, _silhouette(scene.masks), scene.patch_labels().reshape(-1), nowhere, places, False)
+    return View(scene.pixels, _silhouette(scene.masks), scene.patch_labels().reshape(-1), nowhere, places, "whole")
 
 
 def tiled_views(scene: Scene, canvas: tuple[int, int], tile: int) -> list[View]:
@@ -70,7 +70,7 @@ def _tile_view(scene: Scene, pixels: NDArray[np.uint8], masks: NDArray[np.bool_]
         if 0 <= row < grid and 0 <= column < grid:
             middles[row, column] = True
     nowhere = np.zeros((grid**2, 2), np.float32)
-    return View(pixels, _silhouette(masks), _labels(coverage), middles.reshape(-1), nowhere, True)
+    return View(pixels, _silhouette(masks), _labels(coverage), middles.reshape(-1), nowhere, "fine")
 
 
 def _base_view(scene: Scene, size: int) -> View:
@@ -81,7 +81,7 @@ def _base_view(scene: Scene, size: int) -> View:
     silhouette = (_shares(size, height) @ _silhouette(scene.masks) @ _shares(size, width).T).astype(np.float32)
     coverage = (_shares(grid, height) @ masks @ _shares(grid, width).T).reshape(len(masks), -1)
     coverage[[o.small for o in scene.objects]] = 0.0
-    return View(pixels, silhouette, _labels(coverage), np.zeros(grid**2, bool), _places(grid, grid), False)
+    return View(pixels, silhouette, _labels(coverage), np.zeros(grid**2, bool), _places(grid, grid), "base")
 
 
 def _silhouette(masks: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -31,8 +31,8 @@ MIN_OBJECTS, MAX_OBJECTS = 3, 12
 _SMALL_RATE = 0.4
 _SHARED_COLOR_RATE = 0.6
 """How often two to four objects are made to share a color."""
-# Normal objects keep at least 2 pixels apart; small ones fill whole patches.
-_OFFSETS = {NORMAL_SIZE: (0, 2), SMALL_SIZE: (0, 8)}
+# Within a cell: normal objects lie in its middle, small ones fill a patch.
+_OFFSETS = {NORMAL_SIZE: (2,), SMALL_SIZE: (0, 8)}
 _NEXT_TO = 36
 _SAME_ROW = 12
 
@@ -105,16 +105,10 @@ def _random_looks(rng: np.random.Generator, sizes: Sequence[int]) -> list[tuple[
 
 def _corners(rng: np.random.Generator, size: tuple[int, int], sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Upper left corners of objects of these sizes, each in a cell of its own."""
-    (columns, left), (rows, top) = (_axis(rng, pixels) for pixels in size)
+    columns, rows = (pixels // CELL for pixels in size)
     cells = rng.permutation(columns * rows)[: len(sizes)]
     corners = []
     for cell, pixels in zip(cells.tolist(), sizes, strict=True):
-        dx, dy = (_OFFSETS[pixels][int(i)] for i in rng.integers(2, size=2))
-        corners.append((left + CELL * (cell % columns) + dx, top + CELL * (cell // columns) + dy))
+        dx, dy = rng.choice(_OFFSETS[pixels], size=2).tolist()
+        corners.append((CELL * (cell % columns) + dx, CELL * (cell // columns) + dy))
     return corners
-
-
-def _axis(rng: np.random.Generator, pixels: int) -> tuple[int, int]:
-    """How many cells lie along an axis, and where the first begins: what is left over is before or after them."""
-    n, rest = divmod(pixels, CELL)
-    return n, rest * int(rng.integers(2))
