@@ -31,6 +31,7 @@ from benchmarks import (
     sae,
     sae_stream,
     steering,
+    tiles,
     top_heads,
 )
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
@@ -192,6 +193,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "steering": {"steering": steered},
     "autoencoders": {"sae": autoencoders},
     "importance": {"patch_importance": importance, "top_heads": ablations},
+    "tiles": {"tiles": tiles.tables},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},
     "editing": {"editing": edits},

@@ -392,3 +392,14 @@ def test_a_dose_response_is_clear_if_the_color_is_reached_and_no_control_reaches
     assert not sae.is_clear({"steered": [0.0, 0.3, 0.4], **quiet})
     assert not sae.is_clear({"steered": [0.3, 0.2, 0.9], **quiet})
     assert not sae.is_clear({"steered": [0.0, 0.4, 0.9], **quiet, "random_direction": [0.0, 0.6, 0.6]})
+
+
+@pytest.mark.slow
+def test_tiles_reports_both_grids_and_every_method(run: Run, tmp_path: Path) -> None:
+    report = run("tiles", tmp_path / "report.json")
+    shown = {"as it is", "base blanked", "tiles blanked", "commonest"}
+    assert all(row.keys() in (shown, {"as it is", "commonest"}) for row in report["accuracy"].values())
+    maps, of = report["query_color"]["patch maps"], {"base, answer", "tiles, answer", "together, answer"}
+    assert {name for name in _maps.METHODS if not name.startswith(_maps.ONE_BY_ONE)} < maps.keys()
+    assert all(row.keys() == of for row in maps.values())
+    assert report["query_color"]["tiles of another image"]["all"]["follows"][0] == 1.0
