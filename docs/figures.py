@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ from PIL import Image
 from hooked_llava import HookedLLaVA, viz
 from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, patch_importance
 from hooked_llava.editing import EditRequest, multedit
-from hooked_llava.toy.images import RECOLORED, SEEDS, image_path
+from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
+from hooked_llava.toy.wide_scenes import sample_wide_scene
 
 FOLDER = Path(__file__).parent / "figures"
 QUESTION = "What color is the star?"
@@ -63,6 +65,18 @@ def world() -> None:
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     save(figure, "world.png")
+
+
+def world_next() -> None:
+    """The bundled wide image and some others of the world of `tiny-shapes-next`, all on one scale."""
+    rng = np.random.default_rng(4)
+    images = [image_scene("wide").render(), *(sample_wide_scene(rng).render() for _ in range(5))]
+    widths = [image.width for image in images]
+    figure, axes = plt.subplots(1, len(images), figsize=(12, 3.4), width_ratios=widths)
+    for axis, image in zip(axes, images, strict=True):
+        axis.imshow(image, interpolation="nearest")
+        axis.axis("off")
+    save(figure, "world-next.png")
 
 
 def replay() -> None:
@@ -132,6 +146,7 @@ def main() -> None:
     model = HookedLLaVA.from_pretrained("tiny-shapes")
     replay()
     world()
+    world_next()
     answers(model)
     report(model)
 

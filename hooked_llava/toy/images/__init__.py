@@ -21,7 +21,7 @@ SEEDS: dict[str, tuple[int, int]] = {
     "five-shapes": (30, 5),
 }
 """Name of an image -> seed and number of shapes of its scene."""
-WIDE_SEEDS: dict[str, tuple[int, int]] = {"wide": (611, 8)}
+WIDE_SEEDS: dict[str, tuple[int, int]] = {"wide": (5163, 8)}
 """The same for images of the world of `tiny-shapes-next`."""
 RECOLORED: dict[str, tuple[str, str, str]] = {"demo-blue-star": ("demo", "star", "blue")}
 """Name of an image -> the one that it is but for the colour of one shape, that shape, and its colour."""
