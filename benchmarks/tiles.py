@@ -1,24 +1,25 @@
 """What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about half an hour).
 
 Held-out images of `tiny-shapes-next`, whose objects are known: accuracy of every kind of question as it is, with the base
-grid blanked and with the tiles blanked; patch maps of every method, read from the base grid, the tiles and both together
-in pixels of the image, against the object that is the answer and against the one that the question only passes through;
-deletion and insertion; the same maps under a question about another object; attention knockout of the grids and of the
-passed-through object; and one tile's pixels taken from an image in which an object has another color.
+grid blanked and with the tiles blanked. Then, of questions that are answered right: patch maps of every method, read from
+the base grid, the tiles and both together in pixels of the image, against the object that is the answer and against the one
+that the question only passes through; the same under a question about another object; deletion and insertion; attention
+knockout of the grids and of the passed-through object; and one tile's pixels taken from an image in which the object has
+another color.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, answers
+from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, answers, batches
 from benchmarks._measure import arguments, markdown, start, write
 from hooked_llava.analysis import attention_knockout, deletion_curves, patch_importance
 from hooked_llava.model.llava import HookedLLaVA
@@ -35,7 +36,6 @@ READINGS = {"base": "base", "tiles": "fine", "together": "all"}
 EDGES = ("base->last", "fine->last", "base->question", "fine->question", "fine-newlines->question", "passed->question",
          "passed->last", "seen->question", "seen->last")  # fmt: skip
 SHARES = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-_BATCH = 25
 _EVERY = 2  # pixels of which one is ranked, along both axes
 _COSTLY = ("occlusion", "token ablation")
 
@@ -69,6 +69,15 @@ def cases(kind: str, n: int) -> list[Case]:
     return found
 
 
+def answered(model: HookedLLaVA, some: Sequence[Case]) -> list[Case]:
+    """Those that the model answers as they should be."""
+    found = []
+    for batch in batches(some):
+        said = answers(model, prepare_examples(model, [case.example for case in batch]))
+        found += [case for case, answer in zip(batch, said, strict=True) if answer == case.example.question.answer]
+    return found
+
+
 def blanked(inputs: Inputs, grid: str) -> Inputs:
     """The same prompts with every pixel of a grid in the processor's mean color."""
     assert inputs.pixel_values is not None
@@ -85,7 +94,7 @@ def accuracy(model: HookedLLaVA, n: int) -> dict[str, dict[str, float]]:
     for kind in tqdm(EVALUATED[NAME], desc="accuracy", leave=False):
         right = defaultdict[str, list[bool]](list)
         examples = held_out(kind, n, world=NAME)
-        for batch in _batches(examples):
+        for batch in batches(examples):
             inputs = prepare_examples(model, batch)
             shown = {"as it is": inputs}
             if inputs.pixel_values is not None:
@@ -118,11 +127,24 @@ def maps(model: HookedLLaVA, kind: str, some: Sequence[Case], costly: int) -> Me
                 continue
             values = map_values(model, inputs, name, seed=i)
             for reading, grid in READINGS.items():
-                drawn = layout.draw(np.where(np.isfinite(values), values, np.nan), grid)
+                drawn = layout.draw(values, grid)
                 for target, one in (("answer", case.answer), ("passed through", case.passed)):
                     if one is not None:
                         found[name][f"{reading}, {target}"].append(pixel_auc(drawn, one.mask))
+            if i < costly and (other := about_another(case)) is not None:
+                drawn = layout.draw(map_values(model, prepare_examples(model, [other]), name, seed=i))
+                found[name]["together, asked about another"].append(pixel_auc(drawn, case.answer.mask))
     return found
+
+
+def about_another(case: Case) -> Example | None:
+    """The same question about another object that questions can name, or None."""
+    named = case.example.question.objects[0]
+    others = [o.shape for o in case.scene.named if o.shape != named and o is not case.answer]
+    if not others:
+        return None
+    text = case.example.question.text.replace(named, others[0])
+    return replace(case.example, question=replace(case.example.question, text=text))
 
 
 def map_values(model: HookedLLaVA, inputs: Inputs, name: str, *, seed: int) -> np.ndarray:
@@ -237,15 +259,10 @@ def accuracy_table(found: dict[str, dict[str, float]]) -> str:
     return markdown(["always the commonest answer", *columns[1:]], cells, "question")
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for first in range(0, len(examples), _BATCH):
-        yield examples[first : first + _BATCH]
-
-
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__, repetitions=1)
     parser.add_argument("--n", type=int, default=300, help="images for each kind of question (default 300)")
-    parser.add_argument("--costly", type=int, default=40, help="images for methods of many passes (default 40)")
+    parser.add_argument("--costly", type=int, default=30, help="images for methods of many passes (default 30)")
     parser.add_argument("--checkpoint", default=NAME, help="name or folder")
     options = start(parser, argv)
     if options.quick:
@@ -265,17 +282,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = options_of(argv)
     model = HookedLLaVA.from_pretrained(options.checkpoint)
     report: dict[str, Any] = {"accuracy": accuracy(model, options.n), "guesses": guesses(options.n)}
-    few = max(1, options.n // 6)
+    few = max(1, options.n // 10)
     for kind in KINDS[:1] if options.quick else KINDS:
-        some = cases(kind, options.n)
+        some = answered(model, cases(kind, options.n))
         report[kind] = {
             "patch maps": intervals(maps(model, kind, some, options.costly)),
             "deletion and insertion": intervals(curves(model, some[:few])),
             "knockout": intervals(knockout(model, some)),
-            "tiles of another image": intervals(tile_patching(model, some[: 2 * few])),
+            "tiles of another image": intervals(tile_patching(model, some[: 3 * few])),
         }
+        path = write("tiles", options, n=options.n, costly=options.costly, **report)  # what is done is not lost
     print("\n\n".join(tables(report)))
-    print(write("tiles", options, n=options.n, costly=options.costly, **report))
+    print(path)
 
 
 if __name__ == "__main__":

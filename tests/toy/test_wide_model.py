@@ -27,9 +27,7 @@ def model() -> HookedLLaVA:
         ("query_small", "without tiles", 0.0, 0.5),
     ],
 )
-def test_what_is_answered_from_which_grid(
-    model: HookedLLaVA, kind: str, shown: str, least: float, most: float
-) -> None:
+def test_what_is_answered_from_which_grid(model: HookedLLaVA, kind: str, shown: str, least: float, most: float) -> None:
     examples = held_out(kind, N, seed=17, world="tiny-shapes-next")
     inputs = prepare_examples(model, examples)
     if shown != "all":
