@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -25,7 +25,7 @@ from hooked_llava.cli.terminal import (
     shown_steps,
 )
 from hooked_llava.errors import InputError
-from hooked_llava.options.attribution_methods import ATTRIBUTION_METHODS
+from hooked_llava.options.attribution_methods import ATTRIBUTION_METHODS, AttributionMethod
 from hooked_llava.options.steering_modes import STEERING_MODES
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def attribute(
             inputs,
             answer,
             versus,
-            method=method.value,
+            method=cast("AttributionMethod", method.value),
             n_features=top,
             max_new_tokens=max_new_tokens,
             on_step=on_step,
@@ -208,17 +208,22 @@ def _show_steering(page: FeaturePage) -> None:
 def _show_attribution(page: FeaturePage, top: int) -> None:
     """The largest features, and the largest of them at tokens."""
     from hooked_llava.prompt.token_text import visible_token
+    from hooked_llava.viz.pages.features import is_sure
 
     found, by_feature = page.results["attribution"], page.results["pooled"].isel(sae_feature=slice(top))
     say_answer(page.question, page.answer)
     versus = f" rather than {escape(found.baseline)}" if "baseline" in found.attrs else ""
     say(f"What argues for {escape(found.answer)}{versus}, in nats; sums over the image and over the text:")
+    if is_sure(found):
+        say(
+            "The model is sure of this answer, so that no feature moves its log-probability: compare it, with --versus."
+        )
     numbers = zip(*(by_feature[name].values.tolist() for name in ("sae_feature", "image", "text")), strict=True)
-    rows = [[str(feature), f"{image:+.3f}", f"{text:+.3f}"] for feature, image, text in numbers]
+    rows = [[str(feature), f"{image:+.3g}", f"{text:+.3g}"] for feature, image, text in numbers]
     show_table(["feature", "image", "text"], rows, right=["feature", "image", "text"])
     of_entry = ("sae_feature", "label", "activation", "attribution")
     cells = zip(*(found.isel(entry=slice(2 * top))[name].values.tolist() for name in of_entry), strict=True)
-    rows = [[str(n), escape(visible_token(at)), f"{active:.2f}", f"{value:+.3f}"] for n, at, active, value in cells]
+    rows = [[str(n), escape(visible_token(at)), f"{active:.2f}", f"{value:+.3g}"] for n, at, active, value in cells]
     show_table(["feature", "at", "activation", "attribution"], rows, right=["feature", "activation", "attribution"])
 
 

@@ -91,7 +91,7 @@ class DataOptions:
         elif self.dataset not in (None, EMBEDDED_WORLD):
             rows = self._table(Path(self.dataset))
         else:
-            if self.dataset is None and not model.is_embedded:
+            if self.dataset is None and not model.is_tiny_shapes:
                 raise InputError(
                     f"There are no images for {model.model!r}; give --images FOLDER with --question, or --dataset TABLE."
                 )
@@ -155,7 +155,7 @@ class TrainOptions:
 
     def hook_of(self, model: ModelOptions) -> str:
         """The hook; raises `InputError` where none was given and none is known to suit."""
-        if self.hook is None and not model.is_embedded:
+        if self.hook is None and not model.is_tiny_shapes:
             raise InputError("There is no hook; name one of the language tower: --hook blocks.3.hook_resid_post.")
         return self.hook or EMBEDDED_HOOK
 

@@ -55,7 +55,7 @@ def feature_overlays(
     check_dataset(result, ("attribution", "activation"), "feature_overlays", "feature_attribution")
     maps = feature_maps(inputs, result, features)
     sums = maps.sum([dim for dim in maps.dims if dim != "sae_feature"])
-    names = [f"feature {int(n)}: {float(total):+.2f}" for n, total in zip(maps.sae_feature, sums, strict=True)]
+    names = [f"feature {int(n)}: {float(total):+.3g}" for n, total in zip(maps.sae_feature, sums, strict=True)]
     drawn = maps.isel(image=image, drop=True).assign_coords(sae_feature=names)
     return patch_overlays(inputs, drawn, image=image, grid=grid, columns=3, underlay=underlay, title=title)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
+import numpy as np
 import xarray as xr
 
 from hooked_llava.model.attached_sae import Autoencoder
@@ -23,6 +24,8 @@ from hooked_llava.viz.figures.features import dose_response, feature_overlays
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import about_model, answered
 
+_NOTICED = 0.001
+"""Nats below which an attribution says nothing."""
 ATTRIBUTION_STEPS = ("attributing", "answering", "drawing")
 STEERING_STEPS = ("steering", "answering", "drawing")
 """The parts of the work, as progress is reported."""
@@ -101,7 +104,14 @@ def _attributed(
         "overlays": overlays,
         "features": _rows(by_feature.isel(sae_feature=slice(n_features)), ("sae_feature", "image", "text")),
         "entries": _rows(found.isel(entry=slice(n_entries)), of_entry),
+        "is_sure": is_sure(found),
     }
+
+
+def is_sure(attribution: xr.Dataset) -> bool:
+    """Whether the model is so sure of the answer that no feature moves its log-probability, and another must be compared."""
+    largest = float(np.abs(attribution["attribution"].values).max(initial=0.0))
+    return "baseline" not in attribution.attrs and largest < _NOTICED
 
 
 def steering_page(

@@ -22,7 +22,7 @@ def test_a_panel_for_each_feature_on_the_image(inputs, found):
     numbers = maps.sae_feature.values.tolist()
     assert [axes.get_title().split(":")[0] for axes in figure.axes[:4]] == [f"feature {n}" for n in numbers]
     for axes, own in zip(figure.axes, maps, strict=False):
-        assert axes.get_title().endswith(f"{float(own.sum()):+.2f}")
+        assert axes.get_title().endswith(f"{float(own.sum()):+.3g}")
         np.testing.assert_allclose(np.asarray(axes.collections[0].get_array()), own.isel(image=0).values)
     chosen = feature_overlays(inputs, found, features=numbers[:1], title="")
     assert chosen.axes[0].get_title().startswith(f"feature {numbers[0]}:")
