@@ -44,7 +44,7 @@ def sample_wide_scene(rng: np.random.Generator, n_objects: int | None = None, *,
 
     >>> scene = sample_wide_scene(np.random.default_rng(0), 6)
     >>> len(scene.objects), scene.size
-    (6, (48, 144))
+    (6, (144, 48))
     """
     size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
     most = min(at_most, _n_cells(size) * 3 // 4)

@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_found_before_the_model_is_loaded(tmp_path):
 
 def test_edit_stands_between_trace_and_verify():
     commands = re.findall(r"^│ (\w+)", run("--help").stdout, re.MULTILINE)
-    assert commands[-3:] == ["trace", "edit", "verify"]
+    assert commands[-4:] == ["trace", "edit", "verify", "sae"]
 
 
 def test_fine_tuning_is_a_method_too(checkpoint, image, loaded, tmp_path):
