@@ -95,7 +95,8 @@ def accuracy(model: HookedLLaVA, n: int) -> dict[str, dict[str, float]]:
         right = defaultdict[str, list[bool]](list)
         examples = held_out(kind, n, world=NAME)
         for batch in batches(examples):
-            inputs = prepare_examples(model, batch)
+            images = [None if e.scene is None else e.scene.render() for e in batch]
+            inputs = model.prepare([e.prompt for e in batch], images, template=None)  # some begin the answer
             shown = {"as it is": inputs}
             if inputs.pixel_values is not None:
                 shown |= {"base blanked": blanked(inputs, "base"), "tiles blanked": blanked(inputs, "fine")}
