@@ -53,21 +53,27 @@ SINGLE_PATCHES = "single patches"
 
 
 @dataclass(frozen=True)
-class Case:
-    """An image, a question about one of its objects, and what is true of the patches."""
+class Asked:
+    """A question about an image."""
 
     example: Example
+
+    @property
+    def scene(self) -> Scene:
+        assert self.example.scene is not None
+        return self.example.scene
+
+
+@dataclass(frozen=True)
+class Case(Asked):
+    """An image, a question about one of its objects, and what is true of the patches."""
+
     coverage: np.ndarray
     """Share of each patch that the queried object covers, [patch_row, patch_col]."""
     others: np.ndarray
     """The same for all other objects together."""
     other_question: str
     """The same question about another object of the image."""
-
-    @property
-    def scene(self) -> Scene:
-        assert self.example.scene is not None
-        return self.example.scene
 
 
 def cases(kind: str, n: int) -> list[Case]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, answers, batches
+from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, Asked, answers, batches
 from benchmarks._measure import arguments, markdown, start, write
 from hooked_llava.analysis import attention_knockout, deletion_curves, patch_importance
 from hooked_llava.model.llava import HookedLLaVA
@@ -27,8 +27,8 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.map_quality import bootstrap, roc_auc
 from hooked_llava.toy.evaluate import EVALUATED, Example, held_out, prepare_examples
 from hooked_llava.toy.objects import COLOR_NAMES, SceneObject
-from hooked_llava.toy.scenes import Scene, recolor
-from hooked_llava.toy.wide_model import TILE, canvas_of
+from hooked_llava.toy.scenes import recolor
+from hooked_llava.toy.wide_model import layout_of
 
 NAME = "tiny-shapes-next"
 KINDS = ("query_color", "query_small", "query_beside")
@@ -43,18 +43,11 @@ Measured = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Asked):
     """A question and its objects: the one that is the answer, and the one that is named if that is another."""
 
-    example: Example
     answer: SceneObject
     passed: SceneObject | None
-
-    @property
-    def scene(self) -> Scene:
-        """The image."""
-        assert self.example.scene is not None
-        return self.example.scene
 
 
 def cases(kind: str, n: int) -> list[Case]:
@@ -224,15 +217,9 @@ def tile_patching(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
 
 def tiles_of(case: Case) -> list[str]:
     """Of the base tile and each fine one: what it is to the object."""
-    (width, height), (x0, y0, x1, y1) = case.scene.size, case.answer.box
-    canvas_width, canvas_height = canvas_of(case.scene.size)
-    left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
-    kinds = ["base"]
-    for y in range(0, canvas_height, TILE):
-        for x in range(0, canvas_width, TILE):
-            inside = x0 + left < x + TILE and x1 + left > x and y0 + top < y + TILE and y1 + top > y
-            kinds.append("a tile that shows the object" if inside else "another tile")
-    return kinds
+    footprint = layout_of(case.scene.size).patch_footprint(case.answer.box)
+    shown = footprint.max(axis=(1, 2)).tolist()
+    return ["base", *("a tile that shows the object" if share > 0 else "another tile" for share in shown[1:])]
 
 
 def intervals(measured: Measured) -> dict[str, dict[str, list[float]]]:

@@ -106,6 +106,12 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
+def write_json(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    """Write named fields to a JSON file, whole or not at all; raises `InputError` as `written_whole`."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+
+
 def bytes_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file_format: str) -> int:
     """Bytes of the file that `write_tensors` would write, without writing it (to within a few).
 

@@ -81,7 +81,7 @@ class AttachedSAE:
         """The activation with its features and its error as functions on the hooks leave them."""
         if self.keep_error and not any(point.hooked for point in self.points):
             return x
-        flat = x.flatten(-2) if x.shape[-1] != self.sae.cfg.d_in else x  # heads side by side
+        flat = side_by_side(x, self.sae.cfg.d_in)
         vectors = flat.to(self.sae.b_dec.dtype)
         pre = self.sae.pre_acts(vectors)
         new_pre = self.hook_sae_pre(pre)
@@ -107,6 +107,11 @@ class AttachedSAE:
 
     def _decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         return acts @ self.sae.W_dec + self.sae.b_dec
+
+
+def side_by_side(x: Float[Tensor, "*batch width"], d_in: int) -> Float[Tensor, "*vector d_in"]:
+    """An activation as vectors of that width: heads lie side by side."""
+    return x if x.shape[-1] == d_in else x.flatten(-2)
 
 
 def encoded_in_parts(sae: Autoencoder, x: Float[Tensor, "vector d_in"]) -> Iterator[Any]:

@@ -7,7 +7,6 @@ so that one formula serves all files.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import CheckpointError
 from hooked_llava.loading.embedded import EMBEDDED, resolve
 from hooked_llava.sae.autoencoder import WITH_THRESHOLD, Kind, SAEConfig, SparseAutoencoder
-from hooked_llava.storage import read_json, read_safetensors, write_safetensors, written_whole
+from hooked_llava.storage import read_json, read_safetensors, write_json, write_safetensors
 
 FileFormat: TypeAlias = Literal["sparsify", "saelens"]
 """Whose files."""
@@ -113,8 +112,7 @@ def save_sae(sae: SparseAutoencoder, folder: str | os.PathLike[str], *, file_for
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS[file_format], tensors)
-    with written_whole(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    write_json(folder / CONFIG, fields)
     for other in set(WEIGHTS.values()) - {WEIGHTS[file_format]}:  # of an autoencoder that was here before
         (folder / other).unlink(missing_ok=True)
 

@@ -122,7 +122,7 @@ class ModelSource:
 
         @reads_only
         def keep(tensor: Tensor, hook: HookPoint) -> None:
-            vectors = tensor.flatten(2) if tensor.ndim > 3 else tensor  # heads side by side
+            vectors = tensor.flatten(2)  # heads side by side
             found[str(hook.name)] = vectors.flatten(0, 1).index_select(0, prepared.index)
 
         stop = self.model.hooks_table.stop_after(self.hooks)

@@ -135,14 +135,11 @@ class PromptSource:
         if isinstance(entry, StudyRow):
             image, question = row_image(entry, self.options.images), entry.question
         elif isinstance(entry, Mapping):
-            if question_column not in entry and self.options.prompt is None:
+            needed = [] if self.options.prompt is not None else [question_column]
+            needed += [] if image_column == _IMAGE else [image_column]  # named, so there should be one
+            if missing := [column for column in needed if column not in entry]:
                 raise InputError(
-                    f"Entry {row} of data has {', '.join(map(repr, entry))} and no {question_column!r}; name the columns "
-                    "of image and question, as columns=('image', 'question')."
-                )
-            if image_column not in entry and image_column != _IMAGE:  # named, so there should be one
-                raise InputError(
-                    f"Entry {row} of data has {', '.join(map(repr, entry))} and no {image_column!r}; name the columns of image "
+                    f"Entry {row} of data has {', '.join(map(repr, entry))} and no {missing[0]!r}; name the columns of image "
                     "and question, as columns=('image', 'question')."
                 )
             image, question = entry.get(image_column), entry.get(question_column)

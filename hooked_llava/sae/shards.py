@@ -5,7 +5,6 @@ A shard is written whole before the index names it, so a fill that was interrupt
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -20,7 +19,7 @@ from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.sae.forwards import Chunk
 from hooked_llava.sae.prompts import Progress
 from hooked_llava.sae.shuffle import Rows, n_rows
-from hooked_llava.storage import read_json, read_tensors, write_tensors, written_whole
+from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "hooked_llava.activations.v1"
 INDEX = "index.json"
@@ -105,8 +104,7 @@ class ShardCache:
 
     def _write_index(self) -> None:
         index = {"format": FORMAT, "about": self.about, "complete": self.complete, "shards": self.shards}
-        with written_whole(self.folder / INDEX) as partial:
-            partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_json(self.folder / INDEX, index)
 
     def _read(self, shard: dict[str, Any]) -> Rows:
         path = self.folder / shard["file"]

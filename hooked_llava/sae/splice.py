@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_llava.errors import InputError
-from hooked_llava.model.attached_sae import place_of_sae
+from hooked_llava.model.attached_sae import place_of_sae, side_by_side
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
@@ -132,8 +132,7 @@ def _measured(
 
 
 def _reconstructed(sae: SparseAutoencoder, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    flat = x.flatten(-2) if x.shape[-1] != sae.cfg.d_in else x  # heads side by side
-    return sae(flat).to(x.dtype).view_as(x)
+    return sae(side_by_side(x, sae.cfg.d_in)).to(x.dtype).view_as(x)
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.sae.processes import Processes
-from hooked_llava.storage import read_json, read_tensors, write_tensors, written_whole
+from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "hooked_llava.sae_training.v1"
 LATEST = "latest.json"
@@ -63,8 +63,7 @@ class Checkpoints:
             _write(self._file(step, f"{_STREAM}-{self.processes.index}"), stream)
         self.processes.wait()
         if self.processes.index == 0:
-            with written_whole(self.folder / LATEST) as partial:
-                partial.write_text(json.dumps({"about": self.about, "step": step}, indent=1), encoding="utf-8")
+            write_json(self.folder / LATEST, {"about": self.about, "step": step})
             for old in set(self.folder.glob("step-*.safetensors")) - set(self.folder.glob(f"step-{step:08d}.*")):
                 old.unlink()
         self.step = step

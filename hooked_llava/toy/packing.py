@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_llava.toy.processor import BOS, EOS, IMAGE, PAD, split_words
 from hooked_llava.toy.questions import Question, format_answer, format_prompt
-from hooked_llava.toy.scenes import Scene, imagine_scene, normalize
+from hooked_llava.toy.scenes import MAX_OBJECTS, Scene, imagine_scene, normalize
 from hooked_llava.toy.views import View
 from hooked_llava.toy.worlds import World
 
@@ -159,7 +159,9 @@ def _draw_questions(
     """More questions than a row holds: about the scene, or, without one, text-only, each about a world of its own."""
     kinds = tuple(k for k in (world.image_kinds if scene is not None else world.text_kinds) if k not in without)
     for kind in sampler.draw(rng, kinds, _MOST_PER_ROW):
-        about = scene if scene is not None else imagine_scene(rng, int(rng.integers(2, min(max_objects, 5) + 1)))
+        about = (
+            scene if scene is not None else imagine_scene(rng, int(rng.integers(2, min(max_objects, MAX_OBJECTS) + 1)))
+        )
         question = world.ask(kind, about, rng)
         if question is not None:
             yield question

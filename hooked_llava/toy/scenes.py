@@ -27,6 +27,8 @@ from hooked_llava.toy.objects import (
 IMAGE_SIZE = 64
 PATCH_GRID = IMAGE_SIZE // PATCH_SIZE
 MAX_OBJECTS = 5
+SEEN = 0.2
+"""The share of a patch that an object covers before the patch shows it."""
 
 # The means and deviations with which CLIP's own image processor normalises.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -100,18 +102,27 @@ class Scene:
     @property
     def patch_coverage(self) -> NDArray[np.float64]:
         """The share of each patch of 8 x 8 pixels that each object covers, [object, height / 8, width / 8]."""
-        n, height, width = self.masks.shape
-        shape = (n, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
-        return self.masks.reshape(shape).mean(axis=(2, 4))
+        return patch_coverage(self.masks)
 
-    def patch_labels(self, threshold: float = 0.2) -> NDArray[np.int64]:
+    def patch_labels(self, threshold: float = SEEN) -> NDArray[np.int64]:
         """The index of the object that covers most of each patch, -1 where none covers `threshold` of it."""
-        coverage = self.patch_coverage
-        return np.where(coverage.max(axis=0) >= threshold, coverage.argmax(axis=0), -1)
+        return shown_object(self.patch_coverage, threshold)
 
     def find(self, shape: str) -> SceneObject | None:
         """The first object of that shape, or None. An image of `tiny-shapes` never holds the same shape twice."""
         return next((o for o in self.objects if o.shape == shape), None)
+
+
+def patch_coverage(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The share of each patch of 8 x 8 pixels that each mask covers: [object, height, width] -> [object, row, col]."""
+    n, height, width = masks.shape
+    shape = (n, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
+    return masks.reshape(shape).mean(axis=(2, 4))
+
+
+def shown_object(coverage: NDArray[np.floating], threshold: float = SEEN) -> NDArray[np.int64]:
+    """Which object covers most of each patch, -1 where none covers `threshold` of it: [object, ...] -> [...]."""
+    return np.where(coverage.max(axis=0) >= threshold, coverage.argmax(axis=0), -1)
 
 
 def sample_scene(rng: np.random.Generator, n_objects: int | None = None) -> Scene:

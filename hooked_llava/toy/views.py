@@ -9,10 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hooked_llava.toy.objects import PATCH_SIZE
-from hooked_llava.toy.scenes import Scene
-
-_SEEN = 0.2
-"""The share of a patch that an object covers before the patch shows it."""
+from hooked_llava.toy.scenes import Scene, patch_coverage, shown_object
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,15 @@ def tiled_views(scene: Scene, canvas: tuple[int, int], tile: int) -> list[View]:
 
 
 def _tile_view(scene: Scene, pixels: NDArray[np.uint8], masks: NDArray[np.bool_], corner: tuple[int, int]) -> View:
-    n, size, _ = masks.shape
-    grid = size // PATCH_SIZE
-    coverage = masks.reshape(n, grid, PATCH_SIZE, grid, PATCH_SIZE).mean(axis=(2, 4)).reshape(n, -1)
+    grid = len(pixels) // PATCH_SIZE
+    labels = shown_object(patch_coverage(masks)).reshape(-1)
     middles = np.zeros((grid, grid), bool)
     for o in scene.objects:
         column, row = (int((at - first) // PATCH_SIZE) for at, first in zip(o.center, corner, strict=True))
         if 0 <= row < grid and 0 <= column < grid:
             middles[row, column] = True
     nowhere = np.zeros((grid**2, 2), np.float32)
-    return View(pixels, _silhouette(masks), _labels(coverage), middles.reshape(-1), nowhere, "fine")
+    return View(pixels, _silhouette(masks), labels, middles.reshape(-1), nowhere, "fine")
 
 
 def _base_view(scene: Scene, size: int) -> View:
@@ -81,16 +77,12 @@ def _base_view(scene: Scene, size: int) -> View:
     silhouette = (_shares(size, height) @ _silhouette(scene.masks) @ _shares(size, width).T).astype(np.float32)
     coverage = (_shares(grid, height) @ masks @ _shares(grid, width).T).reshape(len(masks), -1)
     coverage[[o.small for o in scene.objects]] = 0.0
-    return View(pixels, silhouette, _labels(coverage), np.zeros(grid**2, bool), _places(grid, grid), "base")
+    return View(pixels, silhouette, shown_object(coverage), np.zeros(grid**2, bool), _places(grid, grid), "base")
 
 
 def _silhouette(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Where any object is, as 0 and 1."""
     return masks.max(axis=0).astype(np.float32)
-
-
-def _labels(coverage: NDArray[np.floating]) -> NDArray[np.int64]:
-    return np.where(coverage.max(axis=0) >= _SEEN, coverage.argmax(axis=0), -1)
 
 
 def _shares(n: int, length: int) -> NDArray[np.float32]:

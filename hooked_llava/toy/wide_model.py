@@ -15,6 +15,9 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.architecture.layouts import llava_next_layout
+from hooked_llava.architecture.tiles import best_resolution
 from hooked_llava.loading.embedded import embedded_folder
 from hooked_llava.toy.objects import PATCH_SIZE
 from hooked_llava.toy.processor import CHAT_TEMPLATE, build_tokenizer, vocabulary
@@ -32,10 +35,17 @@ def wide_vocabulary() -> dict[str, int]:
     return vocabulary([*WIDE_WORDS, *NUMBERS, *(word.capitalize() for word in NUMBERS)])
 
 
+def layout_of(size: tuple[int, int]) -> ImageLayout:
+    """How an image (width, height) stands in a prompt."""
+    width, height = size
+    return llava_next_layout((height, width), tile_size=TILE, patch_size=PATCH_SIZE, pinpoints=PINPOINTS)
+
+
 def canvas_of(size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest canvas (width, height) that an image (width, height) fits into at its own size."""
-    fitting = [(w, h) for h, w in PINPOINTS if w >= size[0] and h >= size[1]]
-    return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
+    """The canvas (width, height) of an image (width, height), in whose middle it lies at its own size."""
+    width, height = size
+    canvas_height, canvas_width = best_resolution((height, width), PINPOINTS)
+    return canvas_width, canvas_height
 
 
 def build_wide_config(plain: LlavaForConditionalGeneration) -> LlavaNextConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +18,14 @@ from hooked_llava.toy.processor import build_processor, vocabulary
 from hooked_llava.toy.questions import KINDS, TEXT_KINDS, TRAINING_KINDS, Question, ask
 from hooked_llava.toy.scenes import MAX_OBJECTS, Scene, sample_scene
 from hooked_llava.toy.views import View, tiled_views, whole_view
-from hooked_llava.toy.wide_model import TILE, build_wide_model, build_wide_processor, canvas_of, wide_vocabulary
+from hooked_llava.toy.wide_model import (
+    TILE,
+    build_wide_model,
+    build_wide_processor,
+    canvas_of,
+    layout_of,
+    wide_vocabulary,
+)
 from hooked_llava.toy.wide_questions import NUMBERS, WIDE_KINDS, WIDE_TRAINING_KINDS
 from hooked_llava.toy.wide_scenes import MAX_OBJECTS as MAX_WIDE_OBJECTS
 from hooked_llava.toy.wide_scenes import MIN_OBJECTS, sample_wide_scene
@@ -70,11 +76,6 @@ class World:
         """Every kind of question."""
         return tuple(dict.fromkeys((*self.image_kinds, *self.text_kinds)))
 
-    @property
-    def answer_kinds(self) -> tuple[str, ...]:
-        """Kinds whose answer is one word."""
-        return tuple(kind for kind in self.kinds if kind not in self.learnt_words)
-
     @cached_property
     def learnt(self) -> dict[str, frozenset[int]]:
         """The ids of `learnt_words`."""
@@ -94,26 +95,24 @@ def _n_square_features(scene: Scene) -> int:
     return (width // PATCH_SIZE) * (height // PATCH_SIZE)
 
 
-def _n_wide_features(scene: Scene) -> int:
-    width, height = scene.size
-    return (TILE // PATCH_SIZE) ** 2 + (height // PATCH_SIZE) * (width // PATCH_SIZE + 1)
-
-
 def _pack_square(_model: ToyModel, embeddings: Tensor, _scenes: Sequence[Scene]) -> list[Tensor]:
     return list(embeddings)
 
 
 def _pack_wide(model: ToyModel, embeddings: Tensor, scenes: Sequence[Scene]) -> list[Tensor]:
     assert isinstance(model, LlavaNextForConditionalGeneration)
-    counts = [1 + prod(canvas_of(scene.size)) // TILE**2 for scene in scenes]
+    counts = [layout_of(scene.size).n_tiles for scene in scenes]
     sizes = [scene.size[::-1] for scene in scenes]
     views = list(embeddings.split(counts))
     return model.model.pack_image_features(views, sizes, "default", model.model.image_newline)[0]
 
 
+_ASKED_OF_WIDE = WIDE_KINDS | WIDE_TRAINING_KINDS
+
+
 def _ask_wide(kind: str, scene: Scene, rng: np.random.Generator) -> Question | None:
-    own = WIDE_KINDS | WIDE_TRAINING_KINDS
-    return own[kind](scene, rng) if kind in own else ask(kind, scene, rng)
+    own = _ASKED_OF_WIDE.get(kind)
+    return ask(kind, scene, rng) if own is None else own(scene, rng)
 
 
 _SQUARE = World(
@@ -141,7 +140,7 @@ _TILED = World(
     sample=_sample_wide,
     ask=_ask_wide,
     views=lambda scene: tiled_views(scene, canvas_of(scene.size), TILE),
-    n_features=_n_wide_features,
+    n_features=lambda scene: layout_of(scene.size).n_features,
     pack=_pack_wide,
     build_model=build_wide_model,
     build_processor=build_wide_processor,
