@@ -3,8 +3,10 @@
 Light on import: the tokenizer, training and evaluation live in submodules that are loaded when used.
 """
 
+from hooked_llava.toy.descriptions import Description
 from hooked_llava.toy.facts import RELATION_NAMES, RELATIONS, Relation, fact_answer, fact_table
 from hooked_llava.toy.objects import COLOR_NAMES, PATTERNS, SHAPES, SceneObject
+from hooked_llava.toy.oracle import OracleExplainer, OracleSegmenter
 from hooked_llava.toy.questions import (
     ANSWER_KINDS,
     KINDS,
@@ -26,6 +28,9 @@ __all__ = [
     "RELATION_NAMES",
     "SHAPES",
     "TEXT_KINDS",
+    "Description",
+    "OracleExplainer",
+    "OracleSegmenter",
     "Question",
     "Relation",
     "Scene",
