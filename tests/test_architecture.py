@@ -26,6 +26,7 @@ ROOMS = (
     "errors",
     "checks",
     "storage",
+    "processes",
     "options",
     "architecture",
     "prompt",

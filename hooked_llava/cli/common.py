@@ -135,8 +135,10 @@ def load_model(name: str, device: str, dtype: DType | None) -> HookedLLaVA:
 def _device(name: str) -> str:
     import torch
 
+    from hooked_llava.processes import own_accelerator
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return own_accelerator() or "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

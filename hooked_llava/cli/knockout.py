@@ -123,6 +123,8 @@ def knockout(
 ) -> None:
     """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer.
 
+    Several processes share a table: torchrun --nproc-per-node 4 -m hooked_llava knockout --dataset ...
+
     The paper's prompts are those of LLaVA-1.5's older template: --template vicuna-v1. A position whose every key is blocked
     attends to nothing; in the paper's released code it attends to all of them equally.
     """
@@ -139,9 +141,10 @@ def knockout(
         of_tables = [field.name for field in fields(table)]
         typed.refuse(of_tables, "belongs to a table of questions; give one with --dataset.")
         page = _prompt_page(prompt, options, boxes or [], max_new_tokens)
-    path = page.save(output)
-    _show(page)
-    say_where(path)
+    if page is not None:
+        path = page.save(output)
+        _show(page)
+        say_where(path)
 
 
 def _prompt_page(
@@ -156,12 +159,14 @@ def _prompt_page(
         return knockout_page(model, inputs, max_new_tokens=max_new_tokens, on_step=on_step, **as_arguments(options))
 
 
-def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage:
+def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage | None:
+    """The page of a table; of several processes, all of which have the result, the first one's alone."""
     rows, tail = table.rows()
     model = prompt.load()
     with needs_figures():
         from hooked_llava.viz.pages.knockout import study_page
     from hooked_llava.analysis import flow_study
+    from hooked_llava.processes import launched_as
 
     how: dict[str, Any] = as_arguments(options) | tail
     if options.edges is None:
@@ -176,7 +181,7 @@ def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOpt
         template=prompt.template_name,
         **how,
     )
-    return study_page(result)
+    return study_page(result) if launched_as()[0] == 0 else None
 
 
 def _box(text: str) -> tuple[float, ...]:

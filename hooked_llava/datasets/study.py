@@ -2,37 +2,39 @@
 
 What is finished stays finished: with `out=` every batch is written as soon as it is done, so that an interrupted study
 goes on where it stopped, and the result file appears only when it is whole. A file holds a hash of
-what it is of: the questions, their images, the weights, and how they are asked and measured.
+what it is of: the questions, their images, the weights, and how they are asked and measured. Under `accelerate launch` or
+`torchrun` each process measures its share of the batches, and all return the whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 import xarray as xr
 from tqdm import tqdm
 
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
+from hooked_llava.datasets.parts import StudyParts, digest
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
+from hooked_llava.processes import Processes
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
 from hooked_llava.prompt.templates import DEFAULT
-from hooked_llava.results.arrays import join_attrs, load, save
 from hooked_llava.results.map_quality import mean_intervals
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 _PATIENCE = 2.0  # seconds before a progress bar appears
+_LONGEST_WAIT = timedelta(weeks=4)  # of a process that is done, for the others
 
 
 def study(
@@ -66,6 +69,8 @@ def study(
 ) -> xr.Dataset:
     """An analysis of every question of a table, side by side on an axis `question`.
 
+    The processes of `accelerate launch` or `torchrun` share it; each returns the whole, number by number that of one process.
+
     Args:
         model: the model.
         rows: the questions, each with an id of its own.
@@ -86,7 +91,7 @@ def study(
     along `question`: how many of the row's boxes the model sees nothing of (their objects have no span); attributes
     `asked` and `correct` count questions by kind, and the options say how they were asked. Raises, before anything is
     asked, `InputError` for an empty table, repeated ids, missing images, a file of another study, and `SpanError` for
-    what is no box; and `InputError` if no question is left to measure.
+    what is no box; and `InputError` if no question is left to measure, or if processes differ in tables or files.
     """
     _check(rows, batch_size)
     if out is not None:
@@ -94,19 +99,17 @@ def study(
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
     options |= {} if match is answers_match else {"match": match.__name__}
     settings = {"max_new_tokens": max_new_tokens, "images": _place(images), **options, "about": dict(about or {})}
-    parts = _Parts(rows) if out is None else _Parts.open(rows, Path(out), _fingerprint(model, rows, settings))
+    parts = StudyParts(rows) if out is None else StudyParts.open(rows, Path(out), _fingerprint(model, rows, settings))
+    processes = Processes.current(torch.device("cpu"), _LONGEST_WAIT)
+    parts.check_agreement(processes)
     if parts.finished is not None:
         return parts.finished
-    left = parts.left()
-    check_rows(left, images)
+    check_rows(parts.left(), images)
     prepare = partial(prepare_rows, model, images=images, template=template, tail=tail, coverage=coverage)
     asked = _Asking(model, run, prepare, only_correct, match, max_new_tokens, coverage)
-    with tqdm(total=len(rows), unit="question", delay=_PATIENCE, disable=not progress or None, leave=False) as bar:
-        bar.update(len(rows) - len(left))
-        for batch in _batches(left, batch_size):
-            parts.add(batch, asked.measure(batch))
-            bar.update(len(batch))
-    return parts.join(options)
+    share = list(_batches(parts.left(), batch_size))[processes.index :: processes.n]
+    asked.measure_all(share, parts, progress=progress and processes.index == 0)
+    return parts.join(options, processes)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,16 @@ class _Asking:
     match: Match
     max_new_tokens: int
     coverage: Number
+
+    def measure_all(self, batches: Sequence[Sequence[StudyRow]], parts: StudyParts, *, progress: bool) -> None:
+        """Measure some batches, and keep each as soon as it is done."""
+        done = len(parts.rows) - len(parts.left())
+        total = done + sum(map(len, batches))
+        hidden = not progress or None
+        with tqdm(total=total, initial=done, unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
+            for batch in batches:
+                parts.add(batch, self.measure(batch))
+                bar.update(len(batch))
 
     def measure(self, rows: Sequence[StudyRow]) -> xr.Dataset:
         """The analysis of those rows that are kept; empty if none is."""
@@ -190,78 +203,6 @@ def by_kind(result: xr.Dataset, *, n_boot: int = 1000, confidence: float = 0.95,
     return xr.Dataset(averaged, coords=coords, attrs=attrs)
 
 
-class _Parts:
-    """The finished batches of a study, in files if it has one."""
-
-    def __init__(self, rows: Sequence[StudyRow], path: Path | None = None, fingerprint: str = "") -> None:
-        self.rows, self.path, self.fingerprint = rows, path, fingerprint
-        self.folder = None if path is None else path.with_name(path.name + ".parts")
-        self.place = {row.id: i for i, row in enumerate(rows)}
-        self.done: list[xr.Dataset] = []
-        self.finished: xr.Dataset | None = None
-
-    @classmethod
-    def open(cls, rows: Sequence[StudyRow], path: Path, fingerprint: str) -> _Parts:
-        """The batches of an earlier run; raises `InputError` if that was another study."""
-        parts = cls(rows, path, fingerprint)
-        assert parts.folder is not None
-        if path.is_file():
-            parts.finished = parts.mine(load(path), path)
-        elif parts.folder.is_dir():
-            parts.done = [parts.mine(load(file), parts.folder) for file in sorted(parts.folder.glob("*.safetensors"))]
-        return parts
-
-    def mine(self, result: xr.DataArray | xr.Dataset, where: Path) -> xr.Dataset:
-        """The result, if it is of this study."""
-        if not isinstance(result, xr.Dataset) or result.attrs.get("fingerprint") != self.fingerprint:
-            raise InputError(
-                f"{str(where)!r} holds another study (other questions, images, weights or settings); "
-                "remove it, or give another out=."
-            )
-        return result
-
-    def left(self) -> list[StudyRow]:
-        """The rows of which no finished batch knows, however they were batched."""
-        asked = {row_id for part in self.done for row_id in part.attrs["rows"]}
-        return [row for row in self.rows if row.id not in asked]
-
-    def add(self, batch: Sequence[StudyRow], part: xr.Dataset) -> None:
-        """Keep a finished batch."""
-        part = part.assign_attrs(rows=[row.id for row in batch])
-        if self.folder is not None:
-            part = part.assign_attrs(fingerprint=self.fingerprint)
-            self.folder.mkdir(exist_ok=True)
-            save(part, self.folder / f"{self.place[batch[0].id]:06d}.safetensors")
-        self.done.append(part)
-
-    def join(self, options: Mapping[str, Any]) -> xr.Dataset:
-        """All batches in the table's order, with how they were asked; written to the file if there is one."""
-        found = [part for part in self.done if "question" in part.dims]
-        asked, correct = (_sum(part.attrs[name] for part in self.done) for name in ("asked", "correct"))
-        if not found:
-            raise InputError(
-                f"None of the {sum(asked.values())} questions was answered correctly, so nothing was measured. "
-                "Check template= and tail=, or measure all with only_correct=False."
-            )
-        known = set.intersection(*(set(part.coords) for part in found))  # parts of earlier versions have fewer
-        found = [part.drop_vars(set(part.coords) - known) for part in found]
-        try:
-            joined = xr.concat(found, dim="question", join="exact", coords="minimal", compat="override")
-        except ValueError as error:
-            raise InputError(
-                f"The results of the batches have different axes ({error}); the analysis must return the same axes for every "
-                "batch."
-            ) from None
-        joined = joined.isel(question=np.argsort([self.place[i] for i in joined["question"].values.tolist()]))
-        attrs = join_attrs([part.attrs for part in found], keep_differing=False)
-        attrs.pop("rows", None)
-        joined = joined.drop_attrs(deep=False).assign_attrs({**attrs, "asked": asked, "correct": correct, **options})
-        if self.path is not None and self.folder is not None:
-            save(joined, self.path)
-            shutil.rmtree(self.folder)
-        return joined
-
-
 def _labelled(result: xr.DataArray | xr.Dataset, rows: Sequence[StudyRow], said: Sequence[str]) -> xr.Dataset:
     """A result with the axis `question` first, and what is known of the questions along it."""
     dataset = result if isinstance(result, xr.Dataset) else result.to_dataset(name=str(result.name or "value"))
@@ -277,13 +218,6 @@ def _labelled(result: xr.DataArray | xr.Dataset, rows: Sequence[StudyRow], said:
     words["said"] = list(said)
     renamed = dataset.drop_vars(["prompt", *words], errors="ignore").rename(prompt="question")
     return renamed.assign_coords({name: ("question", np.array(column, dtype=str)) for name, column in words.items()})
-
-
-def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(total)
 
 
 def _batches(rows: Sequence[StudyRow], size: int) -> Iterator[list[StudyRow]]:
@@ -315,7 +249,7 @@ def _check_out(out: Path) -> None:
 def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
     """A hash of the questions, the model, and how it is asked and measured."""
     who = [model.config.model_name, str(model.cfg.dtype), weights_hash(model)]
-    return _digest(json.dumps([who, [_told(row) for row in rows], settings], sort_keys=True, default=str).encode())
+    return digest(json.dumps([who, [_told(row) for row in rows], settings], sort_keys=True, default=str).encode())
 
 
 def _told(row: StudyRow) -> list[Any]:
@@ -330,12 +264,8 @@ def _shown(row: StudyRow) -> str | None:
     if row.image is None or isinstance(row.image, (str, Path)):
         return None if row.image is None else str(row.image)
     image = load_image(row.image, f"The image of row {row.id}")
-    return f"{image.size} {_digest(image.tobytes())}"
+    return f"{image.size} {digest(image.tobytes())}"
 
 
 def _place(images: str | Path | None) -> str | None:
     return None if images is None else str(Path(images).resolve())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

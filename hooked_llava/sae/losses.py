@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_llava.processes import Processes
 from hooked_llava.sae.autoencoder import SparseAutoencoder
-from hooked_llava.sae.processes import Processes
 
 _ITERATIONS, _TOLERANCE = 100, 1e-6
 

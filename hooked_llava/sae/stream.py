@@ -18,9 +18,9 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_hash
+from hooked_llava.processes import launched_as
 from hooked_llava.sae.forwards import ALL, Chunk, ModelSource
 from hooked_llava.sae.places import PLACE_COLUMNS
-from hooked_llava.sae.processes import launched_as
 from hooked_llava.sae.prompts import DataOptions, Progress, PromptSource
 from hooked_llava.sae.shards import ShardCache
 from hooked_llava.sae.shuffle import PLACES, Rows, ShuffleBuffer, n_rows, on_device

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
+from hooked_llava.processes import Processes
 from hooked_llava.sae.autoencoder import Kind, SAEConfig, SparseAutoencoder
-from hooked_llava.sae.processes import Processes
 from hooked_llava.sae.stream import ActivationStream
 from hooked_llava.sae.trainer import SAETrainer, StepRecord, TrainingConfig
 from hooked_llava.sae.training_files import Checkpoints

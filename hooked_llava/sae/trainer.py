@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hooked_llava.checks import finite_number, whole_number
 from hooked_llava.errors import ConfigError, InputError
+from hooked_llava.processes import Processes
 from hooked_llava.sae import losses
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
-from hooked_llava.sae.processes import Processes
 
 AUX_WEIGHT = 1 / 32
 DEAD_AFTER = 10_000_000

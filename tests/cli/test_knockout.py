@@ -9,6 +9,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load
 from hooked_llava.toy.gqa_tables import write_gqa
 from tests.cli.running import QUESTION, refused, run
+from tests.launched import launch
 
 
 def test_one_question_prints_the_edges_and_writes_a_page(checkpoint, image, tmp_path):
@@ -49,6 +50,23 @@ def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
     assert "over 2 questions" in few.stdout
     said = refused("knockout", "--dataset", str(folder), "--limit", "1", "--results", str(kept), *options)
     assert "holds another study" in said
+
+
+def one_of_two(folder: Path, arguments: tuple[str, ...], index: int) -> None:
+    result = run("knockout", *arguments, "-o", str(folder / f"page-{index}.html"))
+    assert result.exit_code == 0, result.stderr
+    (folder / f"said-{index}").write_text(result.stdout)
+
+
+def test_of_two_processes_one_prints_and_writes(checkpoint, tmp_path):
+    table, page = write_gqa(tmp_path / "gqa", 2, kinds=["ChooseAttr"]), tmp_path / "page-0.html"
+    arguments = ("--dataset", str(table), "--images", str(table), "--all", "--edge", "image->last", "--batch-size", "1")
+    arguments += ("-m", checkpoint)
+    assert launch(one_of_two, tmp_path, arguments) == [0, 0]
+    assert (tmp_path / "said-1").read_text() == ""
+    assert not (tmp_path / "page-1.html").exists()
+    assert page.read_text().startswith("<!doctype html>")
+    assert (tmp_path / "said-0").read_text() == run("knockout", *arguments, "-o", str(page)).stdout
 
 
 def test_an_edge_that_no_question_has_is_a_dash(checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from PIL import Image
 from hooked_llava.datasets import StudyRow, answers_match_exactly, by_kind, study
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.results.arrays import load
+from hooked_llava.results.arrays import load, save
 from hooked_llava.toy.gqa_tables import gqa_rows
 from tests.fixtures_processor import make_processor
+from tests.launched import launch
 from tests.pairs import fresh_pair
 
 
@@ -118,6 +120,86 @@ def test_what_an_interrupted_study_left_out_takes_its_place_in_the_table(
     (tmp_path / "a.parts" / "000000.safetensors").unlink()
     result = study(tiny_shapes, rows, Counting(), out=tmp_path / "a", only_correct=False)
     assert result.question.values.tolist() == [row.id for row in rows]
+
+
+TWO: dict[str, Any] = {"batch_size": 2, "progress": False}
+
+
+def share(model: HookedLLaVA, folder: Path, out: Path | None, index: int) -> None:
+    """What each process of a launch does; its result and what it was asked are left in the folder."""
+    run = Counting()
+    save(study(model, ROWS, run, out=out, **TWO), folder / f"result-{index}")
+    (folder / f"asked-{index}").write_text(" ".join(run.asked))
+
+
+def asked_by(folder: Path, index: int) -> list[str]:
+    return (folder / f"asked-{index}").read_text().split()
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_two_processes_share_a_study_and_both_return_the_whole(
+    tiny_shapes: HookedLLaVA, tmp_path: Path, *, with_file: bool
+) -> None:
+    out = tmp_path / "study.safetensors" if with_file else None
+    assert launch(share, tiny_shapes, tmp_path, out) == [0, 0]
+    alone = study(tiny_shapes, ROWS, Counting(), **TWO)
+    for index, expected in enumerate((ROWS[:2] + ROWS[4:6], ROWS[2:4] + ROWS[6:])):
+        assert asked_by(tmp_path, index) == [row.id for row in expected]
+        result = load(tmp_path / f"result-{index}")
+        result.attrs.pop("fingerprint", None)
+        assert result.identical(alone)
+    if out is not None:
+        assert load(out).equals(alone)
+        assert not out.with_name(f"{out.name}.parts").exists()
+
+
+def killed_in_its_second_batch(model: HookedLLaVA, out: Path, index: int) -> None:
+    class Killed(Counting):
+        def __call__(self, inputs: Any, rows: Sequence[StudyRow]) -> xr.DataArray:
+            if index == 1 and self.asked:
+                os._exit(9)
+            return super().__call__(inputs, rows)
+
+    study(model, ROWS, Killed(), out=out, **TWO)
+
+
+def test_what_a_killed_process_has_finished_is_kept_for_any_number_of_processes(
+    tiny_shapes: HookedLLaVA, tmp_path: Path
+) -> None:
+    out = tmp_path / "study.safetensors"
+    codes = launch(killed_in_its_second_batch, tiny_shapes, out)
+    assert codes[1] == 9
+    assert codes[0] != 0, "ended with the other"
+    assert not out.exists()
+    parts = [int(path.stem) for path in sorted(out.with_name(f"{out.name}.parts").iterdir())]
+    assert {0, 2} <= set(parts) <= {0, 2, 4}, (
+        "all but the batch from row 6 on, and perhaps one that was not asked in time"
+    )
+    again = Counting()
+    result = study(tiny_shapes, ROWS, again, out=out, **TWO)
+    assert again.asked == [row.id for i in (4, 6) if i not in parts for row in ROWS[i : i + 2]]
+    assert load(out).equals(result)
+    assert result.length.equals(study(tiny_shapes, ROWS, Counting(), **TWO).length)
+
+
+def test_three_processes_go_on_with_what_one_has_left(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    out = tmp_path / "study.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        study(tiny_shapes, ROWS, Counting(fail_at=4), out=out, **TWO)
+    assert launch(share, tiny_shapes, tmp_path, out, n=3) == [0, 0, 0]
+    assert [asked_by(tmp_path, i) for i in range(3)] == [[r.id for r in ROWS[4:6]], [r.id for r in ROWS[6:]], []]
+    assert load(out).length.equals(study(tiny_shapes, ROWS, Counting(), **TWO).length)
+
+
+def unlike(model: HookedLLaVA, folder: Path, index: int) -> None:
+    run = Counting()
+    with pytest.raises(InputError, match=r"Processes \d and \d of 2.*different questions"):
+        study(model, ROWS[index:], run, **TWO)
+    assert run.asked == []
+
+
+def test_processes_with_different_tables_are_refused(tiny_shapes: HookedLLaVA, tmp_path: Path) -> None:
+    assert launch(unlike, tiny_shapes, tmp_path) == [0, 0]
 
 
 @pytest.mark.parametrize("stage", ["finished", "interrupted"])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from hooked_llava.sae.files import load_sae, save_sae
 from hooked_llava.sae.stream import ActivationStream, activation_stream
 from hooked_llava.sae.train import train_sae
 from hooked_llava.sae.trainer import StepRecord
+from tests.launched import launch
 
 HOOK = "blocks.1.hook_resid_post"
 GROUPS = {"matryoshka": (8, 24)}
@@ -113,33 +111,18 @@ def test_streams_that_do_not_fit_are_refused(tiny_shapes):
 PARALLEL: dict[str, Any] = {"width": 24, "k": 4, "steps": 8, "lr": 0.01, "dead_after": 100, "progress": False}
 
 
-def one_of_two(model: Any, index: int, port: int, folder: Path) -> None:
-    """What each of two processes does that know of each other by what a launcher sets."""
-    os.environ |= {"RANK": str(index), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_of_two(model: Any, folder: Path, index: int) -> None:
+    """What each of two processes does."""
     for kind in ("topk", "batch_topk"):
         resumable = {"checkpoint_dir": folder / f"{kind}-run", "save_every": 3}
         with pytest.raises(KeyboardInterrupt):
             train_sae(texts(model), kind=kind, on_step=killed_at(5), **PARALLEL, **resumable)
         sae = train_sae(texts(model), kind=kind, **PARALLEL, **resumable)
         save_sae(sae, folder / f"{kind}-{index}", file_format="saelens")
-    torch.distributed.destroy_process_group()
-
-
-def run_in_two_processes(model: Any, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # they have the model already
-    workers = [fork.Process(target=one_of_two, args=(model, i, port, folder)) for i in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_two_processes_train_as_one_with_whole_batches(tiny_shapes, tmp_path):
-    run_in_two_processes(tiny_shapes, tmp_path)
+    assert launch(one_of_two, tiny_shapes, tmp_path) == [0, 0]
     for kind in ("topk", "batch_topk"):
         parts = zip(texts(tiny_shapes, part=(0, 2)), texts(tiny_shapes, part=(1, 2)), strict=False)
         alone = train_sae((torch.cat(both) for both in parts), kind=kind, **PARALLEL)
