@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
@@ -19,6 +19,7 @@ from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import caching_hook, shared_spans
+from hooked_llava.model.components.hook_point import HookPoint, has_functions
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
@@ -177,25 +178,26 @@ def _decode(
     mask = None if bool(prompt.attention_mask.all()) else F.pad(prompt.attention_mask, (0, max_new_tokens), value=True)
     new_tokens = prompt.input_ids.new_full((len(prompt), max_new_tokens), stop.filler)
     next_ids, position_ids = prompt.input_ids, prompt.position_ids
-    for step in range(max_new_tokens):
-        phase = "prefill" if step == 0 else "decode"
-        with ExitStack() as stack:
-            stack.enter_context(model.hooks(hooks[phase]))
-            stack.enter_context(model.placing(prompt, step))
-            if record is not None:
-                stack.enter_context(record.listen(phase))
-            resid = model.embed(prompt) if step == 0 else language.embed_tokens(next_ids)  # (batch, pos, d_model)
-            seen = None if mask is None else mask[:, : kv_cache.length + resid.shape[1]]
-            resid = language(resid, model.context(resid, seen, position_ids, kv_cache))
-            kv_cache.advance(resid.shape[1])
-            ends = resid if _is_heard_at_the_end(language) else resid[:, -1:]  # other logits only where hooks want them
-            logits = language.to_logits(ends)[:, -1]  # (batch, d_vocab)
-        picked = sampling.pick(logits)
-        new_tokens[:, step] = torch.where(stop.ended, stop.filler, picked)
-        if stop.after(new_tokens[:, : step + 1]):
-            return new_tokens[:, : step + 1]
-        next_ids = new_tokens[:, step : step + 1]
-        position_ids = None if position_ids is None else position_ids[:, -1:] + 1
+    for phase, steps in (("prefill", range(1)), ("decode", range(1, max_new_tokens))):
+        with model.hooks(hooks[phase]):
+            for step in steps:
+                with model.placing(prompt, step), nullcontext() if record is None else record.listen(phase):
+                    resid = (
+                        model.embed(prompt) if step == 0 else language.embed_tokens(next_ids)
+                    )  # (batch, pos, d_model)
+                    seen = None if mask is None else mask[:, : kv_cache.length + resid.shape[1]]
+                    context = model.context(resid, seen, position_ids, kv_cache)
+                    # The last block gives keys and values of the whole prompt, and its output only where it is read.
+                    last = None if step or _is_heard_at_the_end(language) else [n_prompt - 1]
+                    resid = language(resid, context, queries=last)
+                    kv_cache.advance(n_prompt if step == 0 else 1)
+                    logits = language.to_logits(resid)[:, -1]  # (batch, d_vocab)
+                picked = sampling.pick(logits)
+                new_tokens[:, step] = torch.where(stop.ended, stop.filler, picked)
+                if stop.after(new_tokens[:, : step + 1]):
+                    return new_tokens[:, : step + 1]
+                next_ids = new_tokens[:, step : step + 1]
+                position_ids = None if position_ids is None else position_ids[:, -1:] + 1
     return new_tokens
 
 
@@ -319,8 +321,9 @@ def _check_placed(hooks: Sequence[PromptHook], prompt: Inputs, hook_phase: str) 
 
 
 def _is_heard_at_the_end(language: LanguageTower) -> bool:
-    norm = language.ln_final
-    return any(point.hooked for point in (norm.hook_scale, norm.hook_normalized, language.hook_logits))
+    """Whether anybody hooks the last block or what follows it, so that all positions go through."""
+    modules = (*language.blocks[-1].modules(), *language.ln_final.modules(), language.unembed, language.hook_logits)
+    return any(module.hooked if isinstance(module, HookPoint) else has_functions(module) for module in modules)
 
 
 def _eos_token_ids(model: HookedModule) -> tuple[int, ...]:

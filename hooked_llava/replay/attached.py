@@ -67,6 +67,9 @@ class AttachedIntervention(PromptHook):
         bound = bind(self.intervention, self.model, inputs)
         if n_new:
             bound = _for_new_token(bound, self.model, inputs, n_new)
+        added = bound.added_everywhere(len(inputs), 1 if n_new else inputs.shape[1])
+        if added is not None:  # one sum for the whole batch, without indices
+            return lambda tensor: tensor + added.to(tensor.device, tensor.dtype)
         if bound.hook.on_image_side:
             rows = image_rows(inputs, bound.hook, self.intervention.image, self.intervention.tile)
             edits = [RowEdit(row, image, bound, 0) for row, image in rows]

@@ -54,6 +54,14 @@ class BoundIntervention:
         chosen = {"head": self.heads, "kv_head": self.heads, "d_mlp": self.neurons, "d_sae": self.features}
         return chosen.get(axis)
 
+    def added_everywhere(self, n_prompts: int, n: int) -> Tensor | None:
+        """The one vector that it adds at all of n positions of every prompt, if that is all it does."""
+        add, chosen = self.intervention.operand, (self.heads, self.neurons, self.features)
+        if add is None or self.intervention.action != "add" or add.ndim > 1 or chosen != (None, None, None):
+            return None
+        everywhere = not self.hook.on_image_side and self.positions == (tuple(range(n)),) * n_prompts
+        return add if everywhere else None
+
     def first(self, prompt: int) -> int | None:
         """First position that is changed in a prompt; None if none is."""
         if self.intervention.block is not None and not self.sources[prompt]:

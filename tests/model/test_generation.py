@@ -325,6 +325,35 @@ def test_an_edit_in_the_prefill_lives_on_in_keys_and_values() -> None:
         tokens = torch.cat([tokens, ours[:, step : step + 1]], 1)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_block_is_read_at_one_position_unless_somebody_hooks_it(padded: bool, monkeypatch: Any) -> None:
+    models = pair()
+    ours, prompt = models.ours, batch(mixed_rows(models), "left") if padded else models.prompt()
+    plain, entered = tokens_of(models, prompt), []
+    to_logits = type(ours.language).to_logits
+
+    def counted(language: Any, resid: Tensor) -> Tensor:
+        entered.append(resid.shape[1])
+        return to_logits(language, resid)
+
+    monkeypatch.setattr(type(ours.language), "to_logits", counted)
+    n = prompt["input_ids"].shape[1]
+    last = ours.cfg.n_layers - 1
+    whole = [f"blocks.{last}.hook_resid_pre", f"blocks.{last}.attn.hook_k", "ln_final.hook_scale", "hook_logits"]
+    for name, expected in [(f"blocks.{last - 1}.hook_resid_post", 1), *((name, n) for name in whole)]:
+        seen: list[int] = []
+        hook = (name, lambda x, hook, seen=seen: seen.append(x.shape[1]))
+        assert torch.equal(tokens_of(models, prompt, fwd_hooks=[hook], hook_phase="prefill"), plain)
+        assert (seen, entered[:2]) == ([n], [expected, 1]), name
+        entered.clear()
+    handle = ours.language.blocks[last].mlp.register_forward_hook(
+        lambda module, args, out: entered.append(out.shape[1])
+    )
+    assert torch.equal(tokens_of(models, prompt), plain)
+    handle.remove()
+    assert entered[:2] == [n, n]  # torch's own hooks count too
+
+
 def test_an_error_in_a_hook_leaves_no_trace() -> None:
     models = pair()
     with pytest.raises(HookValueError, match="returned int"):

@@ -113,6 +113,26 @@ def test_placed_anew_in_every_prompt_of_a_context() -> None:
     assert clean(model)
 
 
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize("where", [{}, {"positions": "last"}, {"phases": "prefill"}, {"positions": [2]}])
+def test_a_vector_added_everywhere_is_added_as_anywhere_else(padding: str, hook: str, where: Any) -> None:
+    model = model_of(1)
+    inputs = prompts(model, 1, batch=2, n_images=1, padding=padding)
+    _, clean = model.run_with_cache(inputs, names_filter=hook)
+    vector = torch.randn(clean[hook].shape[-1], generator=torch.Generator().manual_seed(0))
+    found = {}
+    for way in ({"add": vector}, {"fn": lambda cut: cut + vector}):
+        change = Intervention(hook, **way, **where)
+        _, cache = model.run_with_cache(inputs, fwd_hooks=[change], names_filter=hook)
+        options = {"return_cache": True, "names_filter": "*", "return_type": "tokens", "stop_at_eos": False}
+        tokens, generated = model.generate(inputs, 3, fwd_hooks=[change], **options)
+        found[next(iter(way))] = {"run": cache[hook], "tokens": tokens, **dict(generated.items())}
+    assert not torch.equal(found["add"]["run"], clean[hook])
+    for name, tensor in found["add"].items():
+        assert torch.equal(tensor, found["fn"][name]), name
+
+
 def test_no_trace_is_left_even_after_exceptions() -> None:
     model = model_of(0)
     inputs, text = (prompts(model, 0, batch=1, n_images=n, padding="none") for n in (1, 0))
