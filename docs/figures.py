@@ -19,7 +19,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from hooked_llava import HookedLLaVA, viz
-from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, patch_importance
+from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, logit_lens, patch_importance
 from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
 from hooked_llava.toy.wide_scenes import sample_wide_scene
@@ -47,6 +47,7 @@ def answers(model: HookedLLaVA) -> None:
     side_by_side = xr.concat(
         [map_.rename("share of the largest") / float(map_.max()) for map_ in maps], "method", combine_attrs="drop"
     )
+    save(viz.patch_words(clean, logit_lens(model, clean, positions="image"), layer=3), "patch-words.png")
     save(viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps])), "patches.png")
     edges = ["image->last", "question->last", "image->question", "image->question|rest|last"]
     save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")

@@ -25,6 +25,7 @@ from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.datasets import StudyRow, by_kind
 from hooked_llava.experiments.corruptions import MeanEmbedding, OtherImage
+from hooked_llava.readout.metrics import logit_difference
 from tests.compiled import CompiledLLaVA
 from tests.known_mechanism import ANSWERING, LOGIT, OBJECTS, RECOLORED, ROUTES, VARIANTS, model_of, places
 from tests.patch_world import GRID, UNKNOWN, image, questions
@@ -221,6 +222,25 @@ def test_ablation_names_the_heads_that_matter_where_the_answer_is_read(model, va
     needed = [str(name) for name in lost["set"].values[~lost.correct.values[:, 0]]]
     assert needed == {"direct": ["1.2", "3.0"], "two_hops": ["3.3"]}[variant]
     assert float(lost.log_probability.min()) == pytest.approx(-LOGIT, abs=0.01)
+
+
+@pytest.mark.parametrize("where", ["word", "last"])
+def test_each_head_is_needed_only_at_the_position_where_it_reads(model, variant, where):
+    """The head that copies the color into the question is needed there, not where the answer is read."""
+    inputs = model.ask(OBJECTS, "ring")
+    every = {
+        f"{layer}.{head}": [(layer, head)] for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)
+    }
+    to_blue = logit_difference(model.to_single_token("Blue"), model.to_single_token("Red"))
+    lost = ablate_heads(model, inputs, every, replace="zero", positions=where, metric=to_blue)
+    needed = {
+        name for name, value in zip(lost["set"].values, lost["metric"].values[:, 0], strict=True) if value < LOGIT / 2
+    }
+    expected = {f"{hop.layer}.{hop.head}" for hop in model.mechanism.hops if hop.target == where}
+    assert needed == expected
+    assert np.allclose(
+        lost["metric"].values, np.where(np.isin(lost["set"].values, list(expected)), 0, LOGIT)[:, None], atol=1e-3
+    )
 
 
 # ---------------------------------------------------------------------- Zhang et al.: flow of information

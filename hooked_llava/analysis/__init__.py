@@ -9,7 +9,7 @@ from hooked_llava.analysis.attribution_patching import agreement, attribution_pa
 from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
 from hooked_llava.analysis.deciding_places import deciding_places
 from hooked_llava.analysis.deletion import deletion_curves
-from hooked_llava.analysis.head_ablation import ablate_heads, nested_sets, random_heads
+from hooked_llava.analysis.head_ablation import ablate_heads, heads_by_layer, nested_sets, random_heads
 from hooked_llava.analysis.head_readings import attention_to_object, head_readings
 from hooked_llava.analysis.head_scores import (
     head_overlap,
@@ -58,6 +58,7 @@ __all__ = [
     "head_readings",
     "head_scores",
     "heads_by_attention",
+    "heads_by_layer",
     "image_attention",
     "information_storage",
     "knockout_study",

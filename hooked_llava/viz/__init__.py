@@ -19,6 +19,7 @@ from hooked_llava.viz.figures.lens import answer_curve, lens_table
 from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
 from hooked_llava.viz.figures.model_view import as_the_model_sees_it, model_view
 from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
+from hooked_llava.viz.figures.patch_words import patch_words
 from hooked_llava.viz.figures.patching import by_patch, plot_patching
 from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
@@ -57,6 +58,7 @@ __all__ = [
     "model_view",
     "patch_overlay",
     "patch_overlays",
+    "patch_words",
     "patching_report",
     "PatchingReport",
     "plot_contributions",

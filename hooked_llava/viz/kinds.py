@@ -37,7 +37,7 @@ KINDS = {
     "heads_by_attention": Kind("layer_head_map"),
     "image_attention": Kind("patch_overlays"),
     "logit_attribution": Kind("plot_contributions"),
-    "logit_lens": Kind("lens_table or answer_curve", "Logit lens"),
+    "logit_lens": Kind("lens_table, answer_curve or patch_words", "Logit lens"),
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
     "steering_sweep": Kind("dose_response", "Steering"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_llava.analysis import ablate_heads, nested_sets, random_heads
-from hooked_llava.errors import InputError
+from hooked_llava.analysis import ablate_heads, heads_by_layer, nested_sets, random_heads
+from hooked_llava.errors import InputError, SpanError
+from hooked_llava.readout import metrics
 from tests.pairs import as_users_run, batch, pair
 
 
@@ -17,14 +18,14 @@ def exact() -> Any:
     return pair("grouped", torch.float64)
 
 
-def by_hooks(models: Any, prompts: Any, heads: list[tuple[int, int]], means: Any) -> torch.Tensor:
-    """Logits at the last position with the heads' z replaced there, [prompt, d_vocab]."""
+def by_hooks(models: Any, prompts: Any, heads: list[tuple[int, int]], means: Any, where: Any = None) -> torch.Tensor:
+    """Logits at the last position with the heads' z replaced there, or at the rows of `where`, [prompt, d_vocab]."""
     inputs = models.ours.as_inputs(prompts)
 
     def swap(layer: int, head: int) -> Any:
         def fn(z: torch.Tensor, hook: Any) -> None:
             for row, last in enumerate(inputs.last.tolist()):
-                z[row, last, head] = 0 if means is None else means[layer][head]
+                z[row, last if where is None else where[row], head] = 0 if means is None else means[layer][head]
 
         return (f"blocks.{layer}.attn.hook_z", fn)
 
@@ -50,6 +51,43 @@ def test_sets_of_heads_are_replaced_at_the_last_position(replace: Any) -> None:
         np.testing.assert_allclose(found.log_probability.sel(set=name), expected.detach(), atol=1e-6)
         right = logits.argmax(-1) == torch.tensor([7, 8, 9])
         np.testing.assert_array_equal(found.correct.sel(set=name), right)
+
+
+@pytest.mark.parametrize("replace", ["mean", "zero"])
+def test_heads_are_replaced_at_a_span_of_each_prompt_and_a_metric_is_read_beside(replace: Any) -> None:
+    models = exact()
+    prompts = batch([models.prompt(), models.prompt(n_text=4, seed=1), models.prompt(n_text=5, seed=2)], "right")
+    inputs = models.ours.as_inputs(prompts)
+    where = [m.span("image|last").tolist() for m in inputs.token_maps]
+    _, cache = models.ours.run_with_cache(inputs, names_filter="z")
+    taken = [torch.cat([cache["z", i][row, at].detach() for row, at in enumerate(where)]) for i in range(3)]
+    means = [z.mean(0) for z in taken] if replace == "mean" else None
+    heads = [(0, 0), (1, 2)]
+    own = [metrics.logit_difference(token, 3) for token in (7, 8, 9)]
+    how: dict[str, Any] = {"replace": replace, "positions": "image|last"}
+    found = ablate_heads(models.ours, prompts, {"two": heads}, [7, 8, 9], metric=own, **how)
+    for name, pairs in {"none": [], "two": heads}.items():
+        logits = by_hooks(models, prompts, pairs, means, where).detach()
+        expected = [float(row[token] - row[3]) for row, token in zip(logits, (7, 8, 9), strict=True)]
+        np.testing.assert_allclose(found.metric.sel(set=name), expected, atol=1e-6)
+        log_p = logits.log_softmax(-1)[torch.arange(3), torch.tensor([7, 8, 9])]
+        np.testing.assert_allclose(found.log_probability.sel(set=name), log_p.detach(), atol=1e-6)
+    one = ablate_heads(models.ours, prompts, {"two": heads}, [7, 8, 9], metric=own[1], **how)
+    np.testing.assert_allclose(one.metric[:, 1], found.metric[:, 1], atol=1e-6)
+    assert found.attrs["metric"] == one.attrs["metric"] == "logit_difference"
+    assert (found.attrs["answer_ids"], one.attrs["answer_ids"]) == ([[7], [8], [9]], [8])
+
+
+def test_a_set_costs_a_forward_pass_at_most() -> None:
+    models = exact()
+    sets = heads_by_layer(models.ours)
+    assert list(sets) == ["layer 0", "layer 1", "layer 2"]
+    assert sets["layer 1"] == [(1, head) for head in range(6)]
+    everywhere = ablate_heads(models.ours, models.prompt(), sets, replace="zero", positions=slice(None))
+    at_last = ablate_heads(models.ours, models.prompt(), sets, replace="zero")
+    assert everywhere.n_forward == at_last.n_forward == 1
+    assert 0 < at_last.work < everywhere.work < len(sets)
+    assert ablate_heads(models.ours, models.prompt(), sets, positions="image").n_forward == 2, "one for the mean"
 
 
 def test_the_models_own_answers_are_right_without_ablation_and_the_mean_may_come_from_elsewhere() -> None:
@@ -85,5 +123,12 @@ def test_what_does_not_fit_is_refused() -> None:
         ablate_heads(models.ours, models.prompt(batch=2), {"none": [(1, 0)], "a": [(1, 1)]})
     with pytest.raises(InputError, match=r"heads \[\(.*\)\]; expected"):
         ablate_heads(models.ours, models.prompt(batch=2), {"a": [(3, 0)]})
+    with pytest.raises(SpanError, match="questoin"):
+        ablate_heads(models.ours, models.prompt(batch=2), [(1, 0)], positions="questoin")
+    three = [metrics.probability(token) for token in (1, 2, 3)]
+    with pytest.raises(InputError, match=r"metric= has 3 metrics for 2 prompts"):
+        ablate_heads(models.ours, models.prompt(batch=2), [(1, 0)], metric=three)
+    with pytest.raises(InputError, match=r"metric returned shape \(2,\)"):
+        ablate_heads(models.ours, models.prompt(batch=2), [(1, 0)], metric=lambda logits: logits.mean((0, 2)))
     with as_users_run(), pytest.raises(InputError, match="replace='median'"):
         ablate_heads(models.ours, models.prompt(batch=2), [(1, 2)], replace="median")

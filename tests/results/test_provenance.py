@@ -104,7 +104,7 @@ MADE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "ablate_heads": (
         lambda m, a, b: analysis.ablate_heads(m, a, {"one": [(1, 0)]}, "red", replace="zero"),
-        {"heads": {"none": [], "one": [[1, 0]]}, "replace": "zero"},
+        {"heads": {"none": [], "one": [[1, 0]]}, "replace": "zero", "positions": "last"},
     ),
     "attention_knockout": (
         lambda m, a, b: analysis.attention_knockout(m, a, ["image->last"], 1, answer="red"),

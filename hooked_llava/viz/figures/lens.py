@@ -55,7 +55,7 @@ def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.tick_params(length=0)
         axes.set_xlabel(label)
         axes.set_ylabel(_axis(result))
-        axes.set_title(f"{_called(result)}: most probable words by {label}" if title is None else title)
+        axes.set_title(f"{lens_title(result)}: most probable words by {label}" if title is None else title)
         add_note(figure, result.attrs, title)
         add_color_bar(figure, axes, _PROBABILITY, "probability", probability)
     return figure
@@ -92,7 +92,7 @@ def answer_curve(result: xr.Dataset, *, title: str | None = None) -> Figure:
         axes.set_xlabel(_axis(result))
         axes.set_ylabel("probability")
         value_lines(axes, "y")
-        axes.set_title(f"{_called(result)}: probability of answers by layer" if title is None else title)
+        axes.set_title(f"{lens_title(result)}: probability of answers by layer" if title is None else title)
         add_note(figure, result.attrs, title)
         legend_below(figure, axes)
     return figure
@@ -104,7 +104,7 @@ def _axis(result: xr.Dataset) -> str:
     return f"{hook}, layer" if hook else "residual stream entering layer"
 
 
-def _called(result: xr.Dataset) -> str:
+def lens_title(result: xr.Dataset) -> str:
     """The lens and what it is held to, how it reads where that is not the final norm."""
     hook, norm = result.attrs.get("hook"), result.attrs.get("norm", "final")
     how = {"frozen": " with the final norm's scale held", "none": " without the final norm"}.get(str(norm), "")

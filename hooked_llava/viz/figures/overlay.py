@@ -42,11 +42,12 @@ Underlay = Literal["grey", "color"]
 """How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
 EACH = "each"
 """`grid=` for a panel of each grid."""
+MOST_OPAQUE = 0.92
+"""Opacity of the largest value."""
 _SMALL = 160
 _BAR = 0.9  # inches of the color bar with its numbers and its unit
 _LEAST_HEIGHT = 1.7  # inches: the unit beside the color bar needs so much
 _FADE = 0.75
-_MOST_OPAQUE = 0.92
 _GROUND = 0.8  # the grey that stands for the image in the color bar
 
 
@@ -79,9 +80,9 @@ def patch_overlay(
     [60.0, 30.0]
     """
     array = _place_values(values)
-    original, layout = _original(inputs, image, layout)
+    original, layout = original_and_layout(inputs, image, layout)
     array = _fitting(array, layout, array.ndim)
-    if grid == EACH and len(_drawn_grids(layout, grid)) > 1:
+    if grid == EACH and len(drawn_grids(layout, grid)) > 1:
         about = {"name": values.name, "attrs": values.attrs} if isinstance(values, xr.DataArray) else {}
         panels = xr.DataArray(array[None], dims=("panel", "feature"), coords={"panel": [""]}, **about)
         return patch_overlays(original, panels, layout=layout, grid=EACH, underlay=underlay, title=title)
@@ -89,10 +90,10 @@ def patch_overlay(
     width, height = _panel_size(original, 3.6)
     with plot(width + _BAR, height + 0.4) as figure:
         axes = figure.add_subplot()
-        draw_overlay(axes, original, array, scale, layout, underlay, _drawn_grids(layout, grid)[0])
+        draw_overlay(axes, original, array, scale, layout, underlay, drawn_grids(layout, grid)[0])
         subject, unit = (title_of(values), unit_of(values)) if isinstance(values, xr.DataArray) else ("", "value")
         axes.set_title(subject if title is None else title)
-        add_color_bar(figure, axes, scale, unit, array, colors=_as_overlaid(scale))
+        add_color_bar(figure, axes, scale, unit, array, colors=as_overlaid(scale))
         add_note(figure, values.attrs if isinstance(values, xr.DataArray) else {}, title)
     return figure
 
@@ -126,8 +127,8 @@ def patch_overlays(
             "Expected patch_row, patch_col and one more; choose or average the others first."
         )
     result = result.transpose(over[0], *(dim for dim in (*BY_PATCH, *BY_FEATURE) if dim in places))
-    original, layout = _original(inputs, image, layout)
-    values, grids = _fitting(result.values, layout, len(places)), _drawn_grids(layout, grid)
+    original, layout = original_and_layout(inputs, image, layout)
+    values, grids = _fitting(result.values, layout, len(places)), drawn_grids(layout, grid)
     names = [str(name) if isinstance(name, str) else f"{over[0]} {name}" for name in result[over[0]].values]
     drawn = [(name, own, one) for name, own in zip(names, values, strict=True) for one in grids]
     columns = max(1, min(columns, len(drawn)) // len(grids)) * len(grids)  # the grids of an entry stay in one row
@@ -145,7 +146,7 @@ def patch_overlays(
             axes.set_visible(False)
         add_heading(figure, heading)
         add_note(figure, result.attrs, title)
-        add_color_bar(figure, panels, scale, unit_of(result), values, colors=_as_overlaid(scale))
+        add_color_bar(figure, panels, scale, unit_of(result), values, colors=as_overlaid(scale))
     return figure
 
 
@@ -157,8 +158,12 @@ def draw_overlay(
     layout: ImageLayout | None,
     underlay: Underlay = "grey",
     grid: str = ALL,
+    opaque: float = MOST_OPAQUE,
 ) -> None:
-    """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it."""
+    """An image in its own pixel coordinates, what the crop cut away dimmed, and the patches over it.
+
+    `opaque` is the opacity of the largest value.
+    """
     one_of(underlay, get_args(Underlay), "underlay")
     draw_image(axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")), fade=_FADE)
     how: dict[str, Any] = {"cmap": _vivid(scale), "norm": scale.norm()}
@@ -173,7 +178,7 @@ def draw_overlay(
     else:
         # As vectors, neighbouring patches would show seams.
         mapped = axes.pcolormesh(*borders, values, linewidth=0, rasterized=True, **how)
-    mapped.set_alpha(_opacity(values, scale))  # one for each patch, which matplotlib's types leave out
+    mapped.set_alpha(_opacity(values, scale, opaque))  # one for each patch, which matplotlib's types leave out
     if layout is not None:
         mark_crop(axes, layout, grid)
     axes.set_xlim(0, original.width)
@@ -207,7 +212,7 @@ def _borders(
     return None if x is None or y is None else (x, y)
 
 
-def _original(
+def original_and_layout(
     inputs: Inputs | ImageLike, image: int, layout: ImageLayout | None
 ) -> tuple[Image.Image, ImageLayout | None]:
     """The image to draw on, and its layout if it knows the original's pixels."""
@@ -246,7 +251,7 @@ def _fitting(values: np.ndarray, layout: ImageLayout | None, n_axes: int) -> np.
     return layout.fold(layout.unfold(values)) if n_axes == 1 else values
 
 
-def _drawn_grids(layout: ImageLayout | None, grid: str) -> tuple[str, ...]:
+def drawn_grids(layout: ImageLayout | None, grid: str) -> tuple[str, ...]:
     """The grids that have a panel each."""
     if layout is None or grid == ALL:
         return (ALL,)
@@ -294,15 +299,15 @@ def _vivid(scale: ColorScale) -> Colormap:
     return scale.map if scale.name == DIVERGING else ListedColormap(scale.map(np.linspace(0.25, 1.0, 256)))
 
 
-def _opacity(values: np.ndarray, scale: ColorScale) -> np.ndarray:
+def _opacity(values: np.ndarray, scale: ColorScale, opaque: float) -> np.ndarray:
     """0 at the neutral value, and rising fastest there, so that half the largest effect is still seen well."""
     away = np.abs(np.nan_to_num(values - scale.neutral))  # what is not a number is not drawn
     part = np.clip(away / (scale.high - scale.neutral), 0, 1)
-    return _MOST_OPAQUE * np.sqrt(part)
+    return opaque * np.sqrt(part)
 
 
-def _as_overlaid(scale: ColorScale) -> Colormap:
+def as_overlaid(scale: ColorScale, opaque: float = MOST_OPAQUE) -> Colormap:
     """The colors as they look on a light grey image, for the color bar."""
     values = np.linspace(scale.low, scale.high, 256)
-    opaque = _opacity(values, scale)[:, None]
-    return ListedColormap(opaque * _vivid(scale)(scale.norm()(values))[:, :3] + (1 - opaque) * _GROUND)
+    share = _opacity(values, scale, opaque)[:, None]
+    return ListedColormap(share * _vivid(scale)(scale.norm()(values))[:, :3] + (1 - share) * _GROUND)
