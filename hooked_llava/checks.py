@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex, TypeAlias, TypeGuard, TypeVar, cast
 
 from hooked_llava.errors import HookedLLaVAError, InputError, did_you_mean
@@ -170,3 +170,12 @@ def one_of(
         raise error(f"{what}={value!r}; expected {expected or 'one of ' + ', '.join(known)}.{close}")
     shown = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
     raise error(f"{what}={value!r}; expected {expected or shown}.")
+
+
+def first_difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first name under which something is wanted that is not held so, or None.
+
+    >>> first_difference({"seed": 0, "steps": 3}, {"seed": 0, "steps": 4})
+    'steps'
+    """
+    return next((name for name, value in wanted.items() if held.get(name) != value), None)

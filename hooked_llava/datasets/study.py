@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 import xarray as xr
-from tqdm import tqdm
 
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.checks import whole_number
@@ -35,6 +34,7 @@ from hooked_llava.processes import Processes
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
 from hooked_llava.prompt.templates import DEFAULT
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.results.map_quality import mean_intervals
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ Run = Callable[["Inputs", Sequence[StudyRow]], "xr.DataArray | xr.Dataset"]
 OF_ALL = "all"
 """The kind under which `by_kind` averages over every question."""
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
-_PATIENCE = 2.0  # seconds before a progress bar appears
 _LONGEST_WAIT = timedelta(weeks=4)  # of a process that is done, for the others
 
 
@@ -128,8 +127,7 @@ class _Asking:
         """Measure some batches, and keep each as soon as it is done."""
         done = len(parts.rows) - len(parts.left())
         total = done + sum(map(len, batches))
-        hidden = not progress or None
-        with tqdm(total=total, initial=done, unit="question", delay=_PATIENCE, disable=hidden, leave=False) as bar:
+        with progress_bar(total, "question", shown=progress, done=done) as bar:
             for batch in batches:
                 parts.add(batch, self.measure(batch))
                 bar.update(len(batch))

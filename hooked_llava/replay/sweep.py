@@ -7,18 +7,17 @@ from functools import cached_property
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hooked_llava.checks import whole_number
 from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import LayerPass, needs_full_suffix
 from hooked_llava.replay.plan import PlannedRun, batches
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.replay.state import ReplayState, Work
 
 _FREE_SHARE = 0.25  # of the free memory that one batch may take
 _WIDEST_ON_CPU = 2**22  # numbers in one activation: a CPU computes no faster with more, they only leave its caches
-_PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 class Sweep:
@@ -67,8 +66,7 @@ class Sweep:
         self._check_metric()
         self._keep_unchanged()
         left = [batch for batch in self._batches if any(self._rows[run.index] is None for run in batch)]
-        hidden = None if self.progress else True
-        with tqdm(total=sum(map(len, left)), unit="run", delay=_PATIENCE, disable=hidden, leave=False) as bar:
+        with progress_bar(sum(map(len, left)), "run", shown=self.progress) as bar:
             for batch in left:
                 logits = LayerPass(self.state, batch, self.wanted).logits()
                 rows = list(self._finish(logits))  # before any is kept: a metric may fail

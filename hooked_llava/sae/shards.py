@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from hooked_llava.checks import first_difference
 from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.sae.forwards import Chunk
 from hooked_llava.sae.prompts import Progress
 from hooked_llava.sae.shuffle import Rows, n_rows
@@ -25,7 +26,6 @@ FORMAT = "hooked_llava.activations.v1"
 INDEX = "index.json"
 SHARD_SIZE = 2**16
 """Activations of one shard, about: it ends with a forward pass."""
-_PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 class ShardCache:
@@ -54,10 +54,10 @@ class ShardCache:
         held = index["about"]
         if index["complete"] and set(self.about["hooks"]) <= set(held["hooks"]):
             held = {**held, "hooks": self.about["hooks"]}  # of the hooks that are there some are read
-        if wrong := [name for name in self.about if held.get(name) != self.about[name]]:
+        if (name := first_difference(held, self.about)) is not None:
             raise InputError(
-                f"cache_dir={str(self.folder)!r} holds activations of another {wrong[0]}: {held.get(wrong[0])!r}, and "
-                f"{self.about[wrong[0]]!r} is asked for. Remove it, or give another folder."
+                f"cache_dir={str(self.folder)!r} holds activations of another {name}: {held.get(name)!r}, and "
+                f"{self.about[name]!r} is asked for. Remove it, or give another folder."
             )
         self.shards, self.complete = index["shards"], index["complete"]
 
@@ -69,8 +69,7 @@ class ShardCache:
         done = self.shards[-1]["index_after"] if self.shards else 0
         waiting: list[Rows] = []
         after = Progress(0, done)
-        bar = tqdm(desc="activations", unit="", disable=not progress, delay=_PATIENCE, leave=False)
-        with bar:
+        with progress_bar(None, "", shown=progress, desc="activations") as bar:
             for chunk in chunks(after):
                 waiting.append(chunk.rows)
                 after = chunk.after

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.checks import one_of, whole_number
+from hooked_llava.checks import first_difference, one_of, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.llava import HookedLLaVA
@@ -200,11 +200,10 @@ class ActivationStream(Iterator[Acts]):
 
         Data without numbered entries are read again from their start, up to there.
         """
-        for name, own in self.about.items():
-            if state["about"].get(name) != own:
-                raise InputError(
-                    f"The state is of a stream with {name}={state['about'].get(name)!r}; this has {own!r}."
-                )
+        if (name := first_difference(state["about"], self.about)) is not None:
+            raise InputError(
+                f"The state is of a stream with {name}={state['about'].get(name)!r}; this has {self.about[name]!r}."
+            )
         self.close()
         self._progress = Progress(*state["progress"])
         self._buffer.load_state_dict(state["buffer"], self.device)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_llava.checks import first_difference
 from hooked_llava.errors import InputError
 from hooked_llava.processes import Processes
 from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
@@ -39,12 +40,11 @@ class Checkpoints:
         self.step: int | None = None
         if (self.folder / LATEST).is_file():
             latest = read_json(self.folder / LATEST)
-            for name, own in self.about.items():
-                if (held := latest["about"].get(name)) != own:
-                    raise InputError(
-                        f"checkpoint_dir={str(self.folder)!r} holds a run with {name}={held!r}, and this has {own!r}. Remove "
-                        "it, or give another folder."
-                    )
+            if (name := first_difference(latest["about"], self.about)) is not None:
+                raise InputError(
+                    f"checkpoint_dir={str(self.folder)!r} holds a run with {name}={latest['about'].get(name)!r}, and this has "
+                    f"{self.about[name]!r}. Remove it, or give another folder."
+                )
             self.step = latest["step"]
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:

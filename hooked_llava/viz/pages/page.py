@@ -19,6 +19,7 @@ import hooked_llava
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.storage import written_whole
 from hooked_llava.viz.pages.embed import is_small, pixels, uri, visible
 from hooked_llava.viz.style import format_small
@@ -132,9 +133,7 @@ def steps_reported(
     if on_step is not None:
         yield on_step
         return
-    from tqdm import tqdm
-
-    with tqdm(total=len(steps), desc=what, delay=2, leave=False, unit="step") as bar:
+    with progress_bar(len(steps), "step", desc=what) as bar:
 
         def begin(step: str) -> None:
             bar.set_postfix_str(step, refresh=False)
