@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class SAEConfig:
         hook (str | None): The hook whose activations it was trained on, by its full name.
         model_name (str | None): The model whose activations it was trained on.
         groups (tuple[int, ...]): Widths of the nested autoencoders of "matryoshka", the last of them d_sae.
+        training (Mapping[str, Any]): How `train_sae` made it, in plain values, and FVU, L0 and dead share of the last step;
+            empty where nothing is known.
     """
 
     d_in: int
@@ -52,6 +55,7 @@ class SAEConfig:
     hook: str | None = None
     model_name: str | None = None
     groups: tuple[int, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         one_of(self.kind, get_args(Kind), "kind", error=ConfigError)

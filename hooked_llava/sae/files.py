@@ -26,6 +26,8 @@ FileFormat: TypeAlias = Literal["sparsify", "saelens"]
 CONFIG = "cfg.json"
 WEIGHTS: dict[FileFormat, str] = {"sparsify": "sae.safetensors", "saelens": "sae_weights.safetensors"}
 """Name of the file of tensors."""
+TRAINING = "training"
+"""The field of both configs that says how the autoencoder was trained."""
 _SAELENS_KINDS: dict[str, Kind] = {
     "standard": "relu",
     "topk": "topk",
@@ -135,6 +137,7 @@ def _from_sparsify(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         k=fields["k"],
         hook=fields.get("hook"),
         model_name=fields.get("model_name"),
+        training=fields.get(TRAINING) or {},
     )
     return cfg, {name: tensors[name] for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")}
 
@@ -154,7 +157,11 @@ def _to_sparsify(sae: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, Tens
         "hook": cfg.hook,
         "model_name": cfg.model_name,
     }
-    return fields, dict(sae.state_dict())
+    return fields | _training(cfg), dict(sae.state_dict())
+
+
+def _training(cfg: SAEConfig) -> dict[str, Any]:
+    return {TRAINING: dict(cfg.training)} if cfg.training else {}
 
 
 def _from_saelens(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
@@ -178,6 +185,7 @@ def _from_saelens(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
         hook=about.get("hook_name"),
         model_name=about.get("model_name"),
         groups=tuple(fields.get("matryoshka_widths") or ()),
+        training=about.get(TRAINING) or {},
     )
     return cfg, named
 
@@ -194,7 +202,7 @@ def _to_saelens(sae: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, Tenso
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": cfg.hook, "model_name": cfg.model_name},
+        "metadata": {"hook_name": cfg.hook, "model_name": cfg.model_name, **_training(cfg)},
     }
     if cfg.k is not None:
         fields["k"] = cfg.k

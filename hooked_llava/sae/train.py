@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.processes import Processes
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.sae.autoencoder import Kind, SAEConfig, SparseAutoencoder
 from hooked_llava.sae.stream import ActivationStream
 from hooked_llava.sae.trainer import SAETrainer, StepRecord, TrainingConfig
 from hooked_llava.sae.training_files import Checkpoints
-
-_PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 def train_sae(
@@ -56,6 +54,7 @@ def train_sae(
         progress: show a progress bar with FVU, L0 and the share of dead features on anything longer than two seconds.
         options: further fields of `TrainingConfig`: lr, warmup, accumulate, aux_weight, dead_after, seed and others.
 
+    How it was trained stands in `sae.cfg.training`, and in its file.
     Raises `ConfigError` for kinds that are not trained, and `InputError` for a stream that ends early, activations that are not
     finite or change their width, and a checkpoint of another run.
 
@@ -71,6 +70,7 @@ def train_sae(
     trainer = SAETrainer(_new(about, width, k, kind, groups, config.seed).to(device), config, Processes.current(device))
     run = _Run(stream, trainer, checkpoint_dir)
     run.train(save_every, on_step, progress=progress)
+    trainer.sae.cfg = replace(trainer.sae.cfg, training=run.described())
     return trainer.sae.requires_grad_(False)
 
 
@@ -100,7 +100,9 @@ class _Run:
 
     def __init__(self, stream: Iterator[Any], trainer: SAETrainer, folder: str | os.PathLike[str] | None) -> None:
         self.stream, self.trainer, self.config = stream, trainer, trainer.config
+        self.last: StepRecord | None = None
         about = {**asdict(trainer.sae.cfg), **asdict(trainer.config)}
+        del about["training"]
         self.checkpoints = None if folder is None else Checkpoints(folder, about, trainer.processes)
         found = None if self.checkpoints is None else self.checkpoints.load()
         if found is None:
@@ -116,12 +118,12 @@ class _Run:
     def train(self, save_every: int, on_step: Callable[[StepRecord], None] | None, *, progress: bool) -> None:
         """The steps that are left."""
         shown, done = progress and self.trainer.processes.index == 0, self.trainer.steps_done
-        with tqdm(total=self.config.steps, initial=done, disable=not shown, delay=_PATIENCE, leave=False) as bar:
+        with progress_bar(self.config.steps, "step", shown=shown, done=done) as bar:
             for step in range(done, self.config.steps):
                 batches = self._batches()
                 if step == 0:
                     self.trainer.start(batches)
-                record = self.trainer.step(batches)
+                self.last = record = self.trainer.step(batches)
                 if on_step is not None:
                     on_step(record)
                 bar.set_postfix_str(f"FVU {record.fvu:.3f}, L0 {record.l0:.1f}, dead {record.dead:.1%}", refresh=False)
@@ -129,6 +131,15 @@ class _Run:
                 if self.checkpoints is not None and ((step + 1) % save_every == 0 or step + 1 == self.config.steps):
                     of_stream = self.stream.state_dict() if isinstance(self.stream, ActivationStream) else None
                     self.checkpoints.save(step + 1, self.trainer.state_dict(), of_stream)
+
+    def described(self) -> dict[str, Any]:
+        """How the autoencoder was trained, for its file; with the numbers of the last step, if this call has made it."""
+        found = asdict(self.config) | {"processes": self.trainer.processes.n}
+        if isinstance(self.stream, ActivationStream):
+            found["stream"] = dict(self.stream.about)
+        if self.last is not None:
+            found |= {name: round(getattr(self.last, name), 4) for name in ("fvu", "l0", "dead")}
+        return found
 
     def _batches(self) -> list[Tensor]:
         """The batches of one step; raises `InputError` if the stream has too few, in this process or in another."""

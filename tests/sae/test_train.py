@@ -17,6 +17,7 @@ from hooked_llava.sae.files import load_sae, save_sae
 from hooked_llava.sae.stream import ActivationStream, activation_stream
 from hooked_llava.sae.train import train_sae
 from hooked_llava.sae.trainer import StepRecord
+from hooked_llava.toy.feature_tables import ANSWERED_KINDS, HELD_OUT_SEED, feature_rows
 from tests.launched import launch
 
 HOOK = "blocks.1.hook_resid_post"
@@ -138,3 +139,30 @@ def test_two_processes_train_as_one_with_whole_batches(tiny_shapes, tmp_path):
 def test_checkpoints_come_after_one_step_at_least():
     with pytest.raises(InputError, match="save_every=0"):
         train_sae(iter([torch.randn(8, 6)] * 3), 12, 2, steps=3, save_every=0)
+
+
+def test_the_file_says_how_it_was_trained(tiny_shapes, tmp_path):
+    records: list[StepRecord] = []
+    options = {"steps": 4, "lr": 0.01, "seed": 3, "progress": False}
+    sae = train_sae(texts(tiny_shapes), 24, 4, on_step=records.append, **options)
+    for file_format in ("sparsify", "saelens"):
+        save_sae(sae, tmp_path / file_format, file_format=file_format)
+        said = load_sae(tmp_path / file_format).cfg.training
+        assert said == sae.cfg.training
+        assert (said["steps"], said["lr"], said["seed"], said["stream"]["hooks"]) == (4, 0.01, 3, [HOOK])
+        assert said["fvu"] == pytest.approx(records[-1].fvu, abs=1e-4)
+    plain = train_sae(iter(torch.randn(4, 16, 8)), 16, 2, **options).cfg.training
+    assert "stream" not in plain
+    assert plain["dead"] == 0
+
+
+def test_the_autoencoder_of_the_package_has_few_dead_features(tiny_shapes):
+    sae = load_sae("tiny-shapes")
+    assert sae.cfg.training["dead"] <= 0.1
+    assert sae.cfg.training["fvu"] <= 0.04
+    rows = feature_rows(280, seed=HELD_OUT_SEED, kinds=ANSWERED_KINDS)
+    acts = torch.cat(list(activation_stream(tiny_shapes, str(sae.cfg.hook), rows, tokens="image")))
+    fired = sae.dense(sae.encode(acts)).gt(0).any(0)
+    assert float(fired.float().mean()) >= 0.66  # on other images, a tenth of the activations in which one is alive
+    left = (acts - sae(acts)).pow(2).sum() / (acts - acts.mean(0)).pow(2).sum()
+    assert float(left) <= 0.04
