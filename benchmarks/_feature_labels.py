@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.toy.evaluate import Example, prepare_examples
@@ -39,6 +40,7 @@ class Patches:
 def patches(model: HookedLLaVA, examples: list[Example]) -> Patches:
     """The activations at all patches of the examples' images."""
     found: dict[str, list[Tensor]] = {HOOK: [], NEURONS: []}
+    labels: list[np.ndarray] = []
     for first in range(0, len(examples), _BATCH):
         inputs = prepare_examples(model, examples[first : first + _BATCH])
         _, cache = model.run_with_cache(inputs, names_filter=[HOOK, NEURONS])
@@ -46,18 +48,21 @@ def patches(model: HookedLLaVA, examples: list[Example]) -> Patches:
             at = list(token_map.patches())
             for name, rows in found.items():
                 rows.append(cache[name][row, at])
-    labels = np.concatenate([patch_labels(one.scene) for one in examples if one.scene is not None])
-    return Patches(torch.cat(found[HOOK]), torch.cat(found[NEURONS]), labels)
+            scene = examples[first + row].scene
+            assert scene is not None
+            labels.append(patch_labels(scene, token_map.layout()))
+    return Patches(torch.cat(found[HOOK]), torch.cat(found[NEURONS]), np.concatenate(labels))
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """Which colors and shapes each patch shows, [patch, label]."""
-    covered = scene.patch_coverage.reshape(len(scene.objects), -1) >= COVERAGE
-    shown = np.zeros((covered.shape[1], len(LABELS)), dtype=bool)
-    for one, at in zip(scene.objects, covered, strict=True):
-        shown[at, LABELS.index(one.color)] = True
-        shown[at, LABELS.index(one.shape)] = True
-    return shown
+def patch_labels(scene: Scene, layout: ImageLayout) -> np.ndarray:
+    """Which colors and shapes each patch shows, of all grids, [patch, label]."""
+    shown = np.zeros((layout.n_features, len(LABELS)), dtype=bool)
+    for one in scene.objects:
+        for grid, share in layout.mask_shares(one.mask)[0].items():
+            at = layout.cell_features(grid)[share >= COVERAGE]
+            shown[at, LABELS.index(one.color)] = True
+            shown[at, LABELS.index(one.shape)] = True
+    return shown[layout.object_features()]
 
 
 def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a sparse autoencoder of `tiny-shapes` is worth: `python -m benchmarks.sae`.
+"""What a sparse autoencoder of an embedded model is worth: `python -m benchmarks.sae [--model tiny-shapes-next]`.
 
 It reads what enters the language model at the image's positions, where the text reads the image from. FVU and dead share
 against width and k; the answers' cross-entropy that is recovered, beside mean ablation and a random dictionary; how well the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ from hooked_llava.toy.evaluate import Example, held_out, prepare_examples
 from hooked_llava.toy.feature_tables import ANSWERED_KINDS, HELD_OUT_SEED, feature_rows
 from hooked_llava.toy.scenes import COLOR_NAMES
 
-MODEL = "tiny-shapes"
+SHIPPED = "tiny-shapes"
+"""The model for which an autoencoder comes with the package."""
 OURS, RANDOM = "features", "random dictionary"
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
 CLEAR = 0.5  # probability that a color must reach, and its control must not
@@ -59,6 +60,7 @@ class Settings:
     """How much is measured.
 
     Attributes:
+        model (str): The model, and the world that its images come from.
         images (int): Images that the autoencoders are trained on.
         steps (int): Steps of training.
         batch (int): Activations in a step.
@@ -72,10 +74,11 @@ class Settings:
         top (int): Features at tokens that are measured exactly in each.
     """
 
-    images: int = 1600
+    model: str = SHIPPED
+    images: int = 4000
     steps: int = 400
-    batch: int = 512
-    sizes: tuple[tuple[int, int], ...] = ((512, 8), (128, 8), (1024, 8), (512, 4), (512, 16))
+    batch: int = 2048
+    sizes: tuple[tuple[int, int], ...] = ((128, 8), (64, 8), (256, 8), (512, 8), (128, 4), (128, 16))
     seeds: int = 3
     labelled: int = 150
     asked: int = 64
@@ -85,7 +88,11 @@ class Settings:
     top: int = 100
 
 
-QUICK = Settings(8, 6, 64, ((32, 4), (16, 4)), 2, 6, 2, ("red", "blue"), 2, 1, 5)
+SETTINGS = {
+    SHIPPED: Settings(),
+    "tiny-shapes-next": Settings("tiny-shapes-next", images=1600, sizes=((256, 8), (128, 8), (512, 8)), labelled=100),
+}
+QUICK = Settings(SHIPPED, 8, 6, 64, ((32, 4), (16, 4)), 2, 6, 2, ("red", "blue"), 2, 1, 5)
 
 
 def trained(
@@ -96,7 +103,7 @@ def trained(
     buffer = max(settings.batch, min(2**15, 64 * settings.images))
     how: dict[str, Any] = {"tokens": "image", "epochs": None, "cache_dir": folder, "progress": False, "seed": seed}
     stream = activation_stream(model, HOOK, rows, batch_size=settings.batch, buffer=buffer, **how)
-    options = {"steps": settings.steps, "lr": 2e-3, "dead_after": 50_000, "seed": seed, "progress": False}
+    options = {"steps": settings.steps, "lr": 2e-3, "dead_after": 200_000, "seed": seed, "progress": False}
     sae = train_sae(stream, *size, on_step=records.append, **options)  # type: ignore[arg-type]
     stream.close()
     return sae, records[-1]
@@ -189,12 +196,20 @@ def attribution(model: HookedLLaVA, sae: SparseAutoencoder, examples: Sequence[E
     }
 
 
+def shipped(model: HookedLLaVA, asked: Sequence[StudyRow], test: Patches) -> Measured:
+    """The same of the autoencoder that comes with the package."""
+    sae = load_sae(SHIPPED)
+    return {"dead": sae.cfg.training["dead"], "l0": sae.cfg.training["l0"], **quality(model, sae, asked, test)}
+
+
 def measure(settings: Settings) -> Measured:
     """Everything, for one model."""
     begin = time.perf_counter()
-    model = HookedLLaVA.from_pretrained(MODEL)
-    rows, asked = feature_rows(settings.images), feature_rows(settings.asked, seed=HELD_OUT_SEED, kinds=ANSWERED_KINDS)
-    labelled = held_out("query_color", 2 * settings.labelled)
+    name = settings.model
+    model = HookedLLaVA.from_pretrained(name)
+    rows = feature_rows(settings.images, world=name)
+    asked = feature_rows(settings.asked, seed=HELD_OUT_SEED, kinds=ANSWERED_KINDS, world=name)
+    labelled = held_out("query_color", 2 * settings.labelled, world=name)
     selection, test = patches(model, labelled[: settings.labelled]), patches(model, labelled[settings.labelled :])
     saes: list[SparseAutoencoder] = []
     sizes: dict[str, list[Measured]] = {}
@@ -209,11 +224,11 @@ def measure(settings: Settings) -> Measured:
     width, k = settings.sizes[0]
     by_chance = quality(model, random_dictionary(selection.resid.mean(0), width, k, 100), asked, test)
     precision, best = precisions(saes, selection, test)
-    questions = held_out("query_color", settings.steered + settings.attributed, HELD_OUT_SEED)
+    questions = held_out("query_color", settings.steered + settings.attributed, HELD_OUT_SEED, world=name)
     return {
         "sizes": sizes,
         "random": by_chance,
-        "shipped": quality(model, load_sae(MODEL), asked, test),
+        "shipped": shipped(model, asked, test) if name == SHIPPED else None,
         "precision": precision,
         "steering": steering(model, saes[0], best, selection, questions[: settings.steered], settings.colors),
         "attribution": attribution(model, saes[0], questions[settings.steered :], settings.top),
@@ -229,7 +244,8 @@ def interval(values: Interval, digits: int = 3) -> str:
 
 def sizes_table(report: Measured) -> str:
     """FVU, dead share and what the answers keep, by width and k."""
-    further = {"in the package": [report["shipped"]], "random dictionary": [report["random"]]}
+    further = {} if report["shipped"] is None else {"in the package": [report["shipped"]]}
+    further["random dictionary"] = [report["random"]]
     rows = {}
     for name, found in (report["sizes"] | further).items():
         columns = ("fvu", "recovered", "spliced", "answers_kept")
@@ -301,11 +317,14 @@ def tables(report: Measured) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = start(arguments(__doc__), argv)
-    settings = QUICK if options.quick else Settings()
+    parser = arguments(__doc__)
+    parser.add_argument("--model", choices=list(SETTINGS), default=SHIPPED, help=f"the model (default {SHIPPED})")
+    options = start(parser, argv)
+    settings = replace(QUICK, model=options.model) if options.quick else SETTINGS[options.model]
     report = measure(settings)
     print("\n\n".join(tables(report)))
-    write("sae", options, settings=asdict(settings), hook=HOOK, model=MODEL, labels=LABELS, **report)
+    name = "sae" if options.model == SHIPPED else f"sae-{options.model}"
+    write(name, options, settings=asdict(settings), hook=HOOK, model=options.model, labels=LABELS, **report)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from benchmarks import (
 )
 from benchmarks import _measure as measure
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.toy.evaluate import embedded
+from hooked_llava.toy.evaluate import embedded, held_out, prepare_examples
+from hooked_llava.toy.wide_model import layout_of
 
 EVERY_REPORT = {"benchmark", "quick", "threads", "python", "versions", "repetitions"}
 EVERY_ROW = {"median_s", "iqr_s", "ratio", "ratio_iqr", "repetitions"}
@@ -373,6 +374,25 @@ def test_sae_reports_sizes_precision_steering_and_attribution(run: Run, tmp_path
     for curves in report["steering"].values():
         assert all(len(curves[way]) == len(sae.STRENGTHS) for way in ("steered", "random_feature", "random_direction"))
     assert report["attribution"]["forwards"] <= 4
+
+
+def test_patches_are_labelled_with_what_they_show_in_every_world(tiny_shapes: Any) -> None:
+    examples = held_out("query_color", 1)
+    scene = examples[0].scene
+    assert scene is not None
+    shown = _feature_labels.patch_labels(scene, prepare_examples(tiny_shapes, examples).token_map.layout())
+    for one, coverage in zip(scene.objects, scene.patch_coverage, strict=True):
+        covered = coverage.flatten() >= _feature_labels.COVERAGE
+        for word in (one.color, one.shape):
+            assert shown[covered, _feature_labels.LABELS.index(word)].all()
+    assert shown.any(1).sum() == (scene.patch_coverage >= _feature_labels.COVERAGE).any(0).sum()
+    wide = held_out("query_small", 1, world="tiny-shapes-next")[0].scene
+    assert wide is not None
+    layout = layout_of(wide.size)
+    shown = _feature_labels.patch_labels(wide, layout)
+    assert len(shown) == sum(layout.cell_features(grid.name).size for grid in layout.grids)
+    words = {word for one in wide.objects for word in (one.color, one.shape)}
+    assert {_feature_labels.LABELS[i] for i in shown.any(0).nonzero()[0]} == words  # small ones too, in a tile
 
 
 def test_average_precision_of_units_is_scikit_learns() -> None:

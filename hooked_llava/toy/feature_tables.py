@@ -13,14 +13,16 @@ FEATURE_KINDS = (*ANSWERED_KINDS[:-1], "color_vqa", "name_shape")
 """Kinds of question, in turn."""
 
 
-def feature_rows(n: int, *, seed: int = TRAINING_SEED, kinds: tuple[str, ...] = FEATURE_KINDS) -> list[StudyRow]:
-    """n questions of some kinds in turn, each about its own image, with their answers.
+def feature_rows(
+    n: int, *, seed: int = TRAINING_SEED, kinds: tuple[str, ...] = FEATURE_KINDS, world: str = "tiny-shapes"
+) -> list[StudyRow]:
+    """n questions of some kinds in turn, each about its own image of an embedded world, with their answers.
 
     >>> [(row.question, row.answer) for row in feature_rows(1)]
     [('What color is the diamond?', 'Green')]
     """
     each = -(-n // len(kinds))
-    by_kind = {kind: held_out(kind, each, seed) for kind in kinds}
+    by_kind = {kind: held_out(kind, each, seed, world=world) for kind in kinds}
     rows = []
     for number in range(each):
         for kind, examples in by_kind.items():

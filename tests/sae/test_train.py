@@ -161,7 +161,8 @@ def test_the_autoencoder_of_the_package_has_few_dead_features(tiny_shapes):
     assert sae.cfg.training["dead"] <= 0.1
     assert sae.cfg.training["fvu"] <= 0.04
     rows = feature_rows(280, seed=HELD_OUT_SEED, kinds=ANSWERED_KINDS)
-    acts = torch.cat(list(activation_stream(tiny_shapes, str(sae.cfg.hook), rows, tokens="image")))
+    stream = activation_stream(tiny_shapes, str(sae.cfg.hook), rows, tokens="image")
+    acts = torch.cat([batch for batch in stream if isinstance(batch, torch.Tensor)])
     fired = sae.dense(sae.encode(acts)).gt(0).any(0)
     assert float(fired.float().mean()) >= 0.66  # on other images, a tenth of the activations in which one is alive
     left = (acts - sae(acts)).pow(2).sum() / (acts - acts.mean(0)).pow(2).sum()
