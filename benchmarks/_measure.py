@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.utils import logging
 from benchmarks._models import POSITIONS
 from hooked_llava.storage import written_whole
 
+CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "HF sdpa"
 HF_EAGER, OURS, BRIDGE, NNSIGHT = "HF eager", "hooked_llava", "TransformerLens bridge", "nnsight"
@@ -36,26 +37,33 @@ Summary = dict[str, Any]
 
 
 def arguments(
-    doc: str | None, *, repetitions: int = 9, geometries: Sequence[str] = ("medium",)
+    doc: str | None,
+    *,
+    repetitions: int = 9,
+    geometries: Sequence[str] = ("medium",),
+    choices: Iterable[str] = POSITIONS,
 ) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: checks that everything runs")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--repetitions", type=int, default=repetitions, help=f"default {repetitions}")
-    parser.add_argument("--geometry", nargs="+", choices=POSITIONS, default=list(geometries), help="sizes of the model")
+    parser.add_argument(
+        "--geometry", nargs="+", choices=[*choices], default=list(geometries), help="sizes of the model"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/NAME.json)")
     return parser
 
 
 def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options; fewer repetitions and the smallest geometry with --quick."""
+    """Read the options; with --quick fewer repetitions, and the smallest geometry in place of another of `POSITIONS`."""
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     logging.disable_progress_bar()
     if options.quick:
-        options.repetitions, options.geometry = min(options.repetitions, 2), ["quick"]
+        options.repetitions = min(options.repetitions, 2)
+        options.geometry = ["quick"] if set(options.geometry) <= set(POSITIONS) else options.geometry
     return options
 
 
@@ -80,12 +88,20 @@ def alternate(works: Mapping[str, Work], repetitions: int, *, at_least: float = 
 
 
 def _time(work: Work, calls: int) -> float:
+    _finish()
     start = time.perf_counter()
     for _ in range(calls):
         result = work()
+    _finish()
     elapsed = time.perf_counter() - start
     del result
     return elapsed / calls
+
+
+def _finish() -> None:
+    """Wait for the accelerator, if one is in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def summarise(seconds: Mapping[str, Sequence[float]], baseline: str = BASELINE) -> dict[str, Summary]:
@@ -111,15 +127,23 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [first, third]
 
 
-def reset_peak() -> None:
-    """Give freed memory back to the system and count the peak from what remains; Linux only."""
+def reset_peak(device: torch.device = CPU) -> None:
+    """Give freed memory back to the system and count the peak from what remains; on a CPU Linux only."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_bytes() -> int:
-    """This process's highest resident memory since the last reset, mapped pages of files included."""
+def peak_bytes(device: torch.device = CPU) -> int:
+    """The most bytes of tensors on a GPU since the last reset; on a CPU this process's highest resident memory, mapped
+    pages of files included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 

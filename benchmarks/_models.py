@@ -7,9 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.layouts import layout_of
+from hooked_llava.architecture.llava import LLAVA_MODELS
+
+Size = tuple[int, int]
 POSITIONS = {"medium": 620, "tiny-shapes": 88, "quick": 40}
 """Geometries, and how many positions a prompt has in each."""
 _PAD, _IMAGE, _FIRST_TEXT = 0, 5, 6
@@ -73,39 +79,63 @@ def make_config(
     return config
 
 
-def _vision(config: LlavaConfig) -> PreTrainedConfig:
+def _vision(config: Any) -> PreTrainedConfig:
     """The vision tower's sizes, which transformers declares as any config or none."""
     assert isinstance(config.vision_config, PreTrainedConfig)
     return config.vision_config
 
 
-def random_hf_model(config: LlavaConfig, attention: str = "sdpa") -> LlavaForConditionalGeneration:
-    """Seeded random weights in Hugging Face's class; generation never meets an end token."""
+def random_hf_model(
+    config: Any, attention: str = "sdpa", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Seeded random weights in Hugging Face's class, made where they stay; generation never meets an end token."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     config.eos_token_id = config.get_text_config().eos_token_id = None
     config._attn_implementation = attention
-    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    built = getattr(transformers, LLAVA_MODELS[config.model_type].architecture)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = built(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
     model.generation_config.eos_token_id = None
     return model
 
 
-def random_prompt(config: LlavaConfig, n_positions: int, *, batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
+def image_positions(config: Any, size: Size | None = None) -> tuple[int, int]:
+    """Positions and tiles of an image of that (height, width), which matters where images are cut into tiles."""
+    if LLAVA_MODELS[config.model_type].tiling is None:
+        return config.image_seq_length, 1
+    height, width = size or 2 * (_vision(config).image_size,)
+    layout = layout_of(LLaVAConfig.from_hf(config), None, height=height, width=width)
+    return layout.n_features, layout.n_tiles
+
+
+def random_prompt(
+    config: Any, n_positions: int, *, batch: int = 1, pad: int = 0, size: Size | None = None
+) -> dict[str, Tensor]:
     """Tensors as a processor returns them: one image a row, then text; row i has `i * pad` pads on its left."""
     torch.manual_seed(1)
-    text, n_features, image = config.get_text_config(), config.image_seq_length, config.image_token_index
-    size = _vision(config).image_size
+    text, image, side = config.get_text_config(), config.image_token_index, _vision(config).image_size
+    n_features, n_tiles = image_positions(config, size)
     ids = torch.randint(_FIRST_TEXT, text.vocab_size, (batch, n_positions))
     ids[ids == image] += 1 if image + 1 < text.vocab_size else -1
     mask = torch.ones_like(ids)
     for row in range(batch):
-        mask[row, : row * pad], ids[row, : row * pad] = 0, text.pad_token_id
+        mask[row, : row * pad], ids[row, : row * pad] = 0, config.pad_token_id
         first = row * pad + 1
         ids[row, first : first + n_features] = image
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch, 3, size, size)}
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    if LLAVA_MODELS[config.model_type].tiling is None:
+        return {**prompt, "pixel_values": torch.randn(batch, 3, side, side)}
+    pixels = torch.randn(batch, n_tiles, 3, side, side)
+    return {**prompt, "pixel_values": pixels, "image_sizes": torch.tensor([size or (side, side)] * batch)}
 
 
-def with_attention(model: LlavaForConditionalGeneration, attention: str) -> LlavaForConditionalGeneration:
+def with_attention(model: Any, attention: str) -> Any:
     """A copy with the same weights and another implementation of attention."""
     other = copy.deepcopy(model)
     other.set_attn_implementation(attention)
@@ -127,13 +157,13 @@ def has_nnsight() -> bool:
     return find_spec("nnsight") is not None
 
 
-def sizes(config: LlavaConfig, n_positions: int) -> dict[str, int]:
+def sizes(config: Any, n_positions: int, size: Size | None = None) -> dict[str, int]:
     """The geometry in numbers, for the result file."""
     vision, text = _vision(config), config.get_text_config()
     return {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "image_tokens": config.image_seq_length,
+        "image_tokens": image_positions(config, size)[0],
         "positions": n_positions,
         "vision_layers": vision.num_hidden_layers,
         "vision_d_model": vision.hidden_size,

@@ -177,17 +177,17 @@ class WithImage:
         return sweep.tool.func(self, self.ids, self.cache, last, index_df=cells, **keywords)
 
 
-def token_layers_of_a_forward(hf_model: Any, n_positions: int) -> float:
+def token_layers_of_a_forward(hf_model: Any, n_positions: int, n_tiles: int = 1) -> float:
     """Multiplications by weights in one Hugging Face forward, in units of one position through one language block."""
     config = hf_model.config
-    n_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    n_patches = n_tiles * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     block = sum(p.numel() for p in hf_model.model.language_model.layers[0].parameters() if p.ndim > 1)
     total = 0
     for name, parameter in hf_model.named_parameters():
         if parameter.ndim < 2 or name.endswith(("embed_tokens.weight", "position_embedding.weight")):
             continue
         in_tower = ".encoder." in name
-        on_image = n_patches + in_tower if "vision_tower" in name else n_patches
+        on_image = n_patches + n_tiles * in_tower if "vision_tower" in name else n_patches
         of_image = "vision_tower" in name or "multi_modal_projector" in name
         total += parameter.numel() * (on_image if of_image else n_positions)
     return total / block

@@ -20,6 +20,7 @@ from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_pro
 from hooked_llava.analysis import attention_knockout
 from hooked_llava.experiments.windows import centred_window, widest_window
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.prompt.inputs import Inputs
 
 EDGES = (
     "question->last",
@@ -81,6 +82,16 @@ def released_percentages(
     return table
 
 
+def with_asked_spans(inputs: Inputs) -> Inputs:
+    """A question in the text after the image, and an object in the image."""
+    image, n = inputs.token_map["image"], inputs.shape[1]
+    n_text = n - len(image) - 1
+    end = n - round(TAIL * n_text)
+    first = image[0] + len(image) // 3
+    thing = range(first, first + max(1, len(image) // 10))
+    return inputs.with_spans(question=range(end - round(QUESTION * n_text), end), object=thing)
+
+
 def measure(geometry: str, width: int, repetitions: int) -> Measured:
     """Seconds and ratios to a forward, counted work, and the largest difference of percentages."""
     config = hf_config(geometry)
@@ -89,15 +100,9 @@ def measure(geometry: str, width: int, repetitions: int) -> Measured:
     eager = with_attention(hf_model, "eager")
     model = HookedLLaVA.from_hf(hf_model)
     prompt = random_prompt(config, n)
-    n_image = config.image_seq_length
-    n_text = n - n_image - 1
-    end = n - round(TAIL * n_text)
-    asked = range(end - round(QUESTION * n_text), end)
-    thing = range(1 + n_image // 3, 1 + n_image // 3 + max(1, n_image // 10))
-    inputs = model.as_inputs(prompt).with_spans(question=asked, object=thing)
-    image, last = list(range(1, 1 + n_image)), [n - 1]
-    spans = {"question": list(asked), "image": image, "last": last, "object": list(thing)}
-    spans["other"] = [p for p in image if p not in thing]
+    inputs = with_asked_spans(model.as_inputs(prompt))
+    spans = {name: list(inputs.token_map[name]) for name in ("question", "image", "last", "object")}
+    spans["other"] = [p for p in spans["image"] if p not in spans["object"]]
     edges = {edge: (spans[edge.split("->")[0]], spans[edge.split("->")[1]]) for edge in EDGES}
     result = attention_knockout(model, inputs, EDGES, width)
     theirs = released_percentages(eager, prompt, edges, width)

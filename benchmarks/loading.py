@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks._geometries import GEOMETRIES
 from benchmarks._measure import (
     OURS,
     arguments,
@@ -39,18 +40,10 @@ HF = "Hugging Face"
 SIZES: dict[str, dict[str, int]] = {
     "100mb": {"d_vision": 256, "d_model": 512, "n_layers": 4, "d_mlp": 1376},
     "2gb": {"d_vision": 1024, "d_model": 2048, "n_layers": 13, "d_mlp": 5504, "n_heads": 16},
-    "7b": {
-        "d_vision": 1024,
-        "d_model": 4096,
-        "n_layers": 32,
-        "d_mlp": 11008,
-        "n_heads": 32,
-        "n_vision_layers": 24,
-        "n_vision_heads": 16,
-        "d_vocab": 32_064,
-    },
 }
-"""Sizes of the checkpoint in bfloat16; `7b` is LLaVA-1.5-7B's."""
+"""Sizes of the checkpoint in bfloat16."""
+REAL = {"7b": "llava-1.5-7b"}
+"""And those of real ones."""
 _SHARD_BYTES = 2**30
 _BLOCK = 2**22
 _MB = 2**20
@@ -113,7 +106,9 @@ def measure(folder: Path, repetitions: int, threads: int) -> dict[str, list[dict
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, repetitions=7)
-    parser.add_argument("--size", choices=SIZES, default="2gb", help="size of the checkpoint in bfloat16 (default 2gb)")
+    parser.add_argument(
+        "--size", choices=[*SIZES, *REAL], default="2gb", help="size of the checkpoint in bfloat16 (default 2gb)"
+    )
     parser.add_argument("--folder", type=Path, help="where to write it (default: the temporary folder)")
     parser.add_argument("--worker", nargs=2, metavar=("CONTESTANT", "FOLDER"), help="one measurement, as JSON")
     options = start(parser, argv)
@@ -121,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(worker(*options.worker)))
         return
     size, shard_bytes = ("100mb", _SHARD_BYTES // 32) if options.quick else (options.size, _SHARD_BYTES)
-    config = make_config(image_size=336, patch_size=14, **SIZES[size])
+    config = (
+        GEOMETRIES[REAL[size]].config() if size in REAL else make_config(image_size=336, patch_size=14, **SIZES[size])
+    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         weights = write_checkpoint(config, Path(folder), shard_bytes)
         runs = measure(Path(folder), options.repetitions, options.threads)

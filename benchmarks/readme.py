@@ -23,6 +23,7 @@ from benchmarks import (
     causal_trace,
     causal_trace_study,
     editing,
+    full_size,
     head_scores,
     information_flow,
     knockout,
@@ -34,6 +35,7 @@ from benchmarks import (
     tiles,
     top_heads,
 )
+from benchmarks._geometries import GEOMETRIES
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
 from benchmarks.hook_overhead import HF_OWN
 from hooked_llava.errors import HookedLLaVAError
@@ -189,6 +191,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "overhead": {"hook_overhead": ratios, "generation": ratios},
     "patching": {"patching": sweeps},
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
+    "full_size": {f"full_size-{name}": full_size.tables for name in GEOMETRIES},
     "streaming": {"sae_stream": streams},
     "steering": {"steering": steered},
     "autoencoders": {"sae": autoencoders},
@@ -199,6 +202,8 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "editing": {"editing": edits},
 }
 """Parts of the pages -> the result files that they are made of, and how."""
+WITHOUT_FILES: dict[str, Callable[[], str]] = {"full_size": full_size.marks}
+"""What stands in a part as long as no result file is there."""
 
 
 def measured(part: str) -> str:
@@ -208,7 +213,7 @@ def measured(part: str) -> str:
         path = RESULTS / f"{name}.json"
         if path.is_file():
             tables += made(json.loads(path.read_text(encoding="utf-8")))
-    return "\n\n".join(tables)
+    return "\n\n".join(tables) if tables or part not in WITHOUT_FILES else WITHOUT_FILES[part]()
 
 
 def accuracy() -> str:

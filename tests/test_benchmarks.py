@@ -22,6 +22,7 @@ from benchmarks import (
     _feature_labels,
     _maps,
     editing,
+    full_size,
     hook_overhead,
     patch_importance,
     patching,
@@ -30,6 +31,10 @@ from benchmarks import (
     steering,
 )
 from benchmarks import _measure as measure
+from benchmarks._geometries import FOR_COUNTING, GEOMETRIES
+from benchmarks._host_reads import host_reads
+from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.loading import expected_tensors
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.evaluate import embedded, held_out, prepare_examples
 from hooked_llava.toy.wide_model import layout_of
@@ -423,3 +428,87 @@ def test_tiles_reports_both_grids_and_every_method(run: Run, tmp_path: Path) -> 
     assert {name for name in _maps.METHODS if not name.startswith(_maps.ONE_BY_ONE)} < maps.keys()
     assert all(row.keys() == of for row in maps.values())
     assert report["query_color"]["tiles of another image"]["all"]["follows"][0] == 1.0
+
+
+@pytest.mark.slow
+def test_full_size_reports_every_part_of_a_shrunken_geometry(run: Run, tmp_path: Path) -> None:
+    report = run("full_size", tmp_path / "report.json", "--geometry", "llava-1.6-mistral-7b", "--device", "cpu")
+    assert report["left_out"] == {}
+    assert report["tiles"] == 5
+    rows = report["rows"]
+    assert len(rows) == 11
+    for row in rows.values():
+        for name in (measure.BASELINE, measure.OURS):
+            assert row[name].keys() == EVERY_ROW | {"peak_bytes", "host_reads"}
+    assert rows[full_size.FORWARD]["logits_difference"] < 1e-5
+    assert rows["generate 4 tokens"]["same_tokens"] == 1.0
+    assert rows[full_size.EDIT]["reverted_exactly"] is True
+    assert [rows[row]["runs"] for row in (full_size.SWEEP, full_size.KNOCKOUT)] == [60, 18]
+    for row in (full_size.SWEEP, full_size.KNOCKOUT, full_size.TRACE):
+        assert full_size.mark_of(row, rows[row]) == pytest.approx(1.3 * rows[row]["counted"])
+
+
+def test_what_was_measured_is_kept_where_a_part_fails_or_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(case: full_size.Case) -> Any:
+        raise torch.OutOfMemoryError("no more\nof it")
+
+    times = {"median_s": 1.0, "ratio": 1.0, "peak_bytes": 0, "host_reads": 0}
+    parts = {
+        "good": lambda case: {"row": {measure.BASELINE: times, measure.OURS: times}},
+        "bad": fail,
+        "late": lambda case: clock.update(now=1e6) or {},
+        "never": fail,
+    }
+    clock = {"now": 0.0}
+    monkeypatch.setattr(full_size, "PARTS", parts)
+    monkeypatch.setattr(full_size, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    with pytest.raises(SystemExit, match="bad.*OutOfMemoryError: no more"):
+        full_size.main(
+            ["--quick", "--device", "cpu", "--geometry", "onevision-0.5b", "--out", str(tmp_path / "r.json")]
+        )
+    torch.set_grad_enabled(True)
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert list(report["rows"]) == ["row"]
+    assert report["left_out"] == {"bad": "OutOfMemoryError: no more", "never": "4 minutes were over"}
+    assert "Not measured: bad: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_geometries_have_as_many_weights_as_the_checkpoints() -> None:
+    counted = {
+        name: sum(int(np.prod(shape)) for shape in expected_tensors(LLaVAConfig.from_hf(geometry.config())).values())
+        for name, geometry in FOR_COUNTING.items()
+    }
+    billions = {name: round(n / 1e9, 2) for name, n in counted.items()}
+    assert billions == {
+        "llava-1.5-7b": 7.06,
+        "llava-1.6-mistral-7b": 7.57,
+        "llama3-llava-next-8b": 8.36,
+        "onevision-0.5b": 0.89,
+        "onevision-7b": 8.03,
+        "llava-1.5-13b": 13.35,
+    }
+    assert FOR_COUNTING.keys() - GEOMETRIES.keys() == {"llava-1.5-13b"}
+
+
+def test_reads_of_numbers_on_the_device_are_counted() -> None:
+    x = torch.arange(4.0)
+    reads = {
+        "bool": lambda: bool(x[0] > 0),
+        "mask": lambda: x[x > 1],
+        "nonzero": x.nonzero,
+        "sum": lambda: x.sum() + x[1],
+    }
+    assert {name: host_reads(work, x.device) for name, work in reads.items()} == {
+        "bool": 1, "mask": 1, "nonzero": 1, "sum": 0,
+    }  # fmt: skip
+    assert host_reads(lambda: bool(x[0] > 0), torch.device("meta")) == 0, "on another device"
+
+
+def test_wheels_of_a_bare_machine_are_the_versions_that_are_tested() -> None:
+    root = Path(full_size.__file__).parents[1]
+    wheels = (root / "benchmarks" / "full_size_wheels.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line for line in wheels if line and not line.startswith("#")}
+    assert pinned
+    assert pinned <= set((root / "constraints.txt").read_text(encoding="utf-8").splitlines())
