@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.checks import as_indices
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
@@ -143,7 +144,7 @@ def _one_pair(
         ]
         there = [i for i, run in enumerate(runs) if run]
         found = replay.run([runs[i] for i in there], metric, logit_positions, batch_size)
-        values = found.new_full((len(cells),), torch.nan).index_copy(0, torch.tensor(there, device=found.device), found)
+        values = found.new_full((len(cells),), torch.nan).index_copy(0, to_device(there, found.device), found)
         attrs = made.attrs(**baselines, runs=len(there), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
 
@@ -248,7 +249,7 @@ def _interventions(
 
     def cut(value: Tensor, rows: Sequence[int] | None) -> Tensor:
         if rows is not None:
-            value = value.index_select(axis, torch.tensor(rows, device=value.device))
+            value = value.index_select(axis, to_device(rows, value.device))
         if head is None:
             return value
         head_axis = next(i for i, axis_name in enumerate(hook.axes) if axis_name in ("head", "kv_head"))

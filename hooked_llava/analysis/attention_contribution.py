@@ -161,7 +161,7 @@ def _labelled(
     sources = [p for where in constraints for p in where]
     units = {"units": "logits" if measure == "logit" else "norm of the head outputs"}
     found: dict[str, Any] = {
-        "constraint_to_last": ((*dims, "source"), to_numpy(sizes[..., 1, sources]), units),
+        "constraint_to_last": ((*dims, "source"), to_numpy(sizes[..., 1, :])[..., sources], units),
     }
     if token_map.n_images:
         axes = ImageAxes.of(prompt)

@@ -264,7 +264,7 @@ def _run(
 
     with torch.set_grad_enabled(graph), model.hooks([(names, keep)] if names else []):
         entering = embedding.detach().requires_grad_(graph)
-        where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
+        where = {"attention_mask": inputs.padding_mask, "position_ids": inputs.position_ids}
         resid = model(entering, **where, stop_at_layer=model.cfg.n_layers)  # (1, pos, d_model)
         logits = logits_at(model, resid, resolve_positions(logit_positions, inputs))[0]  # (position, d_vocab)
         return _Run(held, logits[0] if isinstance(logit_positions, str) and logit_positions == "last" else logits)

@@ -81,8 +81,8 @@ def deletion_curves(
         different = list(dict.fromkeys(gone))  # all curves share their ends, and similar maps more
         runs = [blank(model, longer, features, image=image, where=where, fill=fill) for features in different]
         once = replay.run(runs, found.metric(0), positions=positions)
-        log_p = once[[different.index(p) for p in gone]]
-        values = to_numpy(log_p.exp()).reshape(len(ways), len(orders), len(steps))
+        each = to_numpy(once.exp())[[different.index(p) for p in gone]]
+        values = each.reshape(len(ways), len(orders), len(steps))
         made.n_forward = forwards_of(replay)  # its runs included
         attrs = made.attrs(**found.attrs(model, "target"), runs=len(runs))
     area = np.trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0])

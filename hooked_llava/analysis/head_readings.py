@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
@@ -84,7 +85,7 @@ def head_readings(
         cache = cache_answer(model, prompt, target, parts=("pattern", "v"))
         index = best_positions(cache, (layer, head), top) if chosen is None else chosen
         result = _read(cache, layer, head, index, k, space)
-        scores = score_positions(cache, layer, head, index[None].to(prompt.device))[0]
+        scores = score_positions(cache, layer, head, to_device(index[None], prompt.device))[0]
         result["score"] = ("position", to_numpy(scores))
         return result.assign_attrs(made.attrs(**cache.target_attrs()))
 
@@ -95,12 +96,12 @@ def _read(
     """The k best words of every reading at every position, and the attention that the head pays it."""
     model, prompt = cache.model, cache.inputs
     pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
-    written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, index.to(value.device)]
+    written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, to_device(index, value.device)]
     resid, *parts = [*_vectors(model, prompt, layer, index), written]
     read = [project(model, resid, space, cache.scale[0, 0], bias=True)]  # the bias belongs to the whole residual stream
     read.append(project(model, torch.stack(parts), space, cache.scale[0, 0]))
     values, ids = torch.cat([read[0][None], read[1]]).topk(k, dim=-1)
-    seen = to_numpy(pattern[head, 0, index.to(pattern.device)])
+    seen = to_numpy(pattern[head, 0, to_device(index, pattern.device)])
     return xr.Dataset(
         {
             **word_variables(model, values, ids, ("reading", "position", "rank"), "value"),
@@ -182,5 +183,5 @@ def _mass(model: HookedLLaVA, prompts: Inputs, positions: PositionsLike) -> Floa
     for i, prompt in enumerate(prompts):
         index = resolve_positions(positions, prompt)[0]
         rows = [cache.part(layer, "pattern")[i, :, 0].float() for layer in range(cache.n_layers)]
-        total.append(torch.stack([row[:, index.to(row.device)].sum(-1) for row in rows]))
+        total.append(torch.stack([row[:, to_device(index, row.device)].sum(-1) for row in rows]))
     return torch.stack(total).mean(0)

@@ -25,6 +25,7 @@ from hooked_llava.analysis.maps.scores import (
     score_layers,
     score_positions,
 )
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer import unwrap_single
@@ -146,7 +147,7 @@ def _positions_of(
         ):  # the answer is appended to the prompt
             prompt = prompt.padded_left()
             index = resolve_positions(named, prompt)
-        where = index.to(prompt.device)
+        where = to_device(index, prompt.device)
         pairs = chosen_heads(cache, heads)[0]
         scores = torch.stack([score_positions(cache, layer, head, where)[0] for layer, head in pairs])
         scores = scores.masked_fill(~prompt.attention_mask[0, where[0]], float("nan"))
@@ -214,7 +215,7 @@ def heads_by_attention(
     True
     """
     prompts = prompts_of(model, inputs)
-    places = prompts.each(lambda prompt: resolve_positions(span, prompt)[0].to(prompts.device), prompts)
+    places = prompts.each(lambda prompt: to_device(resolve_positions(span, prompt)[0], prompts.device), prompts)
     said = span if isinstance(span, str) else places[0].tolist()
     with provenance("heads_by_attention", model, prompts, n_forward=1, span=said, units="attention") as made:
         cache, made.n_forward = as_answer_cache(model, inputs, None, ("pattern",))

@@ -23,6 +23,7 @@ from hooked_llava.analysis.maps.scores import (
     chosen_heads,
     named_heads,
 )
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, prompts_of, split_prompts
@@ -176,7 +177,7 @@ def _written(
     cache: AnswerCache, layer: int, head: int, index: Int[Tensor, " position"]
 ) -> Float[Tensor, "position d_model"]:
     pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
-    where = index.to(value.device)
+    where = to_device(index, value.device)
     return head_outputs(cache.model, layer, pattern[..., where], value[where], heads=[head])[0, 0]
 
 
@@ -184,6 +185,6 @@ def _compare(
     logits: Float[Tensor, "*shape d_vocab"], ids: tuple[int, int]
 ) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape word"]]:
     """Logit of the first word less the second's, and the rank of each, from 1."""
-    two = logits[..., list(ids)]  # (*shape, word)
+    two = logits[..., to_device(ids, logits.device)]  # (*shape, word)
     rank = (logits[..., None, :] > two[..., None]).sum(-1) + 1
     return two[..., 0] - two[..., 1], rank

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edge, Edges, Missing, edges_of, marked
 from hooked_llava.experiments.windows import centred_window, paper_width, widest_window
@@ -285,7 +286,7 @@ def _run(
         [by_name[name].blocked(window) for name, window in distinct], scores, reading.positions, batch_size
     )
     index = {key: i for i, key in enumerate(distinct)}
-    return values[[index[key] for key in keys]]
+    return values.index_select(0, to_device([index[key] for key in keys], values.device))
 
 
 def _labelled(

@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
@@ -102,7 +103,7 @@ def _one_prompt(
             coords={**_layers(model, names, hook), **position_coords(prompt.token_map, index.tolist())},
         )
         if answers:
-            followed = [token for _, token in answers]
+            followed = to_device([token for _, token in answers], vectors.device)
             found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., followed] for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=[text for text, _ in answers])

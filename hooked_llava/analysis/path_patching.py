@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, one_of
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
@@ -148,11 +149,11 @@ def _changes(
     model: HookedLLaVA, there: dict[str, Tensor], here: dict[str, Tensor], layer: int, where: list[int]
 ) -> Float[Tensor, "sender position d_model"]:
     """What each sender of a layer adds to the residual stream in the source run, less what it adds in the base run."""
-    name = model.hooks_table.name("mlp_out", layer)
+    name, at = model.hooks_table.name("mlp_out", layer), to_device(where, model.cfg.device)
     if name in there:
-        return (there[name] - here[name])[:, where]
+        return (there[name] - here[name])[:, at]
     name = model.hooks_table.name("z", layer)
-    change = (there[name] - here[name])[0, where]  # (position, head, d_head)
+    change = (there[name] - here[name])[0, at]  # (position, head, d_head)
     return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O)
 
 

@@ -256,7 +256,7 @@ def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[I
     rows = [
         one_answer(model, prompt, answer).variants for prompt, answer in zip(prompts.token_maps, given, strict=True)
     ]
-    return token_table(rows, prompts.before.device), WHOLE
+    return token_table(rows), WHOLE
 
 
 def edited_questions(edit: Edit) -> str:

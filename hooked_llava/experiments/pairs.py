@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_llava.architecture.boxes import BoxLike, checked_box
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, same_positions
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.images import load_image
@@ -282,7 +283,7 @@ def gaussian_noise(
     where = list(prompt.token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
     spread = _NOISE * float(model.W_E.float().std()) if std is None else std
     noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
-    return Intervention("hook_embed", positions=where, add=noise.to(model.cfg.device, model.cfg.dtype))
+    return Intervention("hook_embed", positions=where, add=to_device(noise, model.cfg.device, model.cfg.dtype))
 
 
 def mean_embedding(model: HookedLLaVA, positions: Where, *, reference: Any = None) -> Intervention:

@@ -10,16 +10,28 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import HookTable
+from hooked_llava.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.inputs import Inputs
 
 
-def take_positions(tensor: Tensor, index: Int[Tensor, "batch n_positions"], axis: int) -> Tensor:
-    """Copy of a tensor at some positions; each row of the batch (axis 0) has its own."""
-    index = index.to(tensor.device)
-    if bool((index == index[:1]).all()):
-        return tensor.index_select(axis, index[0])
-    return torch.stack([row.index_select(axis - 1, where) for row, where in zip(tensor, index, strict=True)])
+def taking(index: Int[Tensor, "batch n_positions"]) -> Callable[[Tensor, int], Tensor]:
+    """A function that copies a tensor at some positions along an axis; each row of the batch (axis 0) has its own.
+
+    `index` is on the CPU; it is sent to a device once, however many tensors are cut there.
+    """
+    shared = bool((index == index[:1]).all())
+    sent: dict[torch.device, Tensor] = {}
+
+    def take(tensor: Tensor, axis: int) -> Tensor:
+        if tensor.device not in sent:
+            sent[tensor.device] = to_device(index[0] if shared else index, tensor.device)
+        where = sent[tensor.device]
+        if shared:
+            return tensor.index_select(axis, where)
+        return torch.stack([row.index_select(axis - 1, own) for row, own in zip(tensor, where, strict=True)])
+
+    return take
 
 
 def shared_spans(inputs: Inputs) -> dict[str, Int[Tensor, " n_positions"]]:
@@ -40,14 +52,15 @@ def caching_hook(
     *,
     suffix: str = "",
 ) -> Callable[..., None]:
-    """A hook function that puts what it sees into `store` under the hook's name."""
+    """A hook function that puts what it sees into `store` under the hook's name; `index` is on the CPU."""
+    take = None if index is None else taking(index)
 
     @reads_only
     def save(tensor: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
         kept, place = tensor.detach(), table[hook.name]
-        if index is not None and place.position_axis is not None and not place.on_image_side:
-            kept = take_positions(kept, index, place.position_axis)
+        if take is not None and place.position_axis is not None and not place.on_image_side:
+            kept = take(kept, place.position_axis)
         store[hook.name + suffix] = kept if device is None else kept.to(device)
 
     return save

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.checks import one_of, whole_number
+from hooked_llava.devices import to_device
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import caching_hook, shared_spans
@@ -69,7 +70,9 @@ class Sampling:
             warpers.append(TopPLogitsWarper(self.top_p))
         no_tokens = cast("torch.LongTensor", logits.new_empty(0, dtype=torch.long))  # these warpers do not read them
         scores = warpers(no_tokens, cast("torch.FloatTensor", logits.float()))
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+        p = scores.softmax(-1)
+        # As torch.multinomial draws one token, without its check of p, for which the CPU would wait.
+        return (p / torch.empty_like(p).exponential_(1, generator=self.generator)).argmax(-1)
 
 
 @runtime_checkable
@@ -151,7 +154,7 @@ def generate(
     with _hooks_by_phase(model, prompt, fwd_hooks, hook_phase, steering) as hooks:
         record = _Record(model, names_filter, prompt) if return_cache else None
         tokens = _decode(model, prompt, max_new_tokens, sampling, stop, hooks, record)
-    answer = tokens if return_type == "tokens" else _texts(model, tokens, stop.eos.tolist())
+    answer = tokens if return_type == "tokens" else _texts(model, tokens, stop.eos)
     return (answer, record.cache()) if record is not None else answer
 
 
@@ -175,7 +178,8 @@ def _decode(
         dtype=model.cfg.dtype,
     )
     # A mask only where something is padded: without one attention runs in its fused form.
-    mask = None if bool(prompt.attention_mask.all()) else F.pad(prompt.attention_mask, (0, max_new_tokens), value=True)
+    padding = prompt.padding_mask
+    mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
     new_tokens = prompt.input_ids.new_full((len(prompt), max_new_tokens), stop.filler)
     next_ids, position_ids = prompt.input_ids, prompt.position_ids
     for phase, steps in (("prefill", range(1)), ("decode", range(1, max_new_tokens))):
@@ -207,18 +211,19 @@ class _Stop:
     def __init__(self, model: HookedModule, prompt: Inputs, stop_at_eos: bool, stop_strings: list[str]) -> None:
         self.model = model
         eos, pad = _eos_token_ids(model), model.config.pad_token_id
-        self.eos = torch.tensor(eos if stop_at_eos else (), dtype=torch.long, device=prompt.device)
+        self.eos = eos if stop_at_eos else ()
+        self._ends = to_device(self.eos, prompt.device)
         self.stop_strings = stop_strings
         self.filler = pad if pad is not None else (*eos, 0)[0]
         self.ended: Bool[Tensor, " batch"] = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
 
     def after(self, new_tokens: Int[Tensor, "batch new_tokens"]) -> bool:
         """Take note of the newest tokens; True once every row has ended."""
-        ended = torch.isin(new_tokens[:, -1], self.eos)
+        ended = torch.isin(new_tokens[:, -1], self._ends)
         if self.stop_strings:
             texts = self.model.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
             hits = [any(stop in text for stop in self.stop_strings) for text in texts]
-            ended = ended | torch.tensor(hits, device=ended.device)
+            ended = ended | to_device(hits, ended.device)
         self.ended = self.ended | ended
         return bool(self.ended.all())
 
@@ -345,7 +350,7 @@ def _check_request(model: HookedModule, prompt: Inputs, max_new_tokens: int, ret
         )
 
 
-def _texts(model: HookedModule, tokens: Int[Tensor, "batch new_tokens"], eos: list[int]) -> str | list[str]:
+def _texts(model: HookedModule, tokens: Int[Tensor, "batch new_tokens"], eos: tuple[int, ...]) -> str | list[str]:
     """Each row up to its end token as text; not in a list if there is one row."""
     rows = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in tokens.tolist()]
     kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,16 +82,18 @@ class LanguageTower(nn.Module):
         if position_ids is None:
             position_ids = count_positions(n_positions, attention_mask, device, past)
         rotation = None if self.rotary is None else self.rotary(position_ids, dtype)
+        context = AttentionContext(
+            never_fully_masked=attention_mask is None, rotation=rotation, kv_cache=kv_cache, prefix=prefix
+        )
         if attention_mask is None and (past == 0 or n_positions == 1):
-            context = AttentionContext(causal=past == 0, rotation=rotation, kv_cache=kv_cache, prefix=prefix)
+            context = replace(context, causal=past == 0)
             return context.with_window(self.cfg.window, past, n_positions, device)
         query = torch.arange(past, past + n_positions, device=device)
         key = torch.arange(past + n_positions, device=device)
         allowed = (key <= query[:, None])[None, None]  # (1, 1, query, key)
         if attention_mask is not None:
             allowed = allowed & attention_mask[:, None, None, :]
-        context = AttentionContext(allowed=allowed, rotation=rotation, kv_cache=kv_cache, prefix=prefix)
-        return context.with_window(self.cfg.window, past, n_positions, device)
+        return replace(context, allowed=allowed).with_window(self.cfg.window, past, n_positions, device)
 
 
 def count_positions(

@@ -20,6 +20,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.architecture.supported import supported
 from hooked_llava.architecture.tensors import model_config
+from hooked_llava.devices import to_device
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.embedded import resolve
@@ -180,12 +181,7 @@ class HookedLLaVA(HookedModule):
         position_ids: Int[Tensor, "batch pos"] | None = None,
         kv_cache: KVCache | None = None,
     ) -> AttentionContext:
-        """What attention needs for these positions; as `LanguageTower.context`, which says what the arguments are.
-
-        A mask without padding is dropped, so that the fused kernel is used.
-        """
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
+        """What attention needs for these positions; as `LanguageTower.context`, which says what the arguments are."""
         return self.language.context(
             resid.shape[1],
             attention_mask=attention_mask,
@@ -197,10 +193,16 @@ class HookedLLaVA(HookedModule):
 
     def loss(self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs) -> Float[Tensor, ""]:
         """Mean cross-entropy of the next token in nats; image tokens and padding are no targets."""
-        counts = inputs.attention_mask[:, 1:] & inputs.attention_mask[:, :-1] & ~inputs.image_mask[:, 1:]
-        if not bool(counts.any()):
+        targets = [
+            (row, p)
+            for row, m in enumerate(inputs.token_maps)
+            for p in m.real[1:]
+            if not any(p in image for image in m.image_ranges)
+        ]
+        if not targets:
             raise InputError("There is no text token with a token before it to predict it from, so there is no loss.")
-        return F.cross_entropy(logits[:, :-1][counts].float(), inputs.input_ids[:, 1:][counts])
+        row, position = to_device(targets, inputs.device).unbind(-1)
+        return F.cross_entropy(logits[row, position - 1].float(), inputs.input_ids[row, position])
 
     # ------------------------------------------------------------------ inputs
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.sizes import LanguageConfig
 from hooked_llava.checks import one_of
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.validation import check_mask, check_position_ids
@@ -80,7 +81,7 @@ def forward_request(
     if start or (isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim == 3):
         begin = _checked_residual(inputs, language.d_model, with_loss=return_type == "loss" and stop is None)
         like = begin.new_zeros(begin.shape[:2], dtype=torch.long)
-        mask = None if attention_mask is None else check_mask(attention_mask.to(like.device), like)
+        mask = None if attention_mask is None else _padding(check_mask(attention_mask, like), like.device)
         position_ids = check_position_ids(position_ids, like)
     else:
         fields = {
@@ -92,7 +93,7 @@ def forward_request(
             "position_ids": position_ids,
         }
         begin = as_inputs(_gathered(inputs, {name: value for name, value in fields.items() if value is not None}))
-        mask, position_ids = begin.attention_mask, begin.position_ids
+        mask, position_ids = begin.padding_mask, begin.position_ids
     return ForwardRequest(
         begin=begin,
         attention_mask=mask,
@@ -102,6 +103,11 @@ def forward_request(
         return_type=return_type,
         n_layers=language.n_layers,
     )
+
+
+def _padding(mask: Bool[Tensor, "batch pos"], device: torch.device) -> Bool[Tensor, "batch pos"] | None:
+    """A mask that was given, on the device; None if it is known to mask nothing, which only a mask on the CPU is asked."""
+    return None if mask.device.type == "cpu" and bool(mask.all()) else to_device(mask, device)
 
 
 def _layer(layer: int | None, n_layers: int) -> int | None:

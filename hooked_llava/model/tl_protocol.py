@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.block import Blocks, ParallelBlock
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
@@ -202,7 +204,7 @@ class TransformerLensSurface(nn.Module):
         direction: the logit is that sum and `ln_final.b @ W_U`; nor has an unembedding's, `b_U`.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self.ln_final.direction(self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)])
+        return self.ln_final.direction(F.embedding(to_device(torch.as_tensor(ids), self.W_U.device), self.W_U.T))
 
     def to_tokens(
         self, text: str | Sequence[str] | Inputs, prepend_bos: bool = True, padding_side: str = "left"

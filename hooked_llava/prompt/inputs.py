@@ -17,6 +17,7 @@ from torch import Tensor
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError, counted, naming_prompt
 from hooked_llava.prompt.assembly import Assembly
 from hooked_llava.prompt.positions import Positions
@@ -126,6 +127,12 @@ class Inputs:
             )
         return self.token_maps[0]
 
+    @property
+    def padding_mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """The attention mask where something is padded; None where nothing is. The token maps say which, without a look."""
+        padded = any(len(token_map.real) != self.shape[1] for token_map in self.token_maps)
+        return self.attention_mask if padded else None
+
     @cached_property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the positions that image embeddings take."""
@@ -133,7 +140,7 @@ class Inputs:
         for row, token_map in enumerate(self.token_maps):
             for image in token_map.image_ranges:
                 mask[row, image.start : image.stop] = True
-        return mask.to(self.device)
+        return to_device(mask, self.device)
 
     @cached_property
     def assembly(self) -> Assembly:
@@ -142,8 +149,8 @@ class Inputs:
 
     @cached_property
     def last(self) -> Int[Tensor, " batch"]:
-        """The last position of each prompt, from which its answer's first token is predicted."""
-        return torch.tensor([token_map["last"][0] for token_map in self.token_maps], device=self.device)
+        """The last position of each prompt, from which its answer's first token is predicted; on the CPU."""
+        return torch.tensor([token_map["last"][0] for token_map in self.token_maps])
 
     def with_spans(self, **spans: str | Iterable[Any]) -> Inputs:
         """A copy whose token maps have further named spans: words that occur in every prompt, or one entry per prompt.
@@ -297,11 +304,13 @@ class Inputs:
         return entries
 
     def _take(self, rows: range) -> Inputs:
-        index = list(rows)
+        index = to_device(list(rows), self.device)
         ends = [sum(self.images_per_prompt[: row + 1]) for row in range(len(self))]
         kept = [image for row in rows for image in range(ends[row] - self.images_per_prompt[row], ends[row])]
         tiles = [tile for image in kept for tile in self.tiles[image]]
-        pixels = self.pixel_values[tiles] if self.pixel_values is not None and kept else None
+        pixels = None
+        if self.pixel_values is not None and kept:
+            pixels = self.pixel_values.index_select(0, to_device(tiles, self.pixel_values.device))
         return Inputs(
             input_ids=self.input_ids[index],
             attention_mask=self.attention_mask[index],

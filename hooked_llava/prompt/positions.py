@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.errors import SpanError
 
 
@@ -98,7 +99,7 @@ class Positions(Sequence[int]):
         >>> Positions([3, 1]).tensor()
         tensor([1, 3])
         """
-        return torch.tensor(self._items, dtype=torch.int64, device=device)
+        return to_device(self._items, "cpu" if device is None else device)
 
 
 class PatchPositions(Positions):

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.inputs import Inputs
@@ -76,7 +77,7 @@ def answer_is_said(
     >>> answer_is_said(torch.eye(4)[:2], torch.tensor([[0], [3]])).item()
     False
     """
-    ids = ids.to(logits.device)
+    ids = to_device(ids, logits.device)
     return ((logits.argmax(-1)[..., None] == ids).any(-1) | (ids[..., 0] < 0)).all(-1)
 
 
@@ -106,10 +107,13 @@ def answer_is_first(
 
 
 def _indices(ids: Int[Tensor, "*prompts read variant"], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into the vocabulary for all logits, and which of them stand for no token."""
-    if (largest := int(ids.max())) >= logits.shape[-1]:
+    """Indices into the vocabulary for all logits, and which of them stand for no token.
+
+    Only ids on the CPU are checked: those on a device are the model's own, or were checked when they were sent.
+    """
+    if ids.device.type == "cpu" and (largest := int(ids.max())) >= logits.shape[-1]:
         raise InputError(f"Token id {largest} is not in the vocabulary; expected 0..{logits.shape[-1] - 1}.")
-    ids = ids.to(logits.device)
+    ids = to_device(ids, logits.device)
     index = torch.where(ids < 0, ids[..., :1].clamp(min=0), ids)  # a variant again, or any where nothing counts
     shape = (*logits.shape[:-1], -1)
     return index.expand(shape), (ids < 0).expand(shape)
@@ -121,6 +125,8 @@ def _indices(ids: Int[Tensor, "*prompts read variant"], logits: Tensor) -> tuple
 @dataclass(frozen=True, eq=False)
 class AnswerReading:
     """One answer for each prompt, where its tokens are predicted, and which they are: see `read_answer`.
+
+    Positions and tokens are on the CPU, which plans by them and names them.
 
     Attributes:
         inputs (Inputs): The prompts; with answers of several tokens appended.
@@ -155,6 +161,7 @@ class AnswerReading:
         """The same, with these tokens filled in if no answer was given."""
         if self.ids is not None:
             return self
+        ids = ids.cpu()
         return replace(self, ids=ids, texts=tuple(decode_text(model, [i]) for i in ids[:, 0, 0].tolist()))
 
     def log_probability(self, logits: Float[Tensor, "*run prompt read d_vocab"]) -> Float[Tensor, "*run prompt"]:
@@ -235,7 +242,7 @@ def read_answer(model: HookedLLaVA, inputs: InputsLike, answer: Target = None, w
         return AnswerReading(prompts, prompts.last[:, None], None, (), FIRST)
     found = answer_tokens(model, prompts, answer, what)
     measured = WHOLE if all(one.whole for one in found) else FIRST
-    table = token_table([one.variants for one in found], prompts.device)
+    table = token_table([one.variants for one in found])
     texts = tuple(one.text for one in found)
     if table.shape[1] == 1:
         return AnswerReading(prompts, prompts.last[:, None], table, texts, measured)
@@ -252,24 +259,24 @@ def _appended_already(model: HookedLLaVA, inputs: Inputs) -> AnswerReading:
             "The answers that the inputs have appended begin at different positions; ask prompt by prompt."
         )
     rows = [[[m.token_ids[p]] for p in range(m.own.stop, m.real.stop)] for m in inputs.token_maps]
-    table = token_table(rows, inputs.device)
+    table = token_table(rows)
     texts = tuple(decode_text(model, [i for (i,) in row]) for row in rows)
     return AnswerReading(inputs, _predicting(inputs, starts.pop(), table.shape[1]), table, texts, WHOLE)
 
 
 def _predicting(inputs: Inputs, start: int, n: int) -> Int[Tensor, "prompt read"]:
     """The positions that predict n tokens from a position on."""
-    return torch.arange(start - 1, start - 1 + n, device=inputs.device).expand(len(inputs), -1)
+    return torch.arange(start - 1, start - 1 + n).expand(len(inputs), -1)
 
 
-def token_table(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Int[Tensor, "prompt read variant"]:
-    """Token ids [prompt][read][variant] of different lengths, filled up with -1."""
+def token_table(rows: Sequence[Sequence[Sequence[int]]]) -> Int[Tensor, "prompt read variant"]:
+    """Token ids [prompt][read][variant] of different lengths, filled up with -1; on the CPU."""
     n_read, n_variants = max(len(row) for row in rows), max(len(ids) for row in rows for ids in row)
     table = torch.full((len(rows), n_read, n_variants), NOTHING, dtype=torch.long)
     for i, row in enumerate(rows):
         for j, ids in enumerate(row):
             table[i, j, : len(ids)] = torch.tensor(ids)
-    return table.to(device)
+    return table
 
 
 # ---------------------------------------------------------------------- appended to the prompt
@@ -323,7 +330,7 @@ def teacher_forced(
     one_for_all = isinstance(answer, str) or not isinstance(answer, Iterable) or all(is_index(i) for i in answer)
     given = [answer] * len(prompt) if one_for_all else per_prompt(answer, len(prompt))
     found = prompt.each(lambda token_map, one: one_answer(model, token_map, one), prompt.token_maps, given)
-    table = token_table([one.variants for one in found], prompt.device)
+    table = token_table([one.variants for one in found])
     longer = append_tokens(model, prompt, table[..., 0], [one.text if one.from_text else None for one in found])
     same = table[0] if bool((table == table[:1]).all()) else table
 
@@ -343,7 +350,7 @@ def append_tokens(
     Spans, words and images stay the prompts' own. `predicting` is a further span: the positions that predict the tokens.
     Raises `InputError` where the model was made for fewer positions.
     """
-    prompt, n, counts = inputs.padded_left(), ids.shape[1], (ids >= 0).sum(-1).tolist()
+    prompt, n, counts = inputs.padded_left().cpu(), ids.shape[1], (ids >= 0).sum(-1).tolist()
     filler = ids.gather(1, (ids >= 0).sum(-1, keepdim=True) - 1)  # a shorter answer's last token: it is never read
     fields: dict[str, Tensor] = {
         "input_ids": torch.cat([prompt.input_ids, torch.where(ids < 0, filler, ids)], dim=1),

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.inputs import Inputs
@@ -73,11 +74,12 @@ class AnswerCache:
         """The same for some of the prompts; `inputs` stays that of all."""
         if list(prompts) == list(range(len(self.logit_positions))):
             return self
-        index = torch.tensor(list(prompts), device=self.logit_positions.device)
+        chosen = list(prompts)
+        index = to_device(chosen, self.scale.device)
         return replace(
             self,
-            logit_positions=self.logit_positions[index],
-            target=self.target[index],
+            logit_positions=self.logit_positions[chosen],
+            target=self.target[chosen],
             names=tuple(self.names[i] for i in prompts),
             resid=tuple(resid[index] for resid in self.resid),
             scale=self.scale[index],
@@ -135,7 +137,7 @@ def cache_answer(
     table = model.hooks_table
     resid = table.resolve("resid_pre")
     here = [*resid, *(n for part in parts if part != "v" for n in table.resolve(part))]
-    hooks: list[Any] = [(here, caching_hook(store, table, read.cpu()))]
+    hooks: list[Any] = [(here, caching_hook(store, table, read))]
     if "v" in parts:
         hooks.append((table.resolve("v"), caching_hook(store, table)))
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)

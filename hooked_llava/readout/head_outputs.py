@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices
+from hooked_llava.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def head_outputs(
     >>> torch.allclose(each.sum((1, 3)), cache["attn_out", 3], atol=1e-4)
     True
     """
-    wanted = _heads(model, heads)
+    wanted = to_device(_heads(model, heads), value.device)
     per_head = _each_head(model, layer, value)[..., wanted, :]  # (*batch, key, head, d_head)
     written = einsum("... k h d, h d m -> ... h k m", per_head, _output(model, layer, per_head)[wanted])
     return pattern[..., wanted, :, :].to(written.dtype)[..., None] * written[..., None, :, :]

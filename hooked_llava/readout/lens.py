@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import one_of
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.vocabulary import check_k
@@ -171,8 +172,7 @@ def log_probability_increase(
     >>> log_probability_increase(model, direction, torch.zeros_like(direction), red, scale=torch.ones(1)).item() > 1
     True
     """
-    device = vectors.device
-    ids = target.to(device) if isinstance(target, Tensor) else torch.tensor(target, device=device).reshape(-1)
+    ids = target if isinstance(target, Tensor) else torch.tensor(target).reshape(-1)
     before = log_probabilities(model, base, ids, scale=scale)
     return log_probabilities(model, at_least_float32(vectors) + base, ids, scale=scale) - before
 
@@ -239,7 +239,7 @@ def _over_vocabulary(
 ) -> Float[Tensor, "*out"]:
     """log P of the target's tokens together, from logits of a piece of the vocabulary at a time."""
     shape = torch.broadcast_shapes(shape, target.shape[:-1])
-    target, first, bias = target.expand(*shape, -1), 0, model.unembed.bias
+    target, first, bias = to_device(target, model.unembed.weight.device).expand(*shape, -1), 0, model.unembed.bias
     own, others = [], []
     for part in model.unembed.weight.split(max(1, _SCORED // max(1, shape.numel()))):
         logits = logits_of(at_least_float32(part).T)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.inputs import Inputs
 
@@ -25,7 +26,7 @@ def rows_at(
     [2.0, 3.0]
     """
     prompt = torch.arange(len(rows), device=rows.device)[:, None]
-    return rows[prompt, positions.to(rows.device)]
+    return rows[prompt, to_device(positions, rows.device)]
 
 
 def logits_at(
@@ -68,7 +69,7 @@ def resid_by_layer(
     """What enters every layer, and what leaves the last, at each prompt's own positions, in one forward pass."""
     names = model.hooks_table.resolve("resid_pre")
     store: dict[str, Tensor] = {}
-    hooks = [(names, caching_hook(store, model.hooks_table, positions.cpu()))]
+    hooks = [(names, caching_hook(store, model.hooks_table, positions))]
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     return torch.stack([*(store[name] for name in names), rows_at(final, positions)])

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import HookEntry, Phase, PromptHook, as_hook, continued
@@ -69,7 +70,7 @@ class AttachedIntervention(PromptHook):
             bound = _for_new_token(bound, self.model, inputs, n_new)
         added = bound.added_everywhere(len(inputs), 1 if n_new else inputs.shape[1])
         if added is not None:  # one sum for the whole batch, without indices
-            return lambda tensor: tensor + added.to(tensor.device, tensor.dtype)
+            return lambda tensor: tensor + to_device(added, tensor.device, tensor.dtype)
         if bound.hook.on_image_side:
             rows = image_rows(inputs, bound.hook, self.intervention.image, self.intervention.tile)
             edits = [RowEdit(row, image, bound, 0) for row, image in rows]

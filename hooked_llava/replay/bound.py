@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.hook_point import HookPoint, with_hook
 from hooked_llava.prompt.where import Where
@@ -80,15 +81,14 @@ class BoundIntervention:
         held = [(i, index) for i, index in held if index is not None]
         if not held:
             return
-        ordinals = torch.tensor([i for i, _ in held], device=row.device)
-        here = torch.tensor([index for _, index in held], device=row.device)
+        here = to_device([index for _, index in held], row.device)
         if self.intervention.block is not None:
-            index = self._grid(row, here, torch.tensor(self.sources[owner], device=row.device))
+            index = self._grid(row, here, to_device(self.sources[owner], row.device))
             row[index] = float("-inf")
             return
         index = self._grid(row, here, None)
         cut = row[index]
-        row[index] = self._changed(cut, ordinals, len(self.positions[owner]))
+        row[index] = self._changed(cut, [i for i, _ in held], len(self.positions[owner]))
 
     def _grid(self, row: Tensor, here: Int[Tensor, " position"], keys: Tensor | None) -> tuple[Any, ...]:
         """Index of the row's chosen positions, heads, neurons and keys, as `numpy.ix_` gives it; other axes whole."""
@@ -97,7 +97,7 @@ class BoundIntervention:
             if axis in POSITION_AXES:
                 chosen.append(here)
             elif (own := self.along(axis)) is not None:
-                chosen.append(torch.tensor(own, device=row.device))
+                chosen.append(to_device(own, row.device))
             else:
                 chosen.append(keys if axis == "key" else None)
         n_chosen = sum(c is not None for c in chosen)
@@ -107,7 +107,7 @@ class BoundIntervention:
             grid.append(slice(None) if c is None else c.reshape(-1, *[1] * (n_chosen - 1 - seen)))
         return tuple(grid)
 
-    def _changed(self, cut: Tensor, ordinals: Int[Tensor, " position"], n_positions: int) -> Tensor:
+    def _changed(self, cut: Tensor, ordinals: list[int], n_positions: int) -> Tensor:
         """What the action makes of the cut, the row at its positions; these are `ordinals` of all `n_positions`."""
         change = self.intervention
         if change.zero:
@@ -119,7 +119,7 @@ class BoundIntervention:
         if change.fn is not None:
             return _checked_result(with_hook(change.fn)(cut, self.point), cut, self.hook.name)
         assert change.operand is not None
-        fitted = self._fit(change.operand.to(cut.device, cut.dtype), cut, ordinals, n_positions)
+        fitted = self._fit(to_device(change.operand, cut.device, cut.dtype), cut, ordinals, n_positions)
         return fitted if change.value is not None else cut + fitted
 
     @property
@@ -128,12 +128,14 @@ class BoundIntervention:
         assert axis is not None
         return axis - 1  # the row has no batch axis
 
-    def _fit(self, operand: Tensor, cut: Tensor, ordinals: Int[Tensor, " position"], n_positions: int) -> Tensor:
+    def _fit(self, operand: Tensor, cut: Tensor, ordinals: list[int], n_positions: int) -> Tensor:
         """The operand spread over the cut, less the positions that this row does not hold."""
         shape = list(cut.shape)
         shape[self._position_axis] = n_positions
         full = spread(operand, shape, self._position_axis)
-        return full if len(ordinals) == n_positions else full.index_select(self._position_axis, ordinals)
+        if len(ordinals) == n_positions:
+            return full
+        return full.index_select(self._position_axis, to_device(ordinals, full.device))
 
 
 def spread(operand: Tensor, shape: Sequence[int], position_axis: int) -> Tensor:

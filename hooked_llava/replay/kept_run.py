@@ -152,7 +152,7 @@ def keep(
     if keys_and_values:
         shape = {"batch": len(inputs), "capacity": inputs.shape[1]}
         kv = KVCache(model.language.cfg, device=embedded.device, dtype=embedded.dtype, **shape)
-    mask = None if bool(inputs.attention_mask.all()) else inputs.attention_mask
+    mask = inputs.padding_mask
     context = model.context(embedded, mask, inputs.position_ids, kv)
     where: dict[str, Any] = {"dtype": dtype or embedded.dtype, "device": device or embedded.device}
     states = itertools.chain([embedded], model.language.blocks.states(embedded, context))

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook, NamesFilter
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.components.attention import AttentionContext
@@ -38,7 +39,7 @@ class LayerPass:
     Args:
         state: the Replay.
         runs: the runs that go together.
-        wanted: positions at which logits are wanted.
+        wanted: positions at which logits are wanted, on the CPU.
         listen: names of hooks whose activations are kept in `seen`.
     """
 
@@ -126,11 +127,12 @@ class LayerPass:
         with edited(self.model, edits, self._caching_hooks(self.n_layers)):
             logits = self.model.language.to_logits(fresh.flatten(0, 1))
         logits = logits.unflatten(0, (n_prompts, len(self.runs))).transpose(0, 1)  # (run, prompt, position, d_vocab)
-        logits = logits[sorted(range(len(self.runs)), key=lambda i: self.runs[i].index)]
+        order = sorted(range(len(self.runs)), key=lambda i: self.runs[i].index)
+        logits = logits.index_select(0, to_device(order, logits.device))
         if self.reads is self.wanted:
             return logits
-        first = self.reads[:, :1]
-        return logits[:, torch.arange(n_prompts, device=first.device)[:, None], self.wanted - first]
+        among = to_device(self.wanted - self.reads[:, :1], logits.device)
+        return logits[:, torch.arange(n_prompts, device=logits.device)[:, None], among]
 
     def _at_wanted(self, x: Tensor, fresh: Tensor) -> Tensor:
         """The residual stream at the positions that are read: re-run where it was, kept before the start."""
@@ -143,8 +145,8 @@ class LayerPass:
         for prompt, row in enumerate(self.reads.tolist()):
             here = [(i, places[p]) for i, p in enumerate(row) if p in places]
             if here:
-                to, source = zip(*here, strict=True)
-                fresh[prompt][:, list(to)] = x[prompt][:, list(source)]
+                to, source = to_device(here, x.device).unbind(-1)
+                fresh[prompt][:, to] = x[prompt].index_select(1, source)
         return fresh
 
     def _queries(self) -> list[int] | None:

@@ -14,6 +14,7 @@ from transformer_lens import ActivationCache
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_without_original
+from hooked_llava.devices import to_device
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
@@ -55,7 +56,7 @@ class Place:
         """Add some positions of some rows [row, ...]."""
         axis = (self.hook.position_axis or 1) - 1
         for row, positions in rows:
-            index = torch.tensor(list(positions), device=activation.device, dtype=torch.long)
+            index = to_device(list(positions), activation.device)
             part = activation[row].index_select(axis, index).double().sum(axis, keepdim=True)
             if self.total is not None and self.total.shape != part.shape:
                 raise InputError(
@@ -236,7 +237,7 @@ def _cut(model: HookedLLaVA, intervention: Intervention, mean: Tensor) -> Tensor
             at = spec.axes.index(axis) - len(spec.axes)  # from the end: a tensor may lack the axis of positions
             if "key" in spec.axes and mean.ndim == len(spec.axes) - 2:
                 at += 1
-            chosen = indices(given, sizes[axis], what, name)
+            chosen = indices(given, sizes[axis], what, name) or ()
             if mean.ndim >= -at and mean.shape[at] == sizes[axis]:
-                mean = mean.index_select(at, torch.tensor(chosen, device=mean.device))
+                mean = mean.index_select(at, to_device(chosen, mean.device))
     return mean

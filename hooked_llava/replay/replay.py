@@ -171,8 +171,9 @@ class Replay(ReplayState):
         other = copy.copy(self)
         other.work = Work(n_layers=self.work.n_layers, n_positions=self.work.n_positions)
         other.kept = branched_run(self, planned)
-        mask = self.inputs.image_mask.cpu()
-        changed = (bool(mask[i, list(where)].any()) for r in planned.language for i, where in enumerate(r.positions))
+        maps = self.inputs.token_maps
+        images = [{p for image in token_map.image_ranges for p in image} for token_map in maps]
+        changed = (not images[i].isdisjoint(where) for r in planned.language for i, where in enumerate(r.positions))
         other._images_changed = self._images_changed or any(changed)  # noqa: SLF001 (of its own class)
         return other
 

@@ -89,8 +89,8 @@ class ReplayState:
             )
 
     def wanted(self, positions: PositionsLike) -> Int[Tensor, "prompt position"]:
-        """Absolute positions at which logits are read."""
-        return resolve_positions(positions, self.inputs).to(self.inputs.device)
+        """Absolute positions at which logits are read; on the CPU, which plans by them."""
+        return resolve_positions(positions, self.inputs)
 
     @torch.no_grad()
     def kept_logits(self, positions: PositionsLike) -> Float[Tensor, "prompt position d_vocab"]:

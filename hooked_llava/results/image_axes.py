@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import same_positions
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
@@ -126,7 +127,7 @@ class ImageAxes:
             raise InputError(
                 f"A patch map needs images, equally many in every prompt; the prompts have {', '.join(map(str, counts))}."
             )
-        return torch.stack([self.positions(token_map) for token_map in inputs.token_maps]).to(inputs.device)
+        return to_device(torch.stack([self.positions(m) for m in inputs.token_maps]), inputs.device)
 
     def at_images(self, by_image: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, "image place"]:
         """Numbers by feature, image by image, as numbers by place."""
@@ -140,7 +141,7 @@ class ImageAxes:
         """
         of_image = by_patch.detach().cpu().split([layout.n_tiles for layout in self.layouts])
         by_image = [_pooled(layout, own.numpy()) for layout, own in zip(self.layouts, of_image, strict=True)]
-        return self.at_images(map(torch.from_numpy, by_image)).to(by_patch)
+        return to_device(self.at_images(map(torch.from_numpy, by_image)), by_patch.device, by_patch.dtype)
 
     def labelled(
         self,
@@ -188,7 +189,7 @@ def take(values: Float[Tensor, "*rest pos"], where: Int[Tensor, "*place"]) -> Fl
     >>> take(torch.tensor([0.5, 2.0]), torch.tensor([[1, 0], [1, -1]])).tolist()
     [[2.0, 0.5], [2.0, nan]]
     """
-    where = where.to(values.device)
+    where = to_device(where, values.device)
     return values[..., where.clamp(min=0)].masked_fill(where < 0, float("nan"))
 
 

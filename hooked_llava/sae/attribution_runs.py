@@ -178,7 +178,7 @@ class AttributionRuns:
             return held[0]
 
         entering = model.embed(inputs) if layer == 0 else model(inputs, stop_at_layer=layer)
-        where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
+        where = {"attention_mask": inputs.padding_mask, "position_ids": inputs.position_ids}
         with torch.enable_grad(), model.hooks([(self.at.name, start)]):
             resid = model(entering, **where, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
             value = side.preference(logits_at(model, resid, side.reading.logit_positions)[0])

@@ -83,12 +83,14 @@ def test_masks_may_be_integers_or_bools_or_missing() -> None:
 
 
 def test_a_mask_without_padding_is_dropped_for_the_fused_kernel() -> None:
-    models = pair()
-    stream = torch.zeros(2, 3, models.ours.cfg.d_model)
-    whole = models.ours.context(stream, torch.ones(2, 3, dtype=torch.bool))
-    assert whole.causal
-    assert whole.allowed is None
-    assert models.ours.context(stream, torch.tensor([[True] * 3, [False, True, True]])).allowed is not None
+    ours, whole = pair().ours, torch.ones(2, 3, dtype=torch.bool)
+    padded = torch.tensor([[True] * 3, [False, True, True]])
+    for begin in (torch.zeros(2, 3, ours.cfg.d_model), torch.ones(2, 3, dtype=torch.long)):
+        assert ours.request(begin, attention_mask=whole).attention_mask is None
+        assert ours.request(begin, attention_mask=padded).attention_mask is not None
+    context = ours.context(torch.zeros(2, 3, ours.cfg.d_model))
+    assert context.causal
+    assert context.allowed is None
 
 
 @pytest.mark.parametrize("geometry", ["plain", "llama3_rope"])

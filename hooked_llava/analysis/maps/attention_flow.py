@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.gradients import Ids, Read, with_gradients
+from hooked_llava.devices import to_device
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import ImageAxes, take_each
@@ -42,7 +43,7 @@ def attention_rollout(
         means[hook.name] = pattern.float().mean(1)
 
     model.run_with_hooks(inputs, fwd_hooks=[([*language, *tower], keep_mean)], stop_at_layer=model.cfg.n_layers)
-    row = _one_hot(read, inputs.shape[1]) / read.shape[1]
+    row = _one_hot(to_device(read, inputs.device), inputs.shape[1]) / read.shape[1]
     row = _descend(row, [means[name] for name in language], keep=0.5, pass_on=0.5)
     return _to_places(model, inputs, row, [means[name] for name in tower], keep=0.5, pass_on=0.5, vision=vision)
 
@@ -59,7 +60,12 @@ def relevancy(
     language, tower = _pattern_names(model, vision=vision)
     patterns, gradients, ids = with_gradients(model, inputs, read, ids, [*language, *tower])
     flow = {name: (gradients[name] * pattern).float().clamp(min=0).mean(1) for name, pattern in patterns.items()}
-    row = _descend(_one_hot(read, inputs.shape[1]), [flow[name] for name in language], keep=1.0, pass_on=1.0)
+    row = _descend(
+        _one_hot(to_device(read, inputs.device), inputs.shape[1]),
+        [flow[name] for name in language],
+        keep=1.0,
+        pass_on=1.0,
+    )
     maps = _to_places(model, inputs, row, [flow[name] for name in tower], keep=1.0, pass_on=1.0, vision=vision)
     return maps, ids
 
@@ -97,7 +103,8 @@ def _to_places(
         return take_each(row, where)
     cfg = model.config.vision
     at_patches = _descend(_at_tower(model, inputs, row), list(steps), keep=keep, pass_on=pass_on)
-    by_patch = at_patches[:, cfg.patches_along("pos")].unflatten(1, cfg.patch_grid)
+    patches = cfg.patches_along("pos")
+    by_patch = at_patches[:, patches.start : patches.stop].unflatten(1, cfg.patch_grid)
     return axes.of_patches(by_patch).unflatten(0, (len(inputs), -1))
 
 
@@ -117,9 +124,11 @@ def _at_tower(model: HookedLLaVA, inputs: Inputs, row: Float[Tensor, "prompt pos
         for grid in layout.grids:
             (tile, patch_row, patch_col), weights = np.moveaxis(grid.patches()[0], -1, 0), grid.patches()[1]
             index = (
-                torch.from_numpy(tiles.start + tile),
-                torch.from_numpy(patches.start + patch_row * columns + patch_col),
+                tiles.start + tile,
+                patches.start + patch_row * columns + patch_col,
+                layout.cell_features(grid.name),
             )
-            carried = of_image[layout.cell_features(grid.name)][..., None] * torch.from_numpy(weights).to(row)
-            arriving.index_put_(tuple(axis.to(row.device) for axis in index), carried, accumulate=True)
+            tile, patch, feature = (to_device(torch.from_numpy(axis), row.device) for axis in index)
+            shares = to_device(torch.from_numpy(weights), row.device, row.dtype)
+            arriving.index_put_((tile, patch), of_image[feature][..., None] * shares, accumulate=True)
     return arriving

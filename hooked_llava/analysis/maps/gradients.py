@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
+from hooked_llava.devices import to_device
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.inputs import Inputs
@@ -45,7 +46,7 @@ def log_probability_of_run(
 def _read_logits(
     model: HookedLLaVA, inputs: Inputs, entering: Float[Tensor, "prompt pos d_model"], read: Read
 ) -> Float[Tensor, "prompt read d_vocab"]:
-    where = {"attention_mask": inputs.attention_mask, "position_ids": inputs.position_ids}
+    where = {"attention_mask": inputs.padding_mask, "position_ids": inputs.position_ids}
     return at_least_float32(logits_at(model, model(entering, **where, stop_at_layer=model.cfg.n_layers), read))
 
 
@@ -126,7 +127,7 @@ def _without_image(
     for row, token_map in enumerate(inputs.token_maps):
         for image in range(token_map.n_images):
             where = token_map.image(image).tensor(end.device)
-            own = at_least_float32(end[row, where]).mean(0) if baseline is None else baseline.to(end.device)
+            own = at_least_float32(end[row, where]).mean(0) if baseline is None else to_device(baseline, end.device)
             start[row, where] = own.to(end.dtype)
     return start
 

@@ -18,6 +18,7 @@ from hooked_llava.analysis.maps.scores import (
     score_positions,
     score_positions_of_layer,
 )
+from hooked_llava.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
 from hooked_llava.readout.answer_cache import Target, as_answer_cache, read_target
@@ -52,7 +53,8 @@ def log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads |
         scores = torch.zeros(keys.shape, device=keys.device)
         for layer, head in sorted({pair for row in chosen for pair in row}):
             rows = [i for i, row in enumerate(chosen) if (layer, head) in row]
-            scores[rows] += score_positions(cache.take(rows), layer, head, keys[rows]).float()
+            at = to_device(rows, keys.device)
+            scores[at] += score_positions(cache.take(rows), layer, head, keys[at]).float()
     maps = scores.reshape(where.shape).masked_fill(where < 0, torch.nan)
     return Drawn(maps, cache.target_attrs(), n_forward, heads=chosen if chosen == "all" else named_heads(chosen))
 

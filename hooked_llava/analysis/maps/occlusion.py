@@ -14,6 +14,7 @@ from hooked_llava.analysis.maps.gradients import Ids, Read
 from hooked_llava.architecture.layout import ALL, ImageLayout
 from hooked_llava.architecture.shown_pixels import shown_pixels
 from hooked_llava.checks import whole_number
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import answer_log_probability
@@ -76,9 +77,9 @@ def _grey(
             found.append(Intervention(**at, positions=np.flatnonzero(whole).tolist(), **grey))
         partly = own.any((-1, -2)) & ~whole
         if partly.any():
-            row, column = (torch.from_numpy(index).to(tiles.device) for index in np.nonzero(partly))
+            row, column = (to_device(torch.from_numpy(index), tiles.device) for index in np.nonzero(partly))
             patches = tiles[tile].unfold(1, size, size).unfold(2, size, size)[:, row, column].transpose(0, 1)
-            patches = patches.masked_fill(torch.from_numpy(own[partly]).to(tiles.device)[:, None], 0)
+            patches = patches.masked_fill(to_device(torch.from_numpy(own[partly]), tiles.device)[:, None], 0)
             value = convolve(patches.to(convolve.weight.dtype)).flatten(1)  # (patch, d_model)
             found.append(Intervention(**at, positions=np.flatnonzero(partly).tolist(), value=value))
     return found
@@ -150,11 +151,11 @@ def _means(
     of: Sequence[Int[np.ndarray, " _"]], values: Float[Tensor, " run"], n_features: int
 ) -> Float[Tensor, " feature"]:
     """For each feature the mean of the runs without it; NaN where there is none."""
-    total, times = values.new_zeros(n_features), values.new_zeros(n_features)
-    for features, value in zip(of, values, strict=True):
+    total, times = torch.zeros(n_features, dtype=values.dtype), torch.zeros(n_features, dtype=values.dtype)
+    for features, value in zip(of, values.cpu(), strict=True):
         total[torch.from_numpy(features)] += value
         times[torch.from_numpy(features)] += 1
-    return total / times
+    return to_device(total / times, values.device)
 
 
 def forwards_of(replay: Replay) -> float:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import is_whole_number, whole_number, whole_numbers
+from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.answer_cache import AnswerCache
@@ -114,7 +115,7 @@ def best_positions(
     """The tokens of one prompt with the largest scores for a head, the best first; padding is no token."""
     real = cache.inputs.token_map.real
     where = torch.tensor([p for p in (real if among is None else among) if p in real])
-    scores = score_positions(cache, *pair, where[None].to(cache.logit_positions.device))[0]  # (position)
+    scores = score_positions(cache, *pair, to_device(where[None], cache.scale.device))[0]  # (position)
     return where[scores.topk(min(top, len(where))).indices.cpu()]
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import TowerConfig
+from hooked_llava.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
@@ -41,6 +42,7 @@ class AttentionContext:
             `allowed` is None.
         allowed (Bool[Tensor, "batch 1 query key"] | None): Which keys each query may see. None where `causal` says it,
             and where every query sees every key (the vision tower, or decoding one token).
+        never_fully_masked (bool): Whether it is known that every query sees some key, since nothing is padded.
         rotation (Rotation | None): Rotary cosine and sine of the positions, or None.
         kv_cache (KVCache | None): Earlier keys and values, when decoding.
         prefix (SharedPrefix | None): Keys and values of earlier positions, shared by many rows of the batch.
@@ -52,6 +54,7 @@ class AttentionContext:
 
     causal: bool = False
     allowed: Bool[Tensor, "batch 1 query key"] | None = None
+    never_fully_masked: bool = False
     rotation: Rotation | None = None
     kv_cache: KVCache | None = None
     prefix: SharedPrefix | None = None
@@ -64,7 +67,7 @@ class AttentionContext:
 
     def at(self, queries: Sequence[int], n_positions: int, device: torch.device) -> AttentionContext:
         """The same for a block of which only the output at `queries` is wanted, of `n_positions` positions that enter it."""
-        index = torch.tensor(list(queries), device=device)
+        index = to_device(list(queries), device)
         allowed, causal = self.allowed, False
         if allowed is not None:
             allowed = allowed.index_select(2, index)
@@ -103,11 +106,10 @@ class AttentionContext:
 
     @functools.cached_property
     def fully_masked(self) -> Bool[Tensor, "batch 1 query 1"] | None:
-        """Queries that may see no key at all (padding on the left), or None; their pattern and z are 0."""
-        if self.allowed is None:
+        """Queries that may see no key at all (padding on the left); their pattern and z are 0. None if there are none."""
+        if self.allowed is None or self.never_fully_masked:
             return None
-        fully_masked = ~self.allowed.any(-1, keepdim=True)
-        return fully_masked if bool(fully_masked.any()) else None
+        return ~self.allowed.any(-1, keepdim=True)
 
     @functools.cached_property
     def allowed_in_softmax(self) -> Bool[Tensor, "batch 1 query key"] | None:
@@ -128,9 +130,9 @@ def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tens
     """Softmax over the keys in float32; a query with no allowed key gets 0 everywhere, without NaN in gradients."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
     fully_masked = scores.amax(-1, keepdim=True) == float("-inf")
-    if not bool(fully_masked.any()):  # the rule; the copies below are for padding and for hooks that block everything
-        return scores.softmax(-1, dtype=dtype)
-    return scores.masked_fill(fully_masked, 0.0).softmax(-1, dtype=dtype).masked_fill(fully_masked, 0.0)
+    if scores.requires_grad:
+        return scores.masked_fill(fully_masked, 0.0).softmax(-1, dtype=dtype).masked_fill(fully_masked, 0.0)
+    return scores.softmax(-1, dtype=dtype).masked_fill_(fully_masked, 0.0)
 
 
 class Attention(nn.Module):
@@ -214,6 +216,14 @@ class Attention(nn.Module):
         )
         return (z if context.fully_masked is None else z.masked_fill(context.fully_masked, 0.0)).transpose(1, 2)
 
+    def softmax(
+        self, scores: Float[Tensor, "batch head query key"], context: AttentionContext
+    ) -> Float[Tensor, "batch head query key"]:
+        """The pattern in float32. Only padding, and functions on the scores, can leave a query without a key."""
+        if self.hook_attn_scores.hooked or not (context.allowed is None or context.never_fully_masked):
+            return softmax_or_zero(scores)
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
     def attend_explicitly(
         self,
         q: Float[Tensor, "batch head query d_head"],
@@ -226,12 +236,14 @@ class Attention(nn.Module):
         if context.prefix is not None:
             prefix, allowed = context.prefix.layer(self.layer), context.allowed_after_prefix(k.shape[2], k.device)
             scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, allowed))
-            pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, prefix and key)
+            pattern = self.hook_pattern(
+                self.softmax(scores, context).to(q.dtype)
+            )  # (batch, head, query, prefix and key)
             return average_with_prefix(pattern, v, prefix)
         groups = self.cfg.n_heads // self.cfg.n_key_value_heads
         k, v = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (k, v))
         scores = self.hook_attn_scores(context.mask_scores(q @ k.mT))
-        pattern = self.hook_pattern(softmax_or_zero(scores).to(q.dtype))  # (batch, head, query, key)
+        pattern = self.hook_pattern(self.softmax(scores, context).to(q.dtype))  # (batch, head, query, key)
         return pattern @ v
 
     @property

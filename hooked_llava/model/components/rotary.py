@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import RotaryConfig
+from hooked_llava.devices import to_device
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each position's angles, both [batch pos 1 d_head]."""
@@ -27,7 +28,7 @@ class RotaryEmbedding(nn.Module):
         """Cosine and sine for each position, computed in float32 and then rounded to dtype."""
         device = position_ids.device
         if device not in self._frequencies:
-            self._frequencies[device] = torch.tensor(self.cfg.frequencies, device=device, dtype=torch.float32)
+            self._frequencies[device] = to_device(self.cfg.frequencies, device, torch.float32)
         angles = position_ids[..., None].float() * self._frequencies[device]  # (batch, pos, d_head / 2)
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (batch, pos, 1, d_head)
         scaling = self.cfg.attention_scaling

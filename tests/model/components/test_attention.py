@@ -97,7 +97,9 @@ def test_fully_masked_queries_read_nothing_and_pass_no_nan(listened: list[str]) 
 
 def test_a_mask_without_fully_masked_queries_has_none() -> None:
     right_padded = AttentionContext(allowed=allowed_by(MASK.flip(1)))
-    assert right_padded.fully_masked is None
+    assert right_padded.fully_masked is not None, "whether there are any is not asked of the device"
+    assert not right_padded.fully_masked.any()
+    assert AttentionContext(allowed=allowed_by(MASK), never_fully_masked=True).fully_masked is None
     assert AttentionContext(causal=True).fully_masked is None
     fully_masked = AttentionContext(allowed=allowed_by(MASK)).fully_masked
     assert fully_masked is not None
