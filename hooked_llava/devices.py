@@ -1,12 +1,18 @@
-"""Numbers that the CPU knows, on the device that computes with them, without waiting for it."""
+"""What a device asks of those that use it: not to wait for it, and to go on with less where its memory runs out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from hooked_llava.errors import HookedLLaVAWarning, warn_user
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def to_device(numbers: Tensor | Sequence[Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
@@ -20,7 +26,38 @@ def to_device(numbers: Tensor | Sequence[Any], device: torch.device | str, dtype
     if not isinstance(numbers, Tensor):
         dtype = torch.int64 if dtype is None and len(numbers) == 0 else dtype
         numbers = torch.tensor(numbers, dtype=dtype, device="cpu")
+    # Back to the CPU it waits: numbers would be read before they are there.
     goes_up = numbers.device.type == "cpu" and torch.device(device).type == "cuda"
-    return numbers.to(
-        device, dtype, non_blocking=goes_up
-    )  # back to the CPU it waits, or numbers would be read too early
+    return numbers.to(device, dtype, non_blocking=goes_up)
+
+
+def in_batches(
+    batches: Iterable[Sequence[_Item]], work: Callable[[Sequence[_Item]], _Result]
+) -> Iterator[tuple[Sequence[_Item], _Result]]:
+    """Each batch, and what the work makes of it; where memory runs out the batch and all after it are halved.
+
+    Each halving is a `HookedLLaVAWarning`. Raises `torch.OutOfMemoryError` where not even one item fits.
+
+    >>> [(list(batch), total) for batch, total in in_batches([[1, 2], [3]], sum)]
+    [([1, 2], 3), ([3], 3)]
+    """
+    waiting, most = deque(batches), None
+    while waiting:
+        batch = waiting.popleft()
+        if most is not None and len(batch) > most:
+            waiting.extendleft(reversed([batch[i : i + most] for i in range(0, len(batch), most)]))
+            continue
+        try:
+            result = work(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            most = (len(batch) + 1) // 2
+        else:
+            yield batch, result
+            continue
+        # Only here, when the error is gone, is the memory free of what it held.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn_user(f"Memory ran out with {len(batch)} at once; going on with {most} at once.", HookedLLaVAWarning)
+        waiting.appendleft(batch)

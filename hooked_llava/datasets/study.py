@@ -28,6 +28,7 @@ from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.parts import StudyParts, digest
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
+from hooked_llava.devices import in_batches
 from hooked_llava.errors import InputError
 from hooked_llava.model.weights_id import weights_hash
 from hooked_llava.processes import Processes
@@ -78,7 +79,7 @@ def study(
         out: file for the result; started again with it, an interrupted study goes on, and a finished one is read back.
         only_correct: measure only what the model answers correctly, as Zhang et al. (2411.18620) do.
         match: what counts as correct, of what was said and the answer; the paper's own rule is `answers_match_exactly`.
-        batch_size: questions at once, at most.
+        batch_size: questions at once, at most; fewer once memory runs out, with a warning.
         max_new_tokens: length of the answer at most.
         template: as for `model.prepare`.
         tail: as for `model.prepare`.
@@ -128,8 +129,8 @@ class _Asking:
         done = len(parts.rows) - len(parts.left())
         total = done + sum(map(len, batches))
         with progress_bar(total, "question", shown=progress, done=done) as bar:
-            for batch in batches:
-                parts.add(batch, self.measure(batch))
+            for batch, part in in_batches(batches, self.measure):
+                parts.add(batch, part)
                 bar.update(len(batch))
 
     def measure(self, rows: Sequence[StudyRow]) -> xr.Dataset:

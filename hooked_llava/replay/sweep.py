@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
+from hooked_llava.devices import in_batches
 from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import LayerPass, needs_full_suffix
@@ -21,7 +23,10 @@ _WIDEST_ON_CPU = 2**22  # numbers in one activation: a CPU computes no faster wi
 
 
 class Sweep:
-    """A planned list of runs; `run()` does what is left of it, so an interrupted one can be taken up again."""
+    """A planned list of runs; `run()` does what is left of it, so an interrupted one can be taken up again.
+
+    Where memory runs out it goes on with half as many rows at once, and says so by a warning.
+    """
 
     def __init__(
         self,
@@ -67,14 +72,22 @@ class Sweep:
         self._keep_unchanged()
         left = [batch for batch in self._batches if any(self._rows[run.index] is None for run in batch)]
         with progress_bar(sum(map(len, left)), "run", shown=self.progress) as bar:
-            for batch in left:
-                logits = LayerPass(self.state, batch, self.wanted).logits()
-                rows = list(self._finish(logits))  # before any is kept: a metric may fail
+            for batch, rows in in_batches(left, self._rows_of):
                 for run, row in zip(sorted(batch, key=lambda run: run.index), rows, strict=True):
                     self._rows[run.index] = row
                 self.state.work.runs += len(batch) * len(self.state.inputs)
                 bar.update(len(batch))
         return torch.stack(self._rows) if self._rows else self._nothing()  # type: ignore[arg-type] (none is left)
+
+    def _rows_of(self, batch: Sequence[PlannedRun]) -> list[Tensor]:
+        """What runs that go together give, in the order of their numbers; all or none of it, and of their work, counts."""
+        work = self.state.work.token_layers
+        try:
+            logits = LayerPass(self.state, list(batch), self.wanted).logits()
+            return list(self._finish(logits))
+        except torch.OutOfMemoryError:
+            self.state.work.token_layers = work
+            raise
 
     def _check_metric(self) -> None:
         """Refuse a metric of the wrong shape before anything is run: it is tried on copies of the kept logits."""

@@ -15,7 +15,7 @@ import xarray as xr
 from PIL import Image
 
 from hooked_llava.datasets import StudyRow, answers_match_exactly, by_kind, study
-from hooked_llava.errors import InputError, SpanError
+from hooked_llava.errors import HookedLLaVAWarning, InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load, save
 from hooked_llava.toy.gqa_tables import gqa_rows
@@ -360,3 +360,17 @@ def test_means_and_intervals_by_kind() -> None:
 def test_one_kind_needs_no_mean_of_all() -> None:
     data = xr.Dataset({"x": ("question", [1.0, 3.0])}, coords={"kind": ("question", ["a", "a"])})
     assert by_kind(data).kind.values.tolist() == ["a"]
+
+
+def test_where_memory_runs_out_a_study_goes_on_with_half_of_the_questions(tiny_shapes: HookedLLaVA) -> None:
+    plain, counting = study(tiny_shapes, ROWS, Counting(), batch_size=8), Counting()
+
+    def short_of_memory(inputs: Any, rows: Sequence[StudyRow]) -> xr.DataArray:
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return counting(inputs, rows)
+
+    with pytest.warns(HookedLLaVAWarning, match=r"8 at once.*4 at once"):
+        result = study(tiny_shapes, ROWS, short_of_memory, batch_size=8, progress=False)
+    assert result.length.equals(plain.length)
+    assert sorted(counting.asked) == sorted(row.id for row in ROWS)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import HookedLLaVAWarning, InputError
 from hooked_llava.replay import Intervention, Replay, sweep
+from hooked_llava.replay.layer_pass import LayerPass
 from tests.pairs import pair
 
 
@@ -69,3 +73,52 @@ def test_work_is_forecast_to_the_token() -> None:
     planned.run()
     assert replay.work.forwards == pytest.approx(expected, rel=1e-12)
     assert expected > 1
+
+
+class Memory:
+    """In place of `LayerPass.logits`: as many rows as fit, with the work of one that does not fit half done."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits, self.asked, self.own = fits, [], LayerPass.logits
+
+    def __get__(self, layer_pass: LayerPass, kind: type) -> Callable[[], torch.Tensor]:
+        return functools.partial(self, layer_pass)  # a method, as the function is that it stands for
+
+    def __call__(self, layer_pass: LayerPass) -> torch.Tensor:
+        n_rows = len(layer_pass.runs) * len(layer_pass.state.inputs)
+        self.asked.append(n_rows)
+        if n_rows > self.fits:
+            layer_pass.state.work.token_layers += 1e6
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.own(layer_pass)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_where_memory_runs_out_a_sweep_goes_on_with_half_of_the_rows_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    prompt, many = pair().prompt(batch=batch), [run for run in runs() if run] * 3  # 15 runs
+    expected = Replay(pair().ours, prompt).run(many, batch_size=100, progress=False)
+    memory = Memory(4 * batch)
+    monkeypatch.setattr(LayerPass, "logits", memory)
+    replay = Replay(pair().ours, prompt)
+    with pytest.warns(HookedLLaVAWarning) as said:
+        found = replay.run(many, batch_size=100, progress=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    tried = [n for n in memory.asked if n > memory.fits]
+    assert len(said) == len(tried) > 0
+    assert f"{tried[0] // batch} at once; going on with {(tried[0] // batch + 1) // 2}" in str(said[0].message)
+    assert replay.work.token_layers < 1e6, "what was given up is not counted"
+    assert replay.work.runs == len(many) * batch
+
+
+def test_a_run_that_does_not_fit_by_itself_is_an_error_and_what_was_done_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(2)
+    monkeypatch.setattr(LayerPass, "logits", memory)
+    planned = Replay(pair().ours, pair().prompt()).sweep(runs(), batch_size=1, progress=False)
+    memory.fits = 0
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
+        planned.run()
+    memory.fits = 1
+    assert planned.run().shape == (len(runs()), 99)
+    assert planned.done == len(runs())
