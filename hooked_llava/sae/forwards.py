@@ -12,11 +12,12 @@ from torch import Tensor
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.where import Where, positions_of
-from hooked_llava.sae.places import places_of
+from hooked_llava.sae.places import places_in_tiles, places_of
 from hooked_llava.sae.prefetch import prefetched
 from hooked_llava.sae.prompts import Progress, PromptRow, PromptSource
 from hooked_llava.sae.shuffle import PLACES, Rows
@@ -53,7 +54,7 @@ class ModelSource:
 
     Args:
         model: the model.
-        hooks: full names of hooks of the language tower.
+        hooks: full names of hooks with the same positions.
         prompts: what is run.
         tokens: the span whose positions are kept, or "all".
         prompts_per_forward: how many prompts go through the model together.
@@ -101,14 +102,29 @@ class ModelSource:
         numbers = [row.row for row in rows]
         try:
             inputs = self._inputs(rows)
-            kept = inputs.each(lambda m: positions_of(self.where, m, inputs.shape[1]), inputs.token_maps)
+            index, places = self._at(inputs, numbers)
         except (InputError, SpanError) as error:
             error.args = (f"Rows {numbers} of data: {error}",)
             raise
-        n = inputs.shape[1]
-        index = [prompt * n + position for prompt, positions in enumerate(kept) for position in positions]
-        places = [places_of(m, row, at) for m, row, at in zip(inputs.token_maps, numbers, kept, strict=True)]
         return _Prepared(inputs, torch.tensor(index, dtype=torch.long).to(inputs.device), torch.cat(places), after)
+
+    def _at(self, inputs: Inputs, rows: list[int]) -> tuple[list[int], list[Int[Tensor, "activation column"]]]:
+        """Which vectors of the hooks' tensors are kept, their first two axes as one; and the places of each prompt's."""
+        hook, maps = self.model.hooks_table[self.hooks[0]], inputs.token_maps
+        if hook.on_image_side and not all(m.layouts for m in maps):
+            raise InputError(f"hooks={hook.name!r} fires at images, and a prompt has none; leave it out.")
+        n = axis_sizes(self.model.hooks_table, hook.name, inputs)[hook.axes[1]]
+        if hook.by_tile:
+            patches = self.model.config.vision.patches_along(hook.axes[1])
+            kept = [range(n) if self.where is None else patches] * sum(map(len, inputs.tiles))
+            places = [places_in_tiles(m, row, kept[0], patches) for m, row in zip(maps, rows, strict=True)]
+        elif hook.on_image_side:
+            kept = [range(layout.n_features) for layout in inputs.layouts]
+            places = [places_of(m, row, m["image"]) for m, row in zip(maps, rows, strict=True)]
+        else:
+            kept = inputs.each(lambda m: positions_of(self.where, m, n), maps)
+            places = [places_of(m, row, at) for m, row, at in zip(maps, rows, kept, strict=True)]
+        return [first * n + position for first, positions in enumerate(kept) for position in positions], places
 
     def _inputs(self, rows: list[PromptRow]) -> Inputs:
         if rows[0].prepared is not None:

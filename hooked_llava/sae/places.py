@@ -19,6 +19,9 @@ PLACE_COLUMNS = ("row", "image", "tile", "cell", "position", "token")
 row: the prompt's number in the data. image: which image of the prompt. tile: which of the image's tiles the cell comes from (the
 one that weighs most, where it is pooled). cell: what `layout.cell_at` takes. position: in the prompt, padding not counted.
 token: the token's id. image, tile and cell are -1 at text; tile and cell at newlines and class tokens.
+
+In the vision tower and the projector the position is that within the tile, and the token is -1; the cell is the one in which
+the patch weighs most, and -1 for class tokens and for patches that no cell shows.
 """
 _NONE = -1
 _LAYOUTS_KEPT = 256
@@ -40,6 +43,41 @@ def places_of(token_map: TokenMap, row: int, positions: Sequence[int]) -> Int[Te
         at[here.start : here.stop, 1] = image
         at[here.start : here.stop, 2:4] = _tiles_and_cells(layout)
     return torch.from_numpy(at[list(positions)])
+
+
+def places_in_tiles(
+    token_map: TokenMap, row: int, positions: Sequence[int], patches: range
+) -> Int[Tensor, "position column"]:
+    """The places of some positions of every tile of a prompt's images, of which `patches` are patches.
+
+    >>> from hooked_llava.architecture.layouts import llava_layout
+    >>> token_map = TokenMap(token_ids=(0, 9, 9), real=range(3), image_starts=(1,), layouts=(llava_layout(1, 2),))
+    >>> places_in_tiles(token_map, 3, [0, 2], range(1, 3)).tolist()
+    [[3, 0, 0, -1, 0, -1], [3, 0, 0, 1, 2, -1]]
+    """
+    found = []
+    at_patches = np.array([position in patches for position in positions], dtype=bool)
+    for image, layout in enumerate(token_map.layouts):
+        at = np.full((layout.n_tiles, len(positions), len(PLACE_COLUMNS)), _NONE, dtype=np.int32)
+        at[..., 0], at[..., 1], at[..., 4] = row, image, positions
+        at[..., 2] = np.arange(layout.n_tiles)[:, None]
+        at[:, at_patches, 3] = _cells_of_patches(layout)[:, np.array(positions)[at_patches] - patches.start]
+        found.append(at.reshape(-1, len(PLACE_COLUMNS)))
+    return torch.from_numpy(np.concatenate(found))
+
+
+@lru_cache(maxsize=_LAYOUTS_KEPT)
+def _cells_of_patches(layout: ImageLayout) -> Int[np.ndarray, "tile patch"]:
+    per_row, per_column = (axis.patches_per_tile for axis in (layout.grids[0].columns, layout.grids[0].rows))
+    found = np.full((layout.n_tiles, per_column * per_row), _NONE, dtype=np.int32)
+    for grid in layout.grids:
+        patches, weights = grid.patches()  # (row, col, tap, 3), (row, col, tap)
+        cells = np.broadcast_to(layout.cell_features(grid.name)[..., None], weights.shape)
+        order = weights.argsort(axis=None, kind="stable")  # the cell of the largest weight is written last
+        order = order[weights.flat[order] > 0]
+        tile, row, col = patches.reshape(-1, 3)[order].T
+        found[tile, row * per_row + col] = cells.flat[order]
+    return found
 
 
 @lru_cache(maxsize=_LAYOUTS_KEPT)

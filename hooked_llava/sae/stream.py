@@ -239,10 +239,10 @@ def activation_stream(
 
     Args:
         model: the model; a forward pass stops at the highest hook.
-        hooks: one hook of the language tower; or a list, for batches that are dicts by name.
+        hooks: one hook, or a list of hooks with the same positions, for batches that are dicts by name.
         data: a DataFrame or data set with columns; rows of a table (`StudyRow`); a folder of images, with `prompt`; or an
             iterable of (image, question), of dicts, or of `Inputs` of one prompt each.
-        tokens: whose activations: "all", "image", "text", or any span.
+        tokens: whose activations: "all", "image", "text", or any span; of tiles "image" (patches), or "all" (class tokens too).
         batch_size: activations in a batch; the last may be smaller.
         buffer: activations that are mixed, the memory of the stream; it is full before the first batch.
         seed: of the order of prompts and activations.
@@ -258,13 +258,13 @@ def activation_stream(
         progress: show a progress bar while `cache_dir` is filled.
         options: go to `model.prepare`.
 
-    Raises `InputError` for hooks outside the language tower, data of no known kind, and in use for prompts that do not fit.
+    Raises `InputError` for hooks without a vector at every position, data of no known kind, and for prompts that do not fit.
     """
     config = StreamConfig(tokens, batch_size, buffer, seed, epochs, prompts_per_forward)
     of_data = DataOptions(prompt, columns, images, launched_as() if part is None else part)
     prompts = PromptSource(data, of_data, seed=seed, epochs=epochs if cache_dir is None else 1)
     one = not isinstance(hooks, Iterable) or isinstance(hooks, (str, tuple))
-    names = _checked_hooks(model, [hooks] if one else list(hooks))
+    names = _checked_hooks(model, [hooks] if one else list(hooks), tokens)
     source = ModelSource(model, names, prompts, config.tokens, prompts_per_forward, prefetch, options)
     about = {"model": model.config.model_name, "hooks": names, "part": list(of_data.part), "n_rows": prompts.n_rows}
     chunks = (
@@ -276,20 +276,25 @@ def activation_stream(
     return ActivationStream(model, names, chunks, config, about, one_hook=one, device=device)
 
 
-def _checked_hooks(model: HookedLLaVA, hooks: Sequence[Any]) -> list[str]:
-    """Full names in firing order; raises `InputError` for what has no vector at every position."""
+def _checked_hooks(model: HookedLLaVA, hooks: Sequence[Any], tokens: str) -> list[str]:
+    """Full names in firing order; raises `InputError` for what has no vector at every position, or at different ones."""
     table = model.hooks_table
     found = {table.one(hook) for hook in hooks}
     for name in found:
         axes = table[name].axes
-        if axes[:2] != ("batch", "pos") or not vector_width(table, name):
+        if axes[1] not in ("pos", "patch", "feature") or not vector_width(table, name):
             raise InputError(
-                f"hooks={name!r} has the axes {axes}; expected a hook of the language tower with a vector at every position, "
-                "such as 'blocks.3.hook_resid_post'. What enters from an image is 'hook_embed' at tokens='image'."
+                f"hooks={name!r} has the axes {axes}; expected a hook with a vector at every position, such as "
+                "'blocks.3.hook_resid_post'. What enters from an image is 'hook_embed' at tokens='image'."
             )
+        if table[name].on_image_side and tokens not in (ALL, "image"):
+            raise InputError(f"tokens={tokens!r} at hooks={name!r}, which fires at images; expected 'image' or 'all'.")
     if not found:
         raise InputError("hooks=[] names no hook; give at least one, such as 'blocks.3.hook_resid_post'.")
-    return [name for name in table.names if name in found]
+    names = [name for name in table.names if name in found]
+    if len({table[name].axes[:2] for name in names}) > 1:
+        raise InputError(f"hooks={names} have activations at different positions; give each a stream of its own.")
+    return names
 
 
 def _cached(

@@ -89,6 +89,57 @@ def test_places_name_image_tile_and_cell_in_images_of_several_grids(kind):
         assert tile == patches[i, j, weights[i, j].argmax(), 0]
 
 
+ON_TILES = (
+    "vision.blocks.0.hook_resid_post",
+    "vision.hook_patch_embed",
+    "vision.blocks.0.attn.hook_z",
+    "projector.hook_out",
+)
+
+
+@pytest.mark.parametrize("tokens", ["image", "all"])
+@pytest.mark.parametrize("name", [*ON_TILES, "hook_image_embed"])
+@pytest.mark.parametrize("kind", ["tiny-shapes", "next", "onevision"])
+def test_activations_of_the_image_side_are_the_models_own_at_their_tiles_and_cells(kind, name, tokens, tiny_shapes):
+    model = tiny_shapes if kind == "tiny-shapes" else with_processor(kind)
+    images = [scene(0), [scene(1), scene(2)]] if kind == "tiny-shapes" else [drawn(WIDE, seed=1), drawn(SQUARE, TALL)]
+    data = [(own, "What color is the star?") for own in images]
+    ran: list[str] = []
+    with model.hooks([("blocks.0.hook_resid_pre", lambda tensor, hook: ran.append(hook.name))]):
+        found = joined(list(stream_of(model, data, hooks=name, tokens=tokens).with_places()))
+    assert not ran  # nothing of the language tower
+    for row, own in enumerate(images):
+        inputs = model.prepare("What color is the star?", own)
+        expected = model.run_with_cache(inputs, names_filter=name)[1][name].flatten(2)
+        first = [tiles.start for tiles in inputs.tiles]
+        here = found.places[:, 0] == row
+        if name == "hook_image_embed":
+            assert sorted(found.place("position")[here].tolist()) == inputs.token_map["image"].tolist()
+        else:
+            class_tokens = len(expected) * (expected.shape[1] - model.config.vision.n_patches)
+            assert int(here.sum()) == expected.shape[:2].numel() - (tokens == "image") * class_tokens
+        for place, vector in zip(found.places[here].tolist(), found.acts[here], strict=True):
+            _, image, tile, cell, position, token = place
+            if name == "hook_image_embed":
+                at = (image, position - inputs.token_map.image_ranges[image].start)
+                assert token == inputs.input_ids[0, position]
+            else:
+                at = (first[image] + tile, position)
+                assert token == -1
+                if cell >= 0:
+                    grid_name, i, j = Cell(*inputs.layouts[image].cell_at(cell))
+                    patches, weights = inputs.layouts[image].grid(grid_name).patches()
+                    patch = position - (expected.shape[1] - model.config.vision.n_patches)
+                    taps = zip(patches[i, j].tolist(), weights[i, j], strict=True)
+                    seen = [tuple(tap) for tap, weight in taps if weight > 0]
+                    side = model.config.vision.n_patches**0.5
+                    assert (tile, *divmod(patch, int(side))) in seen
+            torch.testing.assert_close(vector, expected[at], atol=2e-5, rtol=1e-4)
+        cells = {(image, cell) for _, image, _, cell, _, _ in found.places[here].tolist() if cell >= 0}
+        if kind != "onevision":  # every cell shows one patch
+            assert len(cells) == sum(len(layout.object_features()) for layout in inputs.layouts)
+
+
 def test_the_forward_pass_stops_at_the_highest_hook_and_several_hooks_are_taken_together(tiny_shapes):
     ran: list[str] = []
     names = ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]
@@ -269,8 +320,12 @@ def test_a_data_set_of_hugging_face_is_read(tiny_shapes):
 def test_what_does_not_fit_is_refused(tiny_shapes):
     with pytest.raises(InputError, match=r"hook_pattern.*resid_post"):
         stream_of(tiny_shapes, hooks=("pattern", 1))
-    with pytest.raises(InputError, match=r"hook_image_embed.*hook_embed"):
-        stream_of(tiny_shapes, hooks="hook_image_embed")
+    with pytest.raises(InputError, match=r"tokens='last'.*hook_image_embed.*'image'"):
+        stream_of(tiny_shapes, hooks="hook_image_embed", tokens="last")
+    with pytest.raises(InputError, match=r"hook_image_embed.*resid_post.*own"):
+        stream_of(tiny_shapes, hooks=["hook_image_embed", HOOK])
+    with pytest.raises(InputError, match=r"Rows \[[\d, ]+\].*hook_image_embed.*none"):
+        list(stream_of(tiny_shapes, hooks="hook_image_embed"))
     with pytest.raises(InputError, match=r"epochs=2.*iterator"):
         stream_of(tiny_shapes, iter(pairs()), epochs=2)
     with pytest.raises(InputError, match=r"batch_size=0.*at least 1"):
