@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -24,6 +25,7 @@ from benchmarks import (
     editing,
     full_size,
     hook_overhead,
+    memory_table,
     patch_importance,
     patching,
     sae,
@@ -33,9 +35,19 @@ from benchmarks import (
 from benchmarks import _measure as measure
 from benchmarks._geometries import FOR_COUNTING, GEOMETRIES
 from benchmarks._host_reads import host_reads
+from benchmarks._models import random_hf_model
+from hooked_llava.analysis import causal_trace
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.editing import EditRequest, multedit, weight_records
+from hooked_llava.errors import HookedLLaVAWarning
 from hooked_llava.loading import expected_tensors
+from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.processes import Processes
+from hooked_llava.readout.answer_cache import cache_answer
+from hooked_llava.replay import Replay
+from hooked_llava.sae.autoencoder import SparseAutoencoder
+from hooked_llava.sae.trainer import SAETrainer, TrainingConfig
 from hooked_llava.toy.evaluate import embedded, held_out, prepare_examples
 from hooked_llava.toy.wide_model import layout_of
 
@@ -512,3 +524,87 @@ def test_wheels_of_a_bare_machine_are_the_versions_that_are_tested() -> None:
     pinned = {line for line in wheels if line and not line.startswith("#")}
     assert pinned
     assert pinned <= set((root / "constraints.txt").read_text(encoding="utf-8").splitlines())
+
+
+def storages(tensors: Any) -> int:
+    """Bytes of memory of some tensors, each piece counted once."""
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(held.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llama3-llava-next-8b"])
+def test_forecasts_of_memory_are_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = GEOMETRIES[name].small()
+    model = HookedLLaVA.from_hf(random_hf_model(geometry.config()))
+    case = memory_table.Case.of(model, geometry.config(), geometry, 128, 4)
+    inputs, stores = case.inputs, []
+    made = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *args, **how: made(self, *args, **how) or stores.append(self))
+    model.generate(inputs, memory_table.NEW_TOKENS, stop_at_eos=False, return_type="tokens")
+    (generated,) = stores
+    cache = lambda *names, **how: storages(model.run_with_cache(inputs, names_filter=[*names], **how)[1].values())  # noqa: E731
+    answers = cache_answer(model, inputs)
+    sae = SparseAutoencoder(case.sae).reset(0)
+    trainer = SAETrainer(sae, TrainingConfig(steps=2), Processes(0, 1))
+    trainer.step([torch.randn(16, case.sae.d_in)])
+    moments = [t for of in trainer.optimizer.state.values() for t in of.values() if t.ndim]
+    kept = [
+        storages(model.parameters()),
+        generated.nbytes,
+        cache("resid_post"),
+        cache("pattern"),
+        sum(t.nbytes for t in model.run_with_cache(inputs, positions="last")[1].values()),
+        storages([*answers.resid, answers.scale, *answers.held.values()]),
+        Replay(model, inputs).nbytes,
+        _kept_by_a_trace(case, monkeypatch),
+        _kept_by_an_edit(case),
+        storages(sae.parameters()),
+        storages([*sae.parameters(), *(p.grad for p in sae.parameters()), *moments]),
+    ]
+    found = memory_table.forecasts(case)
+    assert found == pytest.approx(dict(zip(memory_table.KINDS, kept, strict=True)), rel=0.02)
+
+
+def _kept_by_a_trace(case: memory_table.Case, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The runs and the clean outputs that are alive when the restored runs begin."""
+    kept: list[int] = []
+    module = import_module("hooked_llava.analysis.causal_trace")
+    outputs, corrupt = module._clean_activations, module.corrupt
+
+    def corrupting(model: Any, clean: Replay, *args: Any) -> Any:
+        corrupted = corrupt(model, clean, *args)
+        kept.extend([clean.nbytes, *(replay.nbytes for replay in corrupted.replays)])
+        return corrupted
+
+    def clean_activations(*args: Any) -> Any:
+        found = outputs(*args)
+        kept.append(storages(found.values()))
+        return found
+
+    monkeypatch.setattr(module, "corrupt", corrupting)
+    monkeypatch.setattr(module, "_clean_activations", clean_activations)
+    causal_trace(case.model, case.inputs, constraint=case.constraint)
+    assert len(kept) == 3
+    return sum(kept)
+
+
+def _kept_by_an_edit(case: memory_table.Case) -> int:
+    token = int(case.model(case.inputs)[0, -1].topk(5).indices[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HookedLLaVAWarning)  # random weights need not learn it
+        edit = multedit(case.model, EditRequest(case.inputs, target=[token]), layer=0, position="last")
+    (name,) = edit.changes
+    weight = case.model.get_parameter(name)
+    with edit.applied():
+        before = weight_records.original(weight)
+        assert before.data_ptr() != weight.data_ptr()
+        return before.nbytes + edit.nbytes
+
+
+def test_the_memory_table_is_what_the_library_forecasts_today() -> None:
+    report = json.loads((measure.RESULTS / "memory_table.json").read_text(encoding="utf-8"))
+    assert list(report["geometries"]) == list(memory_table.CHOSEN)
+    for name in ("llava-1.5-7b", "llama3-llava-next-8b"):
+        case = memory_table.Case.counted(FOR_COUNTING[name])
+        assert report["geometries"][name]["bytes"] == memory_table.forecasts(case)

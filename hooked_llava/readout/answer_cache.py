@@ -62,6 +62,25 @@ class AnswerCache:
         """Blocks of the language tower."""
         return len(self.resid) - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(tensor.nbytes for tensor in (*self.resid, self.scale, *self.held.values()))
+
+    @staticmethod
+    def forecast(model: HookedLLaVA, inputs: InputsLike, parts: Sequence[str] = PARTS) -> int:
+        """Bytes that `cache_answer` keeps for answers of one token, without running the model.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> prompt = model.prepare("Who made the star?")
+        >>> AnswerCache.forecast(model, prompt) == cache_answer(model, prompt).nbytes
+        True
+        """
+        prompt, last = model.as_inputs(inputs), model.cfg.n_layers - 1
+        here = ["resid_pre", f"blocks.{last}.hook_resid_post", "ln_final.hook_scale", *(p for p in parts if p != "v")]
+        return model.cache_size(prompt, here, "last") + ("v" in parts and model.cache_size(prompt, "v"))
+
     def part(self, layer: int, name: str) -> Tensor:
         """A part of a layer: "pattern" [prompt head read key], "v" [prompt key kv_head d_head], "z", "attn_out", "mlp_out"."""
         return self.held[self.model.hooks_table.name(name, layer)]
