@@ -1,11 +1,11 @@
-"""What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about half an hour).
+"""What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about an hour).
 
 Held-out images of `tiny-shapes-next`, whose objects are known: accuracy of every kind of question as it is, with the base
 grid blanked and with the tiles blanked. Then, of questions that are answered right: patch maps of every method, read from
 the base grid, the tiles and both together in pixels of the image, against the object that is the answer and against the one
 that the question only passes through; the same under a question about another object; deletion and insertion; attention
-knockout of the grids and of the passed-through object; and one tile's pixels taken from an image in which the object has
-another color.
+knockout of the grids and of the passed-through object; one tile's pixels taken from an image in which the answer's object
+is another; and activation patching between these two images, by layer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from tqdm import tqdm
 
 from benchmarks._maps import METHODS, RANDOM, SINGLE_PATCHES, Asked, answers, batches
 from benchmarks._measure import arguments, markdown, start, write
-from hooked_llava.analysis import attention_knockout, deletion_curves, patch_importance
+from hooked_llava.analysis import activation_patching, attention_knockout, deletion_curves, patch_importance
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.results.arrays import recovered
 from hooked_llava.results.map_quality import bootstrap, roc_auc
 from hooked_llava.toy.evaluate import EVALUATED, Example, held_out, prepare_examples
-from hooked_llava.toy.objects import COLOR_NAMES, SceneObject
-from hooked_llava.toy.scenes import recolor
+from hooked_llava.toy.objects import COLOR_NAMES, SHAPES, SceneObject
+from hooked_llava.toy.scenes import Scene, recolor, replace_object
 from hooked_llava.toy.wide_model import layout_of
 
 NAME = "tiny-shapes-next"
-KINDS = ("query_color", "query_small", "query_beside")
+KINDS = ("query_color", "query_small", "query_beside", "query_same")
 READINGS = {"base": "base", "tiles": "fine", "together": "all"}
 EDGES = ("base->last", "fine->last", "base->question", "fine->question", "fine-newlines->question", "passed->question",
          "passed->last", "seen->question", "seen->last")  # fmt: skip
@@ -102,12 +103,19 @@ def accuracy(model: HookedLLaVA, n: int) -> dict[str, dict[str, float]]:
 
 
 def guesses(n: int) -> dict[str, float]:
-    """How often the color of any object of the image would be right."""
+    """How often the color (or shape) of any object of the image would be right."""
     by_kind = {}
     for kind in KINDS:
-        shares = [np.mean([o.color == case.answer.color for o in case.scene.objects]) for case in cases(kind, n)]
+        shares = [
+            np.mean([answer_of(kind, o) == answer_of(kind, c.answer) for o in c.scene.objects]) for c in cases(kind, n)
+        ]
         by_kind[kind] = float(np.mean(shares))
     return by_kind
+
+
+def answer_of(kind: str, one: SceneObject) -> str:
+    """The answer where it is this object that is asked about."""
+    return (one.shape if kind == "query_same" else one.color).capitalize()
 
 
 def maps(model: HookedLLaVA, kind: str, some: Sequence[Case], costly: int) -> Measured:
@@ -188,20 +196,29 @@ def knockout(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
     return found
 
 
-def tile_patching(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
-    """Which tiles carry the color: each is taken from the image with the answer's object in another color.
+def with_another_answer(case: Case) -> tuple[Scene, str] | None:
+    """The image with the answer's object in another color, or as another shape, and the answer then."""
+    one, scene, kind = case.answer, case.scene, case.example.question.kind
+    if one not in scene.unique:
+        return None
+    if kind != "query_same":
+        new = COLOR_NAMES[(COLOR_NAMES.index(one.color) + 3) % len(COLOR_NAMES)]
+        return recolor(scene, one.shape, new), new.capitalize()
+    absent = [shape for shape in SHAPES if scene.find(shape) is None]
+    return (replace_object(scene, one.shape, absent[0]), absent[0].capitalize()) if absent else None
 
-    `follows`: the answer becomes the new color. Tiles are told apart by whether they show the object.
+
+def tile_patching(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
+    """Which tiles carry the answer: each is taken from the image in which it is another.
+
+    `follows`: the answer becomes the new one. Tiles are told apart by whether they show the object.
     """
     found: Measured = defaultdict(lambda: defaultdict(list))
     for case in tqdm(some, desc="tile patching", leave=False):
-        if case.answer not in case.scene.unique:
+        if (changed := with_another_answer(case)) is None:
             continue
-        new = COLOR_NAMES[(COLOR_NAMES.index(case.answer.color) + 3) % len(COLOR_NAMES)]
-        changed = recolor(case.scene, case.answer.shape, new)
-        clean, other = (
-            prepare_examples(model, [replace(case.example, scene=scene)]) for scene in (case.scene, changed)
-        )
+        scene, new = changed
+        clean, other = (prepare_examples(model, [replace(case.example, scene=s)]) for s in (case.scene, scene))
         assert clean.pixel_values is not None
         assert other.pixel_values is not None
         kinds = tiles_of(case)
@@ -211,7 +228,31 @@ def tile_patching(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
             pixels[tile] = other.pixel_values[tile]
             mixed.append(replace(clean, pixel_values=pixels))
         for kind, inputs in zip([*kinds, "all"], [*mixed, other], strict=True):
-            found[kind]["follows"].append(float(answers(model, inputs)[0] == new.capitalize()))
+            found[kind]["follows"].append(float(answers(model, inputs)[0] == new))
+    return found
+
+
+def deciding_layers(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
+    """Where the answer is carried at each layer: the residual stream of one place taken back from the image as it is.
+
+    Shares of the logit difference of the two answers, in the run with the other image, that come back.
+    """
+    found: Measured = defaultdict(lambda: defaultdict(list))
+    for case in tqdm(some, desc="layers", leave=False):
+        if (changed := with_another_answer(case)) is None:
+            continue
+        boxes = {"seen": [case.answer.box]} | ({} if case.passed is None else {"passed": [case.passed.box]})
+        clean, other = (
+            prepare_examples(model, [replace(case.example, scene=s)]).with_boxes(**boxes)
+            for s in (case.scene, changed[0])
+        )
+        if answers(model, clean) == answers(model, other):
+            continue
+        places = [*boxes, "image", "question", "last"]
+        shares = recovered(activation_patching(model, clean, other, hook="resid_pre", positions=places))
+        for layer in shares["layer"].values.tolist():
+            for place, share in zip(places, shares.sel(layer=layer).values.tolist(), strict=True):
+                found[f"layer {layer}"][place].append(share)
     return found
 
 
@@ -278,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "deletion and insertion": intervals(curves(model, some[:few])),
             "knockout": intervals(knockout(model, some)),
             "tiles of another image": intervals(tile_patching(model, some[: 3 * few])),
+            "patched by layer": intervals(deciding_layers(model, some[: 3 * few])),
         }
         path = write("tiles", options, n=options.n, costly=options.costly, **report)  # what is done is not lost
     print("\n\n".join(tables(report)))

@@ -19,7 +19,7 @@ from hooked_llava.toy.scenes import MAX_OBJECTS, Scene, imagine_scene, normalize
 from hooked_llava.toy.views import View
 from hooked_llava.toy.worlds import World
 
-_LEAD = 2  # <s> USER:
+LEAD = 2  # <s> USER:
 _END_WEIGHT = 0.1  # what follows the answer is the same every time
 _CAPTION_WEIGHT = 0.5
 _MOST_PER_ROW = 40
@@ -124,7 +124,7 @@ def sample_batch(
             scene = world.sample(rng, 1 if row < -(-shape.image_rows // 6) else None, max_objects)
             scenes.append(scene)
             n = world.n_features(scene)
-            prefix = _LEAD + n
+            prefix = LEAD + n
             ids[row, :prefix] = [vocab[BOS], vocab["USER:"], *[vocab[IMAGE]] * n]
             positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
         end = prefix

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from hooked_llava.storage import read_tensors, write_tensors
 from hooked_llava.toy.alignment import Alignment, OutlineHeads, ToyModel, align, image_embeddings, vision_states
 from hooked_llava.toy.init import trainable_parameters
-from hooked_llava.toy.packing import Batch, BatchShape, KindSampler, pixels_of, sample_batch
+from hooked_llava.toy.neighbors import NeighborHeads
+from hooked_llava.toy.packing import LEAD, Batch, BatchShape, KindSampler, pixels_of, sample_batch
 from hooked_llava.toy.worlds import WORLDS, World
 
 STATE_FILE = "state.safetensors"
@@ -44,11 +45,13 @@ class TrainConfig:
     """One training run; everything that decides its result."""
 
     world: str = "tiny-shapes"
+    start: str = ""  # the folder of a checkpoint to go on from, instead of new weights
     seed: int = 0
     steps: int = 4000
     align_steps: int = 550
     align_images: int = 32
     align_weight: float = 0.5  # of the alignment loss in the second stage
+    neighbor_weight: float = 0.0  # of the loss of the read-out of neighbors, in the second stage
     slow_scale: float = 0.2  # of the learning rate of tower, projector and embedding in the second stage
     lr: float = 1e-3
     align_lr: float = 2e-3
@@ -74,8 +77,9 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.world = WORLDS[config.world]
-        self.model = self.world.build_model(config.seed).train()
+        self.model = first_model(self.world, config).train()
         self.heads = OutlineHeads(self.model.model.vision_tower.config.hidden_size, config.seed)
+        self.neighbor_heads = NeighborHeads(self.model.config.get_text_config().hidden_size, config.seed)
         self.sampler = KindSampler(self.world.kinds)
         self.optimizer = self._new_optimizer()
 
@@ -90,12 +94,19 @@ class Trainer:
         if self.aligning:
             seeing = {n: p for n, p in named.items() if "vision_tower" in n or "multi_modal_projector" in n}
             return seeing | {f"heads.{n}": p for n, p in self.heads.named_parameters()}
-        return named
+        return named | self._neighbor_parameters()
 
     def _all(self) -> dict[str, Tensor]:
         """Every parameter that a state must hold, by name."""
         named = {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        named |= self._neighbor_parameters()
         return {**dict(self.model.named_parameters()), **named}
+
+    def _neighbor_parameters(self) -> dict[str, Tensor]:
+        """Those of the read-out of neighbors, where it is trained."""
+        if not self.config.neighbor_weight:
+            return {}
+        return {f"neighbor_heads.{n}": p for n, p in self.neighbor_heads.named_parameters()}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """AdamW for the present stage; in the second, what is aligned already moves slowly, or it would be undone."""
@@ -169,7 +180,7 @@ class Trainer:
         c = self.config
         shape = BatchShape(c.image_rows, c.text_rows, c.row_length)
         batch = sample_batch(rng, self.world, self.sampler, shape, self.max_objects(), self._not_now())
-        logits, images = packed_logits(self.world, self.model, batch)
+        logits, images, resid = packed_logits(self.world, self.model, batch)
         answers = torch.tensor([t.token for t in batch.targets])
         weights = torch.tensor([t.weight for t in batch.targets])
         loss = (cross_entropy(logits, answers, reduction="none") * weights).sum() / weights.sum()
@@ -180,7 +191,12 @@ class Trainer:
                 right[target.kind].append(int(ok))
                 self.sampler.observe(target.kind, 1.0 - ok)
         record = {"loss": loss.item(), "right": dict(right), **_alignment_record(result)}
-        return loss + c.align_weight * result.loss, record
+        loss = loss + c.align_weight * result.loss
+        if c.neighbor_weight:
+            neighbors = self.neighbor_heads(resid, [self.world.neighbors(scene) for scene in batch.scenes])
+            record["neighbor_loss"] = neighbors.item()
+            loss = loss + c.neighbor_weight * neighbors
+        return loss, record
 
     def save(self, folder: Path) -> None:
         """Writes everything needed to go on, in one file, replaced in one move."""
@@ -217,20 +233,36 @@ class Trainer:
             self.optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"])), **moments}
 
 
-def packed_logits(world: World, model: ToyModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits at the supervised positions [target, d_vocab], and the embeddings of views [view, patch, d_model]."""
+def first_model(world: World, config: TrainConfig) -> ToyModel:
+    """The model that training begins with: new, or from a checkpoint, whose vocabulary is made longer where needed."""
+    model = world.build_model(config.seed)
+    if not config.start:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = type(model).from_pretrained(config.start, dtype=torch.float32)
+        model.resize_token_embeddings(len(world.vocabulary))
+    return model
+
+
+def packed_logits(world: World, model: ToyModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at the supervised positions [target, d_vocab] and the embeddings of views [view, patch, d_model].
+
+    And, for the read-out of neighbors, the residual stream of images after its layers, [row, position, d_model].
+    """
     images = image_embeddings(model, vision_states(model, batch.pixels))
     embeds = model.model.language_model.embed_tokens(batch.ids)
     packed = world.pack(model, images, batch.scenes)
     shown = [torch.cat([row[:2], image, row[2 + len(image) :]]) for row, image in zip(embeds, packed, strict=False)]
-    hidden = model.model.language_model(
+    done = model.model.language_model(
         inputs_embeds=torch.cat([torch.stack(shown), embeds[len(shown) :]]),
         attention_mask=batch.mask(),
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
-    picked = hidden[[t.row for t in batch.targets], [t.position for t in batch.targets]]
-    return model.lm_head(picked), images
+        output_hidden_states=True,
+    )
+    picked = done.last_hidden_state[[t.row for t in batch.targets], [t.position for t in batch.targets]]
+    return model.lm_head(picked), images, done.hidden_states[NeighborHeads.LAYERS][: len(shown), LEAD:]
 
 
 def _decline(config: TrainConfig) -> int:

@@ -32,7 +32,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def wide_vocabulary() -> dict[str, int]:
     """The words of `tiny-shapes`, with the same ids, and after them those of the new questions."""
-    return vocabulary([*WIDE_WORDS, *NUMBERS, *(word.capitalize() for word in NUMBERS)])
+    return vocabulary(WIDE_WORDS)
 
 
 def layout_of(size: tuple[int, int]) -> ImageLayout:

@@ -53,12 +53,14 @@ def sample_wide_scene(rng: np.random.Generator, n_objects: int | None = None, *,
 
 
 def beside(scene: Scene, one: SceneObject, side: str) -> SceneObject | None:
-    """The object in the cell to the "left" or "right" of one, or None.
+    """The object in the cell to the "left" or "right" of one, or None. Small objects have no neighbors and are none.
 
     That is the one whose middle lies at most 12 pixels higher or lower and at most 36 to that side.
     """
     (x, y), sign = one.center, {"left": -1, "right": 1}[side]
     for other in scene.objects:
+        if one.small or other.small:
+            continue
         if 0 < sign * (other.center[0] - x) <= _NEXT_TO and abs(other.center[1] - y) <= _SAME_ROW:
             return other
     return None

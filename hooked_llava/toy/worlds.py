@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from hooked_llava.toy.alignment import ToyModel
 from hooked_llava.toy.init import build_model
-from hooked_llava.toy.objects import COLOR_NAMES, PATCH_SIZE
+from hooked_llava.toy.neighbors import Neighbor
+from hooked_llava.toy.objects import COLOR_NAMES, PATCH_SIZE, SHAPES, SceneObject
 from hooked_llava.toy.processor import build_processor, vocabulary
 from hooked_llava.toy.questions import KINDS, TEXT_KINDS, TRAINING_KINDS, Question, ask
 from hooked_llava.toy.scenes import MAX_OBJECTS, Scene, sample_scene
@@ -28,7 +29,7 @@ from hooked_llava.toy.wide_model import (
 )
 from hooked_llava.toy.wide_questions import NUMBERS, WIDE_KINDS, WIDE_TRAINING_KINDS
 from hooked_llava.toy.wide_scenes import MAX_OBJECTS as MAX_WIDE_OBJECTS
-from hooked_llava.toy.wide_scenes import MIN_OBJECTS, sample_wide_scene
+from hooked_llava.toy.wide_scenes import MIN_OBJECTS, beside, sample_wide_scene
 
 _LISTS = ("list_places", "list_by_color", "list_patterns", "list_common")
 _IMAGE_KINDS = (*(kind for kind in KINDS if kind not in TEXT_KINDS + _LISTS), "fact_name", *_LISTS)
@@ -54,6 +55,7 @@ class World:
             the prompt for each, [feature, d_model].
         build_model (Callable): A new model with that seed.
         build_processor (Callable): Its processor.
+        neighbors (Callable): Which object has which to its left, for the read-out that is trained beside the answers.
     """
 
     name: str
@@ -69,6 +71,7 @@ class World:
     pack: Callable[[ToyModel, Tensor, Sequence[Scene]], list[Tensor]]
     build_model: Callable[[int], ToyModel]
     build_processor: Callable[[], ProcessorMixin]
+    neighbors: Callable[[Scene], list[Neighbor]] = field(default=lambda _scene: [])
     text_kinds: tuple[str, ...] = TEXT_KINDS
 
     @property
@@ -107,6 +110,15 @@ def _pack_wide(model: ToyModel, embeddings: Tensor, scenes: Sequence[Scene]) -> 
     return model.model.pack_image_features(views, sizes, "default", model.model.image_newline)[0]
 
 
+def _wide_neighbors(scene: Scene) -> list[Neighbor]:
+    layout = layout_of(scene.size)
+
+    def feature(o: SceneObject) -> int:
+        return layout.feature_of(*layout.pixel_to_cell(*o.center, grid="fine"), grid="fine")
+
+    return [Neighbor(feature(o), beside(scene, o, "left")) for o in scene.objects if not o.small]
+
+
 _ASKED_OF_WIDE = WIDE_KINDS | WIDE_TRAINING_KINDS
 
 
@@ -136,7 +148,12 @@ _TILED = World(
     max_objects=MAX_WIDE_OBJECTS,
     vocabulary=wide_vocabulary(),
     image_kinds=(*_IMAGE_KINDS, *WIDE_KINDS, *WIDE_TRAINING_KINDS),
-    learnt_words=TRAINING_KINDS | {"list_beside": COLOR_NAMES, "list_counts": NUMBERS},
+    learnt_words=TRAINING_KINDS
+    | {
+        "list_beside": COLOR_NAMES,
+        "list_same": tuple(shape.capitalize() for shape in SHAPES),
+        "list_counts": NUMBERS,
+    },
     sample=_sample_wide,
     ask=_ask_wide,
     views=lambda scene: tiled_views(scene, canvas_of(scene.size), TILE),
@@ -144,6 +161,7 @@ _TILED = World(
     pack=_pack_wide,
     build_model=build_wide_model,
     build_processor=build_wide_processor,
+    neighbors=_wide_neighbors,
 )
 WORLDS = {world.name: world for world in (_SQUARE, _TILED)}
 """The worlds by the name of their model."""

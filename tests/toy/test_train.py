@@ -62,7 +62,7 @@ def test_a_packed_segment_equals_its_single_prompt(name: str) -> None:
     shape = BatchShape(n_images, 2, 224 if name == "tiny-shapes" else 400)
     batch = sample_batch(np.random.default_rng(5), world, KindSampler(world.kinds), shape, world.max_objects)
     with torch.no_grad():
-        packed, _ = packed_logits(world, model, batch)
+        packed, _, _ = packed_logits(world, model, batch)
     seen = set()
     for i, target in enumerate(batch.targets):
         if target.kind in seen | {"", *world.learnt}:
@@ -115,6 +115,24 @@ def test_the_schedule_leaves_kinds_out() -> None:
         ("list_places", "caption"),
     )
     assert not {"list_places", "caption"} & {t.kind for t in batch.targets}
+
+
+def test_training_goes_on_from_a_checkpoint_with_more_words(finished: tuple[Trainer, Path], tmp_path: Path) -> None:
+    """`tiny-shapes-next` knows the words of `tiny-shapes` and more; here a model without the last ones is the start."""
+    world = WORLDS["tiny-shapes-next"]
+    model, words = world.build_model(0), len(world.vocabulary)
+    model.resize_token_embeddings(words - 3)
+    model.save_pretrained(tmp_path)
+    config = replace(TINY, world=world.name, start=str(tmp_path), align_steps=0, neighbor_weight=1.0)
+    config = replace(config, image_rows=3, row_length=400)
+    first, second = Trainer(config), Trainer(config)
+    assert all(torch.equal(w, weights(second)[n]) for n, w in weights(first).items())
+    old, new = (m.get_input_embeddings().weight for m in (model, first.model))
+    assert len(new) == words == first.model.config.get_text_config().vocab_size
+    assert torch.equal(old, new[:-3])
+    before = {n: p.clone() for n, p in first.neighbor_heads.named_parameters()}
+    assert first.train_step()["neighbor_loss"] > 0
+    assert all(not torch.equal(p, before[n]) for n, p in first.neighbor_heads.named_parameters())
 
 
 def test_every_weight_that_matters_moves(finished: tuple[Trainer, Path]) -> None:

@@ -25,6 +25,10 @@ def model() -> HookedLLaVA:
         ("query_small", "all", 0.9, 1.0),
         ("query_small", "without base", 0.8, 1.0),
         ("query_small", "without tiles", 0.0, 0.5),
+        ("query_beside", "all", 0.8, 1.0),
+        ("query_same", "all", 0.9, 1.0),
+        ("count_color", "all", 0.85, 1.0),
+        ("count_color", "without tiles", 0.0, 0.6),
     ],
 )
 def test_what_is_answered_from_which_grid(model: HookedLLaVA, kind: str, shown: str, least: float, most: float) -> None:

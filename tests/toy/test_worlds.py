@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaNextProcessor
 
-from hooked_llava.toy.objects import COLOR_NAMES, SHAPES, SMALL_SIZE, SceneObject
+from hooked_llava.toy.neighbors import Neighbor, NeighborHeads
+from hooked_llava.toy.objects import COLOR_NAMES, PATCH_SIZE, SHAPES, SMALL_SIZE, SceneObject
 from hooked_llava.toy.packing import pixels_of
 from hooked_llava.toy.processor import vocabulary
 from hooked_llava.toy.questions import Question
@@ -88,8 +89,10 @@ def test_neighbors_are_those_of_the_next_cell() -> None:
         assert len(cells) == len(scene.objects)
         for (column, row), o in cells.items():
             for side, step in (("left", -1), ("right", 1)):
-                assert beside(scene, o, side) is cells.get((column + step, row))
-                found += (column + step, row) in cells
+                other = cells.get((column + step, row))
+                normal = other is not None and not other.small and not o.small
+                assert beside(scene, o, side) is (other if normal else None)
+                found += normal
     assert found > 100
 
 
@@ -111,6 +114,10 @@ def test_answers_are_true(kind: str) -> None:
                 (o for o in row if sign * (o.center[0] - named.center[0]) > 0),
                 key=lambda o: abs(o.center[0] - named.center[0]),
             ).color
+        elif kind == "query_same":
+            assert named is not None
+            (other,) = [o for o in scene.objects if o.color == named.color and o is not named]
+            truth = other.shape
         else:
             color = question.text.removeprefix("How many shapes are ").removesuffix("?")
             truth = NUMBERS[sum(o.color == color for o in scene.objects) - 1]
@@ -135,6 +142,11 @@ def test_what_is_listed_in_training_is_true(kind: str) -> None:
             words = statement.split()
             if kind == "list_counts":
                 assert NUMBERS[sum(o.color == words[0] for o in scene.objects) - 1] == words[1]
+            elif kind == "list_same":
+                one, other = (scene.find(word.lower()) for word in words)
+                assert one is not None
+                assert other is not None
+                assert [o for o in scene.objects if o.color == one.color and o is not one] == [other]
             else:
                 side, shape, color = words
                 (o,) = [o for o in scene.objects if o.shape == shape]
@@ -176,6 +188,36 @@ def test_views_say_where_objects_are() -> None:
                 x0, y0, x1, y1 = scene.objects[label].box
                 assert x0 - width / 12 <= (x + 1) / 2 * width <= x1 + width / 12
                 assert y0 - height / 12 <= (y + 1) / 2 * height <= y1 + height / 12
+
+
+def test_the_middle_of_an_object_with_a_neighbor_lies_three_features_after_the_neighbors() -> None:
+    found = 0
+    for scene in scenes()[:60]:
+        at = {id(o): n.feature for n, o in in_order(scene)}
+        for neighbor, o in in_order(scene):
+            assert neighbor.left is beside(scene, o, "left")
+            if neighbor.left is not None:
+                assert neighbor.feature - at[id(neighbor.left)] == CELL // PATCH_SIZE
+                found += 1
+    assert found > 30
+
+
+def in_order(scene: Scene) -> list[tuple[Neighbor, SceneObject]]:
+    return list(zip(WORLD.neighbors(scene), [o for o in scene.objects if not o.small], strict=True))
+
+
+def test_the_read_out_of_neighbors_is_a_mean_of_cross_entropies() -> None:
+    some, width = scenes()[:3], 16
+    heads, resid = NeighborHeads(width, 0), torch.randn(3, 300, width, generator=torch.Generator().manual_seed(0))
+    neighbors = [WORLD.neighbors(scene) for scene in some]
+    each = []
+    for row, its in zip(resid, neighbors, strict=True):
+        for n in its:
+            color, shape = (head(row[n.feature]).log_softmax(-1) for head in (heads.color, heads.shape))
+            said = (-1, -1) if n.left is None else (COLOR_NAMES.index(n.left.color), SHAPES.index(n.left.shape))
+            each.append(-color[said[0]] - shape[said[1]])
+    torch.testing.assert_close(heads(resid, neighbors), torch.stack(each).mean())
+    assert heads(resid, [[], [], []]).item() == 0.0
 
 
 def test_the_new_words_come_after_the_old_ones_with_their_ids() -> None:
