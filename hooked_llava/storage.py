@@ -73,11 +73,46 @@ def read_tensors(
     message. Raises `CheckpointError` for a file that is not there or is damaged, and for one of another format.
     """
     tensors, metadata = _read(path, unreadable, f"; expected one that {writer} wrote")
-    found = metadata.get("format")
-    if found not in formats:
-        held = "'no known format'" if found is None else f"format {found!r}"
-        raise CheckpointError(f"{path} holds {held}; expected {formats[0]!r}, as {writer} writes.")
+    _check_format(path, metadata, formats, writer)
     return tensors, dict(sorted(metadata.items()))
+
+
+class TensorFile:
+    """A file that `write_tensors` wrote, of which parts are read when they are asked for.
+
+    Args:
+        path: the file.
+        formats: those that the caller reads, as for `read_tensors`.
+        writer: what writes it, for the message.
+
+    Raises `CheckpointError` as `read_tensors`.
+
+    >>> import torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tensors(f"{folder}/file", {"a": torch.arange(9)}, {"of": "example"}, "example.v1")
+    ...     file = TensorFile(f"{folder}/file", ["example.v1"], writer="write_tensors")
+    ...     file.length("a"), file.part("a", 3, 5), file.metadata["of"]
+    (9, tensor([3, 4]), 'example')
+    """
+
+    def __init__(self, path: str | os.PathLike[str], formats: Sequence[str | None], *, writer: str) -> None:
+        self.path = Path(path).expanduser()
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}); expected one that {writer} wrote."
+            ) from error
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        _check_format(path, self.metadata, formats, writer)
+
+    def length(self, name: str) -> int:
+        """How many rows a tensor has."""
+        return self._file.get_slice(name).get_shape()[0]
+
+    def part(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """The rows of a tensor from `start` up to `stop`, all by default; a copy."""
+        return self._file.get_slice(name)[slice(start, stop)]
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
@@ -126,6 +161,15 @@ def bytes_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fi
         end += tensor.nbytes
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + 8 * -(-length // 8) + end  # the header's length, the header filled up to eights, the numbers
+
+
+def _check_format(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], formats: Sequence[str | None], writer: str
+) -> None:
+    found = metadata.get("format")
+    if found not in formats:
+        held = "'no known format'" if found is None else f"format {found!r}"
+        raise CheckpointError(f"{path} holds {held}; expected {formats[0]!r}, as {writer} writes.")
 
 
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:

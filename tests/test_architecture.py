@@ -42,6 +42,7 @@ ROOMS = (
     "editing",
     "steering",
     "sae",
+    "features",
     "viz",
     "cli",
 )

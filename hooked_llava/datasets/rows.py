@@ -171,6 +171,16 @@ def row_image(row: StudyRow, images: str | Path | None = None) -> Image.Image | 
     return opened
 
 
+def row_file(row: StudyRow, images: str | Path | None = None) -> Path | None:
+    """The file of a row's image; None where the row holds the image itself, or has none. Raises `InputError` as `row_image`.
+
+    >>> row_file(StudyRow(id="1", question="Who made the star?", answer="Red")) is None
+    True
+    """
+    found = _located(row, images)
+    return found if isinstance(found, Path) else None
+
+
 def _name(row: StudyRow) -> str:
     return f"The image of row {row.id}"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 import hooked_llava
 from hooked_llava.model.weights_id import weights_stamp
@@ -128,12 +129,22 @@ def image_hashes(inputs: Inputs) -> list[str]:
     True
     """
     if inputs.images is not None:
-        return [_hash(f"{image.mode} {image.size}".encode() + image.tobytes()) for image in inputs.images]
+        return [image_hash(image) for image in inputs.images]
     if inputs.pixel_values is None:
         return []
     pixels = inputs.pixel_values.detach().float().cpu().numpy()
     images = [pixels[rows.start] if len(rows) == 1 else pixels[rows.start : rows.stop] for rows in inputs.tiles]
     return [_hash(f"pixel_values {one.shape}".encode() + one.tobytes()) for one in images]
+
+
+def image_hash(image: Image.Image) -> str:
+    """A short hash of one image: of its mode, size and pixels.
+
+    >>> first, second = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+    >>> image_hash(first) == image_hash(first.copy()) != image_hash(second)
+    True
+    """
+    return _hash(f"{image.mode} {image.size}".encode() + image.tobytes())
 
 
 def _asked(inputs: Inputs) -> dict[str, Any]:

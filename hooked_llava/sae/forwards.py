@@ -28,21 +28,26 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Chunk:
-    """Activations on their way to the shuffle buffer.
+    """Activations on their way from a source, such as one forward pass.
 
     Attributes:
         rows (Rows): They and their places, by hook.
         after (Progress): How far the source was read with them.
+        inputs (Inputs | None): The prompts that were run; None for activations from disk.
+        prompts (tuple[PromptRow, ...]): The same as they stood in the data.
     """
 
     rows: Rows
     after: Progress
+    inputs: Inputs | None = None
+    prompts: tuple[PromptRow, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Prompts that are about to be run: inputs, which positions of [batch pos] are kept, where those are."""
+    """Prompts that are about to be run: as they are given, inputs, which of [batch pos] are kept, where those are."""
 
+    prompts: tuple[PromptRow, ...]
     inputs: Inputs
     index: Int[Tensor, " activation"]
     places: Int[Tensor, "activation column"]
@@ -81,7 +86,7 @@ class ModelSource:
         """The activations of all prompts from some progress on, one forward pass after the other."""
         batches = self._batches(start, shuffled=shuffled)
         for prepared in prefetched(lambda: next(batches, None), self.prefetch):
-            yield Chunk(self._forward(prepared), prepared.after)
+            yield Chunk(self._forward(prepared), prepared.after, prepared.inputs, prepared.prompts)
 
     def _batches(self, start: Progress, *, shuffled: bool) -> Iterator[_Prepared]:
         waiting: list[PromptRow] = []
@@ -106,7 +111,8 @@ class ModelSource:
         except (InputError, SpanError) as error:
             error.args = (f"Rows {numbers} of data: {error}",)
             raise
-        return _Prepared(inputs, torch.tensor(index, dtype=torch.long).to(inputs.device), torch.cat(places), after)
+        where = torch.tensor(index, dtype=torch.long).to(inputs.device)
+        return _Prepared(tuple(rows), inputs, where, torch.cat(places), after)
 
     def _at(self, inputs: Inputs, rows: list[int]) -> tuple[list[int], list[Int[Tensor, "activation column"]]]:
         """Which vectors of the hooks' tensors are kept, their first two axes as one; and the places of each prompt's."""

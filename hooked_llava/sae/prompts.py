@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hooked_llava.checks import as_index, whole_number
-from hooked_llava.datasets.rows import SUFFIXES, StudyRow, image_files, row_image
+from hooked_llava.datasets.rows import SUFFIXES, StudyRow, image_files, row_file, row_image
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
@@ -46,12 +46,14 @@ class PromptRow(NamedTuple):
         question (str): What is asked; "" where the prompt is prepared already.
         images (list[Any]): Its images.
         prepared (Any): Inputs, or what a processor returned, if the data hold those.
+        files (Sequence[Path | None]): Where its images are on disk; None for those that the data hold themselves.
     """
 
     row: int
     question: str
     images: list[Any]
     prepared: Any = None
+    files: Sequence[Path | None] = ()
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,10 @@ class PromptSource:
         if isinstance(entry, Inputs) or (isinstance(entry, Mapping) and "input_ids" in entry):
             return PromptRow(row, "", [], entry)
         if isinstance(entry, StudyRow):
-            image, question = row_image(entry, self.options.images), entry.question
-        elif isinstance(entry, Mapping):
+            folder = self.options.images
+            images, files = [*_listed(row_image(entry, folder))], _listed(row_file(entry, folder))
+            return PromptRow(row, self._question(row, entry.question), images, files=files or [None] * len(images))
+        if isinstance(entry, Mapping):
             needed = [] if self.options.prompt is not None else [question_column]
             needed += [] if image_column == _IMAGE else [image_column]  # named, so there should be one
             if missing := [column for column in needed if column not in entry]:
@@ -152,7 +156,9 @@ class PromptSource:
                 f"Entry {row} of data is a {type(entry).__name__}; expected a pair (image, question), a dict, or Inputs. For "
                 "images alone give prompt=, the question that is asked about each."
             )
-        return PromptRow(row, self._question(row, question), [self._placed(one) for one in _listed(image)])
+        images = [self._placed(one) for one in _listed(image)]
+        files = [Path(one) if isinstance(one, (str, Path)) else None for one in images]
+        return PromptRow(row, self._question(row, question), images, files=files)
 
     def _question(self, row: int, question: Any) -> str:
         question = question if self.options.prompt is None else self.options.prompt

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,48 @@ SHARD_SIZE = 2**16
 """Activations of one shard, about: it ends with a forward pass."""
 
 
+@dataclass
+class ShardIndex:
+    """What a folder of shards holds: written anew after every shard, so that a fill can go on after the last.
+
+    Attributes:
+        folder (Path): Where the shards are, or will be.
+        file_format (str): The kind of index and its version.
+        about (dict[str, Any]): What they are of, in plain values.
+        shards (list[dict[str, Any]]): For each shard its file and what is to be known of it.
+        complete (bool): Whether the fill came to its end.
+    """
+
+    folder: Path
+    file_format: str
+    about: dict[str, Any]
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False
+
+    @classmethod
+    def read(cls, folder: Path, file_format: str) -> ShardIndex | None:
+        """The index of a folder, None where there is none; raises `CheckpointError` for one of another format."""
+        if not (folder / INDEX).is_file():
+            return None
+        index = read_json(folder / INDEX)
+        if index.get("format") != file_format:
+            raise CheckpointError(f"{folder / INDEX} holds format {index.get('format')!r}; expected {file_format!r}.")
+        return cls(folder, file_format, index["about"], index["shards"], index["complete"])
+
+    def check_about(self, about: dict[str, Any], argument: str, what: str) -> None:
+        """Raises `InputError` where the folder, a user's argument, holds something else than is asked for."""
+        if (name := first_difference(self.about, about)) is not None:
+            raise InputError(
+                f"{argument}={str(self.folder)!r} holds {what} of another {name}: {self.about.get(name)!r}, and "
+                f"{about[name]!r} is asked for. Remove it, or give another folder."
+            )
+
+    def write(self) -> None:
+        """The index as a file, whole or not at all."""
+        fields = {"format": self.file_format, "about": self.about, "complete": self.complete, "shards": self.shards}
+        write_json(self.folder / INDEX, fields)
+
+
 class ShardCache:
     """A folder of activations, in the order of the data.
 
@@ -41,25 +84,23 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: dict[str, Any], *, shard_size: int = SHARD_SIZE) -> None:
-        self.folder, self.about, self.shard_size = Path(folder).expanduser(), about, shard_size
-        self.shards: list[dict[str, Any]] = []
-        self.complete = False
-        if (self.folder / INDEX).is_file():
-            self._read_index()
+        self.folder, self.shard_size = Path(folder).expanduser(), shard_size
+        held = ShardIndex.read(self.folder, FORMAT)
+        self.index = held or ShardIndex(self.folder, FORMAT, about)
+        if held is not None:
+            if held.complete and set(about["hooks"]) <= set(held.about["hooks"]):
+                held.about["hooks"] = about["hooks"]  # of the hooks that are there some are read
+            held.check_about(about, "cache_dir", "activations")
 
-    def _read_index(self) -> None:
-        index = read_json(self.folder / INDEX)
-        if index.get("format") != FORMAT:
-            raise CheckpointError(f"{self.folder / INDEX} holds format {index.get('format')!r}; expected {FORMAT!r}.")
-        held = index["about"]
-        if index["complete"] and set(self.about["hooks"]) <= set(held["hooks"]):
-            held = {**held, "hooks": self.about["hooks"]}  # of the hooks that are there some are read
-        if (name := first_difference(held, self.about)) is not None:
-            raise InputError(
-                f"cache_dir={str(self.folder)!r} holds activations of another {name}: {held.get(name)!r}, and "
-                f"{self.about[name]!r} is asked for. Remove it, or give another folder."
-            )
-        self.shards, self.complete = index["shards"], index["complete"]
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """For each shard its file, how many activations it holds, and how far the data were read with it."""
+        return self.index.shards
+
+    @property
+    def complete(self) -> bool:
+        """Whether all activations are there."""
+        return self.index.complete
 
     def fill(self, chunks: Callable[[Progress], Iterator[Chunk]], *, progress: bool = True) -> None:
         """Run what is not there yet, and write it, shard by shard."""
@@ -83,8 +124,8 @@ class ShardCache:
             raise InputError(
                 "tokens= names no position in any prompt of the data, so there are no activations to keep."
             )
-        self.complete = True
-        self._write_index()
+        self.index.complete = True
+        self.index.write()
 
     def chunks(self, start: Progress, *, seed: int, epochs: int | None) -> Iterator[Chunk]:
         """The shards in a new order in every epoch, from some progress on; here `index` counts shards."""
@@ -99,11 +140,7 @@ class ShardCache:
         file = f"shard-{len(self.shards):05d}.safetensors"
         write_tensors(self.folder / file, rows, {}, FORMAT)
         self.shards.append({"file": file, "n": n_rows(rows), "index_after": after.index})
-        self._write_index()
-
-    def _write_index(self) -> None:
-        index = {"format": FORMAT, "about": self.about, "complete": self.complete, "shards": self.shards}
-        write_json(self.folder / INDEX, index)
+        self.index.write()
 
     def _read(self, shard: dict[str, Any]) -> Rows:
         path = self.folder / shard["file"]

@@ -264,7 +264,7 @@ def activation_stream(
     of_data = DataOptions(prompt, columns, images, launched_as() if part is None else part)
     prompts = PromptSource(data, of_data, seed=seed, epochs=epochs if cache_dir is None else 1)
     one = not isinstance(hooks, Iterable) or isinstance(hooks, (str, tuple))
-    names = _checked_hooks(model, [hooks] if one else list(hooks), tokens)
+    names = checked_hooks(model, [hooks] if one else list(hooks), tokens)
     source = ModelSource(model, names, prompts, config.tokens, prompts_per_forward, prefetch, options)
     about = {"model": model.config.model_name, "hooks": names, "part": list(of_data.part), "n_rows": prompts.n_rows}
     chunks = (
@@ -276,7 +276,7 @@ def activation_stream(
     return ActivationStream(model, names, chunks, config, about, one_hook=one, device=device)
 
 
-def _checked_hooks(model: HookedLLaVA, hooks: Sequence[Any], tokens: str) -> list[str]:
+def checked_hooks(model: HookedLLaVA, hooks: Sequence[Any], tokens: str) -> list[str]:
     """Full names in firing order; raises `InputError` for what has no vector at every position, or at different ones."""
     table = model.hooks_table
     found = {table.one(hook) for hook in hooks}
