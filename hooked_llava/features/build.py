@@ -138,11 +138,11 @@ class StoreWriter:
         values, features, tokens = (torch.cat(parts) for parts in zip(*shard.entries, strict=True))
         places, n = torch.cat(shard.places), self.index.about["n_features"]
         names = {kind: f"{kind}-{number:05d}.safetensors" for kind in ("entries", "images")}
-        write_entries(self.folder / names["entries"], values, features, tokens, n_features=n, n_tokens=len(places))
+        write_entries(self.folder / names["entries"], values, features, tokens, range(n))
         before = self.index.shards[-1]["images"] if number else None
         sums = Sums.empty(n) if before is None else Sums.read(self.folder / before)
         write_images(self.folder / names["images"], shard.images, [*shard.layouts], places, sums.plus(values, features))
-        record = {"images": names["images"], "entries": [names["entries"]], "index_after": after.index}
+        record = {"images": names["images"], "entries": [(names["entries"], 0, n)], "index_after": after.index}
         counts = {"n_images": len(shard.images), "n_tokens": len(places), "n_entries": len(values)}
         self.index.shards.append(record | counts)
         self.index.write()

@@ -26,8 +26,8 @@ class StoredImages:
 
     def __init__(self, folder: Path, index: ShardIndex) -> None:
         self.folder, self.about, self.complete = folder, index.about, index.complete
-        self._shards = [Shard(folder, record) for record in index.shards]
-        self._firsts = np.cumsum([0, *(shard.n_images for shard in self._shards)])
+        self.shards = [Shard(folder, record) for record in index.shards]
+        self.first_images = np.cumsum([0, *(shard.n_images for shard in self.shards)])
 
     @property
     def hook(self) -> str:
@@ -47,17 +47,17 @@ class StoredImages:
     @property
     def n_images(self) -> int:
         """Images in the store; one that occurs several times in the data is counted as often."""
-        return int(self._firsts[-1])
+        return int(self.first_images[-1])
 
     @property
     def n_tokens(self) -> int:
         """Tokens in the store."""
-        return sum(shard.n_tokens for shard in self._shards)
+        return sum(shard.n_tokens for shard in self.shards)
 
     @property
     def n_entries(self) -> int:
         """Activations in the store, zeros left out."""
-        return sum(int(shard.record["n_entries"]) for shard in self._shards)
+        return sum(int(shard.record["n_entries"]) for shard in self.shards)
 
     def image(self, i: int) -> Image.Image:
         """An image as the model got it; raises `InputError` where it is not known, or its file is not what it was."""
@@ -88,5 +88,5 @@ class StoredImages:
     def _find(self, image: int) -> tuple[Shard, int]:
         """The shard of an image, and its number there."""
         number = as_index(image, self.n_images, "image")
-        shard = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        return self._shards[shard], number - int(self._firsts[shard])
+        shard = int(np.searchsorted(self.first_images, number, side="right")) - 1
+        return self.shards[shard], number - int(self.first_images[shard])

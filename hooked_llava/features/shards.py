@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -108,21 +108,17 @@ def write_entries(
     values: Float[Tensor, " entry"],
     features: Int[Tensor, " entry"],
     tokens: Int[Tensor, " entry"],
-    *,
-    n_features: int,
-    n_tokens: int,
+    among: range,
 ) -> None:
-    """Write activations, given by token, sorted by feature and then by token; tokens must ascend."""
-    ends = np.zeros(n_tokens + 1, dtype=np.int32)
-    np.cumsum(np.bincount(tokens.numpy(), minlength=n_tokens), out=ends[1:])
+    """Write activations of features `among` all, given by ascending token, sorted by feature and then by token."""
+    begins = np.append(True, np.diff(tokens.numpy()) != 0) if len(tokens) else np.zeros(0, dtype=np.bool_)
+    ends = np.append(np.flatnonzero(begins), len(tokens)).astype(np.int32)  # of the entries of each token
     number = np.arange(len(values), dtype=np.int32)
-    by_feature = csr_array((number, features.numpy(), ends), shape=(n_tokens, n_features)).tocsc()
-    sorted_entries = {
-        "values": values[torch.from_numpy(by_feature.data).long()],
-        "tokens": torch.from_numpy(by_feature.indices),
-        "starts": torch.from_numpy(by_feature.indptr).long(),
-    }
-    write_tensors(path, sorted_entries, {}, ENTRIES)
+    shape = (len(ends) - 1, len(among))
+    by_feature = csr_array((number, features.numpy() - among.start, ends), shape=shape).tocsc()
+    order = torch.from_numpy(by_feature.data).long()
+    starts = torch.from_numpy(by_feature.indptr).long()
+    write_tensors(path, {"values": values[order], "tokens": tokens[order].int(), "starts": starts}, {}, ENTRIES)
 
 
 def write_images(
@@ -139,6 +135,42 @@ def write_images(
     }
     totals = {"counts": sums.counts, "totals": sums.totals, "largest": sums.largest}
     write_tensors(path, {"places": places.int(), **totals}, metadata, IMAGES)
+
+
+@dataclass(frozen=True)
+class EntryFile:
+    """One file of activations, opened when it is read.
+
+    Attributes:
+        path (Path): Where it is.
+        among (range): The features whose activations it may hold.
+    """
+
+    path: Path
+    among: range
+
+    @cached_property
+    def file(self) -> TensorFile:
+        """The file, open."""
+        return TensorFile(self.path, [ENTRIES], writer=WRITER)
+
+    def of_features(self, start: int, stop: int) -> Entries:
+        """The activations of features `start` to `stop`, by feature and token."""
+        start, stop = max(start, self.among.start), min(stop, self.among.stop)
+        if start >= stop:
+            return Entries(np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+        starts = self.file.part("starts", start - self.among.start, stop - self.among.start + 1).numpy()
+        first, last = int(starts[0]), int(starts[-1])
+        values, tokens = self.file.part("values", first, last).float(), self.file.part("tokens", first, last)
+        return Entries(values.numpy(), np.repeat(np.arange(start, stop), np.diff(starts)), tokens.numpy())
+
+    def of_tokens(self, start: int, stop: int) -> Entries:
+        """The activations at tokens `start` to `stop`; reads the whole file."""
+        tokens = self.file.part("tokens").numpy()
+        index = np.flatnonzero((tokens >= start) & (tokens < stop))
+        features = np.searchsorted(self.file.part("starts").numpy(), index, side="right") - 1 + self.among.start
+        values = self.file.part("values")[torch.from_numpy(index)].float()
+        return Entries(values.numpy(), features, tokens[index])
 
 
 class Shard:
@@ -159,9 +191,9 @@ class Shard:
         return TensorFile(self.folder / self.record["images"], [IMAGES], writer=WRITER)
 
     @cached_property
-    def files(self) -> list[TensorFile]:
+    def files(self) -> list[EntryFile]:
         """The files of activations."""
-        return [TensorFile(self.folder / name, [ENTRIES], writer=WRITER) for name in self.record["entries"]]
+        return [EntryFile(self.folder / name, range(start, stop)) for name, start, stop in self.record["entries"]]
 
     @cached_property
     def images(self) -> list[ImageRecord]:
@@ -180,11 +212,11 @@ class Shard:
 
     def of_features(self, start: int, stop: int) -> Entries:
         """The activations of features `start` to `stop`, by file, then by feature and token."""
-        return _joined([_features_of(file, start, stop) for file in self.files])
+        return _joined([file.of_features(start, stop) for file in self.files])
 
     def of_tokens(self, start: int, stop: int) -> Entries:
         """The activations at tokens `start` to `stop`."""
-        return _joined([_tokens_of(file, start, stop) for file in self.files])
+        return _joined([file.of_tokens(start, stop) for file in self.files])
 
     def located(self, tokens: Int[np.ndarray, " entry"]) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
         """For tokens the image, counted within the shard, and the feature position in it; -1 and -1 for text."""
@@ -232,59 +264,47 @@ class Cells(NamedTuple):
     """Which features of a shard's images are cells of a grid.
 
     Attributes:
-        is_cell (Bool[np.ndarray, " position"]): For every feature position of every layout, one after the other.
+        number (Int[np.ndarray, " position"]): For every feature position of every layout, one after the other, which cell it
+            is; -1 for none.
         offset (Int[np.ndarray, " image"]): Where each image's layout begins there.
         n (Int[np.ndarray, " image"]): How many stored cells each image has; 0 where it has no such grid.
     """
 
-    is_cell: Bool[np.ndarray, " position"]
+    number: Int[np.ndarray, " position"]
     offset: Int[np.ndarray, " image"]
     n: Int[np.ndarray, " image"]
 
     @classmethod
     def of(cls, shard: Shard, grid: str) -> Cells:
         """Of one grid, or of all."""
-        flags = [cells_of(layout, grid) for layout in shard.layouts]
-        begins = np.cumsum([0, *map(len, flags)])
+        numbers = [cell_numbers(layout, grid) for layout in shard.layouts]
+        begins = np.cumsum([0, *map(len, numbers)])
         layout_of = [image.layout for image in shard.images]
-        counts = [int(flags[layout][shard.stored(image)].sum()) for image, layout in enumerate(layout_of)]
-        is_cell = np.concatenate(flags) if flags else np.zeros(0, dtype=np.bool_)
-        return cls(is_cell, begins[layout_of] if layout_of else np.zeros(0, int), np.array(counts, dtype=np.int64))
+        counts = [int((numbers[layout][shard.stored(image)] >= 0).sum()) for image, layout in enumerate(layout_of)]
+        number = np.concatenate(numbers) if numbers else np.zeros(0, int)
+        return cls(number, begins[layout_of] if layout_of else np.zeros(0, int), np.array(counts, dtype=np.int64))
 
-    def at(self, image: Int[np.ndarray, " entry"], position: Int[np.ndarray, " entry"]) -> Bool[np.ndarray, " entry"]:
-        """Whether feature positions of images, as `Shard.located` gives them, are such cells; False for text."""
+    def at(self, image: Int[np.ndarray, " entry"], position: Int[np.ndarray, " entry"]) -> Int[np.ndarray, " entry"]:
+        """Which cell feature positions of images, as `Shard.located` gives them, are; -1 for none, and for text."""
         if not len(self.offset):
-            return np.zeros(len(image), dtype=np.bool_)
-        return (image >= 0) & self.is_cell[self.offset[image] + np.maximum(position, 0)]
+            return np.full(len(image), -1)
+        return np.where(image >= 0, self.number[self.offset[image] + np.maximum(position, 0)], -1)
 
 
 @lru_cache(maxsize=256)
-def cells_of(layout: ImageLayout, grid: str = ALL) -> Bool[np.ndarray, " position"]:
-    """Which features of a layout are cells of a grid, or of any; none where the layout has no such grid.
+def cell_numbers(layout: ImageLayout, grid: str = ALL) -> Int[np.ndarray, " position"]:
+    """For every feature of a layout which cell of a grid it is, or of all in order; -1 for none, or without such a grid.
 
     >>> from hooked_llava.architecture.layouts import llava_next_layout
-    >>> layout = llava_next_layout((4, 8), tile_size=4, patch_size=2, pinpoints=[[4, 8]])
-    >>> cells_of(layout, "base").sum(), cells_of(layout).sum(), layout.n_features
-    (np.int64(4), np.int64(12), 14)
+    >>> layout = llava_next_layout((2, 4), tile_size=2, patch_size=1, pinpoints=[[2, 4]])
+    >>> cell_numbers(layout, "fine")
+    array([-1, -1, -1, -1,  0,  1,  2,  3, -1,  4,  5,  6,  7, -1])
     """
-    flags = np.zeros(layout.n_features, dtype=np.bool_)
+    numbers = np.full(layout.n_features, -1)
     if grid == ALL or grid in layout.names:
-        flags[layout.object_features(grid)] = True
-    return flags
-
-
-def _features_of(file: TensorFile, start: int, stop: int) -> Entries:
-    starts = file.part("starts", start, stop + 1).numpy()
-    first, last = int(starts[0]), int(starts[-1])
-    values = file.part("values", first, last).float().numpy()
-    return Entries(values, np.repeat(np.arange(start, stop), np.diff(starts)), file.part("tokens", first, last).numpy())
-
-
-def _tokens_of(file: TensorFile, start: int, stop: int) -> Entries:
-    tokens = file.part("tokens").numpy()
-    index = np.flatnonzero((tokens >= start) & (tokens < stop))
-    features = np.searchsorted(file.part("starts").numpy(), index, side="right") - 1
-    return Entries(file.part("values")[torch.from_numpy(index)].float().numpy(), features, tokens[index])
+        cells = layout.object_features(grid)
+        numbers[cells] = np.arange(len(cells))
+    return numbers
 
 
 def _joined(parts: Sequence[Entries]) -> Entries:

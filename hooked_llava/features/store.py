@@ -175,7 +175,7 @@ class FeatureStore(StoredImages):
             np.histogram_bin_edges(np.zeros(0), bins, (0.0, most)) if np.ndim(bins) == 0 else np.asarray(bins, float)
         )
         found = np.zeros(len(edges) - 1, dtype=np.int64)
-        for shard in self._shards:
+        for shard in self.shards:
             found += np.histogram(shard.of_features(feature, feature + 1).values, edges)[0]
         return found, edges
 
@@ -196,15 +196,15 @@ class FeatureStore(StoredImages):
         feature, n = self._feature(feature), whole_number(n, "n", least=1)
         one_of(by, get_args(Pooling), "by")
         numbers, scores = [], []
-        for first, shard in zip(self._firsts.tolist(), self._shards, strict=False):
+        for first, shard in zip(self.first_images.tolist(), self.shards, strict=False):
             entries = shard.of_features(feature, feature + 1)
             image, position = shard.located(entries.tokens)
-            there = shard.cells(grid).at(image, position)
+            there = shard.cells(grid).at(image, position) >= 0
             of_image = pooled(image[there], entries.values[there], shard.cells(grid).n, by)
             active = np.flatnonzero(of_image)
             numbers.append(active + first)
             scores.append(of_image[active])
-        if not self._shards or not sum(map(len, numbers)):
+        if not self.shards or not sum(map(len, numbers)):
             self._check_grid(grid)
             return []
         number, score = np.concatenate(numbers), np.concatenate(scores)
@@ -252,7 +252,7 @@ class FeatureStore(StoredImages):
         """Everything that is stored of a feature, text included."""
         feature = self._feature(feature)
         values, images, places = [np.zeros(0, np.float32)], [np.zeros(0, int)], [np.zeros((0, 6), np.int32)]
-        for first, shard in zip(self._firsts.tolist(), self._shards, strict=False):
+        for first, shard in zip(self.first_images.tolist(), self.shards, strict=False):
             entries = shard.of_features(feature, feature + 1)
             image = shard.located(entries.tokens)[0]
             values.append(entries.values)
@@ -267,7 +267,7 @@ class FeatureStore(StoredImages):
         while start < self.n_features:
             before = ends[start - 1] if start else 0
             stop = max(int(np.searchsorted(ends, before + size, side="right")), start + 1)
-            yield range(start, stop), [shard.of_features(start, stop) for shard in self._shards]
+            yield range(start, stop), [shard.of_features(start, stop) for shard in self.shards]
             start = stop
 
     # By image and region
@@ -323,14 +323,14 @@ class FeatureStore(StoredImages):
 
     @cached_property
     def _sums(self) -> Sums:
-        return self._shards[-1].sums if self._shards else Sums.empty(self.n_features)
+        return self.shards[-1].sums if self.shards else Sums.empty(self.n_features)
 
     def _feature(self, feature: int) -> int:
         return as_index(feature, self.n_features, "feature", from_end=False)
 
     def _check_grid(self, grid: str) -> None:
         """Raises `SpanError` for a grid that no image has."""
-        if grid != ALL and self._shards and not any(shard.cells(grid).n.any() for shard in self._shards):
+        if grid != ALL and self.shards and not any(shard.cells(grid).n.any() for shard in self.shards):
             self.layout(0).grid(grid)
 
     def _first(self, numbers: list[int], scores: list[float], n: int, *, distinct: bool) -> list[TopImage]:
