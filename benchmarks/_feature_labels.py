@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.features.labels import label_scores
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
+from hooked_llava.toy import feature_tables
 from hooked_llava.toy.evaluate import Example, prepare_examples
-from hooked_llava.toy.scenes import COLOR_NAMES, SHAPES, Scene
+from hooked_llava.toy.scenes import COLOR_NAMES, SHAPES
 
 HOOK = "blocks.0.hook_resid_pre"
 NEURONS = "blocks.0.mlp.hook_post"
@@ -56,13 +58,7 @@ def patches(model: HookedLLaVA, examples: list[Example]) -> Patches:
 
 def patch_labels(scene: Scene, layout: ImageLayout) -> np.ndarray:
     """Which colors and shapes each patch shows, of all grids, [patch, label]."""
-    shown = np.zeros((layout.n_features, len(LABELS)), dtype=bool)
-    for one in scene.objects:
-        for grid, share in layout.mask_shares(one.mask)[0].items():
-            at = layout.cell_features(grid)[share >= COVERAGE]
-            shown[at, LABELS.index(one.color)] = True
-            shown[at, LABELS.index(one.shape)] = True
-    return shown[layout.object_features()]
+    return feature_tables.patch_labels(scene, layout, coverage=COVERAGE)[:, : len(LABELS)]
 
 
 def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -71,15 +67,10 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     >>> average_precisions(np.array([[0.1], [0.4], [0.35], [0.8]]), np.array([[0], [0], [1], [1]])).round(3).tolist()
     [[0.833]]
     """
-    positive = labels.sum(0)
-    found = np.empty((scores.shape[1], labels.shape[1]))
-    for unit, values in enumerate(scores.T):
-        order = np.argsort(-values, kind="stable")
-        ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))
-        hits = np.cumsum(labels[order], axis=0, dtype=np.int64)[ends]
-        gained = np.diff(hits, axis=0, prepend=0)
-        found[unit] = (gained * hits / (ends + 1)[:, None]).sum(0) / np.maximum(positive, 1)
-    return found
+    item, unit = np.nonzero(scores) if (scores >= 0).all() else map(np.ravel, np.indices(scores.shape))
+    values = scores[item, unit].astype(np.float64)
+    found = label_scores(values, unit, item, labels.astype(np.bool_), n_features=scores.shape[1])
+    return np.nan_to_num(found.average_precision)
 
 
 def best_units(chosen_on: np.ndarray, labels: np.ndarray) -> np.ndarray:

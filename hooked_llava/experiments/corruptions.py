@@ -67,7 +67,7 @@ class OtherImage:
     """The image is exchanged for another; the words stay.
 
     Attributes:
-        image (image, path or Inputs): An image, anything `prepare` takes as one; or inputs with one, as a processor
+        image (ImageLike or Inputs): An image, anything `prepare` takes as one; or inputs with one, as a processor
             returns them too.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,46 @@ STORED_IMAGES = "images"
 _PATIENCE = 2.0  # seconds before a progress bar appears
 
 
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a store is filled, as `FeatureStore.build` says.
+
+    Attributes:
+        tokens (str): Whose features.
+        batch_size (int): Prompts in one forward pass.
+        prefetch (int): Batches of prompts prepared ahead.
+        any_model (bool): Whether the model's name may be another than the autoencoder's.
+        shard_size (int): Activations in one shard, about.
+        progress (bool): Whether a progress bar is shown.
+    """
+
+    tokens: str
+    batch_size: int
+    prefetch: int
+    any_model: bool
+    shard_size: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        whole_number(self.batch_size, "batch_size", least=1)
+        whole_number(self.shard_size, "shard_size", least=1)
+
+
 def build(
     model: HookedLLaVA,
     sae: SparseAutoencoder,
     data: Any,
     folder: str | os.PathLike[str],
-    *,
     hook: Any,
-    tokens: str,
     of_data: DataOptions,
-    batch_size: int,
-    prefetch: int,
-    any_model: bool,
-    shard_size: int,
-    progress: bool,
+    settings: BuildSettings,
     options: Mapping[str, Any],
 ) -> None:
     """Run what the folder does not hold yet; see `FeatureStore.build`."""
-    name = place_of_sae(sae, hook, model.hooks_table, None if any_model else model.config.model_name)
+    name = place_of_sae(sae, hook, model.hooks_table, None if settings.any_model else model.config.model_name)
     (name,) = checked_hooks(model, [name])
-    whole_number(batch_size, "batch_size", least=1)
-    whole_number(shard_size, "shard_size", least=1)
     prompts = PromptSource(data, of_data, seed=0, epochs=1)
-    source = ModelSource(model, [name], prompts, tokens, batch_size, prefetch, options)
+    source = ModelSource(model, [name], prompts, settings.tokens, settings.batch_size, settings.prefetch, options)
     about = {
         "model": model.config.model_name,
         "weights": weights_hash(model),
@@ -69,15 +86,15 @@ def build(
         "hook": name,
         "sae": weights_hash(dict(sae.state_dict())),
         "n_features": sae.cfg.d_sae,
-        "tokens": tokens,
+        "tokens": settings.tokens,
         "prompt": of_data.prompt,
         "options": {key: str(value) for key, value in sorted(options.items())},
         "n_rows": prompts.n_rows,
         "first_prompt": prompts.first_digest(),
     }
-    writer = StoreWriter(folder, about, {"sae_config": asdict(sae.cfg)}, shard_size=shard_size)
+    writer = StoreWriter(folder, about, {"sae_config": asdict(sae.cfg)}, shard_size=settings.shard_size)
     if not writer.index.complete:
-        writer.fill(lambda after: source.chunks(after, shuffled=False), sae, progress=progress)
+        writer.fill(lambda after: source.chunks(after, shuffled=False), sae, progress=settings.progress)
 
 
 class StoreWriter:
@@ -187,7 +204,7 @@ class _Waiting:
                         first_token=first + int(stored[0]),
                         n_tokens=len(stored),
                         hash=hashes[number],
-                        file=_file_of(prompt.files[image] if prompt.files else None, pixels, hashes[number], folder),
+                        file=stored_file(prompt.files[image] if prompt.files else None, pixels, hashes[number], folder),
                     )
                 number += 1
 
@@ -208,7 +225,7 @@ def encoded(sae: SparseAutoencoder, acts: Tensor, chunk: Chunk) -> Iterator[tupl
         first += len(values)
 
 
-def _file_of(file: Path | None, pixels: Image.Image | None, image_hash: str, folder: Path) -> str | None:
+def stored_file(file: Path | None, pixels: Image.Image | None, image_hash: str, folder: Path) -> str | None:
     """Where an image is to be found; one that has no file is written into the store, once."""
     if file is not None:
         return str(file.expanduser().resolve())

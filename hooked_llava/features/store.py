@@ -17,7 +17,7 @@ from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import as_index, one_of, whole_number
 from hooked_llava.errors import CheckpointError, counted
-from hooked_llava.features.build import FORMAT, SHARD_SIZE, build
+from hooked_llava.features.build import FORMAT, SHARD_SIZE, BuildSettings, build
 from hooked_llava.features.images import StoredImages
 from hooked_llava.features.ranking import ActiveFeature, Pooling, TopImage, pooled, ranking
 from hooked_llava.features.shards import Entries, Sums
@@ -112,21 +112,8 @@ class FeatureStore(StoredImages):
         Raises `InputError` for a folder that holds other features, for an autoencoder that does not fit the hook, and as
         `activation_stream` for the data.
         """
-        build(
-            model,
-            sae,
-            data,
-            folder,
-            hook=hook,
-            tokens=tokens,
-            of_data=DataOptions(prompt, columns, images),
-            batch_size=batch_size,
-            prefetch=prefetch,
-            any_model=any_model,
-            shard_size=shard_size,
-            progress=progress,
-            options=options,
-        )
+        settings = BuildSettings(tokens, batch_size, prefetch, any_model, shard_size, progress)
+        build(model, sae, data, folder, hook, DataOptions(prompt, columns, images), settings, options)
         return cls.open(folder)
 
     @classmethod

@@ -30,6 +30,7 @@ from hooked_llava.toy.scenes import draw_scene
 from tests.features.made import Given, filled, picture, same_ranking, write
 from tests.layouts import by_hand, made
 from tests.oracles.plain_features import active_by_hand, pixel_mask_by_hand, top_by_hand
+from tests.pairs import as_users_run
 from tests.tiled import TALL, WIDE, drawn, with_processor
 
 POOLINGS: tuple[Pooling, Pooling] = ("mean", "max")
@@ -324,7 +325,7 @@ def test_other_features_are_refused(tiny_shapes, tmp_path):
 )
 def test_bad_arguments(tiny_shapes, tmp_path, wrong, message):
     given = {"data": pairs(1), "folder": tmp_path / "store", "progress": False, **wrong}
-    with pytest.raises((InputError, SpanError), match=message):
+    with as_users_run(), pytest.raises((InputError, SpanError), match=message):
         FeatureStore.build(tiny_shapes, load_sae("tiny-shapes"), given.pop("data"), given.pop("folder"), **given)
     assert not (tmp_path / "store" / "index.json").exists()
 
@@ -344,7 +345,7 @@ def test_bad_arguments(tiny_shapes, tmp_path, wrong, message):
 )
 def test_bad_questions(tmp_path, ask, error, message):
     store = filled(Given([[by_hand()]], [0], 4), tmp_path)
-    with pytest.raises(error, match=message):
+    with as_users_run(), pytest.raises(error, match=message):
         ask(store)
 
 
