@@ -15,7 +15,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.toy import feature_tables
 from hooked_llava.toy.evaluate import Example, prepare_examples
-from hooked_llava.toy.scenes import COLOR_NAMES, SHAPES
+from hooked_llava.toy.scenes import COLOR_NAMES, SHAPES, Scene
 
 HOOK = "blocks.0.hook_resid_pre"
 NEURONS = "blocks.0.mlp.hook_post"

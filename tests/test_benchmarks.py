@@ -23,6 +23,7 @@ from benchmarks import (
     _feature_labels,
     _maps,
     editing,
+    feature_store,
     full_size,
     hook_overhead,
     memory_table,
@@ -410,6 +411,15 @@ def test_patches_are_labelled_with_what_they_show_in_every_world(tiny_shapes: An
     assert len(shown) == sum(layout.cell_features(grid.name).size for grid in layout.grids)
     words = {word for one in wide.objects for word in (one.color, one.shape)}
     assert {_feature_labels.LABELS[i] for i in shown.any(0).nonzero()[0]} == words  # small ones too, in a tile
+
+
+def test_feature_store_reports_building_memory_and_questions(run: Run, tmp_path: Path) -> None:
+    report = run("feature_store", tmp_path / "report.json")
+    assert all(row.keys() == EVERY_ROW for row in report["geometries"]["quick"]["rows"].values())
+    few, many = report["memory"].values()
+    assert many["entries"] == 4 * few["entries"] > 0
+    assert [found["entries"] for found in report["questions"].values()] == [20_480, 40_960]
+    assert all(found[question] > 0 for found in report["questions"].values() for question in feature_store.QUESTIONS)
 
 
 def test_average_precision_of_units_is_scikit_learns() -> None:

@@ -77,8 +77,6 @@ def match_labels(
     >>> dict(found.f1.sizes), bool((found.n_positive == shown.sum(0)).all())
     ({'sae_feature': 512, 'label': 4}, True)
     """
-    import xarray as xr
-
     of, by = one_of(of, get_args(Labelled), "of"), one_of(by, get_args(Pooling), "by")
     chosen = list(range(store.n_images)) if images is None else as_indices(images, store.n_images, "images")
     if len(set(chosen)) != len(chosen):
@@ -93,15 +91,8 @@ def match_labels(
         scores = label_scores(values, of_feature - features.start, items, table, n_features=len(features))
         for whole, part in zip(found, scores, strict=True):
             whole[features.start : features.stop] = part
-    variables = {
-        name: (("sae_feature", "label"), array) for name, array in zip(LabelScores._fields, found, strict=True)
-    }
-    kept = {name: store.about[name] for name in ("model", "hook", "sae") if store.about.get(name) is not None}
-    return xr.Dataset(
-        {**variables, "n_positive": ("label", table.sum(0))},
-        {"label": list(names)},
-        {"analysis": "match_labels", "of": of, "grid": grid, "n_images": len(chosen), **kept},
-    )
+    about = {"of": of, "grid": grid, "n_images": len(chosen)}
+    return _dataset(LabelScores(*found), names, table.sum(0), {**about, **_source(store)})
 
 
 def label_scores(
@@ -176,6 +167,21 @@ def _one_label(
         return np.full(n_features, np.nan), f1, threshold
     rest = (n_positive - n_found) * n_positive / len(has)  # items that are not listed come last, together
     return (precision + rest) / n_positive, f1, threshold
+
+
+def _dataset(
+    scores: LabelScores, names: Sequence[str], n_positive: Int[np.ndarray, " label"], about: dict[str, Any]
+) -> xr.Dataset:
+    import xarray as xr
+
+    variables = {name: (("sae_feature", "label"), array) for name, array in scores._asdict().items()}
+    found = {**variables, "n_positive": ("label", n_positive)}
+    return xr.Dataset(found, {"label": list(names)}, {"analysis": "match_labels", **about})
+
+
+def _source(store: FeatureStore) -> dict[str, Any]:
+    """What a store is of, for attributes."""
+    return {name: store.about[name] for name in ("model", "hook", "sae") if store.about.get(name) is not None}
 
 
 def _sizes(store: FeatureStore, chosen: Sequence[int], grid: str) -> list[int]:
