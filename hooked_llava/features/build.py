@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import hooked_llava
 from hooked_llava.architecture.layout import ImageLayout
@@ -22,6 +21,7 @@ from hooked_llava.features.shards import ImageRecord, Sums, write_entries, write
 from hooked_llava.model.attached_sae import encoded_in_parts, place_of_sae
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_hash
+from hooked_llava.replay.progress import progress_bar
 from hooked_llava.results.provenance import image_hashes
 from hooked_llava.sae.autoencoder import Features, SparseAutoencoder
 from hooked_llava.sae.forwards import Chunk, ModelSource
@@ -36,7 +36,6 @@ SHARD_SIZE = 2**22
 """Activations of one shard, about: it ends with a forward pass."""
 STORED_IMAGES = "images"
 """The folder of the images that the data held themselves."""
-_PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ class StoreWriter:
         after = Progress(0, done)
         with (
             closing(chunks_after(after)) as chunks,
-            tqdm(
-                desc="features", unit="prompt", initial=done, disable=not progress, delay=_PATIENCE, leave=False
-            ) as bar,
+            progress_bar(None, "prompt", shown=progress, done=done, desc="features") as bar,
         ):
             for chunk in chunks:
                 after = chunk.after

@@ -75,7 +75,7 @@ def match_labels(
     ...     store = FeatureStore.build(model, sae, [(image_path("demo"), "What?")], folder, progress=False)
     ...     found = match_labels(store, shown, [one.color for one in scene.objects])
     >>> dict(found.f1.sizes), bool((found.n_positive == shown.sum(0)).all())
-    ({'sae_feature': 512, 'label': 4}, True)
+    ({'sae_feature': 128, 'label': 4}, True)
     """
     of, by = one_of(of, get_args(Labelled), "of"), one_of(by, get_args(Pooling), "by")
     chosen = list(range(store.n_images)) if images is None else as_indices(images, store.n_images, "images")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool
 
+from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.toy.evaluate import held_out
 from hooked_llava.toy.objects import COLOR_NAMES, SHAPES
@@ -45,27 +46,30 @@ def feature_rows(
     return rows[:n]
 
 
-def patch_labels(scene: Scene, *, coverage: float = SEEN) -> Bool[np.ndarray, "patch label"]:
-    """Which of `PATCH_LABELS` each patch of an image has, row after row.
+def patch_labels(scene: Scene, layout: ImageLayout, *, coverage: float = SEEN) -> Bool[np.ndarray, "cell label"]:
+    """Which of `PATCH_LABELS` each cell of an image has, in the order of `layout.object_features()`.
 
-    A patch shows the color and the shape of every object that covers at least the share `coverage` of it.
+    A cell shows the color and the shape of every object that covers at least the share `coverage` of it, and lies in the half
+    in which its middle lies.
 
-    >>> from hooked_llava.toy.images import image_scene
-    >>> found = patch_labels(image_scene("one-shape"))
-    >>> shown = found.any(0)
-    >>> found.shape, [name for name, some in zip(PATCH_LABELS[:18], shown) if some]
+    >>> from hooked_llava.model.llava import HookedLLaVA
+    >>> from hooked_llava.toy.images import image_path, image_scene
+    >>> inputs = HookedLLaVA.from_pretrained("tiny-shapes").prepare("What?", images=image_path("one-shape"))
+    >>> found = patch_labels(image_scene("one-shape"), inputs.token_map.layout())
+    >>> found.shape, [name for name, some in zip(PATCH_LABELS[:18], found.any(0)) if some]
     ((64, 23), ['blue', 'star'])
     """
-    shares = scene.patch_coverage
-    n_rows, n_columns = shares.shape[1:]
-    covered = shares.reshape(len(scene.objects), -1) >= coverage
-    row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
-    shown = np.zeros((n_rows * n_columns, len(PATCH_LABELS)), dtype=np.bool_)
-    for one, at in zip(scene.objects, covered, strict=True):
-        shown[at, PATCH_LABELS.index(one.color)] = True
-        shown[at, PATCH_LABELS.index(one.shape)] = True
-    halves = (column < n_columns // 2, column >= n_columns // 2, row < n_rows // 2, row >= n_rows // 2)
-    for name, half in zip(PATCH_POSITIONS, halves, strict=True):
-        shown[:, PATCH_LABELS.index(name)] = half
-    shown[:, PATCH_LABELS.index(BACKGROUND)] = ~covered.any(0)
-    return shown
+    shown = np.zeros((layout.n_features, len(PATCH_LABELS)), dtype=np.bool_)
+    label = {name: shown[:, number] for number, name in enumerate(PATCH_LABELS)}
+    label[BACKGROUND][layout.object_features()] = True
+    for one in scene.objects:
+        for grid, share in layout.mask_shares(one.mask)[0].items():
+            covered = layout.cell_features(grid)[share >= coverage]
+            label[one.color][covered] = label[one.shape][covered] = True
+            label[BACKGROUND][covered] = False
+    width, height = scene.size
+    for grid in layout.grids:
+        cells, (x, y) = layout.cell_features(grid.name), np.moveaxis(grid.boxes[..., :2] + grid.boxes[..., 2:], -1, 0)
+        for name, half in zip(PATCH_POSITIONS, (x < width, x >= width, y < height, y >= height), strict=True):
+            label[name][cells[half]] = True
+    return shown[layout.object_features()]

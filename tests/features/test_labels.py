@@ -82,9 +82,10 @@ def test_labels_of_cells_and_of_images(seed, grid, by):
     np.testing.assert_allclose(whole.f1, f1, atol=1e-12)
 
 
-def test_what_a_patch_shows():
+def test_what_a_patch_shows(tiny_shapes):
     scene = image_scene("two-shapes")
-    found = dict(zip(PATCH_LABELS, patch_labels(scene).T.reshape(-1, 8, 8), strict=True))
+    layout = tiny_shapes.prepare("What?", images=scene.render()).token_map.layout()
+    found = dict(zip(PATCH_LABELS, patch_labels(scene, layout).T.reshape(-1, 8, 8), strict=True))
     for one in scene.objects:
         assert (found[one.color] & found[one.shape]).any()
         assert not (found["background"] & found[one.shape]).any()
