@@ -75,7 +75,12 @@ def build(
 ) -> None:
     """Run what the folder does not hold yet; see `FeatureStore.build`."""
     name = place_of_sae(sae, hook, model.hooks_table, None if settings.any_model else model.config.model_name)
-    (name,) = checked_hooks(model, [name])
+    (name,) = checked_hooks(model, [name], settings.tokens)
+    if model.hooks_table[name].by_tile:
+        raise InputError(
+            f"hook={name!r} has the positions of vision tiles; expected a hook with those of the prompt, such as "
+            "'blocks.3.hook_resid_post', or 'hook_image_embed'."
+        )
     prompts = PromptSource(data, of_data, seed=0, epochs=1)
     source = ModelSource(model, [name], prompts, settings.tokens, settings.batch_size, settings.prefetch, options)
     about = {

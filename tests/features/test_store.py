@@ -330,6 +330,23 @@ def test_bad_arguments(tiny_shapes, tmp_path, wrong, message):
     assert not (tmp_path / "store" / "index.json").exists()
 
 
+def test_hooks_of_images_have_the_positions_of_the_prompt_or_are_refused(tiny_shapes, tmp_path):
+    at = {
+        name: SparseAutoencoder(SAEConfig(d_in=128, d_sae=9, k=2)).reset(0)
+        for name in ("hook_image_embed", "hook_embed")
+    }
+    image, embed = (
+        FeatureStore.build(tiny_shapes, sae, pairs(2), tmp_path / name, name, progress=False)
+        for name, sae in at.items()
+    )
+    for feature in range(9):
+        np.testing.assert_allclose(image.activations(feature, 1), embed.activations(feature, 1), atol=1e-4)
+    vision = "vision.blocks.0.hook_resid_post"
+    sae = SparseAutoencoder(SAEConfig(d_in=tiny_shapes.config.vision.d_model, d_sae=9, k=2)).reset(0)
+    with pytest.raises(InputError, match="vision.blocks.0.*hook_image_embed"):
+        FeatureStore.build(tiny_shapes, sae, pairs(2), tmp_path / "vision", vision, progress=False)
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [
