@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +14,15 @@ from hooked_llava.analysis.activation_patching import activation_patching
 from hooked_llava.analysis.attribution_patching import attribution_patching, edge_attribution
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.readout.answer import answer_log_probability
+from hooked_llava.readout.head_outputs import head_outputs
+from hooked_llava.readout.lens import project
 from hooked_llava.replay import Intervention, Replay
+from hooked_llava.toy.images import image_path
 from tests.builders import make_hf_model, make_prompt
 from tests.fixtures_processor import make_processor
 from tests.pairs import Pair, off
+from tests.test_family_analyses import numbers, patching_analyses, reading_analyses
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 ROUNDED = 0.08  # bfloat16 has 8 bits, and the sums of two implementations are rounded in another order
@@ -196,3 +202,66 @@ def test_analyses_under_autocast() -> None:
         found = results()
     for own, right in zip(found, expected, strict=True):
         assert abs(own - right).max() < 0.1 * abs(right).max()
+
+
+# --- bfloat16 against float32, as docs/howto/precision.md says it
+
+FROM_GRADIENTS, FROM_SMALL_DIFFERENCES = 0.25, 0.3
+BOUNDS = {
+    **dict.fromkeys(
+        ("map {'method': 'grad_x_input'", "map {'method': 'integrated", "estimate", "deleted"), FROM_GRADIENTS
+    ),
+    **dict.fromkeys(("trace", "ablated tokens", "occlusion", "signs"), FROM_SMALL_DIFFERENCES),
+    "deleted patches": 0.05,
+    "deleted tokens": 0.05,
+}
+"""Largest difference as a share of the largest value, by the beginning of an analysis's name; the longest fits. Others: 5 %."""
+
+
+@functools.cache
+def embedded(dtype: torch.dtype) -> HookedLLaVA:
+    return HookedLLaVA.from_pretrained("tiny-shapes", dtype=dtype)
+
+
+def analyses_in(dtype: torch.dtype) -> dict[str, Any]:
+    model = embedded(dtype)
+    asked = [model.prepare("What color is the star?", images=image_path(name)) for name in ("demo", "five-shapes")]
+    return {**reading_analyses(model, *asked), **patching_analyses(model, *asked)}
+
+
+def test_every_analysis_in_bfloat16_is_near_the_one_in_float32() -> None:
+    fine, coarse = analyses_in(SINGLE), analyses_in(HALF)
+    assert len(fine) > 35
+    for what, run in fine.items():
+        bound = BOUNDS[max((key for key in BOUNDS if what.startswith(key)), key=len)] if _named(what) else 0.05
+        found = numbers(coarse[what]())
+        for key, expected in numbers(run()).items():
+            assert found[key].dtype.itemsize >= 4, (what, key)
+            assert np.array_equal(np.isnan(found[key]), np.isnan(expected)), (what, key)
+            largest = float(np.nanmax(np.abs(expected), initial=0.0)) or 1.0
+            assert float(np.nanmax(np.abs(found[key] - expected), initial=0.0)) <= bound * largest, (what, key)
+
+
+def _named(what: str) -> bool:
+    return any(what.startswith(key) for key in BOUNDS)
+
+
+def test_what_adds_up_is_in_float32_in_a_model_in_bfloat16() -> None:
+    model = embedded(HALF)
+    inputs = model.prepare("What color is the star?", images=image_path("demo"))
+    logits, cache = model.run_with_cache(inputs, names_filter=["pattern", "scale", "resid_post", "attn_scores"])
+    assert logits is not None
+    assert {cache[name, 1].dtype for name in ("pattern", "resid_post", "attn_scores")} == {logits.dtype} == {HALF}
+    assert {tensor.dtype for name, tensor in cache.items() if name.endswith("hook_scale")} == {SINGLE}
+    exact = cache["attn_scores", 1].float().softmax(-1)
+    assert torch.equal(cache["pattern", 1], exact.to(HALF)), "rounded once, after the softmax"
+    ids = torch.tensor([[model.to_single_token("Red")]])
+    assert answer_log_probability(logits[0, -1:], ids).dtype == SINGLE
+    assert project(model, cache["resid_post", 1][0, -1], "unembed", cache["ln_final.hook_scale"][0, -1]).dtype == SINGLE
+    values = head_outputs(
+        model,
+        1,
+        torch.ones(1, model.cfg.n_heads, 1, 2, dtype=HALF),
+        torch.ones(1, 2, model.cfg.n_heads, model.cfg.d_head, dtype=HALF),
+    )
+    assert values.dtype == SINGLE
