@@ -44,6 +44,10 @@ class StaleReplayError(InputError):
     """A kept run that is no longer what the model would compute."""
 
 
+class ExplainerError(HookedLLaVAError, RuntimeError):
+    """A larger model that gave no answer: its server failed or refused, or the limit on requests is reached."""
+
+
 class SpanError(HookedLLaVAError, KeyError):
     """A span, patch, box or position that the token map does not have."""
 
