@@ -199,6 +199,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "autoencoders": {"sae": autoencoders},
     "importance": {"patch_importance": importance, "top_heads": ablations},
     "tiles": {"tiles": tiles.tables},
+    "apart": {"tiles": tiles.apart},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},
     "editing": {"editing": edits},

@@ -241,7 +241,8 @@ def deciding_layers(model: HookedLLaVA, some: Sequence[Case]) -> Measured:
     for case in tqdm(some, desc="layers", leave=False):
         if (changed := with_another_answer(case)) is None:
             continue
-        boxes = {"seen": [case.answer.box]} | ({} if case.passed is None else {"passed": [case.passed.box]})
+        boxes: dict[str, Any] = {"seen": [case.answer.box]}
+        boxes |= {} if case.passed is None else {"passed": [case.passed.box]}
         clean, other = (
             prepare_examples(model, [replace(case.example, scene=s)]).with_boxes(**boxes)
             for s in (case.scene, changed[0])
@@ -305,6 +306,19 @@ def tables(report: dict[str, Any]) -> list[str]:
     made = [accuracy_table(report["accuracy"])]
     made += [table(found, f"{kind}: {part}") for kind in kinds for part, found in report[kind].items()]
     return made
+
+
+def apart(report: dict[str, Any]) -> list[str]:
+    """How well each method's map finds the object that is the answer, and the one that is only passed through."""
+    columns = {
+        f"{kind}, {target}": (kind, f"together, {target}")
+        for kind in KINDS
+        for target in ("answer", "passed through")
+        if any(f"together, {target}" in row for row in report.get(kind, {}).get("patch maps", {}).values())
+    }
+    methods = report[KINDS[0]]["patch maps"]
+    found = {m: {name: report[k]["patch maps"][m][key] for name, (k, key) in columns.items()} for m in methods}
+    return [table(found, "AUC in pixels, base grid and tiles together")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
