@@ -7,7 +7,7 @@ the head looks and what it takes), and in what it writes from there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
@@ -64,7 +64,7 @@ def head_readings(
         space: "unembed" reads logits; "embed" inner products with the words' input embeddings, "cosine" their cosine.
 
     Also `score` and `attention` [position] of the head. Raises `InputError` for several prompts, a target of several
-    tokens, and heads, positions or spaces that are not there. Methods (c), (d) and (f) of the paper.
+    tokens, and heads, positions or spaces that are not there. One forward pass. Methods (c), (d) and (f) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -81,23 +81,34 @@ def head_readings(
     chosen = None if positions is None else resolve_positions(positions, prompt)[0]
     if read_target(model, prompt, target).logit_positions.shape[1] != 1:
         raise InputError(f"target={target!r} has several tokens; head_readings reads the head for one. Give one token.")
-    with provenance("head_readings", model, prompt, n_forward=2, layer=layer, head=head, space=space) as made:
-        cache = cache_answer(model, prompt, target, parts=("pattern", "v"))
+    with provenance("head_readings", model, prompt, n_forward=1, layer=layer, head=head, space=space) as made:
+        kept = None if chosen is None else chosen[None]
+        how: dict[str, Any] = {"parts": ("pattern", "v"), "beside": _names(model, layer), "positions": kept}
+        cache = cache_answer(model, prompt, target, **how)
         index = best_positions(cache, (layer, head), top) if chosen is None else chosen
-        result = _read(cache, layer, head, index, k, space)
+        result = _read(cache, layer, head, index, k, space, everywhere=chosen is None)
         scores = score_positions(cache, layer, head, to_device(index[None], prompt.device))[0]
         result["score"] = ("position", to_numpy(scores))
         return result.assign_attrs(made.attrs(**cache.target_attrs()))
 
 
 def _read(
-    cache: AnswerCache, layer: int, head: int, index: Int[Tensor, " position"], k: int, space: Space
+    cache: AnswerCache,
+    layer: int,
+    head: int,
+    index: Int[Tensor, " position"],
+    k: int,
+    space: Space,
+    *,
+    everywhere: bool,
 ) -> xr.Dataset:
     """The k best words of every reading at every position, and the attention that the head pays it."""
     model, prompt = cache.model, cache.inputs
     pattern, value = cache.part(layer, "pattern")[0], cache.part(layer, "v")[0]
-    written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, to_device(index, value.device)]
-    resid, *parts = [*_vectors(model, prompt, layer, index), written]
+    where = to_device(index, value.device)
+    written = head_outputs(model, layer, pattern, value, heads=[head])[0, 0, where]
+    held = {name: tensor[0, where] if everywhere else tensor[0] for name, tensor in cache.beside.items()}
+    resid, *parts = [*_vectors(held, _names(model, layer)), written]
     read = [project(model, resid, space, cache.scale[0, 0], bias=True)]  # the bias belongs to the whole residual stream
     read.append(project(model, torch.stack(parts), space, cache.scale[0, 0]))
     values, ids = torch.cat([read[0][None], read[1]]).topk(k, dim=-1)
@@ -111,19 +122,17 @@ def _read(
     )
 
 
-def _vectors(
-    model: HookedLLaVA, prompt: Inputs, layer: int, index: Int[Tensor, " position"]
-) -> Float[Tensor, "3 position d_model"]:
-    """The residual stream entering a layer, and what attention and the MLPs below wrote into it."""
+def _names(model: HookedLLaVA, layer: int) -> list[str]:
+    """The embedding, the residual stream entering a layer, and what attention wrote in each layer below."""
     table = model.hooks_table
-    names = ["hook_embed", table.name("resid_pre", layer)]
-    names += [table.name("attn_out", below) for below in range(layer)]
-    # one layer further, so that the residual stream entering this one is certain to have passed its hook
-    _, cache = model.run_with_cache(prompt, names_filter=names, positions=index, stop_at_layer=layer + 1)
-    held = {name: at_least_float32(cache[name][0]) for name in names}
-    resid = held[names[1]]
-    by_attention = sum((held[name] for name in names[2:]), torch.zeros_like(resid))
-    return torch.stack([resid, by_attention, resid - held["hook_embed"] - by_attention])
+    return ["hook_embed", table.name("resid_pre", layer), *(table.name("attn_out", below) for below in range(layer))]
+
+
+def _vectors(held: dict[str, Tensor], names: list[str]) -> Float[Tensor, "3 position d_model"]:
+    """The residual stream entering a layer, and what attention and the MLPs below wrote into it."""
+    embed, resid, *by_layer = (at_least_float32(held[name]) for name in names)
+    by_attention = sum(by_layer, torch.zeros_like(resid))
+    return torch.stack([resid, by_attention, resid - embed - by_attention])
 
 
 def attention_to_object(

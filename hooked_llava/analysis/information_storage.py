@@ -26,11 +26,11 @@ from hooked_llava.analysis.maps.scores import (
 from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
-from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, prompts_of, split_prompts
+from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, cache_answer, prompts_of, split_prompts
 from hooked_llava.readout.answer_tokens import per_prompt, single_token
 from hooked_llava.readout.head_outputs import head_outputs
 from hooked_llava.readout.lens import Space, check_spaces, project
-from hooked_llava.readout.resid import resid_by_layer
+from hooked_llava.readout.resid import resid_by_layer, resid_names
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.results.arrays import position_coords, resid_coords, stack, to_numpy
 from hooked_llava.results.provenance import provenance
@@ -76,7 +76,8 @@ def information_storage(
     n_layers the final residual stream), `logit_difference` and `rank` [space, layer, position, (word)], and for what heads
     write at the answer's position from each of these positions `head_output_logit_difference` and `head_output_rank`
     [space, head, position, (word)]. A rank counts from 1; the paper's MRR is the mean of its reciprocal, see
-    `reciprocal_rank`. "Logits" of the spaces "embed" and "cosine" are inner products and cosines. Raises `InputError` for
+    `reciprocal_rank`. One forward pass for each prompt.
+    "Logits" of the spaces "embed" and "cosine" are inner products and cosines. Raises `InputError` for
     words of several tokens, and for spaces, heads or positions that are not there. Methods (e) and (f) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
@@ -134,15 +135,14 @@ def _one_prompt(
 ) -> xr.Dataset:
     prompt = prompts_of(model, inputs)
     index = among = None if positions is None else resolve_positions(positions, prompt)[0]
-    with provenance("information_storage", model, prompt, n_forward=2, spaces=spaces, top=top) as made:
-        cache, n_forward = as_answer_cache(model, inputs, None, ("pattern", "v", "z"))
-        made.n_forward = n_forward + 1
+    with provenance("information_storage", model, prompt, n_forward=1, spaces=spaces, top=top) as made:
+        cache = _run(model, inputs, among)
         pairs = chosen_heads(cache, heads)[0]
         if top is not None:
             best = pairs[0] if isinstance(heads, int) else best_of(cache, pairs)
             index = best_positions(cache, best, top, None if among is None else among.tolist())
         assert index is not None  # without positions there is always a `top`
-        resid = resid_by_layer(model, prompt, index[None])[:, 0]  # (layer, position, d_model)
+        resid = _resid(cache, prompt, index, among)
         written = torch.stack([_written(cache, layer, head, index) for layer, head in pairs])
         scale = cache.scale[0, 0]
         read = [_compare(project(model, resid, space, scale, bias=True), ids) for space in spaces]
@@ -171,6 +171,25 @@ def _one_prompt(
                 heads=named_heads([pairs])[0],
             ),
         )
+
+
+def _run(model: HookedLLaVA, inputs: Inputs | AnswerCache, among: Int[Tensor, " candidate"] | None) -> AnswerCache:
+    """What the answer is read from, and, unless a cache is given, the residual stream wherever it may be asked for."""
+    parts = ("pattern", "v", "z")
+    if isinstance(inputs, AnswerCache):
+        return as_answer_cache(model, inputs, None, parts)[0]
+    kept = None if among is None else among[None]
+    return cache_answer(model, inputs, parts=parts, beside=resid_names(model), positions=kept)
+
+
+def _resid(
+    cache: AnswerCache, prompt: Inputs, index: Int[Tensor, " position"], among: Int[Tensor, " candidate"] | None
+) -> Float[Tensor, "layer position d_model"]:
+    """The residual stream by layer: of the same run, or of another where an answer cache was given."""
+    if not cache.beside:
+        return resid_by_layer(cache.model, prompt, index[None])[:, 0]
+    places = index.tolist() if among is None else [among.tolist().index(position) for position in index.tolist()]
+    return torch.stack([cache.beside[name][0, places] for name in resid_names(cache.model)])
 
 
 def _written(

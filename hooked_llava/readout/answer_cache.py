@@ -7,7 +7,7 @@ That is a small part of what passes by: for a LLaVA-1.5 of 7 billion weights and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,7 @@ class AnswerCache:
         scale (Float[Tensor, "prompt read 1"]): The final norm's scale: what the frozen lens divides by.
         held (dict[str, Tensor]): The parts that were asked for, by full hook name: values everywhere, the others at
             `read`.
+        beside (dict[str, Tensor]): Activations at other positions, by full hook name, as `cache_answer(beside=)` asks.
     """
 
     model: HookedLLaVA
@@ -56,6 +57,7 @@ class AnswerCache:
     resid: tuple[Float[Tensor, "prompt read d_model"], ...]
     scale: Float[Tensor, "prompt read 1"]
     held: dict[str, Tensor]
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -103,6 +105,7 @@ class AnswerCache:
             resid=tuple(resid[index] for resid in self.resid),
             scale=self.scale[index],
             held={name: tensor[index] for name, tensor in self.held.items()},
+            beside={name: tensor[index] for name, tensor in self.beside.items()},
         )
 
     def only(self, prompt: int) -> AnswerCache:
@@ -139,9 +142,18 @@ class AnswerCache:
 
 @torch.no_grad()
 def cache_answer(
-    model: HookedLLaVA, inputs: InputsLike, target: Target = None, *, parts: Sequence[str] = PARTS
+    model: HookedLLaVA,
+    inputs: InputsLike,
+    target: Target = None,
+    *,
+    parts: Sequence[str] = PARTS,
+    beside: Sequence[str] = (),
+    positions: Int[Tensor, "prompt position"] | None = None,
 ) -> AnswerCache:
     """Run the prompts once and keep what the answer is read from; see `AnswerCache`.
+
+    `beside` names hooks of the residual stream and what is added to it, by their full names, to be kept at `positions` (all
+    by default) in the same run, for analyses that learn from the answer where they have to look.
 
     Raises `InputError` for a target that does not fit the prompts, before anything runs.
 
@@ -159,15 +171,20 @@ def cache_answer(
     hooks: list[Any] = [(here, caching_hook(store, table, read))]
     if "v" in parts:
         hooks.append((table.resolve("v"), caching_hook(store, table)))
-    final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    also: dict[str, Tensor] = {}
+    end = table.name("resid_post", -1)
+    hooks.append(([name for name in beside if name != end], caching_hook(also, table, positions)))
+    final = model.run_with_hooks(prompts, fwd_hooks=[one for one in hooks if one[0]], stop_at_layer=model.cfg.n_layers)
     assert final is not None
+    if end in beside:
+        also[end] = final if positions is None else rows_at(final, positions)
     last = rows_at(final, read)  # (prompt, read, d_model)
     scale = model.ln_final.scale_of(last)
     if found.ids is None:
         found = found.with_own(model, logits_at(model, final, read))
     assert found.ids is not None
     resid = (*(store.pop(name) for name in resid), last)
-    return AnswerCache(model, prompts, read, found.ids, found.texts, found.measured, resid, scale, store)
+    return AnswerCache(model, prompts, read, found.ids, found.texts, found.measured, resid, scale, store, also)
 
 
 def as_answer_cache(

@@ -62,6 +62,11 @@ def logits_and_activations(
     return (logits_at(model, rows, positions) if in_blocks else rows_at(rows, positions)), store
 
 
+def resid_names(model: HookedLLaVA) -> list[str]:
+    """Full names of what enters every layer, and of what leaves the last."""
+    return [*model.hooks_table.resolve("resid_pre"), model.hooks_table.name("resid_post", -1)]
+
+
 @torch.no_grad()
 def resid_by_layer(
     model: HookedLLaVA, prompts: Inputs, positions: Int[Tensor, "prompt position"]
