@@ -24,6 +24,7 @@ from hooked_llava.analysis.information_storage import information_storage, recip
 from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.logit_attribution import contribution_sums, logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.neuron_scores import neuron_scores, top_neurons
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
@@ -67,6 +68,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "nested_sets",
+    "neuron_scores",
     "next_tokens",
     "patch_importance",
     "path_patching",
@@ -76,4 +78,5 @@ __all__ = [
     "reciprocal_rank",
     "recovered",
     "top_heads",
+    "top_neurons",
 ]

@@ -76,9 +76,9 @@ def information_storage(
     n_layers the final residual stream), `logit_difference` and `rank` [space, layer, position, (word)], and for what heads
     write at the answer's position from each of these positions `head_output_logit_difference` and `head_output_rank`
     [space, head, position, (word)]. A rank counts from 1; the paper's MRR is the mean of its reciprocal, see
-    `reciprocal_rank`. One forward pass for each prompt.
-    "Logits" of the spaces "embed" and "cosine" are inner products and cosines. Raises `InputError` for
-    words of several tokens, and for spaces, heads or positions that are not there. Methods (e) and (f) of the paper.
+    `reciprocal_rank`. One forward pass for each prompt. "Logits" of the spaces "embed" and "cosine" are inner products and
+    cosines. Raises `InputError` for words of several tokens, and for spaces, heads or positions that are not there. Methods
+    (e) and (f) of the paper.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -101,9 +101,8 @@ def information_storage(
         raise InputError(
             "information_storage reads one head output from each position; give an AnswerCache of one token."
         )
-    results = [
-        _one_prompt(model, prompt, two, positions, top, heads, spaces) for prompt, two in zip(apart, ids, strict=True)
-    ]
+    each = zip(apart, ids, strict=True)
+    results = [_one_prompt(model, *one, positions, top, heads, spaces) for one in each]
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 

@@ -167,7 +167,8 @@ def cache_answer(
     store: dict[str, Tensor] = {}
     table = model.hooks_table
     resid = table.resolve("resid_pre")
-    here = [*resid, *(n for part in parts if part != "v" for n in table.resolve(part))]
+    layers = range(model.cfg.n_layers)  # "post" is also a hook of the projector
+    here = [*resid, *(table.name(part, layer) for part in parts if part != "v" for layer in layers)]
     hooks: list[Any] = [(here, caching_hook(store, table, read))]
     if "v" in parts:
         hooks.append((table.resolve("v"), caching_hook(store, table)))

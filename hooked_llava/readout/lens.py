@@ -198,6 +198,24 @@ def log_probabilities(
     return _over_vocabulary(model, lambda words_of: read @ words_of.to(read.dtype), read.shape[:-1], target)
 
 
+def expected_unembedding(
+    model: HookedLLaVA, resid: Float[Tensor, "*n d_model"], scale: Float[Tensor, "*n 1"]
+) -> Float[Tensor, "*n d_model"]:
+    """The mean of the words' unembedding vectors under the probabilities that a residual stream stands for (frozen lens).
+
+    What a vector adds to a word's log probability is, to first order, its product with that word's unembedding less this.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> even = expected_unembedding(model, torch.zeros(1, model.cfg.d_model), torch.ones(1, 1))
+    >>> torch.allclose(even[0], model.W_U.mean(-1), atol=1e-5)
+    True
+    """
+    p = lens(model, at_least_float32(resid), norm="frozen", scale=scale).softmax(-1)
+    parts = zip(p.split(_WIDENED, -1), model.unembed.weight.split(_WIDENED), strict=True)
+    return sum((own @ part.to(p.dtype) for own, part in parts), torch.zeros_like(at_least_float32(resid)))
+
+
 def log_probabilities_along(
     model: HookedLLaVA,
     coordinates: Float[Tensor, "*n rank"],

@@ -9,7 +9,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
-from hooked_llava.viz.figures.bars import contribution_bars, top_bars
+from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars, top_bars
+from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
@@ -31,6 +32,7 @@ from hooked_llava.viz.pages.patching import PatchingReport, patching_report
 from hooked_llava.viz.pages.trace import TracePage, trace_page
 
 __all__ = [
+    "ablation_curves",
     "answer_curve",
     "answer_shift",
     "as_the_model_sees_it",
@@ -56,6 +58,7 @@ __all__ = [
     "layer_position_maps",
     "lens_table",
     "model_view",
+    "neuron_bars",
     "patch_overlay",
     "patch_overlays",
     "patch_words",
@@ -68,6 +71,7 @@ __all__ = [
     "Report",
     "role_curves",
     "steering_page",
+    "storage_curves",
     "study_page",
     "top_bars",
     "trace_maps",

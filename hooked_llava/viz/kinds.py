@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "ablate_heads": Kind("ablation_curves", "Answer without heads"),
     "activation_patching": Kind("plot_patching"),
     "answer_probability": Kind("probability_curves", "Answer probability"),
     "attention_contribution": Kind("contribution_maps", "Attention contributions"),
@@ -36,8 +37,11 @@ KINDS = {
     "head_scores": Kind("layer_head_map"),
     "heads_by_attention": Kind("layer_head_map"),
     "image_attention": Kind("patch_overlays"),
+    "information_storage": Kind("storage_curves", "Information storage"),
+    "layer_scores": Kind("contribution_bars"),
     "logit_attribution": Kind("plot_contributions"),
     "logit_lens": Kind("lens_table, answer_curve or patch_words", "Logit lens"),
+    "neuron_scores": Kind("neuron_bars", "Neurons"),
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
     "steering_sweep": Kind("dose_response", "Steering"),

@@ -54,6 +54,15 @@ class NaiveScores:
     def head(self, layer: int, head: int) -> float:
         return self.increase(self.seen[f"blocks.{layer}.attn.hook_result"][0, self.at, head], self.stream(layer))
 
+    def neuron_output(self, layer: int, neuron: int) -> Tensor:
+        """m_n times the neuron's column of the output weights."""
+        down = self.hf.model.language_model.layers[layer].mlp.down_proj.weight
+        return self.seen[f"blocks.{layer}.mlp.hook_post"][0, self.at, neuron] * down[:, neuron]
+
+    def neuron(self, layer: int, neuron: int) -> float:
+        attention = self.seen[f"blocks.{layer}.hook_attn_out"][0, self.at]
+        return self.increase(self.neuron_output(layer, neuron), self.stream(layer) + attention)
+
     def message(self, layer: int, head: int, key: int) -> Tensor:
         attention = self.hf.model.language_model.layers[layer].self_attn
         d_head = attention.head_dim

@@ -90,6 +90,10 @@ MADE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda m, a, b: analysis.attention_to_object(m, a, b, [5], heads=[(0, 1)]),
         {"heads": [[0, 1]], "positions": [5]},
     ),
+    "neuron_scores": (
+        lambda m, a, b: analysis.neuron_scores(m, a, "red", top=2, layers=1),
+        {"target": "red", "layers": [1]},
+    ),
     "information_storage": (
         lambda m, a, b: analysis.information_storage(m, a, "red", "blue", positions="question"),
         {"correct": "red", "distractor": "blue"},

@@ -1,4 +1,4 @@
-"""How the residual stream, and the neurons that write to it, add up to a logit."""
+"""How the residual stream, and the neurons that write to it, add up to a logit or a log probability."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from hooked_llava.analysis.neuron_scores import top_neurons
 from hooked_llava.checks import whole_number
+from hooked_llava.viz.kinds import check_dataset
 from hooked_llava.viz.style import (
     BLUE,
     INK,
@@ -16,15 +18,18 @@ from hooked_llava.viz.style import (
     ORANGE,
     PAGE_WIDTH,
     legend_below,
+    name_bars,
     plot,
     require_dims,
     tick_every,
+    token_label,
     unit_of,
     value_lines,
 )
 from hooked_llava.viz.titles import add_note, title_of
 
 _OF_LAYER = re.compile(r"(\d+)_(attn|mlp)")
+_EMBEDDING = "log_probability_of_embedding"
 _COLORS = {"attn": BLUE, "mlp": ORANGE}
 _NAMES = {"attn": "attention", "mlp": "MLP"}
 
@@ -32,16 +37,17 @@ _NAMES = {"attn": "attention", "mlp": "MLP"}
 def contribution_bars(result: xr.DataArray, *, title: str | None = None) -> Figure:
     """Direct contributions, [component], a bar each: attention and MLP of a layer side by side, the rest to the left.
 
-    The thin line is the sum of everything up to and including a layer; it ends at the total. Of chosen components only
-    these are drawn and added up, each at its own layer. Raises `InputError` for
-    a result without the axis `component`.
+    Takes what `logit_attribution(by="component")` gives, or `layer_scores` [layer, component]. The thin line is the sum of
+    everything up to and including a layer; it ends at the total: the logit, or the answer's log probability. Of chosen
+    components only these are drawn and added up, each at its own layer. Raises `InputError` for a result without the axis
+    `component`.
 
     >>> parts = xr.DataArray([1.0, 2.0, -0.5], dims="component", coords={"component": ["embed", "0_attn", "0_mlp"]})
     >>> figure = contribution_bars(parts)
     >>> [float(bar.get_height()) for bars in figure.axes[0].containers for bar in bars]
     [1.0, 2.0, -0.5]
     """
-    result = require_dims(result, "component")
+    result = require_dims(_as_components(result), "component")
     values = dict(zip((str(name) for name in result["component"].values), result.values.tolist(), strict=True))
     others = [name for name in values if not _OF_LAYER.fullmatch(name)]
     layers = sorted({int(m[1]) for name in values if (m := _OF_LAYER.fullmatch(name))})
@@ -98,6 +104,66 @@ def top_bars(result: xr.DataArray, *, top: int = 20, title: str | None = None) -
         axes.set_title(f"{title_of(result) if title is None else title}\n{shown}")
         add_note(figure, result.attrs, title)
     return figure
+
+
+def neuron_bars(scores: xr.Dataset, *, n: int = 12, n_words: int = 3, title: str | None = None) -> Figure:
+    """The neurons with the largest scores, a bar each, the best on top, and the first words of what each writes.
+
+    Args:
+        scores: what `neuron_scores` gives for one prompt; some layers of it by `scores.sel(layer=[...])`.
+        n: how many neurons, at most as many as it has of each layer.
+        n_words: how many words.
+        title: instead of the result's own; "" for none.
+
+    Raises `InputError` for another result, and more neurons than it has of each layer.
+
+    >>> dims = ("layer", "rank")
+    >>> scores = {"neuron": (dims, [[7]]), "score": (dims, [[0.5]]), "token": ((*dims, "word"), [[["Red", "red"]]])}
+    >>> axes = neuron_bars(xr.Dataset(scores, coords={"layer": [3]}), n=1).axes[0]
+    >>> axes.get_yticklabels()[0].get_text(), axes.texts[0].get_text()
+    ('L3 N7', 'Red, red')
+    """
+    check_dataset(scores, ("neuron", "score", "token"), "neuron_bars", "neuron_scores")
+    best = top_neurons(scores, min(n, scores.sizes["rank"]) if n > 0 else n)
+    rows = [scores.sel(layer=layer).isel(rank=_rank_of(scores, layer, neuron)) for layer, neuron in best]
+    values = [float(row["score"]) for row in rows]
+    with plot(PAGE_WIDTH, 1.1 + 0.2 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        axes.barh(range(len(rows)), values, 0.7, color=ORANGE)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        for place, row in enumerate(rows):
+            words = ", ".join(token_label(word, longest=12) for word in row["token"].values[:n_words])
+            axes.annotate(
+                words, (max(values[place], 0.0), place), (4, 0), textcoords="offset points", va="center", fontsize=7
+            )
+        axes.set_xlim(min(0.0, *values), 2.0 * max(1e-9, *values))  # room for the words
+        name_bars(axes, [f"L{layer} N{neuron}" for layer, neuron in best])
+        axes.set_xlabel(str(scores.attrs.get("units", "log-probability increase (nats)")))
+        value_lines(axes, "x")
+        axes.set_title(f"{title_of(scores)} and the words they write" if title is None else title)
+        add_note(figure, scores.attrs, title)
+    return figure
+
+
+def _rank_of(scores: xr.Dataset, layer: int, neuron: int) -> int:
+    return scores["neuron"].sel(layer=layer).values.tolist().index(neuron)
+
+
+def _as_components(result: xr.DataArray) -> xr.DataArray:
+    """`layer_scores` as components, after what the embedding alone gives."""
+    if not isinstance(result, xr.DataArray) or not {"layer", "component"} <= set(result.dims):
+        return result
+    one = require_dims(result, "layer", "component")
+    start = {"embed": one.attrs[_EMBEDDING]} if _EMBEDDING in one.attrs else {}
+    parts = {
+        f"{layer}_{part}": float(one.sel(layer=layer, component=part))
+        for layer in one["layer"].values
+        for part in _COLORS
+    }
+    values = {**start, **parts}
+    return xr.DataArray(
+        list(values.values()), dims="component", coords={"component": list(values)}, name=one.name, attrs=one.attrs
+    )
 
 
 def _running_sum(values: dict[str, float], others: list[str], layers: list[int]) -> list[float]:

@@ -20,12 +20,14 @@ from hooked_llava.errors import InputError
 from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import BY_FEATURE, BY_PATCH, image_dims
+from hooked_llava.viz.figures.enlarged import draw_enlarged
 from hooked_llava.viz.style import (
     DIVERGING,
     INK,
     PAGE_WIDTH,
     PAPER,
     ColorScale,
+    Plot,
     add_color_bar,
     add_heading,
     color_scale,
@@ -40,6 +42,8 @@ Values = xr.DataArray | np.ndarray | Tensor
 """Values by patch, [patch_row, patch_col]; or by position of the image, [feature]."""
 Underlay = Literal["grey", "color"]
 """How the image below the values looks: without its colors, which could be taken for values, or with them, faded."""
+Display = Literal["values", "paper"]
+"""How values are laid over the image: as they are, patch by patch; or as in arXiv 2411.10950, smooth shares in grey."""
 EACH = "each"
 """`grid=` for a panel of each grid."""
 MOST_OPAQUE = 0.92
@@ -59,6 +63,7 @@ def patch_overlay(
     layout: ImageLayout | None = None,
     grid: str = ALL,
     underlay: Underlay = "grey",
+    display: Display = "values",
     title: str | None = None,
 ) -> Figure:
     """One number for each patch, [patch_row, patch_col], laid over the original image.
@@ -67,6 +72,10 @@ def patch_overlay(
     (`token_map.patch_box`), and what was cut away is dimmed. With an image alone the patches divide all of it, unless
     `layout` says otherwise. The image is faded to grey, so that every color in the figure is a value; underlay="color"
     keeps its colors, faded. A patch is the more opaque the larger its value.
+
+    display="paper" is that of Yu & Ananiadou (arXiv 2411.10950): the map less its smallest value, over its sum, enlarged
+    bicubically and laid over the image in grey, light where it is large. It looks smooth, but knows no more than the
+    patches; negative values, and how large values are, cannot be seen in it.
 
     Where an image has several grids of patches, give one number for each of its positions, [feature]: the mean of the
     grids is drawn, each by the area that its patches show (`ImageLayout.draw`). `grid` names the one that is drawn
@@ -79,9 +88,12 @@ def patch_overlay(
     >>> figure.axes[0].collections[0].get_coordinates()[-1, -1].tolist()
     [60.0, 30.0]
     """
+    one_of(display, get_args(Display), "display")
     array = _place_values(values)
     original, layout = original_and_layout(inputs, image, layout)
     array = _fitting(array, layout, array.ndim)
+    if grid == EACH and display == "paper":
+        raise InputError("display='paper' draws one grid, or all of them in one; name it with grid=, not grid='each'.")
     if grid == EACH and len(drawn_grids(layout, grid)) > 1:
         about = {"name": values.name, "attrs": values.attrs} if isinstance(values, xr.DataArray) else {}
         panels = xr.DataArray(array[None], dims=("panel", "feature"), coords={"panel": [""]}, **about)
@@ -89,11 +101,14 @@ def patch_overlay(
     scale = scale_of(values, array) if isinstance(values, xr.DataArray) else color_scale(array)
     width, height = _panel_size(original, 3.6)
     with plot(width + _BAR, height + 0.4) as figure:
-        axes = figure.add_subplot()
-        draw_overlay(axes, original, array, scale, layout, underlay, drawn_grids(layout, grid)[0])
+        axes, (one, *_) = figure.add_subplot(), drawn_grids(layout, grid)
         subject, unit = (title_of(values), unit_of(values)) if isinstance(values, xr.DataArray) else ("", "value")
+        if display == "paper":
+            _draw_as_in_the_paper(figure, axes, original, array, layout, underlay, one)
+        else:
+            draw_overlay(axes, original, array, scale, layout, underlay, one)
+            add_color_bar(figure, axes, scale, unit, array, colors=as_overlaid(scale))
         axes.set_title(subject if title is None else title)
-        add_color_bar(figure, axes, scale, unit, array, colors=as_overlaid(scale))
         add_note(figure, values.attrs if isinstance(values, xr.DataArray) else {}, title)
     return figure
 
@@ -148,6 +163,24 @@ def patch_overlays(
         add_note(figure, result.attrs, title)
         add_color_bar(figure, panels, scale, unit_of(result), values, colors=as_overlaid(scale))
     return figure
+
+
+def _draw_as_in_the_paper(
+    figure: Plot,
+    axes: Axes,
+    original: Image.Image,
+    values: np.ndarray,
+    layout: ImageLayout | None,
+    underlay: Underlay,
+    grid: str,
+) -> None:
+    """The image, the enlarged map of shares in grey over it, and its color bar."""
+    one_of(underlay, get_args(Underlay), "underlay")
+    draw_image(axes, np.asarray(original if underlay == "color" else original.convert("L").convert("RGB")))
+    scale = draw_enlarged(axes, values, layout, original.size, grid)
+    if layout is not None:
+        mark_crop(axes, layout, grid)
+    add_color_bar(figure, axes, scale, "share of the map", np.array([0.0, scale.high]))
 
 
 def draw_overlay(

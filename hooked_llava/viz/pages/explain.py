@@ -10,10 +10,13 @@ from typing import Any
 import xarray as xr
 
 from hooked_llava.analysis.answer_without import answer_without
-from hooked_llava.analysis.head_scores import head_scores, top_heads
+from hooked_llava.analysis.head_ablation import ablate_heads, heads_by_layer
+from hooked_llava.analysis.head_scores import head_scores, layer_scores, top_heads
 from hooked_llava.analysis.image_attention import image_attention
+from hooked_llava.analysis.information_storage import information_storage
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.neuron_scores import neuron_scores
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.checks import one_of
@@ -22,14 +25,16 @@ from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
+from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.readout.answer_tokens import single_token
+from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.viz.pages.explain_context import explanation
 from hooked_llava.viz.pages.explain_summary import summary_of
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import answered
 
 STEPS = (
-    *("answering", "next tokens", "logit lens", "layers", "heads"),
+    *("answering", "next tokens", "logit lens", "layers", "heads", "stored words"),
     *("attention to the image", "patches", "occlusion", "removals", "drawing"),
 )
 """The parts of the work, as progress is reported; those about images are left out where there is none."""
@@ -37,6 +42,7 @@ OCCLUDED_UNASKED = 256
 """Occlusion runs the model once for about each patch: with more patches than this it is left out unless asked for."""
 _WINDOWS = 4  # occluded squares side by side in an image: without a single patch a model seldom misses anything
 _LENS_ANSWERS = 4
+_NEURONS, _STORED = 10, 20  # neurons of each layer; positions where words are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,8 @@ class Report(Page):
     """How a model came to its answer: the page, and the results it shows.
 
     `report.save("report.html")` writes it; in a notebook it shows itself. The labelled arrays in `report.results` are
-    next_tokens, lens, components, heads, head_scores, without, and with an image attention, patches and occlusion.
+    next_tokens, lens, components, heads, head_scores, layer_scores, neurons, storage (if there is a rival), without,
+    without_layers, and with an image attention, patches and occlusion.
 
     Attributes:
         summary (tuple[str, ...]): What was found, in sentences: how sure the answer is, what writes
@@ -136,7 +143,14 @@ def _results(
     results["components"] = logit_attribution(model, prompt, scored, baseline, by="component")
     begin("heads")
     results["heads"] = logit_attribution(model, prompt, scored, baseline, by="head")
-    results["head_scores"] = scores = head_scores(model, prompt, scored)
+    cache = cache_answer(model, prompt, scored, parts=("z", "attn_out", "mlp_out", "post"))
+    results["head_scores"] = scores = head_scores(model, cache).assign_attrs(n_forward=1)  # the run that they share
+    results["layer_scores"] = layer_scores(model, cache)
+    results["neurons"] = neuron_scores(model, cache, top=_NEURONS)
+    begin("stored words")
+    if (rival := _rival(model, prompt, baseline, scored, likely)) is not None:
+        where = "image" if prompt.n_images else None
+        results["storage"] = information_storage(model, prompt, scored, rival, positions=where, top=_STORED)
     maps: dict[str, xr.DataArray] = {}
     if prompt.n_images:
         begin("attention to the image")
@@ -145,8 +159,19 @@ def _results(
         results |= maps
     begin("removals")
     ranked = top_heads(scores, scores.size)
+    results["without_layers"] = ablate_heads(model, prompt, heads_by_layer(model), scored, replace="zero")
     results["without"] = answer_without(model, prompt, scored, heads=ranked, patches=maps.get("patches"))
     return results
+
+
+def _rival(
+    model: HookedLLaVA, prompt: Inputs, baseline: str | int | None, scored: int, likely: list[int]
+) -> int | None:
+    """The word that the answer is compared with: the baseline, or the most probable one that is not the same word."""
+    if baseline is not None:
+        return single_token(model, prompt.token_map, baseline)
+    own, *others = (decode_text(model, [token]).strip().lower() for token in (scored, *likely))
+    return next((token for token, word in zip(likely, others, strict=True) if word != own), None)
 
 
 def _patch_maps(

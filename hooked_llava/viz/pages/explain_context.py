@@ -15,7 +15,8 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import image_dims
-from hooked_llava.viz.figures.bars import contribution_bars
+from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars
+from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
 from hooked_llava.viz.figures.lens import answer_curve
 from hooked_llava.viz.figures.maps import layer_head_map, names_along
 from hooked_llava.viz.figures.model_view import as_the_model_sees_it
@@ -26,6 +27,7 @@ from hooked_llava.viz.style import SEQUENTIAL, ColorScale
 
 _PROBABILITY = ColorScale(SEQUENTIAL, 0.0, 1.0)
 _BEST_HEADS = 5
+_NEURONS = 10
 
 
 def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_heads: int) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
         "head_map": layer_head_map(results["heads"], title=""),
         "score_map": layer_head_map(results["head_scores"], title=""),
         "best_heads": _best_heads(results["head_scores"]),
+        **_by_layer(results),
         "each_image": [
             {
                 "number": i + 1,
@@ -58,6 +61,19 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
             }
             for i in range(prompt.n_images)
         ],
+    }
+
+
+def _by_layer(results: dict[str, Any]) -> dict[str, Any]:
+    """What each layer adds, what can be read in it, and what is lost without its heads."""
+    stored, scores = results.get("storage"), results["layer_scores"]
+    return {
+        "layer_bars": contribution_bars(scores, title=""),
+        "neurons": neuron_bars(results["neurons"], n=_NEURONS, title=""),
+        "stored": None if stored is None else storage_curves(stored, title=""),
+        "rival": None if stored is None else visible(str(stored.attrs["distractor"])),
+        "n_stored": 0 if stored is None else stored.sizes["position"],
+        "without_layers": ablation_curves(results["without_layers"], title=""),
     }
 
 

@@ -34,6 +34,7 @@ def test_a_report_has_every_section(report):
         "lens",
         "contributions",
         "heads",
+        "layers",
         "patches",
         "attention",
     ]
@@ -41,7 +42,7 @@ def test_a_report_has_every_section(report):
 
 def test_a_text_only_report_has_no_section_about_images(text_report):
     shown = Page(text_report.html)
-    assert shown.sections == ["summary", "answer", "lens", "contributions", "heads"]
+    assert shown.sections == ["summary", "answer", "lens", "contributions", "heads", "layers"]
     assert "image" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", text_report.html, flags=re.S).split("<main>")[0]
     assert "attention" not in text_report.results
 
@@ -73,7 +74,7 @@ def test_answer_and_baseline_are_followed(text_report):
 
 
 def test_captions_say_what_is_not_shown(report):
-    assert report.html.count("<b>Not shown") == 6
+    assert report.html.count("<b>Not shown") == 7
     assert "Attention says where a head reads from" in report.html
     assert "what the model believes in an early layer" in report.html
 
@@ -111,6 +112,7 @@ def test_tensors_without_the_original_are_explained_too(model, tensor_inputs):
         "lens",
         "contributions",
         "heads",
+        "layers",
         "patches",
         "attention",
     ]
