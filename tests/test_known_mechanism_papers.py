@@ -279,22 +279,23 @@ def test_a_study_finds_the_same_in_every_question(model, variant, tmp_path):
     asked = questions(OBJECTS, shapes=["ring", "star", "circle"])
     rows = [
         StudyRow(id=str(i), question=q.text, answer=q.answer, image=image(OBJECTS), boxes=q.answer_boxes,
-                 kind="there" if q.answer != UNKNOWN else "absent")
+                 kind="there" if q.answer != UNKNOWN else "absent", objects=q.objects)
         for i, q in enumerate(asked)
     ]  # fmt: skip
-    edges = ["image->last", "image->question", "question->last", "object->last", "random->last"]
+    edges = ["image->last", "image->question", "question->last", "object_word->last", "object->last", "random->last"]
+    known = {**ROUTES_BY_SPAN[variant], "object_word->last": ROUTES_BY_SPAN[variant]["word->last"]}
     found = knockout_study(model, rows, edges, window=1, out=tmp_path / "flow", batch_size=2)
     assert found.attrs["correct"] == {"there": 4, "absent": 2}, "it knows all answers"
     means = by_kind(found, n_boot=50)
     expected = np.zeros((len(edges), model.cfg.n_layers))
-    for edge, layer in ROUTES_BY_SPAN[variant].items():
+    for edge, layer in known.items():
         if edge in edges:
             expected[edges.index(edge), layer] = -100
     for statistic in ("mean", "low", "high"):
         effect = means.effect.sel(statistic=statistic)
         assert np.allclose(effect.sel(kind="there"), expected, atol=0.01)
-        assert np.allclose(effect.sel(kind="absent", edge=edges[:3]), 0, atol=0.01)
-        assert np.isnan(effect.sel(kind="absent", edge=edges[3:])).all(), "no object, no such edge"
+        assert np.allclose(effect.sel(kind="absent", edge=edges[:4]), 0, atol=0.01)
+        assert np.isnan(effect.sel(kind="absent", edge=edges[4:])).all(), "no object, no such edge"
 
 
 def test_without_an_answer_to_lose_nothing_is_lost(model):

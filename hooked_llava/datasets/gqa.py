@@ -151,6 +151,7 @@ def _row(cells: dict[str, str], kind: str, where: str) -> StudyRow:
         answer=cells["answer"],
         image=plain_id(cells["img_id"]),
         false_option=cells.get("false option") or "",
+        true_option=cells.get("true option") or "",
         kind=kind,
         objects=tuple(cells[f"{name} name"] for name in _objects(kind)),
         boxes=tuple(box for box in boxes if box is not None),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hooked_llava.architecture.boxes import checked_box
 from hooked_llava.architecture.image_axis import Number
+from hooked_llava.datasets.row_words import word_spans
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.images import ImageLike, load_image, upright_size
 from hooked_llava.prompt.positions import Positions
@@ -45,6 +46,7 @@ class StudyRow:
             or None.
         false_option (str): The other option that the question names, or the answer that would be wrong; "" where there
             is none.
+        true_option (str): The right option as the question names it, where that is not the answer itself.
         kind (str): Kind of question, such as "ChooseAttr"; results are averaged by it.
         objects (tuple[str, ...]): Names of the objects that the question is about.
         boxes (tuple[PixelBox, ...]): Where they are; those that are not there have none.
@@ -61,6 +63,7 @@ class StudyRow:
     answer: str
     image: ImageLike | None = None
     false_option: str = ""
+    true_option: str = ""
     kind: str = ""
     objects: tuple[str, ...] = ()
     boxes: tuple[PixelBox, ...] = ()
@@ -68,6 +71,11 @@ class StudyRow:
     constraint: str = ""
     constraint_occurrence: int | None = None
     answer_prefix: str = ""
+
+    @property
+    def options(self) -> tuple[str, str] | None:
+        """The true and the false option as the question names them, if it names two."""
+        return (self.true_option or self.answer, self.false_option) if self.false_option else None
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -102,6 +110,8 @@ def prepare_rows(
             (bicubic), and ask for one pixel of a patch that is still exactly red: patches that a box only grazes are not
             theirs, and 0 may take one more at each side of a box.
 
+    Where the question names them, the spans `true_option` and `false_option` are its two options (on either side of "or"), and
+    `object_word` every place of its objects' names, in the plural too; see `datasets.row_words`.
     A prompt has no span `object` where its row has no box that the model sees; `boxes_lost` counts those that it does not.
     Raises `InputError` for images that are not there or have another size than the boxes, and `SpanError` for what is
     no box, and for constraints that are not in the question; each names the row.
@@ -249,6 +259,7 @@ def _with_spans(token_map: TokenMap, row: StudyRow, coverage: Number) -> TokenMa
         seen |= _patches(token_map, box, coverage)
     if seen:
         token_map = token_map.with_spans(object=seen)
+    token_map = token_map.with_spans(**word_spans(token_map, row.options, row.objects))
     if row.constraint:
         asked = token_map.words is not None and "question" in token_map.words.parts
         with _naming(row):

@@ -34,6 +34,7 @@ from hooked_llava.model.weights_id import weights_hash
 from hooked_llava.processes import Processes
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
+from hooked_llava.prompt.spans import BY_WORDS
 from hooked_llava.prompt.templates import DEFAULT
 from hooked_llava.replay.progress import progress_bar
 from hooked_llava.results.map_quality import mean_intervals
@@ -248,7 +249,10 @@ def _check_out(out: Path) -> None:
 def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
     """A hash of the questions, the model, and how it is asked and measured."""
     who = [model.config.model_name, str(model.cfg.dtype), weights_hash(model)]
-    return digest(json.dumps([who, [_told(row) for row in rows], settings], sort_keys=True, default=str).encode())
+    told = [_told(row) for row in rows]
+    if any(span in json.dumps(settings["about"], default=str) for span in BY_WORDS):  # otherwise they mean nothing
+        told = [[*one, list(row.objects), row.true_option] for one, row in zip(told, rows, strict=True)]
+    return digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())
 
 
 def _told(row: StudyRow) -> list[Any]:

@@ -19,7 +19,7 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
-from hooked_llava.prompt.spans import BY_OBJECT, NEWLINES, split_edge, split_expression
+from hooked_llava.prompt.spans import BY_OBJECT, BY_WORDS, NEWLINES, split_edge, split_expression
 from hooked_llava.prompt.token_map import SPANS, TokenMap
 from hooked_llava.prompt.where import Where, positions_of
 from hooked_llava.replay.intervention import Intervention
@@ -29,7 +29,7 @@ OneEdge = str | tuple[Where, Where]
 Edges = OneEdge | Sequence[OneEdge] | Mapping[str, OneEdge]
 """One edge, several, or several by names of one's own."""
 Missing = Literal["raise", "skip"]
-STANDARD = (*SPANS, BASE, FINE, NEWLINES, *BY_OBJECT, "constraint")
+STANDARD = (*SPANS, BASE, FINE, NEWLINES, *BY_OBJECT, *BY_WORDS, "constraint")
 """Spans that a prompt has or has not: where one is missing an edge may be left out. Any other name must be known."""
 
 

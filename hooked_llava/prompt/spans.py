@@ -25,6 +25,8 @@ NOT_GIVEN = {
     "token_map.with_spans(options=token_map.find('red') | token_map.find('blue'))",
 }
 """What an error says of a span that a prompt does not have."""
+BY_WORDS = ("true_option", "false_option", "object_word")
+"""Words of a table's question that `datasets.prepare_rows` finds and names: its options, and its objects."""
 BY_OBJECT = ("object", "other", "random")
 """The user's span `object`, the images' patches outside it, and as many of those drawn at random."""
 

@@ -82,6 +82,7 @@ def _row(row_id: str, kind: str, example: Example) -> StudyRow:
         answer=question.answer.lower(),
         image=scene.render(),
         false_option=question.false_option.lower() if "false option" in COLUMNS[kind] else "",
+        true_option=question.answer.lower() if "true option" in COLUMNS[kind] else "",
         kind=kind,
         objects=tuple(name for name, _ in places),
         boxes=tuple(box for _, box in places if box is not None),
