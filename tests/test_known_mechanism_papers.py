@@ -21,6 +21,7 @@ from hooked_llava.analysis.head_scores import head_scores, heads_by_attention, l
 from hooked_llava.analysis.information_storage import information_storage
 from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.analysis.output_knockout import output_knockout
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.datasets import StudyRow, by_kind
@@ -296,6 +297,17 @@ def test_a_study_finds_the_same_in_every_question(model, variant, tmp_path):
         assert np.allclose(effect.sel(kind="there"), expected, atol=0.01)
         assert np.allclose(effect.sel(kind="absent", edge=edges[:4]), 0, atol=0.01)
         assert np.isnan(effect.sel(kind="absent", edge=edges[4:])).all(), "no object, no such edge"
+
+
+def test_outputs_are_needed_where_a_head_writes(model, variant):
+    """Attention at the place that takes something up, in the layer where it does; MLPs nowhere."""
+    names = ["attn at word", "attn at last", "attn at object", "mlp at word", "mlp at last"]
+    found = output_knockout(model, model.ask(OBJECTS, "ring"), names, window=1, total=True)
+    expected = np.zeros(found.effect.shape)
+    for hop in model.mechanism.hops:
+        expected[names.index(f"attn at {hop.target}"), hop.layer] = -100
+    assert np.allclose(found.effect.values, expected, atol=0.01)
+    assert np.allclose(found.total_effect.values, expected.min(1), atol=0.01)
 
 
 def test_without_an_answer_to_lose_nothing_is_lost(model):

@@ -26,6 +26,7 @@ from hooked_llava.analysis.logit_attribution import contribution_sums, logit_att
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.neuron_scores import neuron_scores, top_neurons
 from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.analysis.output_knockout import output_knockout
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.studies.flow import flow_study
@@ -70,6 +71,7 @@ __all__ = [
     "nested_sets",
     "neuron_scores",
     "next_tokens",
+    "output_knockout",
     "patch_importance",
     "path_patching",
     "position_scores",

@@ -42,6 +42,7 @@ KINDS = {
     "logit_attribution": Kind("plot_contributions"),
     "logit_lens": Kind("lens_table, answer_curve or patch_words", "Logit lens"),
     "neuron_scores": Kind("neuron_bars", "Neurons"),
+    "output_knockout": Kind("knockout_curves", "Output knockout"),
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
     "steering_sweep": Kind("dose_response", "Steering"),

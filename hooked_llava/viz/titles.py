@@ -14,7 +14,7 @@ from hooked_llava.viz.kinds import kind_of
 from hooked_llava.viz.style import MUTED, Plot, grow_below
 
 _SAY_LITTLE = ("", "value", "probability")
-_OF_LAYERS = ("attention_knockout", "causal_trace")  # whose windows are of layers
+_OF_LAYERS = ("attention_knockout", "causal_trace", "output_knockout")  # whose windows are of layers
 _LONGEST = 60  # letters of a prompt or a token
 _PER_INCH = 17.0  # letters of the note
 

@@ -114,6 +114,10 @@ MADE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda m, a, b: analysis.attention_knockout(m, a, ["image->last"], 1, answer="red"),
         {"metric": "relative_change", "answer": "red", "window": 1},
     ),
+    "output_knockout": (
+        lambda m, a, b: analysis.output_knockout(m, a, "mlp at last", 1, answer="red"),
+        {"metric": "relative_change", "answer": "red", "window": 1},
+    ),
     "answer_probability": (lambda m, a, b: analysis.answer_probability(m, a, "red"), {"answer": "red"}),
     "causal_trace": (
         lambda m, a, b: analysis.causal_trace(m, a, "star", corruption="circle"),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from hooked_llava.analysis.answer_probability import answer_probability
-from hooked_llava.analysis.knockout import CLOSED_EDGES, OBJECT_EDGES, PAPER_EDGES, Window, attention_knockout
+from hooked_llava.analysis.knockout import CLOSED_EDGES, OBJECT_EDGES, PAPER_EDGES, attention_knockout
 from hooked_llava.analysis.studies.knockout import study_settings
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.study import study
 from hooked_llava.experiments.edges import Edges
+from hooked_llava.experiments.knockout_runs import Window
 from hooked_llava.options.knockout_metrics import MetricName
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, Window, attention_knockout, windows_of
+from hooked_llava.analysis.knockout import OBJECT_EDGES, PAPER_EDGES, attention_knockout
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.study import study
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges, study_edges
+from hooked_llava.experiments.knockout_runs import Window, windows_of
 from hooked_llava.options.knockout_metrics import OF_THE_ANSWER, MetricName
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     """The effect of blocking each edge, by the centre of the window: a line for each edge, a panel for each kind.
 
     Args:
-        result: what `attention_knockout` gives for one prompt, or `by_kind` of a study, whose intervals become bands.
+        result: what `attention_knockout` or `output_knockout` gives for one prompt, or `by_kind` of a study, whose intervals
+            become bands.
         edges: which edges, named as for `attention_knockout`; all by default.
         title: instead of the result's own; "" for none.
 
@@ -47,6 +48,7 @@ def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: st
     [0.0, -9.0]
     """
     check_dataset(result, ("effect",), "knockout_curves", "attention_knockout, or by_kind of a study,")
+    result = result.rename(output="edge") if "output" in result.dims else result
     effect = _of(result, "effect", "edge", "layer")
     effect = effect if edges is None else effect.sel(edge=edge_names(edges))
     names = [str(edge) for edge in effect["edge"].values]

@@ -14,7 +14,6 @@ from hooked_llava.analysis.knockout import (
     CLOSED_EDGES,
     OBJECT_EDGES,
     PAPER_EDGES,
-    Window,
     attention_knockout,
     flow_summary,
 )
@@ -22,6 +21,7 @@ from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.datasets.study import as_kinds, by_kind, count_unseen
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
+from hooked_llava.experiments.knockout_runs import Window
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.knockout_metrics import MetricName
 from hooked_llava.prompt.inputs import Inputs

@@ -47,7 +47,7 @@ def test_sets_by_layer_are_a_curve_over_layers(model, inputs):
     lost = ablate_heads(model, inputs, heads_by_layer(model), replace="zero")
     axes = ablation_curves(lost).axes[0]
     before, curve = axes.lines
-    assert before.get_ydata()[0] == pytest.approx(lost.log_probability.values[0, 0])
+    assert np.asarray(before.get_ydata())[0] == pytest.approx(lost.log_probability.values[0, 0])
     assert np.allclose(curve.get_ydata(), lost.log_probability.values[1:, 0])
     assert axes.get_xlabel() == "layer"
     assert axes.get_xticklabels()[0].get_text() == "0"
@@ -77,7 +77,7 @@ def test_layer_scores_are_bars_that_end_at_the_log_probability(model, inputs):
     _, attention, mlp = axes.containers
     assert [bar.get_height() for bar in attention] == pytest.approx(scores.sel(component="attn").values.tolist())
     assert [bar.get_height() for bar in mlp] == pytest.approx(scores.sel(component="mlp").values.tolist())
-    line = axes.lines[0].get_ydata()
+    line = np.asarray(axes.lines[0].get_ydata())
     assert line[0] == pytest.approx(scores.log_probability_of_embedding)
     assert line[-1] == pytest.approx(scores.log_probability, abs=1e-3)
 
