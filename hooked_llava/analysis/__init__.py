@@ -1,7 +1,7 @@
 """One file for each question a researcher asks of a model; none imports another."""
 
 from hooked_llava.analysis.activation_patching import activation_patching
-from hooked_llava.analysis.answer_probability import answer_probability
+from hooked_llava.analysis.answer_probability import answer_probability, with_released_norm
 from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.answer_without import answer_without, decisive_removal, leads_from
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
@@ -81,4 +81,5 @@ __all__ = [
     "recovered",
     "top_heads",
     "top_neurons",
+    "with_released_norm",
 ]

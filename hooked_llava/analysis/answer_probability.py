@@ -8,7 +8,7 @@ first and the capitalised one, which the model says, overtakes it later: meaning
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -90,6 +90,39 @@ def answer_probability(
         attrs = {"answer": unwrap_single(answers), "answer_tokens": unwrap_single(names), "measured": FIRST}
         result = result.assign_attrs(made.attrs(**attrs))
         return result.isel(prompt=0) if len(prompts) == 1 else result.assign_coords(prompt=range(len(prompts)))
+
+
+def with_released_norm(probability: xr.DataArray) -> xr.DataArray:
+    """The same with a further reading norm="released": "none" below and "final" at the last point, as the paper's code has it.
+
+    Takes what `answer_probability` gives, or its means, with an axis layer (or resid). The jump at the last point is an artefact
+    of reading: Hugging Face's last hidden state has passed the final norm, and those before have not. Raises `InputError` for
+    a result without both readings, or without its last layer.
+
+    >>> readings = xr.DataArray([[0.1, 0.2], [0.3, 0.4]], {"norm": ["none", "final"]}, dims=("norm", "layer"))
+    >>> with_released_norm(readings).sel(norm="released").values.tolist()
+    [0.1, 0.4]
+    """
+    along = "resid" if "resid" in probability.dims else "layer"
+    given = [str(name) for name in probability["norm"].values] if "norm" in probability.dims else []
+    if along not in probability.dims or not set(_READINGS) <= set(given):
+        raise InputError(
+            f"The released reading joins 'none' and 'final' by layer; got the readings {given} and the axes "
+            f"{', '.join(map(str, probability.dims))}. Give what answer_probability returns."
+        )
+    if "released" in given:
+        return probability
+    if "layer_name" in probability.coords and str(probability["layer_name"].values[-1]) != "final":
+        raise InputError("The last layer of this result is not the final one, whose reading the released code joins.")
+    raw, final = (probability.sel(norm=name) for name in _READINGS)
+    how: dict[str, Any] = {"coords": "minimal", "compat": "override", "join": "exact"}
+    joined = xr.concat(
+        [raw.drop_vars("norm").isel({along: slice(None, -1)}), final.drop_vars("norm").isel({along: [-1]})],
+        along,
+        **how,
+    )
+    released = joined.expand_dims(norm=["released"]).transpose(*probability.dims)
+    return xr.concat([probability, released], "norm", **how)
 
 
 def _forms(model: HookedLLaVA, prompt: TokenMap, word: str, own: int | None = None) -> list[int | None]:

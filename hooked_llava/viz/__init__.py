@@ -16,6 +16,7 @@ from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
 from hooked_llava.viz.figures.features import dose_response, feature_overlays
 from hooked_llava.viz.figures.knockout import knockout_curves, probability_curves
+from hooked_llava.viz.figures.knockout_models import knockout_models
 from hooked_llava.viz.figures.lens import answer_curve, lens_table
 from hooked_llava.viz.figures.maps import cell_map, cell_maps, layer_head_map
 from hooked_llava.viz.figures.model_view import as_the_model_sees_it, model_view
@@ -51,6 +52,7 @@ __all__ = [
     "feature_overlays",
     "FeaturePage",
     "knockout_curves",
+    "knockout_models",
     "knockout_page",
     "KnockoutPage",
     "layer_head_map",

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_llava.analysis import answer_probability
+from hooked_llava.analysis import answer_probability, with_released_norm
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.viz import probability_curves
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
 
@@ -98,3 +99,26 @@ def test_what_does_not_fit_is_said() -> None:
         answer_probability(model(), prompts(), ["red"])
     with pytest.raises(InputError, match="no tokenizer"):
         answer_probability(pair().ours, pair().prompt(), "red")
+
+
+@torch.no_grad()
+def test_the_released_curve_is_that_of_hugging_faces_hidden_states() -> None:
+    """The last of them has passed the final norm, so that softmax(h W_U) of all is what the released code plots."""
+    hf, one = pair("plain", torch.float64).hf, prompts()[0]
+    probability = answer_probability(model(), one, "red", "blue")
+    joined = with_released_norm(probability)
+    where = [int(p) for p in one.token_map.real]
+    how = {"input_ids": one.input_ids[:, where], "pixel_values": one.pixel_values}
+    hidden = hf(**how, output_hidden_states=True).hidden_states
+    token = model().to_single_token("red")
+    expected = [float((h[0, -1] @ hf.lm_head.weight.T).softmax(-1)[token]) for h in hidden]
+    np.testing.assert_allclose(joined.sel(norm="released", form="lower"), expected, atol=1e-6)
+    assert joined.norm.values.tolist() == ["none", "final", "released"]
+    np.testing.assert_array_equal(joined.sel(norm=["none", "final"]), probability)
+    assert joined.attrs == probability.attrs
+    lines = probability_curves(probability, norm="released").axes[0].lines
+    np.testing.assert_allclose(np.asarray(lines[0].get_ydata()), expected, atol=1e-6)
+    with pytest.raises(InputError, match=r"'none' and 'final'"):
+        with_released_norm(probability.sel(norm="none"))
+    with pytest.raises(InputError, match="last layer"):
+        with_released_norm(probability.isel(layer=slice(None, -1)))

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hooked_llava.analysis.answer_probability import with_released_norm
 from hooked_llava.datasets.study import OF_ALL, as_kinds
 from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.figures.maps import names_along
@@ -71,7 +72,8 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
 
     Args:
         result: what `answer_probability` gives for one prompt, or its means by kind.
-        norm: which reading, "none" or "final".
+        norm: which reading, "none", "final", or "released": raw below and with the final norm at the last point, whose jump is
+            an artefact of reading (the title says so).
         title: instead of the result's own; "" for none.
 
     Raises `InputError` for a result with other axes than norm, layer (or resid), form, kind and statistic.
@@ -84,6 +86,7 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
     result = check_array(result, "probability_curves", "answer_probability")
     if "resid" in result.dims:
         result = result.rename(resid="layer")
+    result = with_released_norm(result) if norm == "released" else result
     values = _of(result.to_dataset(name="p"), "p", "norm", "layer", "form").sel(norm=norm)
     forms = [f for f in map(str, values["form"].values) if np.isfinite(values.sel(form=f).values).any()]
     curves = apart({form: values.sel(form=form).values for form in forms})
@@ -96,7 +99,8 @@ def probability_curves(result: xr.DataArray, *, norm: str = "none", title: str |
             axes.set_xlabel("residual stream entering layer")
         every[0].set_ylabel("probability")
         legend_below(figure, every[0], handlelength=_HANDLE)
-        add_heading(figure, shown_title(result, title))
+        joined = " (raw, but the last point with the final norm: an artefact)" if norm == "released" else ""
+        add_heading(figure, shown_title(result, title) + joined if title is None else title)
         add_note(figure, result.attrs, title)
     return figure
 
