@@ -2,11 +2,12 @@
 
 In: a model, an autoencoder and images, or the cache that the pipeline of Zhang et al. (2411.14982) released. Out: a
 `FeatureStore` on disk, which says without the model in which images a feature is most active and where, and which features are
-active in a part of an image; explanations of features by a larger model, and their scores. Uses autoencoders, the model, the
-tables of questions and what lies below them.
+active in a part of an image; explanations of features by a larger model, and their scores; the words that features write, and
+what steering by them changes. Uses autoencoders, steering, the model, the tables of questions and what lies below them.
 """
 
 from hooked_llava.features.clip_score import ClipSimilarity
+from hooked_llava.features.effects import steered_answers, written_words
 from hooked_llava.features.explain import explain_features, lit_images
 from hooked_llava.features.explainers.server import ServerExplainer
 from hooked_llava.features.explainers.transformers_model import TransformersExplainer
@@ -44,6 +45,8 @@ __all__ = [
     "read_released",
     "score_features",
     "score_table",
+    "steered_answers",
+    "written_words",
     "write_explanations",
     "write_filter",
     "write_released",
