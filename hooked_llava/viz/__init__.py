@@ -9,6 +9,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
+from hooked_llava.viz.figures.activations import activation_histogram
 from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars, top_bars
 from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
 from hooked_llava.viz.figures.contributions import plot_contributions
@@ -28,12 +29,14 @@ from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
 from hooked_llava.viz.pages.features import FeaturePage, attribution_page, steering_page
+from hooked_llava.viz.pages.gallery import feature_page, gallery_page
 from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
 from hooked_llava.viz.pages.trace import TracePage, trace_page
 
 __all__ = [
     "ablation_curves",
+    "activation_histogram",
     "answer_curve",
     "answer_shift",
     "as_the_model_sees_it",
@@ -50,7 +53,9 @@ __all__ = [
     "EditPage",
     "explain",
     "feature_overlays",
+    "feature_page",
     "FeaturePage",
+    "gallery_page",
     "knockout_curves",
     "knockout_models",
     "knockout_page",

@@ -16,6 +16,7 @@ _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 _LONGEST = 480  # pixels
 _SMALL = 160  # pixels
 _JPEG_QUALITY = 88
+_WEBP_QUALITY = 75
 
 visible = partial(visible_token, signs=True)
 """A token as it can stand on a page: something to see for blanks and line breaks."""
@@ -29,6 +30,13 @@ def uri(drawn: Plot | Image.Image, longest: int = _LONGEST) -> str:
     shown = drawn.copy()
     shown.thumbnail((longest, longest))
     return _data("png", _written(shown, "PNG", optimize=True))
+
+
+def thumbnail(image: Image.Image, longest: int) -> str:
+    """A small WebP of an image as a data URI, for pages that show hundreds."""
+    shown = image.convert("RGB")
+    shown.thumbnail((longest, longest))
+    return _data("webp", _written(shown, "WEBP", quality=_WEBP_QUALITY))
 
 
 def pixels(drawn: Plot) -> int:

@@ -33,7 +33,10 @@ STEERING_STEPS = ("steering", "answering", "drawing")
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePage(Page):
-    """Features of an autoencoder as a page; `page.results` hold attribution and pooled, or sweep."""
+    """Features of an autoencoder as a page; `page.results` hold attribution and pooled, or sweep, or scores, words and steered.
+
+    Of explained features `page.question` says which, and `page.answer` what one stands for, or nothing.
+    """
 
 
 def attribution_page(
