@@ -129,10 +129,11 @@ def load_model(name: str, device: str, dtype: DType | None) -> HookedLLaVA:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         kind = None if dtype is None else getattr(torch, dtype.value)
-        return HookedLLaVA.from_pretrained(name, device=_device(device), dtype=kind)
+        return HookedLLaVA.from_pretrained(name, device=chosen_device(device), dtype=kind)
 
 
-def _device(name: str) -> str:
+def chosen_device(name: str) -> str:
+    """The device that an option names; raises `InputError` for one that cannot be used here."""
     import torch
 
     from hooked_llava.processes import own_accelerator

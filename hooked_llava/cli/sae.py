@@ -1,4 +1,4 @@
-"""`hooked-llava sae`: train a sparse autoencoder, steer by its features, and attribute an answer to them."""
+"""`hooked-llava sae`: train a sparse autoencoder, explain its features, steer by them, and attribute an answer to them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import typer
 from hooked_llava.cli.command import command
 from hooked_llava.cli.common import PromptOptions, check_writable
 from hooked_llava.cli.options import MaxNewTokens, Output, at_least
+from hooked_llava.cli.sae_explain import explain
+from hooked_llava.cli.sae_options import SAEOptions
 from hooked_llava.cli.sae_train import train
 from hooked_llava.cli.terminal import (
-    busy,
     escape,
     examples,
     needs_figures,
@@ -29,21 +30,10 @@ from hooked_llava.options.attribution_methods import ATTRIBUTION_METHODS, Attrib
 from hooked_llava.options.steering_modes import STEERING_MODES
 
 if TYPE_CHECKING:
-    from hooked_llava.sae import SparseAutoencoder
     from hooked_llava.viz import FeaturePage
 
 Method = StrEnum("Method", list(ATTRIBUTION_METHODS))
 Mode = StrEnum("Mode", list(STEERING_MODES))
-SAEFolder = Annotated[
-    str,
-    typer.Option(
-        "--sae",
-        metavar="NAME",
-        help="The autoencoder: tiny-shapes, which comes with the package, a folder, or a name on the hub.",
-    ),
-]
-Hookpoint = Annotated[str | None, typer.Option(metavar="FOLDER", help="The folder inside it, where it has several.")]
-AnyModel = Annotated[bool, typer.Option("--any-model", help="Take an autoencoder of a model of another name.")]
 FeatureValues = Annotated[
     list[str] | None,
     typer.Option("--feature", metavar="N=VALUE", help="Set this feature to this value; may be repeated."),
@@ -64,22 +54,6 @@ MethodOption = Annotated[
     Method, typer.Option(help="; ".join(f"{name}: {said}" for name, said in ATTRIBUTION_METHODS.items()) + ".")
 ]
 TopFeatures = Annotated[int, at_least(1, "--top", help="How many features are listed and drawn.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEOptions:
-    """Which autoencoder is used."""
-
-    sae: SAEFolder = "tiny-shapes"
-    hookpoint: Hookpoint = None
-    any_model: AnyModel = False
-
-    def load(self, device: object) -> SparseAutoencoder:
-        """The autoencoder, on a device."""
-        with busy(f"loading {self.sae}"):
-            from hooked_llava.sae import load_sae
-
-            return load_sae(self.sae, self.hookpoint, device=str(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +202,11 @@ def _show_attribution(page: FeaturePage, top: int) -> None:
 
 
 app = typer.Typer(
-    help="Train sparse autoencoders, steer by their features, and attribute answers to them.",
-    epilog=examples("sae train --steps 200 --out my-sae", 'sae attribute demo "What color is the star?"'),
+    help="Train sparse autoencoders, explain their features, steer by them, and attribute answers to them.",
+    epilog=examples(
+        "sae train --steps 200 --out my-sae", "sae explain", 'sae attribute demo "What color is the star?"'
+    ),
     no_args_is_help=True,
 )
-for _command in (train, steer, attribute):
+for _command in (train, explain, steer, attribute):
     app.command(epilog=_command.epilog)(_command.run)
