@@ -1,12 +1,13 @@
 """Draws the figures of the documentation from the embedded model: `python docs/figures.py` writes docs/figures/.
 
-The image of the report needs chromium on the PATH and is left as it is without it.
+The images of the report and of the gallery need chromium on the PATH and are left as they are without it.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -125,20 +126,34 @@ def replay() -> None:
 
 def report(model: HookedLLaVA) -> None:
     """The report's first sections in three columns, as a browser shows them."""
+    body = "max-width: none; margin: 30px; height: 1700px; columns: 3; column-gap: 60px; column-fill: auto"
+    columns = f"<style>body {{ {body} }}</style>"
+    page = viz.explain(model, model.prepare(QUESTION, images=image_path("demo")))
+    screenshot(page.html.replace("</head>", f"{columns}</head>"), (2460, 1760), "report.png")
+
+
+def gallery() -> None:
+    """The first cards of `hooked-llava sae explain`, the best explained first."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "hooked_llava", "sae", "explain", "--out", f"{folder}/features"]
+        subprocess.run(command, check=True, capture_output=True)
+        screenshot((Path(folder) / "features/gallery.html").read_text(encoding="utf-8"), (1380, 900), "gallery.png")
+
+
+def screenshot(html: str, size: tuple[int, int], name: str) -> None:
+    """A page as a browser shows it, half as large."""
     browser = shutil.which("chromium")
     if browser is None:
         return
-    body = "max-width: none; margin: 30px; height: 1700px; columns: 3; column-gap: 60px; column-fill: auto"
-    columns = f"<style>body {{ {body} }}</style>"
     with tempfile.TemporaryDirectory() as folder:
-        page = viz.explain(model, model.prepare(QUESTION, images=image_path("demo"))).save(Path(folder) / "report.html")
-        page.write_text(page.read_text(encoding="utf-8").replace("</head>", f"{columns}</head>"), encoding="utf-8")
-        shot = Path(folder) / "report.png"
-        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=2460,1760"]
+        page, shot = Path(folder) / "page.html", Path(folder) / "page.png"
+        page.write_text(html, encoding="utf-8")
+        window = f"--window-size={size[0]},{size[1]}"
+        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=3000", window]
         subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True)
         image = Image.open(shot).convert("RGB")
         half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-        half.quantize(256, kmeans=3, dither=Image.Dither.NONE).save(FOLDER / "report.png", optimize=True)
+        half.quantize(256, kmeans=3, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
 
 
 def main() -> None:
@@ -150,6 +165,7 @@ def main() -> None:
     world_next()
     answers(model)
     report(model)
+    gallery()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ FEWER = {
         "for i in (3, 14, 52, 81)": "for i in (3, 14)",
         "for clamp in (1e-4, 0.5, 1.0, 2.0, 4.0)": "for clamp in (1e-4, 1.0)",
     },
+    "06_features": {
+        "for _ in range(150)": "for _ in range(40)",
+        "data[:32]": "data[:16]",
+        "often[:40]": "often[:8]",
+        "n_random=3": "n_random=1",
+        "list(dict.fromkeys(best.values()))": "list(dict.fromkeys(best.values()))[:2]",
+        "in best.items():\n    written": "in list(best.items())[:2]:\n    written",
+    },
 }
 """Smaller numbers of questions and checkpoints in place of the notebooks' own: tests see that every cell runs."""
 
