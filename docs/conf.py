@@ -27,7 +27,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.supported import supported
 from hooked_llava.editing import roles
 from hooked_llava.errors import HookedLLaVAError
-from hooked_llava.options import attribution_methods, edit_methods, patch_maps, steering_modes
+from hooked_llava.options import attribution_methods, edit_methods, feature_scores, patch_maps, steering_modes
 
 project = "hooked_llava"
 author = "hooked_llava contributors"
@@ -67,6 +67,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "probe-role-table": roles.markdown_table,
     "steering-mode-table": steering_modes.markdown_table,
     "attribution-method-table": attribution_methods.markdown_table,
+    "feature-score-table": feature_scores.markdown_table,
 }
 """Directives that are a table made from a registry of the library when the documentation is built."""
 
