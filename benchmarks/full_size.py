@@ -53,8 +53,8 @@ from hooked_llava.analysis import attention_knockout
 from hooked_llava.analysis.causal_trace import causal_trace
 from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.errors import HookedLLaVAWarning
+from hooked_llava.machine.processes import Processes
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.processes import Processes
 from hooked_llava.replay import Replay
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.sae.trainer import SAETrainer, TrainingConfig

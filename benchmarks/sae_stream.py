@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks._measure import Summary, alternate, arguments, markdown, reset_peak, start, summarise, write
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.processes import Processes
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.sae.stream import ActivationStream, activation_stream
 from hooked_llava.sae.train import train_sae

@@ -26,8 +26,7 @@ ROOMS = (
     "errors",
     "checks",
     "storage",
-    "processes",
-    "devices",
+    "machine",
     "options",
     "architecture",
     "prompt",
@@ -49,7 +48,7 @@ ROOMS = (
 ORDER = {room: number for number, room in enumerate(ROOMS)}
 APART = ("toy",)  # uses datasets and what lies before it; only the command line uses it
 MAY_USE_TOY = ("cli", "toy")
-MAX_TOP_LEVEL_MODULES = 7
+MAX_TOP_LEVEL_MODULES = 5
 # Analyses are one file per question; none imports another.
 INDEPENDENT = ("analysis",)
 # What an import may not bring, by what is imported. torch._dynamo and transformers.modeling_utils each take longer than

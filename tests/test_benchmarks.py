@@ -42,9 +42,9 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.editing import EditRequest, multedit, weight_records
 from hooked_llava.errors import HookedLLaVAWarning
 from hooked_llava.loading import expected_tensors
+from hooked_llava.machine.processes import Processes
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.processes import Processes
 from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.replay import Replay
 from hooked_llava.sae.autoencoder import SparseAutoencoder

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import best_positions, check_heads, check_top, score_positions
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, Target, cache_answer, read_target

@@ -25,8 +25,8 @@ from hooked_llava.analysis.maps.scores import (
     score_layers,
     score_positions,
 )
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer import unwrap_single
 from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of, split_prompts

@@ -23,8 +23,8 @@ from hooked_llava.analysis.maps.scores import (
     chosen_heads,
     named_heads,
 )
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, as_answer_cache, cache_answer, prompts_of, split_prompts
 from hooked_llava.readout.answer_tokens import per_prompt, single_token

@@ -15,8 +15,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
 from hooked_llava.readout.lens import Lens, lens, top_tokens

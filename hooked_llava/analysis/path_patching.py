@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, one_of
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
+from hooked_llava.machine.devices import to_device
 from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric

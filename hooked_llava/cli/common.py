@@ -136,7 +136,7 @@ def chosen_device(name: str) -> str:
     """The device that an option names; raises `InputError` for one that cannot be used here."""
     import torch
 
-    from hooked_llava.processes import own_accelerator
+    from hooked_llava.machine.processes import own_accelerator
 
     if name == "auto":
         return own_accelerator() or "cpu"

@@ -166,7 +166,7 @@ def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOpt
     with needs_figures():
         from hooked_llava.viz.pages.knockout import study_page
     from hooked_llava.analysis import flow_study
-    from hooked_llava.processes import launched_as
+    from hooked_llava.machine.processes import launched_as
 
     how: dict[str, Any] = as_arguments(options) | tail
     if options.edges is None:

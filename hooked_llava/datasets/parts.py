@@ -17,7 +17,7 @@ import xarray as xr
 
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import InputError
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.results.arrays import join_attrs, load, save
 
 

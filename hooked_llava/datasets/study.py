@@ -28,10 +28,10 @@ from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
 from hooked_llava.datasets.parts import StudyParts, digest
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
-from hooked_llava.devices import in_batches
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import in_batches
+from hooked_llava.machine.processes import Processes
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.processes import Processes
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
 from hooked_llava.prompt.spans import BY_WORDS

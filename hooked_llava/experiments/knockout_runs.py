@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edge, Missing, marked
 from hooked_llava.experiments.windows import centred_window, paper_width, widest_window
+from hooked_llava.machine.devices import to_device
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
 from hooked_llava.readout.answer_tokens import Target

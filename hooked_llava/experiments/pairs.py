@@ -16,8 +16,8 @@ from torch import Tensor
 from hooked_llava.architecture.boxes import BoxLike, checked_box
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, same_positions
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs

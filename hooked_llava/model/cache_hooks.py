@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import HookTable
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.inputs import Inputs
 

@@ -16,8 +16,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.checks import one_of, whole_number
-from hooked_llava.devices import to_device
 from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import caching_hook, shared_spans
 from hooked_llava.model.components.hook_point import HookPoint, has_functions

@@ -20,7 +20,6 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.architecture.supported import supported
 from hooked_llava.architecture.tensors import model_config
-from hooked_llava.devices import to_device
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.embedded import resolve
@@ -28,6 +27,7 @@ from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
 from hooked_llava.loading.weights import load_into, read_headers
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model import generation
 from hooked_llava.model.components.assembly import assemble
 from hooked_llava.model.components.attention import AttentionContext

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hooked_llava.architecture.sizes import LanguageConfig
 from hooked_llava.checks import one_of
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.validation import check_mask, check_position_ids
 

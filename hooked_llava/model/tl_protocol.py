@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from hooked_llava.architecture.config import LLaVAConfig
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.block import Blocks, ParallelBlock
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm
 from hooked_llava.model.language import LanguageTower

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.layout import ImageLayout
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError, counted, naming_prompt
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.assembly import Assembly
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.token_map import TokenMap

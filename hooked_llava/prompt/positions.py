@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.devices import to_device
 from hooked_llava.errors import SpanError
+from hooked_llava.machine.devices import to_device
 
 
 class Positions(Sequence[int]):

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions

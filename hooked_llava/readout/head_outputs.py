@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.checks import as_indices
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 
 if TYPE_CHECKING:

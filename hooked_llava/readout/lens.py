@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import one_of
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.vocabulary import check_k
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.prompt_hooks import HookEntry, Phase, PromptHook, as_hook, continued
 from hooked_llava.prompt.inputs import Inputs

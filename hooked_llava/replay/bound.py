@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint, with_hook
 from hooked_llava.prompt.where import Where
 from hooked_llava.replay.intervention import Intervention

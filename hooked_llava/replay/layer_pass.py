@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import Hook, NamesFilter
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.prompt.where import PositionsLike

@@ -14,8 +14,8 @@ from transformer_lens import ActivationCache
 
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_without_original
-from hooked_llava.devices import to_device
 from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
-from hooked_llava.devices import in_batches
+from hooked_llava.machine.devices import in_batches
 from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric, measured
 from hooked_llava.replay.layer_pass import LayerPass, needs_full_suffix

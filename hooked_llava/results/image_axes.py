@@ -26,8 +26,8 @@ from torch import Tensor
 
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import same_positions
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.sae.autoencoder import SparseAutoencoder
 
 _ITERATIONS, _TOLERANCE = 100, 1e-6

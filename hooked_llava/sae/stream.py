@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hooked_llava.checks import first_difference, one_of, whole_number
 from hooked_llava.errors import InputError
+from hooked_llava.machine.processes import launched_as
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.processes import launched_as
 from hooked_llava.sae.forwards import ALL, Chunk, ModelSource
 from hooked_llava.sae.places import PLACE_COLUMNS
 from hooked_llava.sae.prompts import DataOptions, Progress, PromptSource

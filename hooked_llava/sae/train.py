@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.replay.progress import progress_bar
 from hooked_llava.sae.autoencoder import Kind, SAEConfig, SparseAutoencoder
 from hooked_llava.sae.stream import ActivationStream

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooked_llava.checks import finite_number, whole_number
 from hooked_llava.errors import ConfigError, InputError
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.sae import losses
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_llava.checks import first_difference
 from hooked_llava.errors import InputError
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "hooked_llava.sae_training.v1"

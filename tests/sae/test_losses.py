@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.sae import losses
 from hooked_llava.sae.files import save_sae
 from tests.oracles.plain_sae import auxiliary_by_hand, fvu_by_hand, median_by_hand, topk_by_hand

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_llava.errors import ConfigError, InputError
-from hooked_llava.processes import Processes
+from hooked_llava.machine.processes import Processes
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.sae.trainer import SAETrainer, TrainingConfig
 from tests.oracles.plain_sae import train_by_hand

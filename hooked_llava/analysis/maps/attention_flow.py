@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps.gradients import Ids, Read, with_gradients
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import ImageAxes, take_each

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import reads_only
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.prompt.inputs import Inputs

@@ -18,7 +18,7 @@ from hooked_llava.analysis.maps.scores import (
     score_positions,
     score_positions_of_layer,
 )
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
 from hooked_llava.readout.answer_cache import Target, as_answer_cache, read_target

@@ -14,8 +14,8 @@ from hooked_llava.analysis.maps.gradients import Ids, Read
 from hooked_llava.architecture.layout import ALL, ImageLayout
 from hooked_llava.architecture.shown_pixels import shown_pixels
 from hooked_llava.checks import whole_number
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import answer_log_probability
 from hooked_llava.replay.intervention import Intervention

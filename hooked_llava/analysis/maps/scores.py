@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import is_whole_number, whole_number, whole_numbers
-from hooked_llava.devices import to_device
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.answer_cache import AnswerCache
 from hooked_llava.readout.head_outputs import summed_head_outputs

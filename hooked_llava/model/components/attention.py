@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import TowerConfig
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.norm import LayerNorm, RMSNorm

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import RotaryConfig
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each position's angles, both [batch pos 1 d_head]."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_llava.devices import to_device
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.replay import Intervention, Replay
 from tests import test_family_analyses as family
@@ -119,7 +119,7 @@ def test_numbers_are_sent_without_waiting(device: Accelerators, numbers: Any) ->
     assert found.tolist() == expected.tolist()
     assert found.dtype == (torch.int64 if numbers == [] else expected.dtype)
     assert to_device(found, "cpu", torch.float16).dtype == torch.float16
-    assert device.waits["read", "devices.py:to_device"] == 1, (
+    assert device.waits["read", "machine/devices.py:to_device"] == 1, (
         "back on the CPU numbers must be there before they are read"
     )
 
