@@ -197,6 +197,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "streaming": {"sae_stream": streams},
     "steering": {"steering": steered},
     "autoencoders": {"sae": autoencoders},
+    "tiled_autoencoders": {"sae-tiny-shapes-next": autoencoders},
     "importance": {"patch_importance": importance, "top_heads": ablations},
     "tiles": {"tiles": tiles.tables},
     "apart": {"tiles": tiles.apart},
