@@ -24,6 +24,7 @@ from benchmarks import (
     _maps,
     editing,
     feature_store,
+    features,
     full_size,
     hook_overhead,
     memory_table,
@@ -377,6 +378,26 @@ def test_sae_stream_reports_costs_and_memory(run: Run, tmp_path: Path) -> None:
     assert all(row.keys() == EVERY_ROW and row["median_s"] > 0 for row in rows.values())
     assert report["memory"]["steps"] == 40
     assert report["memory"]["resident_bytes"] > 2**20
+
+
+def test_features_reports_explanations_concepts_and_steering(run: Run, tmp_path: Path) -> None:
+    report = run("features", tmp_path / "report.json")
+    assert list(report["schemes"]) == list(features.SCHEMES)
+    for seeds in report["schemes"].values():
+        assert len(seeds) == features.QUICK.seeds
+        for one in seeds:
+            assert one["right"] <= one["explained"] <= one["features"]
+            assert len(one["iou"]) == len(one["phrases"]) == one["explained"]
+            assert all(0 <= iou <= 1 for iou in one["iou"])
+            assert [len(run) for run in one["iou_random"]] == [one["explained"]] * features.QUICK.runs
+    assert all(len(one["f1"]) == len(features.PATCH_LABELS) for one in report["concepts"])
+    made = {"kind": "color", "word": "red", "steered": [0.0, 1.0], "random_feature": [0.0, 0.0]}
+    report |= {"settings": report["settings"] | {"strengths": [1.0, 2.0]}}
+    table = features.steering_table(report | {"steering": [made, {**made, "steered": [1.0, 1.0]}]})
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines()}
+    assert rows["| color, explained feature"][0] == "2"
+    assert rows["| color, explained feature"][2].startswith("1.00")
+    assert rows["| shape, random feature"] == ["0", "-", "- |"]
 
 
 def test_sae_reports_sizes_precision_steering_and_attribution(run: Run, tmp_path: Path) -> None:
