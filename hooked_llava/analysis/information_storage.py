@@ -188,7 +188,8 @@ def _resid(
     if not cache.beside:
         return resid_by_layer(cache.model, prompt, index[None])[:, 0]
     places = index.tolist() if among is None else [among.tolist().index(position) for position in index.tolist()]
-    return torch.stack([cache.beside[name][0, places] for name in resid_names(cache.model)])
+    beside = [cache.beside[name][0] for name in resid_names(cache.model)]
+    return torch.stack([resid[to_device(places, resid.device)] for resid in beside])
 
 
 def _written(
