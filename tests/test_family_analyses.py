@@ -148,6 +148,7 @@ def patching_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, C
             model, clean, other, receivers=receivers, senders="mlps", metric=metric
         ),
         "knockout": lambda: analysis.attention_knockout(model, clean, ["image->last", "question->last"], 1),
+        "knockout of outputs": lambda: analysis.output_knockout(model, clean, window=1),
         "trace": lambda: analysis.causal_trace(model, clean, "star", corruption=Noise(3.0)),
         "ablated": lambda: analysis.ablate_heads(model, clean, [(0, 1), (last, 0)], replace="zero"),
         "ablated tokens": lambda: analysis.patch_importance(model, clean, "red", method="token_ablation"),
@@ -204,6 +205,7 @@ def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Ca
         **{f"map {how}": functools.partial(analysis.patch_importance, model, clean, **how) for how in MAPS},
         "readings": lambda: analysis.head_readings(model, clean, 1, 1, "red", k=2),
         "stored": lambda: analysis.information_storage(model, clean, "red", "blue", top=3),
+        "neurons": lambda: analysis.neuron_scores(model, clean, "red", top=3),
         "next": lambda: analysis.next_tokens(model, clean, k=3),
         "attention": lambda: analysis.image_attention(model, clean),
         "signs": lambda: analysis.answer_signs(model, clean, of_cells, of_cells > of_cells.mean()),

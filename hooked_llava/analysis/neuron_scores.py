@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.answer_cache import AnswerCache, Target, as_answer_cache, prompts_of
 from hooked_llava.readout.lens import expected_unembedding, project
@@ -145,7 +146,7 @@ def _one_prompt(cache: AnswerCache, prompt: Inputs, layers: list[int], top: int,
     n_read = sum(one.n_read for one in found) * cache.target.shape[1] + n_words
     return xr.Dataset(
         {
-            "neuron": (dims, torch.stack([one.neuron for one in found]).cpu().numpy()),
+            "neuron": (dims, to_numpy(torch.stack([one.neuron for one in found]))),
             **{name: (dims, to_numpy(torch.stack(rows))) for name, rows in by_rank.items()},
             "certain": ("layer", [one.certain for one in found]),
             **word_variables(model, torch.stack(values), torch.stack(ids), (*dims, "word"), "value"),
@@ -196,7 +197,8 @@ def _bounds(
     scale, target = cache.scale[0], cache.target[0]  # (read, 1), (read, variant)
     norm, weight = model.ln_final, at_least_float32(model.blocks[layer].mlp.W_out)
     mean = expected_unembedding(model, base[0], scale)  # (read, d_model)
-    own = at_least_float32(model.unembed.weight[target])  # (read, variant, d_model)
+    words = model.unembed.weight
+    own = at_least_float32(words[to_device(target, words.device)])  # (read, variant, d_model)
     direction = norm.direction(own - mean[:, None]) / scale[:, None]
     along = torch.einsum("rn,nd,rvd->rvn", m, weight, direction)
     return along.amax(1).sum(0)

@@ -45,6 +45,9 @@ ALLOWED = {
     "readout/metrics.py:value_of",
     "model/weights_id.py:samples",
     VERSION,
+    # Between two rounds of a search: whether it may end.
+    "analysis/neuron_scores.py:_best_of_layer",
+    "analysis/neuron_scores.py:_settled",
     # Between two phases: the heads and positions of the first that the second is about.
     "analysis/maps/scores.py:best_heads",
     "analysis/maps/scores.py:best_positions",
