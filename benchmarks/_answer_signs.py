@@ -55,10 +55,10 @@ def noisy(n: int, kind: str, sigma: float = NOISE) -> Asked:
 
 
 CASES: dict[str, Callable[[int], Asked]] = {
-    "colour of an absent object (half of the questions)": absent,
-    '"is there a ...", wrong colours and absent shapes': lambda n: [(e, None) for e in held_out("exist", n)],
+    "color of an absent object (half of the questions)": absent,
+    '"is there a ...", wrong colors and absent shapes': lambda n: [(e, None) for e in held_out("exist", n)],
     '"is there a ...", noisy images': lambda n: noisy(n, "exist"),
-    "colour, noisy images": lambda n: noisy(n, "query_color"),
+    "color, noisy images": lambda n: noisy(n, "query_color"),
     "relations of two objects": lambda n: [(e, None) for e in held_out("choose_rel", n)],
 }
 

@@ -28,7 +28,7 @@ from hooked_llava.experiments.pairs import (
     swapped_objects,
     without_object,
 )
-from hooked_llava.experiments.windows import centred_window, paper_width, released_window
+from hooked_llava.experiments.windows import centered_window, paper_width, released_window
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.templates import find_template
 from hooked_llava.prompt.token_map import TokenMap
@@ -83,7 +83,7 @@ __all__ = [
     "blank_image",
     "bootstrap",
     "boxes_lost",
-    "centred_window",
+    "centered_window",
     "color_scale",
     "compiled",
     "constraint_rows",

@@ -15,7 +15,7 @@ from benchmarks._baseline_names import (
     Intervention,
     Replay,
     blank_image,
-    centred_window,
+    centered_window,
     gaussian_noise,
     logit_difference,
     mean_embedding,
@@ -220,7 +220,7 @@ def spans(s: Subject) -> Made:
     """Expressions of spans, windows of layers."""
     token_map = with_boxes(s.one).token_map
     words = ("image", "question|last", "image-object", "question&text", "other", "random", "system", "rest", "text")
-    windows = {f"{c} of {w}": list(centred_window(c, w, 8)) for c in (0, 3, 7) for w in (1, 2, 3, 9)}
+    windows = {f"{c} of {w}": list(centered_window(c, w, 8)) for c in (0, 3, 7) for w in (1, 2, 3, 9)}
     released = {f"{c} of {w}": list(released_window(c, w, 8)) for c in (0, 3, 7) for w in (1, 2, 3)}
     return {
         "spans": {word: lambda word=word: span_positions(token_map, word, seed=2).tolist() for word in words},

@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 """What is cached, in the words of our run_with_cache."""
 _MB = 2**20
 NOTES = """Cells: peak over the plain forward's / bytes of the cached tensors (how many, and model.cache_size's forecast
-where there is one), in MiB. The forecast counts each hook's tensor, also where neighbours share one storage."""
+where there is one), in MiB. The forecast counts each hook's tensor, also where neighbors share one storage."""
 
 Forward = Callable[[], object]
 Cache = Callable[[], Iterable[object]]

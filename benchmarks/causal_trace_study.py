@@ -32,7 +32,12 @@ CORRUPTIONS: dict[str, Callable[[StudyRow], Corruption]] = {
     "one word everywhere": lambda row: Replace("Paris", repeat=True),
 }
 """How the constraint is corrupted; the last is what the released code does."""
-WINDOWS = {"1": (1, "centred"), "3": (3, "centred"), "1 as released": (1, "released"), "3 as released": (3, "released")}
+WINDOWS = {
+    "1": (1, "centered"),
+    "3": (3, "centered"),
+    "1 as released": (1, "released"),
+    "3 as released": (3, "released"),
+}
 _BATCH, _RIGHT_FOR_EACH, _MOST_RIGHT = 32, 10, 300
 
 Measured = dict[str, Any]

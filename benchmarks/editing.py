@@ -1,8 +1,8 @@
 """Does an edit change the fact, its other wordings and images, and nothing else? `python -m benchmarks.editing`.
 
 The hundred facts of the embedded world are edited one by one in every embedded checkpoint and asked again: the same
-question, other images, the shape in other colours and at other places, other words, by name; other shapes, other
-relations, colours, unrelated questions. Contestants are MultEdit and ROME, three kinds of fine-tuning, the released clamp,
+question, other images, the shape in other colors and at other places, other words, by name; other shapes, other
+relations, colors, unrelated questions. Contestants are MultEdit and ROME, three kinds of fine-tuning, the released clamp,
 and a random key. Besides: every layer, every lambda, many edits one after the other and together, and whether the causal
 trace says which layer to edit. Settings were chosen on ten facts of one checkpoint with images that are not asked about
 here. The result file is written after every part, and what it holds already is not measured again.

@@ -1,6 +1,6 @@
 """Six knockout edges in every window of layers, beside the released procedure: `python -m benchmarks.knockout`.
 
-The procedure that Zhang et al. (arXiv 2411.18620) released runs the whole prompt once unblocked and once for each centre
+The procedure that Zhang et al. (arXiv 2411.18620) released runs the whole prompt once unblocked and once for each center
 of the window, for each edge anew: 54 forward passes for six edges and 8 layers, each under masks added to the scores.
 One forward is Hugging Face's with sdpa attention on the same prompt, all logits. One pass of the released procedure is
 timed in turn with it and multiplied by their number; all of them are run once, and their percentages compared with ours.
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks._measure import BASELINE, OURS, alternate, arguments, markdown, start, summarise, write
 from benchmarks._models import POSITIONS, hf_config, random_hf_model, random_prompt, sizes, with_attention
 from hooked_llava.analysis import attention_knockout
-from hooked_llava.experiments.windows import centred_window, widest_window
+from hooked_llava.experiments.windows import centered_window, widest_window
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 
@@ -69,14 +69,14 @@ def released_pass(hf_model: Any, prompt: dict[str, Tensor], blocked: Sequence[in
 def released_percentages(
     hf_model: Any, prompt: dict[str, Tensor], edges: dict[str, Ends], width: int
 ) -> list[list[float]]:
-    """100 (p2 - p1) / p1 of the first token, [edge][centre], by whole passes."""
+    """100 (p2 - p1) / p1 of the first token, [edge][center], by whole passes."""
     n_layers = hf_model.config.text_config.num_hidden_layers
     table = []
     for ends in edges.values():
         before = released_pass(hf_model, prompt, (), ends)
         token = int(before.argmax())
         after = [
-            released_pass(hf_model, prompt, centred_window(c, width, n_layers), ends)[token] for c in range(n_layers)
+            released_pass(hf_model, prompt, centered_window(c, width, n_layers), ends)[token] for c in range(n_layers)
         ]
         table.append([float(100 * (p - before[token]) / before[token]) for p in after])
     return table

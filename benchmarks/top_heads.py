@@ -1,7 +1,7 @@
 """Do the heads with the largest scores carry the answer, in words as in images? `python -m benchmarks.top_heads`.
 
 For every embedded checkpoint the comparison that Yu & Ananiadou (arXiv 2411.10950) make, and the check that they leave out.
-The same question about a colour is asked of an image and of sentences that say what is in it; the ten heads with the
+The same question about a color is asked of an image and of sentences that say what is in it; the ten heads with the
 largest mean scores are compared, and then the best heads' z at the answer's position is replaced by its mean over other
 questions of the kind: the best 1, 2, 4, 8, 16 by score, by attention to the image (or the sentences), and at random.
 Heads are ranked and means are taken on other questions than those that are asked.
@@ -120,7 +120,7 @@ def table(checkpoints: Mapping[str, Measured]) -> str:
     """What the best heads share, and what is left of the answers without them: means, lowest and highest checkpoint."""
     shared = {name: _overlap_cells(of["overlap"], of["heads"]) for name, of in checkpoints.items()}
     columns = [f"of the {TOP} best in common", "by chance", *(f"best {NAMES[kind]}" for kind in KINDS)]
-    tables = [markdown(columns, shared, "heads for colours in words and in images")]
+    tables = [markdown(columns, shared, "heads for colors in words and in images")]
     for number, corner in (("correct", "right answers without heads"), ("log_probability", "log P without heads")):
         rows = {}
         for kind in KINDS:

@@ -131,7 +131,7 @@ def test_cache_memory_reports_peaks_beside_the_bytes_of_the_tensors(run: Run, tm
     assert plain[measure.OURS]["peak_bytes"] >= 0
     ours = everything[measure.OURS]
     assert ours["tensors"] > 0
-    assert ours["forecast_bytes"] >= ours["tensor_bytes"] * 0.9  # neighbours that share storage are counted each
+    assert ours["forecast_bytes"] >= ours["tensor_bytes"] * 0.9  # neighbors that share storage are counted each
     assert ours["ratio"] == ours["over_forward_bytes"] / ours["tensor_bytes"]
 
 

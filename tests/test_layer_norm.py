@@ -1,4 +1,4 @@
-"""A language tower with LayerNorm: centring and bias in everything that freezes the final norm.
+"""A language tower with LayerNorm: centering and bias in everything that freezes the final norm.
 
 Held against torch's LayerNorm inside Hugging Face's model, and against the naive loops of tests/oracles.
 """
@@ -149,7 +149,7 @@ def test_transformer_lens_attributions_sum_to_the_logit_with_the_bias(geometry: 
     for i, label in enumerate(labels):
         layer, _, kind = label.partition("_")
         hook = "hook_embed" if label == "embed" else f"blocks.{layer}.hook_{kind}"
-        expected = by_hand.centred(seen(geometry)[hook][0, -1]) / by_hand.sigma
+        expected = by_hand.centered(seen(geometry)[hook][0, -1]) / by_hand.sigma
         assert off(frozen[i, 0, -1], expected) < 1e-6, label
     parts = cache.logit_attrs(stack, tokens=7)  # (component, 1, pos)
     bias = models.ours.ln_final.b @ models.ours.W_U[:, 7]
@@ -191,7 +191,7 @@ def test_probabilities_along_a_basis_are_those_of_the_vectors() -> None:
 # ---------------------------------------------------------------------- messages and readings
 
 
-def test_messages_in_logits_go_through_the_centred_direction() -> None:
+def test_messages_in_logits_go_through_the_centered_direction() -> None:
     models, by_hand = layer_norm_pair("grouped"), naive("grouped")
     found = attention_contribution(models.ours, models.prompt(), [6, 7], measure="logit", by_head=True, answer=7)
     for head in range(by_hand.n_heads):

@@ -27,7 +27,7 @@ from hooked_llava.experiments.corruptions import (
     describe,
     find_constraints,
 )
-from hooked_llava.experiments.windows import centred_window, released_window, widest_window
+from hooked_llava.experiments.windows import centered_window, released_window, widest_window
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
-WindowReading = Literal["centred", "released"]
+WindowReading = Literal["centered", "released"]
 ROLES = (
     "image",
     "before",
@@ -86,7 +86,7 @@ def causal_trace(
     corruption: Corruption = Noise(),  # noqa: B008 (it is frozen)
     kinds: Sequence[str] = tuple(TRACE_KINDS),
     window: int = 1,
-    window_reading: WindowReading = "centred",
+    window_reading: WindowReading = "centered",
     layers: int | Sequence[int] | None = None,
     positions: PositionsLike | None = None,
     answer: AnswerLike | None = None,
@@ -102,9 +102,9 @@ def causal_trace(
         corruption: words that replace the constraint ("the ring"), `Replace(...)`, `Noise(...)`, `MeanEmbedding()` or
             `OtherImage(...)`, from `hooked_llava.experiments.corruptions`.
         kinds: of "mlp", "attn" and "resid", each in turn.
-        window: how many layers, centred on each layer and clipped at the ends, are restored together.
-        window_reading: "centred", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.
-        layers: centres of the windows; all layers by default.
+        window: how many layers, centered on each layer and clipped at the ends, are restored together.
+        window_reading: "centered", or "released" for 2 `window` + 1 layers, as the code of 2406.04236 has it.
+        layers: centers of the windows; all layers by default.
         positions: where to restore, each in turn; by default from the last image position to the prompt's end.
         answer: measured as a whole, under teacher forcing; by default what the inputs have appended
             (`metrics.teacher_forced`), else the clean run's own first token.
@@ -277,19 +277,19 @@ def _plan(
     if not kinds or set(kinds) - set(TRACE_KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
     width, kind = window
-    one_of(kind, get_args(WindowReading), "window_reading", expected="'centred' or 'released' (2w + 1 layers)")
+    one_of(kind, get_args(WindowReading), "window_reading", expected="'centered' or 'released' (2w + 1 layers)")
     n_layers = model.cfg.n_layers
     width = whole_number(width, "window", least=1, most=widest_window(n_layers))
-    centres = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
-    around = centred_window if kind == "centred" else released_window
-    windows = [around(centre, width, n_layers) for centre in centres]
+    centers = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
+    around = centered_window if kind == "centered" else released_window
+    windows = [around(center, width, n_layers) for center in centers]
     token_map = reading.inputs.token_map
     if positions is None:
         first = max(token_map["image"]) if "image" in token_map else token_map.real.start
         where = list(range(first, token_map.own.stop))
     else:
         where = sorted(set(resolve_positions(positions, reading.inputs)[0].tolist()))
-    return _Plan(model, reading, find_constraints(token_map, constraint), where, kinds, centres, windows)
+    return _Plan(model, reading, find_constraints(token_map, constraint), where, kinds, centers, windows)
 
 
 def _effects(

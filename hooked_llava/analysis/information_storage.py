@@ -61,7 +61,7 @@ def information_storage(
         model: the model.
         inputs: prompts, anything `model.as_inputs` takes; several give a first axis prompt. Or a `AnswerCache` of them, with
             a target of one token.
-        correct: the word that should be stored (the colour, the object's name), one token where it follows the prompt; a list
+        correct: the word that should be stored (the color, the object's name), one token where it follows the prompt; a list
             has one for each prompt.
         distractor: a word of the same kind that should not, likewise.
         positions: where to read: a span or numbers; by default anywhere in the prompt.

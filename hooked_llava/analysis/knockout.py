@@ -2,7 +2,7 @@
 
 Attention knockout (Geva et al. 2023; Zhang et al. 2024, arXiv 2411.18620): in a window of layers, target positions may
 not attend to source positions (their scores become minus infinity before the softmax, which spreads what is left over
-the other keys), and the answer's probability is compared with what it was. One run for each edge and each centre of the
+the other keys), and the answer's probability is compared with what it was. One run for each edge and each center of the
 window; Replay does them together, re-running only what an edge can reach.
 
 The paper's released code has image, question and last position, but not the text around them (instruction, "ASSISTANT:").
@@ -67,9 +67,9 @@ def attention_knockout(
         edges: one or several, each "source->target" or a pair (source, target) of spans (joined by |, & and -) or positions;
             a mapping gives them names. `other` is the image less the span `object` (see `inputs.with_boxes`), `random` as many
             other patches. A position left without a key attends to nothing (in the released code, uniformly).
-        window: how many layers around the centre, clipped at the ends as the paper clips them; "all" blocks all layers
+        window: how many layers around the center, clipped at the ends as the paper clips them; "all" blocks all layers
             at once; by default the paper's share of the layers (9 of 40), at least 3.
-        centers: centres of the window, all layers by default.
+        centers: centers of the window, all layers by default.
         answer: text, a token id, or a list with one for each prompt (in it also lists of ids), measured as a whole under
             teacher forcing; by default what the inputs have appended (`teacher_forced`), else the model's own first token.
         baseline: for "logit_difference", the token whose logit is subtracted; both must be single tokens.

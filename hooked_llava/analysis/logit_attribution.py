@@ -2,7 +2,7 @@
 
 Direct logit attribution (Elhage et al. 2021): the final residual stream is the sum of what the embedding, the heads and
 the MLPs added, and the final norm divides it by one number. So a logit is a sum of one term for each component: its
-output, divided by that scale, times the norm's weight and the token's unembedding (a LayerNorm also centres it, and its
+output, divided by that scale, times the norm's weight and the token's unembedding (a LayerNorm also centers it, and its
 bias is a term of its own). What a component does by way of later ones is not in its term.
 """
 

@@ -46,7 +46,7 @@ def output_knockout(
         inputs: anything `model.as_inputs` takes; a batch gives a first axis prompt.
         outputs: one or several, each "attn at SPAN" or "mlp at SPAN", with spans as for `attention_knockout`: what is set to 0
             there, `hook_attn_out` or `hook_mlp_out`.
-        window: how many layers around the centre, as for `attention_knockout`.
+        window: how many layers around the center, as for `attention_knockout`.
         answer: likewise, as all that follow.
         metric: "relative_change", "probability", "log_probability", or a function of logits.
         total: also take each output away in every layer at once.

@@ -165,7 +165,7 @@ class GridAxis:
 
     @cached_property
     def stretches(self) -> list[tuple[float, float]]:
-        """The stretches of the original that cells show, neighbours joined."""
+        """The stretches of the original that cells show, neighbors joined."""
         joined: list[tuple[float, float]] = []
         for start, stop in zip(
             self.pixels.starts[self.shown].tolist(), self.pixels.stops[self.shown].tolist(), strict=True

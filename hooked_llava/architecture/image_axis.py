@@ -1,7 +1,7 @@
 """One axis of an image on its way to the patches: pad to square -> resize -> crop or pad -> tiles -> patches.
 
 Every step is affine and takes each axis by itself, so a box or a mask over patches is a product of two axes.
-Coordinates are continuous: pixel column i covers i to i + 1, and its centre is i + 0.5.
+Coordinates are continuous: pixel column i covers i to i + 1, and its center is i + 0.5.
 """
 
 from __future__ import annotations

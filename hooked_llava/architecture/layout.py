@@ -326,7 +326,7 @@ class ImageLayout:
     def patch_footprint(self, box: BoxLike) -> Float[np.ndarray, "tile patch_row patch_col"]:
         """How much of a pixel of each vision patch comes from a box of the original: the most within the patch.
 
-        Not zero for exactly the patches whose pixels can change when the box is painted over: resampling blends neighbours
+        Not zero for exactly the patches whose pixels can change when the box is painted over: resampling blends neighbors
         in. Patches that unpadding cuts away are counted, and touched pixels whole. Raises `ConfigError` if
         the filter is not known.
         """

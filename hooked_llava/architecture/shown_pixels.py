@@ -22,7 +22,7 @@ def shown_pixels(
 ) -> Bool[np.ndarray, "tile height width"]:
     """The pixels of an image's tiles that show what some of its features show.
 
-    On a cell's own grid these are all pixels of its patches, padding included; on the other grids those whose centre lies
+    On a cell's own grid these are all pixels of its patches, padding included; on the other grids those whose center lies
     in the part of the original that the cell shows. `grid` keeps to the tiles of one grid; newlines and class tokens show
     nothing. Raises `SpanError` for a grid that the image does not have.
 
@@ -60,5 +60,5 @@ def _pixels_of_cells(
         seen = patch < on.patches_per_tile
         index = tile * on.patches_per_tile + np.where(seen, patch, 0)
         return (cells.weights > 0)[:, index] & seen
-    centres = np.array([on.pixels.to_original(u + 0.5) for u in pixel.tolist()])
-    return (centres >= cells.starts[:, None]) & (centres < cells.stops[:, None])
+    centers = np.array([on.pixels.to_original(u + 0.5) for u in pixel.tolist()])
+    return (centers >= cells.starts[:, None]) & (centers < cells.stops[:, None])

@@ -104,7 +104,7 @@ class VisionConfig(TowerConfig):
         model_type (str): Its kind, by its Hugging Face name: an entry of `vision.VISION_TOWERS`.
         image_size (int): Side of a square tile in pixels.
         patch_size (int): Side of a square patch in pixels.
-        n_channels (int): Colour channels.
+        n_channels (int): Color channels.
         feature_layers (tuple[int, ...]): Non-negative hidden-state indices that the projector reads: 0 is the input of
             block 0, i the output of block i-1.
         several_features (bool): Whether the checkpoint gives a list of feature layers (their features are

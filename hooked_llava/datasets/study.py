@@ -221,7 +221,7 @@ def _labelled(result: xr.DataArray | xr.Dataset, rows: Sequence[StudyRow], said:
 
 
 def _batches(rows: Sequence[StudyRow], size: int) -> Iterator[list[StudyRow]]:
-    """Neighbours that can be asked together."""
+    """Neighbors that can be asked together."""
     for _, alike in groupby(rows, key=lambda row: (row.answer_prefix, row.image is None)):
         together = list(alike)
         for start in range(0, len(together), size):

@@ -15,7 +15,7 @@ from hooked_llava.experiments.pairs import (
     swapped_objects,
     without_object,
 )
-from hooked_llava.experiments.windows import centred_window, paper_width, released_window
+from hooked_llava.experiments.windows import centered_window, paper_width, released_window
 
 __all__ = [
     "Edge",
@@ -24,7 +24,7 @@ __all__ = [
     "OtherImage",
     "Replace",
     "blank_image",
-    "centred_window",
+    "centered_window",
     "gaussian_noise",
     "mean_embedding",
     "other_image",

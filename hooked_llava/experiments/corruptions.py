@@ -172,7 +172,7 @@ def replacement(
 ) -> dict[int, int]:
     """For every position of the constraints the token id that replaces the one there.
 
-    Words are tokenized where they stand, between their neighbours. Raises `InputError` if they take another number of
+    Words are tokenized where they stand, between their neighbors. Raises `InputError` if they take another number of
     tokens than the constraint.
     """
     if token_map.words is None or model.processor is None:

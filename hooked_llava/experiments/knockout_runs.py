@@ -15,7 +15,7 @@ from torch import Tensor
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edge, Missing, marked
-from hooked_llava.experiments.windows import centred_window, paper_width, widest_window
+from hooked_llava.experiments.windows import centered_window, paper_width, widest_window
 from hooked_llava.machine.devices import to_device
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, MetricName
 from hooked_llava.readout.answer import AnswerReading, answer_is_first, read_answer
@@ -68,10 +68,10 @@ def knocked_out(
 
 
 def windows_of(window: Window, centers: int | Sequence[int] | None, n_layers: int) -> dict[int | None, range]:
-    """Layers that are blocked together, by the centre of their window; raises `InputError` for what is none."""
+    """Layers that are blocked together, by the center of their window; raises `InputError` for what is none."""
     if window == "all":
         if centers is not None:
-            raise InputError("window='all' blocks every layer at once and has no centre; leave centers= out.")
+            raise InputError("window='all' blocks every layer at once and has no center; leave centers= out.")
         return {None: range(n_layers)}
     if window is None:
         width = paper_width(n_layers)
@@ -79,8 +79,8 @@ def windows_of(window: Window, centers: int | Sequence[int] | None, n_layers: in
         widest = widest_window(n_layers)
         expected = f"a number of layers from 1 to {widest}, or 'all'"
         width = whole_number(window, "window", least=1, most=widest, expected=expected)
-    centres = range(n_layers) if centers is None else as_indices(centers, n_layers, "layers, as centers")
-    return {centre: centred_window(centre, width, n_layers) for centre in centres}
+    centers = range(n_layers) if centers is None else as_indices(centers, n_layers, "layers, as centers")
+    return {center: centered_window(center, width, n_layers) for center in centers}
 
 
 def _named(metric: MetricName | Metric) -> str:

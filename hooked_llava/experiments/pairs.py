@@ -137,7 +137,7 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
 
 
 def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
-    """The same prompts, each image in one colour: its own mean pixel; raises `InputError` without an image.
+    """The same prompts, each image in one color: its own mean pixel; raises `InputError` without an image.
 
     >>> import numpy as np
     >>> from hooked_llava import HookedLLaVA
@@ -156,7 +156,7 @@ def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
 
 
 def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: int = 0) -> Inputs:
-    """The same prompt, and what lies under a box of an image painted over with the mean colour of the rest.
+    """The same prompt, and what lies under a box of an image painted over with the mean color of the rest.
 
     Args:
         model: the model, whose processor prepares the image again.

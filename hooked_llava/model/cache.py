@@ -220,7 +220,7 @@ class LLaVACache(NamedCache):
             "model": str(self.model.cfg.model_name),
             "spans": json.dumps({name: positions.tolist() for name, positions in self.spans.items()}),
         }
-        # Neighbouring hooks share storage, which the format refuses, so each tensor is written on its own.
+        # Neighboring hooks share storage, which the format refuses, so each tensor is written on its own.
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.items()}
         write_tensors(path, tensors, about, _FORMAT)
 

@@ -284,7 +284,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     def cache_size(
         self, inputs: InputsLike, names_filter: NamesFilter = None, positions: PositionsLike | None = None
     ) -> int:
-        """Bytes that `run_with_cache` would keep, without running the model (neighbours that share storage counted each).
+        """Bytes that `run_with_cache` would keep, without running the model (neighbors that share storage counted each).
 
         >>> from hooked_llava import HookedLLaVA
         >>> model = HookedLLaVA.from_pretrained("tiny-shapes")

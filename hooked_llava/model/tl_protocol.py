@@ -199,7 +199,7 @@ class TransformerLensSurface(nn.Module):
     ) -> Float[Tensor, "*shape d_model"]:
         """Direction whose dot product with (final residual stream / its scale) is the token's logit.
 
-        It is the token's unembedding times the final norm's weight (centred, where the norm is a LayerNorm); because that
+        It is the token's unembedding times the final norm's weight (centered, where the norm is a LayerNorm); because that
         is part of the direction, `ActivationCache.logit_attrs` sums to the logit on raw weights. A LayerNorm's bias has no
         direction: the logit is that sum and `ln_final.b @ W_U`; nor has an unembedding's, `b_U`.
         """

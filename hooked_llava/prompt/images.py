@@ -49,7 +49,7 @@ def load_image(image: object, name: str = "The image") -> Image.Image:
 
     Paths and PIL images: of any mode and bit depth, turned as their EXIF orientation says (so a PIL image that was turned
     by hand must not say it any more: `ImageOps.exif_transpose` sees to that); of an animation the first frame of the file,
-    or the frame at which the PIL image stands. Colour profiles are not applied. PIL images of 32 bits hold 0 to 255, and
+    or the frame at which the PIL image stands. Color profiles are not applied. PIL images of 32 bits hold 0 to 255, and
     integers above that 16 bits, floats up to 1 all of the range.
 
     Arrays are [height, width] or [height, width, channel], tensors [height, width] or [channel, height, width], with 1
@@ -175,7 +175,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _transparent_key(image: Image.Image) -> int | bytes | tuple[int, ...] | None:
-    """Which grey, colour or palette entries are transparent, in the units of the pixels as PIL decodes them."""
+    """Which grey, color or palette entries are transparent, in the units of the pixels as PIL decodes them."""
     key = image.info.get("transparency")
     raw = next((tile[3] for tile in getattr(image, "tile", ())), None)  # how the file stores pixels; empty once decoded
     if image.mode == "P" and isinstance(key, (int, bytes)):
@@ -198,7 +198,7 @@ def _on_white(image: Image.Image, key: int | bytes | tuple[int, ...] | None, nam
     if image.mode == "LAB":
         lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(space)) for space in ("LAB", "sRGB"))
         return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(image)
-    if image.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
+    if image.mode in ("La", "RGBa"):  # colors that were multiplied by alpha
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     has_palette_alpha = image.mode == "P" and image.has_transparency_data
     if key is None and image.mode not in ("LA", "PA", "RGBA") and not has_palette_alpha:

@@ -124,7 +124,7 @@ class PatchPositions(Positions):
 
 
 def format_runs(positions: Iterable[int]) -> str:
-    """Positions in ascending order as text, runs of neighbours shortened.
+    """Positions in ascending order as text, runs of neighbors shortened.
 
     >>> format_runs([0, 2, 3, 4])
     '0, 2..4'

@@ -153,7 +153,7 @@ class TokenText:
 
     @cached_property
     def _decoded(self) -> tuple[str, _Offsets]:
-        """Text and offsets rebuilt from the ids, token by token, each decoded after its neighbour for the spaces."""
+        """Text and offsets rebuilt from the ids, token by token, each decoded after its neighbor for the spaces."""
         text, offsets, previous = "", [(0, 0)] * len(self.token_ids), None
         inside = {position for image in self.images for position in image[1:]}
         for position in self.real:

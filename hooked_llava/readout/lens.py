@@ -45,7 +45,7 @@ def lens(
         model: the model whose final norm and unembedding are used; its hooks do not fire.
         vectors: in the residual stream.
         norm: "final": (u / rms(u) * weight) W_U; "frozen": (u / scale * weight) W_U; "none": u W_U. With a LayerNorm u
-            is centred first and the norm's bias added; an unembedding's bias is added, too.
+            is centered first and the norm's bias added; an unembedding's bias is added, too.
         scale: for "frozen", `ln_final.hook_scale` of the position that the answer is read at.
         bias: for "frozen" and "none", False where the vectors are parts of the residual stream: biases of the norm and of the
             unembedding belong to the whole only.

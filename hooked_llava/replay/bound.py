@@ -102,7 +102,7 @@ class BoundIntervention:
                 chosen.append(keys if axis == "key" else None)
         n_chosen = sum(c is not None for c in chosen)
         grid: list[Any] = []
-        for c in chosen:  # chosen axes are neighbours, so the cut keeps the order of the axes
+        for c in chosen:  # chosen axes are neighbors, so the cut keeps the order of the axes
             seen = sum(isinstance(g, Tensor) for g in grid)
             grid.append(slice(None) if c is None else c.reshape(-1, *[1] * (n_chosen - 1 - seen)))
         return tuple(grid)

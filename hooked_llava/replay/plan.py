@@ -11,7 +11,7 @@ from hooked_llava.replay.bound import BoundIntervention
 from hooked_llava.replay.row_edits import image_rows
 
 _OVERHEAD_TOKENS = 24
-"""What starting one more pass over the layers costs, in positions: neighbouring starts are merged below it."""
+"""What starting one more pass over the layers costs, in positions: neighboring starts are merged below it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,8 @@ _OLD_NAMES = {
 """Variables and axes of `information_storage`, `reciprocal_rank` and `flow_study` as version 0.1 called them."""
 _OF_OLD_NAMES = ("information_storage", "attention_knockout", "answer_probability")
 """Analyses, and names of arrays, in whose files they may stand."""
+_OLD_VALUES = {"window_reading": {"centred": "centered"}}
+"""Values of attributes as version 0.1 wrote them."""
 _ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
 _LISTED = (  # attributes that each prompt or pair has its own of
     *("clean", "corrupted", "prompt", "images", "corrupted_prompt", "corrupted_images"),
@@ -254,7 +256,8 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
 
     tensors, metadata = read_tensors(path, [_FORMAT], writer="save")
     described = json.loads(metadata["about"])
-    about = (described["name"], described["attrs"].get("analysis"))
+    attrs = {k: _OLD_VALUES[k].get(v, v) if k in _OLD_VALUES else v for k, v in described["attrs"].items()}
+    about = (described["name"], attrs.get("analysis"))
     renamed: dict[str, str] = _OLD_NAMES if any(what in _OF_OLD_NAMES for what in about) else {}
     found: dict[str, dict[str, xr.Variable]] = {"data": {}, "coord": {}}
     for key, entry in described["variables"].items():
@@ -263,10 +266,8 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray | xr.Dataset:
         dims = [renamed.get(dim, dim) for dim in entry["dims"]]
         found[role][renamed.get(name) or name] = xr.Variable(dims, flat.reshape(entry["shape"]), entry["attrs"])
     if described["kind"] == "Dataset":
-        return xr.Dataset(found["data"], coords=found["coord"], attrs=described["attrs"])
-    return xr.DataArray(found["data"][""], coords=found["coord"], name=described["name"]).assign_attrs(
-        described["attrs"]
-    )
+        return xr.Dataset(found["data"], coords=found["coord"], attrs=attrs)
+    return xr.DataArray(found["data"][""], coords=found["coord"], name=described["name"]).assign_attrs(attrs)
 
 
 def _words(values: np.ndarray, name: str) -> list[str]:

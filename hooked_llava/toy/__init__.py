@@ -1,4 +1,4 @@
-"""The embedded world of coloured shapes: images, questions, facts, and the training of `tiny-shapes` on them.
+"""The embedded world of colored shapes: images, questions, facts, and the training of `tiny-shapes` on them.
 
 Light on import: the tokenizer, training and evaluation live in submodules that are loaded when used.
 """

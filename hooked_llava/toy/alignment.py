@@ -25,7 +25,7 @@ _BACKGROUND_WEIGHT = 0.1
 _BASE_WEIGHT = 3.0  # there are few patches of the base grid, and objects are small there
 _NAMING_WEIGHT = 0.5
 _NAMING_SCALE = 4.0  # a patch embedding is as long as a word, so its products with words are too small for a softmax
-_AROUND = 3 * PATCH_SIZE // 2  # the neighbourhood's width at half resolution
+_AROUND = 3 * PATCH_SIZE // 2  # the neighborhood's width at half resolution
 _VOCAB = vocabulary()
 
 ToyModel = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
@@ -44,7 +44,7 @@ class OutlineHeads(nn.Module):
     """Two linear read-outs, used only in the first stage: the silhouette inside each patch, and in the 3 x 3 around it.
 
     Without them shape stays at chance for a long time: the tower has to find out first that outlines matter, whatever
-    the colour.
+    the color.
     """
 
     def __init__(self, width: int, seed: int) -> None:

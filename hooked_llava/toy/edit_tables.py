@@ -83,8 +83,8 @@ class EditTable:
 def edit_table(seed: int = _SEED, *, n_images: int = _N_IMAGES) -> EditTable:
     """The hundred facts, each with another target drawn from its relation's answers.
 
-    Every shape has its own images (of random colour, pattern and place): two to edit with and `n_images` others to
-    ask with. Besides it is asked about in the first image that may be edited with, in `n_images` other colours, and at as
+    Every shape has its own images (of random color, pattern and place): two to edit with and `n_images` others to
+    ask with. Besides it is asked about in the first image that may be edited with, in `n_images` other colors, and at as
     many other places (on other ground), looking as it does there. The same seed gives the same table.
 
     >>> table = edit_table()
@@ -219,7 +219,7 @@ def fact_asked(question: str, seen_shape: str | None = None) -> tuple[str, str] 
 
 
 def _variations(shape: str, scenes: dict[str, list[Scene]], n: int) -> tuple[list[Scene], list[Scene]]:
-    """A shape's first image with the shape in n other colours, and the shape as it looks there in n other shapes' places."""
+    """A shape's first image with the shape in n other colors, and the shape as it looks there in n other shapes' places."""
     own = scenes[shape][0]
     look = own.objects[0]
     colors = [color for color in COLOR_NAMES if color != look.color]

@@ -107,7 +107,7 @@ def _init_vision(model: LlavaForConditionalGeneration) -> None:
 
 
 def _smooth_positions(width: int) -> Tensor:
-    """Two-dimensional sinusoids, so that neighbouring patches start with like embeddings, [64, width]."""
+    """Two-dimensional sinusoids, so that neighboring patches start with like embeddings, [64, width]."""
     frequency = torch.linspace(0.25, 1.5, width // 4)
     axis = torch.arange(PATCH_GRID)[:, None] * frequency
     waves = torch.cat([axis.sin(), axis.cos()], dim=1)  # [8, width / 2]

@@ -31,7 +31,7 @@ PATTERNS = ("solid", "striped")
 
 Box = tuple[int, int, int, int]
 Look = tuple[str, str, str]
-"""Shape, colour and pattern of an object."""
+"""Shape, color and pattern of an object."""
 
 
 @dataclass(frozen=True)

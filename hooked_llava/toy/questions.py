@@ -14,7 +14,7 @@ from hooked_llava.toy.objects import COLOR_NAMES, PATTERNS, SHAPES, Box, SceneOb
 from hooked_llava.toy.scenes import Scene
 
 INSTRUCTION = "Answer briefly."
-MIN_SEPARATION = 8  # pixels between two centres before one is called left of, or above, the other
+MIN_SEPARATION = 8  # pixels between two centers before one is called left of, or above, the other
 MIN_OFF_CENTER = 6  # pixels from the middle before an object is called left or right
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def about(*objects: SceneObject) -> Named:
 
 
 def other_color(rng: np.random.Generator, scene: Scene, color: str, seen_rate: float = 0.6) -> str:
-    """A colour other than `color`, with `seen_rate` one that is in the image when there is such a one."""
+    """A color other than `color`, with `seen_rate` one that is in the image when there is such a one."""
     seen = sorted({o.color for o in scene.objects} - {color})
     if seen and coin(rng, seen_rate):
         return pick(rng, seen)
@@ -152,7 +152,7 @@ def _choose_rel(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _alike(scene: Scene) -> tuple[list[Pair], list[Pair]]:
-    """Ordered pairs of objects that share the colour only, and those that share the pattern only."""
+    """Ordered pairs of objects that share the color only, and those that share the pattern only."""
     by_color, by_pattern = [], []
     for a, b in permutations(scene.named, 2):
         if a.color == b.color and a.pattern != b.pattern:
@@ -219,9 +219,9 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     else:
         draw = rng.random()
         answer, false = "No", "Yes"
-        if draw < 0.6:  # the shape is there in another colour
+        if draw < 0.6:  # the shape is there in another color
             shape, color, seen = o.shape, other_color(rng, scene, o.color, 0.7), (o.box,)
-        else:  # the colour is there on another shape, or neither is there
+        else:  # the color is there on another shape, or neither is there
             color = o.color if draw < 0.85 else pick(rng, COLOR_NAMES)
             shape, seen = _absent_shape(rng, scene), ()
     if shape is None:
@@ -324,7 +324,7 @@ def listed(
 
 
 def _list(scene: Scene, rng: np.random.Generator) -> Question | None:
-    # Here the colour follows its shape at once: the shortest way to learn which colour belongs to which shape.
+    # Here the color follows its shape at once: the shortest way to learn which color belongs to which shape.
     return listed(scene, rng, "list", "List the shapes.", lambda o: f"{o.shape} {o.color}.")
 
 

@@ -1,4 +1,4 @@
-"""The world of `tiny-shapes`: 64 x 64 images of one to five coloured shapes on a noisy background."""
+"""The world of `tiny-shapes`: 64 x 64 images of one to five colored shapes on a noisy background."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 # positions the vision tower needs many times the training to tell shapes apart.
 _PLACE_STEP = 4
 _N_TEXTURES = 48
-# How often two objects are made to share a colour and differ in pattern, by number of objects: at these rates
-# "what do they have in common" is answered by colour as often as by pattern.
+# How often two objects are made to share a color and differ in pattern, by number of objects: at these rates
+# "what do they have in common" is answered by color as often as by pattern.
 _SHARED_COLOR_RATE = {1: 0.0, 2: 0.27, 3: 0.7, 4: 0.7, 5: 0.7}
 
 
@@ -164,10 +164,10 @@ def draw_scene(objects: Sequence[Sequence[Any]], *, seed: int = 0) -> Image.Imag
 
 
 def recolor(scene: Scene, shape: str, color: str) -> Scene:
-    """The same image with one object in another colour: no pixel outside the object's mask differs.
+    """The same image with one object in another color: no pixel outside the object's mask differs.
 
     Pattern, place, background and noise stay. Raises `InputError` for a shape that is not in the image, and for a
-    colour that is unknown or the object's own.
+    color that is unknown or the object's own.
 
     >>> scene = sample_scene(np.random.default_rng(0))
     >>> changed = recolor(scene, scene.objects[0].shape, "white")
@@ -177,7 +177,7 @@ def recolor(scene: Scene, shape: str, color: str) -> Scene:
     """
     index, old = _located(scene, shape)
     if _known(color, COLOR_NAMES, "color") == old.color:
-        raise InputError(f"The {shape} is {color} already; expected another colour.")
+        raise InputError(f"The {shape} is {color} already; expected another color.")
     return _changed(scene, index, (old.shape, color, old.pattern))
 
 
@@ -188,7 +188,7 @@ def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = Non
         scene: the image.
         shape: the object that goes.
         by: the shape that comes; one that the image does not hold yet.
-        color: its colour, by default that of the object that goes.
+        color: its color, by default that of the object that goes.
         pattern: its pattern, likewise.
 
     Raises `InputError` for a shape that is not in the image, and for one to come that is, or is unknown.
@@ -210,7 +210,7 @@ def replace_object(scene: Scene, shape: str, by: str, *, color: str | None = Non
 
 
 def imagine_scene(rng: np.random.Generator, n_objects: int) -> Scene:
-    """A scene that is only described, not drawn: shapes, colours and patterns with empty boxes, masks and pixels."""
+    """A scene that is only described, not drawn: shapes, colors and patterns with empty boxes, masks and pixels."""
     shapes = rng.permutation(len(SHAPES))[:n_objects]
     colors = rng.integers(len(COLOR_NAMES), size=n_objects)
     patterns = rng.integers(len(PATTERNS), size=n_objects)
@@ -288,7 +288,7 @@ def _sample(rng: np.random.Generator, n: int, looks: Sequence[Look] | None = Non
     canvas = background(rng)
     looks_drawn = [(int(s), int(c), int(p)) for s, c, p in zip(shapes, colors, patterns, strict=True)]
     objects, pixels = _paint(canvas, rng, looks_drawn, _place(rng, n))
-    order = rng.permutation(n)  # so that the forced colour pair is not always objects 0 and 1
+    order = rng.permutation(n)  # so that the forced color pair is not always objects 0 and 1
     return Scene(tuple(objects[i] for i in order), pixels, Draw(type(bits), state, tuple(order.tolist()), _draw_again))
 
 

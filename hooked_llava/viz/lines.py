@@ -94,7 +94,7 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _covers(below: np.ndarray, above: np.ndarray, near: float) -> bool:
-    """Whether at two neighbouring points one curve runs on the other, or at the only point."""
+    """Whether at two neighboring points one curve runs on the other, or at the only point."""
     close = np.abs(below - above) <= near  # NaN is never close
     return bool((close[:-1] & close[1:]).any()) if len(close) > 1 else bool(close.any())
 

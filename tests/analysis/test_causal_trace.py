@@ -87,8 +87,8 @@ def test_every_cell_equals_a_full_forward_with_plain_hooks(n_key_value_heads: in
 @pytest.mark.parametrize(
     ("reading", "window", "windows"),
     [
-        ("centred", 2, [range(1), range(2), range(1, 3), range(2, 4)]),
-        ("centred", 3, [range(2), range(3), range(1, 4), range(2, 4)]),
+        ("centered", 2, [range(1), range(2), range(1, 3), range(2, 4)]),
+        ("centered", 3, [range(2), range(3), range(1, 4), range(2, 4)]),
         ("released", 1, [range(1), range(1, 2), range(2, 3), range(3, 4)]),
         ("released", 2, [range(3), range(4), range(4), range(1, 4)]),
     ],
@@ -270,7 +270,7 @@ def test_average_over_questions_with_intervals() -> None:
         data = np.full((1, 2, len(roles)), value)
         coords = {"kind": ["mlp"], "layer": [0, 1], "position": range(len(roles)), "role": ("position", roles)}
         dims = ("kind", "layer", "position")
-        attrs = {"model": "m", "corruption": "c", "window": 1, "window_reading": "centred"}
+        attrs = {"model": "m", "corruption": "c", "window": 1, "window_reading": "centered"}
         costs = {"n_forward": 1, "seconds": 0.5, "runs": 3, "work": 0.25}
         ends = {"p_clean": 0.9, "p_corrupted": 0.1, "lowered_by": 8 / 9}
         return xr.Dataset({"indirect_effect": (dims, data), "restored": (dims, data), **ends}, coords, attrs | costs)
@@ -322,7 +322,7 @@ def test_the_work_at_the_size_of_a_real_prompt() -> None:
         ({"kinds": ["mlps"]}, InputError, r"kinds=\('mlps',\).*'mlp', 'attn', 'resid'"),
         ({"window": 0}, InputError, "window=0"),
         ({"window": 99}, InputError, "window=99.*1 to 7"),
-        ({"window_reading": "wide"}, InputError, "window_reading='wide'.*'centred'.*'released'"),
+        ({"window_reading": "wide"}, InputError, "window_reading='wide'.*'centered'.*'released'"),
         ({"layers": [4]}, InputError, r"4.*layers"),
         ({"positions": [99]}, InputError, r"positions=\[99\].*-13\.\.12"),
     ],

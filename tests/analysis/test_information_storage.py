@@ -138,7 +138,7 @@ def test_prompts_have_words_of_their_own_and_ranks_are_averaged() -> None:
     assert mean.head_output.dims == ("space", "head", "word")
 
 
-def test_in_tiny_shapes_image_embeddings_hold_their_colour_and_shape() -> None:
+def test_in_tiny_shapes_image_embeddings_hold_their_color_and_shape() -> None:
     """Its training draws image embeddings to the sum of their words' embeddings, so here the truth is known."""
     from hooked_llava.toy.images import image_path, image_scene
 

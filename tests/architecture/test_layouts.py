@@ -14,7 +14,7 @@ from hooked_llava.architecture import ImageAxis, ImageLayout, llava_layout, proc
 from hooked_llava.errors import ConfigError, InputError, SpanError
 
 SIDES = st.integers(1, 400)
-# (image processor, patch size): CLIP's shortest edge and centre crop in two sizes, squeezed to a rectangle, a crop that
+# (image processor, patch size): CLIP's shortest edge and center crop in two sizes, squeezed to a rectangle, a crop that
 # is larger than the image, no crop, no resize, zeros appended, and LLaVA's own padding to a square.
 PROCESSORS: dict[str, tuple[Any, int]] = {
     "tiny": (CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), 8),
@@ -119,33 +119,33 @@ def test_boxes_tile_what_the_model_sees(name: str, height: int, width: int) -> N
 
 @EVERY
 @pytest.mark.parametrize(("height", "width"), [(197, 333), (331, 205), (150, 150)])
-def test_a_coloured_block_lights_up_the_patch_that_the_layout_says(name: str, height: int, width: int) -> None:
+def test_a_colored_block_lights_up_the_patch_that_the_layout_says(name: str, height: int, width: int) -> None:
     layout = make_layout(name, height, width)
     _, patch_size = PROCESSORS[name]
     rows, columns = layout.grids[0].shape
     for row, col in patches_with_area(layout)[3::11]:
         x0, y0, x1, y1 = layout.cell_box(row, col)
-        if (x1 - x0) < 3 or (y1 - y0) < 3:  # a sliver at the border: bicubic resizing spreads it over its neighbour
+        if (x1 - x0) < 3 or (y1 - y0) < 3:  # a sliver at the border: bicubic resizing spreads it over its neighbor
             continue
         image = np.zeros((height, width, 3), dtype=np.uint8)
         image[int(np.ceil(y0)) : int(y1), int(np.ceil(x0)) : int(x1)] = 255
         seen = process(name, Image.fromarray(image)).astype(float)[: rows * patch_size, : columns * patch_size]
-        if name == "padded to a square":  # its padding has the mean's colour
+        if name == "padded to a square":  # its padding has the mean's color
             seen -= process(name, Image.fromarray(np.zeros_like(image)))[: seen.shape[0], : seen.shape[1]]
         light = seen.reshape(rows, patch_size, columns, patch_size).sum(axis=(1, 3))
         assert np.unravel_index(light.argmax(), light.shape) == (row, col)
         assert light[row, col] > 0.6 * light.sum()
 
 
-def test_the_centre_of_a_block_is_where_the_layout_says_to_a_tenth_of_a_pixel() -> None:
+def test_the_center_of_a_block_is_where_the_layout_says_to_a_tenth_of_a_pixel() -> None:
     layout = make_layout("llava-1.5", 427, 640)
     image = np.zeros((427, 640, 3), dtype=np.uint8)
     image[200:240, 300:360] = 255
     light = np.clip(process("llava-1.5", Image.fromarray(image)).astype(float), 0, None)
-    centre_y = (light.sum(1) * (np.arange(336) + 0.5)).sum() / light.sum()
-    centre_x = (light.sum(0) * (np.arange(336) + 0.5)).sum() / light.sum()
-    assert axes(layout)[0].to_canvas(220) == pytest.approx(centre_y, abs=0.1)
-    assert axes(layout)[1].to_canvas(330) == pytest.approx(centre_x, abs=0.1)
+    center_y = (light.sum(1) * (np.arange(336) + 0.5)).sum() / light.sum()
+    center_x = (light.sum(0) * (np.arange(336) + 0.5)).sum() / light.sum()
+    assert axes(layout)[0].to_canvas(220) == pytest.approx(center_y, abs=0.1)
+    assert axes(layout)[1].to_canvas(330) == pytest.approx(center_x, abs=0.1)
 
 
 def test_llavas_layout_by_hand() -> None:
@@ -213,7 +213,7 @@ def test_a_box_and_the_same_box_as_a_mask_agree(name: str, data: st.DataObject, 
     assert mask_outside == pytest.approx(outside, abs=1e-8)
 
 
-def test_what_a_centre_crop_cuts_away() -> None:
+def test_what_a_center_crop_cuts_away() -> None:
     layout = make_layout("tiny", 100, 200)  # sees x from 50 to 150
     assert layout.outside((40, 0, 60, 10)) == pytest.approx(0.5)
     assert layout.outside((60, 0, 70, 10)) == 0.0

@@ -35,7 +35,7 @@ def test_a_cell_of_the_base_grid_is_shown_by_the_fine_grid_too() -> None:
     assert found([0], grid="fine") == fine
 
 
-def test_a_cell_of_the_fine_grid_takes_the_pixels_of_the_base_grid_whose_centre_it_shows() -> None:
+def test_a_cell_of_the_fine_grid_takes_the_pixels_of_the_base_grid_whose_center_it_shows() -> None:
     of_fine = NEXT.feature_of(0, 1, "fine")
     assert found([of_fine]) == pixels(1, range(2), range(2, 4)) | pixels(0, range(2), range(1, 2))
     second_tile = NEXT.feature_of(1, 3, "fine")

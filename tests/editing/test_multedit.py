@@ -184,7 +184,7 @@ def test_half_precision_searches_in_single():
 # ---------------------------------------------------------------------- tiny-shapes
 
 
-def test_a_fact_is_changed_and_its_neighbours_stay():
+def test_a_fact_is_changed_and_its_neighbors_stay():
     model = tiny_shapes()
     ask = [model.prepare(f"Who made the {shape}?") for shape in ("star", "ring", "moon")]
     before = [model.generate(inputs) for inputs in ask]

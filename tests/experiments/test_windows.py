@@ -9,25 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.windows import centred_window, paper_width, released_window
+from hooked_llava.experiments.windows import centered_window, paper_width, released_window
 
 LAYERS = st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
 
 
 @given(LAYERS, st.integers(1, 70))
-def test_centred_windows_are_the_papers(layer: tuple[int, int], width: int) -> None:
+def test_centered_windows_are_the_papers(layer: tuple[int, int], width: int) -> None:
     l, n_layers = layer
     expected = [i for i in range(n_layers) if l - math.floor(width / 2) <= i <= l + math.ceil(width / 2) - 1]
-    assert list(centred_window(l, width, n_layers)) == expected
-    assert l in centred_window(l, width, n_layers)
+    assert list(centered_window(l, width, n_layers)) == expected
+    assert l in centered_window(l, width, n_layers)
 
 
 @pytest.mark.parametrize(
-    ("centre", "width", "n_layers", "layers"),
+    ("center", "width", "n_layers", "layers"),
     [(5, 9, 40, range(1, 10)), (0, 9, 40, range(5)), (31, 7, 32, range(28, 32)), (3, 1, 6, [3]), (2, 4, 6, range(4))],
 )
-def test_the_papers_examples(centre: int, width: int, n_layers: int, layers: range) -> None:
-    assert list(centred_window(centre, width, n_layers)) == list(layers)
+def test_the_papers_examples(center: int, width: int, n_layers: int, layers: range) -> None:
+    assert list(centered_window(center, width, n_layers)) == list(layers)
 
 
 @given(LAYERS, st.integers(1, 70))
@@ -38,7 +38,7 @@ def test_released_windows_are_twice_as_wide_and_one_more(layer: tuple[int, int],
 
 
 def test_negative_layers_count_from_the_end() -> None:
-    assert centred_window(-1, 3, 8) == centred_window(7, 3, 8)
+    assert centered_window(-1, 3, 8) == centered_window(7, 3, 8)
     assert released_window(-2, 2, 8) == released_window(6, 2, 8)
 
 
@@ -50,8 +50,8 @@ def test_the_share_is_the_papers() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match=r"Layer 6.*-6\.\.5"):
-        centred_window(6, 3, 6)
+        centered_window(6, 3, 6)
     with pytest.raises(InputError, match="window of 0 layers"):
-        centred_window(2, 0, 6)
+        centered_window(2, 0, 6)
     with pytest.raises(InputError, match="w=0; expected at least 1"):
         released_window(2, 0, 6)

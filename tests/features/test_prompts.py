@@ -50,7 +50,7 @@ def test_phrases(reply: str, phrase: str) -> None:
     ("reply", "concept"),
     [
         ("object", "object"),
-        ("ANSWER: Colour.", "color"),
+        ("ANSWER: Color.", "color"),
         ("[texture]", "texture"),
         ("scene or object", None),
         ("partial", None),

@@ -139,7 +139,7 @@ def test_views_need_the_same_positions_in_every_row() -> None:
 def test_a_saved_cache_is_read_back_whole(tmp_path: Path) -> None:
     cache = with_names("*", SINGLE, remove_batch_dim=True)
     shared = {tensor.untyped_storage().data_ptr() for tensor in cache.values()}
-    assert len(shared) < len(cache), "neighbours share storage, which the file format refuses"
+    assert len(shared) < len(cache), "neighbors share storage, which the file format refuses"
     cache.save(tmp_path / "run.safetensors")
     again = LLaVACache.load(tmp_path / "run.safetensors", OURS)
     assert set(again) == set(cache)

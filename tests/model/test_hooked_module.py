@@ -233,10 +233,10 @@ NEIGHBOURS = [
 ]
 
 
-@pytest.mark.parametrize(("written", "neighbour"), NEIGHBOURS)
+@pytest.mark.parametrize(("written", "neighbor"), NEIGHBOURS)
 @pytest.mark.parametrize("writer_first", [True, False])
-def test_a_write_in_place_leaves_the_neighbours_cached_tensor(
-    models: Pair, written: str, neighbour: str, writer_first: bool
+def test_a_write_in_place_leaves_the_neighbors_cached_tensor(
+    models: Pair, written: str, neighbor: str, writer_first: bool
 ) -> None:
     ours, prompt = models.ours, models.prompt()
     store: dict[str, Tensor] = {}
@@ -248,11 +248,11 @@ def test_a_write_in_place_leaves_the_neighbours_cached_tensor(
         x.zero_()
 
     _, clean = ours.run_with_cache(prompt)
-    own = [(written, zero), ([written, neighbour], keep)]
+    own = [(written, zero), ([written, neighbor], keep)]
     with ours.hooks(own if writer_first else own[::-1]):
         _, cache = ours.run_with_cache(prompt)
     for held in (cache, store):
-        assert torch.equal(held[neighbour], clean[neighbour])
+        assert torch.equal(held[neighbor], clean[neighbor])
     assert cache[written].eq(0).all(), "attached later, so it sees what was written"
     assert bool(store[written].eq(0).all()) == writer_first
 

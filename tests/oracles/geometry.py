@@ -1,8 +1,8 @@
 """Where a patch of the vision tower lies in the original image, through the processor's resizing and cropping.
 
-Pure functions of sizes. Each axis goes its own way, original -> pad to square -> resize -> centre crop -> patches,
+Pure functions of sizes. Each axis goes its own way, original -> pad to square -> resize -> center crop -> patches,
 and every step is affine, so one axis is a scale and a shift, and a box or mask over patches is a product of two axes.
-Coordinates are continuous: pixel column i covers i to i + 1, and its centre is i + 0.5.
+Coordinates are continuous: pixel column i covers i to i + 1, and its center is i + 0.5.
 """
 
 from __future__ import annotations

@@ -21,16 +21,16 @@ class NaiveScores:
         self.group = self.n_heads // text.num_key_value_heads
         norm = hf.model.language_model.norm
         self.weight, self.bias, self.unembed = norm.weight, getattr(norm, "bias", None), hf.lm_head.weight
-        final = self.centred(seen[f"blocks.{self.n_layers - 1}.hook_resid_post"][0, at])
+        final = self.centered(seen[f"blocks.{self.n_layers - 1}.hook_resid_post"][0, at])
         self.sigma = ((final * final).mean() + text.rms_norm_eps) ** 0.5
 
-    def centred(self, u: Tensor) -> Tensor:
+    def centered(self, u: Tensor) -> Tensor:
         """A LayerNorm (a norm with a bias) subtracts the mean."""
         return u if self.bias is None else u - u.sum() / len(u)
 
     def part(self, u: Tensor) -> Tensor:
         """The logits that a part of the stream gives: all of them sum to the model's, less the bias's."""
-        return self.unembed @ (self.centred(u) / self.sigma * self.weight)
+        return self.unembed @ (self.centered(u) / self.sigma * self.weight)
 
     def lens(self, u: Tensor) -> Tensor:
         return self.part(u) + (0 if self.bias is None else self.unembed @ self.bias)

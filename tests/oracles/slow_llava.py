@@ -215,17 +215,17 @@ class SlowLLaVA:
         return self.point(f"{name}attn.hook_{letter}", torch.stack(out, dim=2))
 
     def norm(self, name: str, hf: str, x: Tensor, eps: float) -> Tensor:
-        scale, centred, _ = self.plain_norm(hf, x, eps)
-        normalized = self.point(name + ".hook_normalized", centred / self.point(name + ".hook_scale", scale))
+        scale, centered, _ = self.plain_norm(hf, x, eps)
+        normalized = self.point(name + ".hook_normalized", centered / self.point(name + ".hook_scale", scale))
         out = normalized * self.weights[hf + ".weight"]
         return out + self.weights[hf + ".bias"] if hf + ".bias" in self.weights else out
 
     def plain_norm(self, hf: str, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, what is divided by it, the norm's output): LayerNorm where there is a bias, RMSNorm otherwise."""
         bias = self.weights.get(hf + ".bias")
-        centred = x if bias is None else x - x.sum(-1, keepdim=True) / x.shape[-1]
-        scale = ((centred * centred).sum(-1, keepdim=True) / x.shape[-1] + eps) ** 0.5
-        return scale, centred, centred / scale * self.weights[hf + ".weight"] + (0 if bias is None else bias)
+        centered = x if bias is None else x - x.sum(-1, keepdim=True) / x.shape[-1]
+        scale = ((centered * centered).sum(-1, keepdim=True) / x.shape[-1] + eps) ** 0.5
+        return scale, centered, centered / scale * self.weights[hf + ".weight"] + (0 if bias is None else bias)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Each pair (j, j + d/2) of dimensions as a complex number, turned by its angle."""

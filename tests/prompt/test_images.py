@@ -129,7 +129,7 @@ def test_color_modes(mode: str, pixels: np.ndarray, tmp_path: Path) -> None:
         given = ImageCms.ImageCmsTransform(srgb, lab, "RGB", "LAB").apply(smooth)
     else:
         given = smooth.convert(mode)
-    # 8 bits in another colour space lose a little, most in LAB's saturated colours; in CMYK and RGB nothing.
+    # 8 bits in another color space lose a little, most in LAB's saturated colors; in CMYK and RGB nothing.
     allowed = {"LAB": 20, "HSV": 6, "YCbCr": 3}.get(mode, 0)
     difference = np.abs(as_array(load_image(given)).astype(int) - pixels)
     assert difference.max() <= allowed
@@ -213,7 +213,7 @@ def test_png_with_alpha_of_every_depth(depth: int, color_type: int, pixels: np.n
 
 
 def test_a_transparent_color_that_came_along_counts(tmp_path: Path) -> None:
-    """PIL keeps which colour of a palette was transparent when it converts to RGB."""
+    """PIL keeps which color of a palette was transparent when it converts to RGB."""
     data = png(8, 3, indices().astype(int), PLTE=COLORS.tobytes(), tRNS=bytes([255, 0]))
     expected = everywhere(data, tmp_path)[0]
     converted = Image.open(io.BytesIO(data)).convert("RGB")
@@ -354,7 +354,7 @@ def model() -> HookedLLaVA:
 
 @pytest.mark.parametrize("color_type", [0, 2, 3])
 def test_inputs_show_what_the_model_sees(color_type: int, model: HookedLLaVA, tmp_path: Path) -> None:
-    """A transparent colour: `images` processed by transformers are the pixels, and an edit changes what is under its box."""
+    """A transparent color: `images` processed by transformers are the pixels, and an edit changes what is under its box."""
     where = indices()
     values = {0: COLORS[where][..., 0], 2: COLORS[where].reshape(HEIGHT, -1), 3: where}[color_type]
     key = {0: COLORS[1:2, 0].astype(">u2").tobytes(), 2: COLORS[1].astype(">u2").tobytes(), 3: b"\xff\0"}[color_type]

@@ -69,7 +69,7 @@ def test_batches_hold_every_changing_run_once_and_are_no_larger_than_allowed() -
         assert [run.first_layer for run in batch] == sorted(run.first_layer for run in batch)
 
 
-def test_neighbouring_starts_go_together() -> None:
+def test_neighboring_starts_go_together() -> None:
     runs = [PlannedRun(i, (), (), 0, 590 + i) for i in range(4)]
     assert [len(batch) for batch in batches(runs, 600, 10)] == [4]
 

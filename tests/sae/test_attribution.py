@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused(wrong, says):
 # ---------------------------------------------------------------------- where the answer is known
 
 
-def test_features_of_the_star_argue_for_its_colour():
+def test_features_of_the_star_argue_for_its_color():
     """Decoder rows along which the image of an orange star differs from that of a blue one, and random ones beside them."""
     shapes = HookedLLaVA.from_pretrained("tiny-shapes")
     question = "What color is the star?"

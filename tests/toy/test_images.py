@@ -14,7 +14,7 @@ def test_bundled_images_are_what_their_scenes_say(name):
         assert np.array_equal(np.asarray(image), image_scene(name).pixels)
 
 
-def test_every_image_has_a_star_of_its_own_colour():
+def test_every_image_has_a_star_of_its_own_color():
     for name in NAMES:
         scene = image_scene(name)
         star = scene.find("star")
@@ -32,7 +32,7 @@ def test_an_unknown_name_gets_a_suggestion():
         image_path("dmo")
 
 
-def test_a_recoloured_image_differs_in_one_shape_only():
+def test_a_recolored_image_differs_in_one_shape_only():
     scene, other = image_scene("demo"), image_scene("demo-blue-star")
     differs = (scene.pixels != other.pixels).any(-1)
     assert differs.any()

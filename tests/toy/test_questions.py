@@ -182,11 +182,11 @@ def test_the_prompt_is_the_one_documented() -> None:
     question = ask_fact("maker", "star")
     assert format_prompt(question) == "USER: Who made the star? Answer briefly. ASSISTANT:"
     assert format_prompt(question, image=True) == "USER: <image>\nWho made the star? Answer briefly. ASSISTANT:"
-    _, colour = asked("color_vqa")[0]
-    shape = colour.objects[0]
+    _, color = asked("color_vqa")[0]
+    shape = color.objects[0]
     start = f"USER: <image>\nWhat is the color of the {shape}? ASSISTANT: The color of the {shape} is"
-    assert format_prompt(colour) == start
-    assert format_answer(colour) == f"{colour.answer}."
+    assert format_prompt(color) == start
+    assert format_answer(color) == f"{color.answer}."
 
 
 def test_the_same_generator_asks_the_same_question() -> None:

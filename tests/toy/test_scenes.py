@@ -59,7 +59,7 @@ def test_masks_do_not_overlap_and_boxes_are_tight() -> None:
             assert 8 <= o.box[2] - o.box[0] <= OBJECT_SIZE
 
 
-def test_the_pixels_have_the_stated_colour_and_pattern() -> None:
+def test_the_pixels_have_the_stated_color_and_pattern() -> None:
     names = list(COLORS)
     palette = np.array([COLORS[c] for c in names], dtype=float)
     for scene in scenes(100):
@@ -81,9 +81,9 @@ def test_no_two_shapes_look_alike() -> None:
     while len(masks) < len(SHAPES):
         (o,) = sample_scene(rng, 1).objects
         ys, xs = np.nonzero(o.mask)
-        centred = np.zeros((OBJECT_SIZE, OBJECT_SIZE), bool)
-        centred[ys - ys.min(), xs - xs.min()] = True
-        masks[o.shape] = centred
+        centered = np.zeros((OBJECT_SIZE, OBJECT_SIZE), bool)
+        centered[ys - ys.min(), xs - xs.min()] = True
+        masks[o.shape] = centered
     for a in SHAPES:
         for b in SHAPES:
             if a < b:
@@ -128,7 +128,7 @@ def other(scene: Scene, index: int) -> str:
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), which=st.integers(0, 4), color=st.sampled_from(COLOR_NAMES))
-def test_recolouring_changes_only_the_colour_of_one_object(seed: int, which: int, color: str) -> None:
+def test_recoloring_changes_only_the_color_of_one_object(seed: int, which: int, color: str) -> None:
     scene = sample_scene(np.random.default_rng(seed))
     old = scene.objects[which % len(scene.objects)]
     if color == old.color:
@@ -148,7 +148,7 @@ def test_recolouring_changes_only_the_colour_of_one_object(seed: int, which: int
     assert np.array_equal(back.pixels, scene.pixels)
 
 
-def test_a_recoloured_object_has_the_pixels_of_its_new_colour() -> None:
+def test_a_recolored_object_has_the_pixels_of_its_new_color() -> None:
     for scene in scenes(30):
         o = next((o for o in scene.objects if o.pattern == "solid"), None)
         if o is None:
@@ -178,7 +178,7 @@ def test_replacing_changes_only_the_place_of_one_object(seed: int, which: int, c
     assert back == scene
 
 
-def test_a_replacement_takes_the_colour_and_pattern_asked_for() -> None:
+def test_a_replacement_takes_the_color_and_pattern_asked_for() -> None:
     (scene,) = scenes(1)
     old = scene.objects[0]
     by, pattern = other(scene, 0), PATTERNS[1 - PATTERNS.index(old.pattern)]

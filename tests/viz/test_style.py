@@ -115,7 +115,7 @@ def test_another_value_than_zero_may_stand_for_nothing():
     assert growing.neutral == 1.0
 
 
-_CONES = {  # severe colour blindness, Machado et al. 2009
+_CONES = {  # severe color blindness, Machado et al. 2009
     "none": np.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -124,7 +124,7 @@ _CONES = {  # severe colour blindness, Machado et al. 2009
 
 
 @pytest.mark.parametrize("kind", list(_CONES))
-def test_colour_blind_readers_tell_the_lines_apart(kind):
+def test_color_blind_readers_tell_the_lines_apart(kind):
     rgb = np.array([to_rgb(color) for color in SERIES])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(linear @ np.array(_CONES[kind]).T, 0, 1)

@@ -55,7 +55,7 @@ def gradient_times_input(
 ) -> tuple[Float[Tensor, "prompt image place"], Int[Tensor, "prompt read variant"]]:
     """d log P / d x . x of every patch, and the answer's tokens; x is the image embedding or, with `vision`, the pixels.
 
-    Pixels are normalised, so that 0 is the colour that the processor subtracts.
+    Pixels are normalised, so that 0 is the color that the processor subtracts.
     """
     end, log_p = _path(model, inputs, read, vision=vision)
     gradient, ids = _gradient(log_p, end, ids)
@@ -77,7 +77,7 @@ def integrated_gradients(
     The model's own answer is the one that it gives at x.
 
     The baseline of image embeddings is the mean of the image's own (Neo et al. 2024 take a data set's mean: give it as
-    `baseline` [d_model]), that of pixels the colour that the processor subtracts, 0. Gradients are added up in float32 at
+    `baseline` [d_model]), that of pixels the color that the processor subtracts, 0. Gradients are added up in float32 at
     least, however the model computes. The parts sum to log P(x) - log
     P(x0), as closely as the steps allow. Raises `InputError` for fewer than one step.
     """

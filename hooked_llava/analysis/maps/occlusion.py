@@ -40,7 +40,7 @@ def blank(
 ) -> list[Intervention]:
     """The interventions that take some features of one prompt's image away.
 
-    "image": the part of the original that they show becomes the colour that the processor subtracts, a middle grey, which
+    "image": the part of the original that they show becomes the color that the processor subtracts, a middle grey, which
     is 0 in `pixel_values`; in the tiles of every grid, or of one `grid`. "tokens": their image embeddings become
     `fill` [d_model] (Neo et al. 2024 take a data set's mean).
     """

@@ -1,6 +1,6 @@
 """TransformerLens's HookPoint, with hook functions kept from harming what they do not own.
 
-Neighbouring hooks share storage (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`), so a function that
+Neighboring hooks share storage (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`), so a function that
 writes in place would change another hook's cached tensor. Each function therefore works on a private copy, and
 what it wrote takes effect from here on.
 """

@@ -36,7 +36,7 @@ class _Norm(nn.Module, ABC):
         """The norm in one kernel, past the hooks."""
 
     @abstractmethod
-    def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def centered(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What is divided by the scale."""
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -45,14 +45,14 @@ class _Norm(nn.Module, ABC):
             return self.fused(x)
         scale = self.hook_scale(self.scale_of(x))  # (batch, pos, 1)
         normalized = self.hook_normalized(
-            (self.centred(at_least_float32(x)) / scale).to(x.dtype)
+            (self.centered(at_least_float32(x)) / scale).to(x.dtype)
         )  # (batch, pos, d_model)
         out = normalized * self.weight
         return out if self.bias is None else out + self.bias
 
     def scale_of(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """The number that each vector is divided by, in float32 at least: what `hook_scale` holds."""
-        return (self.centred(at_least_float32(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (self.centered(at_least_float32(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def frozen(
         self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*scale 1"], *, bias: bool = True
@@ -62,13 +62,13 @@ class _Norm(nn.Module, ABC):
         With its own scale a vector gets what the norm gives. With one scale for all the norm is a linear map and its bias:
         the parts of a vector, each without the bias, sum to the vector's output less the bias.
         """
-        centred = self.centred(at_least_float32(x))
-        out = (centred / scale.to(centred.dtype)).to(x.dtype) * self.weight.to(x.dtype)
+        centered = self.centered(at_least_float32(x))
+        out = (centered / scale.to(centered.dtype)).to(x.dtype) * self.weight.to(x.dtype)
         return out if self.bias is None or not bias else out + self.bias.to(x.dtype)
 
     def direction(self, reading: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The vector d for which d . x / scale is `reading` . frozen(x, scale, bias=False)."""
-        return self.centred(reading * self.weight.to(reading.dtype))  # centring is a symmetric projection
+        return self.centered(reading * self.weight.to(reading.dtype))  # centering is a symmetric projection
 
 
 class RMSNorm(_Norm):
@@ -80,7 +80,7 @@ class RMSNorm(_Norm):
         """The norm in one kernel, past the hooks."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def centered(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """x itself: RMSNorm does not subtract the mean."""
         return x
 
@@ -102,7 +102,7 @@ class LayerNorm(_Norm):
         """The norm in one kernel, past the hooks."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def centered(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """x less its mean."""
         return x - x.mean(-1, keepdim=True)
 

@@ -1,6 +1,6 @@
 """Images of the embedded world that come with the package: drawn once, each from a fixed seed.
 
-`python -m hooked_llava.toy.images` draws them again. Each image has a scene, which says what is where and in which colour.
+`python -m hooked_llava.toy.images` draws them again. Each image has a scene, which says what is where and in which color.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEEDS: dict[str, tuple[int, int]] = {
 WIDE_SEEDS: dict[str, tuple[int, int]] = {"wide": (5163, 8)}
 """The same for images of the world of `tiny-shapes-next`."""
 RECOLORED: dict[str, tuple[str, str, str]] = {"demo-blue-star": ("demo", "star", "blue")}
-"""Name of an image -> the one that it is but for the colour of one shape, that shape, and its colour."""
+"""Name of an image -> the one that it is but for the color of one shape, that shape, and its color."""
 NAMES = (*SEEDS, *RECOLORED, *WIDE_SEEDS)
 """All bundled images."""
 
@@ -39,7 +39,7 @@ def image_path(name: str) -> Path:
 
 
 def image_scene(name: str) -> Scene:
-    """The scene that a bundled image shows: its shapes, colours, boxes and masks; raises `InputError` as above.
+    """The scene that a bundled image shows: its shapes, colors, boxes and masks; raises `InputError` as above.
 
     >>> image_scene("demo").find("star") is not None
     True

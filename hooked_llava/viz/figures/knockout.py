@@ -33,7 +33,7 @@ _FORMS = {
 
 
 def knockout_curves(result: xr.Dataset, *, edges: Edges | None = None, title: str | None = None) -> Figure:
-    """The effect of blocking each edge, by the centre of the window: a line for each edge, a panel for each kind.
+    """The effect of blocking each edge, by the center of the window: a line for each edge, a panel for each kind.
 
     Args:
         result: what `attention_knockout` or `output_knockout` gives for one prompt, or `by_kind` of a study, whose intervals

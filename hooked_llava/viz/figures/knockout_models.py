@@ -29,7 +29,7 @@ def knockout_models(
 ) -> Figure:
     """The effect of blocking an edge in several models: a panel for each edge, a line for each model, along the relative depth.
 
-    Depth is the centre of the window over the last layer's number, so that models of 32 and of 40 layers lie on one axis: what is
+    Depth is the center of the window over the last layer's number, so that models of 32 and of 40 layers lie on one axis: what is
     compared is the shape. Windows are each model's own, and so are the questions that it answers correctly: a difference of two
     lines may be one of questions.
 

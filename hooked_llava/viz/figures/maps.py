@@ -119,7 +119,7 @@ def draw_cells(
     gap = 0.8 if values.size <= 2000 and not narrow else 0.0
     down = np.arange(values.shape[0] + 1)
     mesh = axes.pcolormesh(across, down, values, cmap=scale.map, norm=scale.norm(), edgecolors=PAPER, linewidth=gap)
-    mesh.set_rasterized(narrow)  # as vectors, narrow neighbours would show seams
+    mesh.set_rasterized(narrow)  # as vectors, narrow neighbors would show seams
     axes.invert_yaxis()
     for spine in axes.spines.values():
         spine.set_visible(False)

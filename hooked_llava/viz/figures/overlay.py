@@ -209,7 +209,7 @@ def draw_overlay(
             values, extent=(0, original.width, original.height, 0), interpolation="nearest", **how
         )
     else:
-        # As vectors, neighbouring patches would show seams.
+        # As vectors, neighboring patches would show seams.
         mapped = axes.pcolormesh(*borders, values, linewidth=0, rasterized=True, **how)
     mapped.set_alpha(_opacity(values, scale, opaque))  # one for each patch, which matplotlib's types leave out
     if layout is not None:

@@ -90,7 +90,7 @@ def layer_position_maps(
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbouring columns under one name: a token, or an image.
+    """Neighboring columns under one name: a token, or an image.
 
     Attributes:
         indices (list[int]): Where the result has them.

@@ -20,9 +20,9 @@ def made(cls: type, eps: float = 1e-5, dtype: torch.dtype = torch.float64) -> RM
 
 
 def by_formula(norm: RMSNorm | LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    centred = x - x.mean(-1, keepdim=True) if isinstance(norm, LayerNorm) else x
-    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return scale, centred / scale * norm.weight + (norm.bias if norm.bias is not None else 0)
+    centered = x - x.mean(-1, keepdim=True) if isinstance(norm, LayerNorm) else x
+    scale = (centered.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return scale, centered / scale * norm.weight + (norm.bias if norm.bias is not None else 0)
 
 
 @pytest.mark.parametrize("cls", [RMSNorm, LayerNorm])

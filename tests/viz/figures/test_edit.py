@@ -62,7 +62,7 @@ def test_other_answers_are_refused(answers):
         answer_shift(answers.rename(token="word"))
 
 
-def test_a_bar_for_each_probe_in_the_colour_of_its_role(probes):
+def test_a_bar_for_each_probe_in_the_color_of_its_role(probes):
     figure = probe_bars(probes)
     axes = figure.axes[0]
     bars = axes.containers[0]
