@@ -68,6 +68,7 @@ PUBLIC = (
     ".editing",
     ".steering",
     ".sae",
+    ".features",
     ".datasets",
     ".results",
     ".toy",

@@ -23,7 +23,10 @@ Labelled: TypeAlias = Literal["cell", "image"]
 
 
 class LabelScores(NamedTuple):
-    """How well features tell labels.
+    """How well features tell labels, as `label_scores` returns it.
+
+    >>> LabelScores(*np.array([[[1.0]], [[0.8]], [[0.5]]])).f1
+    array([[0.8]])
 
     Attributes:
         average_precision (Float[np.ndarray, "feature label"]): Sum over thresholds of the gain in recall times the precision;
