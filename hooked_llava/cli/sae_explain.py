@@ -258,13 +258,16 @@ def _kept(path: Path, asked: dict[str, Any], measure: Callable[[], xr.Dataset]) 
 
 
 def _best_first(explained: Sequence[Explanation], scores: xr.Dataset | None) -> list[Explanation]:
-    """Those with the highest score first, those without one last."""
+    """Those whose first score is farthest above chance first, those without one last."""
     if scores is None:
         return sorted(explained, key=lambda one: not one.found)
     import numpy as np
 
-    first = next(name for name in ("iou", "detection", "clip") if name in scores)
-    return [explained[i] for i in np.argsort(-np.nan_to_num(scores[first].values, nan=-np.inf), kind="stable")]
+    from hooked_llava.options.feature_scores import FEATURE_SCORES
+
+    first = next(name for name in FEATURE_SCORES if name in scores)
+    above = scores[first] - (scores[f"{first}_random"].mean("run") if f"{first}_random" in scores else 0.0)
+    return [explained[i] for i in np.argsort(-np.nan_to_num(above.values, nan=-np.inf), kind="stable")]
 
 
 def _show(

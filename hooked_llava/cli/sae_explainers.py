@@ -65,7 +65,7 @@ class Judges:
         found: dict[str, Any] = {}
         if "iou" in self.scores:
             found["segmenter"] = self._segmenter()
-        if "clip" in self.scores:
+        if "clip_score" in self.scores:
             from hooked_llava.features import ClipSimilarity
 
             found["similarity"] = ClipSimilarity.from_pretrained(device=self.device)

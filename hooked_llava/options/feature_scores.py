@@ -25,7 +25,7 @@ FEATURE_SCORES: dict[str, FeatureScore] = {
         "IoU",
         "overlap (intersection over union) of where the feature is active with what a segmenter finds for the phrase, 0 to 1",
     ),
-    "clip": FeatureScore("CLIP", "100 times the cosine of CLIP's embeddings of the phrase and of each image"),
+    "clip_score": FeatureScore("CLIP", "100 times the cosine of CLIP's embeddings of the phrase and of each image"),
     "detection": FeatureScore(
         "Detection",
         "whether the explainer tells from the phrase in which images the feature is active (balanced accuracy), 0 to 1, 0.5 by "

@@ -15,6 +15,7 @@ from hooked_llava.features.explain import explain_features
 from hooked_llava.features.explanations import Explanation
 from hooked_llava.features.prompts import DETECT_PROMPT, filled
 from hooked_llava.features.scores import active_and_not, intersection_over_union, iou_of, score_features, score_table
+from hooked_llava.options.feature_scores import FEATURE_SCORES
 from hooked_llava.toy.oracle import OracleExplainer, OracleSegmenter
 from tests.features.scenes_store import SCENES, active_features, scene_of, scenes_store
 from tests.oracles.plain_scores import plain_balanced_accuracy, plain_iou, plain_region
@@ -77,6 +78,7 @@ def test_a_region_that_is_the_mask_counts_1() -> None:
 def test_similarity_is_the_mean_over_the_explanations_images(explanations: list[Explanation]) -> None:
     scores = score_features(scenes_store(), explanations, similarity=brightness, n_random=3)
     assert set(scores.data_vars) == {"clip_score", "clip_score_random"}
+    assert "clip_score" in FEATURE_SCORES  # and so on pages and in the shell
     for one, score in zip(explanations, scores.clip_score.values, strict=True):
         expected = np.mean([scene_of(i).pixels.mean() + len(one.phrase) for i in one.images]) if one.found else np.nan
         assert score == pytest.approx(expected, nan_ok=True)
