@@ -15,7 +15,7 @@ from hooked_llava.checks import Indices, as_indices, finite_number, one_of, whol
 from hooked_llava.errors import InputError
 from hooked_llava.features.asking import Explainer, concurrency_of, each_answered
 from hooked_llava.features.explanations import Explanation, ExplanationFile
-from hooked_llava.features.lit_images import DIMMED, lit_image
+from hooked_llava.features.lit_images import lit_image
 from hooked_llava.features.prompts import (
     CONCEPT_PROMPT,
     EXPLAIN_PROMPT,
@@ -28,6 +28,7 @@ from hooked_llava.features.prompts import (
 )
 from hooked_llava.features.ranking import Pooling
 from hooked_llava.features.store import FeatureStore
+from hooked_llava.options.explainers import DIMMED
 from hooked_llava.replay.progress import progress_bar
 
 _Job = tuple[int, tuple[int, ...], list[Image.Image]]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hooked_llava.errors import CheckpointError, InputError
-from hooked_llava.features.prompts import UNABLE, Concept
+from hooked_llava.features.prompts import Concept
+from hooked_llava.options.explainers import UNABLE
 from hooked_llava.storage import read_json, write_json
 
 FORMAT = "hooked_llava.explanations.v1"

@@ -10,9 +10,7 @@ from PIL import Image
 
 from hooked_llava.checks import finite_number
 from hooked_llava.errors import InputError
-
-DIMMED = 224 / 255
-"""How far the released code of 2411.14982 blends what is not active to black."""
+from hooked_llava.options.explainers import DIMMED
 
 
 def lit_image(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Literal, TypeAlias, get_args
 
+from hooked_llava.options.explainers import UNABLE
+
 EXPLAIN_PROMPT = r"""You are a meticulous AI researcher conducting an important investigation into a certain neuron in a vision language model. Your task is to analyze the neuron and provide an explanation that thoroughly encapsulates its behavior.
 
 Guidelines:
@@ -79,7 +81,6 @@ Categorize the following description:
 ANSWER:
 """  # noqa: E501
 DETECT_PROMPT = 'Does the image show "{description}"? Answer yes or no, with nothing else.'
-UNABLE = "Unable to produce descriptions"
 Concept: TypeAlias = Literal["scene", "object", "part", "material", "texture", "color"]
 """The classes of Network Dissection (Bau et al., 1704.05796)."""
 

@@ -1,8 +1,13 @@
-"""Who may explain features: how each is named on the command line, and what it is."""
+"""Who may explain features: how each is named on the command line, what it is, and what all of them are told and say."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+UNABLE = "Unable to produce descriptions"
+"""What an explainer says where images share nothing (Zhang et al. 2411.14982)."""
+DIMMED = 224 / 255
+"""How far the released code of 2411.14982 blends what is not active to black."""
 
 
 class ExplainerChoice(NamedTuple):

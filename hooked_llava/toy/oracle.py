@@ -14,11 +14,10 @@ from PIL import Image
 
 from hooked_llava.checks import finite_number
 from hooked_llava.errors import InputError, counted
+from hooked_llava.options.explainers import DIMMED, UNABLE
 from hooked_llava.toy.descriptions import BACKGROUND, Description, in_common, shown_in
 from hooked_llava.toy.scenes import Scene
 
-UNABLE = "Unable to produce descriptions"
-DIMMED = 224 / 255
 _QUOTED = re.compile(r'"([^"]*)"')
 _SOME = 32
 """Pixels by which scenes are looked for first."""

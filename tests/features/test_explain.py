@@ -15,7 +15,8 @@ from hooked_llava.errors import ExplainerError, InputError, SpanError
 from hooked_llava.features.explain import explain_features, lit_images
 from hooked_llava.features.explainers.server import ServerExplainer
 from hooked_llava.features.explanations import Explanation, load_explanations
-from hooked_llava.features.prompts import CONCEPT_PROMPT, EXPLAIN_PROMPT, REFINE_PROMPT, UNABLE, filled
+from hooked_llava.features.prompts import CONCEPT_PROMPT, EXPLAIN_PROMPT, REFINE_PROMPT, filled
+from hooked_llava.options.explainers import UNABLE
 from hooked_llava.toy.oracle import OracleExplainer
 from tests.features.explainers.fake_server import Body, Reply, serving
 from tests.features.made import Given

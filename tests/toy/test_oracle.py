@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from hooked_llava.errors import InputError
+from hooked_llava.options.explainers import UNABLE
 from hooked_llava.toy.descriptions import Description
-from hooked_llava.toy.oracle import UNABLE, KnownScenes, OracleExplainer, OracleSegmenter, concept_of
+from hooked_llava.toy.oracle import KnownScenes, OracleExplainer, OracleSegmenter, concept_of
 from hooked_llava.toy.scenes import Scene, sample_scene
 from hooked_llava.toy.wide_scenes import sample_wide_scene
 
