@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hooked_llava.cli.options import EMBEDDED_MODEL
 from hooked_llava.model.llava import HookedLLaVA
@@ -15,16 +14,6 @@ from hooked_llava.sae import SAEConfig, SparseAutoencoder, feature_attribution, 
 from tests.cli.running import QUESTION, refused, run
 
 SIZES = ("--width", "32", "--k", "4", "--batch-size", "16", "--buffer", "32", "--hook", "blocks.0.hook_resid_pre")
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(folder / f"{name}.png")
-    return folder
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import pytest
-from PIL import Image
 
 from hooked_llava.cli import sae_explain, sae_explainers
 from hooked_llava.features import FeatureStore
@@ -19,16 +17,6 @@ from tests.registries import put_back
 
 FEATURES = (32, 60, 106)
 FEW = (*(part for n in FEATURES for part in ("--feature", str(n))), "--n-images", "12", "--max-new-tokens", "2")
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(folder / f"{name}.png")
-    return folder
 
 
 def test_the_embedded_model_is_explained_without_a_word_and_again_from_its_files(tmp_path, monkeypatch):
