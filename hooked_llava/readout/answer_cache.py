@@ -67,7 +67,8 @@ class AnswerCache:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(tensor.nbytes for tensor in (*self.resid, self.scale, *self.held.values()))
+        kept = (*self.resid, self.scale, *self.held.values(), *self.beside.values())
+        return sum(tensor.nbytes for tensor in kept)
 
     @staticmethod
     def forecast(model: HookedLLaVA, inputs: InputsLike, parts: Sequence[str] = PARTS) -> int:
