@@ -37,7 +37,7 @@ _EMBEDDED_QUESTIONS = (
     ("one-shape", "What shape is this?"),
 )
 _WORLD_SEED, _WORLD_QUESTION = 9_000_041, "What is there?"
-_WHITE, _LISTED, _WORDS = 336, 12, 5
+_LISTED, _WORDS = 12, 5
 
 ImageFolder = Annotated[
     Path | None,
@@ -123,7 +123,8 @@ class QuestionOptions:
             images, questions = zip(*_EMBEDDED_QUESTIONS, strict=True)
             return model.prepare(list(questions), [open_image(name) for name in images], template=template)
         questions = self.ask or [PAPER_QUESTION]
-        white = Image.new("RGB", (_WHITE, _WHITE), "white")
+        side = model.config.vision.image_size
+        white = Image.new("RGB", (side, side), "white")
         image = white if self.about is None else open_image(self.about)
         return model.prepare(list(questions), [image] * len(questions), template=template)
 
@@ -263,10 +264,12 @@ def _best_first(explained: Sequence[Explanation], scores: xr.Dataset | None) -> 
         return sorted(explained, key=lambda one: not one.found)
     import numpy as np
 
+    from hooked_llava.features.scores import chance
     from hooked_llava.options.feature_scores import FEATURE_SCORES
 
     first = next(name for name in FEATURE_SCORES if name in scores)
-    above = scores[first] - (scores[f"{first}_random"].mean("run") if f"{first}_random" in scores else 0.0)
+    by_chance = chance(scores, first)
+    above = scores[first] if by_chance is None else scores[first] - by_chance
     return [explained[i] for i in np.argsort(-np.nan_to_num(above.values, nan=-np.inf), kind="stable")]
 
 
@@ -274,6 +277,7 @@ def _show(
     store: FeatureStore, best: Sequence[Explanation], scores: xr.Dataset | None, steered: xr.Dataset | None
 ) -> None:
     """The best explained features, a line each."""
+    from hooked_llava.features.scores import chance
     from hooked_llava.options.feature_scores import FEATURE_SCORES
 
     found = [one for one in best if one.found]
@@ -295,9 +299,9 @@ def _show(
     show_table(["feature", "phrase", "concept", *titles, "answer when set"], rows, right=["feature", *titles])
     for name, title in zip(names, titles, strict=True):
         assert scores is not None
-        random = f"{name}_random"
-        chance = f", on random images {float(scores[random].mean()):.2f}" if random in scores else ""
-        say(f"{title}: {float(scores[name].mean()):.2f} in the mean{chance}.")
+        by_chance = chance(scores, name)
+        beside = "" if by_chance is None else f", on random images {float(by_chance.mean()):.2f}"
+        say(f"{title}: {float(scores[name].mean()):.2f} in the mean{beside}.")
 
 
 def _changed(steered: xr.Dataset | None, feature: int) -> str:

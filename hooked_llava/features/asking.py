@@ -20,7 +20,7 @@ Explainer: TypeAlias = Callable[[Sequence[Image.Image], str], str]
 
 
 def concurrency_of(*explainers: Any) -> int:
-    """How many calls may run at once: what the most patient of the explainers allows, 1 by default."""
+    """How many calls may run at once: what the explainer that allows the fewest does, 1 where one says nothing."""
     return min(
         whole_number(getattr(one, "concurrency", 1), "explainer.concurrency", least=1)
         for one in explainers

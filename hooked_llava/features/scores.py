@@ -88,6 +88,12 @@ def score_features(
     return xr.Dataset(found, _coordinates(explanations), {"analysis": "score_features", **about})
 
 
+def chance(scores: xr.Dataset, name: str) -> xr.DataArray | None:
+    """A score of `score_features` on random images, the mean over the runs for each feature; None for one without runs."""
+    random = f"{name}_random"
+    return scores[random].mean("run") if random in scores else None
+
+
 def score_table(scores: xr.Dataset, *, level: float = 0.99) -> xr.Dataset:
     """The mean of every score by concept and in total, with intervals, beside chance: Table 1 of Zhang et al. (2411.14982).
 

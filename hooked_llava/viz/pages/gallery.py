@@ -13,7 +13,7 @@ from hooked_llava.errors import InputError, counted
 from hooked_llava.features.effects import CONTROL
 from hooked_llava.features.explain import lit_images
 from hooked_llava.features.explanations import Explanation
-from hooked_llava.features.scores import score_table
+from hooked_llava.features.scores import chance, score_table
 from hooked_llava.features.store import FeatureStore
 from hooked_llava.options.feature_scores import FEATURE_SCORES
 from hooked_llava.viz.figures.activations import activation_histogram
@@ -217,7 +217,7 @@ def _scores_of(scores: xr.Dataset | None, feature: int) -> list[dict[str, Any]]:
             "name": name,
             "title": score.title,
             "value": float(one[name]),
-            "chance": float(one[f"{name}_random"].mean()) if f"{name}_random" in one else None,
+            "chance": None if (by_chance := chance(one, name)) is None else float(by_chance),
         }
         for name, score in _measured(scores).items()
         if not bool(one[name].isnull())
