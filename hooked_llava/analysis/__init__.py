@@ -1,7 +1,7 @@
 """One file for each question a researcher asks of a model; none imports another."""
 
 from hooked_llava.analysis.activation_patching import activation_patching
-from hooked_llava.analysis.answer_probability import answer_probability, with_released_norm
+from hooked_llava.analysis.answer_probability import answer_probability, probability_summary, with_released_norm
 from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.answer_without import answer_without, decisive_removal, leads_from
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
@@ -31,6 +31,7 @@ from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.analysis.studies.knockout import knockout_study
+from hooked_llava.analysis.studies.probability import probability_study
 from hooked_llava.results.arrays import recovered
 
 __all__ = [
@@ -76,6 +77,8 @@ __all__ = [
     "path_patching",
     "position_scores",
     "predict_wrong",
+    "probability_study",
+    "probability_summary",
     "random_heads",
     "reciprocal_rank",
     "recovered",

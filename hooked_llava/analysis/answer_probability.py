@@ -125,6 +125,47 @@ def with_released_norm(probability: xr.DataArray) -> xr.DataArray:
     return xr.concat([probability, released], "norm", **how)
 
 
+def probability_summary(probability: xr.DataArray) -> xr.Dataset:
+    """Where each variant of the answer appears, as numbers.
+
+    Args:
+        probability: what `answer_probability` gives, with any further axes, or `by_kind` of a study (its means are taken).
+
+    Returns, without the axis layer (or resid), by form: `peak`, the largest probability; `peak_layer`; `half_layer`, the
+    first layer at which at least half of the peak is reached; `final`, at the last layer. And without the axis form
+    `overtakes`: the layer from which on the capitalised answer stays above the one in lower case, NaN where it is not
+    above it at the end (or where there is only one of them). Raises `InputError` for a result without layers and forms.
+
+    >>> curves = [[0.0, 0.0], [0.4, 0.1], [0.2, 0.3], [0.0, 0.8]]
+    >>> found = probability_summary(xr.DataArray(curves, {"form": ["lower", "capitalised"]}, dims=("layer", "form")))
+    >>> found.peak_layer.values.tolist(), found.half_layer.values.tolist(), float(found.overtakes)
+    ([1.0, 3.0], [1.0, 3.0], 2.0)
+    """
+    along = "resid" if "resid" in probability.dims else "layer"
+    if not {along, "form"} <= set(probability.dims):
+        given = ", ".join(map(str, probability.dims))
+        raise InputError(
+            f"probability_summary needs the axes layer and form of answer_probability; this result has {given}."
+        )
+    curves = probability.sel(statistic="mean", drop=True) if "statistic" in probability.dims else probability
+    curves = curves.drop_vars("layer_name", errors="ignore").astype(float)
+    layers = curves[along] if along in curves.coords else xr.DataArray(np.arange(curves.sizes[along]), dims=along)
+    peak = curves.max(along)
+    reached = (curves >= peak / 2) & peak.notnull()
+    behind = ~(curves.sel(form="capitalised", drop=True) > curves.sel(form="lower", drop=True))
+    above_since = layers.where(behind).max(along).fillna(layers[0] - 1) + 1
+    return xr.Dataset(
+        {
+            "peak": peak,
+            "peak_layer": layers.where(curves == peak).min(along),
+            "half_layer": layers.where(reached).min(along),
+            "final": curves.isel({along: -1}, drop=True),
+            "overtakes": above_since.where(above_since <= layers[-1]),
+        },
+        attrs=probability.attrs,
+    )
+
+
 def _forms(model: HookedLLaVA, prompt: TokenMap, word: str, own: int | None = None) -> list[int | None]:
     """First tokens of a word in lower case and with a capital, after the prompt; None for what the tokenizer does not know.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +12,13 @@ import typer
 from hooked_llava.cli.command import TypedOptions, as_arguments, command
 from hooked_llava.cli.common import PromptOptions, check_writable
 from hooked_llava.cli.options import MaxNewTokens, Output, at_least
+from hooked_llava.cli.tables import TableOptions
 from hooked_llava.cli.terminal import escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, OF_THE_ANSWER
 
 if TYPE_CHECKING:
-    from hooked_llava.datasets import StudyRow
     from hooked_llava.viz import KnockoutPage
-
-_OWN_TABLE = "tiny-shapes"
-_DEFAULT_LIMIT = 50
 
 Metric = StrEnum("Metric", OF_THE_ANSWER)
 EdgeNames = Annotated[
@@ -47,21 +44,6 @@ Boxes = Annotated[
     list[str] | None,
     typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Where the object is, in the image's pixels; may be repeated."),
 ]
-TableName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TABLE",
-        help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
-    ),
-]
-ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's images are.")]
-Limit = Annotated[int | None, at_least(1, help="Questions of each kind. Default: all; of tiny-shapes 50.")]
-Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
-Results = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Keep the table's result in this file; an interrupted run goes on from it."),
-]
-BatchSize = Annotated[int, at_least(1, help="Questions of a table at once.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +53,6 @@ class KnockoutOptions:
     edges: EdgeNames = None
     window: Window = None
     metric: MetricOption = Metric.relative_change
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableOptions:
-    """A table of questions, and how it is asked."""
-
-    dataset: TableName = None
-    images: ImageFolder = None
-    limit: Limit = None
-    every: Every = False
-    results: Results = None
-    batch_size: BatchSize = 8
-
-    def rows(self) -> tuple[list[StudyRow], dict[str, str]]:
-        """The table's questions, and the instruction that follows each."""
-        table, images = str(self.dataset), self.images
-        if table == _OWN_TABLE and not Path(table).exists():
-            from hooked_llava.toy.gqa_tables import gqa_rows
-
-            if images is not None:
-                raise InputError("--images belongs to a table that names its images; tiny-shapes draws its own.")
-            return gqa_rows(self.limit or _DEFAULT_LIMIT), {}
-        from hooked_llava.datasets import GQA_TAIL, read_gqa
-
-        rows = read_gqa(table, limit=self.limit)
-        if images is None:
-            raise InputError(f"The table {table!r} names its images; say where they are with --images FOLDER.")
-        if not images.is_dir():
-            raise InputError(
-                f"--images {images}: there is no such folder; give the one that the table's images are in."
-            )
-        return rows, {"tail": GQA_TAIL}
 
 
 @command(
@@ -129,17 +79,10 @@ def knockout(
     attends to nothing; in the paper's released code it attends to all of them equally.
     """
     check_writable(output)
-    if table.dataset is not None:
-        if prompt.first is not None:
-            raise InputError(
-                f"--dataset {table.dataset} brings its own questions; leave {prompt.first!r} out, or --dataset."
-            )
+    if table.given(typed, prompt, "max_new_tokens"):
         typed.refuse(["boxes"], "belongs to one question; a table has the boxes of its objects.")
-        typed.refuse(["no_image", "max_new_tokens"], "belongs to one question; leave it out, or --dataset.")
         page = _table_page(table, prompt, options)
     else:
-        of_tables = [field.name for field in fields(table)]
-        typed.refuse(of_tables, "belongs to a table of questions; give one with --dataset.")
         page = _prompt_page(prompt, options, boxes or [], max_new_tokens)
     if page is not None:
         path = page.save(output)
@@ -161,7 +104,7 @@ def _prompt_page(
 
 def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage | None:
     """The page of a table; of several processes, all of which have the result, the first one's alone."""
-    rows, tail = table.rows()
+    rows, tail = table.gqa_rows()
     model = prompt.load()
     with needs_figures():
         from hooked_llava.viz.pages.knockout import study_page
@@ -171,16 +114,7 @@ def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOpt
     how: dict[str, Any] = as_arguments(options) | tail
     if options.edges is None:
         del how["edges"]
-    result = flow_study(
-        model,
-        rows,
-        images=table.images,
-        out=table.results,
-        only_correct=not table.every,
-        batch_size=table.batch_size,
-        template=prompt.template_name,
-        **how,
-    )
+    result = flow_study(model, rows, **table.study_options(prompt), **how)
     return study_page(result) if launched_as()[0] == 0 else None
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from hooked_llava.analysis.answer_probability import answer_probability
 from hooked_llava.analysis.knockout import CLOSED_EDGES, OBJECT_EDGES, PAPER_EDGES, attention_knockout
 from hooked_llava.analysis.studies.knockout import study_settings
+from hooked_llava.analysis.studies.probability import probability_of_rows
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.study import study
 from hooked_llava.experiments.edges import Edges
@@ -48,8 +48,7 @@ def flow_study(
     def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
         how = {"metric": metric, "total": True, "missing": "skip", "seed": seed}
         found = attention_knockout(model, inputs, edges, window, **how)
-        options = [row.false_option for row in asked]
-        probability = answer_probability(model, inputs, [row.answer for row in asked], options)
+        probability = probability_of_rows(model, inputs, asked)
         found["answer_probability"] = probability.rename(layer="resid").drop_attrs()
         return found.assign_attrs(
             {name: found.attrs[name] + probability.attrs[name] for name in ("n_forward", "seconds")}

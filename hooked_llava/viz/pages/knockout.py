@@ -18,7 +18,7 @@ from hooked_llava.analysis.knockout import (
     flow_summary,
 )
 from hooked_llava.analysis.next_tokens import next_tokens
-from hooked_llava.datasets.study import as_kinds, by_kind, count_unseen
+from hooked_llava.datasets.study import as_kinds, by_kind
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges
 from hooked_llava.experiments.knockout_runs import Window
@@ -30,8 +30,9 @@ from hooked_llava.prompt.question import question_text
 from hooked_llava.results.provenance import forward_passes
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
-from hooked_llava.viz.pages.page import Page, made_with, make_page, run_footer, steps_reported
+from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import answered, prompt_tokens
+from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
@@ -128,31 +129,15 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
     """
     _check_study(result)
     means = by_kind(result, n_boot=n_boot)
-    n = result.sizes["question"]
-    heading = title or f"Information flow over {n} question{'' if n == 1 else 's'}"
-    asked, correct = (result.attrs.get(name, {}) for name in ("asked", "correct"))
-    counts = [
-        {"kind": kind, "asked": asked[kind], "correct": correct.get(kind, 0), "measured": int(measured)}
-        for kind, measured in zip(means["kind"].values.tolist(), means["n"].values, strict=True)
-        if kind in asked
-    ]
     shown = {
         **_shown(means, means.get("answer_probability")),
         "kicker": f"How answers travel through {result.attrs.get('model') or 'the model'}",
         "prompt": [],
         "images": (),
-        "counts": counts,
+        "counts": question_counts(result, means),
     }
-    unseen, seconds = count_unseen(result), result.attrs.get("seconds", 0.0)
-    footer = {
-        "Model": result.attrs.get("model") or "unnamed",
-        "Questions": f"{sum(asked.values())} asked, {sum(correct.values())} answered correctly, {n} measured"
-        + (f"; {unseen} with an object that the model does not see (cut away, or too small)" if unseen else ""),
-        "Intervals": f"{means.attrs['confidence']:.0%}, bootstrap over questions within each kind ({n_boot} samples)",
-        "Cost": f"{result.attrs.get('runs', 0)} runs for {forward_passes(result.attrs):.1f} forward passes, each of a batch of "
-        f"questions, {seconds:.0f} s",
-        "Made": made_with(),
-    }
+    cost = f"{result.attrs.get('runs', 0)} runs for {forward_passes(result.attrs):.1f} forward passes"
+    heading, footer = title or counted(result, "Information flow"), study_footer(result, means, cost)
     results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
     return make_page(KnockoutPage, "knockout", shown, footer, results, question=heading, answer="")
 
