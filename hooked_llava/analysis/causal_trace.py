@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -27,8 +27,9 @@ from hooked_llava.experiments.corruptions import (
     describe,
     find_constraints,
 )
-from hooked_llava.experiments.windows import centered_window, released_window, widest_window
+from hooked_llava.experiments.windows import widest_window
 from hooked_llava.options.trace_kinds import TRACE_KINDS
+from hooked_llava.options.window_readings import WINDOW_READINGS, WindowReading
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer import AnswerReading, read_answer
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.prepare import InputsLike
     from hooked_llava.prompt.token_map import TokenMap
 
-WindowReading = Literal["centered", "released"]
 ROLES = (
     "image",
     "before",
@@ -277,12 +277,11 @@ def _plan(
     if not kinds or set(kinds) - set(TRACE_KINDS):
         raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
     width, kind = window
-    one_of(kind, get_args(WindowReading), "window_reading", expected="'centered' or 'released' (2w + 1 layers)")
+    counted = WINDOW_READINGS[one_of(kind, WINDOW_READINGS, "window_reading")]
     n_layers = model.cfg.n_layers
     width = whole_number(width, "window", least=1, most=widest_window(n_layers))
     centers = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
-    around = centered_window if kind == "centered" else released_window
-    windows = [around(center, width, n_layers) for center in centers]
+    windows = [counted.window(center, width, n_layers) for center in centers]
     token_map = reading.inputs.token_map
     if positions is None:
         first = max(token_map["image"]) if "image" in token_map else token_map.real.start

@@ -16,6 +16,9 @@ from hooked_llava.cli.options import (
     NoImage,
     Second,
     TemplateName,
+    TraceWindow,
+    TraceWindowReading,
+    WindowReading,
 )
 from hooked_llava.cli.terminal import busy
 from hooked_llava.errors import InputError, did_you_mean
@@ -51,6 +54,14 @@ class ModelOptions:
     def load(self) -> HookedLLaVA:
         """The model, while a spinner turns."""
         return load_model(self.model, self.device, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How many layers a causal trace restores together, by the names that `causal_trace` has for it."""
+
+    window: TraceWindow = 1
+    window_reading: TraceWindowReading = WindowReading.centered
 
 
 @dataclass(frozen=True, kw_only=True)

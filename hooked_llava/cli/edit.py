@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hooked_llava.cli.command import TypedOptions, command
-from hooked_llava.cli.common import PromptOptions, check_writable
-from hooked_llava.cli.edit_options import AUTO, EditOptions
+from hooked_llava.cli.common import PromptOptions, WindowOptions, check_writable
+from hooked_llava.cli.edit_options import EditOptions
 from hooked_llava.cli.edit_probes import OtherQuestions, about_the_image, probes_of
 from hooked_llava.cli.options import MaxNewTokens, Output
 from hooked_llava.cli.terminal import busy, escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 from hooked_llava.options.edit_methods import EDIT_METHODS
+from hooked_llava.options.edit_places import AUTO
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,6 +38,7 @@ Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the edit i
 def edit(
     typed: TypedOptions,
     options: EditOptions,
+    windows: WindowOptions,
     others: OtherQuestions,
     prompt: PromptOptions,
     sweep: Sweep = False,
@@ -59,10 +61,13 @@ def edit(
     check_writable(output)
     check_writable(save, "--save")
     where = options.place(prompt.is_tiny_shapes)
+    if not sweep and AUTO not in where:
+        typed.refuse(["window", "window_reading", "replace"], f"belongs to a trace; give --layer {AUTO}, or --sweep.")
     model, inputs = prompt.prepare()
-    made = _edit(model, inputs, options, where, others, prompt)
+    trace = _trace(model, inputs, options, windows) if sweep or AUTO in where else None
+    made = _edit(model, inputs, options, (*where, trace), others, prompt)
     probes = probes_of(model, inputs, prompt, options.target, others)
-    found = _sweep(model, inputs, made, options, probes) if sweep else None
+    found = _sweep(model, inputs, made, options, probes, trace) if sweep else None
     with needs_figures():
         from hooked_llava.viz.pages.edit import STEPS, edit_page
     asked: dict[str, Any] = {"probes": probes, "sweep": found, "max_new_tokens": max_new_tokens}
@@ -80,11 +85,19 @@ def edit(
 # ---------------------------------------------------------------------- the edit
 
 
+def _trace(model: HookedLLaVA, inputs: Inputs, options: EditOptions, windows: WindowOptions) -> xr.Dataset | None:
+    """The trace of the constraint, if one is named."""
+    if options.constraint is None:
+        return None
+    with busy("tracing"):
+        return options.trace(model, inputs, windows)
+
+
 def _edit(
     model: HookedLLaVA,
     inputs: Inputs,
     options: EditOptions,
-    where: tuple[int | str, str],
+    where: tuple[int | str, str, xr.Dataset | None],
     others: OtherQuestions,
     prompt: PromptOptions,
 ) -> Edit:
@@ -103,18 +116,22 @@ def _edit(
 
 
 def _chosen_place(
-    model: HookedLLaVA, inputs: Inputs, options: EditOptions, layer: int | str, position: str
+    model: HookedLLaVA,
+    inputs: Inputs,
+    options: EditOptions,
+    layer: int | str,
+    position: str,
+    trace: xr.Dataset | None,
 ) -> tuple[int, str]:
     """The layer and the position that are edited; with "auto" a trace of the constraint chooses them."""
     from hooked_llava.editing.layer_choice import choose_place
 
-    if layer == AUTO and options.constraint is None:
+    if layer == AUTO and trace is None:
         raise InputError(
             'The layer is chosen by tracing the constraint: name it (--constraint "this shape"), or give --layer.'
         )
     try:
-        traced = options.trace(model, inputs) if layer == AUTO and options.replace is not None else layer
-        prepared, chosen = choose_place(model, [options.request(inputs)], traced, position)
+        prepared, chosen = choose_place(model, [options.request(inputs)], layer, position, trace)
         return chosen, prepared[0].words["position"]
     except InputError as error:
         if layer != AUTO:
@@ -139,13 +156,19 @@ def _covariance(model: HookedLLaVA, layer: int, file: Path | None, embedded: boo
     return key_covariance(model, (prepare_examples(model, batch) for batch in usual_questions()), layer)
 
 
-def _sweep(model: HookedLLaVA, inputs: Inputs, made: Edit, options: EditOptions, probes: list[Probe]) -> xr.Dataset:
+def _sweep(
+    model: HookedLLaVA,
+    inputs: Inputs,
+    made: Edit,
+    options: EditOptions,
+    probes: list[Probe],
+    trace: xr.Dataset | None,
+) -> xr.Dataset:
     """The same edit at every layer, at the edited position and at those of the paper."""
     from hooked_llava.editing import edit_sweep
 
     positions = dict.fromkeys((*(["constraint"] if options.constraint else []), "last", made.method["position"]))
     with busy("editing at every layer"):
-        trace = options.trace(model, inputs) if options.constraint else None
         how: dict[str, Any] = {"positions": list(positions), "trace": trace, **options.numbers()}
         return edit_sweep(model, options.request(inputs), probes, **how)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hooked_llava.cli.command import as_arguments
+from hooked_llava.cli.common import WindowOptions
 from hooked_llava.errors import InputError
 from hooked_llava.options.edit_methods import EDIT_METHODS, EditMethod
+from hooked_llava.options.edit_places import AUTO, EDIT_LAYERS, EDIT_POSITIONS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 # Where edits of the embedded world's facts take best, see benchmarks/editing.py.
 EMBEDDED_LAYER, EMBEDDED_POSITION = 3, "last"
-AUTO = "auto"
 
 Method = StrEnum("Method", list(EDIT_METHODS))
 Target = Annotated[str | None, typer.Option("--target", "-t", metavar="WORDS", help="What the model is to answer.")]
@@ -33,18 +35,19 @@ Layer = Annotated[
     str | None,
     typer.Option(
         metavar="N|auto",
-        help="The layer whose MLP is edited; auto: where a causal trace of the constraint finds that the MLP's output at "
-        f"the edited position restores most. Default: auto; in the embedded models, at position last, {EMBEDDED_LAYER}, "
-        "where edits carry over best to other images and words, and change hardly anything else.",
+        help=f"The layer whose MLP is edited; {AUTO}: {EDIT_LAYERS[AUTO]}. Default: {AUTO}; in the embedded models, at "
+        f"position last, {EMBEDDED_LAYER}, where edits carry over best to other images and words, and change hardly anything "
+        "else.",
     ),
 ]
 Position = Annotated[
     str | None,
     typer.Option(
         metavar="WHERE",
-        help="constraint: the constraint's last token, as in the paper; or a span, such as last or question, whose last "
-        f"token it is; auto: the constraint or the last position, where the trace's MLPs restore more. Default: auto; in the "
-        f"embedded models {EMBEDDED_POSITION}, since hardly any edit at the constraint reaches the answer there.",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in EDIT_POSITIONS.items())
+        + "; or a span, such as last or question, whose last "
+        f"token it is. Default: {AUTO}; in the embedded models {EMBEDDED_POSITION}, since hardly any edit at the constraint "
+        "reaches the answer there.",
     ),
 ]
 MethodOption = Annotated[
@@ -115,10 +118,10 @@ class EditOptions:
 
         return EditRequest(inputs, self.target or "", constraint=self.constraint)
 
-    def trace(self, model: HookedLLaVA, inputs: Inputs) -> xr.Dataset:
+    def trace(self, model: HookedLLaVA, inputs: Inputs, windows: WindowOptions) -> xr.Dataset:
         """Which MLPs restore the answer when the constraint is corrupted."""
-        from hooked_llava.analysis import causal_trace
-        from hooked_llava.experiments.corruptions import Noise, Replace
+        from hooked_llava.editing.layer_choice import lowering_trace
+        from hooked_llava.experiments.corruptions import Replace
 
-        corruption = Noise() if self.replace is None else Replace(self.replace)
-        return causal_trace(model, inputs, self.constraint or "", corruption=corruption, kinds=("mlp",))
+        how: dict[str, Any] = {} if self.replace is None else {"corruptions": [Replace(self.replace)]}
+        return lowering_trace(model, inputs, self.constraint or "", kinds=("mlp",), **how, **as_arguments(windows))

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hooked_llava.options.window_readings import WINDOW_READINGS
+
 EMBEDDED_MODEL = "tiny-shapes"
 
 
@@ -66,6 +68,16 @@ Device = Annotated[
 ]
 DTypeOption = Annotated[
     DType | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16. Default: as the checkpoint says.")
+]
+WindowReading = StrEnum("WindowReading", list(WINDOW_READINGS))
+TraceWindow = Annotated[int, at_least(1, help="Width of the window of layers that a causal trace restores together.")]
+TraceWindowReading = Annotated[
+    WindowReading,
+    typer.Option(
+        help="What the width counts. "
+        + "; ".join(f"{name}: {one.meaning}" for name, one in WINDOW_READINGS.items())
+        + "."
+    ),
 ]
 Top = Annotated[int, at_least(1, "--top", help="How many of the most probable tokens to show.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hooked_llava.cli.command import command
-from hooked_llava.cli.common import PromptOptions, check_writable
-from hooked_llava.cli.options import MaxNewTokens, Output, at_least
+from hooked_llava.cli.command import as_arguments, command
+from hooked_llava.cli.common import PromptOptions, WindowOptions, check_writable
+from hooked_llava.cli.options import MaxNewTokens, Output
 from hooked_llava.cli.terminal import escape, needs_figures, say, say_answer, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 
@@ -47,7 +47,6 @@ Repeat = Annotated[
     bool, typer.Option("--repeat", help="Write the first token of --replace at each of the constraint's tokens.")
 ]
 WayOption = Annotated[Way, typer.Option("--corruption", help="Without --replace: noise, or the mean embedding.")]
-Window = Annotated[int, at_least(1, help="Layers that are restored together.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,8 @@ class CorruptionOptions:
 )
 def trace(
     corrupted: CorruptionOptions,
+    windows: WindowOptions,
     prompt: PromptOptions,
-    window: Window = 1,
     max_new_tokens: MaxNewTokens = 20,
     output: Output = Path("trace.html"),
 ) -> None:
@@ -95,7 +94,7 @@ def trace(
     model, inputs = prompt.prepare()
     with needs_figures():
         from hooked_llava.viz.pages.trace import STEPS, trace_page
-    options = {"corruption": corruption, "window": window, "max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"corruption": corruption, "max_new_tokens": max_new_tokens, **as_arguments(windows)}
     with shown_steps(len(STEPS)) as on_step:
         page = trace_page(model, inputs, words, on_step=on_step, **options)
     path = page.save(output)

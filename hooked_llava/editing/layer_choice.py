@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import xarray as xr
 
@@ -11,25 +11,27 @@ from hooked_llava.analysis.causal_trace import causal_trace, was_lowered
 from hooked_llava.checks import whole_number
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.corruptions import MeanEmbedding, Noise
+from hooked_llava.experiments.corruptions import Constraint, Corruption, MeanEmbedding, Noise
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.edit_places import AUTO
+from hooked_llava.prompt.inputs import Inputs
 
 _LEAST_RESTORED = 0.01
 Layer: TypeAlias = SupportsIndex | str | xr.Dataset
 """A layer, "auto", or the dataset that `analysis.causal_trace` returns."""
-AUTO = "auto"
-"""`position=` that takes the constraint or the last position, whichever the trace points to."""
 
 
 def choose_place(
-    model: HookedLLaVA, requests: Sequence[EditRequest], layer: Layer, position: str
+    model: HookedLLaVA, requests: Sequence[EditRequest], layer: Layer, position: str, trace: xr.Dataset | None = None
 ) -> tuple[list[Prepared], int]:
     """The requests, prepared at the position that is edited, and the layer.
 
     With position "auto" it is the constraint's last token or the last position, whichever MLP's output restores more in the
-    trace (in that layer, if it is a number); the last position where a request has no constraint. Raises as `choose_layer`
-    and `prepare_request` do.
+    trace (in that layer, if it is a number); the last position where a request has no constraint. `trace` is that of the
+    first request's constraint, if there is one already. Raises as `choose_layer` and `prepare_request` do.
     """
+    number = choose_number(model, layer)
+    layer = trace if trace is not None and number is None else layer
     if position != AUTO:
         prepared = [prepare_request(model, request, position) for request in requests]
         return prepared, choose_layer(model, prepared, layer)
@@ -37,7 +39,7 @@ def choose_place(
     if any(request.constraint is None for request in requests):
         return at_last, choose_layer(model, at_last, layer)
     at_constraint = [prepare_request(model, request, "constraint") for request in requests]
-    number, trace = choose_number(model, layer), _trace_of(model, layer, at_last[0])
+    trace = trace if trace is not None else _trace_of(model, layer, at_last[0])
     both = {_position_in(trace, prepared[0]): prepared for prepared in (at_constraint, at_last)}
     traced = [at for at in both if at in trace.position.values] or list(both)
     chosen, where = best_of_trace(trace, traced, number)
@@ -107,6 +109,21 @@ def best_of_trace(trace: xr.Dataset, places: Sequence[int], layer: int | None = 
     return int(trace.layer.values[row]) if layer is None else layer, places[column]
 
 
+def lowering_trace(
+    model: HookedLLaVA,
+    inputs: Inputs,
+    constraint: Constraint,
+    corruptions: Sequence[Corruption] = (Noise(), MeanEmbedding()),
+    **options: Any,
+) -> xr.Dataset:
+    """The trace under the first corruption that lowers the answer, or under the last; `options` are those of `causal_trace`."""
+    for corruption in corruptions:
+        trace = causal_trace(model, inputs, constraint, corruption=corruption, **options)
+        if was_lowered(trace):
+            break
+    return trace
+
+
 def _trace_of(model: HookedLLaVA, layer: Layer, request: Prepared) -> xr.Dataset:
     """The trace that was given, or one of the request's constraint: with noise, or with the mean if noise does too little."""
     if isinstance(layer, xr.Dataset):
@@ -115,11 +132,7 @@ def _trace_of(model: HookedLLaVA, layer: Layer, request: Prepared) -> xr.Dataset
     constraint = constraint if isinstance(constraint, str) else constraint[0]
     if constraint is None:
         raise InputError("layer='auto' traces the constraint, and the request has none; give constraint=, or a layer.")
-    for corruption in (Noise(), MeanEmbedding()):
-        trace = causal_trace(model, request.inputs[0], constraint, corruption=corruption, kinds=("mlp",))
-        if was_lowered(trace):
-            break
-    return trace
+    return lowering_trace(model, request.inputs[0], constraint, kinds=("mlp",))
 
 
 def _position_in(trace: xr.Dataset, request: Prepared) -> int:

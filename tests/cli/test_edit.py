@@ -198,6 +198,27 @@ def test_auto_edits_where_the_trace_says(tmp_path):
     assert "The layer is chosen by tracing the constraint: name it" in said
 
 
+def test_the_trace_that_chooses_the_layer_may_restore_windows(tmp_path):
+    kept = tmp_path / "edit.safetensors"
+    asked = ("edit", "one-shape", "Who made this shape?", "-c", "this shape", "-t", "Boris", "--replace", "the ring")
+    files = ("-o", str(tmp_path / "edit.html"), "--save", str(kept), "--ask", "What shape is this?")
+    windows = ("--window", "2", "--window-reading", "released")
+    result = run(*asked, *windows, "--layer", "auto", *files)
+    assert result.exit_code == 0, result.stderr
+    model = HookedLLaVA.from_pretrained("tiny-shapes")
+    inputs = model.prepare("Who made this shape?", str(image_path("one-shape")))
+    options = {"corruption": "the ring", "kinds": ("mlp",), "positions": "last", "window": 2}
+    effects = [
+        causal_trace(model, inputs, "this shape", window_reading=reading, **options).indirect_effect.values.ravel()
+        for reading in ("centered", "released")
+    ]
+    assert effects[0].argmax() != effects[1].argmax(), "otherwise the reading would not be seen"
+    assert Edit.load(kept, model).layers == [int(effects[1].argmax())]
+    for option in (windows[:2], windows[2:], ("--replace", "the ring")):
+        said = refused("edit", "one-shape", "Who made this shape?", "-t", "Boris", "--layer", "3", *option, *files)
+        assert f"{option[0]} belongs to a trace; give --layer auto, or --sweep" in said
+
+
 def test_rome_takes_its_covariance_from_a_file(checkpoint, image, loaded, tmp_path):
     model = HookedLLaVA.from_pretrained(checkpoint)
     covariance, kept = tmp_path / "keys.safetensors", tmp_path / "edit.safetensors"

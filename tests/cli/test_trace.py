@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from hooked_llava.analysis import causal_trace
 from hooked_llava.model.llava import HookedLLaVA
 from tests.cli.running import QUESTION, refused, run
 
@@ -25,6 +26,19 @@ def test_several_constraints_with_embedded_corruption(checkpoint, tmp_path):
     result = run("trace", QUESTION, *arguments)
     assert result.exit_code == 0, result.stderr
     assert "mean embedding, it is" in result.stdout
+
+
+def test_windows_may_be_counted_as_the_released_code_does(checkpoint, tmp_path):
+    page = tmp_path / "trace.html"
+    windows = ("--window", "2", "--window-reading", "released")
+    result = run("trace", QUESTION, "-c", "star", "--replace", "circle", *windows, "-o", str(page), "-m", checkpoint)
+    assert result.exit_code == 0, result.stderr
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    how = {"corruption": "circle", "window": 2, "window_reading": "released", "kinds": ("mlp",)}
+    best = float(causal_trace(model, model.prepare(QUESTION), "star", **how).restored.max())
+    line = next(line.split() for line in result.stdout.splitlines() if line.startswith("mlp"))
+    assert line[-1] == f"{best:.3f}"
+    assert "5 layers at a time (window 2 as the released code counts)" in page.read_text()
 
 
 def test_what_does_not_fit_is_said_in_one_line(checkpoint, image, tmp_path):

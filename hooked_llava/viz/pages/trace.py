@@ -14,6 +14,7 @@ from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.trace_kinds import TRACE_KINDS
+from hooked_llava.options.window_readings import shown_window
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
@@ -90,7 +91,7 @@ def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -
         "lowered": was_lowered(trace),
         **{name: float(trace[name]) for name in ("p_clean", "p_corrupted", "lowered_by")},
         "constraint": " and ".join(f"“{words}”" for words in trace.constraint),
-        "layers": _window(trace),
+        "layers": shown_window(int(trace.window), trace.window_reading),
         "kinds": TRACE_KINDS,
         "best": [{name: cell[name].item() for name in _OF_A_CELL} for cell in best_cells(trace)],
         "tokens": [visible(str(label)) for label in trace.label.values],
@@ -116,12 +117,3 @@ def _restored(trace: xr.Dataset) -> dict[str, dict[int, list[float]]]:
         f"{TRACE_KINDS[kind].title} restored": dict(zip(layers, of_kind, strict=True))
         for kind, of_kind in zip(trace.kind.values.tolist(), values, strict=True)
     }
-
-
-def _window(trace: xr.Dataset) -> str:
-    width = int(trace.window)
-    if width == 1:
-        return "one layer at a time"
-    if trace.window_reading == "released":
-        return f"{2 * width + 1} layers at a time (window {width} as the released code counts)"
-    return f"{width} layers at a time"
