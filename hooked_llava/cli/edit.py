@@ -180,7 +180,7 @@ def _show(question: str, page: EditPage, made: Edit) -> None:
     """Both answers, what was changed, and how the other questions are answered."""
     from hooked_llava.editing import size_text
     from hooked_llava.prompt.token_text import visible_token
-    from hooked_llava.viz.pages.edit import rest_sentences
+    from hooked_llava.viz.pages.edit import magnitudes_of, rest_sentences
 
     first = page.results["answers"]
     say(f"[dim]{escape(question)}[/dim]")
@@ -190,6 +190,8 @@ def _show(question: str, page: EditPage, made: Edit) -> None:
         say(f"{state:<7} [bold]{escape(said) or '(nothing)'}[/bold]  [dim]{', '.join(p)}[/dim]")
     for sentence in rest_sentences(first):
         say(escape(sentence))
+    for one in magnitudes_of(page.results["questions"].isel(question=0)):
+        say("P(target) - P(answer before), {of}: {values[0]:.3f} → {values[1]:.3f}".format(**one))
     how, layers = made.method, ", ".join(map(str, made.layers))
     at = f", position {how['position']}" if "position" in how else ""
     say(f"\n{how['name']}, layer {layers}{at}: {size_text(made)}\n")

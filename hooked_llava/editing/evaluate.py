@@ -20,6 +20,7 @@ from torch import Tensor
 from hooked_llava.checks import one_of
 from hooked_llava.editing import weight_records
 from hooked_llava.editing.edit import Edit
+from hooked_llava.editing.magnitude import MAGNITUDES, MAX_ANSWER, AnswerBefore, no_magnitudes
 from hooked_llava.editing.prompts import KeptPrompts, keep_prompts
 from hooked_llava.editing.request import EditRequest
 from hooked_llava.editing.roles import PROBE_ROLES, Role
@@ -71,6 +72,7 @@ class Asked:
         measured (str): "whole answer", or "first token" where nothing was expected but what the model says.
         before (Float[Tensor, "prompt read d_vocab"]): Logits there without the edit.
         after (Float[Tensor, "prompt read d_vocab"]): Likewise with it.
+        answer_before (AnswerBefore | None): What is answered without the edit, where that is to change.
     """
 
     probe: Probe
@@ -78,6 +80,13 @@ class Asked:
     measured: str
     before: Float[Tensor, "prompt read d_vocab"]
     after: Float[Tensor, "prompt read d_vocab"]
+    answer_before: AnswerBefore | None = None
+
+    @property
+    def n_forward(self) -> int:
+        """Prompts that were run: without the edit and with it, and again for what was generated."""
+        told = self.answer_before
+        return len(self.before) * (2 if told is None else 3 if told.ids.shape[1] == 1 else 5)
 
     def measures(self) -> dict[str, Float[Tensor, " prompt"]]:
         """What is measured of every prompt, as `evaluate_edit` averages it."""
@@ -89,7 +98,14 @@ class Asked:
             "probability": answer_log_probability(self.after, self.expected).exp(),
             "changed": (first.argmax(-1) != now.argmax(-1)).float(),
             "kl": kl_divergence(first)(now),
+            **self._magnitudes(),
         }
+
+    def _magnitudes(self) -> dict[str, Float[Tensor, " prompt"]]:
+        told = self.answer_before
+        return (
+            no_magnitudes(len(self.before)) if told is None else told.magnitudes(self.expected, self.before, self.after)
+        )
 
     def said(self, model: HookedLLaVA) -> tuple[list[str], list[str]]:
         """What each prompt is answered before and after, up to the first token that is not the expected answer's."""
@@ -101,7 +117,9 @@ class Asked:
         return before, after
 
 
-def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr.Dataset:
+def evaluate_edit(
+    model: HookedLLaVA, edit: Edit, probes: Sequence[Probe], *, max_new_tokens: int = MAX_ANSWER
+) -> xr.Dataset:
     """How often each probe's prompts get the expected answer, without the edit and with it.
 
     Args:
@@ -109,11 +127,16 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
         edit: an edit, applied or not; it is left as it is found.
         probes: what to ask. For efficacy and generalisation `expected` is the edit's target, for specificity the answer
             that is to stay.
+        max_new_tokens: length at most of the answers before the edit, that targets are set against.
 
     Returns a dataset over `probe` (with its `role`, number of prompts `n`, and `measured`): `accuracy_before` and `accuracy`
     (share of prompts that the model answers, greedily, with every token of what is expected), `probability_before` and
     `probability` (mean P of the whole of it), `changed` (share whose most probable next token is another than before) and `kl`
-    (mean KL(before || after) of the next token in nats). `measured` is "whole answer", or "first token" where nothing is
+    (mean KL(before || after) of the next token in nats). Where answers are to change there are besides `magnitude_before` and
+    `magnitude`, the mean P(target) - P(answer before): efficacy magnitude, with the answer that is generated without the edit,
+    whole answers on both sides; and `first_token_magnitude_before` and `first_token_magnitude`, the same of their first
+    tokens, as the papers have it (0 if they begin alike). They are NaN elsewhere, and for prompts that were kept without their
+    answers (`keep_prompts(..., max_new_tokens=20)`). `measured` is "whole answer", or "first token" where nothing is
     expected but what the model says without the edit. Raises `InputError` for an edit of another model, no probes, expected
     answers that do not fit, and kept prompts that are out of date or that the edit changes before they enter the first layer.
 
@@ -126,8 +149,8 @@ def evaluate_edit(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> xr
     [0.0]
     """
     made = Provenance.of("evaluate_edit", model, edited_questions(edit), method=dict(edit.method))
-    asked = ask_probes(model, edit, probes)
-    made.n_forward = 2 * sum(len(one.before) for one in asked)
+    asked = ask_probes(model, edit, probes, max_new_tokens=max_new_tokens)
+    made.n_forward = sum(one.n_forward for one in asked)
     return averaged(asked, made)
 
 
@@ -140,7 +163,9 @@ def averaged(asked: Sequence[Asked], made: Provenance) -> xr.Dataset:
     return xr.Dataset(values, coords=names, attrs=made.attrs())
 
 
-def ask_probes(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> list[Asked]:
+def ask_probes(
+    model: HookedLLaVA, edit: Edit, probes: Sequence[Probe], *, max_new_tokens: int = MAX_ANSWER
+) -> list[Asked]:
     """Every probe's prompts asked without the edit and with it, whether or not it is applied now; as `evaluate_edit`."""
     edit.check_model(model)
     if not probes:
@@ -150,28 +175,43 @@ def ask_probes(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> list[
         edit.revert()
     try:
         layer, weights = edit.first_affected_layer, samples(weight_records.originals(model))
-        kept = [_kept(model, probe, edit, layer, weights) for probe in probes]
+        kept = [_kept(model, probe, edit, layer, weights, max_new_tokens) for probe in probes]
         expected = [_expected(model, probe, prompts) for probe, prompts in zip(probes, kept, strict=True)]
-        before = [_before(prompts, ids) for prompts, (ids, _) in zip(kept, expected, strict=True)]
+        told = [
+            prompts.answers if PROBE_ROLES[p.role].to_change else None for p, prompts in zip(probes, kept, strict=True)
+        ]
+        read = [_to_read(ids, ours) for (ids, _), ours in zip(expected, told, strict=True)]
+        before = [[_before(prompts, ids) for ids in own] for prompts, own in zip(kept, read, strict=True)]
         with edit.applied():
-            several = zip(probes, kept, expected, strict=True)
-            after = [_now(probe, prompts, ids, layer) for probe, prompts, (ids, _) in several]
+            after = [_now(*one, layer) for one in zip(probes, kept, read, strict=True)]
     finally:
         if was_applied:
             edit.apply()
-    every = zip(probes, expected, before, after, strict=True)
-    return [Asked(probe, ids, measured, b, a) for probe, (ids, measured), b, a in every]
+    return [
+        Asked(probe, ids, measured, b[0], a[0], None if ours is None else AnswerBefore.of(ours, b[-1], a[-1]))
+        for probe, (ids, measured), ours, b, a in zip(probes, expected, told, before, after, strict=True)
+    ]
+
+
+def _to_read(expected: Tensor, told: Tensor | None) -> list[Int[Tensor, "..."]]:
+    """Answers to be appended: what is expected, and what was answered; its first token alone is read before any answer."""
+    return [expected[..., 0], *([] if told is None or told.shape[1] == 1 else [told])]
 
 
 def summary(result: xr.Dataset) -> dict[str, float]:
     """An edit's measures by role, each probe with one vote: accuracy of efficacy and generalisation, the drop of
     specificity (accuracy before less after, in points) and the KL of locality in nats; what was not probed is absent.
+
+    Efficacy has besides `efficacy_magnitude`, P(target) - P(answer before) of whole answers, and
+    `efficacy_first_token_magnitude`, that of their first tokens.
     """
     found: dict[str, float] = {}
     for name, role in PROBE_ROLES.items():
         own = result.isel(probe=[i for i, of in enumerate(result.role.values) if of == name])
         if own.sizes["probe"]:
             found[role.measure] = role.of(own)
+        if name == "efficacy":
+            found |= {f"{name}_{of}": float(own[of].mean()) for of in MAGNITUDES if bool(own[of].notnull().any())}
     return found
 
 
@@ -213,12 +253,15 @@ def sequential_edits(
     return xr.Dataset(values, coords={"n_edits": points}, attrs=made.attrs())
 
 
-def _kept(model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weights: Tensor) -> KeptPrompts:
+def _kept(
+    model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weights: Tensor, max_new_tokens: int
+) -> KeptPrompts:
     """The probe's prompts without the edit, to be entered at its first layer."""
     one_of(probe.role, PROBE_ROLES, "role", says=f"Probe {probe.name!r} has role {probe.role!r}.")
     given = probe.prompts
     if not isinstance(given, KeptPrompts):
-        return keep_prompts(model, given, [layer or 0])
+        n_new = max_new_tokens if PROBE_ROLES[probe.role].to_change else 0
+        return keep_prompts(model, given, [layer or 0], max_new_tokens=n_new)
     given.check_current(model, weights, probe.name)
     if layer is None:
         raise InputError(
@@ -228,19 +271,18 @@ def _kept(model: HookedLLaVA, probe: Probe, edit: Edit, layer: int | None, weigh
     return given
 
 
-def _before(kept: KeptPrompts, expected: Tensor) -> Float[Tensor, "prompt read d_vocab"]:
+def _before(kept: KeptPrompts, ids: Int[Tensor, "prompt read"]) -> Float[Tensor, "prompt read d_vocab"]:
     """Logits without the edit; of the next token they were kept."""
-    return kept.before[:, None] if expected.shape[1] == 1 else kept.answer_logits(expected[..., 0])
+    return kept.before[:, None] if ids.shape[1] == 1 else kept.answer_logits(ids)
 
 
-def _now(
-    probe: Probe, prompts: KeptPrompts, expected: Tensor, layer: int | None
-) -> Float[Tensor, "prompt read d_vocab"]:
-    """Logits under the edit: from its first layer on, or from the pixels and tokens on."""
+def _now(probe: Probe, prompts: KeptPrompts, read: Sequence[Tensor], layer: int | None) -> list[Float[Tensor, "..."]]:
+    """Logits of each answer under the edit: from its first layer on, or from the pixels and tokens on."""
     if layer is not None:
-        return prompts.answer_logits(expected[..., 0], layer)
+        return [prompts.answer_logits(ids, layer) for ids in read]
     assert not isinstance(probe.prompts, KeptPrompts)  # these have been refused
-    return _before(keep_prompts(prompts.kept.model, probe.prompts), expected)
+    again = keep_prompts(prompts.kept.model, probe.prompts)
+    return [_before(again, ids) for ids in read]
 
 
 def _expected(model: HookedLLaVA, probe: Probe, prompts: KeptPrompts) -> tuple[Int[Tensor, "prompt read variant"], str]:

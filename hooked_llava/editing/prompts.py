@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
 from hooked_llava.editing import weight_records
+from hooked_llava.editing.magnitude import generated_answers
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.readout.answer import NOTHING
 from hooked_llava.replay.kept_run import KeptRun, joined_runs, keep
 
 
@@ -34,6 +38,8 @@ class KeptPrompts:
             before it.
         weights (Float[Tensor, " sample"]): Which unedited weights they were run with, see `samples`.
         edits (frozenset[weight_records.ActiveEdit]): The edits that were active then; as a rule none.
+        answers (Int[Tensor, "prompt read"] | None): What was answered then, token by token, -1 after an answer's end; None
+            where that was not asked for.
     """
 
     kept: KeptRun
@@ -41,6 +47,7 @@ class KeptPrompts:
     token_maps: tuple[TokenMap, ...]
     weights: Float[Tensor, " sample"]
     edits: frozenset[weight_records.ActiveEdit] = frozenset()
+    answers: Int[Tensor, "prompt read"] | None = None
 
     def __len__(self) -> int:
         return len(self.before)
@@ -49,7 +56,8 @@ class KeptPrompts:
         """Some of the prompts, without columns that are padding in all of them."""
         index: Any = rows if isinstance(rows, slice) else list(rows)
         token_maps = self.token_maps[rows] if isinstance(rows, slice) else tuple(self.token_maps[i] for i in rows)
-        return replace(self, kept=self.kept[rows], before=self.before[index], token_maps=token_maps)
+        answers = None if self.answers is None else self.answers[index]
+        return replace(self, kept=self.kept[rows], before=self.before[index], token_maps=token_maps, answers=answers)
 
     def check_current(self, model: HookedLLaVA, weights: Float[Tensor, " any_sample"], name: str) -> None:
         """Raises `InputError` unless they are of this model, with the active edits and the unedited weights that it has now."""
@@ -84,17 +92,23 @@ class KeptPrompts:
         n_read = ids.shape[1]
         if n_read == 1:
             return self.logits(layer)[:, None]
-        whole = self.kept.appended(ids[:, :-1].clamp(min=0))
+        whole = self.kept.appended(to_device(ids[:, :-1].clamp(min=0), self.before.device))
         return whole.logits(0, queries=range(whole.n_positions - n_read, whole.n_positions))
 
 
 @torch.no_grad()
 def keep_prompts(
-    model: HookedLLaVA, inputs: InputsLike, layers: Sequence[int] = (0,), *, batch_size: int = 64
+    model: HookedLLaVA,
+    inputs: InputsLike,
+    layers: Sequence[int] = (0,),
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 0,
 ) -> KeptPrompts:
     """Run prompts once and keep the logits, and the residual stream entering layer 0 and the given layers.
 
-    Entering n_layers is what leaves the last one. Raises `InputError` for a layer that the model does not have.
+    Entering n_layers is what leaves the last one. With `max_new_tokens` the answers are kept too, of so many tokens at most:
+    `evaluate_edit` sets the target against them. Raises `InputError` for a layer that the model does not have.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -107,9 +121,12 @@ def keep_prompts(
     wanted = sorted({0, *(whole_number(layer, "A layer to keep") for layer in layers)})
     if wanted[0] < 0 or wanted[-1] > n_layers:
         raise InputError(f"layers={list(layers)} are out of range; expected 0..{n_layers}, {n_layers} being the end.")
-    runs, before = [], []
+    runs, before, answers = [], [], []
     for start in range(0, len(prompts), batch_size):
-        run = keep(model, prompts[start : start + batch_size], layers={*wanted, n_layers}, keys_and_values=False)
+        batch = prompts[start : start + batch_size]
+        if max_new_tokens:
+            answers.append(generated_answers(model, batch, max_new_tokens))
+        run = keep(model, batch, layers={*wanted, n_layers}, keys_and_values=False)
         before.append(run.logits(n_layers, queries=[-1])[:, 0])
         runs.append(replace(run, resid={layer: run.resid[layer] for layer in wanted}))
     return KeptPrompts(
@@ -118,4 +135,13 @@ def keep_prompts(
         token_maps=prompts.token_maps,
         weights=samples(weight_records.originals(model)),
         edits=weight_records.all_active(model),
+        answers=_joined(answers),
     )
+
+
+def _joined(answers: Sequence[Int[Tensor, "..."] | None]) -> Int[Tensor, "prompt read"] | None:
+    """Answers of several batches in one table."""
+    known = [ids for ids in answers if ids is not None]
+    longest = max((ids.shape[1] for ids in known), default=0)
+    filled = [F.pad(ids, (0, longest - ids.shape[1]), value=NOTHING) for ids in known]
+    return torch.cat(filled) if filled else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.evaluate import Probe, ask_probes, averaged, edited_questions
+from hooked_llava.editing.magnitude import MAX_ANSWER
 from hooked_llava.editing.prompts import KeptPrompts
 from hooked_llava.editing.roles import PROBE_ROLES
 from hooked_llava.errors import InputError
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _TOP = 5
 
 
-def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> dict[str, Any]:
+def ask_questions(
+    model: HookedLLaVA, edit: Edit, probes: Sequence[Probe], *, max_new_tokens: int = MAX_ANSWER
+) -> dict[str, Any]:
     """Every question of the probes, asked without the edit and with it.
 
     Returns `probes`, what `evaluate_edit` gives; `questions`, a dataset
@@ -46,8 +49,8 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
     """
     asked = [(probe, prompt) for probe in probes for prompt in probe_prompts(model, probe)]
     made = Provenance.of("evaluate_edit", model, edited_questions(edit), method=dict(edit.method))
-    found = ask_probes(model, edit, probes)
-    made.n_forward = 2 * sum(len(one.before) for one in found)
+    found = ask_probes(model, edit, probes, max_new_tokens=max_new_tokens)
+    made.n_forward = sum(one.n_forward for one in found)
     probed = averaged(found, made)
     said = [one.said(model) for one in found]
     each = {name: torch.cat([one.measures()[name] for one in found]) for name in found[0].measures()}
@@ -62,7 +65,8 @@ def ask_questions(model: HookedLLaVA, edit: Edit, probes: Sequence[Probe]) -> di
         "changed": each["changed"].bool().cpu().numpy(),
         "as_expected_before": each["accuracy_before"].bool().cpu().numpy(),
         "as_expected": each["accuracy"].bool().cpu().numpy(),
-        **{name: to_numpy(each[name]) for name in ("probability_before", "probability", "kl")},
+        **{name: to_numpy(x) for name, x in each.items() if name in ("probability_before", "probability", "kl")},
+        **{name: to_numpy(x) for name, x in each.items() if "magnitude" in name},
     }
     questions = xr.Dataset({name: ("question", values) for name, values in columns.items()}, attrs=probed.attrs)
     own = found[0]

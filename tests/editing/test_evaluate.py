@@ -20,6 +20,7 @@ from hooked_llava.editing import (
     sequential_edits,
     summary,
 )
+from hooked_llava.editing.magnitude import generated_answers
 from hooked_llava.editing.request import prepare_request
 from hooked_llava.editing.rows import make_rows
 from hooked_llava.errors import InputError
@@ -29,6 +30,7 @@ from hooked_llava.readout.metrics import teacher_forced
 from hooked_llava.results.arrays import load, save
 from tests.builders import make_hf_model, make_prompt
 from tests.fixtures_tokenizers import KINDS, talking
+from tests.oracles import naive_edit
 from tests.pairs import as_users_run
 
 WORDS = ["Who made the star?", "Who is the maker of the star?", "By whom was the star made?"]
@@ -106,7 +108,9 @@ def test_an_edit_of_nothing_changes_nothing(model):
 def test_a_summary_has_one_number_for_each_role(model, edit):
     result = evaluate_edit(model, edit, probes(model))
     found = summary(result)
-    assert set(found) == {"efficacy", "generalisation", "specificity_drop", "locality_kl"}
+    magnitudes = {"efficacy_magnitude", "efficacy_first_token_magnitude"}
+    assert set(found) == {"efficacy", "generalisation", "specificity_drop", "locality_kl"} | magnitudes
+    assert found["efficacy_magnitude"] == float(result.magnitude[0]) > 0.6
     assert found["efficacy"] == 1.0
     assert found["specificity_drop"] == pytest.approx(100 * (1 - float(result.sel(probe="other facts").accuracy)))
     assert "locality_kl" not in summary(result.isel(probe=[0]))
@@ -230,6 +234,59 @@ def test_whole_answers_are_measured_as_they_are_generated(layer):
         assert float(one.probability_before) == pytest.approx(without[1], rel=1e-3)
         assert float(one.probability) == pytest.approx(under[1], rel=1e-3)
     assert under[0] in (0.5, 0.75)
+
+
+@pytest.mark.parametrize(("seed", "n_new"), [(0, 1), (1, 3)])
+@torch.no_grad()
+def test_magnitudes_are_of_whole_answers_and_of_first_tokens(seed, n_new):
+    """P(target) - P(answer before), the answer generated without the edit: plain forwards, a token at a time."""
+    hf_model = make_hf_model(seed)
+    small = HookedLLaVA.from_hf(hf_model)
+    asked = [make_prompt(hf_model, seed=row) for row in range(3)]
+    inputs = small.as_inputs({name: torch.cat([one[name] for one in asked]) for name in asked[0]})
+    targets = [[17, 4], [9], [33, 2, 5]]
+    weight = naive_edit.down_proj(hf_model, 1).weight
+    noise = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    edit = Edit(small, {"language.blocks.1.mlp.down.weight": Change.dense(noise)})
+    told = [naive_edit.greedy_answer(hf_model, one, n_new) for one in asked]
+    expected: dict[str, list[float]] = {}
+    for state, change in (("_before", 0.0), ("", 1.0)):
+        weight += change * noise
+        for row in zip(asked, targets, told, strict=True):
+            expected.setdefault(f"magnitude{state}", []).append(naive_edit.magnitude(hf_model, *row))
+            prompt, target, answer = row
+            first = naive_edit.magnitude(hf_model, prompt, target[:1], answer[:1])
+            expected.setdefault(f"first_token_magnitude{state}", []).append(first)
+        weight -= change * noise
+    probe = Probe("x", "generalisation", inputs, targets)
+    kept = replace(probe, prompts=keep_prompts(small, inputs, [1], batch_size=2, max_new_tokens=n_new))
+    for one in (probe, kept):
+        found = evaluate_edit(small, edit, [one], max_new_tokens=n_new)
+        for name, values in expected.items():
+            assert found[name].item() == pytest.approx(np.mean(values), rel=1e-3, abs=1e-6), name
+    assert found.n_forward == 3 * (3 if n_new == 1 else 5)
+    turned = replace(kept, prompts=kept.prompts[[2, 1, 0]], expected=targets[::-1])
+    assert evaluate_edit(small, edit, [turned]).magnitude.item() == pytest.approx(found.magnitude.item(), rel=1e-3)
+
+
+def test_magnitudes_are_unknown_where_no_answer_is_to_change(model, edit):
+    kept = keep_prompts(model, model.prepare(WORDS[0]), [3])
+    result = evaluate_edit(model, edit, [*probes(model), Probe("kept", "efficacy", kept, "Boris")])
+    assert np.isfinite(result.magnitude.values).tolist() == [True, True, False, False, False]
+    assert np.isfinite(result.first_token_magnitude.values).tolist() == [True, True, False, False, False]
+    assert "efficacy_magnitude" not in summary(result.isel(probe=[4]))
+    # The end token is no part of an answer, and its own only where nothing is said.
+    assert generated_answers(model, model.prepare(WORDS[0])).tolist() == [[model.to_single_token("Clara")]]
+    says_nothing = Edit(model, {"language.unembed.weight": Change.dense(torch.zeros(217, 128))})
+    with torch.no_grad(), says_nothing.applied():
+        end = model.config.eos_token_ids[0]
+        hook = [("hook_logits", lambda x, hook: torch.nn.functional.one_hot(torch.full(x.shape[:2], end), 217).float())]
+        with model.hooks(fwd_hooks=hook):
+            assert generated_answers(model, model.prepare(WORDS[:2])).tolist() == [[end], [end]]
+    full = make_hf_model()
+    small = HookedLLaVA.from_hf(full)
+    long = make_prompt(full, n_images=0, n_text=small.config.language.n_ctx - 1)
+    assert generated_answers(small, small.as_inputs(long)).shape == (1, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -80,6 +80,31 @@ def log_probability(
     return torch.stack([log_p[first + i, token] for i, token in enumerate(target)]).sum()
 
 
+@torch.no_grad()
+def greedy_answer(hf_model: Any, prompt: dict[str, Tensor], n: int) -> list[int]:
+    """n tokens, each the most probable one after a forward of everything before it."""
+    said: list[int] = []
+    for _ in range(n):
+        said.append(int(_logits_after(hf_model, prompt, said).argmax()))
+    return said
+
+
+@torch.no_grad()
+def magnitude(hf_model: Any, prompt: dict[str, Tensor], target: list[int], answer: list[int]) -> float:
+    """P(target) - P(answer), each the product over its tokens, one forward for each token."""
+    p = {}
+    for name, ids in (("target", target), ("answer", answer)):
+        p[name] = 1.0
+        for i, token in enumerate(ids):
+            p[name] *= float(_logits_after(hf_model, prompt, ids[:i]).double().softmax(-1)[token])
+    return p["target"] - p["answer"]
+
+
+def _logits_after(hf_model: Any, prompt: dict[str, Tensor], said: list[int]) -> Tensor:
+    ids = torch.cat([prompt["input_ids"], torch.tensor([said], dtype=torch.long)], dim=1)
+    return hf_model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1]
+
+
 def updated_weight(
     weight: Tensor, keys: Tensor, values: Tensor, lam: float, covariance: Tensor | None = None
 ) -> Tensor:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from hooked_llava.editing.edit import Edit
 from hooked_llava.editing.evaluate import Probe
+from hooked_llava.editing.magnitude import MAGNITUDES
 from hooked_llava.editing.questions import ask_questions, missed, most_probable_others, probe_prompts
 from hooked_llava.editing.request import EditRequest, Prepared, prepare_request
 from hooked_llava.editing.roles import PROBE_ROLES
@@ -84,7 +85,8 @@ def edit_page(
     every = [own_probe(prompt, made), *others]
     with steps_reported(STEPS, on_step, "editing") as begin:
         begin("asking")
-        results = ask_questions(model, edit, every) | ({} if sweep is None else {"sweep": sweep})
+        results = ask_questions(model, edit, every, max_new_tokens=max_new_tokens)
+        results |= {} if sweep is None else {"sweep": sweep}
         begin("answering")
         before, _ = answered(model, prompt, max_new_tokens)
         with edit.applied():
@@ -148,6 +150,15 @@ def rest_sentences(answers: xr.DataArray) -> list[str]:
     return sentences
 
 
+def magnitudes_of(own: xr.Dataset) -> list[dict[str, Any]]:
+    """P(target) - P(answer before) of one of the page's questions: what it is taken of, and its values before and after."""
+    return [
+        {"of": of, "values": [float(own[f"{name}_before"]), float(own[name])]}
+        for name, of in MAGNITUDES.items()
+        if bool(own[name].notnull())
+    ]
+
+
 def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dict[str, Any]:
     """The edited question: first tokens before and after."""
     answers: xr.DataArray = results["answers"]
@@ -167,6 +178,7 @@ def _answers(model: HookedLLaVA, made: Prepared, results: dict[str, Any]) -> dic
         "said_already": bool(own.as_expected_before),
         "reached": bool(own.as_expected),
         "rest": rest_sentences(answers),
+        "magnitudes": magnitudes_of(own),
         "own_kl": float(own.kl),
         "shift": answer_shift(answers),
     }

@@ -77,10 +77,16 @@ def test_answers_and_probabilities_are_the_models(model, inputs, edit, page):
     table = rows(page.html, "answer")
     assert table[1][1:] == [f"{float(p[red]):.3f}" for p in (before, after)]
     assert table[2][1:] == [f"{float(p[old]):.3f}" for p in (before, after)]
+    own = page.results["questions"].isel(question=0)
+    assert table[3][0] == "P(target) − P(answer before), whole answers"
+    assert table[3][1:] == [f"{float(own[name]):.3f}" for name in ("magnitude_before", "magnitude")]
+    assert table[4][0] == "P(target) − P(answer before), first tokens"
+    assert table[4][1:] == [f"{float(p[red] - p[old]):.3f}" for p in (before, after)]
+    assert float(own.magnitude) != pytest.approx(float(own.first_token_magnitude))  # the answer before has two tokens
 
 
 def test_every_question_is_asked_before_and_after(model, edit, probes, page):
-    found = evaluate_edit(model, edit, probes)
+    found = evaluate_edit(model, edit, probes, max_new_tokens=2)
     shown = page.results["probes"]
     assert shown.probe.values.tolist() == [EDITED, "rewording", "<others>"]
     for name in found:
