@@ -32,6 +32,7 @@ from hooked_llava.viz.pages.features import FeaturePage, attribution_page, steer
 from hooked_llava.viz.pages.gallery import feature_page, gallery_page
 from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
+from hooked_llava.viz.pages.probability import ProbabilityPage, probability_page, probability_study_page
 from hooked_llava.viz.pages.trace import TracePage, trace_page
 
 __all__ = [
@@ -74,6 +75,9 @@ __all__ = [
     "plot_contributions",
     "plot_patching",
     "probability_curves",
+    "probability_page",
+    "probability_study_page",
+    "ProbabilityPage",
     "probe_bars",
     "Report",
     "role_curves",

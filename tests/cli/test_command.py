@@ -18,8 +18,9 @@ from hooked_llava.cli.command import as_arguments, command
 from hooked_llava.cli.explain import ExplainOptions
 from hooked_llava.cli.knockout import KnockoutOptions
 from hooked_llava.cli.patch import PatchOptions
+from hooked_llava.cli.probability import ProbabilityOptions
 from hooked_llava.errors import HookedLLaVAWarning, InputError, warn_user
-from hooked_llava.viz import explain, knockout_page, patching_report
+from hooked_llava.viz import explain, knockout_page, patching_report, probability_page
 from tests.cli.running import QUESTION, run
 
 
@@ -55,6 +56,7 @@ def test_the_fields_of_a_group_are_options():
         (ExplainOptions, [explain]),
         (PatchOptions, [patching_report]),
         (KnockoutOptions, [knockout_page]),
+        (ProbabilityOptions, [probability_page]),
     ],
 )
 def test_defaults_are_those_of_the_function_that_takes_them(group: type[Any], functions: list[Callable[..., Any]]):

@@ -28,6 +28,7 @@ COMMANDS = {
         *("clean.png", QUESTION, "--box", "20,5,60,20", "--window", "1", "--max-new-tokens", "1"),
         *("--edge", "fine->last", "--edge", "newlines->last", "--edge", "object->question"),
     ),
+    "probability": ("clean.png", QUESTION, "--answer", "red", "--max-new-tokens", "1"),
     "trace": ("clean.png", QUESTION, "-c", "the star", "--replace", "a circle", "--max-new-tokens", "1"),
 }
 
