@@ -1,4 +1,4 @@
-"""What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about an hour).
+"""What is read from which grid, and which maps find it? `python -m benchmarks.tiles` (about four hours).
 
 Held-out images of `tiny-shapes-next`, whose objects are known: accuracy of every kind of question as it is, with the base
 grid blanked and with the tiles blanked. Then, of questions that are answered right: patch maps of every method, read from
@@ -292,11 +292,12 @@ def accuracy_table(found: dict[str, dict[str, float]]) -> str:
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__, repetitions=1)
     parser.add_argument("--n", type=int, default=300, help="images for each kind of question (default 300)")
-    parser.add_argument("--costly", type=int, default=30, help="images for methods of many passes (default 30)")
+    parser.add_argument("--costly", type=int, help="images for what takes many passes (default: all)")
     parser.add_argument("--checkpoint", default=NAME, help="name or folder")
     options = start(parser, argv)
     if options.quick:
         options.n, options.costly = 1, 0
+    options.costly = options.n if options.costly is None else options.costly
     return options
 
 
@@ -325,15 +326,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = options_of(argv)
     model = HookedLLaVA.from_pretrained(options.checkpoint)
     report: dict[str, Any] = {"accuracy": accuracy(model, max(1, options.n // 2)), "guesses": guesses(options.n)}
-    few = max(1, options.n // 10)
     for kind in KINDS[:1] if options.quick else KINDS:
         some = answered(model, cases(kind, options.n))
+        few = some[: max(1, options.costly)]
         report[kind] = {
             "patch maps": intervals(maps(model, kind, some, options.costly)),
-            "deletion and insertion": intervals(curves(model, some[:few])),
+            "deletion and insertion": intervals(curves(model, few)),
             "knockout": intervals(knockout(model, some)),
-            "tiles of another image": intervals(tile_patching(model, some[: 3 * few])),
-            "patched by layer": intervals(deciding_layers(model, some[: 3 * few])),
+            "tiles of another image": intervals(tile_patching(model, few)),
+            "patched by layer": intervals(deciding_layers(model, few)),
         }
         path = write("tiles", options, n=options.n, costly=options.costly, **report)  # what is done is not lost
     print("\n\n".join(tables(report)))
