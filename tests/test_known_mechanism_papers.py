@@ -186,6 +186,22 @@ def test_relevancy_finds_the_object_and_rollout_the_first_patches(model):
     assert (rolled[2, 1] < earlier).sum() >= 3
 
 
+def test_grad_cam_of_words_sees_what_looks_like_the_object_but_not_the_object_itself(model, variant):
+    """A place that is read through a norm has a gradient at a right angle to its residual stream; its twin has not."""
+    reading = 3 if variant == "direct" else 1
+    for layer in range(model.cfg.n_layers):
+        for objects, seen in ((OBJECTS, False), ({**OBJECTS, (4, 4): "blue cross"}, layer <= reading)):
+            inputs = model.ask(objects, "ring")
+            found = patch_importance(model, inputs, method="grad_cam", layer=layer)[0].values
+            assert np.argwhere(found > 1e-4).tolist() == ([[4, 4]] if seen else [])
+
+
+def test_grad_cam_of_the_vision_tower_is_largest_on_the_object(model):
+    found = patch_importance(model, model.ask(OBJECTS, "ring"), method="grad_cam", vision=True)[0].values
+    assert found.argmax() == 2 * GRID + 1
+    assert np.delete(found, found.argmax()).max() < 0.5 * found.max()
+
+
 def test_mean_attention_lies_on_the_object_only_if_the_last_position_looks_at_it(model, variant):
     found = patch_importance(model, model.ask(OBJECTS, "ring"), method="attention")[0].values
     others = np.delete(found.ravel(), 2 * GRID + 1)

@@ -41,6 +41,7 @@ def patch_importance(
     method: str = "log_increase",
     heads: Heads | None = None,
     vision: bool = False,
+    layer: int | None = None,
     steps: int = 16,
     window: int = 1,
     grid: str = ALL,
@@ -60,14 +61,15 @@ def patch_importance(
         heads: for "log_increase" and "attention": how many of the heads with the largest scores, "all", or (layer, head) pairs.
             "log_increase" sums over them, by default the best one (the paper's tool), or with "all" over the layers, each with
             all its heads together; "attention" takes their mean, by default of all.
-        vision: for gradients, rollout and relevancy: carry on through the vision tower to the pixels and patches.
+        vision: carry on through the vision tower to the pixels and patches; for "grad_cam": look inside the vision tower.
+        layer: for "grad_cam": which layer's residual stream, as it enters it; the last one's by default.
         steps: points of the path, for "integrated_gradients".
         window: side in patches of the square that is blanked, for "occlusion" and "token_ablation".
         grid: for "occlusion" the grid in whose tiles what a patch shows is blanked; "all" of them by default.
         fill: what takes the place of an image embedding, for "token_ablation".
 
     Positive numbers speak for the answer (attention and rollout do not know for or against). Attributes: `target`,
-    `units`, `n_forward`, `n_backward`, and `heads` where some were chosen. Raises `InputError` for prompts without
+    `units`, `n_forward`, `n_backward`, and `heads` or `layer` where some were chosen. Raises `InputError` for prompts without
     images, for options that the method does not have, and for targets that do not fit.
 
     >>> from hooked_llava import HookedLLaVA
@@ -80,8 +82,14 @@ def patch_importance(
     >>> inputs.token_map.patch_to_position(row, column) in star
     True
     """
-    given = {"heads": heads, "vision": vision, "steps": steps, "window": window, "grid": grid, "fill": fill}
-    options, how = _options(model, method, given), PATCH_MAPS[method]
+    given = {"heads": heads, "vision": vision, "layer": layer, "steps": steps, "window": window}
+    given |= {"grid": grid, "fill": fill}
+    return _maps(model, inputs, target, method, _options(model, method, given))
+
+
+def _maps(model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any]) -> xr.DataArray:
+    """The maps of all prompts, together or one by one."""
+    how = PATCH_MAPS[method]
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not an AnswerCache.")
     prompts = prompts_of(model, inputs)
@@ -111,13 +119,14 @@ def _options(model: HookedLLaVA, method: str, given: dict[str, Any]) -> dict[str
 def _importance(
     model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any], axes: ImageAxes
 ) -> xr.DataArray:
-    said = {name: value for name, value in options.items() if name not in ("heads", "fill") and (name, value) != _WHOLE}
+    told_apart = ("heads", "layer", "fill")
+    said = {name: value for name, value in options.items() if name not in told_apart and (name, value) != _WHOLE}
     said["units"] = PATCH_MAPS[method].units
     prompts = prompts_of(model, inputs)
     with provenance("patch_importance", model, prompts, n_forward=1, method=method, **said) as made:
         found = PATCH_MAPS[method].draw(model, inputs, target, **options)
         attrs = found.target | {"n_backward": found.n_backward}
-        attrs |= {} if found.heads is None else {"heads": unwrap_single(found.heads)}
+        attrs |= found.chosen | ({} if found.heads is None else {"heads": unwrap_single(found.heads)})
         attrs = made.attrs(**attrs) | {"n_forward": found.n_forward}
         return axes.labelled(
             to_numpy(found.maps), ("prompt", "image"), layouts=prompts.layouts, name=method, attrs=attrs

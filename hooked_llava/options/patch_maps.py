@@ -91,6 +91,14 @@ PATCH_MAPS: dict[str, PatchMap] = {
         units="relevancy",
         options=("vision",),
     ),
+    "grad_cam": PatchMap(
+        function=_HERE + "grad_cam",
+        title="Grad-CAM",
+        meaning="the residual stream entering a layer, along the gradient of the answer's logit averaged over the image, "
+        "where positive (arXiv 1610.02391)",
+        units="logit",
+        options=("layer", "vision"),
+    ),
     "occlusion": PatchMap(
         function=_HERE + "occlusion",
         title="Occlusion",

@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"method": "integrated_gradients", "steps": 3},
     "rollout": {"method": "rollout", "vision": True},
     "relevancy": {"method": "relevancy", "vision": True},
+    "grad_cam": {"method": "grad_cam"},
+    "grad_cam_patches": {"method": "grad_cam", "vision": True, "layer": 0},
     "occlusion": {"method": "occlusion"},
     "token_ablation": {"method": "token_ablation"},
 }
@@ -182,6 +184,40 @@ def test_relevancy_weighs_patterns_by_their_gradients() -> None:
     np.testing.assert_allclose(found.values.ravel(), row[list(token_map("grouped").patches())], rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("geometry", "vision", "layer"),
+    [("grouped", False, 1), ("full", False, None), ("grouped", True, None), ("several_layers_full", True, 0)],
+)
+def test_grad_cam_weighs_dimensions_by_their_mean_gradient(geometry: str, vision: bool, layer: int | None) -> None:
+    """The gradient by a backward pass from a leaf that takes the place of the residual stream; then sums by hand."""
+    models, prompt = exact(geometry), exact(geometry).prompt()
+    last = (models.ours.config.vision.n_layers_run if vision else 3) - 1
+    name = f"{'vision.' * vision}blocks.{last if layer is None else layer}.hook_resid_pre"
+    leaf = seen(geometry)[name].clone().requires_grad_()
+    with torch.enable_grad():
+        models.ours.run_with_hooks(prompt, fwd_hooks=[(name, lambda x, hook: leaf)])[0, -1, 7].backward()
+    assert leaf.grad is not None
+    places = list(range(1, 5)) if vision else list(token_map(geometry).patches())
+    expected = []
+    for place in places:
+        total = 0.0
+        for channel in range(leaf.shape[-1]):
+            weight = sum(float(leaf.grad[0, p, channel]) for p in places) / len(places)
+            total += weight * float(leaf.detach()[0, place, channel])
+        expected.append(max(total, 0.0))
+    found = patch_importance(models.ours, prompt, 7, method="grad_cam", vision=vision, layer=layer)
+    np.testing.assert_allclose(found.values.ravel(), expected, rtol=1e-4, atol=1e-6)
+    assert max(expected) > 1e-4
+    assert (found.layer, found.n_forward, found.n_backward) == (last if layer is None else layer, 1, 1)
+
+
+def test_grad_cam_costs_one_pass_forward_and_one_back() -> None:
+    models, passes = exact(), []
+    with models.ours.hooks([("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]):
+        patch_importance(models.ours, models.prompt(), 7, method="grad_cam")
+    assert len(passes) == 1
+
+
 @pytest.mark.parametrize("window", [1, 2])
 def test_occlusion_blanks_patches_in_the_image(window: int) -> None:
     models, prompt = exact("odd"), exact("odd").prompt()
@@ -242,7 +278,7 @@ def test_the_models_own_answer_is_the_default(name: str) -> None:
     assert found.target == ("any" if name == "rollout" else f"#{own}")
 
 
-@pytest.mark.parametrize("name", ["log_increase", "attention", "grad_x_input", "relevancy", "occlusion"])
+@pytest.mark.parametrize("name", ["log_increase", "attention", "grad_x_input", "relevancy", "grad_cam", "occlusion"])
 def test_several_images_and_several_tokens(name: str) -> None:
     model = HookedLLaVA.from_hf(pair().hf, processor=make_processor())
     inputs = model.prepare("What color is the star?", images=[torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
@@ -279,6 +315,10 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch: pytest.M
         patch_importance(models.ours, models.prompt(), 7, method="occlusion", window=3)
     with pytest.raises(InputError, match="steps=0.*at least 1"):
         patch_importance(models.ours, models.prompt(), 7, method="integrated_gradients", steps=0)
+    with pytest.raises(InputError, match=r"layer=3.*-3\.\.2"):
+        patch_importance(models.ours, models.prompt(), 7, method="grad_cam", layer=3)
+    with pytest.raises(InputError, match="method='.*option layer.*takes vision"):
+        patch_importance(models.ours, models.prompt(), 7, method="relevancy", layer=1)
     for heads in (2.0, True):
         for method in ("log_increase", "attention"):
             with as_users_run(), pytest.raises(InputError, match=f"heads={heads}.*whole number"):

@@ -14,6 +14,7 @@ from hooked_llava import analysis, results
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.pairs import changed_patches
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.readout.metrics import Answer, log_probability
 from hooked_llava.results.image_axes import ImageAxes, patches_of_cells
 from hooked_llava.results.map_quality import map_quality
@@ -123,6 +124,33 @@ def test_gradients_of_pixels_are_pooled_as_the_cells_are(kind: str) -> None:
         assert float(found[feature]) == pytest.approx(sum(parts), rel=1e-3, abs=1e-5)
     assert np.isnan(found[layout.newline_features()]).all()
     assert np.isfinite(found[layout.object_features()]).all()
+
+
+@EVERY
+@pytest.mark.parametrize("vision", [False, True])
+def test_grad_cam_has_one_direction_for_all_tiles_of_an_image(kind: str, vision: bool) -> None:
+    model, prompt, layout = setting(kind)
+    name = f"{'vision.' * vision}blocks.0.hook_resid_pre"
+    held = []
+    with torch.enable_grad():
+        logits = model.run_with_hooks(prompt, fwd_hooks=[(name, lambda x, hook: held.append(x))])
+        (gradient,) = torch.autograd.grad(logits[0, -1, TARGET], held)
+    first = model.config.vision.n_positions - model.config.vision.n_patches
+    where = np.s_[:, first:] if vision else np.s_[0, prompt.token_map["image"].tolist()]
+    resid, gradient = held[0][where].detach(), gradient[where]
+    by_place = (resid @ gradient.flatten(0, -2).mean(0)).clamp(min=0)
+    found = analysis.patch_importance(model, prompt, TARGET, method="grad_cam", vision=vision, layer=0)[0]
+    for feature in some(layout):
+        cell = layout.cell_at(feature)
+        if not vision:
+            assert float(found[feature]) == pytest.approx(float(by_place[feature]), rel=1e-3, abs=1e-5)
+            continue
+        patches, weights = (one[cell.row, cell.col] for one in layout.grid(cell.grid).patches())
+        of_tile = by_place.unflatten(1, model.config.vision.patch_grid)
+        parts = [float(w * of_tile[tile, y, x]) for (tile, y, x), w in zip(patches.tolist(), weights, strict=True)]
+        assert float(found[feature]) == pytest.approx(sum(parts), rel=1e-3, abs=1e-5)
+    assert np.isnan(found[layout.newline_features()]).all() == vision
+    assert float(np.nanmax(found)) > 1e-4
 
 
 @EVERY
@@ -289,7 +317,7 @@ def test_images_of_different_shapes_are_filled_up(tmp_path: Any) -> None:
     prompt = prompt_of("next", SMALL, TALL)
     longest = max(layout.n_features for layout in prompt.layouts)
     assert prompt.layouts[0].n_features != prompt.layouts[1].n_features
-    for method in ("log_increase", "attention", "grad_x_input", "rollout", "relevancy", "occlusion", "token_ablation"):
+    for method in PATCH_MAPS:
         found = analysis.patch_importance(model, prompt, TARGET, method=method)
         assert found.dims == ("image", "feature")
         assert found.shape == (2, longest)

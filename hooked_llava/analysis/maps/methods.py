@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.analysis.maps import attention_flow, gradients
+from hooked_llava.analysis.maps import grad_cam as weighted
 from hooked_llava.analysis.maps import occlusion as taken_away
 from hooked_llava.analysis.maps.scores import (
     Heads,
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Maps, what they speak for, and what they cost."""
+    """Maps, what they speak for, what they cost, and options that were chosen for lack of given ones."""
 
     maps: Float[Tensor, "prompt image place"]
     target: dict[str, Any]
     n_forward: int | float = 1
     n_backward: int = 0
     heads: Any = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 def log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> Drawn:
@@ -100,6 +102,14 @@ def relevancy(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool)
     found = read_target(model, prompts, target)
     maps, ids = attention_flow.relevancy(model, found.inputs, found.logit_positions, found.ids, vision=vision)
     return Drawn(maps, _said(model, found, ids), n_backward=1)
+
+
+def grad_cam(model: HookedLLaVA, prompts: Inputs, target: Target, layer: int | None, vision: bool) -> Drawn:
+    """The residual stream in the directions in which the answer's logit grows, on average over the image."""
+    layer, found = weighted.chosen_layer(model, layer, vision=vision), read_target(model, prompts, target)
+    reading = (found.inputs, found.logit_positions, found.ids)
+    maps, ids = weighted.grad_cam(model, *reading, layer=layer, vision=vision)
+    return Drawn(maps, _said(model, found, ids), n_backward=1, chosen={"layer": layer})
 
 
 def occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, grid: str) -> Drawn:
