@@ -139,17 +139,18 @@ def _vectors(
     model: HookedLLaVA, prompt: Inputs, index: Int[Tensor, " position"], names: list[str], norm: Lens
 ) -> tuple[Float[Tensor, "layer position *head d_model"], Float[Tensor, "position *one 1"] | None]:
     """What is read, and the final norm's scale for the frozen lens."""
-    frozen = ["ln_final.hook_scale"] if norm == "frozen" else []
-    needs_end = frozen or model.hooks_table[names[-1]].stage == model.cfg.n_layers
-    options: dict[str, Any] = {} if needs_end else {"stop_at_layer": model.cfg.n_layers}
-    _, cache = model.run_with_cache(prompt, names_filter=[*names, *frozen], positions=index.tolist(), **options)
+    end = [model.hooks_table.name("resid_post", -1)] if norm == "frozen" else []
+    after_blocks = model.hooks_table[names[-1]].stage == model.cfg.n_layers
+    options: dict[str, Any] = {} if after_blocks else {"stop_at_layer": model.cfg.n_layers}  # nothing is unembedded
+    _, cache = model.run_with_cache(prompt, names_filter=[*names, *end], positions=index.tolist(), **options)
     if model.hooks_table[names[0]].on_image_side:
         vectors = _at_patches(cache[names[0]], prompt, index)[None]
     else:
         vectors = torch.stack([cache[name][0] for name in names])
-    if not frozen:
+    if not end:
         return vectors, None
-    return vectors, cache[frozen[0]][0].reshape(-1, *[1] * (vectors.ndim - 2))
+    scale = model.ln_final.scale_of(cache[end[0]][0])  # (position, 1)
+    return vectors, scale.reshape(-1, *[1] * (vectors.ndim - 2))
 
 
 def _at_patches(

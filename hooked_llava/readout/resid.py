@@ -51,15 +51,22 @@ def logits_and_activations(
 ) -> tuple[Float[Tensor, "prompt position d_vocab"], dict[str, Tensor]]:
     """Logits at some positions, and the named activations at all, in one forward pass.
 
-    All positions are unembedded only where an activation after the blocks is asked for.
+    All positions are unembedded only where `hook_logits` is asked for.
     """
-    n_layers = model.cfg.n_layers
+    table, n_layers = model.hooks_table, model.cfg.n_layers
     store: dict[str, Tensor] = {}
-    in_blocks = all(model.hooks_table[name].stage < n_layers for name in names)
-    hooks = [(list(names), caching_hook(store, model.hooks_table))]
-    rows = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=n_layers if in_blocks else None)
-    assert rows is not None
-    return (logits_at(model, rows, positions) if in_blocks else rows_at(rows, positions)), store
+    keep = caching_hook(store, table)
+    inside = [name for name in names if table[name].stage < n_layers]
+    after = [name for name in names if name not in inside]
+    resid = model.run_with_hooks(prompts, fwd_hooks=[(inside, keep)] if inside else [], stop_at_layer=n_layers)
+    assert resid is not None
+    if not after:
+        return logits_at(model, resid, positions), store
+    with model.hooks([(after, keep)]):
+        if "hook_logits" in after:
+            return rows_at(model.language.to_logits(resid), positions), store
+        normalized = rows_at(model.ln_final(resid), positions)
+        return model.language.hook_logits(model.unembed(normalized)), store
 
 
 def resid_names(model: HookedLLaVA) -> list[str]:
