@@ -20,7 +20,14 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from hooked_llava import HookedLLaVA, viz
-from hooked_llava.analysis import activation_patching, attention_knockout, causal_trace, logit_lens, patch_importance
+from hooked_llava.analysis import (
+    activation_patching,
+    answer_maps,
+    attention_knockout,
+    causal_trace,
+    logit_lens,
+    patch_importance,
+)
 from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
 from hooked_llava.toy.wide_scenes import sample_wide_scene
@@ -50,6 +57,7 @@ def answers(model: HookedLLaVA) -> None:
     )
     save(viz.patch_words(clean, logit_lens(model, clean, positions="image"), layer=3), "patch-words.png")
     save(viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps])), "patches.png")
+    save(viz.answer_strip(clean, answer_maps(model, clean, "Orange star", heads="all")), "answer-strip.png")
     edges = ["image->last", "question->last", "image->question", "image->question|rest|last"]
     save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")
     save(viz.trace_maps(causal_trace(model, fact, "this shape", corruption="the ring"), fact), "trace.png")

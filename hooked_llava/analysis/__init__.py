@@ -24,6 +24,7 @@ from hooked_llava.analysis.information_storage import information_storage, recip
 from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.logit_attribution import contribution_sums, logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.maps.answer_maps import answer_maps
 from hooked_llava.analysis.neuron_scores import neuron_scores, top_neurons
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.output_knockout import output_knockout
@@ -38,6 +39,7 @@ __all__ = [
     "ablate_heads",
     "activation_patching",
     "agreement",
+    "answer_maps",
     "answer_probability",
     "answer_signs",
     "answer_without",

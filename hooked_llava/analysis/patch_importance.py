@@ -19,9 +19,9 @@ from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.options.patch_maps import PATCH_MAPS
-from hooked_llava.readout.answer import unwrap_single
-from hooked_llava.readout.answer_cache import AnswerCache, Target, prompts_of
-from hooked_llava.readout.answer_tokens import per_prompt
+from hooked_llava.readout.answer import AnswerReading, unwrap_single
+from hooked_llava.readout.answer_cache import AnswerCache, Asked, prompts_of, read_token
+from hooked_llava.readout.answer_tokens import Target, per_prompt
 from hooked_llava.results.arrays import stack, to_numpy
 from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.provenance import provenance
@@ -38,6 +38,7 @@ def patch_importance(
     inputs: Any,
     target: Target = None,
     *,
+    token: int | None = None,
     method: str = "log_increase",
     heads: Heads | None = None,
     vision: bool = False,
@@ -57,6 +58,7 @@ def patch_importance(
             "attention" also a `AnswerCache` of them (`hooked_llava.readout.cache_answer`), which brings its own target.
         target: answer that is scored; the model's own next token by default. Text of several tokens is scored under
             teacher forcing; a list has one word for each prompt.
+        token: which of the answer's tokens alone, from 0 (from the end where negative); all together by default.
         method: one of the names in `hooked_llava.options.patch_maps.PATCH_MAPS`, where each says what it shows.
         heads: for "log_increase" and "attention": how many of the heads with the largest scores, "all", or (layer, head) pairs.
             "log_increase" sums over them, by default the best one (the paper's tool), or with "all" over the layers, each with
@@ -84,10 +86,12 @@ def patch_importance(
     """
     given = {"heads": heads, "vision": vision, "layer": layer, "steps": steps, "window": window}
     given |= {"grid": grid, "fill": fill}
-    return _maps(model, inputs, target, method, _options(model, method, given))
+    return _maps(model, inputs, target, token, method, _options(model, method, given))
 
 
-def _maps(model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any]) -> xr.DataArray:
+def _maps(
+    model: HookedLLaVA, inputs: Any, target: Target, token: int | None, method: str, options: dict[str, Any]
+) -> xr.DataArray:
     """The maps of all prompts, together or one by one."""
     how = PATCH_MAPS[method]
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
@@ -97,9 +101,9 @@ def _maps(model: HookedLLaVA, inputs: Any, target: Target, method: str, options:
     axes.positions_of_all(prompts)  # refuses unequally many images before anything runs
     if how.one_prompt and len(prompts) > 1:
         apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
-        each = [_importance(model, p, t, method, options, axes).isel(prompt=0, drop=True) for p, t in apart]
+        each = [_importance(model, p, t, token, method, options, axes).isel(prompt=0, drop=True) for p, t in apart]
         return stack(each, "prompt")
-    result = _importance(model, inputs if how.takes_cache else prompts, target, method, options, axes)
+    result = _importance(model, inputs if how.takes_cache else prompts, target, token, method, options, axes)
     return result if len(prompts) > 1 else result.isel(prompt=0, drop=True)
 
 
@@ -117,10 +121,22 @@ def _options(model: HookedLLaVA, method: str, given: dict[str, Any]) -> dict[str
 
 
 def _importance(
-    model: HookedLLaVA, inputs: Any, target: Target, method: str, options: dict[str, Any], axes: ImageAxes
+    model: HookedLLaVA,
+    inputs: Any,
+    target: Asked,
+    token: int | None,
+    method: str,
+    options: dict[str, Any],
+    axes: ImageAxes,
 ) -> xr.DataArray:
+    if token is not None and isinstance(inputs, AnswerCache):
+        inputs = inputs.of_token(token)
+    elif token is not None:
+        assert not isinstance(target, AnswerReading)
+        target = read_token(model, inputs, target, token)
     told_apart = ("heads", "layer", "fill")
     said = {name: value for name, value in options.items() if name not in told_apart and (name, value) != _WHOLE}
+    said |= {} if token is None else {"token": token}
     said["units"] = PATCH_MAPS[method].units
     prompts = prompts_of(model, inputs)
     with provenance("patch_importance", model, prompts, n_forward=1, method=method, **said) as made:

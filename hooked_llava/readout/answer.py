@@ -43,6 +43,8 @@ NOTHING = -1
 """In a table of token ids: no token counts here."""
 WHOLE, FIRST = "whole answer", "first token"
 """What a result measured, in its attribute `measured`."""
+ONE = "one token"
+"""The same where one token of an answer was chosen."""
 
 
 # ---------------------------------------------------------------------- how probable it is
@@ -134,14 +136,14 @@ class AnswerReading:
         ids (Int[Tensor, "prompt read variant"] | None): The tokens that count there, -1 for none; None for the model's
             own next token.
         texts (tuple[str, ...]): The answers in words; () for the model's own next token.
-        measured (Literal["whole answer", "first token"]): Whether these tokens are the whole answers.
+        measured (Literal["whole answer", "first token", "one token"]): Whether these tokens are the whole answers.
     """
 
     inputs: Inputs
     logit_positions: Int[Tensor, "prompt read"]
     ids: Int[Tensor, "prompt read variant"] | None
     texts: tuple[str, ...]
-    measured: Literal["whole answer", "first token"]
+    measured: Literal["whole answer", "first token", "one token"]
 
     @property
     def positions(self) -> Literal["last"] | list[int]:

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_llava.checks import as_index
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
-from hooked_llava.readout.answer import AnswerReading, about_answers, read_answer
+from hooked_llava.readout.answer import ONE, AnswerReading, about_answers, read_answer
 from hooked_llava.readout.answer_tokens import Target, per_prompt
 from hooked_llava.readout.lens import log_probabilities, log_probabilities_along, log_probability_increase
 from hooked_llava.readout.resid import logits_at, rows_at
+from hooked_llava.readout.vocabulary import decode_text
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
 PARTS = ("pattern", "v", "z", "attn_out", "mlp_out")
+Asked: TypeAlias = Target | AnswerReading
+"""An answer, or where and as which tokens it is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +117,22 @@ class AnswerCache:
         """One prompt's part of it, `inputs` included."""
         return replace(self.take([prompt]), inputs=self.inputs[prompt])
 
+    def of_token(self, token: int) -> AnswerCache:
+        """The same for one of the answer's tokens, from the end where negative; raises `InputError` for one that it lacks."""
+        index = slice(at := as_index(token, self.target.shape[1], "token"), at + 1)
+        cut = {"v": (slice(None),), "pattern": (slice(None), slice(None), index)}
+        held = {name: x[cut.get(name.rpartition("hook_")[2], (slice(None), index))] for name, x in self.held.items()}
+        return replace(
+            self,
+            logit_positions=self.logit_positions[:, index],
+            target=self.target[:, index],
+            names=words_of(self.model, self.target[:, at]),
+            measured=self.measured if self.target.shape[1] == 1 else ONE,
+            resid=tuple(resid[:, index] for resid in self.resid),
+            scale=self.scale[:, index],
+            held=held,
+        )
+
     def log_probability(self, resid: Float[Tensor, "prompt read d_model"]) -> Float[Tensor, " prompt"]:
         """log P(answer) that a residual stream at the answer's position stands for, through the frozen lens."""
         return log_probabilities(self.model, resid, self.target, scale=self.scale).sum(-1)
@@ -145,7 +165,7 @@ class AnswerCache:
 def cache_answer(
     model: HookedLLaVA,
     inputs: InputsLike,
-    target: Target = None,
+    target: Asked = None,
     *,
     parts: Sequence[str] = PARTS,
     beside: Sequence[str] = (),
@@ -190,7 +210,7 @@ def cache_answer(
 
 
 def as_answer_cache(
-    model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Target, parts: Sequence[str]
+    model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Asked, parts: Sequence[str]
 ) -> tuple[AnswerCache, int]:
     """The answer cache of some prompts, and how many forward passes it took: none if it is given in place of the prompts.
 
@@ -222,11 +242,14 @@ def prompts_of(model: HookedLLaVA, inputs: InputsLike | AnswerCache) -> Inputs:
     return inputs.inputs if isinstance(inputs, AnswerCache) else model.as_inputs(inputs)
 
 
-def read_target(model: HookedLLaVA, inputs: InputsLike, target: Target) -> AnswerReading:
+def read_target(model: HookedLLaVA, inputs: InputsLike, target: Asked) -> AnswerReading:
     """The prompts (with an answer of several tokens appended), where it is read, and its tokens (None: the model's own).
 
-    Raises `InputError` for a list that has not one target for each prompt, or targets of different numbers of tokens.
+    A reading is returned as it is. Raises `InputError` for a list that has not one target for each prompt, or targets of
+    different numbers of tokens.
     """
+    if isinstance(target, AnswerReading):
+        return target
     found = read_answer(model, inputs, target, "target")
     if found.ids is not None and bool((found.ids < 0).any()):
         raise InputError(
@@ -234,3 +257,25 @@ def read_target(model: HookedLLaVA, inputs: InputsLike, target: Target) -> Answe
             "prompt by prompt, or give them as single tokens."
         )
     return found
+
+
+def read_token(model: HookedLLaVA, inputs: InputsLike, target: Target, token: int) -> AnswerReading:
+    """One of the answer's tokens, after those before it; from the end where negative. Raises as `read_target`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> read_token(model, model.prepare("Who made the star?"), "Red star", -1).texts
+    ('star',)
+    """
+    found = read_target(model, inputs, target)
+    n = found.logit_positions.shape[1]
+    at = as_index(token, n, "token", says=f"token={token} is not in an answer of {n}")
+    if found.ids is None or n == 1:
+        return found
+    ids, where = found.ids[:, at : at + 1], found.logit_positions[:, at : at + 1]
+    return replace(found, logit_positions=where, ids=ids, texts=words_of(model, ids[:, 0]), measured=ONE)
+
+
+def words_of(model: HookedLLaVA, ids: Int[Tensor, "prompt variant"]) -> tuple[str, ...]:
+    """The first variant of each prompt's token in words."""
+    return tuple(decode_text(model, [i]) for i in ids[:, 0].tolist())

@@ -199,6 +199,18 @@ def is_index(given: object) -> bool:
     return hasattr(given, "__index__") and not getattr(given, "ndim", 0)
 
 
+def without_end(model: HookedLLaVA, ids: Sequence[int]) -> list[int]:
+    """Generated token ids up to the first that ends an answer.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> without_end(model, [7, model.tokenizer.eos_token_id, 0])
+    [7]
+    """
+    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
+    return list(ids[: ends[0]] if ends else ids)
+
+
 def separator(model: HookedLLaVA, prompt: str, answer: str, of_template: str | None = None) -> str:
     """What stands between a prompt's text and its answer: nothing if the answer begins with white space, else the template's.
 

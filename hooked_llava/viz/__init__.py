@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
     raise ImportError("Figures need matplotlib, which is not installed: pip install 'hooked_llava[viz]'") from error
 
 from hooked_llava.viz.figures.activations import activation_histogram
+from hooked_llava.viz.figures.answer_strip import answer_strip
 from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars, top_bars
 from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
 from hooked_llava.viz.figures.contributions import plot_contributions
@@ -40,6 +41,7 @@ __all__ = [
     "activation_histogram",
     "answer_curve",
     "answer_shift",
+    "answer_strip",
     "as_the_model_sees_it",
     "attribution_page",
     "by_patch",

@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 KINDS = {
     "ablate_heads": Kind("ablation_curves", "Answer without heads"),
     "activation_patching": Kind("plot_patching"),
+    "answer_maps": Kind("answer_strip"),
     "answer_probability": Kind("probability_curves", "Answer probability"),
     "attention_contribution": Kind("contribution_maps", "Attention contributions"),
     "attention_knockout": Kind("knockout_curves", "Attention knockout"),

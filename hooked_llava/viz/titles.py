@@ -36,7 +36,7 @@ def title_of(result: xr.DataArray | xr.Dataset) -> str:
     if attrs.get("direction") in DIRECTIONS:
         return f"{_patched(result, name)}, {DIRECTIONS[attrs['direction']].title}"
     called = kind_of(result).title if name in _SAY_LITTLE else None
-    if attrs.get("analysis") == "patch_importance" and name in PATCH_MAPS:
+    if attrs.get("analysis") in ("answer_maps", "patch_importance") and name in PATCH_MAPS:
         called = PATCH_MAPS[name].title
     title = called or (name or "value").replace("_", " ").capitalize()
     target = attrs.get("target")

@@ -22,7 +22,7 @@ from hooked_llava.analysis.maps.scores import (
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
-from hooked_llava.readout.answer_cache import Target, as_answer_cache, read_target
+from hooked_llava.readout.answer_cache import Asked, as_answer_cache, read_target
 from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Drawn:
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
-def log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> Drawn:
+def log_increase(model: HookedLLaVA, inputs: Any, target: Asked, heads: Heads | None) -> Drawn:
     """S of what heads write from each patch at the answer's position: of the best head by default, of the k best, or of all."""
     parts = ("pattern", "v") if heads == "all" else ("pattern", "v", "z")
     cache, n_forward = as_answer_cache(model, inputs, target, parts)
@@ -61,7 +61,7 @@ def log_increase(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads |
     return Drawn(maps, cache.target_attrs(), n_forward, heads=chosen if chosen == "all" else named_heads(chosen))
 
 
-def attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | None) -> Drawn:
+def attention(model: HookedLLaVA, inputs: Any, target: Asked, heads: Heads | None) -> Drawn:
     """The pattern from the answer's position, mean over all heads by default, or over the k best."""
     heads = "all" if heads is None else heads
     parts = ("pattern", "z") if isinstance(heads, int) else ("pattern",)
@@ -74,14 +74,14 @@ def attention(model: HookedLLaVA, inputs: Any, target: Target, heads: Heads | No
     return Drawn(maps, cache.target_attrs(), n_forward, heads="all" if heads == "all" else named_heads(chosen))
 
 
-def grad_x_input(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> Drawn:
+def grad_x_input(model: HookedLLaVA, prompts: Inputs, target: Asked, vision: bool) -> Drawn:
     """Gradient of log P times the image embeddings, or times the pixels."""
     found = read_target(model, prompts, target)
     maps, ids = gradients.gradient_times_input(model, found.inputs, found.logit_positions, found.ids, vision=vision)
     return Drawn(maps, _said(model, found, ids), n_backward=1)
 
 
-def integrated_gradients(model: HookedLLaVA, prompts: Inputs, target: Target, steps: int, vision: bool) -> Drawn:
+def integrated_gradients(model: HookedLLaVA, prompts: Inputs, target: Asked, steps: int, vision: bool) -> Drawn:
     """The gradient averaged on the way from the image's mean, times the difference."""
     found = read_target(model, prompts, target)
     reading = (found.inputs, found.logit_positions, found.ids)
@@ -89,7 +89,7 @@ def integrated_gradients(model: HookedLLaVA, prompts: Inputs, target: Target, st
     return Drawn(maps, _said(model, found, ids), n_forward=steps + (found.ids is None), n_backward=steps)
 
 
-def rollout(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> Drawn:
+def rollout(model: HookedLLaVA, prompts: Inputs, target: Asked, vision: bool) -> Drawn:
     """Attention multiplied through all layers; it asks for no answer."""
     found = read_target(model, prompts, target)
     own = {"target": unwrap_single(("any",) * len(prompts)), "measured": found.measured}
@@ -97,14 +97,14 @@ def rollout(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -
     return Drawn(maps, found.attrs(model, "target") if found.texts else own)
 
 
-def relevancy(model: HookedLLaVA, prompts: Inputs, target: Target, vision: bool) -> Drawn:
+def relevancy(model: HookedLLaVA, prompts: Inputs, target: Asked, vision: bool) -> Drawn:
     """Attention times its gradient, accumulated through all layers."""
     found = read_target(model, prompts, target)
     maps, ids = attention_flow.relevancy(model, found.inputs, found.logit_positions, found.ids, vision=vision)
     return Drawn(maps, _said(model, found, ids), n_backward=1)
 
 
-def grad_cam(model: HookedLLaVA, prompts: Inputs, target: Target, layer: int | None, vision: bool) -> Drawn:
+def grad_cam(model: HookedLLaVA, prompts: Inputs, target: Asked, layer: int | None, vision: bool) -> Drawn:
     """The residual stream in the directions in which the answer's logit grows, on average over the image."""
     layer, found = weighted.chosen_layer(model, layer, vision=vision), read_target(model, prompts, target)
     reading = (found.inputs, found.logit_positions, found.ids)
@@ -112,17 +112,17 @@ def grad_cam(model: HookedLLaVA, prompts: Inputs, target: Target, layer: int | N
     return Drawn(maps, _said(model, found, ids), n_backward=1, chosen={"layer": layer})
 
 
-def occlusion(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, grid: str) -> Drawn:
+def occlusion(model: HookedLLaVA, prompts: Inputs, target: Asked, window: int, grid: str) -> Drawn:
     """log P less what it is with patches blanked in the image."""
     return _taken_away(model, prompts, target, where="image", window=window, grid=grid)
 
 
-def token_ablation(model: HookedLLaVA, prompts: Inputs, target: Target, window: int, fill: Tensor | None) -> Drawn:
+def token_ablation(model: HookedLLaVA, prompts: Inputs, target: Asked, window: int, fill: Tensor | None) -> Drawn:
     """The same with image embeddings replaced, by default by their mean."""
     return _taken_away(model, prompts, target, where="tokens", window=window, fill=fill)
 
 
-def _taken_away(model: HookedLLaVA, prompts: Inputs, target: Target, **options: Any) -> Drawn:
+def _taken_away(model: HookedLLaVA, prompts: Inputs, target: Asked, **options: Any) -> Drawn:
     found = read_target(model, prompts, target)
     reading = (found.inputs, found.logit_positions, found.ids)
     maps, ids, n_forward = taken_away.occlusion(model, *reading, **options)

@@ -16,6 +16,7 @@ from hooked_llava.analysis.image_attention import image_attention
 from hooked_llava.analysis.information_storage import information_storage
 from hooked_llava.analysis.logit_attribution import logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
+from hooked_llava.analysis.maps.answer_maps import answer_maps
 from hooked_llava.analysis.neuron_scores import neuron_scores
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.patch_importance import patch_importance
@@ -26,12 +27,12 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_cache import cache_answer
-from hooked_llava.readout.answer_tokens import single_token
+from hooked_llava.readout.answer_tokens import single_token, without_end
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.viz.pages.explain_context import explanation
 from hooked_llava.viz.pages.explain_summary import summary_of
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import answered
+from hooked_llava.viz.pages.parts import answer_text, answered_tokens
 
 STEPS = (
     *("answering", "next tokens", "logit lens", "layers", "heads", "stored words"),
@@ -42,6 +43,7 @@ OCCLUDED_UNASKED = 256
 """Occlusion runs the model once for about each patch: with more patches than this it is left out unless asked for."""
 _WINDOWS = 4  # occluded squares side by side in an image: without a single patch a model seldom misses anything
 _LENS_ANSWERS = 4
+_STRIP = 24  # tokens of the answer that have a map each
 _NEURONS, _STORED = 10, 20  # neurons of each layer; positions where words are read
 
 
@@ -62,7 +64,7 @@ class Report(Page):
 
     `report.save("report.html")` writes it; in a notebook it shows itself. The labelled arrays in `report.results` are
     next_tokens, lens, components, heads, head_scores, layer_scores, neurons, storage (if there is a rival), without,
-    without_layers, and with an image attention, patches and occlusion.
+    without_layers, and with an image attention, patches, occlusion, and answer_maps (if the answer has several tokens).
 
     Attributes:
         summary (tuple[str, ...]): What was found, in sentences: how sure the answer is, what writes
@@ -116,8 +118,9 @@ def explain(
     started = perf_counter()
     with steps_reported(STEPS, on_step, "explaining") as begin:
         begin("answering")
-        said, n_forward = answered(model, prompt, max_new_tokens)
-        results = _results(model, prompt, options, begin)
+        tokens = answered_tokens(model, prompt, max_new_tokens)
+        said, n_forward = answer_text(model, tokens), tokens.shape[1]
+        results = _results(model, prompt, options, without_end(model, tokens[0].tolist()), begin)
         begin("drawing")
         n_forward += sum(float(result.attrs["n_forward"]) for result in results.values())
         footer = run_footer(model, prompt, f"{n_forward:.0f} forward passes, {perf_counter() - started:.1f} s")
@@ -127,7 +130,7 @@ def explain(
 
 
 def _results(
-    model: HookedLLaVA, prompt: Inputs, options: _Options, begin: Callable[[str], None]
+    model: HookedLLaVA, prompt: Inputs, options: _Options, said: list[int], begin: Callable[[str], None]
 ) -> dict[str, xr.DataArray | xr.Dataset]:
     """Everything that is measured."""
     results: dict[str, xr.DataArray | xr.Dataset] = {}
@@ -157,11 +160,19 @@ def _results(
         results["attention"] = image_attention(model, prompt)
         maps = _patch_maps(model, prompt, scored, options, begin)
         results |= maps
+        if len(said) > 1:
+            results["answer_maps"] = _answer_maps(model, prompt, said, options.patches)
     begin("removals")
     ranked = top_heads(scores, scores.size)
     results["without_layers"] = ablate_heads(model, prompt, heads_by_layer(model), scored, replace="zero")
     results["without"] = answer_without(model, prompt, scored, heads=ranked, patches=maps.get("patches"))
     return results
+
+
+def _answer_maps(model: HookedLLaVA, prompt: Inputs, said: list[int], method: str) -> xr.DataArray:
+    """A map of each of the answer's first tokens, by the chosen method unless it takes a run for every patch."""
+    method = "log_increase" if PATCH_MAPS[method].one_prompt else method
+    return answer_maps(model, prompt, said[:_STRIP], method=method)
 
 
 def _rival(

@@ -15,6 +15,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.results.image_axes import image_dims
+from hooked_llava.viz.figures.answer_strip import answer_strip
 from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars
 from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
 from hooked_llava.viz.figures.lens import answer_curve
@@ -58,6 +59,7 @@ def explanation(model: HookedLLaVA, prompt: Inputs, results: dict[str, Any], n_h
                 "seen": as_the_model_sees_it(prompt, processor, image=i),
                 **_attention(results["attention"].isel(image=i), canvas(prompt, images, i), i, n_heads),
                 **_maps(results, canvas(prompt, images, i), i),
+                "strip": _strip(results.get("answer_maps"), canvas(prompt, images, i), i),
             }
             for i in range(prompt.n_images)
         ],
@@ -107,6 +109,15 @@ def _maps(results: dict[str, Any], drawn_on: Inputs | Image.Image, image: int) -
         "maps": [_map(one, drawn_on, image) for one in maps.values()],
         "agreement": _agreement(*maps.values()) if len(maps) == 2 else None,
     }
+
+
+def _strip(maps: xr.DataArray | None, drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any] | None:
+    """A map of every token of the answer, on one image."""
+    if maps is None:
+        return None
+    method = str(maps.attrs["method"])
+    figure = answer_strip(drawn_on, maps, image=image, title="")
+    return {"figure": figure, "title": PATCH_MAPS[method].title, "n": maps.sizes["token"]}
 
 
 def _map(shown: xr.DataArray, drawn_on: Inputs | Image.Image, image: int) -> dict[str, Any]:

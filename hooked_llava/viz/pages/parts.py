@@ -15,6 +15,7 @@ from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.spans import image_parts
 from hooked_llava.prompt.token_map import TokenMap
+from hooked_llava.readout.answer_tokens import without_end
 from hooked_llava.viz.figures.model_view import model_view
 from hooked_llava.viz.pages.embed import visible
 
@@ -23,15 +24,18 @@ _SPANS = ("last", "question", "image", "system", "rest")
 
 def answered(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> tuple[str, int]:
     """What the model says, greedily decoded, and in how many tokens, each a forward pass."""
-    tokens = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
+    tokens = answered_tokens(model, prompt, max_new_tokens)
     return answer_text(model, tokens), tokens.shape[1]
+
+
+def answered_tokens(model: HookedLLaVA, prompt: Inputs, max_new_tokens: int) -> Int[Tensor, "1 token"]:
+    """The same as tokens, with what ends it."""
+    return model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
 
 
 def answer_text(model: HookedLLaVA, tokens: Int[Tensor, "1 token"]) -> str:
     """Generated tokens [1, n] as text, without what ends or fills them; without a tokenizer their ids."""
-    ids = tokens[0].tolist()
-    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
-    ids = ids[: ends[0]] if ends else ids
+    ids = without_end(model, tokens[0].tolist())
     if model.processor is None:
         return " ".join(f"#{token}" for token in ids)
     return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -1,0 +1,81 @@
+"""Which patches does each token of an answer come from?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from hooked_llava.analysis.patch_importance import patch_importance
+from hooked_llava.checks import one_of
+from hooked_llava.errors import InputError
+from hooked_llava.options.patch_maps import PATCH_MAPS
+from hooked_llava.readout.answer import read_answer
+from hooked_llava.readout.answer_cache import cache_answer
+from hooked_llava.readout.answer_tokens import AnswerLike, one_answer, without_end
+from hooked_llava.readout.vocabulary import decode_tokens
+from hooked_llava.results.arrays import stack
+
+if TYPE_CHECKING:
+    from hooked_llava.model.llava import HookedLLaVA
+
+
+def answer_maps(
+    model: HookedLLaVA,
+    inputs: Any,
+    answer: AnswerLike | None = None,
+    *,
+    method: str = "log_increase",
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> xr.DataArray:
+    """`patch_importance(token=k)` of every token k of an answer: [token, image, patch_row, patch_col].
+
+    Every token is read where it is predicted, after those before it. The coordinate `word` has the tokens in words. Methods
+    that read from one forward pass ("log_increase", "attention") take one for all tokens; others what one map takes,
+    for each token.
+
+    Args:
+        model: the model.
+        inputs: one prompt with images, anything `model.as_inputs` takes.
+        answer: text, a token id, or token ids; by default the answer that is appended already, otherwise what the model
+            generates, greedily.
+        method: one of the names in `hooked_llava.options.patch_maps.PATCH_MAPS`.
+        max_new_tokens: length of a generated answer at most.
+        options: those of the method, as `patch_importance` takes them.
+
+    Raises `InputError` for several prompts, for an answer without tokens, and as `patch_importance`.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> from hooked_llava.toy.images import image_path
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> maps = answer_maps(model, model.prepare("What color is the star?", images=image_path("demo")), "Orange star")
+    >>> maps.word.values.tolist(), maps.n_forward
+    (['Orange', 'star'], 1)
+    """
+    one_of(method, PATCH_MAPS, "method")
+    prompt, generated = model.as_inputs(inputs).single("answer_maps"), 0
+    given: list[AnswerLike] | None = None
+    if answer is not None:
+        given = [one_answer(model, prompt.token_map, answer)]
+    elif not prompt.token_map.n_answer:
+        said = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
+        own, generated = without_end(model, said[0].tolist()), said.shape[1]
+        if not own:
+            raise InputError("The model's own answer has no tokens; give one with answer=.")
+        given = [own]
+    reading = read_answer(model, prompt, given)
+    assert reading.ids is not None
+    subject: Any = reading.inputs
+    shared = PATCH_MAPS[method].takes_cache
+    if shared:
+        subject = cache_answer(model, prompt, reading, parts=("pattern", "v", "z"))
+    target = None if shared or reading.inputs.token_map.n_answer else given
+    n_tokens = reading.ids.shape[1]
+    maps = [patch_importance(model, subject, target, token=k, method=method, **options) for k in range(n_tokens)]
+    words = decode_tokens(model, reading.ids[0, :, 0]).tolist()
+    about = maps[0].attrs | {"analysis": "answer_maps", "target": reading.texts[0], "answer_tokens": words}
+    about |= {"n_forward": sum(one.n_forward for one in maps) + shared + generated, "measured": reading.measured}
+    about |= {"n_backward": sum(one.n_backward for one in maps), "n_generated": generated}
+    found = stack(maps, "token").assign_coords(token=range(n_tokens), word=("token", words))
+    return found.assign_attrs({name: value for name, value in about.items() if name != "token"})
