@@ -93,7 +93,10 @@ def test_replay_equals_the_full_run_at_every_hook(name: str) -> None:
     for inputs in (prompts(name)[0], model.as_inputs(_left_padded([prompts(name)[0], _prompt(name, "Who?", 2)]))):
         n, real = inputs.shape[1], inputs.attention_mask
         runs = [
-            [_change_at(model, hook, inputs)] for hook in model.hooks_table.hooks.values() if hook.layer in (None, 1, 2)
+            [change]
+            for hook in model.hooks_table.hooks.values()
+            if hook.layer in (None, 1, 2)
+            for change in _changes_at(model, hook, inputs)
         ]
         fast = Replay(model, inputs).run(runs, positions=list(range(n)))
         fast = fast if fast.ndim == 4 else fast[:, None]
@@ -103,8 +106,20 @@ def test_replay_equals_the_full_run_at_every_hook(name: str) -> None:
             assert off(theirs[real], plain[real]) > 1e-4, f"{run} changes nothing"
 
 
+def _changes_at(model: HookedLLaVA, hook: Any, inputs: Any) -> list[Intervention]:
+    """What changes the logits: a vector added in the middle of the prompt; edges blocked or weighted, and temperature."""
+    if hook.site != "attn.hook_attn_scores":
+        return [_change_at(model, hook, inputs)]
+    sharper = Intervention(hook.name, temperature=0.1)
+    if hook.on_image_side:
+        return [_change_at(model, hook, inputs), sharper]
+    n = inputs.shape[1]
+    more = Intervention(hook.name, reweight=([n - 3], [n - 1, n - 2]), factor=8.0)
+    return [_change_at(model, hook, inputs), more, sharper]
+
+
 def _change_at(model: HookedLLaVA, hook: Any, inputs: Any) -> Intervention:
-    """Something that changes the logits: a vector added in the middle of the prompt, or edges blocked."""
+    """A vector added in the middle of the prompt, or edges blocked."""
     n, sizes = inputs.shape[1], axis_sizes(model.hooks_table, hook.name, inputs)
     where = [1, 2] if hook.on_image_side else [n - 4, n - 2]
     if hook.site == "attn.hook_attn_scores" and not hook.on_image_side:

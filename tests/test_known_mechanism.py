@@ -5,6 +5,7 @@ Here the tools that work on any hook; the papers' systems are in test_known_mech
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import numpy as np
@@ -22,7 +23,7 @@ from hooked_llava.analysis import (
     path_patching,
 )
 from hooked_llava.readout.metrics import Answer, logit_difference, probability
-from tests.compiled import CompiledLLaVA, compiled
+from tests.compiled import SHARPNESS, CompiledLLaVA, compiled
 from tests.known_mechanism import (
     ANSWERING,
     DIFFERING_HEADS,
@@ -249,6 +250,37 @@ def test_where_the_shape_is_absent_no_knockout_of_the_image_matters(model):
     replay = Replay(model, model.ask(OBJECTS, "circle"))
     runs = [[blocked(layer, "image", to)] for layer in range(model.cfg.n_layers) for to in ("question", "last")]
     assert torch.allclose(replay.run(runs), replay.logits().expand(len(runs), -1), atol=1e-5)
+
+
+def test_a_weighted_edge_has_the_weight_that_the_head_is_left_with(model):
+    """The beginning holds the head where nothing is found, and e^-SHARPNESS is then as much as what was found."""
+    inputs = model.ask(OBJECTS, "ring")
+    replay, hop = Replay(model, inputs), model.mechanism.hops[-1]
+    cells = list(product(range(model.cfg.n_layers), EDGES))
+    elsewhere = [(layer, edge) for layer, edge in cells if (layer, edge) != (hop.layer, tuple(hop.edge.split("->")))]
+    found = replay.run([[weighted(layer, edge, 0.5)] for layer, edge in elsewhere])
+    assert torch.allclose(found, replay.logits().expand(len(found), -1), atol=1e-5)
+    odds = [3.0, 1.0, 1 / 3]
+    for edge in (tuple(hop.edge.split("->")), ([places(model)[hop.source]], [places(model)["last"]])):
+        logits = replay.run([[weighted(hop.layer, edge, odd * math.exp(-SHARPNESS))] for odd in odds])
+        blue, unknown = (logits[:, model.to_single_token(word)] for word in ("Blue", UNKNOWN))
+        assert torch.allclose(blue / unknown, torch.tensor(odds), rtol=1e-3)
+
+
+def test_a_temperature_of_every_head_is_a_softer_model(model):
+    inputs, softer = model.ask(OBJECTS, "ring"), compiled(model.mechanism.variant, sharpness=SHARPNESS / 32)
+    run = [Intervention(("attn_scores", layer), temperature=32.0) for layer in range(model.cfg.n_layers)]
+    expected = softer(inputs)[0, -1]
+    assert torch.allclose(Replay(model, inputs).run([run])[0], expected, atol=1e-4)
+    assert (expected - model(inputs)[0, -1]).abs().max() > 0.3
+    only = [
+        Intervention(("attn_scores", layer), heads=[head], temperature=32.0) for layer, head in model.mechanism.heads
+    ]
+    assert torch.allclose(model.run_with_hooks(inputs, fwd_hooks=only)[0, -1], expected, atol=1e-4)
+
+
+def weighted(layer: int, edge, factor: float) -> Intervention:
+    return Intervention(f"blocks.{layer}.attn.hook_attn_scores", reweight=edge, factor=factor)
 
 
 def blocked(layer: int, source, target) -> Intervention:

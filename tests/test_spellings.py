@@ -226,6 +226,8 @@ def test_edges() -> None:
     row = StudyRow(id="1", question="Who made the star?", answer="?", kind="fact")
     same(lambda e: do.knockout_study(model(), [row], e, only_correct=False, total=False), [*EDGES, named])
     same(lambda e: placed(Intervention(("attn_scores", 2), block=e)), ["question->last", ("question", "last")])
+    weighted = lambda e: placed(Intervention(("attn_scores", 2), reweight=e, factor=2.0))  # noqa: E731
+    same(weighted, ["question->last", ("question", "last")])
     result = do.attention_knockout(model(), text(), ["system->last", "question->last"], 3)
     drawn = lambda e: [line.get_ydata() for line in knockout_curves(result, edges=e).axes[0].lines]  # noqa: E731
     same(drawn, [*EDGES, named])

@@ -20,7 +20,7 @@ tokens (see `experiments.edges`): "image->last" keeps the image from wherever th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 import numpy as np
 import xarray as xr
@@ -31,6 +31,7 @@ from hooked_llava.experiments.knockout_runs import Window, knocked_out
 from hooked_llava.options.knockout_metrics import MetricName
 from hooked_llava.readout.answer_tokens import Target
 from hooked_llava.readout.metrics import Metric
+from hooked_llava.replay.intervention import as_factor
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -56,6 +57,7 @@ def attention_knockout(
     metric: MetricName | Metric = "relative_change",
     total: bool = False,
     missing: Missing = "raise",
+    factor: SupportsFloat = 0.0,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> xr.Dataset:
@@ -77,6 +79,8 @@ def attention_knockout(
             (of an appended answer [..., position, d_vocab], where its tokens are predicted), are given as their change.
         total: also block every layer at once, once for each edge.
         missing: "skip" gives NaN for edges of known spans that a prompt does not have, "raise" an error.
+        factor: what the attention of target to source is multiplied by, each row of the pattern divided by its sum again: 0
+            blocks the edge, below 1 it is weakened, above 1 strengthened.
         seed: of the random patches.
         batch_size: rows at once; by free memory if not given.
 
@@ -92,6 +96,7 @@ def attention_knockout(
     True
     """
     how = {"missing": missing, "seed": seed, "batch_size": batch_size, "total": total, "centers": centers}
+    how |= {"factor": as_factor(factor)}
     asked = (answer, baseline, metric)
     return knocked_out("attention_knockout", model, inputs, edges_of(edges), window, asked, **how)
 

@@ -90,6 +90,6 @@ class _Output(Edge):
             raise InputError(f"outputs={name!r}; expected 'attn at SPAN' or 'mlp at SPAN', such as 'mlp at question'.")
         return cls(name, where.strip(), where.strip(), f"{kind}_out")
 
-    def blocked(self, layers: Iterable[int]) -> list[Intervention]:
-        """Interventions on marked prompts that set it to 0 in some layers."""
-        return [Intervention((self.hook, layer), positions=self.ends[1], zero=True) for layer in layers]
+    def weighted(self, layers: Iterable[int], factor: float = 0.0) -> list[Intervention]:
+        """Interventions on marked prompts that multiply it in some layers, by default by 0."""
+        return [Intervention((self.hook, layer), positions=self.ends[1], scale=factor) for layer in layers]

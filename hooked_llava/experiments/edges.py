@@ -65,9 +65,14 @@ class Edge:
         """Names under which `marked` puts source and target into the token maps."""
         return f"source of {self.name}", f"target of {self.name}"
 
-    def blocked(self, layers: Iterable[int]) -> list[Intervention]:
-        """Interventions on marked prompts that keep every target from attending to any source, in some layers."""
-        return [Intervention(("attn_scores", layer), block=self.ends) for layer in layers]
+    def weighted(self, layers: Iterable[int], factor: float = 0.0) -> list[Intervention]:
+        """Interventions on marked prompts that multiply the attention of every target to the sources, in some layers.
+
+        By default no target may attend to any source.
+        """
+        if factor == 0:
+            return [Intervention(("attn_scores", layer), block=self.ends) for layer in layers]
+        return [Intervention(("attn_scores", layer), reweight=self.ends, factor=factor) for layer in layers]
 
 
 def edges_of(edges: Edges) -> list[Edge]:

@@ -46,8 +46,9 @@ def knocked_out(
     missing: Missing,
     seed: int,
     batch_size: int | None,
+    factor: float = 0.0,
 ) -> xr.Dataset:
-    """What blocking each of `named` in every window does to the answer, on axes edge and layer.
+    """What blocking (or weighting by `factor`) each of `named` in every window does to the answer, on axes edge and layer.
 
     `asked` is the answer, the baseline and the metric; all as `analysis.attention_knockout` takes them, which also says what
     comes back and what is raised.
@@ -60,10 +61,11 @@ def knocked_out(
     plan = [(edge, layers) for edge in named for layers in windows.values()]
     plan += [(edge, range(model.cfg.n_layers)) for edge in named if total]
     how = {"window": window or paper_width(model.cfg.n_layers), "metric": _named(metric), "seed": seed}
+    how |= {"factor": factor} if factor else {}  # without it, edges were blocked
     with provenance(analysis, model, with_ends, n_forward=1, **how) as made:
         replay = Replay(model, with_ends)
         scores = _Scores.of(replay, reading, against, metric)
-        result = _labelled(_run(replay, plan, scores, batch_size), scores, named, windows, present)
+        result = _labelled(_run(replay, plan, scores, batch_size, factor), scores, named, windows, present)
         return result.assign_attrs(made.attrs(**scores.attrs(model), work=replay.work.forwards, runs=len(plan)))
 
 
@@ -170,7 +172,7 @@ class _Scores:
 
 
 def _run(
-    replay: Replay, plan: Sequence[tuple[Edge, range]], scores: _Scores, batch_size: int | None
+    replay: Replay, plan: Sequence[tuple[Edge, range]], scores: _Scores, batch_size: int | None, factor: float
 ) -> Float[Tensor, "run prompt 2"]:
     """The scores of every planned run; runs that are the same are done once."""
     n_layers, reading = replay.model.cfg.n_layers, scores.reading
@@ -183,9 +185,8 @@ def _run(
         keys.append((edge.name, range(window.start, min(window.stop, stop))))
     by_name = {edge.name: edge for edge, _ in plan}
     distinct = list(dict.fromkeys(keys))
-    values = replay.run(
-        [by_name[name].blocked(window) for name, window in distinct], scores, reading.positions, batch_size
-    )
+    runs = [by_name[name].weighted(window, factor) for name, window in distinct]
+    values = replay.run(runs, scores, reading.positions, batch_size)
     index = {key: i for i, key in enumerate(distinct)}
     return values.index_select(0, to_device([index[key] for key in keys], values.device))
 

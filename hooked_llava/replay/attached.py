@@ -58,7 +58,7 @@ class AttachedIntervention(PromptHook):
         """
         if not n_new:
             return self._bound(inputs, 0)
-        if self.intervention.block is not None:  # blocked keys grow with what is generated
+        if self.intervention.edge is not None:  # its keys grow with what is generated
             return self._bound(inputs, n_new)
         if self._on_new is None or self._on_new[0] is not inputs:
             self._on_new = inputs, self._bound(inputs, n_new)
@@ -98,7 +98,7 @@ def _names_new_tokens(where: Where, bound: BoundIntervention, inputs: Inputs) ->
     found = []
     for token_map in inputs.token_maps:
         grown = continued(token_map, 2)  # the first of two predicts the second, as every new token predicts the next
-        end = grown.edge_end(where) if bound.intervention.block is not None else where
+        end = grown.edge_end(where) if bound.intervention.edge is not None else where
         found.append(token_map.real.stop in positions_of(end, grown, len(grown)))
     return found
 
@@ -114,9 +114,9 @@ def _for_new_token(bound: BoundIntervention, model: HookedLLaVA, inputs: Inputs,
             "prompt's positions, take hook_phase='prefill', or give mean_of= a reference."
         )
     sources = bound.sources
-    if bound.intervention.block is not None:
+    if bound.intervention.edge is not None:
         new = tuple(range(inputs.shape[1], inputs.shape[1] + n_new))
-        among = _names_new_tokens(bound.intervention.block[0], bound, inputs)
+        among = _names_new_tokens(bound.intervention.edge[0], bound, inputs)
         sources = tuple((*own, *new) if on else own for own, on in zip(sources, among, strict=True))
     placed = replace(bound, positions=tuple((0,) if on else () for on in here), sources=sources)
     check_operand(replace(placed, positions=((0,),)), model, inputs)

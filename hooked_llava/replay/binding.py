@@ -29,8 +29,7 @@ def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> Boun
     name = model.hooks_table.one(intervention.hook, with_image=inputs.pixel_values is not None)
     hook = model.hooks_table[name]
     on_image_side = hook.on_image_side
-    if intervention.block is not None and (on_image_side or hook.site != SCORES):
-        raise InputError(f"block= works on the language tower's {SCORES}, not on {name!r}.")
+    _check_scores(intervention, hook)
     if intervention.image is not None and not on_image_side:
         raise InputError(f"image= belongs to hooks of the image side; {name!r} has sequence positions.")
     if intervention.tile is not None and not hook.by_tile:
@@ -40,8 +39,8 @@ def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> Boun
     tower = model.hooks_table.tower(hook)
     n_heads = tower.n_key_value_heads if "kv_head" in hook.axes else tower.n_heads
     has_heads = bool({"head", "kv_head"} & set(hook.axes))
-    of_edge = intervention.block is not None
-    source, target = intervention.block or (None, intervention.positions)
+    of_edge = intervention.edge is not None
+    source, target = intervention.edge or (None, intervention.positions)
     if on_image_side and intervention.phases == "decode":
         raise InputError(
             f"{name!r} fires when the prompt is read: phases='decode' would change nothing. Use 'prefill'."
@@ -65,6 +64,14 @@ def bind(intervention: Intervention, model: HookedLLaVA, inputs: Inputs) -> Boun
         _check_several(bound)
     check_operand(bound, model, inputs)
     return bound
+
+
+def _check_scores(intervention: Intervention, hook: Hook) -> None:
+    """Refuse what works on attention scores at any other hook; edges are those of the language tower."""
+    if intervention.edge is not None and (hook.on_image_side or hook.site != SCORES):
+        raise InputError(f"{intervention.action}= works on the language tower's {SCORES}, not on {hook.name!r}.")
+    if intervention.temperature is not None and hook.site != SCORES:
+        raise InputError(f"temperature= works on {SCORES} of either tower, not on {hook.name!r}.")
 
 
 def _check_several(bound: BoundIntervention) -> None:

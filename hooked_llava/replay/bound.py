@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,7 +30,8 @@ class BoundIntervention:
         hook (Hook): The hook that it names.
         positions (tuple[tuple[int, ...], ...]): For each prompt, absolute sequence positions (language); for each
             image, positions of the hook (image side).
-        sources (tuple[tuple[int, ...], ...]): For each prompt, the blocked keys; empty unless `block`.
+        sources (tuple[tuple[int, ...], ...]): For each prompt, the keys of an edge (`block`, `reweight`); empty
+            without one.
         heads (tuple[int, ...] | None): Head indices; None: all.
         neurons (tuple[int, ...] | None): Neuron indices; None: all.
         features (tuple[int, ...] | None): Feature indices of an autoencoder; None: all.
@@ -47,8 +49,8 @@ class BoundIntervention:
 
     @property
     def target(self) -> Where:
-        """Where the change is, as the user named it: the target of a block, else the positions."""
-        return self.intervention.positions if self.intervention.block is None else self.intervention.block[1]
+        """Where the change is, as the user named it: the target of an edge, else the positions."""
+        return self.intervention.positions if self.intervention.edge is None else self.intervention.edge[1]
 
     def along(self, axis: str) -> tuple[int, ...] | None:
         """The heads, neurons or features that are chosen along an axis of the hook; None where all are."""
@@ -65,7 +67,7 @@ class BoundIntervention:
 
     def first(self, prompt: int) -> int | None:
         """First position that is changed in a prompt; None if none is."""
-        if self.intervention.block is not None and not self.sources[prompt]:
+        if self.intervention.edge is not None and not self.sources[prompt]:
             return None
         return min(self.positions[prompt], default=None)
 
@@ -82,9 +84,11 @@ class BoundIntervention:
         if not held:
             return
         here = to_device([index for _, index in held], row.device)
-        if self.intervention.block is not None:
+        if self.intervention.edge is not None:
             index = self._grid(row, here, to_device(self.sources[owner], row.device))
-            row[index] = float("-inf")
+            # A weight times f, divided by the sum of its row, is the softmax of scores with log f added; log 0 blocks.
+            factor = float(self.intervention.factor or 0.0)
+            row[index] = row[index] + (math.log(factor) if factor else -math.inf)
             return
         index = self._grid(row, here, None)
         cut = row[index]
@@ -114,6 +118,8 @@ class BoundIntervention:
             return torch.zeros_like(cut)
         if change.scale is not None:
             return cut * cast("float", change.scale)
+        if change.temperature is not None:
+            return cut / float(change.temperature)
         if change.position_mean:
             return cut.mean(self._position_axis, keepdim=True).expand_as(cut)
         if change.fn is not None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_llava.checks import Indices, one_of
+from hooked_llava.checks import Indices, finite_number, one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.prompt_hooks import Phase
 from hooked_llava.prompt.spans import split_edge
 from hooked_llava.prompt.where import Where
 
-ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "fn")
+ACTIONS = ("value", "add", "scale", "zero", "position_mean", "mean_of", "block", "reweight", "temperature", "fn")
 SCORES = "attn.hook_attn_scores"
 Numbers: TypeAlias = Tensor | np.ndarray | SupportsFloat | Sequence[Any]
 
@@ -26,11 +26,13 @@ Numbers: TypeAlias = Tensor | np.ndarray | SupportsFloat | Sequence[Any]
 class Intervention:
     """One change at one hook.
 
-    Exactly one of `value`, `add`, `scale`, `zero`, `position_mean`, `mean_of`, `block` and `fn` says what to do;
-    `InputError` otherwise.
+    Exactly one of `value`, `add`, `scale`, `zero`, `position_mean`, `mean_of`, `block`, `reweight`, `temperature` and `fn`
+    says what to do; `InputError` otherwise.
 
     >>> Intervention("blocks.3.attn.hook_z", positions="last", heads=[2], zero=True)
     Intervention('blocks.3.attn.hook_z', positions='last', heads=[2], zero=True)
+    >>> Intervention(("attn_scores", 3), reweight="image->last", factor=0.5)
+    Intervention(('attn_scores', 3), reweight=('image', 'last'), factor=0.5)
 
     Attributes:
         hook (str or tuple): Name of the hook, or any other name of it that a cache takes: ("z", 3), or a short name
@@ -56,6 +58,11 @@ class Intervention:
             positions that `positions` names in each; see `reference_means`.
         block (str or pair of Where): An edge, (source, target) or "source->target": target may not attend to source; on
             `hook_attn_scores`.
+        reweight (str or pair of Where): An edge, named as for `block`: the attention that target pays to source is multiplied
+            by `factor`, and each row of the pattern divided by its sum; on `hook_attn_scores`, to which it adds log factor.
+        factor (float): Of `reweight`, at least 0: 0 blocks the edge, 1 changes nothing.
+        temperature (float): Divide the scores by this number above 0, on `hook_attn_scores` of either tower: above 1 heads
+            attend more evenly, below 1 more sharply.
         fn (Callable[..., Tensor] | None): Replace by fn(cut) or fn(cut, hook), where cut is the tensor at the
             intervention's positions and heads.
         phases (Phase): "prefill": of its positions only the prompt's; "decode": only those of the tokens that are
@@ -78,6 +85,9 @@ class Intervention:
     mean: bool = False
     mean_of: Any = None
     block: str | Sequence[Where] | None = None
+    reweight: str | Sequence[Where] | None = None
+    factor: SupportsFloat | None = None
+    temperature: SupportsFloat | None = None
     fn: Callable[..., Tensor] | None = None
     phases: Phase = "both"
 
@@ -92,18 +102,51 @@ class Intervention:
                 f"An intervention on {self.hook!r} says {' and '.join(actions) or 'nothing'} of what to do; give exactly "
                 f"one of {', '.join(ACTIONS)}."
             )
-        if self.block is not None and self.positions is not None:
-            raise InputError("block=(source, target) names its positions itself; leave positions= out.")
-        if isinstance(self.block, str):
-            object.__setattr__(self, "block", split_edge(self.block))
-        if self.block is not None and (not isinstance(self.block, Sequence) or len(self.block) != 2):
-            raise InputError(f"block={self.block!r}; expected two places, (source, target), such as ('image', 'last').")
-        if self.scale is not None and not isinstance(self.scale, Real) and getattr(self.scale, "ndim", None) != 0:
+        for name in ("block", "reweight"):
+            self._set_edge(name)
+        if self.scale is not None and not _is_number(self.scale):
             raise InputError(f"scale={self.scale!r}; expected one number. To multiply by a tensor, use fn=.")
+        self._check_weights()
         if not isinstance(self.mean_of, Tensor) and hasattr(self.mean_of, "__array__"):
             object.__setattr__(self, "mean_of", _as_tensor("mean_of", self.mean_of))
         for name in ("value", "add"):
             object.__setattr__(self, name, _as_tensor(name, getattr(self, name)))
+
+    def _set_edge(self, name: str) -> None:
+        """Take "source->target" apart, and refuse what is no edge."""
+        edge = getattr(self, name)
+        if edge is not None and self.positions is not None:
+            raise InputError(f"{name}=(source, target) names its positions itself; leave positions= out.")
+        if isinstance(edge, str):
+            object.__setattr__(self, name, edge := split_edge(edge))
+        if edge is not None and (not isinstance(edge, Sequence) or len(edge) != 2):
+            raise InputError(f"{name}={edge!r}; expected two places, (source, target), such as ('image', 'last').")
+
+    def _check_weights(self) -> None:
+        """Refuse a factor that no weight can have, one without an edge or an edge without one, and such a temperature."""
+        if (self.reweight is None) != (self.factor is None):
+            raise InputError(
+                f"reweight={self.reweight!r} with factor={self.factor!r}; expected both: reweight='image->last', factor=0.5."
+            )
+        if self.factor is not None:
+            as_factor(self.factor)
+        if self.temperature is not None and finite_number(self.temperature, "temperature") <= 0:
+            raise InputError(
+                f"temperature={self.temperature}; expected a number above 0: below 1 a head attends more sharply, above 1 more "
+                "evenly."
+            )
+
+    @property
+    def edge(self) -> Sequence[Where] | None:
+        """(source, target) of `block` or `reweight`; None for what changes no edge."""
+        return cast("Sequence[Where] | None", self.reweight if self.block is None else self.block)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is known to leave everything as it is: a factor or a temperature of 1."""
+        return (self.reweight is not None and float(cast("float", self.factor)) == 1.0) or (
+            self.temperature is not None and float(self.temperature) == 1.0
+        )
 
     def _is_set(self, name: str) -> bool:
         value = getattr(self, name)
@@ -133,6 +176,19 @@ class Intervention:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+def as_factor(factor: SupportsFloat) -> float:
+    """What attention is multiplied by, as a number; raises `InputError` for what is none, or negative.
+
+    >>> as_factor(1)
+    1.0
+    """
+    return finite_number(factor, "factor", least=0.0)
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, Real) or getattr(given, "ndim", None) == 0
 
 
 def _show(value: Any) -> str:

@@ -42,6 +42,7 @@ class PlannedRun:
 
 def plan_run(index: int, bound: Sequence[BoundIntervention], inputs: Inputs, n_layers: int) -> PlannedRun:
     """The cone of a run's interventions together."""
+    bound = [r for r in bound if not r.intervention.changes_nothing]
     image = tuple(r for r in bound if r.hook.on_image_side)
     language = tuple(r for r in bound if not r.hook.on_image_side)
     starts = [first for r in language for p in range(len(r.positions)) if (first := r.first(p)) is not None]

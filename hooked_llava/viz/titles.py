@@ -63,6 +63,8 @@ def note_of(attrs: Mapping[str, Any]) -> str:
     window = attrs.get("window")
     if attrs.get("analysis") in _OF_LAYERS and window not in (None, 1):
         parts.append("all layers at once" if window == "all" else f"windows of {window} layers")
+    if attrs.get("analysis") == "attention_knockout" and attrs.get("factor"):
+        parts.append(f"attention along the edge times {attrs['factor']:g}")
     parts.append(str(attrs.get("corruption") or ""))
     if attrs.get("model"):
         parts.append(str(attrs["model"]))

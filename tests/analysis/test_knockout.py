@@ -103,6 +103,38 @@ def test_other_metrics_are_given_as_their_change() -> None:
     assert mine.attrs["metric"] == "custom"
 
 
+@pytest.mark.parametrize("name", ["plain", "grouped"])
+@pytest.mark.parametrize("factor", [0.4, 5.0])
+def test_a_factor_multiplies_the_pattern_and_its_rows_are_normalised_again(name: str, factor: float) -> None:
+    hf, ours = deep(name)
+    inputs, edges = prepared(ours, make_prompt(hf, n_text=6)), ["image->question", "question->last"]
+
+    def weighted(source: list[int], target: list[int]) -> Any:
+        def change(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+            rows = pattern.clone()
+            for query in target:
+                rows[:, :, query, source] *= factor
+            return rows / rows.sum(-1, keepdim=True)
+
+        return change
+
+    result = attention_knockout(ours, inputs, edges, 2, factor=factor)
+    blocked = attention_knockout(ours, inputs, edges, 2)
+    assert result.attrs["factor"] == factor
+    assert "factor" not in blocked.attrs
+    assert result.attrs["work"] == blocked.attrs["work"] < 3.0  # of ten runs
+    before = ours(inputs)[0, -1].detach()
+    for edge in edges:
+        for layer in range(5):
+            hooks = [(("pattern", at), weighted(*EDGES[edge])) for at in window_of(layer, 2, 5)]
+            after = ours.run_with_hooks(inputs, fwd_hooks=hooks)[0, -1].detach()
+            expected = relative_change(before, after)
+            assert float(result.effect.sel(edge=edge, layer=layer)) == pytest.approx(expected, abs=2e-3)
+    assert attention_knockout(ours, inputs, edges, 2, factor=0).equals(blocked)
+    with pytest.raises(InputError, match=r"factor=-1.*at least 0"):
+        attention_knockout(ours, inputs, edges, factor=-1)
+
+
 WHOLE = [20, 31, 7]  # three tokens: predicted at 10, 11 and 12
 PREDICTING = [10, 11, 12]
 OF_WHOLE = {
@@ -279,7 +311,7 @@ def test_the_released_grouping_leaks_through_the_rest_of_the_prompt() -> None:
         given = prompt() | {"pixel_values": prompt(image)["pixel_values"]}
         with_ends, _ = marked(prepared(ours, given), edges)
         replay = Replay(ours, with_ends)
-        logits.append(replay.run([edge.blocked(range(ours.cfg.n_layers)) for edge in edges]))
+        logits.append(replay.run([edge.weighted(range(ours.cfg.n_layers)) for edge in edges]))
         result = attention_knockout(ours, prepared(ours, given), [e.name for e in edges], "all")
         assert float(result.effect[0]) != float(result.effect[1])
     released, closed, named = (logits[0] - logits[1]).abs().amax(-1).tolist()

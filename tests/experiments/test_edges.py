@@ -42,9 +42,11 @@ def test_edges_in_every_spelling() -> None:
 def test_edges_by_name_or_with_their_ends() -> None:
     assert edges_of(["a->b"]) == [Edge("a->b", "a", "b")]
     assert edges_of({"mine": ("image", [9])}) == [Edge("mine", "image", [9])]
-    blocked = Edge.of("image -> last").blocked([1, 2])
+    blocked = Edge.of("image -> last").weighted([1, 2])
     assert [iv.hook for iv in blocked] == [("attn_scores", 1), ("attn_scores", 2)]
     assert blocked[0].block == ("source of image -> last", "target of image -> last")
+    (halved,) = Edge.of("image -> last").weighted([1], 0.5)
+    assert (halved.reweight, halved.factor) == (blocked[0].block, 0.5)
     for wrong in ("image", "->last", "image->", ""):
         with pytest.raises(InputError, match="is no edge; expected 'source->target'"):
             Edge.of(wrong)

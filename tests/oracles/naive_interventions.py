@@ -34,8 +34,9 @@ def _change(model: Any, inputs: Any, iv: Any, name: str, tensor: Tensor) -> Tens
                 row += 1
         return out
     for prompt, token_map in enumerate(inputs.token_maps):
-        where = _sequence(iv.block[1] if iv.block else iv.positions, token_map, inputs.shape[1])
-        keys = _sequence(iv.block[0], token_map, inputs.shape[1]) if iv.block else None
+        edge = iv.block or iv.reweight
+        where = _sequence(edge[1] if edge else iv.positions, token_map, inputs.shape[1])
+        keys = _sequence(edge[0], token_map, inputs.shape[1]) if edge else None
         out[prompt] = _change_row(iv, axes, out[prompt], where, keys)
     return out
 
@@ -66,6 +67,9 @@ def _change_row(iv: Any, axes: tuple[str, ...], row: Tensor, where: list[int], k
         heads = range(row.shape[0]) if iv.heads is None else _numbers(iv.heads, row.shape[0])
         for h in heads:
             for q in where:
+                if iv.reweight:
+                    row[h, q] = _reweighted(row[h, q], keys, iv.factor)
+                    continue
                 for k in keys:
                     row[h, q, k] = float("-inf")
         return row
@@ -90,6 +94,22 @@ def _change_row(iv: Any, axes: tuple[str, ...], row: Tensor, where: list[int], k
     return row
 
 
+def _reweighted(scores: Tensor, keys: list[int], factor: float) -> Tensor:
+    """Scores whose softmax is that of `scores`, times a factor at some keys, divided by its sum."""
+    if scores.amax() == float("-inf"):  # a query that sees no key
+        return scores
+    weights = scores.double().softmax(-1)
+    for k in set(keys):
+        weights[k] = weights[k] * factor
+    return (weights / weights.sum() if weights.sum() > 0 else weights).log().to(scores.dtype)
+
+
+def _tempered(scores: Tensor, temperature: float) -> Tensor:
+    """Scores whose softmax has the weights of theirs to the power 1 / T, divided by their sum."""
+    weights = scores.double().softmax(-1).nan_to_num(0.0) ** (1 / temperature)
+    return weights.log().to(scores.dtype)
+
+
 def _numbers(given: Any, n: int) -> list[int]:
     return [i % n for i in ([given] if isinstance(given, int) else given)]
 
@@ -99,6 +119,8 @@ def _new(iv: Any, cut: Tensor, p_axis: int) -> Tensor:
         return cut * 0
     if iv.scale is not None:
         return cut * iv.scale
+    if iv.temperature is not None:
+        return _tempered(cut, iv.temperature)
     if iv.position_mean:
         return cut.mean(p_axis, keepdim=True).expand(cut.shape)
     if iv.fn is not None:

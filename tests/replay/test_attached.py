@@ -279,6 +279,10 @@ CHANGES: dict[str, list[Intervention]] = {
     "an edge out of the answer": [
         Intervention(("attn_scores", layer), block="image|answer->answer", heads=[0, 2]) for layer in range(3)
     ],
+    "a weighted edge into where the answer is read": [
+        Intervention(("attn_scores", layer), reweight="image|answer->last", factor=6.0) for layer in range(3)
+    ],
+    "temperature": [Intervention(("attn_scores", layer), heads=[0, 3], temperature=0.2) for layer in range(3)],
     "everything but itself": [Intervention(("attn_scores", 1), block=("text", None))],
     "heads": [Intervention(("z", layer), heads=[1, 3], zero=True) for layer in range(3)],
     "neurons": [Intervention(("mlp.post", 2), neurons=[0, 5, 7], value=1.5)],

@@ -53,6 +53,14 @@ def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
         ({"block": "image"}, r"'image'.*expected 'source->target'"),
         ({"block": 3}, r"block=3.*\(source, target\)"),
         ({"block": ("image", "text", "last")}, r"block=\('image', 'text', 'last'\).*\(source, target\)"),
+        ({"reweight": 3, "factor": 1}, r"reweight=3.*\(source, target\)"),
+        ({"reweight": ("image", "last")}, r"reweight=\('image', 'last'\).*factor=None.*both"),
+        ({"zero": True, "factor": 0.5}, r"reweight=None.*factor=0\.5.*both"),
+        ({"reweight": ("image", "last"), "factor": -0.5}, r"factor=-0\.5.*at least 0"),
+        ({"reweight": ("image", "last"), "factor": float("nan")}, r"factor=nan.*at least 0"),
+        ({"reweight": ("image", "last"), "factor": "much"}, r"factor='much'.*at least 0"),
+        ({"temperature": 0}, r"temperature=0.*above 0"),
+        ({"temperature": [1, 2]}, r"temperature=\[1, 2\].*finite number"),
         ({"scale": "2"}, "scale='2'.*one number"),
         ({"value": "red"}, "value='red'.*tensor.*array.*numbers"),
         ({"zero": 0}, "'blocks.0.attn.hook_attn_scores'.*value, add, scale, zero"),
@@ -61,6 +69,15 @@ def test_places_that_are_none(what: dict[str, Any], message: str) -> None:
 def test_changes_that_are_none(what: dict[str, Any], message: str) -> None:
     with as_users_run(), pytest.raises(InputError, match=message):
         Intervention("blocks.0.attn.hook_attn_scores", **what)
+
+
+@pytest.mark.parametrize("action", [{"reweight": "image->last", "factor": 2.0}, {"block": "image->last"}])
+@pytest.mark.parametrize("hook", [Z, "vision.blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"])
+def test_edges_are_those_of_the_language_towers_scores(hook: str, action: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(action))}=.*language tower's attn.hook_attn_scores.*{hook}"):
+        placed(hook, zero=False, **action)
+    with pytest.raises(InputError, match="temperature=.*attn.hook_attn_scores.*blocks.1.attn.hook_z"):
+        placed(Z, zero=False, temperature=2.0)
 
 
 def test_runs_that_are_none() -> None:

@@ -32,6 +32,8 @@ def test_says_exactly_one_thing_to_do(given: dict[str, object]) -> None:
 def test_block_names_its_own_positions() -> None:
     with pytest.raises(InputError, match="leave positions= out"):
         Intervention("blocks.0.attn.hook_attn_scores", block=("image", "last"), positions="last")
+    with pytest.raises(InputError, match="reweight=.*leave positions= out"):
+        Intervention("blocks.0.attn.hook_attn_scores", reweight="image->last", factor=2.0, positions="last")
 
 
 def test_a_mean_over_positions_has_two_names() -> None:

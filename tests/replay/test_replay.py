@@ -82,17 +82,22 @@ def random_intervention(model: HookedLLaVA, inputs: Any, name: str, rng: random.
     if "d_mlp" in spec.axes:
         where["neurons"] = rng.choice([None, [3, 5, 8]])
     if name.endswith("attn_scores") and not name.startswith("vision."):
+        if rng.random() < 0.25:
+            return Intervention(name, temperature=rng.choice([0.5, 2.0]), **where)
         where.pop("positions")
-        block = (
+        edge = (
             rng.choice(["image" if inputs.n_images else "rest", "text", [0, 1, 2]]),
             rng.choice(["last", [n - 2, n - 1], "text", []]),
         )
-        return Intervention(name, block=block, **where)
+        weighted = [{"block": edge}, {"reweight": edge, "factor": rng.choice([0.0, 0.3, 4.0])}]
+        return Intervention(name, **rng.choice(weighted), **where)
     actions: list[dict[str, Any]] = [{"scale": 0.5}, {"scale": 1.7}]
     if not name.endswith("hook_scale"):
         actions += [{"zero": True}, {"fn": lambda t: 0.5 * t.flip(-1)}]
         if where["positions"] is None or isinstance(where["positions"], list) or where["positions"] == "text":
             actions += [{"mean": True}]
+    if name.endswith("attn_scores"):
+        actions += [{"temperature": 0.5}, {"temperature": 2.0}]
     if "key" not in spec.axes and spec.axes[-1] != "1":
         d = 3 if where.get("neurons") else axis_sizes(model.hooks_table, name, inputs)[spec.axes[-1]]
         vector = torch.randn(d, generator=torch.Generator().manual_seed(rng.randrange(10**6)))
@@ -188,8 +193,14 @@ def test_runs_that_change_nothing_give_the_kept_logits_bit_for_bit() -> None:
     model = model_of(0)
     inputs = prompts(model, 0, batch=1, n_images=1, padding="none")
     replay = Replay(model, inputs)
-    nothing = [[], [Intervention("blocks.0.attn.hook_attn_scores", block=("image", []))]]
-    assert torch.equal(replay.run(nothing), replay.logits().expand(2, -1))
+    nothing = [
+        [],
+        [Intervention("blocks.0.attn.hook_attn_scores", block=("image", []))],
+        [Intervention("blocks.0.attn.hook_attn_scores", reweight=("image", "last"), factor=1.0)],
+        [Intervention("vision.blocks.0.attn.hook_attn_scores", temperature=1)],
+    ]
+    assert torch.equal(replay.run(nothing), replay.logits().expand(4, -1))
+    assert replay.work.token_layers == 0
 
 
 def test_patching_a_run_with_itself_changes_nothing() -> None:

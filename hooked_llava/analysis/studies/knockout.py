@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import xarray as xr
 
@@ -14,6 +14,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.experiments.edges import Edges, study_edges
 from hooked_llava.experiments.knockout_runs import Window, windows_of
 from hooked_llava.options.knockout_metrics import OF_THE_ANSWER, MetricName
+from hooked_llava.replay.intervention import as_factor
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
@@ -28,6 +29,7 @@ def knockout_study(
     *,
     metric: MetricName = "relative_change",
     total: bool = True,
+    factor: SupportsFloat = 0.0,
     seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
@@ -45,6 +47,7 @@ def knockout_study(
         metric: a named one that needs no further word: "relative_change", "probability" or "log_probability", of the
             model's own answer.
         total: also block all layers at once; with window="all" that is done anyway, and not done twice.
+        factor: what the attention along an edge is multiplied by, as for `attention_knockout`.
         seed: of the random patches.
         options: of `datasets.study`: `images`, `out`, `only_correct`, `match`, `batch_size`, `template`, `tail`, `coverage`.
 
@@ -58,9 +61,10 @@ def knockout_study(
     ('question', 'edge', 'layer')
     """
     about = study_settings(model, edges, window, metric, seed) | {"total": total, "analysis": "attention_knockout"}
+    about |= {"factor": as_factor(factor)} if factor else {}
 
     def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
-        how = {"metric": metric, "total": total and window != "all", "missing": "skip", "seed": seed}
+        how = {"metric": metric, "total": total and window != "all", "missing": "skip", "seed": seed, "factor": factor}
         return attention_knockout(model, inputs, edges, window, **how)
 
     return study(model, rows, run, about=about, **options)

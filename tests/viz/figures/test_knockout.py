@@ -51,6 +51,13 @@ def test_a_panel_for_each_kind_and_a_line_for_each_edge():
     assert b"PNG" in figure._repr_png_()[:8]
 
 
+def test_a_factor_is_written_below():
+    effect = xr.DataArray([[0.0, -5.0]], coords={"edge": ["image->last"]}, dims=("edge", "layer"))
+    about = {"analysis": "attention_knockout", "window": 3, "factor": 0.5}
+    figure = knockout_curves(effect.to_dataset(name="effect").assign_attrs(about))
+    assert "windows of 3 layers · attention along the edge times 0.5" in [text.get_text() for text in figure.texts]
+
+
 def test_one_prompt_is_one_panel_on_an_axis_where_little_looks_little():
     effect = xr.DataArray(
         [[0.0, -0.2]], coords={"edge": ["image->last"]}, dims=("edge", "layer"), attrs={"units": "% p"}
