@@ -73,9 +73,8 @@ def cached(names: Any, positions: Any = None) -> Callable[[Case], int]:
 
 def generated(case: Case) -> int:
     """Keys and values of the prompt and of what is generated."""
-    where = {"device": torch.device("meta"), "dtype": case.model.cfg.dtype}
     capacity = case.inputs.shape[1] + NEW_TOKENS
-    return KVCache(case.model.language.cfg, batch=1, capacity=capacity, **where).nbytes
+    return KVCache(case.model.language.cfg, batch=1, capacity=capacity, dtype=case.model.cfg.dtype).nbytes
 
 
 def traced(case: Case) -> int:

@@ -18,7 +18,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    return_and_correct_aliasing,
+)
 from torch.utils._pytree import tree_flatten, tree_map
 
 import hooked_llava
@@ -76,18 +80,22 @@ class Accelerators(TorchDispatchMode):
     Attributes:
         waits (Counter[tuple[str, str]]): What waited for one of them, and how often: the kind of wait ("read", "upload"), and
             the innermost function of the package, as "replay/state.py:ReplayState.check_fresh".
+        moves (int): Copies from one of them to another, for which nothing waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.moves = 0
+        self.back_to: torch.device | None = None  # where a gradient goes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         places = {x.place for x in tensors if isinstance(x, OnDevice)}
         target = next(iter(places), CPU)
-        if kwargs.get("device") is not None and not (places and torch._C._current_autograd_node()):
+        in_backward = places and torch._C._current_autograd_node() and self.back_to is None
+        if kwargs.get("device") is not None and not in_backward:
             target = _device(kwargs["device"])  # in a backward pass it is torch that names it, and takes it for the CPU
         if target == CPU and not places:
             return func(*args, **kwargs)
@@ -105,6 +113,7 @@ class Accelerators(TorchDispatchMode):
     def _copied(self, packet: Any, tensors: list[Tensor], target: torch.device, eager: bool) -> torch.device:
         """Where a copy goes; one between the CPU and an accelerator makes the CPU wait, unless it is not to."""
         target, source = (_where(tensors[0]), tensors[1]) if packet is _aten.copy_ else (target, tensors[0])
+        self.moves += CPU not in (_where(source), target) and _where(source) != target
         if _where(source) != target == CPU:
             self.waits["read", _place()] += 1
         elif _where(source) == CPU != target and source.numel() and not eager:
@@ -164,7 +173,28 @@ def _to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     device, dtype = x.device if device is None else _device(device), dtype or x.dtype
     if (device, dtype) == (x.device, x.dtype) and not copy:
         return x
+    if device != x.device and x.requires_grad and torch.is_grad_enabled():
+        return _Moved.apply(x, device, dtype)
     return _aten._to_copy(x, dtype=dtype, device=device, non_blocking=eager)
+
+
+class _Moved(torch.autograd.Function):
+    """A copy on another device, whose gradient goes back to the first: torch itself would take both for the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        ctx.came_from = x.device, x.dtype
+        return _aten._to_copy(x, dtype=dtype, device=device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        device, dtype = ctx.came_from
+        mode = next(m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Accelerators))
+        mode.back_to = device
+        try:
+            return _aten._to_copy(gradient, dtype=dtype, device=device), None, None
+        finally:
+            mode.back_to = None
 
 
 def _cpu(x: Tensor, **kwargs: Any) -> Tensor:
@@ -181,6 +211,15 @@ def _numpy(x: Tensor, *, force: bool = False) -> Any:
     return _cpu(x.detach()).numpy()
 
 
+def _data_ptr(x: Tensor) -> int:
+    return _held(x).data_ptr()
+
+
+def _embedding_bag(indices: Tensor, table: Tensor, *_: Any, per_sample_weights: Tensor, mode: str, **__: Any) -> Tensor:
+    assert mode == "sum"  # torch makes offsets where it believes the indices to be
+    return (table[indices] * per_sample_weights[..., None]).sum(-2)
+
+
 def _new_tensor(x: Tensor, data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
     return torch.tensor(data, dtype=dtype or x.dtype, device=device or x.device)
 
@@ -194,6 +233,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.tolist: _tolist,
     Tensor.numpy: _numpy,
     Tensor.new_tensor: _new_tensor,
+    Tensor.data_ptr: _data_ptr,
+    torch.nn.functional.embedding_bag: _embedding_bag,
 }
 
 

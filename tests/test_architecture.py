@@ -232,6 +232,7 @@ NOT_MIRRORED = (
     "test_forecasts",
     "test_patch_world",
     "test_dtypes",
+    "test_several_devices",
     "test_files_of_0_1",
     "test_layer_norm",
     "test_spellings",

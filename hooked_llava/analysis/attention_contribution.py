@@ -115,8 +115,8 @@ def _held(
     table = model.hooks_table
     store: dict[str, Tensor] = {}
     hooks: list[Any] = [
-        (table.resolve("pattern"), caching_hook(store, table, torch.tensor([targets]))),
-        (table.resolve("v"), caching_hook(store, table)),
+        (table.resolve("pattern"), caching_hook(store, model, torch.tensor([targets]))),
+        (table.resolve("v"), caching_hook(store, model)),
     ]
     final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None

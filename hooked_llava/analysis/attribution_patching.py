@@ -297,7 +297,8 @@ def _estimate(
     if model.hooks_table[names[0]].layer is None:
         return xr.DataArray(to_numpy(rows[0]), dims=dims, coords=coords, name="change")
     coords["layer"] = [model.hooks_table[name].layer for name in names]
-    return xr.DataArray(to_numpy(torch.stack(rows)), dims=("layer", *dims), coords=coords, name="change")
+    stacked = torch.stack([row.to(model.cfg.device) for row in rows])
+    return xr.DataArray(to_numpy(stacked), dims=("layer", *dims), coords=coords, name="change")
 
 
 def _receivers(model: HookedLLaVA) -> list[list[str]]:
@@ -387,13 +388,13 @@ def _into_layer(
     cfg = model.config.language
     heads = np.full((len(reading), cfg.n_layers, cfg.n_heads), np.nan, dtype=np.float32)
     mlps = heads[:, :, 0].copy()
-    embed = to_numpy(einsum("p m, r p m -> r", changes["hook_embed"][0].float(), reading))
+    embed = to_numpy(einsum("p m, r p m -> r", changes["hook_embed"][0].float().to(reading.device), reading))
     for sender in range(min(layer + (not cfg.parallel_attn_mlp), cfg.n_layers)):
         readers = slice(None) if sender < layer else slice(-1, None)
-        z = changes[model.hooks_table.name("z", sender)][0]  # (pos, head, d_head)
-        wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O).float()
+        z = changes[model.hooks_table.name("z", sender)][0].to(reading.device)  # (pos, head, d_head)
+        wrote = einsum("p h d, h d m -> h p m", z, model.blocks[sender].attn.W_O.to(z.device)).float()
         heads[readers, sender] = to_numpy(einsum("h p m, r p m -> r h", wrote, reading[readers]))
         if sender < layer:
-            change = changes[model.hooks_table.name("mlp_out", sender)][0].float()
+            change = changes[model.hooks_table.name("mlp_out", sender)][0].float().to(reading.device)
             mlps[:, sender] = to_numpy(einsum("p m, r p m -> r", change, reading))
     return heads, mlps, embed

@@ -149,9 +149,9 @@ def _cache(
     """What the parts are made of where the logit is read, but values everywhere; and the final residual stream."""
     table = model.hooks_table
     store: dict[str, Tensor] = {}
-    hooks: list[Any] = [(table.resolve(list(_PARTS[by])), caching_hook(store, table, torch.tensor([where])))]
+    hooks: list[Any] = [(table.resolve(list(_PARTS[by])), caching_hook(store, model, torch.tensor([where])))]
     if by in ("source", "patch"):
-        hooks.append((table.resolve("v"), caching_hook(store, table)))
+        hooks.append((table.resolve("v"), caching_hook(store, model)))
     final = model.run_with_hooks(prompt, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     return store, final
@@ -185,7 +185,7 @@ def _biases(model: HookedLLaVA, answer: int, baseline: int | None) -> list[xr.Da
     values: dict[str, Tensor] = {}
     if (bias := model.ln_final.bias) is not None:
         reading = of_answer(model.W_U)
-        values["ln_final_bias"] = reading @ bias.to(reading.dtype)
+        values["ln_final_bias"] = reading @ bias.to(reading)
     if model.unembed.bias is not None:
         values["unembed_bias"] = of_answer(model.b_U)
     return [
@@ -208,7 +208,7 @@ def _by_head(
         einsum(
             "h d, h d m, m -> h",
             cache[model.hooks_table.name("z", i)][0, 0].to(direction.dtype),
-            block.attn.W_O.to(direction.dtype),
+            block.attn.W_O.to(direction),
             direction,
         )
         for i, block in enumerate(model.blocks)
@@ -220,7 +220,7 @@ def _by_neuron(
     model: HookedLLaVA, cache: dict[str, Tensor], direction: Float[Tensor, " d_model"], prompt: Inputs
 ) -> xr.DataArray:
     rows = [
-        cache[name][0, 0].to(direction.dtype) * (block.mlp.W_out.to(direction.dtype) @ direction)
+        cache[name][0, 0].to(direction.dtype) * (block.mlp.W_out.to(direction) @ direction)
         for name, block in zip(model.hooks_table.resolve("mlp.post"), model.blocks, strict=True)
     ]
     return _labelled(torch.stack(rows), "layer", "neuron")

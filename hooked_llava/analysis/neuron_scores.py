@@ -133,7 +133,7 @@ def _one_prompt(cache: AnswerCache, prompt: Inputs, layers: list[int], top: int,
     activation, values, ids = [], [], []
     for layer, best in zip(layers, found, strict=True):
         own = at_least_float32(cache.part(layer, "post")[0])[:, best.neuron].mean(0)  # (rank)
-        written = own[:, None] * at_least_float32(model.blocks[layer].mlp.W_out[best.neuron])
+        written = own[:, None] * at_least_float32(_weight_of(cache, layer)[best.neuron])
         logits = project(model, written, "unembed", scale).topk(k, dim=-1)  # (rank, word)
         activation.append(own)
         values.append(logits.values)
@@ -163,7 +163,7 @@ def _best_of_layer(cache: AnswerCache, layer: int, top: int, limit: int) -> _Bes
     bound = _bounds(cache, layer, m, base)
     order = bound.argsort(descending=True)
     step, scores, n_read = max(2 * top, _AT_ONCE), bound.new_zeros(0), 0
-    weight = cache.model.blocks[layer].mlp.W_out
+    weight = _weight_of(cache, layer)
     while n_read < len(order) and (n_read < top or n_read < limit) and not _settled(scores, bound, order, top):
         some = order[n_read : min(n_read + step, max(limit, top))]
         written = m[:, some, None] * at_least_float32(weight[some])  # (read, neuron, d_model)
@@ -195,13 +195,18 @@ def _bounds(
     """
     model = cache.model
     scale, target = cache.scale[0], cache.target[0]  # (read, 1), (read, variant)
-    norm, weight = model.ln_final, at_least_float32(model.blocks[layer].mlp.W_out)
+    norm, weight = model.ln_final, at_least_float32(_weight_of(cache, layer))
     mean = expected_unembedding(model, base[0], scale)  # (read, d_model)
     words = model.unembed.weight
-    own = at_least_float32(words[to_device(target, words.device)])  # (read, variant, d_model)
+    own = at_least_float32(words[to_device(target, words.device)]).to(mean.device)  # (read, variant, d_model)
     direction = norm.direction(own - mean[:, None]) / scale[:, None]
     along = torch.einsum("rn,nd,rvd->rvn", m, weight, direction)
     return along.amax(1).sum(0)
+
+
+def _weight_of(cache: AnswerCache, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """What each neuron of a layer writes, on the device of what was cached."""
+    return cache.model.blocks[layer].mlp.W_out.to(cache.scale.device)
 
 
 def _readings_per_pass(model: HookedLLaVA, n_positions: int) -> float:

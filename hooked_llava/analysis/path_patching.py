@@ -154,7 +154,7 @@ def _changes(
         return (there[name] - here[name])[:, at]
     name = model.hooks_table.name("z", layer)
     change = (there[name] - here[name])[0, at]  # (position, head, d_head)
-    return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O)
+    return einsum("p h d, h d m -> h p m", change, model.blocks[layer].attn.W_O.to(change.device))
 
 
 def _listed(receivers: Receiver | Sequence[Receiver]) -> list[Any]:

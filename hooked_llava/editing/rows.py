@@ -93,7 +93,7 @@ class Rows:
         """What the edited position's neurons are, and what the MLP adds there: `mlp.hook_post` and `hook_mlp_out`."""
         model, seen = self.kept.model, dict[str, Tensor]()
         names = [model.hooks_table.name(site, layer) for site in ("mlp.post", "mlp_out")]
-        with model.hooks([(names, caching_hook(seen, model.hooks_table))]):
+        with model.hooks([(names, caching_hook(seen, model))]):
             self.kept.rerun(range(layer, layer + 1), start=self.start)
         rows = torch.arange(len(self.edited), device=self.edited.device)
         key, value = (seen[name][rows, self.edited - self.start] for name in names)

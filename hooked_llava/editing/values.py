@@ -94,5 +94,5 @@ def optimise_values(rows: Rows, layer: int, value: Float[Tensor, "request d_mode
 def _run(rows: Rows, layer: int, delta: Tensor) -> Tensor:
     """Logits with the differences added after the edited layer's MLP."""
     resid = rows.entering(layer + 1)
-    index = torch.arange(len(resid), device=resid.device), rows.edited - rows.start
+    index = torch.arange(len(resid), device=resid.device), (rows.edited - rows.start).to(resid.device)
     return rows.logits(resid.index_put(index, delta[rows.request].to(resid), accumulate=True), layer + 1)

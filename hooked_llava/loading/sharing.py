@@ -8,13 +8,15 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.llava import llava_kind
 from hooked_llava.architecture.tensors import expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
+from hooked_llava.loading.placement import check_whole
 from hooked_llava.loading.weights import set_parameters
 
 
 def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -> None:
     """Give a module parameters of its own on the storage of a Hugging Face LLaVA model's.
 
-    Raises `CheckpointError` if the model lacks a tensor or has one of another shape.
+    They lie where the model's do, on one device or several. Raises `CheckpointError` if the model lacks a tensor or has one of
+    another shape, and `ConfigError` if a block lies on several devices.
     """
     given = {our_name(name, config): parameter.detach() for name, parameter in hf_model.state_dict().items()}
     expected = expected_tensors(config)
@@ -25,4 +27,5 @@ def share_weights(module: nn.Module, hf_model: nn.Module, config: LLaVAConfig) -
                 f"The model's {name!r} has shape {found}; its config calls for {shape}. Pass a "
                 f"{llava_kind(config.model_type).architecture} whose layers are those that its config describes."
             )
+    check_whole({name: given[name].device for name in expected}, "The model that is given")
     set_parameters(module, ((name, given[name]) for name in expected), config)

@@ -126,11 +126,6 @@ def _moves(hook: Any) -> bool:
     return any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
 
 
-def _spread(given: nn.Module) -> str:
-    devices = sorted({str(weight.device) for weight in given.parameters()})
-    return ", ".join(devices) if len(devices) > 1 else ""
-
-
 def _no_tensor(given: nn.Module) -> str:
     found = (name for name, weight in given.named_parameters() if type(weight.data) is not Tensor)
     return next((f"{name} is no plain tensor" for name in found), "")
@@ -188,23 +183,18 @@ MODULES = (
     Kind(
         "a model whose weights are not in memory",
         _absent,
-        "Load it without device_map and without offloading, or build and fill it before passing it.",
+        "Load it without offloading (without device_map, or with more max_memory), or build and fill it before passing it.",
     ),
     Kind(
         "a model whose weights are brought in as they are used",
         _offloaded,
-        "Load it without device_map and without offloading, or call accelerate's remove_hook_from_submodules first.",
+        "Load it without offloading, or call accelerate's remove_hook_from_submodules first.",
     ),
     Kind("a model with quantized weights", _not_float, _UNQUANTIZED),
     Kind(
         "a model whose weights are shared out or packed",
         _no_tensor,
         "Gather it on one device, as plain tensors, first.",
-    ),
-    Kind(
-        "a model spread over several devices",
-        _spread,
-        'Load it on one: from_pretrained(name, device_map={"": "cuda:0"}), or in bfloat16 if it does not fit.',
     ),
 )
 """What is known by the weights and layers of a LLaVA model."""

@@ -6,7 +6,7 @@ misshapen) before the first one is read, and each is checked for NaN and infinit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +62,20 @@ class WeightFiles:
         """Hugging Face's names of all tensors."""
         return [stored.hf_name for stored in self.tensors]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first tensor in floating point."""
+        return next((_FLOATS[stored.dtype] for stored in self.tensors if stored.dtype in _FLOATS), torch.float32)
+
 
 def stream_tensors(
-    files: WeightFiles, config: LLaVAConfig, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    files: WeightFiles,
+    config: LLaVAConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | Mapping[str, torch.device] = "cpu",
 ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-    """Every tensor under our name, one at a time, converted to dtype (None: as stored) and moved to device.
+    """Every tensor under our name, one at a time, converted to dtype (None: as stored) and moved to its device.
 
     Holds no tensor after it has been handed out, and no file's pages: memory is what the receiver keeps plus one
     tensor. With tied embeddings the unembedding does not come. Raises `CheckpointError`, naming tensor and file, for
@@ -84,7 +93,8 @@ def stream_tensors(
         entry = entries[name]
         stored = _read(entry)
         # always a copy of our own: what safe_open returns is a view of the file's pages
-        tensor = stored.to(device=device, dtype=dtype or stored.dtype, copy=True)
+        there = device[name] if isinstance(device, Mapping) else device
+        tensor = stored.to(device=there, dtype=dtype or stored.dtype, copy=True)
         _check_finite(tensor, stored, entry)
         del stored
         yield name, tensor
@@ -96,15 +106,15 @@ def load_into(
     config: LLaVAConfig,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Mapping[str, torch.device] = "cpu",
 ) -> None:
     """Replace every parameter of a module (built on the meta device) by the checkpoint's, at one times their memory.
 
-    dtype None means that of the first tensor in floating point, as in transformers where config.json names none. Raises
-    `CheckpointError` as `stream_tensors` does; the module is then half filled and should be thrown away.
+    dtype None means that of the first tensor in floating point, as in transformers where config.json names none; the device
+    is one for all of them, or one for each by its name. Raises `CheckpointError` as `stream_tensors` does; the module is
+    then half filled and should be thrown away.
     """
-    if dtype is None:
-        dtype = next((_FLOATS[stored.dtype] for stored in files.tensors if stored.dtype in _FLOATS), torch.float32)
+    dtype = files.dtype if dtype is None else dtype
     set_parameters(module, stream_tensors(files, config, dtype=dtype, device=device), config)
     empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if empty:

@@ -82,27 +82,27 @@ class AttachedSAE:
         if self.keep_error and not any(point.hooked for point in self.points):
             return x
         flat = side_by_side(x, self.sae.cfg.d_in)
-        vectors = flat.to(self.sae.b_dec.dtype)
+        vectors = flat.to(self.sae.b_dec)  # its dtype, and its device: it may lie elsewhere than the layer
         pre = self.sae.pre_acts(vectors)
         new_pre = self.hook_sae_pre(pre)
         chosen = self.sae.choose(new_pre)
         if not (self.keep_error or self.hook_sae_acts.hooked or self.hook_sae_error.hooked):
-            return self.sae.decode(chosen).to(x.dtype).view_as(x)
+            return self.sae.decode(chosen).to(x).view_as(x)
         features = chosen if new_pre is pre else self.sae.choose(pre)
         acts = self.sae.dense(features)  # (..., d_sae)
         error = vectors - self.sae.decode(features)
         new_acts = self.hook_sae_acts(acts if new_pre is pre else self.sae.dense(chosen))
         new_error = self.hook_sae_error(error.view_as(x)).view_as(vectors)
         if not self.keep_error:
-            return self._decode(new_acts).to(x.dtype).view_as(x)
+            return self._decode(new_acts).to(x).view_as(x)
         if new_acts is acts and new_error.data_ptr() == error.data_ptr() and not torch.is_grad_enabled():
             return x
         # Zero where nothing is changed, so that these vectors stay as they are.
         change = (new_acts - acts) @ self.sae.W_dec + (new_error - error)
-        out = (flat + change.to(x.dtype)).view_as(x)
+        out = (flat + change.to(x)).view_as(x)
         if not torch.is_grad_enabled():
             return out
-        graph = (self._decode(new_acts) + new_error).to(x.dtype).view_as(x)  # gradients pass features and error
+        graph = (self._decode(new_acts) + new_error).to(x).view_as(x)  # gradients pass features and error
         return out.detach() + (graph - graph.detach())
 
     def _decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
@@ -41,6 +41,34 @@ class CachedModel(Protocol):
         """Sizes of the model, and its name."""
         ...
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where its weights lie."""
+        ...
+
+
+class _AtHome:
+    """A model on several devices, or a part of one, as ActivationCache's methods see it: on one, where the cache is."""
+
+    def __init__(self, part: Any, home: torch.device) -> None:
+        self.part, self._home = part, home
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle probe for these before there is a part
+            raise AttributeError(name)
+        return self._brought(getattr(self.part, name))
+
+    def __getitem__(self, index: int) -> Any:
+        return self._brought(self.part[index])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.part(x.to(next(self.part.parameters()).device)).to(self._home)
+
+    def _brought(self, found: Any) -> Any:
+        if isinstance(found, Tensor):
+            return found.to(self._home)
+        return _AtHome(found, self._home) if isinstance(found, nn.Module) else found
+
 
 @dataclass(frozen=True)
 class _VisionModel:
@@ -48,9 +76,10 @@ class _VisionModel:
 
     cfg: TowerConfig
     blocks: Blocks
+    home: torch.device
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
-        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)
+        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases).to(self.home)
 
 
 def _without_middle(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +164,10 @@ class LLaVACache(NamedCache):
         has_batch_dim: bool = True,
         spans: dict[str, Int[Tensor, " n_positions"]] | None = None,
     ) -> None:
-        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        at_home = isinstance(model, _AtHome) or len(model.devices) == 1
+        super().__init__(
+            cache_dict, model if at_home else _AtHome(model, model.cfg.device), has_batch_dim=has_batch_dim
+        )  # type: ignore[arg-type]
         self.spans = spans or {}
         self.token_maps: tuple[TokenMap, ...] | None = None
         self.some_positions = False
@@ -173,12 +205,13 @@ class LLaVACache(NamedCache):
     @property
     def vision(self) -> NamedCache:
         """The vision tower's activations under their names without `vision.`, tiles on the batch axis."""
-        tower = self.model.vision
-        model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks)
+        spread = isinstance(self.model, _AtHome)
+        tower, home = (self.model.part if spread else self.model).vision, self.model.cfg.device
+        model = _VisionModel(replace(tower.cfg, n_layers=tower.cfg.n_layers_run), tower.blocks, home)
         held = {name.removeprefix("vision."): t for name, t in self.items() if self._hook(name).tower == "vision"}
         if not held:
             raise HookNameError("This cache holds nothing of the vision tower; name 'vision.*' in names_filter.")
-        view = NamedCache(held, model)
+        view = NamedCache(held, _AtHome(model, home) if spread else model)
         view.aliases = {a.removeprefix("vision."): full.removeprefix("vision.") for a, full in self.aliases.items()}
         view.has_pos_embed = False  # positions are part of hook_embed already, which is taken after the pre-norm
         return view

@@ -174,7 +174,6 @@ def _decode(
         language.cfg,
         batch=len(prompt),
         capacity=n_prompt + max_new_tokens,
-        device=prompt.input_ids.device,
         dtype=model.cfg.dtype,
     )
     # A mask only where something is padded: without one attention runs in its fused form.
@@ -243,7 +242,7 @@ class _Record:
         self.steps.append(store)
         table = self.model.hooks_table
         firing = [name for name in self.names if phase == "prefill" or not table[name].on_image_side]
-        hooks = [(firing, caching_hook(store, table))] if firing else []
+        hooks = [(firing, caching_hook(store, self.model))] if firing else []
         with self.model.hooks(hooks):
             yield
 

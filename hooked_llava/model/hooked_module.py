@@ -66,6 +66,20 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
     ) -> AttentionContext:
         """What attention needs for these positions."""
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the weights lie: the first is `cfg.device`, where tokens come in and logits come out.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> HookedLLaVA.from_pretrained("tiny-shapes").devices
+        (device(type='cpu'),)
+        """
+        language, vision = self.language, self.vision
+        weights = (language.embed.weight, vision.patch_embed.weight, self.projector.linear_in.weight)
+        ends = (language.ln_final.weight, language.unembed.weight)
+        blocks = (block.device for block in (*vision.blocks, *language.blocks))
+        return tuple(dict.fromkeys((*(weight.device for weight in (*weights, *ends)), *blocks)))
+
     def setup(self) -> None:
         """Name the hook points: the language tower's without a prefix, and none in blocks that are not run."""
         points = {
@@ -232,7 +246,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
             names_filter: name, glob, short name, (short name, layer), list of these, or function of the full name.
             fwd_hooks: functions and `Intervention`s for this run, as for `run_with_hooks`; what they change is cached changed.
             positions: keep only these sequence positions of the language tower's activations (query rows of pattern).
-            device: where to keep the activations.
+            device: where to keep the activations; by default the model's first device, `model.cfg.device`.
             incl_bwd: also cache gradients, under name + "_grad", of the result (or of `metric(result)`), which must be a scalar.
             metric: function from the result to a scalar, for `incl_bwd`.
             remove_batch_dim: drop the batch axis; for one prompt only.
@@ -252,8 +266,8 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         fwd_hooks = self._entries(fwd_hooks, request)
         index = None if positions is None else resolve_positions(positions, request.begin)
         store: dict[str, Tensor] = {}
-        fwd = caching_hook(store, self.hooks_table, index, device)
-        bwd = caching_hook(store, self.hooks_table, index, device, suffix="_grad")
+        fwd = caching_hook(store, self, index, device)
+        bwd = caching_hook(store, self, index, device, suffix="_grad")
         with (
             torch.set_grad_enabled(incl_bwd),
             self.hooks([*fwd_hooks, (names, fwd)], [(names, bwd)] if incl_bwd else []),

@@ -59,8 +59,25 @@ class LanguageTower(nn.Module):
         return self.blocks.run(resid, context, layers=layers, queries=queries)
 
     def to_logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Final norm and unembedding."""
-        return self.hook_logits(self.unembed(self.ln_final(resid)))
+        """Final norm and unembedding; the logits lie where the tokens do."""
+        return self.unembedded(self.normalized(resid))
+
+    def normalized(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Through the final norm."""
+        return self.ln_final(resid.to(self.ln_final.weight.device))
+
+    def unembedded(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of what the final norm gave."""
+        return self.hook_logits(self.unembed(normalized.to(self.unembed.weight.device)).to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens come in and logits come out; blocks may lie on others."""
+        return self.embed.weight.device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where the residual stream that enters a layer is computed: by the block before it, or the embedding."""
+        return self.blocks[layer - 1].device if layer else self.device
 
     def context(
         self,
@@ -83,7 +100,11 @@ class LanguageTower(nn.Module):
             position_ids = count_positions(n_positions, attention_mask, device, past)
         rotation = None if self.rotary is None else self.rotary(position_ids, dtype)
         context = AttentionContext(
-            never_fully_masked=attention_mask is None, rotation=rotation, kv_cache=kv_cache, prefix=prefix
+            never_fully_masked=attention_mask is None,
+            rotation=rotation,
+            kv_cache=kv_cache,
+            prefix=prefix,
+            device=device,
         )
         if attention_mask is None and (past == 0 or n_positions == 1):
             context = replace(context, causal=past == 0)

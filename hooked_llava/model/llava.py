@@ -7,7 +7,7 @@ Reimplements `LlavaForConditionalGeneration` of Hugging Face transformers (Liu e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hooks import HookTable
 from hooked_llava.architecture.supported import supported
-from hooked_llava.architecture.tensors import model_config
-from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.architecture.tensors import expected_tensors, model_config
+from hooked_llava.errors import CheckpointError, ConfigError, InputError
 from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.embedded import resolve
+from hooked_llava.loading.placement import DeviceMap, placed
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
@@ -129,12 +130,12 @@ class HookedLLaVA(HookedModule):
         )
         with self.placing(request.prompt):  # attached interventions find their positions in this prompt
             resid = (
-                self.embed(request.begin) if isinstance(request.begin, Inputs) else request.begin
+                self.embed(request.begin) if isinstance(request.begin, Inputs) else request.begin.to(self.cfg.device)
             )  # (batch, pos, d_model)
             context = self.context(resid, request.attention_mask, request.position_ids)
             resid = self.language(resid, context, start_at_layer=request.start, stop_at_layer=request.stop)
             if request.stop is not None:
-                return resid
+                return resid.to(self.cfg.device)
             logits = self.language.to_logits(resid)  # (batch, pos, d_vocab)
         if request.return_type == "loss":
             assert request.prompt is not None
@@ -157,10 +158,10 @@ class HookedLLaVA(HookedModule):
         """Vision features as image embeddings: through the projector, and where images are cut into tiles, joined.
 
         The features are those of all tiles of the inputs, or of several runs over them, one run after the other (as
-        Replay makes them). The embeddings are in the dtype of the token embeddings, whatever the projector's is. Images
-        with fewer features than the longest are filled up with zeros, which `real_features` leaves out again.
+        Replay makes them). The embeddings are in the dtype and on the device of the token embeddings, whatever the projector's
+        are. Images with fewer features than the longest are filled up with zeros, which `real_features` leaves out again.
         """
-        projected = self.projector(features).to(self.cfg.dtype)  # (run_tile, patch, d_model)
+        projected = self.projector(features).to(self.language.embed.weight)  # (run_tile, patch, d_model)
         if self.image_newline is None:
             return projected
         return assemble(projected, self.image_newline, inputs.assembly)
@@ -277,6 +278,8 @@ class HookedLLaVA(HookedModule):
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -289,12 +292,16 @@ class HookedLLaVA(HookedModule):
             name: an embedded name, a folder, or the hub's owner/name.
             dtype: of the weights, such as torch.bfloat16 or "bfloat16"; the checkpoint's by default and for "auto".
             device: where the weights go.
+            device_map: instead of `device`, over several devices: "auto" or another plan of accelerate's, or a device for each
+                part, such as {"": 0, "language.blocks.3": 1}; see `hooked_llava.loading.placement.placed`.
+            max_memory: for a plan, the memory that it may take of each device: {0: "20GiB", "cpu": "60GiB"}.
             revision: branch, tag or commit on the hub.
             token: for the hub's gated and private models, unless you are logged in.
             cache_dir: where what comes from the hub is kept.
 
         Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, quantized
-        weights, the original code's layout); `ConfigError` for another architecture or a dtype that is not floating point.
+        weights, the original code's layout); `ConfigError` for another architecture, a dtype that is not floating point, and a
+        device_map that does not fit the model or that the model does not fit into.
 
         >>> HookedLLaVA.from_pretrained("tiny-shapes", dtype="bfloat16").cfg.dtype
         torch.bfloat16
@@ -307,15 +314,22 @@ class HookedLLaVA(HookedModule):
         model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
         model.no_processor = why_none
         model.generation_config = read_generation_config(folder)
-        load_into(model, files, config, dtype=wanted or stored_dtype(hf_config), device=device)
+        wanted = wanted or stored_dtype(hf_config) or files.dtype
+        places: Any = device
+        if device_map is not None:
+            if str(device) != "cpu":
+                raise ConfigError(f"device={str(device)!r} and device_map={device_map!r}; give one of them.")
+            places = placed(model, expected_tensors(config), device_map, dtype=wanted, max_memory=max_memory)
+        load_into(model, files, config, dtype=wanted, device=places)
         return model
 
     @classmethod
     def from_hf(cls, hf_model: PreTrainedModel, processor: Processor | None = None) -> HookedLLaVA:
         """A view of a LLaVA model of transformers: the same storage, in parameters of its own.
 
-        A later `.to(...)` of this model leaves the user's alone; an edit of the weights in place reaches both. Without a
-        processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture, and for
+        One that accelerate has spread over several devices stays there. A later `.to(...)` of this model leaves the user's
+        alone; an edit of the weights in place reaches both. Without a processor the model takes token ids, and text has no
+        spans. Raises `ConfigError` for another architecture, and for
         what is no plain model in memory (adapters, quantized or offloaded weights, wrappers), saying how to come to one;
         and `InputError` for a processor that is another model's.
         """

@@ -24,7 +24,7 @@ class Projector(nn.Module):
         self.hook_out = HookPoint()
 
     def forward(self, features: Float[Tensor, "tile feature d_features"]) -> Float[Tensor, "tile feature d_model"]:
-        """Image embeddings, one for each feature vector; in the projector's own dtype, whatever the features' is."""
-        features = features.to(self.linear_in.weight.dtype)
+        """Image embeddings, one for each feature vector; in the dtype and on the device of the projector."""
+        features = features.to(self.linear_in.weight)
         hidden = self.hook_post(self.act(self.hook_pre(self.linear_in(features))))  # (tile, feature, d_model)
         return self.hook_out(self.linear_out(hidden))

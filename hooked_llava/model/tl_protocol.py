@@ -56,11 +56,11 @@ def sum_biases(
         raise InputError(
             "mlp_input=True: in this model's blocks the MLP reads resid_pre, as attention does. Leave it out."
         )
-    total = torch.zeros_like(blocks[0].attn.b_O)
+    total = torch.zeros_like(blocks[0].attn.b_O)  # (d_model)
     for i, block in enumerate(itertools.islice(blocks, layer + mlp_input)):
-        total = total + block.attn.b_O
+        total = total + block.attn.b_O.to(total.device)
         if include_mlp_biases and i < layer:
-            total = total + block.mlp.b_out
+            total = total + block.mlp.b_out.to(total.device)
     return total
 
 
@@ -131,7 +131,7 @@ class TransformerLensSurface(nn.Module):
     def stack_weights(self, name: str) -> Tensor:
         """One weight of every layer, stacked in a new tensor: "W_Q", "b_O", "W_in", ... -> [layer ...]."""
         part = "mlp" if name.endswith(("_in", "_gate", "_out")) else "attn"
-        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+        return torch.stack([getattr(getattr(block, part), name).to(self.cfg.device) for block in self.blocks])
 
     W_Q = _stacked("W_Q", "Query weights of all layers, [layer head d_model d_head]")
     W_K = _stacked("W_K", "Key weights of all layers, one for each key-value head, [layer kv_head d_model d_head]")
@@ -192,7 +192,7 @@ class TransformerLensSurface(nn.Module):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
         """Sum of all output biases below a layer (with `mlp_input`, below its MLP)."""
-        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases)
+        return sum_biases(self.blocks, layer, mlp_input, include_mlp_biases).to(self.cfg.device)
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
@@ -204,7 +204,8 @@ class TransformerLensSurface(nn.Module):
         direction: the logit is that sum and `ln_final.b @ W_U`; nor has an unembedding's, `b_U`.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self.ln_final.direction(F.embedding(to_device(torch.as_tensor(ids), self.W_U.device), self.W_U.T))
+        unembedding = F.embedding(to_device(torch.as_tensor(ids), self.W_U.device), self.W_U.T)
+        return self.ln_final.direction(unembedding).to(self.cfg.device)
 
     def to_tokens(
         self, text: str | Sequence[str] | Inputs, prepend_bos: bool = True, padding_side: str = "left"

@@ -48,12 +48,13 @@ class VisionTower(nn.Module):
 
     def features(self, states: list[Float[Tensor, "tile pos d_model"]]) -> Float[Tensor, "tile feature d_features"]:
         """The feature layers side by side, given the residual stream entering every block and leaving the last."""
-        features = torch.cat([states[layer] for layer in self.cfg.feature_layers], dim=-1)  # (tile, pos, d_features)
+        read = [states[layer].to(states[-1].device) for layer in self.cfg.feature_layers]
+        features = torch.cat(read, dim=-1)  # (tile, pos, d_features)
         return self.hook_out(features[:, 1:] if self.cfg.drop_class_token else features)
 
     def embed(self, pixels: Float[Tensor, "tile channel height width"]) -> Float[Tensor, "tile pos d_model"]:
         """What enters block 0: patches, after the class token if there is one, plus learned positions; perhaps normalized."""
-        patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patch_embed(pixels.to(self.patch_embed.weight)).flatten(2).transpose(1, 2)
         patches = self.hook_patch_embed(start_graph(patches))  # (tile, patch, d_model)
         n_tiles = patches.shape[0]
         positions = self.pos_embed.weight.expand(n_tiles, -1, -1)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
@@ -57,7 +58,7 @@ def weights_version(model: nn.Module) -> Version:
         marks.append((parameter.data_ptr(), parameter._version))
         samples.append(sample(parameter, _VERSION_SAMPLES).float())
     # Fetched at once, since a device answers slowly; bit by bit, since NaN equals nothing.
-    return tuple(marks), torch.cat(samples).cpu().numpy().tobytes()
+    return tuple(marks), _joined(samples).cpu().numpy().tobytes()
 
 
 def sample(weight: Float[Tensor, "..."], n: int) -> Float[Tensor, " sample"]:
@@ -99,7 +100,13 @@ def weights_stamp(model: nn.Module) -> str:
 @torch.no_grad()
 def samples(weights: Weights) -> Float[Tensor, " sample"]:
     """Some numbers of every weight: what files of version 0.1 carry, and what tells weights apart within a process."""
-    return torch.cat([sample(weight, _SAMPLES) for weight in weights.values()]).cpu()
+    return _joined([sample(weight, _SAMPLES) for weight in weights.values()]).cpu()
+
+
+def _joined(samples: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " sample"]:
+    """Samples one after the other, on the first one's device: those of each device are joined before they are moved."""
+    parts = [torch.cat(list(held)) for _, held in groupby(samples, lambda part: part.device)]
+    return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 # --- the hash

@@ -190,12 +190,12 @@ def cache_answer(
     resid = table.resolve("resid_pre")
     layers = range(model.cfg.n_layers)  # "post" is also a hook of the projector
     here = [*resid, *(table.name(part, layer) for part in parts if part != "v" for layer in layers)]
-    hooks: list[Any] = [(here, caching_hook(store, table, read))]
+    hooks: list[Any] = [(here, caching_hook(store, model, read))]
     if "v" in parts:
-        hooks.append((table.resolve("v"), caching_hook(store, table)))
+        hooks.append((table.resolve("v"), caching_hook(store, model)))
     also: dict[str, Tensor] = {}
     end = table.name("resid_post", -1)
-    hooks.append(([name for name in beside if name != end], caching_hook(also, table, positions)))
+    hooks.append(([name for name in beside if name != end], caching_hook(also, model, positions)))
     final = model.run_with_hooks(prompts, fwd_hooks=[one for one in hooks if one[0]], stop_at_layer=model.cfg.n_layers)
     assert final is not None
     if end in beside:

@@ -114,7 +114,7 @@ def _each_head(
 
 
 def _output(model: HookedLLaVA, layer: int, like: Tensor) -> Float[Tensor, "head d_head d_model"]:
-    return model.blocks[layer].attn.W_O.to(like.dtype)
+    return model.blocks[layer].attn.W_O.to(like)
 
 
 def _heads(model: HookedLLaVA, heads: Sequence[int] | None) -> list[int]:

@@ -50,7 +50,7 @@ def lens(
         bias: for "frozen" and "none", False where the vectors are parts of the residual stream: biases of the norm and of the
             unembedding belong to the whole only.
 
-    In the vectors' dtype. Raises `InputError` for an unknown norm, or "frozen" without a scale.
+    In the vectors' dtype and on their device. Raises `InputError` for an unknown norm, or "frozen" without a scale.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -58,21 +58,22 @@ def lens(
     True
     """
     if norm == "final":
-        return _unembed(model, model.ln_final.fused(vectors))
+        return _unembed(model, model.ln_final.fused(vectors.to(model.ln_final.weight.device))).to(vectors.device)
     if norm == "none":
-        return _unembed(model, vectors, bias=bias)
+        return _unembed(model, vectors, bias=bias).to(vectors.device)
     if norm != "frozen":
         raise InputError(f"norm={norm!r} is no lens; expected 'final', 'frozen' or 'none'.")
     if scale is None:
         raise InputError("norm='frozen' needs scale=, the final norm's scale at the position of the answer.")
-    return _unembed(model, model.ln_final.frozen(vectors, scale, bias=bias), bias=bias)
+    return _unembed(model, model.ln_final.frozen(vectors, scale, bias=bias), bias=bias).to(vectors.device)
 
 
 def _unembed(
     model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"], *, bias: bool = True
 ) -> Float[Tensor, "*shape d_vocab"]:
-    """The product with the unembedding in the vectors' dtype: a finer one than the model's tells large logits apart."""
+    """The product with the unembedding, where that lies, in the vectors' dtype: a finer one tells large logits apart."""
     weight, added = model.unembed.weight, model.unembed.bias if bias else None
+    vectors = vectors.to(weight.device)
     if vectors.dtype == weight.dtype:
         return F.linear(vectors, weight, added)
     logits = torch.cat([vectors @ part.to(vectors.dtype).T for part in weight.split(_WIDENED)], -1)
@@ -194,8 +195,9 @@ def log_probabilities(
     >>> bool(log_probabilities(model, model.W_E[7], everything, scale=torch.ones(1)).abs() < 1e-4)
     True
     """
-    read = model.ln_final.frozen(at_least_float32(vectors), scale)  # (*n, d_model)
-    return _over_vocabulary(model, lambda words_of: read @ words_of.to(read.dtype), read.shape[:-1], target)
+    read = model.ln_final.frozen(at_least_float32(vectors), scale).to(model.unembed.weight.device)  # (*n, d_model)
+    found = _over_vocabulary(model, lambda words_of: read @ words_of.to(read.dtype), read.shape[:-1], target)
+    return found.to(vectors.device)
 
 
 def expected_unembedding(
@@ -211,9 +213,11 @@ def expected_unembedding(
     >>> torch.allclose(even[0], model.W_U.mean(-1), atol=1e-5)
     True
     """
-    p = lens(model, at_least_float32(resid), norm="frozen", scale=scale).softmax(-1)
-    parts = zip(p.split(_WIDENED, -1), model.unembed.weight.split(_WIDENED), strict=True)
-    return sum((own @ part.to(p.dtype) for own, part in parts), torch.zeros_like(at_least_float32(resid)))
+    weight = model.unembed.weight
+    p = lens(model, at_least_float32(resid), norm="frozen", scale=scale).softmax(-1).to(weight.device)
+    parts = zip(p.split(_WIDENED, -1), weight.split(_WIDENED), strict=True)
+    zeros = torch.zeros_like(at_least_float32(resid), device=weight.device)
+    return sum((own @ part.to(p.dtype) for own, part in parts), zeros).to(resid.device)
 
 
 def log_probabilities_along(
@@ -238,15 +242,15 @@ def log_probabilities_along(
     >>> torch.allclose(log_probabilities_along(model, c, basis, u, red, scale=one), whole, atol=1e-4)
     True
     """
-    norm = model.ln_final
-    steps = at_least_float32(coordinates) / at_least_float32(scale)  # (*n, rank)
-    start = norm.frozen(at_least_float32(base), scale)  # (*base, d_model)
-    directions = norm.frozen(at_least_float32(basis), scale.new_ones(1), bias=False)  # (rank, d_model)
+    norm, there = model.ln_final, model.unembed.weight.device
+    steps = (at_least_float32(coordinates) / at_least_float32(scale)).to(there)  # (*n, rank)
+    start = norm.frozen(at_least_float32(base), scale).to(there)  # (*base, d_model)
+    directions = norm.frozen(at_least_float32(basis), basis.new_ones(1), bias=False).to(there)  # (rank, d_model)
 
     def logits(words_of: Float[Tensor, "d_model word"]) -> Float[Tensor, "*n word"]:
         return steps @ (directions @ words_of) + start @ words_of
 
-    return _over_vocabulary(model, logits, steps.shape[:-1], target)
+    return _over_vocabulary(model, logits, steps.shape[:-1], target).to(coordinates.device)
 
 
 def _over_vocabulary(

@@ -55,7 +55,7 @@ def logits_and_activations(
     """
     table, n_layers = model.hooks_table, model.cfg.n_layers
     store: dict[str, Tensor] = {}
-    keep = caching_hook(store, table)
+    keep = caching_hook(store, model)
     inside = [name for name in names if table[name].stage < n_layers]
     after = [name for name in names if name not in inside]
     resid = model.run_with_hooks(prompts, fwd_hooks=[(inside, keep)] if inside else [], stop_at_layer=n_layers)
@@ -65,8 +65,8 @@ def logits_and_activations(
     with model.hooks([(after, keep)]):
         if "hook_logits" in after:
             return rows_at(model.language.to_logits(resid), positions), store
-        normalized = rows_at(model.ln_final(resid), positions)
-        return model.language.hook_logits(model.unembed(normalized)), store
+        normalized = rows_at(model.language.normalized(resid), positions)
+        return model.language.unembedded(normalized), store
 
 
 def resid_names(model: HookedLLaVA) -> list[str]:
@@ -81,7 +81,7 @@ def resid_by_layer(
     """What enters every layer, and what leaves the last, at each prompt's own positions, in one forward pass."""
     names = model.hooks_table.resolve("resid_pre")
     store: dict[str, Tensor] = {}
-    hooks = [(names, caching_hook(store, model.hooks_table, positions))]
+    hooks = [(names, caching_hook(store, model, positions))]
     final = model.run_with_hooks(prompts, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
     assert final is not None
     return torch.stack([*(store[name] for name in names), rows_at(final, positions)])

@@ -57,8 +57,8 @@ class KeptRun:
         return sum(x.nbytes for x in self.resid.values()) + (0 if self.kv is None else self.kv.nbytes)
 
     def entering(self, layer: int, start: int = 0) -> Float[Tensor, "prompt suffix d_model"]:
-        """The residual stream entering a layer, from a position on."""
-        return self.resid[layer][:, start:].to(self.model.cfg.device, self.model.cfg.dtype)
+        """The residual stream entering a layer, from a position on, on the device where it was computed."""
+        return self.resid[layer][:, start:].to(self.model.language.device_of(layer), self.model.cfg.dtype)
 
     def context(self, start: int = 0, n_rows: int = 1) -> AttentionContext:
         """What attention needs where `n_rows` runs of every prompt re-enter the blocks from a position on."""
@@ -69,7 +69,7 @@ class KeptRun:
         if start:
             assert self.kv is not None
             before = None if mask is None else mask[:, None, None, :start]
-            prefix = SharedPrefix(self.kv, start, before, cfg.device, cfg.dtype)
+            prefix = SharedPrefix(self.kv, start, before, cfg.dtype)
         return self.model.language.context(
             self.n_positions - start,
             attention_mask=None if mask is None else mask[:, start:].repeat_interleave(n_rows, 0),
@@ -151,15 +151,21 @@ def keep(
     kv = None
     if keys_and_values:
         shape = {"batch": len(inputs), "capacity": inputs.shape[1]}
-        kv = KVCache(model.language.cfg, device=embedded.device, dtype=embedded.dtype, **shape)
+        kv = KVCache(model.language.cfg, dtype=embedded.dtype, **shape)
     mask = inputs.padding_mask
     context = model.context(embedded, mask, inputs.position_ids, kv)
-    where: dict[str, Any] = {"dtype": dtype or embedded.dtype, "device": device or embedded.device}
-    states = itertools.chain([embedded], model.language.blocks.states(embedded, context))
-    resid = {i: state.to(**where) for i, state in enumerate(states) if layers is None or i in layers}
+
+    def kept(x: Tensor) -> Tensor:
+        return x.to(device=x.device if device is None else device, dtype=dtype or embedded.dtype)
+
+    resid = {}
+    for i, state in enumerate(itertools.chain([embedded], model.language.blocks.states(embedded, context))):
+        if layers is None or i in layers:
+            resid[i] = kept(state)
+        if kv is not None and i:
+            kv.keep(i - 1, kept)  # now: where they are kept elsewhere, those of one layer at a time lie here
     if kv is not None:
         kv.advance(inputs.shape[1])
-        kv = kv.to(**where)
     position_ids = inputs.position_ids
     if position_ids is None:
         position_ids = count_positions(inputs.shape[1], mask, embedded.device)

@@ -223,7 +223,7 @@ class LayerPass:
         """For `fwd_hooks`: what keeps the activations that are asked for, in one layer, or after the blocks."""
         table = self.model.hooks_table
         names = [name for name in self._listen if table[name].layer == (layer if layer < self.n_layers else None)]
-        return [(names, caching_hook(self.seen, table))] if names else []
+        return [(names, caching_hook(self.seen, self.model))] if names else []
 
     def _row(self, prompt: int, run: int, n_runs: int) -> int:
         return prompt * n_runs + run

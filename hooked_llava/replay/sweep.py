@@ -44,7 +44,7 @@ class Sweep:
         self.state, self.runs, self.metric, self.positions, self.progress = state, runs, metric, positions, progress
         self.wanted = state.wanted(positions)
         n_prompts = len(state.inputs)
-        free = _free_memory(state.model.cfg.device)
+        free = min(map(_free_memory, state.model.devices))
         starts = {run.start for run in runs if run.start is not None}
         sizes = {start: self._rows_at_once(start, free) for start in starts}
         per_suffix = {state.kept.n_positions - start: max(1, rows // n_prompts) for start, rows in sizes.items()}

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.attached_sae import place_of_sae, side_by_side
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -126,13 +127,13 @@ def _measured(
     changed = reading.shaped(replay.run(runs, positions=reading.positions, progress=False), len(runs))
     logits = torch.cat([clean[None], changed])  # (way, prompt, read, d_vocab)
     assert reading.ids is not None
-    unread = (reading.ids < 0).all(-1)  # of answers shorter than the longest
+    unread = to_device((reading.ids < 0).all(-1), logits.device)  # of answers shorter than the longest
     said = logits.argmax(-1)
     return -reading.log_probability(logits), ((said[1:] == said[0]) | unread).all(-1)
 
 
 def _reconstructed(sae: SparseAutoencoder, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    return sae(side_by_side(x, sae.cfg.d_in)).to(x.dtype).view_as(x)
+    return sae(side_by_side(x, sae.cfg.d_in).to(sae.b_dec.device)).to(x).view_as(x)
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -40,6 +40,7 @@ ALLOWED = {
     "analysis/information_storage.py:_one_prompt",
     "analysis/logit_attribution.py:_one_prompt",
     "analysis/logit_lens.py:_one_prompt",
+    "analysis/maps/grad_cam.py:grad_cam",
     "analysis/maps/occlusion.py:_means",
     # Once: what a metric gives for an unchanged run; which weights these are.
     "readout/metrics.py:value_of",
@@ -67,9 +68,11 @@ def on_device(name: str) -> HookedLLaVA:
         return copy.deepcopy(family.model_of(name)).to("cuda:0")
 
 
-def prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[HookedLLaVA, Any, Any]:
-    monkeypatch.setattr(family, "model_of", on_device)
-    return on_device(name), *family.prompts(name)
+def prompts(
+    name: str, monkeypatch: pytest.MonkeyPatch, model_of: Callable[[str], HookedLLaVA]
+) -> tuple[HookedLLaVA, Any, Any]:
+    monkeypatch.setattr(family, "model_of", model_of)
+    return model_of(name), *family.prompts(name)
 
 
 def padded(name: str) -> Any:
@@ -203,10 +206,16 @@ def test_a_replay_asks_once_whether_the_weights_are_the_same(device: Accelerator
 # ---------------------------------------------------------------------- analyses
 
 
-def compared(device: Accelerators, name: str, wanted: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> int:
+def compared(
+    device: Accelerators,
+    name: str,
+    wanted: Callable[[str], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    model_of: Callable[[str], HookedLLaVA] = on_device,
+) -> int:
     """Each analysis gives what it gives on the CPU, sends without waiting, and reads where it may; how many there were."""
     here = {**family.reading_analyses(*_given(name)), **family.patching_analyses(*_given(name))}
-    given = prompts(name, monkeypatch)
+    given = prompts(name, monkeypatch, model_of)
     there = {**family.reading_analyses(*given), **family.patching_analyses(*given)}
     compared = [what for what in here if wanted(what)]
     for what in compared:

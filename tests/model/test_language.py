@@ -16,7 +16,7 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def context(n: int, mask: Any = None, past: int = 0, position_ids: Any = None) -> AttentionContext:
-    kv_cache = KVCache(TOWER.cfg, batch=2, capacity=8, **CPU) if past else None
+    kv_cache = KVCache(TOWER.cfg, batch=2, capacity=8, dtype=CPU["dtype"]) if past else None
     if kv_cache is not None:
         kv_cache.advance(past)
     return TOWER.context(n, attention_mask=mask, position_ids=position_ids, kv_cache=kv_cache, **CPU)

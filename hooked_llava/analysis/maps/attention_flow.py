@@ -40,7 +40,7 @@ def attention_rollout(
 
     @reads_only
     def keep_mean(pattern: Tensor, hook: Any) -> None:
-        means[hook.name] = pattern.float().mean(1)
+        means[hook.name] = pattern.float().mean(1).to(inputs.device)
 
     model.run_with_hooks(inputs, fwd_hooks=[([*language, *tower], keep_mean)], stop_at_layer=model.cfg.n_layers)
     row = _one_hot(to_device(read, inputs.device), inputs.shape[1]) / read.shape[1]

@@ -167,4 +167,5 @@ def with_gradients(
         target = logits.argmax(-1, keepdim=True) if ids is None else ids
         total = logits.gather(-1, target).logsumexp(-1).sum()
         found = torch.autograd.grad(total, [held[name] for name in names])
-    return {name: held[name].detach() for name in names}, dict(zip(names, found, strict=True)), target
+    gradients = {name: gradient.to(inputs.device) for name, gradient in zip(names, found, strict=True)}
+    return {name: held[name].detach().to(inputs.device) for name in names}, gradients, target

@@ -42,7 +42,8 @@ def score_heads(cache: AnswerCache, layers: Sequence[int] | None = None) -> Floa
     """S(z W_O | resid_pre) of every head."""
     rows = []
     for layer in range(cache.n_layers) if layers is None else layers:
-        z, output = at_least_float32(cache.part(layer, "z")), at_least_float32(cache.model.blocks[layer].attn.W_O)
+        z = at_least_float32(cache.part(layer, "z"))
+        output = at_least_float32(cache.model.blocks[layer].attn.W_O.to(z.device))
         written = einsum("b r h d, h d m -> b r h m", z, output)  # (prompt, read, head, d_model)
         rows.append(cache.score(written, cache.resid[layer]))
     return torch.stack(rows, 1)
@@ -59,7 +60,8 @@ def score_positions(
     cfg = cache.model.config.language
     own = value[:, None, :, head // (cfg.n_heads // cfg.n_key_value_heads)]  # (prompt, 1, key, d_head)
     coordinates = at_least_float32(pattern[:, head])[..., None] * at_least_float32(own)  # (prompt, read, key, d_head)
-    return cache.score_along(coordinates, cache.model.blocks[layer].attn.W_O[head], cache.resid[layer])
+    basis = cache.model.blocks[layer].attn.W_O[head].to(coordinates.device)
+    return cache.score_along(coordinates, basis, cache.resid[layer])
 
 
 def score_positions_of_layer(

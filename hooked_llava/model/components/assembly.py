@@ -26,7 +26,7 @@ def assemble(
     """
     per_tile, d_model = projected.shape[1:]
     runs = projected.reshape(-1, assembly.n_tiles * per_tile, d_model)  # (run, tile_patch, d_model)
-    ends = torch.stack([newline.to(runs.dtype), newline.new_zeros(d_model, dtype=runs.dtype)])
+    ends = torch.stack([newline.to(runs), runs.new_zeros(d_model)])
     source = torch.cat([runs, ends.expand(len(runs), -1, -1)], dim=1)
     if assembly.weights is None:
         return source[:, assembly.rows[..., 0]].flatten(0, 1)

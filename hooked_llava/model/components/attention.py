@@ -50,6 +50,7 @@ class AttentionContext:
             and values only. None: all.
         windowed (AttentionContext | None): What layers with a sliding window need instead; None where the window holds
             all keys.
+        device (torch.device | None): Where its tensors lie; None where it has none.
     """
 
     causal: bool = False
@@ -60,6 +61,26 @@ class AttentionContext:
     prefix: SharedPrefix | None = None
     queries: Int[Tensor, " query"] | None = None
     windowed: AttentionContext | None = None
+    device: torch.device | None = None
+
+    def to(self, device: torch.device) -> AttentionContext:
+        """The same for a block on another device; its tensors are sent there once."""
+        if device not in self._elsewhere:
+            rotation = self.rotation and (self.rotation[0].to(device), self.rotation[1].to(device))
+            self._elsewhere[device] = replace(
+                self,
+                device=device,
+                allowed=None if self.allowed is None else self.allowed.to(device),
+                rotation=rotation,
+                prefix=self.prefix and self.prefix.to(device),
+                queries=None if self.queries is None else self.queries.to(device),
+                windowed=self.windowed and self.windowed.to(device),
+            )
+        return self._elsewhere[device]
+
+    @functools.cached_property
+    def _elsewhere(self) -> dict[torch.device, AttentionContext]:
+        return {}
 
     def read(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
         """x at the positions whose output is wanted, `queries`; x itself where all are."""
@@ -204,7 +225,9 @@ class Attention(nn.Module):
             return self.attend_explicitly(q, k, v, context).transpose(1, 2)
         if context.prefix is not None:
             allowed = context.allowed_after_prefix(k.shape[2], k.device)
-            return attend_with_prefix(q, k, v, context.prefix.layer(self.layer), allowed, self.scale).transpose(1, 2)
+            return attend_with_prefix(
+                q, k, v, context.prefix.layer(self.layer, k.device), allowed, self.scale
+            ).transpose(1, 2)
         z = F.scaled_dot_product_attention(
             q,
             k,
@@ -234,7 +257,10 @@ class Attention(nn.Module):
         """The same through scores and pattern, so that both can be read and changed."""
         q = q * self.scale
         if context.prefix is not None:
-            prefix, allowed = context.prefix.layer(self.layer), context.allowed_after_prefix(k.shape[2], k.device)
+            prefix, allowed = (
+                context.prefix.layer(self.layer, k.device),
+                context.allowed_after_prefix(k.shape[2], k.device),
+            )
             scores = self.hook_attn_scores(scores_with_prefix(q, k, prefix, allowed))
             pattern = self.hook_pattern(
                 self.softmax(scores, context).to(q.dtype)

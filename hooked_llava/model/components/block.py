@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +32,11 @@ class _Block(nn.Module):
         self.hook_attn_out = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block runs: all of its weights lie there."""
+        return self.ln1.weight.device
 
 
 class Block(_Block):
@@ -90,12 +96,18 @@ class Blocks(nn.ModuleList):
     ) -> Iterator[Float[Tensor, "batch any_pos d_model"]]:
         """The residual stream that leaves each block of `layers` (all by default), one after the other.
 
-        `resid` enters the first of them. With `queries`, only these positions leave the last one.
+        `resid` enters the first of them. With `queries`, only these positions leave the last one. Where blocks lie on
+        several devices, what enters each of them is moved to its own.
         """
         layers = range(len(self)) if layers is None else layers
         for layer in layers:
+            device = self[layer].device
+            if resid.device != device:
+                resid = resid.to(device)
+            if context.device not in (device, None):
+                context = context.to(device)
             if queries is not None and layer == layers[-1]:
-                context = context.at(queries, resid.shape[1], resid.device)
+                context = context.at(queries, resid.shape[1], device)
             resid = self[layer](resid, context)
             yield resid
 

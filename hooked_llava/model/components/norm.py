@@ -63,12 +63,12 @@ class _Norm(nn.Module, ABC):
         the parts of a vector, each without the bias, sum to the vector's output less the bias.
         """
         centered = self.centered(at_least_float32(x))
-        out = (centered / scale.to(centered.dtype)).to(x.dtype) * self.weight.to(x.dtype)
-        return out if self.bias is None or not bias else out + self.bias.to(x.dtype)
+        out = (centered / scale.to(centered.dtype)).to(x.dtype) * self.weight.to(x)
+        return out if self.bias is None or not bias else out + self.bias.to(x)
 
     def direction(self, reading: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The vector d for which d . x / scale is `reading` . frozen(x, scale, bias=False)."""
-        return self.centered(reading * self.weight.to(reading.dtype))  # centering is a symmetric projection
+        return self.centered(reading * self.weight.to(reading))  # centering is a symmetric projection
 
 
 class RMSNorm(_Norm):

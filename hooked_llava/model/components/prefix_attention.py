@@ -47,15 +47,17 @@ class SharedPrefix:
         stop (int): How many of the positions belong to the prefix.
         allowed (Bool[Tensor, "any_prompt 1 any_query key"] | None): Which keys the queries may see: False at padding
             and outside of a sliding window; None where all are seen.
-        device (torch.device): Where attention runs.
         dtype (torch.dtype): The dtype in which attention runs.
     """
 
     kv: KVCache
     stop: int
     allowed: Bool[Tensor, "any_prompt 1 any_query key"] | None
-    device: torch.device
     dtype: torch.dtype
+
+    def to(self, device: torch.device) -> SharedPrefix:
+        """The same for queries on another device; keys and values go where they are read."""
+        return self if self.allowed is None else replace(self, allowed=self.allowed.to(device))
 
     def at(self, queries: Int[Tensor, " query"]) -> SharedPrefix:
         """The same for some of the queries."""
@@ -63,9 +65,9 @@ class SharedPrefix:
             return self
         return replace(self, allowed=self.allowed.index_select(2, queries))
 
-    def layer(self, layer: int) -> Prefix:
-        """Keys and values of one layer."""
-        k, v = (part[:, :, : self.stop].to(self.device, self.dtype) for part in self.kv.layer(layer))
+    def layer(self, layer: int, device: torch.device) -> Prefix:
+        """Keys and values of one layer, on the device where its attention runs."""
+        k, v = (part[:, :, : self.stop].to(device, self.dtype) for part in self.kv.layer(layer))
         return Prefix(k, v, self.allowed)
 
 

@@ -135,7 +135,7 @@ def test_one_position_at_a_time_with_a_cache_is_the_whole_run(listened: list[str
     attention = with_weights(Attention(tower(LANGUAGE, rotary=None), 0))
     x = torch.randn(2, N_POS, LANGUAGE.d_model, dtype=torch.float64)
     whole, _ = run(attention, x, AttentionContext(causal=True))
-    kv_cache = KVCache(LANGUAGE, batch=2, capacity=N_POS, device=torch.device("cpu"), dtype=torch.float64)
+    kv_cache = KVCache(LANGUAGE, batch=2, capacity=N_POS, dtype=torch.float64)
     parts = [run(attention, x[:, :2], AttentionContext(causal=True, kv_cache=kv_cache), *listened)[0]]
     kv_cache.advance(2)
     for position in range(2, N_POS):

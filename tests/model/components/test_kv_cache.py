@@ -12,7 +12,7 @@ SHAPE = (2, LANGUAGE.n_key_value_heads, LANGUAGE.d_head)
 
 
 def made(capacity: int = 6) -> KVCache:
-    return KVCache(LANGUAGE, batch=2, capacity=capacity, device=torch.device("cpu"), dtype=torch.float32)
+    return KVCache(LANGUAGE, batch=2, capacity=capacity, dtype=torch.float32)
 
 
 def keys(n: int, seed: int) -> Tensor:
@@ -40,10 +40,18 @@ def test_every_layer_of_a_step_writes_the_same_slots() -> None:
 
 def test_what_is_read_is_a_view_and_nothing_is_allocated() -> None:
     cache = made()
-    before = cache.nbytes
-    all_k, _ = cache.append(0, keys(3, 0), keys(3, 1))
-    assert all_k.untyped_storage().data_ptr() == cache._store.untyped_storage().data_ptr()
-    assert cache.nbytes == before == cache._store.nbytes
+    forecast = cache.nbytes
+    for layer in range(LANGUAGE.n_layers):
+        first, _ = cache.append(layer, keys(3, 0), keys(3, 1))
+        cache.advance(3)
+        all_k, all_v = cache.append(layer, keys(1, 0), keys(1, 1))
+        assert (
+            all_k.untyped_storage().data_ptr()
+            == all_v.untyped_storage().data_ptr()
+            == first.untyped_storage().data_ptr()
+        )
+        cache.length = 0
+    assert cache.nbytes == forecast == LANGUAGE.n_layers * all_k.untyped_storage().nbytes()
 
 
 def test_a_layers_keys_and_values_so_far() -> None:
@@ -56,11 +64,12 @@ def test_a_layers_keys_and_values_so_far() -> None:
     assert torch.equal(v, keys(3, 1))
 
 
-def test_moved_to_another_dtype_it_is_a_copy() -> None:
+def test_a_layer_is_kept_in_another_dtype() -> None:
     cache = made()
-    cache.append(0, keys(2, 0), keys(2, 1))
+    for layer in (0, 1):
+        cache.append(layer, keys(2, layer), keys(2, 1))
+    cache.keep(0, lambda both: both.to(torch.bfloat16))
     cache.advance(2)
-    moved = cache.to(device="cpu", dtype=torch.bfloat16)
-    assert moved.layer(0)[0].dtype == torch.bfloat16
-    assert moved.length == 2
-    assert cache.layer(0)[0].dtype == torch.float32
+    assert cache.layer(0)[0].dtype == torch.bfloat16
+    assert torch.equal(cache.layer(0)[0], keys(2, 0).bfloat16())
+    assert torch.equal(cache.layer(1)[0], keys(2, 1))
