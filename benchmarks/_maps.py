@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "relevancy, through the vision tower": {"method": "relevancy", "vision": True},
     "Grad-CAM": {"method": "grad_cam"},
     "Grad-CAM, vision tower": {"method": "grad_cam", "vision": True},
+    "token activation map": {"method": "tam"},
     "gradient x image embedding": {"method": "grad_x_input"},
     "gradient x pixels": {"method": "grad_x_input", "vision": True},
     "integrated gradients, image embeddings": {"method": "integrated_gradients", "steps": 8},

@@ -51,12 +51,18 @@ def answers(model: HookedLLaVA) -> None:
         patch_importance(model, clean, heads=4)[0].rename("log increase, 4 heads"),
         patch_importance(model, clean, method="attention")[0].rename("attention, all heads"),
         patch_importance(model, clean, method="occlusion", window=2)[0].rename("occlusion, 2 x 2 patches"),
+        patch_importance(model, clean, method="relevancy")[0].rename("relevancy"),
+        patch_importance(model, clean, method="tam")[0].rename("token activation map"),
+        patch_importance(model, clean, method="grad_cam", vision=True)[0].rename("Grad-CAM, vision tower"),
     ]
     side_by_side = xr.concat(
         [map_.rename("share of the largest") / float(map_.max()) for map_ in maps], "method", combine_attrs="drop"
     )
     save(viz.patch_words(clean, logit_lens(model, clean, positions="image"), layer=3), "patch-words.png")
-    save(viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps])), "patches.png")
+    save(
+        viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps]), columns=3),
+        "patches.png",
+    )
     save(viz.answer_strip(clean, answer_maps(model, clean, "Orange star", heads="all")), "answer-strip.png")
     edges = ["image->last", "question->last", "image->question", "image->question|rest|last"]
     save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")

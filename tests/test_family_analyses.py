@@ -206,7 +206,7 @@ MAPS: list[dict[str, Any]] = [
     for method in ("grad_x_input", "integrated_gradients", "rollout", "relevancy", "grad_cam")
     for vision in (False, True)
 ]
-MAPS += [{"method": "attention"}, {"method": "log_increase", "heads": "all"}]
+MAPS += [{"method": "attention"}, {"method": "tam"}, {"method": "log_increase", "heads": "all"}]
 
 
 def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:

@@ -99,6 +99,14 @@ PATCH_MAPS: dict[str, PatchMap] = {
         units="logit",
         options=("layer", "vision"),
     ),
+    "tam": PatchMap(
+        function=_HERE + "tam",
+        title="Token activation map",
+        meaning="the logit of the answer's token read at every patch, less what earlier words of question and answer "
+        "say there, where positive, denoised (arXiv 2506.23270)",
+        units="logit",
+        takes_cache=True,
+    ),
     "occlusion": PatchMap(
         function=_HERE + "occlusion",
         title="Occlusion",

@@ -210,18 +210,23 @@ def cache_answer(
 
 
 def as_answer_cache(
-    model: HookedLLaVA, inputs: InputsLike | AnswerCache, target: Asked, parts: Sequence[str]
+    model: HookedLLaVA,
+    inputs: InputsLike | AnswerCache,
+    target: Asked,
+    parts: Sequence[str],
+    beside: Sequence[str] = (),
 ) -> tuple[AnswerCache, int]:
     """The answer cache of some prompts, and how many forward passes it took: none if it is given in place of the prompts.
 
     Raises `InputError` for a given cache of another model, without the parts, or with a target beside it.
     """
     if not isinstance(inputs, AnswerCache):
-        return cache_answer(model, inputs, target, parts=parts), 1
+        return cache_answer(model, inputs, target, parts=parts, beside=beside), 1
     missing = [part for part in parts if not any(name.endswith(f"hook_{part}") for name in inputs.held)]
+    missing += [name for name in beside if name not in inputs.beside]
     if inputs.model is not model or target is not None or missing:
         raise InputError(
-            f"An answer cache is given in place of prompts: it must be of the same model, have the parts {list(parts)} and "
+            f"An answer cache is given in place of prompts: it must be of the same model, have the parts {[*parts, *beside]} and "
             f"bring its own target; it lacks {missing}, and target={target!r}."
         )
     return inputs, 0

@@ -80,6 +80,22 @@ def _unembed(
     return logits if added is None else logits + added.to(logits.dtype)
 
 
+def logits_of_tokens(
+    model: HookedLLaVA, vectors: Float[Tensor, "*shape d_model"], ids: Sequence[int]
+) -> Float[Tensor, "*shape token"]:
+    """The logits of some tokens alone, through the final norm, in float32 at least.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> vectors = torch.ones(3, model.cfg.d_model)
+    >>> torch.allclose(logits_of_tokens(model, vectors, [7, 4]), lens(model, vectors)[:, [7, 4]], atol=1e-4)
+    True
+    """
+    normed, bias = at_least_float32(model.ln_final.fused(vectors)), model.unembed.bias
+    weight = model.unembed.weight[list(ids)].to(normed.dtype)
+    return F.linear(normed, weight, None if bias is None else bias[list(ids)].to(normed.dtype))
+
+
 def top_tokens(
     model: HookedLLaVA,
     vectors: Float[Tensor, "*shape d_model"],

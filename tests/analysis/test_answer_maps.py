@@ -33,7 +33,7 @@ def followed_by(prompt: dict[str, torch.Tensor], ids: list[int]) -> dict[str, to
     return prompt | {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
 
 
-@pytest.mark.parametrize("method", PATCH_MAPS)
+@pytest.mark.parametrize("method", sorted({*PATCH_MAPS} - {"tam"}))  # for which words of the answer are another context
 def test_a_tokens_map_is_that_of_the_answer_to_a_prompt_that_ends_before_it(method: str) -> None:
     models, prompt = exact(), exact().prompt()
     maps = answer_maps(models.ours, prompt, ANSWER, method=method)

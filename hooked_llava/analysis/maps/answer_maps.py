@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from hooked_llava.analysis.maps.methods import shared_run
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.readout.answer import read_answer
-from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.readout.answer_tokens import AnswerLike, one_answer, without_end
 from hooked_llava.readout.vocabulary import decode_tokens
 from hooked_llava.results.arrays import stack
@@ -32,7 +32,7 @@ def answer_maps(
     """`patch_importance(token=k)` of every token k of an answer: [token, image, patch_row, patch_col].
 
     Every token is read where it is predicted, after those before it. The coordinate `word` has the tokens in words. Methods
-    that read from one forward pass ("log_increase", "attention") take one for all tokens; others what one map takes,
+    that read from one forward pass ("log_increase", "attention", "tam") take one for all tokens; others what one map takes,
     for each token.
 
     Args:
@@ -69,7 +69,7 @@ def answer_maps(
     subject: Any = reading.inputs
     shared = PATCH_MAPS[method].takes_cache
     if shared:
-        subject = cache_answer(model, prompt, reading, parts=("pattern", "v", "z"))
+        subject = shared_run(model, prompt, reading)
     target = None if shared or reading.inputs.token_map.n_answer else given
     n_tokens = reading.ids.shape[1]
     maps = [patch_importance(model, subject, target, token=k, method=method, **options) for k in range(n_tokens)]

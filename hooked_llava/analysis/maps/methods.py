@@ -19,14 +19,22 @@ from hooked_llava.analysis.maps.scores import (
     score_positions,
     score_positions_of_layer,
 )
+from hooked_llava.analysis.maps.token_activation import token_activation_maps
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
-from hooked_llava.readout.answer_cache import Asked, as_answer_cache, read_target
+from hooked_llava.readout.answer_cache import AnswerCache, Asked, as_answer_cache, cache_answer, read_target
 from hooked_llava.results.image_axes import ImageAxes, take_each
 
 if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
+
+
+def shared_run(model: HookedLLaVA, inputs: Any, target: Asked) -> AnswerCache:
+    """One run that every method with `takes_cache` reads from."""
+    return cache_answer(
+        model, inputs, target, parts=("pattern", "v", "z"), beside=[model.hooks_table.name("resid_post", -1)]
+    )
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,12 @@ def grad_cam(model: HookedLLaVA, prompts: Inputs, target: Asked, layer: int | No
     reading = (found.inputs, found.logit_positions, found.ids)
     maps, ids = weighted.grad_cam(model, *reading, layer=layer, vision=vision)
     return Drawn(maps, _said(model, found, ids), n_backward=1, chosen={"layer": layer})
+
+
+def tam(model: HookedLLaVA, inputs: Any, target: Asked) -> Drawn:
+    """What the image's positions say of the answer's tokens, less what earlier words say there."""
+    cache, n_forward = as_answer_cache(model, inputs, target, (), [model.hooks_table.name("resid_post", -1)])
+    return Drawn(token_activation_maps(cache), cache.target_attrs(), n_forward)
 
 
 def occlusion(model: HookedLLaVA, prompts: Inputs, target: Asked, window: int, grid: str) -> Drawn:
