@@ -16,16 +16,16 @@ import torch
 import xarray as xr
 
 from benchmarks._measure import arguments, markdown, start, write
-from hooked_llava.analysis import attention_contribution, average_traces, causal_trace, error_auroc
+from hooked_llava.analysis import attention_contribution, best_effects, error_auroc, trace_means, trace_study
 from hooked_llava.datasets.rows import StudyRow, prepare_rows
-from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Corruption, MeanEmbedding, Noise, Replace
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.evaluate import embedded, held_out
 
 KINDS = {"by image": "Known", "by name": "OK-VQA"}
-CORRUPTIONS: dict[str, Callable[[StudyRow], Corruption]] = {
+Corrupting = Callable[[StudyRow], Corruption]
+CORRUPTIONS: dict[str, Corrupting] = {
     "another shape's name": lambda row: Replace(other_shape(row)),
     "noise": lambda row: Noise(seed=len(row.question)),
     "mean embedding": lambda row: MeanEmbedding(),
@@ -43,47 +43,36 @@ _BATCH, _RIGHT_FOR_EACH, _MOST_RIGHT = 32, 10, 300
 Measured = dict[str, Any]
 
 
-def traces_of(
-    model: HookedLLaVA, rows: Sequence[StudyRow], corrupt: Callable[[StudyRow], Corruption], **options: Any
-) -> list[xr.Dataset]:
-    """One trace for each question that the model answers correctly."""
-    found = []
-    for row in rows:
-        trace = causal_trace(model, prepare_rows(model, [row]), row.constraint, corruption=corrupt(row), **options)
-        if str(trace.answer).strip() == row.answer:
-            found.append(trace)
-    return found
-
-
-def summary(traces: list[xr.Dataset]) -> Measured:
-    """Mean effects with intervals, and what was left out; only counts where nothing is lowered."""
-    drops = [round(float(t.lowered_by), 4) for t in traces]
-    try:
-        mean = average_traces(traces)
-    except InputError:
-        return {"traced": len(traces), "left_out": len(traces), "lowered_by": drops}
-    best = {}
-    for kind in mean.kind.values.tolist():
-        effect = mean.indirect_effect.sel(kind=kind)
-        at = np.unravel_index(int(np.nanargmax(effect.values)), effect.shape)
-        cell = mean.sel(kind=kind).isel(layer=at[0], role=at[1])
-        best[kind] = {
-            "layer": int(cell.layer),
-            "role": str(cell.role.values),
-            **{name: round(float(cell[name]), 4) for name in ("indirect_effect", "low", "high")},
-        }
-    names = ("indirect_effect", "low", "high")
+def summary(model: HookedLLaVA, rows: Sequence[StudyRow], corrupt: Corrupting, **options: Any) -> Measured:
+    """Mean effects with intervals over the questions that are answered correctly; only counts where nothing is lowered."""
+    study = trace_study(model, rows, corruption=corrupt, progress=False, **options)
+    drops = [round(drop, 4) for drop in study.lowered_by.values.tolist()]
+    means = trace_means(study).isel(kind=0)
+    counts = {"traced": len(drops), "left_out": len(drops) - int(means.n_lowered), "lowered_by": drops}
+    counts["lowered"] = np.round(means.lowered.values, 4).tolist()
+    if not int(means.n_lowered):
+        return counts
+    best = best_effects(means)
     return {
-        "traced": len(traces),
-        "left_out": mean.left_out,
-        "lowered_by": drops,
-        "work_per_trace": float(np.mean([t.work for t in traces])),
-        "roles": mean.role.values.tolist(),
-        "n": mean.n.values.tolist(),
-        "kinds": mean.kind.values.tolist(),
-        **{name: np.round(mean[name].values, 4).tolist() for name in names},
-        "best": best,
+        **counts,
+        "work_per_trace": study.work / len(drops),
+        "roles": means.role.values.tolist(),
+        "n": means.n_counted.values.tolist(),
+        "kinds": means.output.values.tolist(),
+        **{name: np.round(values.values, 4).tolist() for name, values in _named(means).items()},
+        "best": {output: _best(best.sel(output=output)) for output in best.output.values.tolist()},
     }
+
+
+def _best(cell: xr.Dataset) -> Measured:
+    numbers = {name: round(float(value), 4) for name, value in _named(cell).items()}
+    return {"layer": int(cell.layer), "role": str(cell.role.values), **numbers}
+
+
+def _named(means: xr.Dataset) -> dict[str, xr.DataArray]:
+    """Mean effects and the ends of their intervals, by the names that they have in the report."""
+    ends = {"indirect_effect": "mean", "low": "low", "high": "high"}
+    return {name: means.indirect_effect.sel(statistic=end) for name, end in ends.items()}
 
 
 def agreement(first: Measured, second: Measured) -> float | None:
@@ -169,10 +158,10 @@ def study(model: HookedLLaVA, n: int, n_asked: int) -> Measured:
     result: Measured = {}
     for label, kind in KINDS.items():
         rows = constraint_rows(n, kinds=[kind])
-        by_corruption = {name: summary(traces_of(model, rows, corrupt)) for name, corrupt in CORRUPTIONS.items()}
+        by_corruption = {name: summary(model, rows, corrupt) for name, corrupt in CORRUPTIONS.items()}
         first = next(iter(CORRUPTIONS))
         windows = {
-            name: summary(traces_of(model, rows, CORRUPTIONS[first], window=width, window_reading=reading))
+            name: summary(model, rows, CORRUPTIONS[first], window=width, window_reading=reading)
             for name, (width, reading) in WINDOWS.items()
             if width > 1
         }
@@ -195,7 +184,7 @@ def tables(measured: dict[str, Measured]) -> str:
             for name, of in found[label]["corruptions"].items():
                 agrees = found[label]["agreement"][name]
                 cells[f"{checkpoint}, {label}, {name}"] = [
-                    f"{of['traced'] - of['left_out']} of {of['traced']}",
+                    _lowered(of),
                     *(_cell(of["best"][kind]) if "best" in of else "-" for kind in ("mlp", "attn", "resid")),
                     "-" if agrees is None else f"{agrees:.2f}",
                 ]
@@ -209,10 +198,14 @@ def tables(measured: dict[str, Measured]) -> str:
     return f"{markdown(columns, cells, 'trace')}\n\n{markdown(['AUROC'], predictors, 'wrong answers')}"
 
 
+def _lowered(of: Measured) -> str:
+    count = f"{of['traced'] - of['left_out']} of {of['traced']}"
+    return f"{count} ({of['lowered'][1]:.0%} to {of['lowered'][2]:.0%})" if "lowered" in of else count
+
+
 def _cell(best: Measured) -> str:
-    return (
-        f"{best['indirect_effect']:.2f} ({best['low']:.2f} to {best['high']:.2f}) layer {best['layer']}, {best['role']}"
-    )
+    interval = f" ({best['low']:.2f} to {best['high']:.2f})" if best["low"] == best["low"] else ""
+    return f"{best['indirect_effect']:.2f}{interval} layer {best['layer']}, {best['role']}"
 
 
 def between_checkpoints(measured: dict[str, Measured]) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from hooked_llava.analysis.answer_signs import answer_signs, predict_wrong
 from hooked_llava.analysis.answer_without import answer_without, decisive_removal, leads_from
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
-from hooked_llava.analysis.causal_trace import average_traces, best_cells, by_role, causal_trace
+from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
 from hooked_llava.analysis.deciding_places import deciding_places
 from hooked_llava.analysis.deletion import deletion_curves
 from hooked_llava.analysis.head_ablation import ablate_heads, heads_by_layer, nested_sets, random_heads
@@ -33,6 +33,7 @@ from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.analysis.studies.probability import probability_study
+from hooked_llava.analysis.studies.trace import average_traces, best_effects, trace_means, trace_study
 from hooked_llava.results.arrays import recovered
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "attribution_patching",
     "average_traces",
     "best_cells",
+    "best_effects",
     "by_role",
     "causal_trace",
     "contribution_sums",
@@ -86,5 +88,7 @@ __all__ = [
     "recovered",
     "top_heads",
     "top_neurons",
+    "trace_means",
+    "trace_study",
     "with_released_norm",
 ]

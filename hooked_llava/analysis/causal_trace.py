@@ -39,7 +39,7 @@ from hooked_llava.readout.metrics import Metric, value_of
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.replay import Replay
-from hooked_llava.results.arrays import join_attrs, n_tied, position_coords, to_numpy
+from hooked_llava.results.arrays import n_tied, position_coords, to_numpy
 from hooked_llava.results.provenance import Provenance, provenance
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ ROLES = (
     "last",
     "answer",
 )
-"""What a position is to the trace; `by_role` and `average_traces` sum up by it."""
-_ALIKE = ("model", "corruption_kind", "window", "window_reading", "units")
+"""What a position is to the trace; `by_role`, `average_traces` and `trace_study` sum up by it."""
 LOWERED = 0.1
 """Share of the answer's probability that a corruption must take, or it is said not to have lowered the answer."""
 
@@ -202,55 +201,6 @@ def by_role(trace: xr.Dataset) -> xr.Dataset:
     )
 
 
-def average_traces(traces: Sequence[xr.Dataset], *, min_drop: float = LOWERED) -> xr.Dataset:
-    """The mean indirect effect of many questions by kind, layer and role, with its 95% interval.
-
-    Each trace is one vote per role. Questions whose answer the corruption lowers by less than `min_drop` of its
-    probability have nothing to restore: they are left out and counted in the attributes `left_out` and `left_out_drops`.
-
-    Returns `indirect_effect`, `low`, `high` (mean -+ 1.96 standard errors) [kind, layer, role], `n` [role]. Raises
-    `InputError` if there is no trace, or none is left, or they differ in model, kinds, layers, windows or units.
-    """
-    _check_alike(traces)
-    drops = [float(trace.lowered_by) for trace in traces]
-    kept = [by_role(trace) for trace, drop in zip(traces, drops, strict=True) if drop >= min_drop]
-    if not kept:
-        raise InputError(
-            f"None of the {len(drops)} traces is of a question whose answer the corruption lowers by {min_drop:g} or "
-            f"more (largest: {max(drops, default=0.0):.3g}), so there is nothing to average. Corrupt harder."
-        )
-    roles = [role for role in ROLES if any(role in trace.role.values for trace in kept)]
-    effects = xr.concat([t.indirect_effect.reindex(role=roles) for t in kept], "question", join="exact")
-    n = effects.isel(kind=0, layer=0).notnull().sum("question")
-    mean = effects.mean("question")
-    error = effects.std("question", ddof=1) / np.sqrt(n) if len(kept) > 1 else mean * np.nan
-    left_out = [drop for drop in drops if drop < min_drop]
-    shared = join_attrs([trace.attrs for trace in kept], keep_differing=False)
-    shared |= {"model": kept[0].attrs["model"]}
-    words = {trace.attrs["corruption"] for trace in kept}
-    shared["corruption"] = words.pop() if len(words) == 1 else kept[0].attrs["corruption_kind"]
-    costs = {name: float(sum(t.attrs[name] for t in kept)) for name in ("n_forward", "seconds", "runs", "work")}
-    return xr.Dataset(
-        {"indirect_effect": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "n": n},
-        attrs=shared | costs | {"left_out": len(left_out), "left_out_drops": left_out, "min_drop": min_drop},
-    )
-
-
-def _check_alike(traces: Sequence[xr.Dataset]) -> None:
-    """Raises `InputError` unless the traces measure the same; of a corruption the words may differ, not its kind."""
-    for trace in traces:
-        for name in ("kind", "layer"):
-            if not np.array_equal(trace[name].values, traces[0][name].values):
-                given = [t[name].values.tolist() for t in (traces[0], trace)]
-                raise InputError(
-                    f"The traces have different {name}s, {given[0]} and {given[1]}; average like with like."
-                )
-        for name in _ALIKE:
-            given = [str(t.attrs.get(name, "not given")) for t in (traces[0], trace)]
-            if given[0] != given[1]:
-                raise InputError(f"The traces differ in {name}: {given[0]!r} and {given[1]!r}; average like with like.")
-
-
 def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan) -> dict[str, Any]:
     """What was asked, what was said, and what it cost, for the attributes."""
     token_map = clean.inputs.token_map
@@ -264,6 +214,24 @@ def _about(model: HookedLLaVA, clean: Replay, corrupted: Corrupted, plan: _Plan)
     }
 
 
+def restored_windows(
+    model: HookedLLaVA,
+    kinds: Sequence[str],
+    window: int,
+    window_reading: str,
+    layers: int | Sequence[int] | None,
+) -> tuple[tuple[str, ...], list[int], list[range]]:
+    """The kinds, the centers of the windows and the layers in each; raises `InputError` as `causal_trace` does."""
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not kinds or set(kinds) - set(TRACE_KINDS):
+        raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
+    n_layers = model.cfg.n_layers
+    counted = WINDOW_READINGS[one_of(window_reading, WINDOW_READINGS, "window_reading")]
+    width = whole_number(window, "window", least=1, most=widest_window(n_layers))
+    centers = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
+    return kinds, centers, [counted.window(center, width, n_layers) for center in centers]
+
+
 def _plan(
     model: HookedLLaVA,
     reading: AnswerReading,
@@ -273,15 +241,7 @@ def _plan(
     layers: int | Sequence[int] | None,
     positions: PositionsLike | None,
 ) -> _Plan:
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not kinds or set(kinds) - set(TRACE_KINDS):
-        raise InputError(f"kinds={kinds!r}; expected some of {', '.join(map(repr, TRACE_KINDS))}.")
-    width, kind = window
-    counted = WINDOW_READINGS[one_of(kind, WINDOW_READINGS, "window_reading")]
-    n_layers = model.cfg.n_layers
-    width = whole_number(width, "window", least=1, most=widest_window(n_layers))
-    centers = list(range(n_layers)) if layers is None else as_indices(layers, n_layers, "layers")
-    windows = [counted.window(center, width, n_layers) for center in centers]
+    kinds, centers, windows = restored_windows(model, kinds, *window, layers)
     token_map = reading.inputs.token_map
     if positions is None:
         first = max(token_map["image"]) if "image" in token_map else token_map.real.start

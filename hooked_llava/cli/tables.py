@@ -21,13 +21,16 @@ OWN_TABLE = "tiny-shapes"
 """The name under which the embedded world's own table is asked for."""
 _DEFAULT_LIMIT = 50
 
-TableName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TABLE",
-        help="A table instead of one question: one of the released GQA files, the folder they are in, or tiny-shapes.",
-    ),
-]
+
+def table_option(files: str) -> Any:
+    """The option that names a table; `files` says which released ones it reads."""
+    help_ = (
+        f"A table instead of one question: one of the released {files} files, the folder they are in, or {OWN_TABLE}."
+    )
+    return typer.Option(metavar="TABLE", help=help_)
+
+
+TableName = Annotated[str | None, table_option("GQA")]
 ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's images are.")]
 Limit = Annotated[int | None, at_least(1, help="Questions of each kind. Default: all; of tiny-shapes 50.")]
 Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
@@ -62,6 +65,11 @@ class TableOptions:
         typed.refuse(["no_image", *of_one_question], "belongs to one question; leave it out, or --dataset.")
         return True
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the embedded world's own table; a file of its name comes before it."""
+        return self.dataset == OWN_TABLE and not Path(OWN_TABLE).exists()
+
     def rows(
         self, read: Callable[..., list[StudyRow]], drawn: Callable[[int], list[StudyRow]], tail: str
     ) -> tuple[list[StudyRow], dict[str, str]]:
@@ -73,7 +81,7 @@ class TableOptions:
             tail: the instruction that the paper's prompts end with.
         """
         table, images = str(self.dataset), self.images
-        if table == OWN_TABLE and not Path(table).exists():
+        if self.is_own:
             if images is not None:
                 raise InputError(f"--images belongs to a table that names its images; {OWN_TABLE} draws its own.")
             return drawn(self.limit or _DEFAULT_LIMIT), {}

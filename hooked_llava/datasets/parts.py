@@ -18,6 +18,7 @@ import xarray as xr
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import InputError
 from hooked_llava.machine.processes import Processes
+from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.results.arrays import join_attrs, load, save
 
 
@@ -145,3 +146,9 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def digest(data: bytes) -> str:
     """A short hash of some bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def image_digest(image: ImageLike, what: str) -> str:
+    """A short hash of an image's pixels, and its size; `what` names it in errors."""
+    loaded = load_image(image, what)
+    return f"{loaded.size} {digest(loaded.tobytes())}"

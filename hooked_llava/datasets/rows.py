@@ -219,18 +219,18 @@ def _check_size(row: StudyRow, size: tuple[int, int]) -> None:
 def _check_boxes(row: StudyRow) -> None:
     if row.boxes and row.image is None:
         raise InputError(f"Row {row.id} has boxes and no image; give the image they are drawn in.")
-    with _naming(row):
+    with naming_row(row):
         for box in row.boxes:
             checked_box(box)
 
 
 @contextmanager
-def _naming(row: StudyRow) -> Iterator[None]:
-    """What is wrong with a span is said with the row's name."""
+def naming_row(row: StudyRow) -> Iterator[None]:
+    """What does not fit a row is said with the row's name."""
     try:
         yield
-    except SpanError as error:
-        raise SpanError(f"Row {row.id}: {error}") from None
+    except (InputError, SpanError) as error:
+        raise type(error)(f"Row {row.id}: {error}") from None
 
 
 def _find(row: StudyRow, name: Path, images: str | Path | None) -> Path:
@@ -262,7 +262,7 @@ def _with_spans(token_map: TokenMap, row: StudyRow, coverage: Number) -> TokenMa
     token_map = token_map.with_spans(**word_spans(token_map, row.options, row.objects))
     if row.constraint:
         asked = token_map.words is not None and "question" in token_map.words.parts
-        with _naming(row):
+        with naming_row(row):
             found = token_map.find(
                 row.constraint,
                 occurrence=row.constraint_occurrence,

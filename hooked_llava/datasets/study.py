@@ -26,13 +26,12 @@ import xarray as xr
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.checks import whole_number
 from hooked_llava.datasets.matching import Match, answers_match
-from hooked_llava.datasets.parts import StudyParts, digest
+from hooked_llava.datasets.parts import StudyParts, digest, image_digest
 from hooked_llava.datasets.rows import StudyRow, boxes_lost, check_rows, prepare_rows
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import in_batches
 from hooked_llava.machine.processes import Processes
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.prepare import TEMPLATE_TAIL, TemplateLike
 from hooked_llava.prompt.spans import BY_WORDS
 from hooked_llava.prompt.templates import DEFAULT
@@ -94,7 +93,7 @@ def study(
     asked, `InputError` for an empty table, repeated ids, missing images, a file of another study, and `SpanError` for
     what is no box; and `InputError` if no question is left to measure, or if processes differ in tables or files.
     """
-    _check(rows, batch_size)
+    _check(rows, batch_size, judged=only_correct and match is answers_match)
     if out is not None:
         _check_out(Path(out))
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
@@ -228,13 +227,18 @@ def _batches(rows: Sequence[StudyRow], size: int) -> Iterator[list[StudyRow]]:
             yield together[start : start + size]
 
 
-def _check(rows: Sequence[StudyRow], batch_size: int) -> None:
+def _check(rows: Sequence[StudyRow], batch_size: int, *, judged: bool) -> None:
     if not rows:
         raise InputError("The table has no questions; give at least one row.")
     whole_number(batch_size, "batch_size", least=1, expected="at least 1 question")
     repeated = [row_id for row_id, n in Counter(row.id for row in rows).items() if n > 1]
     if repeated:
         raise InputError(f"Rows share the ids {repeated[:3]}; give each row an id of its own.")
+    if judged and not any(row.answer for row in rows):
+        raise InputError(
+            f"None of the {len(rows)} rows has an answer, so that nothing is known to be answered correctly; measure all with "
+            "only_correct=False."
+        )
 
 
 def _check_out(out: Path) -> None:
@@ -266,8 +270,7 @@ def _shown(row: StudyRow) -> str | None:
     """A row's image: its name, or a digest of its pixels."""
     if row.image is None or isinstance(row.image, (str, Path)):
         return None if row.image is None else str(row.image)
-    image = load_image(row.image, f"The image of row {row.id}")
-    return f"{image.size} {digest(image.tobytes())}"
+    return image_digest(row.image, f"The image of row {row.id}")
 
 
 def _place(images: str | Path | None) -> str | None:

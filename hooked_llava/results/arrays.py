@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHARE = "share recovered"
 """Units of `recovered`: 0 corrupted, 1 clean."""
-_TIED = 1e-3  # of the largest value
+TIED = 1e-3  # of the largest value
 _FORMAT = "hooked_llava.result.v1"
 _OLD_NAMES = {
     "stream": "resid",
@@ -196,7 +196,7 @@ def n_tied(values: np.ndarray) -> int:
     (2, 0)
     """
     largest = np.nanmax(values)
-    return int((values >= largest - _TIED * abs(largest)).sum()) - 1
+    return int((values >= largest - TIED * abs(largest)).sum()) - 1
 
 
 def to_numpy(values: Tensor) -> np.ndarray:

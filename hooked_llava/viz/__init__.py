@@ -34,7 +34,7 @@ from hooked_llava.viz.pages.gallery import feature_page, gallery_page
 from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
 from hooked_llava.viz.pages.probability import ProbabilityPage, probability_page, probability_study_page
-from hooked_llava.viz.pages.trace import TracePage, trace_page
+from hooked_llava.viz.pages.trace import TracePage, trace_page, trace_study_page
 
 __all__ = [
     "ablation_curves",
@@ -89,5 +89,6 @@ __all__ = [
     "top_bars",
     "trace_maps",
     "trace_page",
+    "trace_study_page",
     "TracePage",
 ]

@@ -67,3 +67,10 @@ def check_self_contained(html: str, most: int = 2_000_000, *, scripts: int = 0) 
     assert page.cut_off == []
     assert max(page.drawn_widths, default=0) * 0.66 <= 350
     assert len(html) < most
+
+
+def table_rows(html: str, section: str) -> list[list[str]]:
+    """The cells of every table in a section, row by row, as text."""
+    part = html.partition(f'<section id="{section}">')[2].partition("</section>")[0]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr>.*?</tr>", part)]
+    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in cells]

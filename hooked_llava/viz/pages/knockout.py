@@ -31,7 +31,7 @@ from hooked_llava.results.provenance import forward_passes
 from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, probability_curves, shown_edge
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import answered, prompt_tokens
+from hooked_llava.viz.pages.parts import answered, prompt_tokens, rounded
 from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
@@ -188,21 +188,15 @@ def _cell(knockout: xr.Dataset, summary: xr.Dataset, digits: int, full: float) -
     mean, several = float(total.sel(statistic="mean")), total.sizes["statistic"] > 1
     if not np.isfinite(mean):
         return {"total": "–", "interval": "", "depth": "–", "peak": "", "deep": "0", "kept": ""}
-    interval = " to ".join(_number(total.sel(statistic=end), digits - 1) for end in ("low", "high")) if several else ""
+    interval = " to ".join(rounded(total.sel(statistic=end), digits - 1) for end in ("low", "high")) if several else ""
     share = f"same answer {float(kept):.0%}" if several else "same answer" if kept else "another answer"
     depth, peak, width, stages = (float(summary[n]) for n in ("depth", "peak_layer", "half_width", "stages"))
     found = f"layer {peak:.0f}, {width:.0f} wide" + (f", {stages:.0f} stages" if stages > 1 else "")
     return {
-        "total": _number(mean, digits),
+        "total": rounded(mean, digits),
         "interval": interval,
-        "depth": _number(depth, digits),
+        "depth": rounded(depth, digits),
         "peak": found if width else "",
         "kept": share,
         "deep": f"{100 * min(1.0, max(0.0, -mean / full)):.0f}",
     }
-
-
-def _number(value: float | xr.DataArray, digits: int) -> str:
-    """Rounded, with a real minus sign, and none before a zero."""
-    text = f"{float(value) + 0.0:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")

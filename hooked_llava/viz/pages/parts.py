@@ -96,3 +96,13 @@ def records(table: xr.Dataset) -> list[dict[str, Any]]:
 def panel_columns(n_layers: int) -> int:
     """How many panels, one for each layer, stand side by side."""
     return 4 if n_layers <= 16 else 6
+
+
+def rounded(value: float | xr.DataArray, digits: int) -> str:
+    """A number with a real minus sign, and none before a zero.
+
+    >>> rounded(-0.004, 2), rounded(-1.26, 1) == "\u22121.3"
+    ('0.00', True)
+    """
+    text = f"{float(value) + 0.0:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")

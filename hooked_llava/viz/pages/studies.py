@@ -10,14 +10,14 @@ from hooked_llava.datasets.study import count_unseen
 from hooked_llava.viz.pages.page import made_with
 
 
-def counted(result: xr.Dataset, what: str) -> str:
+def counted(result: xr.Dataset, what: str, of: str = "over") -> str:
     """A heading: "Information flow over 3 questions".
 
     >>> counted(xr.Dataset({"p": ("question", [0.5])}), "Information flow")
     'Information flow over 1 question'
     """
     n = result.sizes["question"]
-    return f"{what} over {n} question{'' if n == 1 else 's'}"
+    return f"{what} {of} {n} question{'' if n == 1 else 's'}"
 
 
 def question_counts(result: xr.Dataset, means: xr.Dataset) -> list[dict[str, Any]]:
@@ -30,8 +30,13 @@ def question_counts(result: xr.Dataset, means: xr.Dataset) -> list[dict[str, Any
     ]
 
 
-def study_footer(result: xr.Dataset, means: xr.Dataset, cost: str) -> dict[str, str]:
-    """What a page of a study says below: model, questions, intervals, what it cost, and with which packages it was made."""
+def study_footer(
+    result: xr.Dataset, means: xr.Dataset, cost: str, each: str = "a batch of questions"
+) -> dict[str, str]:
+    """What a page of a study says below: model, questions, intervals, what it cost, and with which packages it was made.
+
+    `cost` counts forward passes, and `each` says of what one is.
+    """
     asked, correct = (sum(result.attrs.get(name, {}).values()) for name in ("asked", "correct"))
     unseen, attrs = count_unseen(result), means.attrs
     return {
@@ -39,6 +44,6 @@ def study_footer(result: xr.Dataset, means: xr.Dataset, cost: str) -> dict[str, 
         "Questions": f"{asked} asked, {correct} answered correctly, {result.sizes['question']} measured"
         + (f"; {unseen} with an object that the model does not see (cut away, or too small)" if unseen else ""),
         "Intervals": f"{attrs['confidence']:.0%}, bootstrap over questions within each kind ({attrs['n_boot']} samples)",
-        "Cost": f"{cost}, each of a batch of questions, {result.attrs.get('seconds', 0.0):.0f} s",
+        "Cost": f"{cost}, each of {each}, {result.attrs.get('seconds', 0.0):.0f} s",
         "Made": made_with(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import xarray as xr
 from hooked_llava.analysis.attention_contribution import attention_contribution
 from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace, was_lowered
 from hooked_llava.analysis.next_tokens import next_tokens
+from hooked_llava.analysis.studies.trace import best_effects, trace_means
+from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Constraint, Corruption, Noise
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.trace_kinds import TRACE_KINDS
@@ -18,11 +21,15 @@ from hooked_llava.options.window_readings import shown_window
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
+from hooked_llava.results.provenance import forward_passes
+from hooked_llava.viz.figures.knockout import kinds_in_order
 from hooked_llava.viz.figures.overlay import EACH, patch_overlays
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
-from hooked_llava.viz.pages.parts import about_model, answered, panel_columns
+from hooked_llava.viz.pages.parts import about_model, answered, panel_columns, rounded
+from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
 
 STEPS = ("answering", "tracing", "contributions", "drawing")
 """The parts of the work, as progress is reported."""
@@ -31,7 +38,10 @@ _OF_A_CELL = ("kind", "layer", "label", "role", "restored", "indirect_effect", "
 
 @dataclass(frozen=True, kw_only=True)
 class TracePage(Page):
-    """A causal trace as a page; `page.results` hold trace, roles, contribution and next_tokens."""
+    """A causal trace as a page; `page.results` hold trace, roles, contribution and next_tokens.
+
+    Of a table of questions they hold means and best; `page.question` says how many there are, and `page.answer` is empty.
+    """
 
 
 def trace_page(
@@ -79,6 +89,89 @@ def trace_page(
         )
         shown, footer = _shown(model, prompt, results), run_footer(model, prompt, cost)
         return make_page(TracePage, "trace", shown, footer, results, question=question_text(prompt), answer=answer)
+
+
+def trace_study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 1000) -> TracePage:
+    """A page of a finished study, averaged by kind of question.
+
+    Args:
+        result: what `trace_study` gives, or `results.load` read back.
+        title: the page's heading; by default how many questions there are.
+        n_boot: samples of the bootstrap.
+
+    Raises `InputError` for another result.
+
+    >>> from hooked_llava.analysis import trace_study
+    >>> from hooked_llava.datasets import StudyRow
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", constraint="the star")
+    >>> trace_study_page(trace_study(model, [row], corruption="the ring"), n_boot=10).question
+    'Causal traces of 1 question'
+    """
+    check_dataset(result, ("indirect_effect", "lowered_by"), "trace_study_page", "trace_study")
+    if not {"question", "output"} <= set(result.dims):
+        raise InputError(
+            f"trace_study_page shows effects by question, output, layer and role; got {described(result)}. Make it with "
+            "trace_study; of one prompt trace_page makes a page."
+        )
+    means = trace_means(result, n_boot=n_boot)
+    results, first = {"means": means, "best": best_effects(means)}, means.sel(kind=kinds_in_order(means)[0])
+    shown = {
+        "kicker": f"Where answers come back in {result.attrs.get('model') or 'the model'}",
+        "counts": question_counts(result, means),
+        "trace": result.attrs,
+        "layers": shown_window(int(result.window), result.window_reading),
+        "least": f"{100 * means.min_drop:g} %",
+        "lowered": [_lowered(means.sel(kind=kind)) for kind in kinds_in_order(means)],
+        "curves": role_curves(means, title="") if int(means.n_lowered.max()) else None,
+        "outputs": [TRACE_KINDS[output].title for output in means.output.values.tolist()],
+        "best": [_best(results["best"].sel(kind=kind)) for kind in kinds_in_order(means)],
+        "effects": _effects(first),
+        "layer_names": [str(layer) for layer in means.layer.values.tolist()],
+        "n_counted": dict(zip(means.role.values.tolist(), first.n_counted.values.tolist(), strict=True)),
+    }
+    cost = f"{result.runs} restored runs for {forward_passes(result.attrs):.1f} forward passes"
+    heading, footer = (
+        title or counted(result, "Causal traces", of="of"),
+        study_footer(result, means, cost, "one question"),
+    )
+    return make_page(TracePage, "trace_study", shown, footer, results, question=heading, answer="")
+
+
+def _lowered(means: xr.Dataset) -> dict[str, Any]:
+    """Of one kind of question how often, and how far, the corruption lowers the answer."""
+    share = {end: f"{float(means.lowered.sel(statistic=end)):.0%}" for end in ("mean", "low", "high")}
+    p = {name: f"{float(means[name].sel(statistic='mean')):.3f}" for name in ("p_clean", "p_corrupted")}
+    counts = {"kind": str(means.kind.values), "n": int(means.n), "n_lowered": int(means.n_lowered)}
+    return {**counts, **p, "share": share["mean"], "interval": f"{share['low']} to {share['high']}"}
+
+
+def _best(best: xr.Dataset) -> dict[str, Any]:
+    """Of one kind of question the cell of each output that restores most."""
+    cells = [best.sel(output=output) for output in best.output.values.tolist()]
+    return {"kind": str(best.kind.values), "cells": [{**_cell(cell), "at": _place(cell)} for cell in cells]}
+
+
+def _place(cell: xr.Dataset) -> str:
+    return f"layer {int(cell.layer)}, {cell.role.item()}" if bool(cell.indirect_effect.notnull().any()) else ""
+
+
+def _effects(means: xr.Dataset) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """All effects of one kind of question: for each output by role what each layer restores."""
+    return {
+        TRACE_KINDS[output].title: {
+            role: [_cell(means.sel(output=output, role=role, layer=layer)) for layer in means.layer.values.tolist()]
+            for role in means.role.values.tolist()
+        }
+        for output in means.output.values.tolist()
+    }
+
+
+def _cell(means: xr.Dataset) -> dict[str, str]:
+    """A mean effect with its interval, as far as it has them, and how deep it is colored."""
+    mean, low, high = (float(means.indirect_effect.sel(statistic=end)) for end in ("mean", "low", "high"))
+    shown = {"mean": "–" if math.isnan(mean) else rounded(mean, 2), "deep": f"{100 * min(1.0, max(0.0, mean)):.0f}"}
+    return shown | {"interval": "" if math.isnan(low) else f"{rounded(low, 2)} to {rounded(high, 2)}"}
 
 
 def _shown(model: HookedLLaVA, prompt: Inputs, results: dict[str, xr.Dataset]) -> dict[str, Any]:

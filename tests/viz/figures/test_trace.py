@@ -8,7 +8,8 @@ import xarray as xr
 from matplotlib.colors import to_hex
 
 from hooked_llava.analysis.attention_contribution import attention_contribution
-from hooked_llava.analysis.causal_trace import average_traces, by_role, causal_trace
+from hooked_llava.analysis.causal_trace import by_role, causal_trace
+from hooked_llava.analysis.studies.trace import average_traces
 from hooked_llava.errors import InputError
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
@@ -49,6 +50,32 @@ def test_curves_by_role_with_bands_for_many_questions(trace):
     drawn = [label.get_text() for label in many.legends[0].get_texts()]
     assert len(many.axes[0].collections) == len(drawn) > 0
     assert "before" not in drawn  # its effect is 0
+
+
+def test_a_table_has_a_row_of_panels_for_each_kind_that_was_lowered():
+    effects = np.arange(3 * 3 * 2 * 4 * 2, dtype=float).reshape(3, 3, 2, 4, 2)  # [kind, statistic, output, layer, role]
+    effects[2] = np.nan
+    coords = {"kind": ["A", "all", "B"], "statistic": ["mean", "low", "high"], "output": ["mlp", "resid"]}
+    coords |= {"layer": [0, 1, 2, 3], "role": ["constraint last", "last"]}
+    means = xr.Dataset({"indirect_effect": (("kind", "statistic", "output", "layer", "role"), effects)}, coords)
+    figure = role_curves(means)
+    panels = np.array(figure.axes).reshape(2, 2)
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["all", "A"], "nothing of B was lowered"
+    assert [axes.get_title(loc="left") for axes in panels[0]] == ["MLP output", "residual stream"]
+    for row, kind in zip(panels, ("all", "A"), strict=True):
+        for axes, output in zip(row, ("mlp", "resid"), strict=True):
+            one = means.indirect_effect.sel(kind=kind, output=output, role="last")
+            np.testing.assert_array_equal(axes.lines[-1].get_ydata(), one.sel(statistic="mean"))
+            band = axes.collections[-1].get_paths()[0].vertices[:, 1]
+            assert {band.min(), band.max()} == {
+                float(one.sel(statistic="low").min()),
+                float(one.sel(statistic="high").max()),
+            }
+    assert len(role_curves(means.sel(kind=["A"])).axes) == 2
+    with pytest.raises(InputError, match=r"lowered.*corrupt"):
+        role_curves(means.sel(kind=["B"]))
+    with pytest.raises(InputError, match="output, layer, role.*trace_means"):
+        role_curves(means.isel(layer=0))
 
 
 def test_contributions_of_heads_are_added_up(model, inputs):

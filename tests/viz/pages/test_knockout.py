@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.results.arrays import load, save
 from hooked_llava.viz.pages.knockout import STEPS, knockout_page, page_edges, study_page
 from tests.pairs import as_users_run
+from tests.viz.browser import table_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +22,6 @@ def table(model):
     ]
 
 
-def rows_of(html: str, section: str) -> list[list[str]]:
-    part = html.partition(f'<section id="{section}">')[2].partition("</section>")[0]
-    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr>.*?</tr>", part)]
-    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in cells]
-
-
 def test_a_page_of_one_question(model, inputs):
     steps = []
     marked = inputs.with_boxes(object=[(80, 20, 100, 40)])
@@ -39,7 +32,7 @@ def test_a_page_of_one_question(model, inputs):
     assert knockout.edge.values.tolist() == page_edges(marked)
     assert "random->question" in page_edges(marked)
     assert "random->question" not in page_edges(inputs)
-    table = rows_of(page.html, "totals")
+    table = table_rows(page.html, "totals")
     assert [row[0] for row in table[1:]] == [e.replace("->", " → ").replace("|", ", ") for e in page_edges(marked)]
     for row, total in zip(table[1:], knockout.total_effect.values, strict=True):
         assert float(row[1].split()[0].replace("\u2212", "-")) == pytest.approx(total, abs=0.051)
@@ -65,7 +58,7 @@ def test_a_page_of_two_prompts_is_refused(model):
 def test_another_metric_is_given_in_its_own_units(model, inputs, table):
     page = knockout_page(model, inputs, ["image->last"], 1, metric="probability", max_new_tokens=1)
     total = float(page.results["knockout"].total_effect[0])
-    assert float(rows_of(page.html, "totals")[1][1].split()[0].replace("\u2212", "-")) == pytest.approx(
+    assert float(table_rows(page.html, "totals")[1][1].split()[0].replace("\u2212", "-")) == pytest.approx(
         total, abs=0.00051
     )
     assert "The change (probability) with" in page.html
@@ -79,9 +72,9 @@ def test_a_page_of_a_table(model, table, tmp_path):
     page = study_page(load(tmp_path / "flow"), n_boot=20)
     assert page.question == "Information flow over 4 questions"
     assert page.answer == ""
-    counts = rows_of(page.html, "questions")
+    counts = table_rows(page.html, "questions")
     assert counts[1:] == [["A", "2", "0", "2"], ["B&lt;i&gt;", "2", "0", "2"]]
-    totals = rows_of(page.html, "totals")
+    totals = table_rows(page.html, "totals")
     assert totals[0] == ["blocked", "all", "A", "B&lt;i&gt;"]
     means = result.total_effect.mean("question").values
     for row, mean in zip(totals[1:3], means, strict=True):

@@ -10,7 +10,7 @@ from hooked_llava.toy.gqa_tables import gqa_rows
 from hooked_llava.viz import probability_page, probability_study_page
 from hooked_llava.viz.pages.probability import STEPS
 from tests.pairs import as_users_run
-from tests.viz.pages.test_knockout import rows_of
+from tests.viz.browser import table_rows
 
 KINDS = ["ChooseAttr", "QueryAttr"]
 
@@ -23,7 +23,7 @@ def test_a_page_of_one_question(model, inputs):
     found = answer_probability(model, inputs, "red", "blue")
     np.testing.assert_array_equal(page.results["answer_probability"], found)
     summary = probability_summary(found).sel(norm="none")
-    (header, own) = rows_of(page.html, "numbers")
+    (header, own) = table_rows(page.html, "numbers")
     forms = [form for form in found.form.values.tolist() if np.isfinite(summary.peak.sel(form=form))]
     assert header[:-1] == forms
     for cell, form in zip(own, forms, strict=False):
@@ -43,14 +43,14 @@ def test_a_page_of_a_table(tiny_shapes, tmp_path):
     page = probability_study_page(load(tmp_path / "probability"), n_boot=5, title="Mine")
     assert (page.question, page.answer) == ("Mine", "")
     correct = result.attrs["correct"]
-    assert rows_of(page.html, "questions")[1:] == [[kind, "2", str(correct.get(kind, 0)), "2"] for kind in KINDS]
-    table = rows_of(page.html, "numbers")
+    assert table_rows(page.html, "questions")[1:] == [[kind, "2", str(correct.get(kind, 0)), "2"] for kind in KINDS]
+    table = table_rows(page.html, "numbers")
     assert [row[0] for row in table] == ["kind", "all", *KINDS]
     mean = result.answer_probability.sel(norm="none", form="capitalised").mean("question")
     assert float(table[1][2].split()[0]) == pytest.approx(float(mean.max()), abs=0.00051)
     assert f"{result.attrs['n_forward']:.1f} forward passes, each of a batch" in page.html
     flow = flow_study(tiny_shapes, gqa_rows(2, kinds=KINDS), ["image->last"], "all", only_correct=False, batch_size=3)
-    assert rows_of(probability_study_page(flow, n_boot=5).html, "numbers") == table
+    assert table_rows(probability_study_page(flow, n_boot=5).html, "numbers") == table
 
 
 def test_what_does_not_fit_is_said(model, inputs):
