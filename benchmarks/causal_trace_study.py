@@ -38,6 +38,7 @@ WINDOWS = {
     "1 as released": (1, "released"),
     "3 as released": (3, "released"),
 }
+BEST = ("best MLP", "best attention", "best residual stream")
 _BATCH, _RIGHT_FOR_EACH, _MOST_RIGHT = 32, 10, 300
 
 Measured = dict[str, Any]
@@ -60,11 +61,12 @@ def summary(model: HookedLLaVA, rows: Sequence[StudyRow], corrupt: Corrupting, *
         "n": means.n_counted.values.tolist(),
         "kinds": means.output.values.tolist(),
         **{name: np.round(values.values, 4).tolist() for name, values in _named(means).items()},
-        "best": {output: _best(best.sel(output=output)) for output in best.output.values.tolist()},
+        "best": {output: best_cell(best.sel(output=output)) for output in best.output.values.tolist()},
     }
 
 
-def _best(cell: xr.Dataset) -> Measured:
+def best_cell(cell: xr.Dataset) -> Measured:
+    """A largest mean effect in plain values."""
     numbers = {name: round(float(value), 4) for name, value in _named(cell).items()}
     return {"layer": int(cell.layer), "role": str(cell.role.values), **numbers}
 
@@ -184,11 +186,11 @@ def tables(measured: dict[str, Measured]) -> str:
             for name, of in found[label]["corruptions"].items():
                 agrees = found[label]["agreement"][name]
                 cells[f"{checkpoint}, {label}, {name}"] = [
-                    _lowered(of),
-                    *(_cell(of["best"][kind]) if "best" in of else "-" for kind in ("mlp", "attn", "resid")),
+                    lowered_words(of),
+                    *(cell_words(of["best"][kind]) if "best" in of else "-" for kind in ("mlp", "attn", "resid")),
                     "-" if agrees is None else f"{agrees:.2f}",
                 ]
-    columns = ["lowered", "best MLP", "best attention", "best residual stream", "agrees with the first"]
+    columns = ["lowered", *BEST, "agrees with the first"]
     predictors = {
         f"{checkpoint}, {name}": [f"{a:.2f} ({low:.2f} to {high:.2f})"]
         for checkpoint, found in measured.items()
@@ -198,12 +200,16 @@ def tables(measured: dict[str, Measured]) -> str:
     return f"{markdown(columns, cells, 'trace')}\n\n{markdown(['AUROC'], predictors, 'wrong answers')}"
 
 
-def _lowered(of: Measured) -> str:
+def lowered_words(of: Measured) -> str:
+    """How many answers are lowered, and the interval of their share."""
     count = f"{of['traced'] - of['left_out']} of {of['traced']}"
     return f"{count} ({of['lowered'][1]:.0%} to {of['lowered'][2]:.0%})" if "lowered" in of else count
 
 
-def _cell(best: Measured) -> str:
+def cell_words(best: Measured) -> str:
+    """A largest mean effect with its interval, if it has one, and its place."""
+    if best["indirect_effect"] != best["indirect_effect"]:
+        return "-"
     interval = f" ({best['low']:.2f} to {best['high']:.2f})" if best["low"] == best["low"] else ""
     return f"{best['indirect_effect']:.2f}{interval} layer {best['layer']}, {best['role']}"
 

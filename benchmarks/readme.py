@@ -37,6 +37,7 @@ from benchmarks import (
     steering,
     tiles,
     top_heads,
+    trace_table,
 )
 from benchmarks._geometries import GEOMETRIES
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
@@ -207,6 +208,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "apart": {"tiles": tiles.apart},
     "travelling": {"information_flow": flow},
     "tracing": {"causal_trace_study": traces},
+    "traced_table": {"trace_table": lambda report: [trace_table.table(report["kinds"])]},
     "editing": {"editing": edits},
 }
 """Parts of the pages -> the result files that they are made of, and how."""

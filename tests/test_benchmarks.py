@@ -281,6 +281,16 @@ def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -
     assert len(found["by image"]["messages"]["norm"]) == 6
 
 
+@pytest.mark.slow
+def test_the_traced_table_counts_the_questions_of_each_kind(run: Run, tmp_path: Path) -> None:
+    kinds = run("trace_table", tmp_path / "report.json")["kinds"]
+    assert kinds.keys() >= {"all", "Known"}
+    assert kinds["all"]["traced"] == sum(of["traced"] for kind, of in kinds.items() if kind != "all")
+    for of in kinds.values():
+        assert of["lowered"][0] == pytest.approx(1 - of["left_out"] / of["traced"], abs=1e-4)
+        assert of["best"].keys() == {"mlp", "attn", "resid"}
+
+
 def test_traces_that_lower_nothing_are_left_out_of_the_editing_report(monkeypatch: pytest.MonkeyPatch) -> None:
     dims = ("kind", "layer", "position")
 
