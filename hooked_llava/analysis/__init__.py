@@ -32,6 +32,7 @@ from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.analysis.studies.knockout import knockout_study
+from hooked_llava.analysis.studies.pope import pope_study
 from hooked_llava.analysis.studies.probability import probability_study
 from hooked_llava.analysis.studies.trace import average_traces, best_effects, trace_means, trace_study
 from hooked_llava.results.arrays import recovered
@@ -79,6 +80,7 @@ __all__ = [
     "output_knockout",
     "patch_importance",
     "path_patching",
+    "pope_study",
     "position_scores",
     "predict_wrong",
     "probability_study",

@@ -30,7 +30,7 @@ def table_option(files: str) -> Any:
     return typer.Option(metavar="TABLE", help=help_)
 
 
-TableName = Annotated[str | None, table_option("GQA")]
+TableName = Annotated[str | None, table_option("GQA or POPE")]
 ImageFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the table's images are.")]
 Limit = Annotated[int | None, at_least(1, help="Questions of each kind. Default: all; of tiny-shapes 50.")]
 Every = Annotated[bool, typer.Option("--all", help="Also measure questions that are answered wrongly.")]
@@ -95,11 +95,13 @@ class TableOptions:
         return found, {"tail": tail}
 
     def gqa_rows(self) -> tuple[list[StudyRow], dict[str, str]]:
-        """Rows of the released GQA tables of Zhang et al., or of the embedded world's like them."""
-        from hooked_llava.datasets import GQA_TAIL, read_gqa
+        """Rows of the released GQA tables of Zhang et al., or of the embedded world's like them; or of POPE's files."""
+        from hooked_llava.datasets import GQA_TAIL, POPE_TAIL, read_gqa, read_pope
+        from hooked_llava.datasets.pope import is_pope
         from hooked_llava.toy.gqa_tables import gqa_rows
 
-        return self.rows(read_gqa, gqa_rows, GQA_TAIL)
+        pope = is_pope(str(self.dataset))
+        return self.rows(read_pope if pope else read_gqa, gqa_rows, POPE_TAIL if pope else GQA_TAIL)
 
     def study_options(self, prompt: PromptOptions) -> dict[str, Any]:
         """Arguments of `datasets.study`."""

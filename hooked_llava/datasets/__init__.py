@@ -2,6 +2,7 @@
 
 from hooked_llava.datasets.gqa import GQA_KINDS, GQA_TAIL, read_gqa
 from hooked_llava.datasets.matching import answers_match, answers_match_exactly
+from hooked_llava.datasets.pope import POPE_KINDS, POPE_TAIL, answers_match_as_pope, pope_scores, read_pope
 from hooked_llava.datasets.rows import StudyRow, prepare_rows
 from hooked_llava.datasets.study import by_kind, study
 from hooked_llava.datasets.vqa_constraints import ConstraintTable, read_vqa_constraints
@@ -10,12 +11,17 @@ __all__ = [
     "ConstraintTable",
     "GQA_KINDS",
     "GQA_TAIL",
+    "POPE_KINDS",
+    "POPE_TAIL",
     "StudyRow",
     "answers_match",
+    "answers_match_as_pope",
     "answers_match_exactly",
     "by_kind",
+    "pope_scores",
     "prepare_rows",
     "read_gqa",
+    "read_pope",
     "read_vqa_constraints",
     "study",
 ]

@@ -86,6 +86,11 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
+def a_shape_there(color: str, shape: str) -> str:
+    """The question whether a shape of a color is in the image."""
+    return f"Is there {_a(color)} {shape}?"
+
+
 class Named(TypedDict):
     """The fields of a question that say which objects it names."""
 
@@ -227,9 +232,8 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     if shape is None:
         return None
     found = scene.find(shape)
-    boxes = (found.box if found is not None else None,)
-    text = f"Is there {_a(color)} {shape}?"
-    return Question("exist", text, answer, false, objects=(shape,), boxes=boxes, answer_boxes=seen)
+    named: Named = {"objects": (shape,), "boxes": (found.box if found is not None else None,)}
+    return Question("exist", a_shape_there(color, shape), answer, false, answer_boxes=seen, **named)
 
 
 def _query_color(scene: Scene, rng: np.random.Generator) -> Question:

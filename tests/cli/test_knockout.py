@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from hooked_llava.analysis import attention_knockout
+from hooked_llava.cli.tables import TableOptions
+from hooked_llava.datasets.pope import POPE_KINDS
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load
 from hooked_llava.toy.gqa_tables import write_gqa
+from hooked_llava.toy.pope_tables import write_pope
 from tests.cli.running import QUESTION, refused, run
 from tests.launched import launch
 
@@ -50,6 +53,14 @@ def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
     assert "over 2 questions" in few.stdout
     said = refused("knockout", "--dataset", str(folder), "--limit", "1", "--results", str(kept), *options)
     assert "holds another study" in said
+
+
+def test_a_table_of_pope_is_known_by_its_content(tmp_path):
+    folder = write_pope(tmp_path / "pope", 2)
+    for path, kinds in ((folder, POPE_KINDS), (folder / "tiny_shapes_pope_popular.json", ("popular",))):
+        rows, how = TableOptions(dataset=str(path), images=folder).gqa_rows()
+        assert [row.id for row in rows] == [f"{kind}-{i}" for kind in kinds for i in (1, 2)]
+        assert how == {"tail": "\nAnswer the question using a single word or phrase."}
 
 
 def one_of_two(folder: Path, arguments: tuple[str, ...], index: int) -> None:

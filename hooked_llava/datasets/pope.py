@@ -1,0 +1,221 @@
+"""POPE: questions whether an object is in an image, and how often a model says so where it is not (Li et al., arXiv 2305.10355).
+
+Half of the questions name an object that is there. The other half name one that is not: any ("random"), one that is frequent in
+the data set ("popular"), or one that often appears together with what is there ("adversarial").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from hooked_llava.checks import one_of, whole_number
+from hooked_llava.datasets.rows import StudyRow
+from hooked_llava.datasets.study import OF_ALL
+from hooked_llava.errors import InputError
+
+POPE_KINDS = ("random", "popular", "adversarial")
+"""The three kinds of questions, by how the absent objects were chosen."""
+POPE_TAIL = "\nAnswer the question using a single word or phrase."
+"""What LLaVA's evaluation puts after each question."""
+_ASKED = ("question_id", "image", "text", "label")
+_ANSWERS = {"yes": "Yes", "no": "No"}
+_DENYING = ("No", "not", "no")
+_SUFFIXES = (".json", ".jsonl")
+
+
+def read_pope(path: str | Path, *, kinds: Iterable[str] | None = None, limit: int | None = None) -> list[StudyRow]:
+    """The questions of one POPE file, or of all that are in a folder: a JSON object a line, with question_id, image, text, label.
+
+    A row's kind is its field `category` where it has one, otherwise the word "random", "popular" or "adversarial" in the
+    file's name, as in coco_pope_random.json; its id is the kind and the question_id. The answer is "Yes" or "No".
+
+    Args:
+        path: a file, or a folder with files (.json, .jsonl) whose names say their kinds.
+        kinds: kinds of question to read (`POPE_KINDS`); all that are there by default.
+        limit: questions of each file, the first ones, at least 1; all by default.
+
+    Raises `InputError` for a file that is not there or of no kind, a line that is no such question, unknown kinds, and a limit
+    below 1.
+
+    >>> import tempfile
+    >>> from hooked_llava.toy.pope_tables import write_pope
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = read_pope(write_pope(folder, n=2), kinds=["popular"])
+    >>> [(row.id, row.kind, row.answer) for row in rows]
+    [('popular-1', 'popular', 'Yes'), ('popular-2', 'popular', 'No')]
+    """
+    wanted = POPE_KINDS if kinds is None else tuple(kinds)
+    for kind in wanted:
+        one_of(kind, POPE_KINDS, "kinds", says=f"There is no kind {kind!r}.")
+    if limit is not None:
+        whole_number(limit, "limit", least=1, of=" questions of each file", expected="at least 1, or None for all")
+    rows = [row for file in _files(Path(path)) for row in _read(file, limit) if row.kind in wanted]
+    if not rows:
+        raise InputError(f"{str(path)!r} holds no questions of the kinds {', '.join(wanted)}.")
+    return rows
+
+
+def is_pope(path: str | Path) -> bool:
+    """Whether this is a POPE file, by its first line, or a folder that holds one.
+
+    >>> is_pope("nowhere")
+    False
+    """
+    path = Path(path)
+    return any(map(_begins_as_pope, [path] if path.is_file() else _tables_in(path)))
+
+
+def said_yes(said: str) -> bool:
+    """Whether an answer counts as yes by the rule of POPE's code: its first sentence has no word "No", "no" or "not".
+
+    >>> said_yes("Yes, there is."), said_yes("No"), said_yes("There is not. Yes."), said_yes("Nothing")
+    (True, False, False, True)
+    """
+    words = said.partition(".")[0].replace(",", "").split(" ")
+    return not any(word in _DENYING for word in words)
+
+
+def answers_match_as_pope(said: str, answer: str) -> bool:
+    """Whether what was said and the answer are both yes or both no, by `said_yes`.
+
+    >>> answers_match_as_pope("No, there is no dog.", "No")
+    True
+    """
+    return said_yes(said) == said_yes(answer)
+
+
+def pope_scores(asked: xr.Dataset | Sequence[StudyRow], said: Sequence[str] | None = None) -> xr.Dataset:
+    """Accuracy, precision, recall, F1 and the share of yes, by kind of question and over all, as the POPE paper reports them.
+
+    "Yes" is what is looked for: precision is the share of right answers among those that say yes, recall the share of the
+    objects there that are found, F1 their harmonic mean. A half of the questions has the answer yes, so a share of yes far
+    above it says that objects are made up.
+
+    Args:
+        asked: a study of such a table with `only_correct=False` (`pope_study`), or its rows.
+        said: with rows, what the model said to each.
+
+    Returns `accuracy`, `precision`, `recall`, `f1`, `yes_share` and `n` (questions), each [kind]; of a study with `log_odds`
+    also their means where the object is there and where it is not, `log_odds` [kind, label]. A share of nothing is NaN. Raises
+    `InputError` for a study of correct answers only, and for as many answers as there are not rows.
+
+    >>> rows = [StudyRow(id=i, question="?", answer=a, kind="random") for i, a in (("1", "Yes"), ("2", "No"))]
+    >>> scores = pope_scores(rows, ["Yes", "Yes"]).sel(kind="random")
+    >>> float(scores.accuracy), float(scores.precision), float(scores.recall), float(scores.yes_share)
+    (0.5, 0.5, 1.0, 1.0)
+    """
+    kinds, truth, guess = _answers(asked, said)
+    groups = {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
+    if len(groups) > 1:
+        groups[OF_ALL] = np.ones(len(kinds), dtype=bool)
+    rows = [_scores(truth[group], guess[group]) for group in groups.values()]
+    found = xr.Dataset({name: ("kind", [row[name] for row in rows]) for name in rows[0]}, coords={"kind": list(groups)})
+    if isinstance(asked, xr.Dataset) and "log_odds" in asked:
+        odds = asked["log_odds"].values
+        means = [[_share(odds[group & (truth == label)]) for label in (True, False)] for group in groups.values()]
+        found["log_odds"] = (("kind", "label"), means)
+        found = found.assign_coords(label=["Yes", "No"])
+    return found
+
+
+def _answers(
+    asked: xr.Dataset | Sequence[StudyRow], said: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kind, whether the object is there, and whether the model says so, question by question."""
+    if isinstance(asked, xr.Dataset):
+        if missing := [name for name in ("kind", "answer", "said") if name not in asked.coords] or said is not None:
+            raise InputError(f"A study brings what was said; got said={said!r}, and the study lacks {missing}.")
+        if asked.attrs.get("only_correct"):
+            raise InputError(
+                "The study has only_correct=True, so that all its answers are right; ask with only_correct=False."
+            )
+        kinds, answers, said = (asked[name].values.tolist() for name in ("kind", "answer", "said"))
+    else:
+        kinds, answers = [row.kind for row in asked], [row.answer for row in asked]
+    if said is None or len(said) != len(answers) or not answers:
+        raise InputError(f"{len(answers)} questions and said={said!r}; expected what was said to each.")
+    return np.array(kinds, dtype=str), np.array([*map(said_yes, answers)]), np.array([*map(said_yes, said)])
+
+
+def _scores(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    precision, recall = _share(truth[guess]), _share(guess[truth])
+    both = precision + recall
+    return {
+        "accuracy": _share(truth == guess),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / both if both else 0.0,
+        "yes_share": _share(guess),
+        "n": len(truth),
+    }
+
+
+def _share(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    """Files of a folder whose names say a kind, in the order of the kinds."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES) if folder.is_dir() else []
+    return [file for kind in POPE_KINDS for file in files if _kind_of(file) == kind]
+
+
+def _files(path: Path) -> list[Path]:
+    found = [path] if path.is_file() else _tables_in(path)
+    if not found:
+        what = "holds no file named after a kind" if path.is_dir() else "is no file and no folder"
+        raise InputError(
+            f"{str(path)!r} {what}; give a POPE file such as coco_pope_random.json, or the folder that they are in."
+        )
+    return found
+
+
+def _kind_of(file: Path) -> str:
+    return next((kind for kind in POPE_KINDS if kind in file.stem.lower()), "")
+
+
+def _begins_as_pope(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            first = json.loads(next(filter(str.strip, lines), ""))
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and set(_ASKED) <= set(first)
+
+
+def _read(file: Path, limit: int | None) -> list[StudyRow]:
+    try:
+        lines = [*islice(filter(str.strip, file.read_text(encoding="utf-8-sig").splitlines()), limit)]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{str(file)!r} cannot be read ({error}); expected JSON in UTF-8, an object a line.") from None
+    return [_row(line, _kind_of(file), f"{str(file)!r}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str, kind: str, where: str) -> StudyRow:
+    try:
+        cells: Any = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is no JSON ({error}); expected an object with {', '.join(_ASKED)}.") from None
+    if not isinstance(cells, dict) or (missing := [name for name in _ASKED if name not in cells]):
+        lacks = missing if isinstance(cells, dict) else list(_ASKED)
+        raise InputError(f"{where} lacks {lacks}; expected an object with {', '.join(_ASKED)}.")
+    kind, label = str(cells.get("category", kind)).lower(), str(cells["label"]).strip().lower()
+    if kind not in POPE_KINDS or label not in _ANSWERS:
+        raise InputError(
+            f"{where} is of the kind {kind!r} with the label {label!r}; expected yes or no, and one of "
+            f"{', '.join(POPE_KINDS)} in the file's name or in a field category."
+        )
+    return StudyRow(
+        id=f"{kind}-{cells['question_id']}",
+        question=str(cells["text"]),
+        answer=_ANSWERS[label],
+        image=str(cells["image"]),
+        kind=kind,
+    )
