@@ -1,7 +1,8 @@
 """The command `hooked-llava`: ask a model about images, explain its answers, and check it against Hugging Face.
 
 One file for each command; `command.py` makes a function a command, `common.py` and `options.py` hold what several share,
-`edit_options.py` and `edit_probes.py` what `edit` takes besides; the files that begin with `sae` are the commands of `sae`.
+`tables.py` how a table of questions is given, `edit_options.py` and `edit_probes.py` what `edit` takes besides; the files that
+begin with `sae` are the commands of `sae`.
 Everything heavy is imported inside the commands, so that `--help` is quick.
 """
 

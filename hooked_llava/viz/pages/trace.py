@@ -141,7 +141,7 @@ def trace_study_page(result: xr.Dataset, *, title: str | None = None, n_boot: in
 def _lowered(means: xr.Dataset) -> dict[str, Any]:
     """Of one kind of question how often, and how far, the corruption lowers the answer."""
     share = {end: f"{float(means.lowered.sel(statistic=end)):.0%}" for end in ("mean", "low", "high")}
-    p = {name: f"{float(means[name].sel(statistic='mean')):.3f}" for name in ("p_clean", "p_corrupted")}
+    p = {name: f"{float(means[name].sel(statistic='mean')):.2f}" for name in ("p_clean", "p_corrupted")}
     counts = {"kind": str(means.kind.values), "n": int(means.n), "n_lowered": int(means.n_lowered)}
     return {**counts, **p, "share": share["mean"], "interval": f"{share['low']} to {share['high']}"}
 

@@ -78,7 +78,8 @@ def test_the_page_of_a_table_shows_shares_curves_and_all_effects(study, tmp_path
     lowered = table_rows(page.html, "lowered")[1:]
     assert [row[:2] for row in lowered] == [["all", "3 of 4"], ["A", "1 of 2"], ["B&lt;i&gt;", "2 of 2"]]
     assert [row[2].split()[0] for row in lowered] == ["75%", "50%", "100%"]
-    assert float(lowered[0][4]) == pytest.approx(float(study.p_corrupted.mean()), abs=0.00051)
+    for text, p in zip(lowered[0][3].split(" → "), (study.p_clean, study.p_corrupted), strict=True):
+        assert float(text) == pytest.approx(float(p.mean()), abs=0.0051)
     shown = table_rows(page.html, "effects")
     means = study.indirect_effect.isel(question=[0, 2, 3]).mean("question").sel(output="mlp")
     at = {row[0]: row[1:] for row in shown[1 : 1 + len(trace_means(study, n_boot=2).role)]}
