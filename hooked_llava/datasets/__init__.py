@@ -1,4 +1,8 @@
-"""Tables of questions: readers of the papers' released files, and a runner that takes an analysis over a table."""
+"""Tables of questions: readers of the papers' released files, and a runner that takes an analysis over a table.
+
+Also the activations of the prompts of a table, one forward pass for each batch: what probes, lenses and autoencoders
+are fitted on.
+"""
 
 from hooked_llava.datasets.gqa import GQA_KINDS, GQA_TAIL, read_gqa
 from hooked_llava.datasets.matching import answers_match, answers_match_exactly

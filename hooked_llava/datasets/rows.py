@@ -139,6 +139,11 @@ def prepare_rows(
         tail=tail,
         answer_prefix=prefixes.pop(),
     )
+    return with_row_spans(inputs, rows, coverage)
+
+
+def with_row_spans(inputs: Inputs, rows: Sequence[StudyRow], coverage: Number = 0) -> Inputs:
+    """Prompts with the spans that their rows bring, as `prepare_rows` names them; raises `SpanError` as it does."""
     maps = tuple(inputs.each(lambda m, row: _with_spans(m, row, coverage), inputs.token_maps, rows))
     return replace(inputs, token_maps=maps)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 import hooked_llava
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import whole_number
+from hooked_llava.datasets.forwards import PLACES, Chunk, ModelSource, checked_hooks
+from hooked_llava.datasets.prompts import DataOptions, Progress, PromptSource
 from hooked_llava.errors import InputError
 from hooked_llava.features.shards import ImageRecord, Sums, write_entries, write_images
 from hooked_llava.model.attached_sae import encoded_in_parts, place_of_sae
@@ -24,11 +26,7 @@ from hooked_llava.model.weights_id import weights_hash
 from hooked_llava.replay.progress import progress_bar
 from hooked_llava.results.provenance import image_hashes
 from hooked_llava.sae.autoencoder import Features, SparseAutoencoder
-from hooked_llava.sae.forwards import Chunk, ModelSource
-from hooked_llava.sae.prompts import DataOptions, Progress, PromptSource
 from hooked_llava.sae.shards import ShardIndex
-from hooked_llava.sae.shuffle import PLACES
-from hooked_llava.sae.stream import checked_hooks
 from hooked_llava.storage import written_whole
 
 FORMAT = "hooked_llava.features.v1"

@@ -23,6 +23,7 @@ from torch import Tensor
 import hooked_llava
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.checks import whole_number
+from hooked_llava.datasets.places import places_of
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.features.build import FORMAT, stored_file
 from hooked_llava.features.shards import ImageRecord, Sums, write_entries, write_images
@@ -30,7 +31,6 @@ from hooked_llava.features.store import FeatureStore
 from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.results.provenance import image_hash
-from hooked_llava.sae.places import places_of
 from hooked_llava.sae.shards import ShardIndex
 from hooked_llava.storage import TensorFile, write_safetensors
 

@@ -16,6 +16,7 @@ from hooked_llava.architecture.boxes import BoxLike, checked_mask
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import as_index, one_of, whole_number
+from hooked_llava.datasets.prompts import DataOptions
 from hooked_llava.errors import CheckpointError, counted
 from hooked_llava.features.build import FORMAT, SHARD_SIZE, BuildSettings, build
 from hooked_llava.features.images import StoredImages
@@ -23,7 +24,6 @@ from hooked_llava.features.ranking import ActiveFeature, Pooling, TopImage, pool
 from hooked_llava.features.shards import Entries, Sums
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.sae.autoencoder import SparseAutoencoder
-from hooked_llava.sae.prompts import DataOptions
 from hooked_llava.sae.shards import INDEX, ShardIndex
 
 _BLOCK = 2**22  # activations read at once

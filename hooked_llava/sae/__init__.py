@@ -6,10 +6,10 @@ sparse features of activations, and a model whose `hooks_table` lists the featur
 below them.
 """
 
+from hooked_llava.datasets.places import PLACE_COLUMNS
 from hooked_llava.sae.attribution import feature_attribution, feature_maps, pooled
 from hooked_llava.sae.autoencoder import Features, SAEConfig, SparseAutoencoder
 from hooked_llava.sae.files import load_sae, save_sae
-from hooked_llava.sae.places import PLACE_COLUMNS
 from hooked_llava.sae.splice import LossRecovered, loss_recovered
 from hooked_llava.sae.statistics import ActivationStatistics
 from hooked_llava.sae.stream import ActivationBatch, ActivationStream, activation_stream

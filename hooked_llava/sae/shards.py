@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from hooked_llava.checks import first_difference
+from hooked_llava.datasets.forwards import Chunk, Rows
+from hooked_llava.datasets.prompts import Progress
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.replay.progress import progress_bar
-from hooked_llava.sae.forwards import Chunk
-from hooked_llava.sae.prompts import Progress
-from hooked_llava.sae.shuffle import Rows, n_rows
+from hooked_llava.sae.shuffle import n_rows
 from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "hooked_llava.activations.v1"

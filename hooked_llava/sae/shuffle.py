@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
 
-Rows: TypeAlias = dict[str, Tensor]
-"""Tensors with one row for each activation, by name."""
+from hooked_llava.datasets.forwards import PLACES, Rows
 
 
 class ShuffleBuffer:
@@ -71,10 +69,6 @@ class ShuffleBuffer:
         self.generator.set_state(state["generator"])
         if state["rows"]:
             self.add(on_device(state["rows"], device))
-
-
-PLACES = "places"
-"""The name of the rows that say where activations come from; they stay on the CPU."""
 
 
 def n_rows(rows: Rows) -> int:

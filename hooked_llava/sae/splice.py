@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_llava.datasets.forwards import ALL
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.attached_sae import place_of_sae, side_by_side
@@ -21,7 +22,6 @@ from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.reference_mean import reference_means
 from hooked_llava.replay.replay import Replay
 from hooked_llava.sae.autoencoder import SparseAutoencoder
-from hooked_llava.sae.forwards import ALL
 
 
 @dataclass(frozen=True)

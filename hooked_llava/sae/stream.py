@@ -14,16 +14,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.checks import first_difference, one_of, whole_number
+from hooked_llava.datasets.forwards import ALL, PLACES, Chunk, ModelSource, Rows, checked_hooks
+from hooked_llava.datasets.places import PLACE_COLUMNS
+from hooked_llava.datasets.prompts import DataOptions, Progress, PromptSource
 from hooked_llava.errors import InputError
 from hooked_llava.machine.processes import launched_as
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import weights_hash
-from hooked_llava.sae.forwards import ALL, Chunk, ModelSource
-from hooked_llava.sae.places import PLACE_COLUMNS
-from hooked_llava.sae.prompts import DataOptions, Progress, PromptSource
 from hooked_llava.sae.shards import ShardCache
-from hooked_llava.sae.shuffle import PLACES, Rows, ShuffleBuffer, n_rows, on_device
+from hooked_llava.sae.shuffle import ShuffleBuffer, n_rows, on_device
 from hooked_llava.sae.statistics import ActivationStatistics
 
 Acts: TypeAlias = Tensor | dict[str, Tensor]
@@ -274,27 +274,6 @@ def activation_stream(
     )
     device = torch.device(model.cfg.device if device is None else device)
     return ActivationStream(model, names, chunks, config, about, one_hook=one, device=device)
-
-
-def checked_hooks(model: HookedLLaVA, hooks: Sequence[Any], tokens: str) -> list[str]:
-    """Full names in firing order; raises `InputError` for what has no vector at every position, or at different ones."""
-    table = model.hooks_table
-    found = {table.one(hook) for hook in hooks}
-    for name in found:
-        axes = table[name].axes
-        if axes[1] not in ("pos", "patch", "feature") or not vector_width(table, name):
-            raise InputError(
-                f"hooks={name!r} has the axes {axes}; expected a hook with a vector at every position, such as "
-                "'blocks.3.hook_resid_post'. What enters from an image is 'hook_embed' at tokens='image'."
-            )
-        if table[name].on_image_side and tokens not in (ALL, "image"):
-            raise InputError(f"tokens={tokens!r} at hooks={name!r}, which fires at images; expected 'image' or 'all'.")
-    if not found:
-        raise InputError("hooks=[] names no hook; give at least one, such as 'blocks.3.hook_resid_post'.")
-    names = [name for name in table.names if name in found]
-    if len({table[name].axes[:2] for name in names}) > 1:
-        raise InputError(f"hooks={names} have activations at different positions; give each a stream of its own.")
-    return names
 
 
 def _cached(

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.datasets.forwards import PLACES, Chunk
+from hooked_llava.datasets.places import places_of
+from hooked_llava.datasets.prompts import Progress, PromptRow
 from hooked_llava.features.build import StoreWriter
 from hooked_llava.features.store import FeatureStore
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
-from hooked_llava.sae.forwards import Chunk
-from hooked_llava.sae.places import places_of
-from hooked_llava.sae.prompts import Progress, PromptRow
-from hooked_llava.sae.shuffle import PLACES
 from tests.layouts import map_of
 from tests.oracles.plain_features import PlainImage
 

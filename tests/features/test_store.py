@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.datasets.forwards import ModelSource
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import CheckpointError, InputError, SpanError
 from hooked_llava.features.ranking import Pooling
@@ -24,7 +25,6 @@ from hooked_llava.features.shards import ENTRIES
 from hooked_llava.features.store import FeatureStore
 from hooked_llava.sae.autoencoder import SAEConfig, SparseAutoencoder
 from hooked_llava.sae.files import load_sae
-from hooked_llava.sae.forwards import ModelSource
 from hooked_llava.storage import read_tensors
 from hooked_llava.toy.scenes import draw_scene
 from tests.features.made import Given, filled, picture, same_ranking, write

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from hooked_llava.architecture.grid import Cell
+from hooked_llava.datasets.forwards import ModelSource
+from hooked_llava.datasets.places import PLACE_COLUMNS
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
-from hooked_llava.sae.forwards import ModelSource
-from hooked_llava.sae.places import PLACE_COLUMNS
 from hooked_llava.sae.shards import ShardCache
 from hooked_llava.sae.stream import ActivationBatch, ActivationStream, activation_stream
 from hooked_llava.toy.scenes import draw_scene
@@ -48,6 +48,19 @@ def same(first: list[ActivationBatch], second: list[ActivationBatch]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(a.acts, b.acts) and torch.equal(a.places, b.places) for a, b in zip(first, second, strict=True)
     )
+
+
+def test_rows_of_a_table_bring_their_spans_into_the_stream(tiny_shapes):
+    rows = [
+        StudyRow(id=shape, question=f"Is the {shape} red or blue?", answer="red", false_option="blue", objects=(shape,))
+        for shape in ("star", "ring")
+    ]
+    found = joined(list(stream_of(tiny_shapes, rows, tokens="object_word|false_option").with_places()))
+    words = [tiny_shapes.tokenizer.decode([token]).strip() for token in found.place("token").tolist()]
+    assert sorted(words) == ["blue", "blue", "ring", "star"]
+    asked = stream_of(tiny_shapes, rows, tokens="object_word", prompt="Is there a circle?")
+    with pytest.raises(SpanError, match="object_word"):  # the rows' words are not in another question
+        next(asked)
 
 
 @pytest.mark.parametrize("tokens", ["all", "image", "question|last"])

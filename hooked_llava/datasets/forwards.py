@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.checks import whole_number
+from hooked_llava.datasets.places import places_in_tiles, places_of
+from hooked_llava.datasets.prefetch import prefetched
+from hooked_llava.datasets.prompts import DataOptions, Progress, PromptRow, PromptSource
+from hooked_llava.datasets.rows import with_row_spans
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.where import Where, positions_of
-from hooked_llava.sae.places import places_in_tiles, places_of
-from hooked_llava.sae.prefetch import prefetched
-from hooked_llava.sae.prompts import Progress, PromptRow, PromptSource
-from hooked_llava.sae.shuffle import PLACES, Rows
 
 ALL = "all"
 """`tokens=` for every position that is not padding."""
+PLACES = "places"
+"""The name of the rows that say where activations come from; they stay on the CPU."""
+Rows: TypeAlias = dict[str, Tensor]
+"""Tensors with one row for each activation, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class ModelSource:
         model: the model.
         hooks: full names of hooks with the same positions.
         prompts: what is run.
-        tokens: the span whose positions are kept, or "all".
+        tokens: the span whose positions are kept, or "all"; rows of a table bring those that `prepare_rows` names.
         prompts_per_forward: how many prompts go through the model together.
         prefetch: how many batches of prompts are prepared ahead, in a thread.
         options: go to `model.prepare`.
@@ -136,7 +143,9 @@ class ModelSource:
         if rows[0].prepared is not None:
             return self.model.as_inputs(rows[0].prepared).single("An entry of data")
         images = [row.images or None for row in rows]
-        return self.model.prepare([row.question for row in rows], images if any(images) else None, **self.options)
+        inputs = self.model.prepare([row.question for row in rows], images if any(images) else None, **self.options)
+        asked = [row.asked for row in rows if row.asked is not None]
+        return with_row_spans(inputs, asked) if self.where is not None and len(asked) == len(rows) else inputs
 
     @torch.no_grad()
     def _forward(self, prepared: _Prepared) -> Rows:
@@ -150,3 +159,47 @@ class ModelSource:
         stop = self.model.hooks_table.stop_after(self.hooks)
         self.model.run_with_hooks(prepared.inputs, fwd_hooks=[(self.hooks, keep)], stop_at_layer=stop, return_type=None)
         return {**{name: found[name] for name in self.hooks}, PLACES: prepared.places}
+
+
+def source_of(
+    model: HookedLLaVA,
+    hooks: Sequence[Any],
+    data: Any,
+    *,
+    tokens: str,
+    prompts_per_forward: int,
+    images: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    epochs: int | None = 1,
+    prefetch: int = 2,
+    options: Mapping[str, Any] | None = None,
+) -> ModelSource:
+    """Activations of several hooks at once, of the prompts of some data; raises as `checked_hooks` and `PromptSource`."""
+    if not isinstance(tokens, str):
+        raise InputError(f"tokens={tokens!r}; expected 'all', or the name of a span such as 'image'.")
+    whole_number(prompts_per_forward, "prompts_per_forward", least=1)
+    names = checked_hooks(model, hooks, tokens)
+    folder = None if images is None else Path(images)
+    prompts = PromptSource(data, DataOptions(images=folder), seed=seed, epochs=epochs)
+    return ModelSource(model, names, prompts, tokens, prompts_per_forward, prefetch, options or {})
+
+
+def checked_hooks(model: HookedLLaVA, hooks: Sequence[Any], tokens: str) -> list[str]:
+    """Full names in firing order; raises `InputError` for what has no vector at every position, or at different ones."""
+    table = model.hooks_table
+    found = {table.one(hook) for hook in hooks}
+    for name in found:
+        axes = table[name].axes
+        if axes[1] not in ("pos", "patch", "feature") or not vector_width(table, name):
+            raise InputError(
+                f"hooks={name!r} has the axes {axes}; expected a hook with a vector at every position, such as "
+                "'blocks.3.hook_resid_post'. What enters from an image is 'hook_embed' at tokens='image'."
+            )
+        if table[name].on_image_side and tokens not in (ALL, "image"):
+            raise InputError(f"tokens={tokens!r} at hooks={name!r}, which fires at images; expected 'image' or 'all'.")
+    if not found:
+        raise InputError("hooks=[] names no hook; give at least one, such as 'blocks.3.hook_resid_post'.")
+    names = [name for name in table.names if name in found]
+    if len({table[name].axes[:2] for name in names}) > 1:
+        raise InputError(f"hooks={names} have activations at different positions; give each a stream of its own.")
+    return names

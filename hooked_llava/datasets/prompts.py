@@ -47,6 +47,7 @@ class PromptRow(NamedTuple):
         images (list[Any]): Its images.
         prepared (Any): Inputs, or what a processor returned, if the data hold those.
         files (Sequence[Path | None]): Where its images are on disk; None for those that the data hold themselves.
+        asked (StudyRow | None): The row of a table whose question is asked as it stands there, with the spans that it brings.
     """
 
     row: int
@@ -54,6 +55,7 @@ class PromptRow(NamedTuple):
     images: list[Any]
     prepared: Any = None
     files: Sequence[Path | None] = ()
+    asked: StudyRow | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ class PromptSource:
         if isinstance(entry, StudyRow):
             folder = self.options.images
             images, files = [*_listed(row_image(entry, folder))], _listed(row_file(entry, folder))
-            return PromptRow(row, self._question(row, entry.question), images, files=files or [None] * len(images))
+            asked = entry if self.options.prompt is None else None
+            return PromptRow(
+                row, self._question(row, entry.question), images, None, files or [None] * len(images), asked
+            )
         if isinstance(entry, Mapping):
             needed = [] if self.options.prompt is not None else [question_column]
             needed += [] if image_column == _IMAGE else [image_column]  # named, so there should be one
