@@ -25,10 +25,14 @@ from hooked_llava.analysis import (
     answer_maps,
     attention_knockout,
     causal_trace,
+    lens_kl,
     logit_lens,
     patch_importance,
+    probe_linear,
+    train_tuned_lens,
 )
 from hooked_llava.editing import EditRequest, multedit
+from hooked_llava.toy.gqa_tables import gqa_rows
 from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
 from hooked_llava.toy.wide_scenes import sample_wide_scene
 
@@ -70,6 +74,14 @@ def answers(model: HookedLLaVA) -> None:
     save(viz.plot_patching(activation_patching(model, clean, blue), clean, unfold=True), "patching.png")
     edit = multedit(model, EditRequest(fact, "Boris", constraint="this shape"), layer=3, position="last")
     save(viz.answer_shift(viz.edit_page(model, fact, edit).results["answers"]), "edit.png")
+
+
+def layers(model: HookedLLaVA) -> None:
+    """What probes and lenses read from each layer."""
+    rows = gqa_rows(48, kinds=["QueryAttr"])
+    save(viz.probe_curves(probe_linear(model, rows, "answer", folds=4).result), "probe.png")
+    tuned = train_tuned_lens(model, gqa_rows(16, seed=1), steps=100)
+    save(viz.lens_curves(lens_kl(model, gqa_rows(4), lens=tuned)), "lenses.png")
 
 
 def world() -> None:
@@ -178,6 +190,7 @@ def main() -> None:
     world()
     world_next()
     answers(model)
+    layers(model)
     report(model)
     gallery()
 

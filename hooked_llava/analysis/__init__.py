@@ -30,14 +30,19 @@ from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.output_knockout import output_knockout
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.analysis.path_patching import path_patching
+from hooked_llava.analysis.probe_linear import LinearProbe, probe_linear
 from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.analysis.studies.knockout import knockout_study
 from hooked_llava.analysis.studies.pope import pope_study
 from hooked_llava.analysis.studies.probability import probability_study
 from hooked_llava.analysis.studies.trace import average_traces, best_effects, trace_means, trace_study
+from hooked_llava.analysis.tuned_lens import lens_kl, train_tuned_lens
+from hooked_llava.readout.tuned_lens import TunedLens
 from hooked_llava.results.arrays import recovered
 
 __all__ = [
+    "LinearProbe",
+    "TunedLens",
     "ablate_heads",
     "activation_patching",
     "agreement",
@@ -72,6 +77,7 @@ __all__ = [
     "knockout_study",
     "layer_scores",
     "leads_from",
+    "lens_kl",
     "logit_attribution",
     "logit_lens",
     "nested_sets",
@@ -85,6 +91,7 @@ __all__ = [
     "predict_wrong",
     "probability_study",
     "probability_summary",
+    "probe_linear",
     "random_heads",
     "reciprocal_rank",
     "recovered",
@@ -92,5 +99,6 @@ __all__ = [
     "top_neurons",
     "trace_means",
     "trace_study",
+    "train_tuned_lens",
     "with_released_norm",
 ]

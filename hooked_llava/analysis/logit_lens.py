@@ -8,7 +8,7 @@ believes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import xarray as xr
@@ -19,7 +19,9 @@ from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
-from hooked_llava.readout.lens import Lens, lens, top_tokens
+from hooked_llava.readout.lens import Lens, top_tokens
+from hooked_llava.readout.lens import lens as read_by
+from hooked_llava.readout.tuned_lens import TunedLens
 from hooked_llava.readout.vocabulary import check_k
 from hooked_llava.results.arrays import position_coords, resid_coords, stack, word_variables
 from hooked_llava.results.provenance import provenance
@@ -36,10 +38,11 @@ def logit_lens(
     inputs: InputsLike,
     *,
     positions: PositionsLike = "last",
-    norm: Lens = "final",
+    norm: Lens | Literal["tuned"] = "final",
     answers: Sequence[str | int] | None = None,
     k: int = 5,
     hook: str | tuple[Any, ...] | None = None,
+    lens: TunedLens | None = None,
 ) -> xr.Dataset:
     """Words in the residual stream by layer: `token`, `token_id`, `probability`, each [layer, position, rank].
 
@@ -53,14 +56,16 @@ def logit_lens(
         norm: "final" applies the final norm to the residual stream, "frozen" the scale that the final one has at the same
             position (so that a component's reading is its part of the logits; a LayerNorm's bias is in readings of the
             whole residual stream only), "none" reads it raw (Zhang et al.
-            2411.18620).
+            2411.18620), "tuned" as "final" after the translator of `lens`.
         answers: tokens whose probability is wanted in every layer: ids, or words that are one token after the prompt.
         k: number of words kept.
         hook: short name of another hook to read, in all its layers: "attn_out", "mlp_out", "result" (an axis head
             follows position), "hook_image_embed" at image positions.
+        lens: for "tuned", a lens that `train_tuned_lens` made (Belrose et al. 2023).
 
-    Raises `InputError` for unknown tokens, a k that the vocabulary does not have, a position outside the prompt (for
-    image hooks, outside the images), and a hook that holds no vectors of the residual stream.
+    Raises `InputError` for "tuned" without a lens that fits the model, for unknown tokens, a k that the vocabulary does not
+    have, a position outside the prompt (for image hooks, outside the images), and a hook that holds no vectors of the
+    residual stream.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -69,6 +74,7 @@ def logit_lens(
     True
     """
     check_k(model, k)
+    _check_lens(model, norm, lens, hook)
     prompts = model.as_inputs(inputs)
 
     def followed(token_map: TokenMap) -> list[tuple[str, int]]:
@@ -76,7 +82,7 @@ def logit_lens(
         return [(one.text, only_token(model, one)) for one in found]
 
     each = prompts.each(followed, prompts.token_maps)  # all are checked before anything is run
-    results = prompts.each(lambda one, own: _one_prompt(model, one, positions, norm, own, k, hook), prompts, each)
+    results = prompts.each(lambda one, own: _one_prompt(model, one, positions, norm, own, k, hook, lens), prompts, each)
     return results[0] if len(results) == 1 else stack(results, "prompt")
 
 
@@ -84,18 +90,22 @@ def _one_prompt(
     model: HookedLLaVA,
     prompt: Inputs,
     positions: PositionsLike,
-    norm: Lens,
+    norm: Lens | Literal["tuned"],
     answers: list[tuple[str, int]],
     k: int,
     hook: str | tuple[Any, ...] | None,
+    tuned: TunedLens | None,
 ) -> xr.Dataset:
     index = resolve_positions(positions, prompt)[0]
     names = _names(model, prompt, hook)
     extra: dict[str, Any] = {} if hook is None else {"hook": hook}
     with provenance("logit_lens", model, prompt, n_forward=1, norm=norm, positions=positions, **extra) as made:
-        vectors, scale = _vectors(model, prompt, index, names, norm)  # (layer, position, [head], d_model)
+        reading: Lens = "final" if norm == "tuned" else norm
+        vectors, scale = _vectors(model, prompt, index, names, reading)  # (layer, position, [head], d_model)
+        if tuned is not None:
+            vectors = torch.stack([tuned.translate(own, layer) for layer, own in enumerate(vectors)])
         whole = hook is None or model.hooks_table[names[0]].site.startswith("hook_resid_")
-        how: dict[str, Any] = {"norm": norm, "scale": scale, "bias": whole}
+        how: dict[str, Any] = {"norm": reading, "scale": scale, "bias": whole}
         probability, ids = top_tokens(model, vectors, k, **how)
         dims = ("layer", "position", "head")[: vectors.ndim - 1]
         result = xr.Dataset(
@@ -104,12 +114,23 @@ def _one_prompt(
         )
         if answers:
             followed = to_device([token for _, token in answers], vectors.device)
-            found = torch.stack([lens(model, layer, **how).float().softmax(-1)[..., followed] for layer in vectors])
+            found = torch.stack([read_by(model, layer, **how).float().softmax(-1)[..., followed] for layer in vectors])
             result["answer_probability"] = ((*dims, "answer"), found.cpu().numpy())
             result = result.assign_coords(answer=[text for text, _ in answers])
         if hook is not None and model.hooks_table[names[0]].layer is None:
             result = result.isel(layer=0, drop=True)
         return result.assign_attrs(made.attrs())
+
+
+def _check_lens(model: HookedLLaVA, norm: str, lens: TunedLens | None, hook: str | tuple[Any, ...] | None) -> None:
+    """Raise `InputError` unless a tuned lens is given where it is used, which is in the residual stream, and fits the model."""
+    if (norm == "tuned") != (lens is not None):
+        given = "no lens" if lens is None else f"lens={lens!r}"
+        raise InputError(f"norm={norm!r} and {given}; a lens that train_tuned_lens made goes with norm='tuned'.")
+    if lens is not None:
+        lens.check(model)
+        if hook is not None:
+            raise InputError(f"norm='tuned' reads what enters the layers; got hook={hook!r}. Leave hook= out.")
 
 
 def _names(model: HookedLLaVA, prompt: Inputs, hook: str | tuple[Any, ...] | None) -> list[str]:

@@ -85,6 +85,7 @@ class ModelSource:
         options: Mapping[str, Any],
     ) -> None:
         self.model, self.hooks, self.prompts, self.options = model, hooks, prompts, options
+        self.tokens = tokens
         self.where: Where = None if tokens == ALL else tokens
         self.prompts_per_forward = prompts_per_forward
         self.prefetch = whole_number(prefetch, "prefetch", least=0)
@@ -154,7 +155,8 @@ class ModelSource:
         @reads_only
         def keep(tensor: Tensor, hook: HookPoint) -> None:
             vectors = tensor.flatten(2)  # heads side by side
-            found[str(hook.name)] = vectors.flatten(0, 1).index_select(0, prepared.index)
+            chosen = vectors.flatten(0, 1).index_select(0, prepared.index.to(vectors.device))
+            found[str(hook.name)] = chosen.to(prepared.index.device)
 
         stop = self.model.hooks_table.stop_after(self.hooks)
         self.model.run_with_hooks(prepared.inputs, fwd_hooks=[(self.hooks, keep)], stop_at_layer=stop, return_type=None)

@@ -96,6 +96,11 @@ def logits_of_tokens(
     return F.linear(normed, weight, None if bias is None else bias[list(ids)].to(normed.dtype))
 
 
+def positions_at_once(model: HookedLLaVA) -> int:
+    """How many vectors are read together, so that their logits fit into memory."""
+    return max(1, _CHUNK // model.cfg.d_vocab)
+
+
 def top_tokens(
     model: HookedLLaVA,
     vectors: Float[Tensor, "*shape d_model"],
@@ -111,7 +116,7 @@ def top_tokens(
     """
     check_k(model, k)
     rows = vectors.reshape(-1, vectors.shape[-1])
-    per_chunk = max(1, _CHUNK // model.cfg.d_vocab)
+    per_chunk = positions_at_once(model)
     chunks = rows.split(per_chunk)
     scales = [None] * len(chunks)
     if scale is not None:

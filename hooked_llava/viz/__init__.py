@@ -26,6 +26,7 @@ from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.figures.patch_words import patch_words
 from hooked_llava.viz.figures.patching import by_patch, plot_patching
 from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
+from hooked_llava.viz.figures.probes import lens_curves, probe_curves
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
@@ -66,6 +67,7 @@ __all__ = [
     "layer_head_map",
     "layer_position_map",
     "layer_position_maps",
+    "lens_curves",
     "lens_table",
     "model_view",
     "neuron_bars",
@@ -81,6 +83,7 @@ __all__ = [
     "probability_study_page",
     "ProbabilityPage",
     "probe_bars",
+    "probe_curves",
     "Report",
     "role_curves",
     "steering_page",

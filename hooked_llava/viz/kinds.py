@@ -40,12 +40,14 @@ KINDS = {
     "image_attention": Kind("patch_overlays"),
     "information_storage": Kind("storage_curves", "Information storage"),
     "layer_scores": Kind("contribution_bars"),
+    "lens_kl": Kind("lens_curves", "What a lens reads against what the model says"),
     "logit_attribution": Kind("plot_contributions"),
     "logit_lens": Kind("lens_table, answer_curve or patch_words", "Logit lens"),
     "neuron_scores": Kind("neuron_bars", "Neurons"),
     "output_knockout": Kind("knockout_curves", "Output knockout"),
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
+    "probe_linear": Kind("probe_curves", "Linear probe"),
     "steering_sweep": Kind("dose_response", "Steering"),
 }
 """By the name of the analysis, which its result says."""

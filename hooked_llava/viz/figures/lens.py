@@ -107,7 +107,8 @@ def _axis(result: xr.Dataset) -> str:
 def lens_title(result: xr.Dataset) -> str:
     """The lens and what it is held to, how it reads where that is not the final norm."""
     hook, norm = result.attrs.get("hook"), result.attrs.get("norm", "final")
-    how = {"frozen": " with the final norm's scale held", "none": " without the final norm"}.get(str(norm), "")
+    ways = {"frozen": " with the final norm's scale held", "none": " without the final norm", "tuned": ", tuned"}
+    how = ways.get(str(norm), "")
     return title_of(xr.Dataset(attrs={"analysis": "logit_lens"})) + (f" of {hook}" if hook else "") + how
 
 
