@@ -38,6 +38,7 @@ from benchmarks import (
     tiles,
     top_heads,
     trace_table,
+    tuned_lens,
 )
 from benchmarks._geometries import GEOMETRIES
 from benchmarks._measure import BASELINE, BRIDGE, HF_EAGER, NNSIGHT, OURS, RESULTS, ratio_table
@@ -180,6 +181,11 @@ def flow(report: Report) -> list[str]:
     return [information_flow.totals(report["checkpoints"]), information_flow.stages(report["checkpoints"])]
 
 
+def lenses(report: Report) -> list[str]:
+    """What lenses read in the embedded models, against what the models say."""
+    return tuned_lens.tables(report["checkpoints"])
+
+
 def traces(report: Report) -> list[str]:
     """Causal traces of the embedded models."""
     return [causal_trace_study.tables(report["checkpoints"])]
@@ -207,6 +213,7 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "tiles": {"tiles": tiles.tables},
     "apart": {"tiles": tiles.apart},
     "travelling": {"information_flow": flow},
+    "lenses": {"tuned_lens": lenses},
     "tracing": {"causal_trace_study": traces},
     "traced_table": {"trace_table": lambda report: [trace_table.table(report["kinds"])]},
     "editing": {"editing": edits},

@@ -196,6 +196,16 @@ def test_information_flow_reports_every_edge_and_kind(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_lenses_are_measured_by_span_norm_and_layer(run: Run, tmp_path: Path) -> None:
+    (found,) = run("tuned_lens", tmp_path / "report.json")["checkpoints"].values()
+    assert found["layers"][-1] == "final"
+    for by_norm in found["kl"].values():
+        assert list(by_norm) == ["none", "final", "tuned"]
+        assert by_norm["final"][-1] == pytest.approx(0, abs=1e-5)
+        assert {len(values) for values in by_norm.values()} == {len(found["layers"])}
+
+
+@pytest.mark.slow
 def test_top_heads_reports_overlap_and_ablation(run: Run, tmp_path: Path) -> None:
     (found,) = run("top_heads", tmp_path / "report.json")["checkpoints"].values()
     assert 0 <= found["overlap"]["share"][0] <= 1
