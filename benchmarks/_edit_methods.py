@@ -23,8 +23,10 @@ from hooked_llava.editing import (
     finetune,
     keep_prompts,
     key_covariance,
+    key_covariances,
     summary,
 )
+from hooked_llava.editing.memit import SpreadValues, solve_spread
 from hooked_llava.editing.solved import Solved, solve
 from hooked_llava.editing.values import ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
@@ -34,6 +36,7 @@ from hooked_llava.toy.evaluate import Example, usual_questions
 
 # Chosen on the facts CHOSEN_ON of tiny-shapes (seed 1), asked with other images than the benchmark's.
 LAYER = 3
+SPREAD, SPREAD_CLAMP = (1, 2, 3), 0.75  # of MEMIT: its default clamp
 LEARNING_RATE = {"one": 3e-3, "all": 1e-3}
 MAX_CHANGE = 0.02
 CHOSEN_ON = (3, 14, 27, 36, 41, 58, 62, 75, 80, 99)
@@ -115,6 +118,17 @@ def search_of(bench: Bench, cases: Sequence[int], layer: int, position: str, **o
         return solve(bench.model, requests, layer, position, ValueSearch(**options))
 
 
+def spread_search_of(bench: Bench, cases: Sequence[int], layers: Sequence[int], **options: Any) -> SpreadValues:
+    """Value differences of all cases at the last of several layers, over two images and the name."""
+    requests = [bench.request(case, n_images=2, by_name=True) for case in cases]
+    batches = (prepared(bench.model, batch) for batch in usual_questions())
+    with _misses_are_measured():
+        covariance = key_covariances(bench.model, batches, layers)
+        return solve_spread(
+            bench.model, requests, covariance, "last", ValueSearch(**{"clamp": SPREAD_CLAMP, **options})
+        )
+
+
 @contextmanager
 def _misses_are_measured() -> Iterator[None]:
     """The released clamp and layers that store nothing are compared on purpose: the tables say how far they get."""
@@ -139,7 +153,7 @@ def _closed(name: str, layer: int = LAYER, position: str = "last", **options: An
         if name == "rome":
             closing.update(covariance=bench.covariance, lam=0.0)
         if name == "random key":
-            found = replace(found, keys=_random_like(found.keys))
+            found = replace(found, keys=replace(found.keys, keys=_random_like(found.keys.keys)))
         for i in range(len(cases)):
             yield found.edit(name, only=[i], **closing)
 

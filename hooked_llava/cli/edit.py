@@ -46,7 +46,7 @@ def edit(
     max_new_tokens: MaxNewTokens = 20,
     output: Output = Path("edit.html"),
 ) -> None:
-    """Change one MLP so that a question is answered otherwise, and write a page of what changed and what did not."""
+    """Change one MLP, or several, so that a question is answered otherwise, and write a page of what changed and what did not."""
     question = prompt.question
     if not options.target:
         raise InputError("There is no target; say what the model is to answer: --target Boris.")
@@ -58,6 +58,10 @@ def edit(
         *options.entry.options,
     }
     typed.refuse(sorted(others_take), f"has no place with --method {options.method}; leave it out.")
+    if options.entry.settings.get("kl") and options.constraint is None:
+        raise InputError(
+            f'--method {options.method} keeps what is said of the constraint: name it (--constraint "this shape").'
+        )
     check_writable(output)
     check_writable(save, "--save")
     where = options.place(prompt.is_tiny_shapes)
@@ -110,7 +114,8 @@ def _edit(
             marked = position == "constraint"
             given["keep"] = keep.with_spans(constraint=options.constraint or "") if marked else keep
         if "covariance" in options.entry.options:
-            given["covariance"] = _covariance(model, layer, options.covariance, prompt.is_tiny_shapes)
+            found = _covariances(model, options.layers(layer), options, prompt.is_tiny_shapes)
+            given["covariance"] = found if options.is_spread else found[0]
         taken = {name: value for name, value in given.items() if name in options.entry.options}
         return options.entry.compute(model, options.request(inputs), **taken)
 
@@ -139,21 +144,26 @@ def _chosen_place(
         raise InputError(f"{error} (On the command line: --replace WORDS, --layer N, --position last.)") from None
 
 
-def _covariance(model: HookedLLaVA, layer: int, file: Path | None, embedded: bool) -> KeyCovariance:
-    from hooked_llava.editing import KeyCovariance, key_covariance
+def _covariances(model: HookedLLaVA, layers: list[int], options: EditOptions, embedded: bool) -> list[KeyCovariance]:
+    """What keys of the edited layers usually look like: from files, or from the embedded world's questions."""
+    from hooked_llava.editing import KeyCovariance, key_covariances
     from hooked_llava.toy.evaluate import prepare_examples, usual_questions
 
-    if file is not None:
-        found = KeyCovariance.load(file, model)
-        if found.layer != layer:
-            raise InputError(f"--covariance {file} is of layer {found.layer}, and layer {layer} is edited.")
+    if options.covariance:
+        found = sorted((KeyCovariance.load(file, model) for file in options.covariance), key=lambda one: one.layer)
+        if (of := [one.layer for one in found]) != layers:
+            named, edited = ", ".join(map(str, options.covariance)), " and ".join(map(str, layers))
+            raise InputError(
+                f"--covariance {named} is of layer {' and '.join(map(str, of))}, and layer {edited} is edited. Give one file "
+                "for each edited layer."
+            )
         return found
     if not embedded:
         raise InputError(
-            "--method rome needs to know what keys usually look like: let key_covariance(model, prompts, layer, path=...) "
-            "write that, and give the file with --covariance."
+            f"--method {options.method} needs to know what keys usually look like: let key_covariance(model, prompts, layer, "
+            f"path=...) write that for layer {' and '.join(map(str, layers))}, and give each file with --covariance."
         )
-    return key_covariance(model, (prepare_examples(model, batch) for batch in usual_questions()), layer)
+    return key_covariances(model, (prepare_examples(model, batch) for batch in usual_questions()), layers)
 
 
 def _sweep(

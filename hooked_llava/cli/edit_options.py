@@ -55,22 +55,29 @@ MethodOption = Annotated[
 ]
 Lambda = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Weight of the update's size against its fit. Default: 0.01; 0 for rome."),
+    typer.Option(
+        metavar="X", help="Weight of the update's size against its fit. Default: 0.01; 0 for rome; 100 for memit."
+    ),
 ]
 Clamp = Annotated[
-    float,
+    float | None,
     typer.Option(
         metavar="X",
-        help="Longest change of the MLP's output, in lengths of that output. The paper's released 1e-4 changes nothing.",
+        help="Longest change of the MLP's output, in lengths of that output; for memit of the residual stream. Default: 4; 0.75 "
+        "for memit. MultEdit's released 1e-4 changes nothing.",
     ),
 ]
 Covariance = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="For rome: the file that key_covariance wrote for this layer. The embedded models do without: their own "
-        "questions are taken.",
+        help="For rome and memit: the file that key_covariance wrote for the layer; for memit one for each layer, the option "
+        "repeated. The embedded models do without: their own questions are taken.",
     ),
+]
+NLayers = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="For memit: how many layers share the change; --layer is the last of them."),
 ]
 ReplaceBy = Annotated[
     str | None,
@@ -88,8 +95,9 @@ class EditOptions:
     position: Position = None
     method: MethodOption = Method.multedit
     lam: Lambda = None
-    clamp: Clamp = 4.0
+    clamp: Clamp = None
     covariance: Covariance = None
+    n_layers: NLayers = 3
     replace: ReplaceBy = None
 
     @property
@@ -110,7 +118,16 @@ class EditOptions:
 
     def numbers(self) -> dict[str, float]:
         """The numbers of the update, where they are not left to the method."""
-        return {"clamp": self.clamp} if self.lam is None else {"clamp": self.clamp, "lam": self.lam}
+        return {name: x for name, x in (("clamp", self.clamp), ("lam", self.lam)) if x is not None}
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether several layers share the change."""
+        return "n_layers" in self.entry.options
+
+    def layers(self, last: int) -> list[int]:
+        """The layers that are edited."""
+        return list(range(max(0, last + 1 - self.n_layers), last + 1)) if self.is_spread else [last]
 
     def request(self, inputs: Inputs) -> EditRequest:
         """What is to be changed, of a prompt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,16 +139,43 @@ def key_covariance(
                 f"positions={positions!r}; give another path."
             )
         return found
-    name, total, n = model.hooks_table.name("mlp.post", layer), 0, 0
-    for prompt in prompts:
-        inputs = model.as_inputs(prompt)
-        _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)
-        for row, one in enumerate(inputs):
-            keys = cache[name][row, resolve_positions(positions, one)[0]].double()
-            total, n = total + keys.T @ keys, n + len(keys)
-    if not isinstance(total, Tensor):
-        raise InputError("There are no prompts to take keys from; give at least one.")
-    made = KeyCovariance(layer, total / n, n, damping, positions, WeightsId.of(weight_records.originals(model)))
+    (made,) = key_covariances(model, prompts, [layer], positions=positions, damping=damping)
     if path is not None:
         made.save(path, model)
     return made
+
+
+@torch.no_grad()
+def key_covariances(
+    model: HookedLLaVA,
+    prompts: Iterable[InputsLike],
+    layers: Sequence[int],
+    *,
+    positions: str = "text",
+    damping: float = 1e-3,
+) -> list[KeyCovariance]:
+    """The second moments of several layers' keys, each prompt run once; other arguments as of `key_covariance`.
+
+    Raises `InputError` for no layers, one out of range, and no prompts.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> [one.layer for one in key_covariances(model, [model.prepare("Who made the star?")], layers=[2, 3])]
+    [2, 3]
+    """
+    chosen = as_indices(layers, model.cfg.n_layers, "layers")
+    names = {layer: model.hooks_table.name("mlp.post", layer) for layer in chosen}
+    totals, n = dict[int, Tensor](), 0
+    for prompt in prompts:
+        inputs = model.as_inputs(prompt)
+        _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), stop_at_layer=max(chosen) + 1)
+        for row, one in enumerate(inputs):
+            where = resolve_positions(positions, one)[0]
+            for layer, name in names.items():
+                keys = cache[name][row, where].double()
+                totals[layer] = totals.get(layer, 0) + keys.T @ keys
+            n += len(where)
+    if not totals:
+        raise InputError("There are no prompts to take keys from; give at least one.")
+    weights = WeightsId.of(weight_records.originals(model))
+    return [KeyCovariance(layer, totals[layer] / n, n, damping, positions, weights) for layer in chosen]

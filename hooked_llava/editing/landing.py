@@ -22,6 +22,7 @@ def check_landed(edit: Edit, rows: Rows) -> Edit:
     The weights are not touched: the blocks run with those that the edit would write. Warns with `TargetNotReached` of the
     requests that missed. Raises `InputError` if a weight's dtype is too coarse for the change.
     """
+    rows = rows.without_contexts()
     named = {name: edit.model.get_parameter(name) for name in edit.changes}
     changed = {n: weight_records.with_change(n, named[n], edit.active, change) for n, change in edit.changes.items()}
     logits = rows.logits_with(changed, min(edit.layers))  # (row, read, d_vocab)

@@ -43,7 +43,8 @@ def multedit(
             `layer`, if that is a number), and "last" for requests without a constraint.
         lam: weight of the update's size against its fit: after the edit the output at a key moves by |k|^2 / (lam + |k|^2)
             of the difference.
-        keys: of a request with several prompts, edit their "mean" key, or "each" of their keys.
+        keys: of a request with several prompts, edit their "mean" key, or "each" of their keys ("plain" is for the contexts
+            of `rome`, and the mean here).
         keep: prompts whose answers are to stay: their keys (at `position`) keep their output. Requests, whose targets do not
             matter then, or inputs, with a span "constraint" where `position` is that.
         clamp: longest value difference, in lengths of the MLP's own output.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_llava.editing.request import Prepared
@@ -31,6 +31,7 @@ class Rows:
         read (Int[Tensor, " read"]): Positions that predict the targets' tokens, the same in every row.
         target (Int[Tensor, "row read"]): The token wanted there.
         counts (Float[Tensor, "row read"]): 1 where the row has a target token, 0 after its target's end.
+        plain (Bool[Tensor, " row"]): True for the requests' own prompts, False for these after a context.
     """
 
     kept: KeptRun
@@ -39,6 +40,7 @@ class Rows:
     read: Int[Tensor, " read"]
     target: Int[Tensor, "row read"]
     counts: Float[Tensor, "row read"]
+    plain: Bool[Tensor, " row"]
 
     @property
     def ids(self) -> Int[Tensor, "row read 1"]:
@@ -50,15 +52,30 @@ class Rows:
         """How many requests there are."""
         return int(self.request.max()) + 1
 
-    @property
-    def per_request(self) -> Float[Tensor, " request"]:
-        """Rows of each request."""
-        return torch.bincount(self.request, minlength=self.n_requests).to(self.counts)
-
     def mean(self, values: Float[Tensor, "row ..."]) -> Float[Tensor, "request ..."]:
         """Averages over the rows of each request."""
-        total = values.new_zeros(self.n_requests, *values.shape[1:]).index_add(0, self.request, values)
-        return total / self.per_request.to(values).view(-1, *[1] * (values.ndim - 1))
+        return mean_by_request(values, self.request, self.n_requests)
+
+    def plain_mean(self, values: Float[Tensor, "row ..."]) -> Float[Tensor, "request ..."]:
+        """Averages over each request's own prompts, contexts left out."""
+        return mean_by_request(values[self.plain], self.request[self.plain], self.n_requests)
+
+    def without_contexts(self) -> Rows:
+        """The requests' own prompts, to be run from position 0."""
+        if bool(self.plain.all()):
+            return self
+        own = self.plain.nonzero()[:, 0]
+        kept = self.kept[own.tolist()]
+        dropped = self.kept.n_positions - kept.n_positions
+        return Rows(
+            kept,
+            self.request[own],
+            self.edited[own] - dropped,
+            self.read - dropped,
+            self.target[own],
+            self.counts[own],
+            self.plain[own],
+        )
 
     def lowest(self, values: Float[Tensor, " row"]) -> Float[Tensor, " request"]:
         """The lowest value among the rows of each request."""
@@ -73,9 +90,15 @@ class Rows:
         """The kept residual stream entering a layer, from the first position on that an edit reaches."""
         return self.kept.entering(layer, self.start)
 
-    def logits(self, resid: Float[Tensor, "row suffix d_model"], layer: int) -> Float[Tensor, "row read d_vocab"]:
-        """Logits where the targets are read, from the residual stream entering a layer; gradients pass."""
-        return self.kept.logits(layer, resid, start=self.start, queries=(self.read - self.start).tolist())
+    def logits(
+        self, resid: Float[Tensor, "row suffix d_model"], layer: int, queries: Sequence[int] | None = None
+    ) -> Float[Tensor, "row any_read d_vocab"]:
+        """Logits where the targets are read (or at `queries` of the suffix), from the residual stream entering a layer.
+
+        Gradients pass.
+        """
+        queries = (self.read - self.start).tolist() if queries is None else queries
+        return self.kept.logits(layer, resid, start=self.start, queries=queries)
 
     def logits_with(self, weights: Mapping[str, Tensor], first: int) -> Float[Tensor, "row read d_vocab"]:
         """Logits where the targets are read, with other weights (by parameter name) from block `first` on; gradients pass.
@@ -100,12 +123,23 @@ class Rows:
         return key, value
 
 
-def make_rows(model: HookedLLaVA, requests: Sequence[Prepared]) -> Rows:
-    """All prompts of all requests as one batch, run once."""
+def mean_by_request(
+    values: Float[Tensor, "row ..."], request: Int[Tensor, " row"], n_requests: int
+) -> Float[Tensor, "request ..."]:
+    """Averages of the rows that belong to each request."""
+    total = values.new_zeros(n_requests, *values.shape[1:]).index_add(0, request, values)
+    counts = torch.bincount(request, minlength=n_requests).to(values)
+    return total / counts.view(-1, *[1] * (values.ndim - 1))
+
+
+def make_rows(model: HookedLLaVA, requests: Sequence[Prepared], contexts: Sequence[Prepared] = ()) -> Rows:
+    """All prompts of all requests as one batch, run once; `contexts` are further prompts of each request."""
+    own, requests = len(requests), [*requests, *contexts]
     longest = max(request.n_target for request in requests)
     inputs = joined(model, [request.inputs for request in requests])
     n_prompt, device = inputs.shape[1], inputs.device
-    owners = [i for i, request in enumerate(requests) for _ in range(len(request.inputs))]
+    owners = [i % own for i, request in enumerate(requests) for _ in range(len(request.inputs))]
+    plain = [i < own for i, request in enumerate(requests) for _ in range(len(request.inputs))]
     targets = [ids for request in requests for ids in request.targets]
     counts = [[float(t < len(ids)) for t in range(longest)] for ids in targets]
     target = torch.tensor([_filled(ids, longest) for ids in targets], device=device)
@@ -119,6 +153,7 @@ def make_rows(model: HookedLLaVA, requests: Sequence[Prepared]) -> Rows:
         read=torch.arange(n_prompt - 1, n_prompt - 1 + longest, device=device),
         target=target,
         counts=torch.tensor(counts, device=device),
+        plain=torch.tensor(plain, device=device),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
@@ -12,23 +12,27 @@ from hooked_llava.options.markdown import code_list, markdown_rows
 
 @dataclass(frozen=True, kw_only=True)
 class EditMethod:
-    """One method of editing; its name is its key in `EDIT_METHODS`, in `edit.method`, and on the command line.
+    """One method of editing; its name is its key in `EDIT_METHODS` and on the command line.
+
+    `edit.method` says the name of the function, and `settings` where they are not its defaults.
 
     Attributes:
         function (str): Where the function is, as module:name. It takes the model, requests and `options`.
         meaning (str): What it is, as the command's help and the documentation say it.
         explanation (str): What it did to the weights, as a page says it.
         options (tuple[str, ...]): Its arguments that the command can give.
+        settings (Mapping[str, Any]): Its arguments that this entry sets.
     """
 
     function: str
     meaning: str
     explanation: str
     options: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def compute(self, *args: Any, **options: Any) -> Any:
         """Call the function, which is imported now."""
-        return resolve_name(self.function)(*args, **options)
+        return resolve_name(self.function)(*args, **{**self.settings, **options})
 
 
 REVERTS = "All other weights are as they were, and the edit can be reverted bit for bit."
@@ -38,6 +42,21 @@ _CLOSED_FORM = (
     "becomes probable; the update is the smallest change of the MLP's output matrix W_out that gives this difference to the "
     "neurons' activations there (the key), up to λ{}."
 )
+ROME_RELEASED: Mapping[str, Any] = {
+    "contexts": "generated",
+    "keys": "plain",
+    "clamp": 4.0,
+    "steps": 19,
+    "lr": 0.5,
+    "weight_decay": 0.5,
+    "stop": None,
+    "stop_loss": 0.05,
+    "per_token": True,
+    "kl": 0.0625,
+    "kl_at": "edited",
+}
+"""How ROME's authors run it, as arguments of `rome`: their released code with its settings for GPT-2 XL. Its 20 evaluations of
+the loss make 19 steps."""
 EDIT_METHODS: dict[str, EditMethod] = {
     "multedit": EditMethod(
         function="hooked_llava.editing.multedit:multedit",
@@ -52,6 +71,24 @@ EDIT_METHODS: dict[str, EditMethod] = {
         "2202.05262)",
         explanation=_CLOSED_FORM.format("; how small a change is, is measured on what keys usually look like"),
         options=("covariance", "position", "lam", "clamp", "keep"),
+    ),
+    "rome-released": EditMethod(
+        function="hooked_llava.editing.rome:rome",
+        meaning="rome as its authors run it: key and loss averaged over generated contexts, what is said of the constraint kept "
+        "by a KL term, weight decay, a stop at a loss",
+        explanation=_CLOSED_FORM.format("; how small a change is, is measured on what keys usually look like"),
+        options=("covariance", "position", "lam", "clamp", "keep"),
+        settings=ROME_RELEASED,
+    ),
+    "memit": EditMethod(
+        function="hooked_llava.editing.memit:memit",
+        meaning="the change spread over the MLPs of several layers, each taking its share of what is still missing, with a key "
+        "covariance for each (Meng et al., arXiv 2210.07229)",
+        explanation="The residual stream that leaves the last of the edited layers at the edited position gets a difference that "
+        "was searched for by gradient descent so that the target becomes probable. Layer after layer, from the lowest, the MLP's "
+        "output matrix W_out takes an equal share of what is still missing, by the change that is smallest on what keys usually "
+        "look like, weighted by λ.",
+        options=("covariance", "position", "lam", "clamp", "n_layers"),
     ),
     "finetune": EditMethod(
         function="hooked_llava.editing.finetune:finetune",

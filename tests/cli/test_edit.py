@@ -9,7 +9,7 @@ import torch
 from hooked_llava.analysis import causal_trace
 from hooked_llava.cli.common import PromptOptions
 from hooked_llava.cli.edit_probes import OtherQuestions, probes_of
-from hooked_llava.editing import Edit, EditRequest, key_covariance, multedit
+from hooked_llava.editing import Edit, EditRequest, key_covariance, key_covariances, multedit
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.question import question_text
 from hooked_llava.toy.facts import fact_answer
@@ -239,6 +239,41 @@ def test_rome_takes_its_covariance_from_a_file(checkpoint, image, loaded, tmp_pa
     assert untouched(loaded)
 
 
+def test_memit_takes_a_covariance_of_each_layer(checkpoint, image, loaded, tmp_path):
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    kept, page = tmp_path / "edit.safetensors", tmp_path / "edit.html"
+    files = [tmp_path / f"keys{layer}.safetensors" for layer in (0, 1)]
+    prompts = [model.prepare([f"Who made the {shape}?" for shape in ("star", "ring")])]
+    for file, one in zip(files, key_covariances(model, prompts, [0, 1]), strict=True):
+        one.save(file, model)
+    memit = ("edit", image, QUESTION, "-t", "red", "--method", "memit", "--n-layers", "2", "--lam", "1", *LAST)
+    options = ("-m", checkpoint, "-o", str(page), "--save", str(kept))
+    given = [("--covariance", str(file)) for file in files]
+    result = run(*memit, *given[1], *given[0], *options)
+    assert result.exit_code == 0, result.stderr
+    assert "memit, layer 0, 1, position last: rank 1" in result.stdout
+    edit = Edit.load(kept, loaded[-1][0])
+    assert (edit.layers, edit.method["lam"], edit.method["clamp"]) == ([0, 1], 1.0, 0.75)
+    assert "0.75 times the residual stream" in page.read_text(encoding="utf-8")
+    assert "layer 0 and 1 is edited" in refused(*memit, *given[1], *options)
+    assert "write that for layer 0 and 1" in refused(*memit, *options)
+    assert untouched(loaded)
+
+
+def test_rome_as_its_authors_run_it_is_a_method(checkpoint, image, loaded, tmp_path):
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    covariance, kept, page = (tmp_path / name for name in ("keys.safetensors", "edit.safetensors", "edit.html"))
+    key_covariance(model, [model.prepare(["Who made the star?", "Who made the ring?"])], layer=1, path=covariance)
+    rome = ("edit", image, QUESTION, "-t", "red", "--method", "rome-released", "--covariance", str(covariance), *LAST)
+    options = ("-m", checkpoint, "-o", str(page), "--save", str(kept))
+    result = run(*rome, "-c", "the star", *options)
+    assert result.exit_code == 0, result.stderr
+    method = Edit.load(kept, loaded[-1][0]).method
+    assert (method["name"], len(method["contexts"]), method["kl"], method["steps"]) == ("rome", 20, 0.0625, 19)
+    assert "averaged over 20 besides" in page.read_text(encoding="utf-8")
+    assert "rome-released keeps what is said of the constraint" in refused(*rome, *options)
+
+
 def test_a_sweep_shows_the_layers(checkpoint, image, tmp_path):
     page = tmp_path / "edit.html"
     options = ("-m", checkpoint, "-o", str(page), *LAST)
@@ -314,7 +349,12 @@ def test_fine_tuning_is_a_method_too(checkpoint, image, loaded, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "option"),
-    [("finetune", ("--clamp", "2")), ("finetune", ("--keep", "Who?")), ("multedit", ("--covariance", "f"))],
+    [
+        ("finetune", ("--clamp", "2")),
+        ("finetune", ("--keep", "Who?")),
+        ("multedit", ("--covariance", "f")),
+        ("rome", ("--n-layers", "2")),
+    ],
 )
 def test_options_of_another_method_are_refused(method, option):
     said = refused("edit", "demo", QUESTION, "-t", "red", "-m", "nowhere", "--method", method, *option)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from hooked_llava.editing import EditRequest, finetune, multedit
+from hooked_llava.editing import ROME_RELEASED, EditRequest, finetune, multedit, rome
 from hooked_llava.options.edit_methods import EDIT_METHODS, EditMethod, markdown_table
 from hooked_llava.viz.pages.edit import edit_page
 from tests.cli.running import refused
@@ -27,10 +29,20 @@ def help_of_edit(change: str = "") -> str:
 
 def test_every_method_computes_an_edit_that_says_its_name(tiny_shapes):
     request = EditRequest(QUESTION, "Boris")
-    for name in ("multedit", "finetune"):  # rome needs a covariance, see tests/cli
+    for name in ("multedit", "finetune"):  # the others need a covariance, see tests/cli
         options = {"layer": 4, "layers": 4, "position": "last"}
         taken = {option: options[option] for option in EDIT_METHODS[name].options if option in options}
         assert EDIT_METHODS[name].compute(tiny_shapes, request, **taken).method["name"] == name
+
+
+def test_an_entry_sets_arguments_of_its_function(tiny_shapes):
+    entry = replace(EDIT_METHODS["multedit"], settings={"steps": 30, "lr": 0.1})
+    how = {"layer": 4, "position": "last", "lr": 0.2}
+    edit = entry.compute(tiny_shapes, EditRequest(QUESTION, "Boris"), **how)
+    assert (edit.method["steps"], edit.method["lr"]) == (30, 0.2)  # what is given goes before what is set
+    taken = set(inspect.signature(rome).parameters)
+    assert EDIT_METHODS["rome-released"].settings is ROME_RELEASED
+    assert taken >= set(ROME_RELEASED)
 
 
 def test_a_method_that_is_removed_is_gone_everywhere(tiny_shapes, table):

@@ -201,7 +201,12 @@ def _facts(edit: Edit, made: Prepared, prompt: Inputs) -> dict[str, Any]:
     if "lam" in method:
         rows["λ"] = f"{method['lam']:g}"
     if "clamp" in method:
-        rows["longest value difference"] = f"{method['clamp']:g} times the MLP's own output"
+        of = "the residual stream" if method["name"] == "memit" else "the MLP's own output"
+        rows["longest value difference"] = f"{method['clamp']:g} times {of}"
+    if "contexts" in method:
+        rows["contexts"] = f"key and loss averaged over {len(method['contexts'])} besides the question alone"
+    if "kl" in method:
+        rows["weight of the KL term"] = f"{method['kl']:g}, read at the {method.get('kl_at', 'last')} position"
     if "target_probability" in request:
         rows["P(target) in the search"] = f"{request['target_probability']:.3f}"
     if len(edit.requests) > 1:
