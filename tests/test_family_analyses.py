@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_llava import analysis
-from hooked_llava.editing import EditRequest, key_covariance, multedit, rome
+from hooked_llava.editing import EditRequest, key_covariance, key_covariances, memit, multedit, rome
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.experiments.corruptions import Noise
 from hooked_llava.model.cache_hooks import axis_sizes
@@ -28,6 +28,7 @@ from hooked_llava.replay.layer_pass import LayerPass
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_interventions import run_naively
+from tests.oracles.naive_trace import trace_in_transformers
 from tests.pairs import FAMILY, off
 from tests.tiled import with_processor
 
@@ -297,11 +298,32 @@ def test_what_a_parallel_block_lacks_is_refused_with_what_stands_for_it() -> Non
     assert cache.vision.decompose_resid(1, mlp_input=True).shape[0] > 1
 
 
-# ---------------------------------------------------------------------- edits
+# ---------------------------------------------------------------------- traces and edits
+
+
+@pytest.mark.parametrize("name", ["llama-clip", "phi-clip"])
+def test_a_trace_is_transformers_runs_with_outputs_overwritten(name: str) -> None:
+    """In a parallel block too, where restoring a layer's attention does not reach its MLP."""
+    model, clean = model_of(name), prompts(name)[0]
+    other = _prompt(name, "What is the circle?", 0)
+    assert clean.shape == other.shape
+    (star,) = clean.token_map.find("star")
+    cells = [
+        (kind, layer, at) for kind in ("mlp", "attn", "resid") for layer in (0, 2) for at in (star, clean.shape[1] - 1)
+    ]
+    fields = [{"input_ids": one.input_ids, "pixel_values": one.pixel_values} for one in (clean, other)]
+    p_clean, p_other, restored = trace_in_transformers(hf_of(name), *fields, cells)
+    trace = analysis.causal_trace(model, clean, "star", corruption="circle", kinds=("mlp", "attn", "resid"))
+    assert float(trace.p_clean) == pytest.approx(p_clean, rel=1e-4)
+    assert float(trace.p_corrupted) == pytest.approx(p_other, rel=1e-4)
+    for (kind, layer, at), p in zip(cells, restored, strict=True):
+        effect = float(trace.indirect_effect.sel(kind=kind, layer=layer, position=at))
+        assert effect == pytest.approx(p - p_other, rel=1e-3, abs=1e-6), (kind, layer, at)
+    assert max(restored) > p_other
 
 
 @each
-@pytest.mark.parametrize("method", [multedit, rome])
+@pytest.mark.parametrize("method", [multedit, rome, memit])
 def test_edits_do_what_they_say_in_transformers_too_and_are_reverted(name: str, method: Any) -> None:
     model = HookedLLaVA.from_hf(hf := make_hf_model(**FAMILY[name]), model_of(name).processor)
     clean, _ = prompts(name)
@@ -311,8 +333,10 @@ def test_edits_do_what_they_say_in_transformers_too_and_are_reverted(name: str, 
     request = EditRequest(clean, "blue")
     if method is multedit:
         edit = multedit(model, request, layer=1, position="last")
-    else:
+    elif method is rome:
         edit = rome(model, request, key_covariance(model, list(prompts(name)), layer=1), position="last", lam=0.1)
+    else:
+        edit = memit(model, request, key_covariances(model, list(prompts(name)), [0, 1]), position="last", lam=0.1)
     with edit.applied():
         edited = model(clean)
         assert edited[0, -1].log_softmax(-1)[token] > plain + 0.1

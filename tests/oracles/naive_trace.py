@@ -48,3 +48,37 @@ def trace_naively(
             hooks = [(f"blocks.{layer}.{HOOKS[kind]}", restore) for layer in layers]
             rows.append(model.run_with_hooks(prompt, fwd_hooks=start + hooks)[0, read])
     return clean_logits[0, read], corrupted_logits[0, read], torch.stack(rows)
+
+
+@torch.no_grad()
+def trace_in_transformers(
+    hf_model: Any, clean: dict[str, Tensor], other: dict[str, Tensor], cells: Sequence[tuple[str, int, int]]
+) -> tuple[float, float, list[float]]:
+    """P of the clean prompt's most probable next token: there, after another prompt of the same length, and after that with a
+    module's output at one position (kind, layer, position) overwritten by what it was in the clean run.
+    """
+    layers = hf_model.model.language_model.layers
+    parts = {"mlp": lambda block: block.mlp, "attn": lambda block: block.self_attn, "resid": lambda block: block}
+
+    def run(prompt: dict[str, Tensor], cell: tuple[str, int, int], kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        kind, layer, position = cell
+
+        def hook(module: Any, given: Any, out: Any) -> Any:
+            value = (out[0] if isinstance(out, tuple) else out).clone()
+            seen.append(value[0, position])
+            if kept is None:
+                return out
+            value[0, position] = kept
+            return (value, *out[1:]) if isinstance(out, tuple) else value
+
+        handle = parts[kind](layers[layer]).register_forward_hook(hook)
+        p = hf_model(**prompt).logits[0, -1].softmax(-1)
+        handle.remove()
+        return p, seen[0].clone()
+
+    p_clean, _ = run(clean, cells[0])
+    answer = int(p_clean.argmax())
+    p_other, _ = run(other, cells[0])
+    restored = [float(run(other, cell, run(clean, cell)[1])[0][answer]) for cell in cells]
+    return float(p_clean[answer]), float(p_other[answer]), restored
