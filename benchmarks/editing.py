@@ -10,6 +10,7 @@ here. The result file is written after every part, and what it holds already is 
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -22,6 +23,7 @@ import numpy as np
 from benchmarks._edit_methods import (
     CHOSEN_ON,
     LAYER,
+    SPREAD,
     Bench,
     Method,
     baselines,
@@ -31,6 +33,7 @@ from benchmarks._edit_methods import (
     other_case,
     search_of,
     seconds_alone,
+    spread_search_of,
 )
 from benchmarks._measure import arguments, markdown, result_path, start, write
 from hooked_llava.analysis.causal_trace import LOWERED, causal_trace, was_lowered
@@ -48,6 +51,7 @@ COLUMNS = ["efficacy", *ASKED, "specificity drop, points", "KL elsewhere", "s fo
 TIMED = 3
 """Cases whose edit is made once more by itself, to be timed."""
 Found = dict[str, Any]
+Rows = list[dict[str, float]]
 
 
 def run_methods(bench: Bench, found: Found, contestants: dict[str, Method], cases: Sequence[int], save: Any) -> None:
@@ -65,9 +69,22 @@ def run_methods(bench: Bench, found: Found, contestants: dict[str, Method], case
         save()
 
 
-def run_sequence(bench: Bench, cases: Sequence[int]) -> dict[str, list[dict[str, float]]]:
-    """Facts edited one after the other, and as many in one closed form."""
+def run_sequence(bench: Bench, cases: Sequence[int], found: Found, save: Callable[[], None]) -> None:
+    """Facts edited one after the other, and as many together; ways that are there already are left."""
+    if len(cases) > len(found.get("cases", [])):
+        found.clear()
+        found["cases"] = list(cases)
     order = [int(i) for i in np.random.default_rng(0).permutation(cases)]
+    at = [n for n in SEQUENCE if n <= len(order)]
+    for way, run in SEQUENCE_WAYS.items():
+        if way not in found:
+            found[way] = run(bench, order[: at[-1]], at)
+            print(f"  {way}: {found[way][-1]}", flush=True)
+            save()
+
+
+def one_by_one(bench: Bench, order: Sequence[int], at: Sequence[int]) -> Rows:
+    """MultEdit, each edit computed on the model that the earlier ones left."""
     requests = [bench.request(case, n_images=2, by_name=True) for case in order]
 
     def make(model: HookedLLaVA, request: EditRequest) -> Edit:
@@ -76,20 +93,43 @@ def run_sequence(bench: Bench, cases: Sequence[int]) -> dict[str, list[dict[str,
     def measure(n: int) -> dict[str, float]:
         return _held(bench, order[:n])
 
-    at = [n for n in SEQUENCE if n <= len(order)]
     after = sequential_edits(bench.model, requests, make, measure, at=at)
-    one_by_one: list[dict[str, float]] = [
-        {**{str(name): float(values.sel(n_edits=n)) for name, values in after.items()}, "n": n} for n in at
-    ]
-    together = []
-    search = search_of(bench, order[: at[-1]], LAYER, "last", n_images=2, by_name=True)
-    for n in at:
-        with search.edit(only=range(n)).applied():
-            together.append(_held(bench, order[:n]) | {"n": n})
-    return {"one after the other": one_by_one, "together": together}
+    return [{**{str(name): float(values.sel(n_edits=n)) for name, values in after.items()}, "n": n} for n in at]
 
 
-def _held(bench: Bench, edited: Sequence[int]) -> dict[str, float]:
+def together(bench: Bench, order: Sequence[int], at: Sequence[int], **options: Any) -> Rows:
+    """As many facts in one closed form of one layer."""
+    search = search_of(bench, order, LAYER, "last", n_images=2, by_name=True)
+    return [_under(bench, search.edit(only=range(n), **options), order[:n]) for n in at]
+
+
+def rome_together(bench: Bench, order: Sequence[int], at: Sequence[int]) -> Rows:
+    """The same, smallness measured by the key covariance."""
+    return together(bench, order, at, name="rome", covariance=bench.covariance, lam=0.0)
+
+
+def memit_together(bench: Bench, order: Sequence[int], at: Sequence[int], **options: Any) -> Rows:
+    """As many facts, the change spread over several layers."""
+    search = spread_search_of(bench, order, SPREAD, **options)
+    return [_under(bench, search.edit(only=range(n)), order[:n]) for n in at]
+
+
+SEQUENCE_WAYS: dict[str, Callable[[Bench, Sequence[int], Sequence[int]], Rows]] = {
+    "one after the other": one_by_one,
+    "together": together,
+    "ROME, together": rome_together,
+    "MEMIT, together": memit_together,
+    "MEMIT with clamp 4, together": functools.partial(memit_together, clamp=4.0),
+}
+"""How many facts are edited: MultEdit unless said otherwise."""
+
+
+def _under(bench: Bench, edit: Edit, edited: Sequence[int]) -> dict[str, float]:
+    with edit.applied():
+        return _held(bench, edited, min(edit.layers)) | {"n": len(edited)}
+
+
+def _held(bench: Bench, edited: Sequence[int], layer: int = LAYER) -> dict[str, float]:
     """Under the edits that are active: how the edited facts are answered, and how far the other answers dropped."""
     facts = {(bench.table.cases[case].relation, bench.table.cases[case].shape) for case in edited}
     hits: dict[str, list[float]] = {"efficacy": [], "generalisation": []}
@@ -98,7 +138,7 @@ def _held(bench: Bench, edited: Sequence[int]) -> dict[str, float]:
         for probe in bench.table.cases[case].probes:
             if probe.role in hits:
                 prompts = bench.pools[probe.pool][probe.rows]
-                hits[probe.role].append(_right(bench, prompts.logits(LAYER), probe.expected))
+                hits[probe.role].append(_right(bench, prompts.logits(layer), probe.expected))
             elif probe.role == "specificity":
                 examples = bench.table.images if probe.pool == "images" else bench.table.words
                 asked = [(examples[row].question.relation, examples[row].question.objects[:1]) for row in probe.rows]
@@ -108,7 +148,7 @@ def _held(bench: Bench, edited: Sequence[int]) -> dict[str, float]:
     for pool, rows in stay.items():
         prompts, answers = bench.pools[pool][list(rows)], list(rows.values())
         before += [_right(bench, prompts.before, answers)] * len(rows)
-        after += [_right(bench, prompts.logits(LAYER), answers)] * len(rows)
+        after += [_right(bench, prompts.logits(layer), answers)] * len(rows)
     means = {name: statistics.fmean(values) for name, values in hits.items()}
     return means | {"specificity_drop": 100 * (statistics.fmean(before) - statistics.fmean(after))}
 
@@ -185,15 +225,20 @@ def method_table(results: Found, part: str, *, corner: str, without: Sequence[in
 
 
 def sequence_table(results: Found) -> str:
-    """Means over checkpoints by number of edits."""
+    """Means over checkpoints by number of edits, with the least and the most among them."""
     table = {}
-    for way in ("one after the other", "together"):
-        parts = [found["sequence"][way] for found in results.values() if "sequence" in found]
+    for way in SEQUENCE_WAYS:
+        parts = [found["sequence"][way] for found in results.values() if way in found.get("sequence", {})]
         for n in dict.fromkeys(row["n"] for rows in parts for row in rows):
             same = [row for rows in parts for row in rows if row["n"] == n]
             names = ("efficacy", "generalisation", "specificity_drop")
-            table[f"{way}, {n}"] = [f"{statistics.fmean(row[name] for row in same):.3f}" for name in names]
+            named = way if way[0].isupper() else f"MultEdit, {way}"
+            table[f"{named}, {n}"] = [_with_range([row[name] for row in same]) for name in names]
     return markdown(["efficacy", "generalisation", "specificity drop, points"], table, "edits")
+
+
+def _with_range(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def layer_cells(found: Found) -> list[dict[str, Any]]:
@@ -284,9 +329,7 @@ def measure_checkpoint(name: str, found: Found, options: Any, save: Callable[[],
     if found.get("trace", {}).get("cases") != few:
         found["trace"] = run_trace(bench, few)
         save()
-    if len(cases) > len(found.get("sequence", {}).get("cases", [])):
-        found["sequence"] = run_sequence(bench, cases) | {"cases": cases}
-        save()
+    run_sequence(bench, cases, found.setdefault("sequence", {}), save)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
