@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +42,37 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         usual.touch()
         partial.chmod(usual.stat().st_mode)  # some writers make files that only their owner can read
         partial.replace(path)
+
+
+def on_disk(tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
+    """A copy of a tensor in the pages of a file, which the system brings into memory as they are read; the file goes with it.
+
+    It loses its name before anything is written to it, so nothing half-written stays in the folder. Raises `InputError` where
+    there is no such folder, and `OSError` where the disk is full.
+
+    >>> import torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     kept = on_disk(torch.arange(3), folder)
+    ...     kept, list(Path(folder).iterdir())
+    (tensor([0, 1, 2]), [])
+    """
+    check_folder(folder)
+    if not tensor.numel():
+        return tensor.detach().cpu()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".hooked_llava.") as own:
+        path = Path(own, "pages")
+        path.touch()
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so here, not when a page is written
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        pages = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return pages.view(tensor.shape).copy_(tensor.detach())
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises `InputError` unless there is such a folder."""
+    if not Path(folder).expanduser().is_dir():
+        raise InputError(f"There is no folder {os.fspath(folder)!r} to keep tensors in. Make it first.")
 
 
 def write_tensors(

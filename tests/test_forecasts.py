@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.machine.devices import keeper
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.replay import Replay
@@ -63,7 +64,7 @@ def test_a_kept_run_takes_what_was_forecast(name: str) -> None:
     assert held == pytest.approx({"7b": 0.49, "13b": 0.77}[name] * GB, rel=TOLERANCE), (
         "(33 + 64) * 4096 numbers a token"
     )
-    half = keep(model, inputs, dtype=torch.float32)
+    half = keep(model, inputs, kept=keeper(dtype=torch.float32))
     assert _storages(half) == pytest.approx(Replay.forecast(model, inputs, dtype=torch.float32), rel=TOLERANCE)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hooked_llava.errors import HookedLLaVAWarning, warn_user
+from hooked_llava.errors import HookedLLaVAWarning, InputError, warn_user
+from hooked_llava.storage import check_folder, on_disk
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -29,6 +32,27 @@ def to_device(numbers: Tensor | Sequence[Any], device: torch.device | str, dtype
     # Back to the CPU it waits: numbers would be read before they are there.
     goes_up = numbers.device.type == "cpu" and torch.device(device).type == "cuda"
     return numbers.to(device, dtype, non_blocking=goes_up)
+
+
+def keeper(
+    device: torch.device | str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """What keeps a tensor: on a device, in files of a folder, or where it is; in a dtype, or in its own.
+
+    Raises `InputError` for both a device and a folder, and for a folder that there is not.
+
+    >>> keeper("cpu", dtype=torch.bfloat16)(torch.ones(1))
+    tensor([1.], dtype=torch.bfloat16)
+    """
+    if offload_folder is None:
+        return lambda x: x.to(x.device if device is None else device, dtype or x.dtype)
+    if device is not None:
+        raise InputError(f"device={str(device)!r} and offload_folder={os.fspath(offload_folder)!r}; give one of them.")
+    folder = Path(offload_folder).expanduser()
+    check_folder(folder)
+    return lambda x: on_disk(x.to(dtype or x.dtype), folder)
 
 
 def in_batches(

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import HookTable
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import keeper, to_device
 from hooked_llava.model.cache import CachedModel
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.prompt.inputs import Inputs
@@ -49,16 +49,16 @@ def caching_hook(
     store: dict[str, Tensor],
     model: CachedModel,
     index: Int[Tensor, "batch n_positions"] | None = None,
-    device: torch.device | str | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
     *,
     suffix: str = "",
 ) -> Callable[..., None]:
     """A hook function that puts what it sees into `store` under the hook's name; `index` is on the CPU.
 
-    Without a device all of it lies on the model's first one, wherever its blocks lie, so that layers can be stacked.
+    `keep` says where it is kept; by default on the model's first device, wherever its blocks lie, so that layers can be stacked.
     """
     take, table = None if index is None else taking(index), model.hooks_table
-    home = model.cfg.device if device is None else device
+    keep = keeper(model.cfg.device) if keep is None else keep
 
     @reads_only
     def save(tensor: Tensor, hook: HookPoint) -> None:
@@ -66,7 +66,7 @@ def caching_hook(
         kept, place = tensor.detach(), table[hook.name]
         if take is not None and place.position_axis is not None and not place.on_image_side:
             kept = take(kept, place.position_axis)
-        store[hook.name + suffix] = kept.to(home)
+        store[hook.name + suffix] = keep(kept)
 
     return save
 

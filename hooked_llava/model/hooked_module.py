@@ -7,6 +7,7 @@ the weights.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from transformers import GenerationConfig
 
 from hooked_llava.architecture.hooks import HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.machine.devices import keeper
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, check_sae
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import caching_hook, shared_spans, tensor_bytes
@@ -233,6 +235,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         fwd_hooks: Sequence[Any] = (),
         positions: PositionsLike | None = None,
         device: torch.device | str | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         incl_bwd: bool = False,
         metric: Callable[[Tensor], Tensor] | None = None,
         remove_batch_dim: bool = False,
@@ -246,7 +249,8 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
             names_filter: name, glob, short name, (short name, layer), list of these, or function of the full name.
             fwd_hooks: functions and `Intervention`s for this run, as for `run_with_hooks`; what they change is cached changed.
             positions: keep only these sequence positions of the language tower's activations (query rows of pattern).
-            device: where to keep the activations; by default the model's first device, `model.cfg.device`.
+            device: where to keep the activations, moved there as they come; by default the first device, `model.cfg.device`.
+            offload_folder: keep them on disk instead, in files of this folder that go with them; what is read comes into memory.
             incl_bwd: also cache gradients, under name + "_grad", of the result (or of `metric(result)`), which must be a scalar.
             metric: function from the result to a scalar, for `incl_bwd`.
             remove_batch_dim: drop the batch axis; for one prompt only.
@@ -258,6 +262,7 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         """
         if metric is not None and not incl_bwd:
             raise InputError("metric= says what gradients are taken of; give incl_bwd=True with it, or leave it out.")
+        keep = keeper(self.cfg.device if device is None and offload_folder is None else device, offload_folder)
         request = self.request(inputs, **kwargs)
         prompt, n_prompts = request.prompt, len(request.begin)
         if remove_batch_dim and n_prompts != 1:
@@ -266,8 +271,8 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         fwd_hooks = self._entries(fwd_hooks, request)
         index = None if positions is None else resolve_positions(positions, request.begin)
         store: dict[str, Tensor] = {}
-        fwd = caching_hook(store, self, index, device)
-        bwd = caching_hook(store, self, index, device, suffix="_grad")
+        fwd = caching_hook(store, self, index, keep)
+        bwd = caching_hook(store, self, index, keep, suffix="_grad")
         with (
             torch.set_grad_enabled(incl_bwd),
             self.hooks([*fwd_hooks, (names, fwd)], [(names, bwd)] if incl_bwd else []),
@@ -277,13 +282,17 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
                 result = _backward(result, metric)
         if not return_cache_object:
             return result, store
-        spans = {} if prompt is None or index is not None else shared_spans(prompt)
-        cache = LLaVACache(store, self, spans=spans)
-        cache.some_positions = index is not None
-        cache.token_maps = None if prompt is None else prompt.token_maps
+        cache = self._cache_of(store, prompt, some_positions=index is not None)
         if remove_batch_dim:
             cache.remove_batch_dim(batch_size=1)
         return result, cache
+
+    def _cache_of(self, store: dict[str, Tensor], prompt: Inputs | None, *, some_positions: bool) -> LLaVACache:
+        spans = {} if prompt is None or some_positions else shared_spans(prompt)
+        cache = LLaVACache(store, self, spans=spans)
+        cache.some_positions = some_positions
+        cache.token_maps = None if prompt is None else prompt.token_maps
+        return cache
 
     def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """TransformerLens's caching, attached until `reset_hooks`, with our filters; raises `HookNameError`."""

@@ -6,7 +6,7 @@ words after it are changed, the second run costs a few positions instead of a fo
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,8 +23,8 @@ _KEPT = ("resid_pre", "resid_post", "v")
 
 
 @torch.no_grad()
-def branched_run(state: ReplayState, changes: PlannedRun) -> KeptRun:
-    """The kept run under changes of embeddings; what lies before the first of them is shared."""
+def branched_run(state: ReplayState, changes: PlannedRun, keep: Callable[[Tensor], Tensor]) -> KeptRun:
+    """The kept run under changes of embeddings, kept as the first is; what lies before the first of them is not run again."""
     kept, start, n_layers = state.kept, changes.start, state.model.cfg.n_layers
     if start is None:
         return kept
@@ -34,10 +34,11 @@ def branched_run(state: ReplayState, changes: PlannedRun) -> KeptRun:
     table = state.model.hooks_table
     fresh = [seen[table.name("resid_pre", layer)] for layer in range(n_layers)]
     fresh.append(seen[table.name("resid_post", -1)])
-    resid = {layer: _joined(old, fresh[layer], start) for layer, old in kept.resid.items()}
-    kv = copy.deepcopy(kept.kv)
-    assert kv is not None
+    resid = {layer: keep(_joined(old, fresh[layer], start)) for layer, old in kept.resid.items()}
+    assert kept.kv is not None
+    kv = kept.kv.copied()
     for layer in range(n_layers):
+        kv.keep(layer, lambda both: keep(both.clone()))
         k, v = kv.layer(layer)
         k[:, :, start:] = seen[table.name(k_name, layer)].transpose(1, 2).to(k)
         v[:, :, start:] = seen[table.name("v", layer)].transpose(1, 2).to(v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
+from hooked_llava.machine.devices import keeper
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.prefix_attention import SharedPrefix
@@ -140,13 +141,13 @@ def keep(
     *,
     layers: Collection[int] | None = None,
     keys_and_values: bool = True,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    kept: Callable[[Tensor], Tensor] | None = None,
 ) -> KeptRun:
-    """Run the model once, without logits, and keep what a re-run needs; optionally in another dtype or place.
+    """Run the model once, without logits, and keep what a re-run needs; optionally in another dtype or place, as `kept` says.
 
     `layers` are those for which the residual stream entering them is kept, all by default.
     """
+    kept = keeper() if kept is None else kept
     embedded = model.embed(inputs)
     kv = None
     if keys_and_values:
@@ -154,10 +155,6 @@ def keep(
         kv = KVCache(model.language.cfg, dtype=embedded.dtype, **shape)
     mask = inputs.padding_mask
     context = model.context(embedded, mask, inputs.position_ids, kv)
-
-    def kept(x: Tensor) -> Tensor:
-        return x.to(device=x.device if device is None else device, dtype=dtype or embedded.dtype)
-
     resid = {}
     for i, state in enumerate(itertools.chain([embedded], model.language.blocks.states(embedded, context))):
         if layers is None or i in layers:

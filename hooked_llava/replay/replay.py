@@ -15,6 +15,7 @@ The result is the full run's with the same hooks, up to the rounding of another 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import keeper
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.where import PositionsLike
@@ -49,9 +51,11 @@ class Replay(ReplayState):
         model: the model; no functions may be attached to it.
         inputs: anything `model.as_inputs` takes; a batch of prompts applies every run to every prompt.
         dtype: keep the residual stream, keys and values in this dtype (half of the memory, no longer exact).
-        device: keep them there.
+        device: keep them there, layer by layer as they are computed.
+        offload_folder: keep them on disk instead, in files of this folder that go with the Replay; the system brings into memory
+            what is read.
 
-    Raises `InputError` if functions are attached to the model.
+    Raises `InputError` if functions are attached to the model, and for a folder that there is not.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -67,12 +71,14 @@ class Replay(ReplayState):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
+        self.keeper = keeper(device, offload_folder, dtype)
         prompts = model.as_inputs(inputs)
         refuse_attached_functions(model, IN_A_RERUN)
-        super().__init__(model, prompts, keep(model, prompts, dtype=dtype, device=device))
+        super().__init__(model, prompts, keep(model, prompts, kept=self.keeper))
         self._images_changed = False
 
     @staticmethod
@@ -170,7 +176,7 @@ class Replay(ReplayState):
         self.check_fresh()
         other = copy.copy(self)
         other.work = Work(n_layers=self.work.n_layers, n_positions=self.work.n_positions)
-        other.kept = branched_run(self, planned)
+        other.kept = branched_run(self, planned, self.keeper)
         maps = self.inputs.token_maps
         images = [{p for image in token_map.image_ranges for p in image} for token_map in maps]
         changed = (not images[i].isdisjoint(where) for r in planned.language for i, where in enumerate(r.positions))

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import keeper, to_device
+from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.replay import Intervention, Replay
+from hooked_llava.replay.kept_run import KeptRun, keep
 from tests import test_family_analyses as family
 from tests.pairs import off
 from tests.pretend_device import Accelerators, OnDevice, accelerators
@@ -201,6 +206,62 @@ def test_a_replay_asks_once_whether_the_weights_are_the_same(device: Accelerator
     found = replay.run(changes, positions=[-3, -1], progress=False)
     assert device.waits == {("read", VERSION): 1}
     assert off(found.cpu(), Replay(plain, inputs).run(changes, positions=[-3, -1], progress=False)) <= 1e-5
+
+
+def alive_at_the_end(model: HookedLLaVA, run: Callable[[], Any]) -> list[int]:
+    """The layers whose residual stream still lies on the device when that of the last one is computed."""
+    seen: dict[int, StorageWeakRef] = {}
+    alive: list[int] = []
+
+    def note(module: Any, args: Any, out: Tensor) -> None:
+        assert isinstance(out, OnDevice)
+        seen[module.attn.layer] = StorageWeakRef(out.held.untyped_storage())
+        if module is model.blocks[-1]:
+            gc.collect()
+            alive.extend(layer for layer, numbers in seen.items() if not numbers.expired())
+
+    handles = [block.register_forward_hook(note) for block in model.blocks]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return alive
+
+
+@pytest.mark.parametrize("kept", ["there", "cpu", "disk"])
+def test_what_is_kept_elsewhere_leaves_the_device_while_running(device: Accelerators, kept: str, tmp_path: Any) -> None:
+    model, there = on_device("llama-clip"), family.prompts("llama-clip")[0].to("cuda:0")
+    where: dict[str, Any] = {"there": {}, "cpu": {"device": "cpu"}, "disk": {"offload_folder": tmp_path}}[kept]
+    last = model.cfg.n_layers - 1
+    expected = list(range(last + 1)) if kept == "there" else [last - 1, last]  # what enters and what leaves it
+    cached: list[Any] = []
+    run = lambda: cached.append(model.run_with_cache(there, names_filter="resid_post", **where)[1])  # noqa: E731
+    assert alive_at_the_end(model, run) == expected
+    assert {tensor.device.type for tensor in cached[0].values()} == {"cuda" if kept == "there" else "cpu"}
+    keys: list[StorageWeakRef] = []
+    append = KVCache.append
+
+    def noted(self: KVCache, layer: int, *both: Tensor) -> Any:
+        all_k, all_v = append(self, layer, *both)
+        assert isinstance(all_k, OnDevice)
+        keys.append(StorageWeakRef(all_k.held.untyped_storage()))
+        if layer == last:
+            assert sum(not one.expired() for one in keys) == (last + 1 if kept == "there" else 1)
+        return all_k, all_v
+
+    held: list[KeptRun] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "append", noted)
+        assert alive_at_the_end(model, lambda: held.append(keep(model, there, kept=keeper(**where)))) == expected
+    assert len(keys) == last + 1
+    assert held[0].kv is not None
+    places = {x.device.type for x in (*held[0].resid.values(), *held[0].kv.layer(last))}
+    assert places == {"cuda" if kept == "there" else "cpu"}
+    runs = [[Intervention("blocks.1.attn.hook_z", positions=[4], zero=True)]]
+    plain = Replay(family.model_of("llama-clip"), family.prompts("llama-clip")[0]).run(runs, progress=False)
+    found = Replay(model, there, **where).run(runs, progress=False)
+    assert off(found.cpu(), plain) <= 1e-5
 
 
 # ---------------------------------------------------------------------- analyses

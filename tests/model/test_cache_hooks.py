@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,28 @@ def test_kept_positions_are_those_of_the_whole_cache(prompt: dict[str, Tensor], 
         axis = 2 if name.endswith(("scores", "pattern")) else 1
         for row, where in enumerate(index):
             assert torch.equal(kept[name][row], whole[name][row].index_select(axis - 1, where)), name
+
+
+@pytest.mark.parametrize("options", [{}, {"incl_bwd": True, "return_type": "loss"}, {"positions": "last"}], ids=str)
+def test_a_cache_on_disk_is_the_cache(tmp_path: Path, options: dict[str, Any]) -> None:
+    _, whole = OURS.run_with_cache(LEFT, names_filter="*", **options)
+    _, kept = OURS.run_with_cache(LEFT, names_filter="*", offload_folder=tmp_path, **options)
+    assert list(kept) == list(whole)
+    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+    assert not list(tmp_path.iterdir())
+    if not options:
+        forecast = OURS.cache_size(LEFT, "*")
+        assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == pytest.approx(forecast, rel=0.02)
+    kept.save(tmp_path / "file")
+    read = LLaVACache.load(tmp_path / "file", OURS)
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
+
+
+def test_where_a_cache_is_kept_is_checked_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"device='cpu'.*offload_folder='.*'.*one of them"):
+        OURS.run_with_cache(LEFT, device="cpu", offload_folder=tmp_path)
+    with pytest.raises(InputError, match=r"no folder '.*nowhere'"):
+        OURS.run_with_cache(LEFT, offload_folder=tmp_path / "nowhere")
 
 
 def test_gradients_are_cut_to_the_same_positions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hooked_llava.machine.devices import keeper
 from hooked_llava.replay.kept_run import keep
 from tests.pairs import batch, pair
 
@@ -40,6 +41,6 @@ def test_only_some_queries() -> None:
 
 def test_another_dtype_is_kept_and_the_models_is_given() -> None:
     models = pair()
-    kept = keep(models.ours, models.ours.as_inputs(models.prompt()), dtype=torch.bfloat16)
+    kept = keep(models.ours, models.ours.as_inputs(models.prompt()), kept=keeper(dtype=torch.bfloat16))
     assert kept.resid[0].dtype == torch.bfloat16
     assert kept.entering(0).dtype == torch.float32

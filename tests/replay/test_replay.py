@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,6 +319,29 @@ def test_keeps_what_was_forecast_and_survives_hooks_that_write_in_place() -> Non
     before = [stream.clone() for stream in replay.kept.resid.values()]
     replay.run([[Intervention(f"blocks.{i}.hook_resid_pre", fn=lambda t: t.mul_(0.0))] for i in range(3)])
     assert all(torch.equal(a, b) for a, b in zip(before, replay.kept.resid.values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_run_kept_on_disk_gives_the_same(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    model = model_of(0)
+    inputs = prompts(model, 1, batch=2, n_images=1, padding="left")
+    whole, kept = Replay(model, inputs), Replay(model, inputs, offload_folder=tmp_path, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+    assert kept.nbytes == Replay.forecast(model, inputs, dtype=dtype)
+    if dtype is None:
+        held = {x.untyped_storage().data_ptr() for x in (*kept.kept.resid.values(), *kept.kept.kv.layer(1))}
+        assert len(held) == model.cfg.n_layers + 2  # no storage is shared with another
+    run = [
+        [Intervention("blocks.1.attn.hook_z", positions="last", zero=True)],
+        [Intervention("vision.blocks.0.hook_mlp_out", zero=True)],
+    ]
+    torch.testing.assert_close(kept.run(run), whole.run(run), rtol=1e-5, atol=1e-5)
+    change = Intervention("hook_embed", positions=[-3], scale=2.0)
+    branch = kept.branch(change)
+    torch.testing.assert_close(branch.run(run[:1]), whole.branch(change).run(run[:1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.run(run), whole.run(run), rtol=1e-5, atol=1e-5)  # the branch wrote to none of it
+    assert branch.nbytes == kept.nbytes
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_keeps_half_as_much_and_stays_close() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -45,6 +46,12 @@ class KVCache:
         """One layer's keys and values of all positions seen, as views."""
         k, v = self._stores[layer][:, :, :, : self.length]
         return k, v
+
+    def copied(self) -> KVCache:
+        """Another of the same layers, of which each can be kept elsewhere without a change of this one."""
+        other = copy.copy(self)
+        other._stores = dict(self._stores)  # noqa: SLF001 (a copy of itself)
+        return other
 
     def keep(self, layer: int, kept: Callable[[Tensor], Tensor]) -> None:
         """Put what a function makes of one layer's keys and values in their place: a copy elsewhere or in another dtype."""
