@@ -120,6 +120,22 @@ def test_rows_of_a_table_bring_labels_spans_and_groups() -> None:
     assert all(len(folds) == 1 for folds in by_group.values())
 
 
+def test_hooks_of_the_vision_tower_are_read_at_the_patches_of_the_image() -> None:
+    rows = gqa_rows(8, kinds=["QueryAttr"])
+    labels = ["even", "odd"] * 4
+    probe = probe_linear(model(), rows, labels, hook="vision.resid_post", tokens="image", folds=2)
+    result = probe.result
+    assert result.layer.values.tolist() == [0, 1, 2, 3]  # the last layer of the tower is not used, and not computed
+    found = []
+    for row in rows:
+        _, cache = model().run_with_cache(model().prepare(row.question, row.image), names_filter=probe.hook(-1))
+        patches = model().config.vision.patches_along("pos")
+        found.append(cache[probe.hook(-1)][0, patches.start : patches.stop].double().mean(0).numpy())
+    folds, x = result.tested_in.values, np.stack(found)
+    for fold in range(2):
+        assert float(result.accuracy[-1, fold]) == pytest.approx(plain_accuracy(x, np.array(labels), folds, fold, 1.0))
+
+
 def test_labels_come_out_of_a_data_frame_too() -> None:
     table = pd.DataFrame({"question": [question for _, question in asked()], "shape": shapes()})
     from_table = probe_linear(model(), table, "shape", folds=3, tokens="question")
