@@ -7,7 +7,7 @@ LINT_STAMP := .venv/.installed-lint
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 IMAGE ?= demo
 COSTS := hook_overhead generation cache_memory loading patching head_scores knockout causal_trace sae_stream feature_store
-FINDINGS := patch_importance tiles top_heads information_flow tuned_lens causal_trace_study trace_table editing features
+FINDINGS := quantized patch_importance tiles top_heads information_flow tuned_lens causal_trace_study trace_table editing features
 QUESTION ?= What color is the star?
 
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ $(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(STAMP): $(DEMO_STAMP)
-	@$(PIP) -e '.[dev,viz,docs]'
+	@$(PIP) -e '.[dev,viz,docs,quantized]'
 	@touch $@
 
 demo: $(DEMO_STAMP)  ## ask the embedded model about an image and write report.html

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from benchmarks import causal_trace as trace
 from benchmarks._geometries import FOR_COUNTING, TEXT, Geometry
 from benchmarks._measure import arguments, markdown, start, write
 from benchmarks._models import image_positions, random_prompt, sizes
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.loading.quantization import Quantization
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.trace_kinds import TRACE_KINDS
@@ -29,6 +31,8 @@ CHOSEN = ("llava-1.5-7b", "llava-1.5-13b", "llama3-llava-next-8b")
 NEW_TOKENS = 64
 WIDTH, K = 2**17, 256
 WEIGHTS = "the weights"
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 _COPIES_IN_TRAINING = 4  # weights, gradients, and Adam's two moments
 
 Measured = dict[str, Any]
@@ -40,12 +44,14 @@ class Case:
 
     Attributes:
         model (HookedLLaVA): The model.
+        hf_config (Any): Its config, as transformers has it.
         inputs (Inputs): The prompt.
         constraint (Sequence[int]): What a trace corrupts.
         sae (SAEConfig): The autoencoder's sizes.
     """
 
     model: HookedLLaVA
+    hf_config: Any
     inputs: Inputs
     constraint: Sequence[int]
     sae: SAEConfig
@@ -63,7 +69,20 @@ class Case:
         n_image, _ = image_positions(config, geometry.image)
         prompt = random_prompt(config, 1 + n_image + TEXT, size=geometry.image)
         constraint = trace.options_of("three kinds", prompt, n_image)["constraint"]
-        return cls(model, model.as_inputs(prompt), constraint, SAEConfig(d_in=model.cfg.d_model, d_sae=width, k=k))
+        return cls(
+            model, config, model.as_inputs(prompt), constraint, SAEConfig(d_in=model.cfg.d_model, d_sae=width, k=k)
+        )
+
+
+def packed(how: BitsAndBytesConfig) -> Callable[[Case], int]:
+    """The weights in few bits."""
+
+    def count(case: Case) -> int:
+        where: dict[str, Any] = {"device": "meta", "dtype": case.model.cfg.dtype}
+        blank = HookedLLaVA.build(case.model.config, hf_config=case.hf_config, quantization=Quantization(how), **where)
+        return sum(weight.nbytes for weight in blank.parameters())
+
+    return count
 
 
 def cached(names: Any, positions: Any = None) -> Callable[[Case], int]:
@@ -99,6 +118,8 @@ def autoencoder(case: Case) -> int:
 
 KINDS: dict[str, Callable[[Case], int]] = {
     WEIGHTS: lambda case: sum(weight.nbytes for weight in case.model.parameters()),
+    f"{WEIGHTS} in 8 bits": packed(EIGHT_BITS),
+    f"{WEIGHTS} in 4 bits (nf4)": packed(FOUR_BITS),
     f"generate {NEW_TOKENS} tokens: keys and values": generated,
     "cache `resid_post` of all layers": cached("resid_post"),
     "cache `pattern` of all layers": cached("pattern"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import sys
@@ -43,8 +44,10 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.editing import EditRequest, multedit, weight_records
 from hooked_llava.errors import HookedLLaVAWarning
 from hooked_llava.loading import expected_tensors
+from hooked_llava.loading.quantization import Quantization
 from hooked_llava.machine.processes import Processes
 from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.components.quantized import quantize_linears, quantized_linears
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.readout.answer_cache import cache_answer
 from hooked_llava.replay import Replay
@@ -482,6 +485,14 @@ def test_a_dose_response_is_clear_if_the_color_is_reached_and_no_control_reaches
     assert not sae.is_clear({"steered": [0.0, 0.4, 0.9], **quiet, "random_direction": [0.0, 0.6, 0.6]})
 
 
+def test_quantized_reports_every_way_to_pack(run: Run, tmp_path: Path) -> None:
+    report = run("quantized", tmp_path / "report.json")
+    answered = report["models"]["tiny-shapes"]
+    assert answered.keys() == {"float32", "8 bits", "nf4", "fp4"}
+    assert set(answered["float32"].values()) == {1.0}
+    assert all(len(by_kind) == 2 for by_kind in answered.values())
+
+
 @pytest.mark.slow
 def test_tiles_reports_both_grids_and_every_method(run: Run, tmp_path: Path) -> None:
     report = run("tiles", tmp_path / "report.json")
@@ -602,6 +613,7 @@ def test_forecasts_of_memory_are_what_is_kept(name: str, monkeypatch: pytest.Mon
     moments = [t for of in trainer.optimizer.state.values() for t in of.values() if t.ndim]
     kept = [
         storages(model.parameters()),
+        *(_kept_packed(model, case.hf_config, how) for how in (memory_table.EIGHT_BITS, memory_table.FOUR_BITS)),
         generated.nbytes,
         cache("resid_post"),
         cache("pattern"),
@@ -615,6 +627,14 @@ def test_forecasts_of_memory_are_what_is_kept(name: str, monkeypatch: pytest.Mon
     ]
     found = memory_table.forecasts(case)
     assert found == pytest.approx(dict(zip(memory_table.KINDS, kept, strict=True)), rel=0.02)
+
+
+def _kept_packed(model: HookedLLaVA, hf_config: Any, how: Any) -> int:
+    names, packed = Quantization(how).names(hf_config, model.config), copy.deepcopy(model)
+    quantize_linears(packed, names, how)
+    for path, linear in quantized_linears(packed).items():
+        linear.keep_weight(model.get_parameter(f"{path}.weight"))
+    return storages(packed.parameters())
 
 
 def _kept_by_a_trace(case: memory_table.Case, monkeypatch: pytest.MonkeyPatch) -> int:

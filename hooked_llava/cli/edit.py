@@ -106,6 +106,9 @@ def _edit(
     prompt: PromptOptions,
 ) -> Edit:
     """The edit, not applied; whatever does not fit is found here."""
+    from hooked_llava.editing.request import check_editable
+
+    check_editable(model)  # before a trace
     with busy("editing"):
         layer, position = _chosen_place(model, inputs, options, *where)
         given: dict[str, Any] = {"layer": layer, "layers": layer, "position": position, **options.numbers()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.editing import weight_records
+from hooked_llava.editing.request import check_editable
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
@@ -123,13 +124,14 @@ def key_covariance(
         damping: what `correct` adds to the diagonal, in parts of its mean.
         path: a file to keep it in; if it is there it is read instead, and `prompts` are not run.
 
-    Raises `InputError` for a layer out of range, no prompts, or a file of another model, layer or span.
+    Raises `InputError` for a quantized model, a layer out of range, no prompts, or a file of another model, layer or span.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
     >>> key_covariance(model, [model.prepare("Who made the star?")], layer=3, positions="question").n_keys
     5
     """
+    check_editable(model)
     layer = as_indices(whole_number(layer, "layer"), model.cfg.n_layers, "layers")[0]
     if path is not None and Path(path).is_file():
         found = KeyCovariance.load(path, model, damping=damping)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_llava.editing import weight_records
 from hooked_llava.editing.change import Change
+from hooked_llava.editing.request import check_editable
 from hooked_llava.editing.weight_records import ActiveEdit
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.model.llava import HookedLLaVA
@@ -67,6 +68,7 @@ class Edit:
     active: ActiveEdit = field(default_factory=ActiveEdit, init=False)
 
     def __post_init__(self) -> None:
+        check_editable(self.model)
         named = dict(self.model.named_parameters(remove_duplicate=False))
         for name, change in self.changes.items():
             found = tuple(named[name].shape) if name in named else "no such weight"

@@ -8,6 +8,7 @@ from typing import Any
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.model.components.quantized import quantized_linears
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import ImagesLike, InputsLike
@@ -77,8 +78,20 @@ class Prepared:
         return max(map(len, self.targets))
 
 
+def check_editable(model: HookedLLaVA) -> None:
+    """Raises `InputError` for a model with weights in 8 or 4 bits: what is added to a weight would be lost in rounding."""
+    if packed := quantized_linears(model):
+        path, linear = next(iter(packed.items()))
+        raise InputError(
+            f"The weights of {model.config.model_name!r} are quantized ({len(packed)} matrices, such as {path} in {linear.bits} "
+            "bits), and an edit is added to weights in floating point. Load it without quantization_config, or the "
+            'checkpoint that was quantized, and edit that (dtype="bfloat16" takes half of float32\'s memory).'
+        )
+
+
 def listed_requests(model: HookedLLaVA, requests: Requests) -> list[EditRequest]:
-    """What is asked for; raises `InputError` for nothing, and for a model that functions are attached to."""
+    """What is asked for; raises `InputError` for nothing, and for a model that is quantized or that functions are attached to."""
+    check_editable(model)
     listed = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not listed:
         raise InputError("There is no request; give at least one EditRequest.")
@@ -93,8 +106,9 @@ def prepare_request(model: HookedLLaVA, request: EditRequest, position: str = "c
 
     `position` is "constraint" (the last token of the constraint) or the name of a span, whose last position it is.
     Raises `InputError` and `SpanError` for a constraint that is not in the question, a target without tokens, and whatever
-    `model.prepare` refuses.
+    `model.prepare` refuses, and `InputError` for a quantized model.
     """
+    check_editable(model)
     inputs = _prompts(model, request)
     targets = inputs.each(lambda m: one_answer(model, m, request.target, "target").ids, inputs.token_maps)
     constraints = _per_prompt(request.constraint, len(inputs))

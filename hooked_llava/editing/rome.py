@@ -5,7 +5,7 @@ from __future__ import annotations
 from hooked_llava.editing.contexts import ESSENCE, Contexts
 from hooked_llava.editing.covariance import KeyCovariance
 from hooked_llava.editing.edit import Edit
-from hooked_llava.editing.request import Requests, ToKeep
+from hooked_llava.editing.request import Requests, ToKeep, check_editable
 from hooked_llava.editing.solved import Keys, solve_edit
 from hooked_llava.editing.values import KlAt, ValueSearch
 from hooked_llava.model.llava import HookedLLaVA
@@ -66,6 +66,7 @@ def rome(
     >>> len(rome(model, request, seen, position="last", **ROME_RELEASED).method["contexts"])
     20
     """
+    check_editable(model)
     covariance.check_model(model)
     search = ValueSearch(steps, lr, clamp, weight_decay, stop, stop_loss, per_token, kl, kl_prompt, kl_at)
     how = {"name": "rome", "lam": lam, "keys": keys, "keep": keep, "covariance": covariance, "contexts": contexts}

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from hooked_llava.architecture.llava import llava_kind
 from hooked_llava.architecture.tensors import TIED, expected_tensors, hf_name, model_config
 from hooked_llava.errors import CheckpointError
+from hooked_llava.loading.packed import CODES, by_weight, part_of
 from hooked_llava.loading.weights import INDEX, WEIGHTS
 from hooked_llava.prompt.processor import Processor
 
@@ -47,7 +48,7 @@ def save(
     _check_target(folder, overwrite)
     with _all_or_nothing(folder) as partial:
         _write_shards(tensors, shards, partial)
-        _write_configs(hf_config, generation_config, next(iter(tensors.values())), partial)
+        _write_configs(hf_config, generation_config, _a_float(tensors), partial)
         if processor is not None:
             processor.save_pretrained(partial)
     return folder
@@ -56,9 +57,12 @@ def save(
 def _named_for_disk(state: Mapping[str, Tensor], hf_config: PreTrainedConfig) -> dict[str, Tensor]:
     config = model_config(hf_config, state)
     expected = expected_tensors(config)
-    given = {name: tensor for name, tensor in state.items() if name != TIED or TIED in expected}
+    packed = by_weight(state.items())
+    given = {
+        name: tensor for name, tensor in state.items() if part_of(name) is None and (name != TIED or TIED in expected)
+    }
     wrong = sorted(set(expected) ^ set(given))
-    wrong += [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
+    wrong += [n for n in expected if n in given and n not in packed and tuple(given[n].shape) != expected[n]]
     if wrong:
         name = wrong[0]
         was = tuple(given[name].shape) if name in given else "missing"
@@ -66,7 +70,11 @@ def _named_for_disk(state: Mapping[str, Tensor], hf_config: PreTrainedConfig) ->
             f"{len(wrong)} tensors do not fit the config; {name} is {was}, expected {expected.get(name, 'absent')}. "
             "Save a model with the config that it was built from."
         )
-    return {hf_name(name, config): given[name].detach() for name in expected}
+    named = {hf_name(name, config): given[name].detach() for name in expected}
+    for name, parts in packed.items():
+        layer = hf_name(name, config).removesuffix(CODES)
+        named |= {f"{layer}{part}": tensor.detach() for part, tensor in parts.items()}
+    return named
 
 
 def _bytes(size: int | str) -> int:
@@ -104,6 +112,10 @@ def _write_shards(tensors: dict[str, Tensor], shards: dict[str, list[str]], fold
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _a_float(tensors: Mapping[str, Tensor]) -> Tensor:
+    return next(tensor for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _write_configs(

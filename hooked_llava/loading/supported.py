@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from hooked_llava.architecture.llava import LLAVA_MODELS
 from hooked_llava.errors import CheckpointError, ConfigError
+from hooked_llava.loading.packed import is_bitsandbytes, packed_layers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights may have."""
@@ -91,7 +92,11 @@ def _adapter_layer(given: nn.Module) -> str:
 
 
 def _not_float(given: nn.Module) -> str:
+    by_bitsandbytes = is_bitsandbytes(getattr(given.config, "quantization_config", None))
+    shared = {f"{path}.weight" for path in packed_layers(given)} if by_bitsandbytes else ()
     for name, weight in given.named_parameters():
+        if name in shared:
+            continue
         if weight.dtype not in FLOATS:
             return f"{name} is {_name(weight.dtype)}"
         if type(weight.data) is not Tensor and "Quantized" in type(weight.data).__name__:
@@ -99,7 +104,7 @@ def _not_float(given: nn.Module) -> str:
     packed = (
         f"{name} is a {type(m).__module__}.{type(m).__name__}" for name, m in given.named_modules() if _is_packed(m)
     )
-    declared = "is_quantized is True" if getattr(given, "is_quantized", False) is True else ""
+    declared = "is_quantized is True" if getattr(given, "is_quantized", False) is True and not shared else ""
     return next(packed, declared)
 
 
@@ -278,7 +283,7 @@ def _quantized_config(folder: Folder) -> str:
     parts = {"": folder.fields} | {f"{name}.": folder.fields.get(f"{name}_config") for name in ("text", "vision")}
     for part, fields in parts.items():
         for name in ("quantization_config", "compression_config"):
-            if isinstance(fields, Mapping) and name in fields:
+            if isinstance(fields, Mapping) and name in fields and not (part == "" and is_bitsandbytes(fields[name])):
                 kind = fields[name].get("quant_method") if isinstance(fields[name], Mapping) else None
                 return f"config.json has {part}{name}{f' of {kind!r}' if kind else ''}"
     return ""

@@ -7,7 +7,7 @@ misshapen) before the first one is read, and each is checked for NaN and infinit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.tensors import TIED, TIED_TO, expected_tensors, our_name
 from hooked_llava.errors import CheckpointError
+from hooked_llava.loading.packed import CODES, KeepsPacked, PackedWeight, by_weight, part_of
 from hooked_llava.loading.supported import check_tensor_names
 from hooked_llava.storage import read_json
 
@@ -52,15 +53,23 @@ class WeightFiles:
     Attributes:
         folder (Path): The checkpoint folder.
         tensors (tuple[StoredTensor, ...]): Every tensor in its files.
+        parts (Mapping[str, Mapping[str, StoredTensor]]): For each weight that is stored in 8 or 4 bits, by Hugging Face's
+            name, what stands beside its codes, which are among `tensors`.
     """
 
     folder: Path
     tensors: tuple[StoredTensor, ...]
+    parts: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         """Hugging Face's names of all tensors."""
         return [stored.hf_name for stored in self.tensors]
+
+    def with_packed(self) -> WeightFiles:
+        """The same, tensors that belong to packed weights gathered in `parts`."""
+        parts = by_weight((stored.hf_name, stored) for stored in self.tensors)
+        return WeightFiles(self.folder, tuple(t for t in self.tensors if part_of(t.hf_name) is None), parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,8 +83,10 @@ def stream_tensors(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Mapping[str, torch.device] = "cpu",
-) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+) -> Iterator[tuple[str, Float[Tensor, "..."] | PackedWeight]]:
     """Every tensor under our name, one at a time, converted to dtype (None: as stored) and moved to its device.
+
+    A packed weight comes as it is stored.
 
     Holds no tensor after it has been handed out, and no file's pages: memory is what the receiver keeps plus one
     tensor. With tied embeddings the unembedding does not come. Raises `CheckpointError`, naming tensor and file, for
@@ -91,9 +102,12 @@ def stream_tensors(
         _check_tied(entries[TIED], entries[TIED_TO])
     for name in expected_tensors(config):
         entry = entries[name]
+        there = device[name] if isinstance(device, Mapping) else device
+        if entry.hf_name in files.parts:
+            yield name, _read_packed(entry, files.parts[entry.hf_name], dtype or torch.float32, there)
+            continue
         stored = _read(entry)
         # always a copy of our own: what safe_open returns is a view of the file's pages
-        there = device[name] if isinstance(device, Mapping) else device
         tensor = stored.to(device=there, dtype=dtype or stored.dtype, copy=True)
         _check_finite(tensor, stored, entry)
         del stored
@@ -124,10 +138,21 @@ def load_into(
         )
 
 
-def set_parameters(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], config: LLaVAConfig) -> None:
-    """Put tensors in the place of a module's parameters of those dotted names, without gradients; tied ones are one parameter."""
+def set_parameters(
+    module: nn.Module, tensors: Iterable[tuple[str, Tensor | PackedWeight]], config: LLaVAConfig
+) -> None:
+    """Put tensors in the place of a module's parameters of those dotted names, without gradients; tied ones are one parameter.
+
+    A linear map that keeps its weight in few bits packs what it is given.
+    """
     for name, tensor in tensors:
-        _set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+        owner, _, leaf = name.rpartition(".")
+        keeper = module.get_submodule(owner)
+        if leaf == CODES and isinstance(keeper, KeepsPacked):
+            keeper.keep_weight(tensor)
+        else:
+            assert isinstance(tensor, Tensor), name
+            _set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
     if config.language.tied_embeddings:
         _set_parameter(module, TIED, module.get_parameter(TIED_TO))
 
@@ -156,11 +181,17 @@ def _matched(files: WeightFiles, config: LLaVAConfig) -> dict[str, StoredTensor]
             )
         entries[name] = entry
     check_tensor_names(files.folder, (entry.hf_name for entry in surplus))
-    _compare(files.folder, entries, surplus, config)
+    _compare(files.folder, entries, surplus, config, files.parts)
     return entries
 
 
-def _compare(folder: Path, entries: dict[str, StoredTensor], surplus: list[StoredTensor], config: LLaVAConfig) -> None:
+def _compare(
+    folder: Path,
+    entries: dict[str, StoredTensor],
+    surplus: list[StoredTensor],
+    config: LLaVAConfig,
+    packed: Iterable[str] = (),
+) -> None:
     expected = expected_tensors(config)
     if config.language.tied_embeddings and TIED in entries:
         expected = {**expected, TIED: expected[TIED_TO]}
@@ -179,6 +210,8 @@ def _compare(folder: Path, entries: dict[str, StoredTensor], surplus: list[Store
         )
     for name, shape in expected.items():
         entry = entries[name]
+        if entry.hf_name in packed:
+            continue  # the shape is among what is packed
         if entry.shape != shape:
             raise CheckpointError(
                 f"Tensor {entry.hf_name} in {entry.path} has shape {entry.shape}; expected {shape} from config.json "
@@ -266,6 +299,18 @@ def _read(entry: StoredTensor) -> Tensor:
             return file.get_tensor(entry.hf_name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"Tensor {entry.hf_name} in {entry.path} cannot be read ({error}).") from error
+
+
+def _read_packed(
+    codes: StoredTensor, parts: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device | str
+) -> PackedWeight:
+    read = {}
+    for part, entry in {CODES: codes, **parts}.items():
+        stored = _read(entry)
+        read[part] = stored.to(device, copy=True)
+        if part != CODES and stored.is_floating_point():
+            _check_finite(read[part], stored, entry)
+    return PackedWeight(read, dtype)
 
 
 def _check_finite(tensor: Tensor, stored: Tensor, entry: StoredTensor) -> None:

@@ -28,6 +28,7 @@ from hooked_llava.model.cache_hooks import caching_hook, shared_spans, tensor_by
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint, has_functions
 from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.components.quantized import like_weight
 from hooked_llava.model.projector import Projector
 from hooked_llava.model.prompt_hooks import HookEntry, PromptHook, as_hook, placing
 from hooked_llava.model.request import ForwardRequest, forward_request
@@ -77,8 +78,8 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         (device(type='cpu'),)
         """
         language, vision = self.language, self.vision
-        weights = (language.embed.weight, vision.patch_embed.weight, self.projector.linear_in.weight)
-        ends = (language.ln_final.weight, language.unembed.weight)
+        weights = (language.embed.weight, vision.patch_embed.weight, like_weight(self.projector.linear_in))
+        ends = (language.ln_final.weight, like_weight(language.unembed))
         blocks = (block.device for block in (*vision.blocks, *language.blocks))
         return tuple(dict.fromkeys((*(weight.device for weight in (*weights, *ends)), *blocks)))
 

@@ -24,6 +24,7 @@ from hooked_llava.errors import CheckpointError, ConfigError, InputError
 from hooked_llava.loading.checkpoint import load_processor, read_config, read_generation_config, stored_dtype
 from hooked_llava.loading.embedded import resolve
 from hooked_llava.loading.placement import DeviceMap, placed
+from hooked_llava.loading.quantization import Quantization, QuantizationLike, as_quantization, quantization_of
 from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
@@ -34,6 +35,7 @@ from hooked_llava.model.components.assembly import assemble
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
+from hooked_llava.model.components.quantized import quantize_linears, stored_state
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.projector import Projector
@@ -265,11 +267,16 @@ class HookedLLaVA(HookedModule):
         dtype: torch.dtype = torch.float32,
         processor: Processor | None = None,
         hf_config: PreTrainedConfig | None = None,
+        quantization: Quantization | None = None,
     ) -> HookedLLaVA:
         """The three parts put together; on device "meta" without memory for the weights, elsewhere uninitialised."""
         with torch.device(device), _default_dtype(dtype):
             parts = VisionTower(config.vision), Projector(config.projector), LanguageTower(config.language)
-        return cls(config, *parts, processor=processor, hf_config=hf_config)
+        model = cls(config, *parts, processor=processor, hf_config=hf_config)
+        if quantization is not None and hf_config is not None:
+            quantize_linears(model, quantization.names(hf_config, config), quantization.config)
+            model.setup()  # anew, since it lists the modules
+        return model
 
     @classmethod
     def from_pretrained(
@@ -280,6 +287,7 @@ class HookedLLaVA(HookedModule):
         device: torch.device | str = "cpu",
         device_map: DeviceMap | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
+        quantization_config: QuantizationLike = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -295,13 +303,16 @@ class HookedLLaVA(HookedModule):
             device_map: instead of `device`, over several devices: "auto" or another plan of accelerate's, or a device for each
                 part, such as {"": 0, "language.blocks.3": 1}; see `hooked_llava.loading.placement.placed`.
             max_memory: for a plan, the memory that it may take of each device: {0: "20GiB", "cpu": "60GiB"}.
+            quantization_config: transformers' `BitsAndBytesConfig`, to keep in 8 or 4 bits the weights that transformers would.
+                A checkpoint that was saved so needs none. The weights of such a model can be read, not edited.
             revision: branch, tag or commit on the hub.
             token: for the hub's gated and private models, unless you are logged in.
             cache_dir: where what comes from the hub is kept.
 
-        Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, quantized
-        weights, the original code's layout); `ConfigError` for another architecture, a dtype that is not floating point, and a
-        device_map that does not fit the model or that the model does not fit into.
+        Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, weights
+        that GPTQ or AWQ quantized, the original code's layout); `ConfigError` for another architecture, a dtype that is not
+        floating point, a quantization that is not supported, and a device_map that does not fit the model or that the model
+        does not fit into.
 
         >>> HookedLLaVA.from_pretrained("tiny-shapes", dtype="bfloat16").cfg.dtype
         torch.bfloat16
@@ -309,9 +320,10 @@ class HookedLLaVA(HookedModule):
         wanted = as_dtype(dtype)
         folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
         hf_config, files = read_config(folder), read_headers(folder)
+        quantization, files = as_quantization(quantization_config, hf_config, files)
         config = model_config(hf_config, files.names, model_name=str(name))
         processor, why_none = load_processor(folder, hf_config.model_type)
-        model = cls.build(config, device="meta", processor=processor, hf_config=hf_config)
+        model = cls.build(config, device="meta", processor=processor, hf_config=hf_config, quantization=quantization)
         model.no_processor = why_none
         model.generation_config = read_generation_config(folder)
         wanted = wanted or stored_dtype(hf_config) or files.dtype
@@ -327,19 +339,21 @@ class HookedLLaVA(HookedModule):
     def from_hf(cls, hf_model: PreTrainedModel, processor: Processor | None = None) -> HookedLLaVA:
         """A view of a LLaVA model of transformers: the same storage, in parameters of its own.
 
-        One that accelerate has spread over several devices stays there. A later `.to(...)` of this model leaves the user's
-        alone; an edit of the weights in place reaches both. Without a processor the model takes token ids, and text has no
-        spans. Raises `ConfigError` for another architecture, and for
-        what is no plain model in memory (adapters, quantized or offloaded weights, wrappers), saying how to come to one;
+        One that accelerate has spread over several devices stays there, and weights that bitsandbytes keeps in 8 or 4 bits stay
+        so. A later `.to(...)` of this model leaves the user's alone; an edit of the weights in place reaches both. Without a
+        processor the model takes token ids, and text has no spans. Raises `ConfigError` for another architecture, and for
+        what is no plain model in memory (adapters, offloaded weights, wrappers), saying how to come to one;
         and `InputError` for a processor that is another model's.
         """
         check_model(hf_model)
-        config = model_config(hf_model.config, hf_model.state_dict())
+        config = model_config(hf_model.config, dict(hf_model.named_parameters()))
+        quantization = quantization_of(hf_model, config)
         if processor is not None:
             check_processor_fits(processor, config)
-        model = cls.build(config, device="meta", processor=processor, hf_config=hf_model.config)
+        hf_config = hf_model.config
+        model = cls.build(config, device="meta", processor=processor, hf_config=hf_config, quantization=quantization)
         model.generation_config = hf_model.generation_config
-        share_weights(model, hf_model, config)
+        share_weights(model, hf_model, config, None if quantization is None else quantization.packed)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -350,7 +364,7 @@ class HookedLLaVA(HookedModule):
                 "or load the model with from_pretrained or from_hf."
             )
         options.setdefault("generation_config", self.generation_config)
-        save(self.state_dict(), self.hf_config, self.processor, os.fspath(folder), **options)
+        save(stored_state(self), self.hf_config, self.processor, os.fspath(folder), **options)
 
 
 @contextmanager

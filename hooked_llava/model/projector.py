@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hooked_llava.architecture.sizes import ProjectorConfig
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.mlp import activation
+from hooked_llava.model.components.quantized import like_weight
 
 
 class Projector(nn.Module):
@@ -25,6 +26,6 @@ class Projector(nn.Module):
 
     def forward(self, features: Float[Tensor, "tile feature d_features"]) -> Float[Tensor, "tile feature d_model"]:
         """Image embeddings, one for each feature vector; in the dtype and on the device of the projector."""
-        features = features.to(self.linear_in.weight)
+        features = features.to(like_weight(self.linear_in))
         hidden = self.hook_post(self.act(self.hook_pre(self.linear_in(features))))  # (tile, feature, d_model)
         return self.hook_out(self.linear_out(hidden))

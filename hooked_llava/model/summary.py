@@ -8,6 +8,7 @@ from torch import nn
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.sizes import TowerConfig
+from hooked_llava.model.components.quantized import quantized_linears
 
 _COLUMNS = ("part", "kind", "layers", "heads", "d_head", "d_model", "d_mlp", "parameters", "dtype", "device")
 
@@ -55,7 +56,12 @@ def _tower(cfg: TowerConfig) -> tuple[str, ...]:
 
 def _weights(part: nn.Module) -> tuple[str, str, str]:
     """Number of parameters, their dtypes and their devices."""
-    weights = list(part.parameters())  # a tied embedding is counted once
-    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
-    devices = sorted({str(weight.device) for weight in weights})
-    return f"{sum(weight.numel() for weight in weights):,}", "/".join(dtypes), "/".join(devices)
+    packed = quantized_linears(part)
+    inside = {id(held) for linear in packed.values() for name, held in linear.named_parameters() if name != "bias"}
+    weights = [weight for weight in part.parameters() if id(weight) not in inside]  # a tied embedding is counted once
+    n = sum(weight.numel() for weight in weights)
+    n += sum(linear.in_features * linear.out_features for linear in packed.values())
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights}
+    dtypes |= {f"{linear.bits} bits" for linear in packed.values()}
+    devices = sorted({str(weight.device) for weight in part.parameters()})
+    return f"{n:,}", "/".join(sorted(dtypes)), "/".join(devices)

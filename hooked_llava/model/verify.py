@@ -105,8 +105,8 @@ def verify(
     """Compare both models' activations on the same inputs: every residual stream, the projector, the logits.
 
     Without inputs, a random image among random tokens. The tolerance is by default 1e-4 of an activation's largest
-    number in float32, and a few roundings in half precision. Padding is left out. Raises `ConfigError` if the two
-    models are of different sizes.
+    number in float32, and a few roundings in half precision, also where weights are in 8 or 4 bits. Padding is left out.
+    Raises `ConfigError` if the two models are of different sizes.
 
     >>> from transformers import LlavaForConditionalGeneration
     >>> from hooked_llava import HookedLLaVA
@@ -115,14 +115,16 @@ def verify(
     >>> verify(HookedLLaVA.from_hf(hf_model), hf_model).ok
     True
     """
-    _check_same_config(model.config, model_config(hf_model.config, hf_model.state_dict()))
+    _check_same_config(model.config, model_config(hf_model.config, dict(hf_model.named_parameters())))
     inputs = model.as_inputs(_random_prompt(model.config, seed) if inputs is None else inputs)
     theirs = _hf_activations(hf_model, inputs, _hf_modules(hf_model, model.config, inputs))
     with torch.no_grad():
         _, ours = model.run_with_cache(inputs, names_filter=list(theirs))
     if tolerance is None:
         dtypes = {weight.dtype for weight in (*model.parameters(), *hf_model.parameters())}
-        tolerance = max(TOLERANCE, _ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes))
+        # Packed weights are multiplied in 8 bits, or on some CPUs in bfloat16, whatever the others are.
+        precisions = [torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes]
+        tolerance = max(TOLERANCE, _ROUNDINGS * max(precisions))
     table = model.hooks_table
     return ParityTable(
         tuple(_compare(table[name], ours[name], activation, inputs, tolerance) for name, activation in theirs.items())

@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from hooked_llava.errors import InputError
@@ -61,7 +61,7 @@ def weights_version(model: nn.Module) -> Version:
     return tuple(marks), _joined(samples).cpu().numpy().tobytes()
 
 
-def sample(weight: Float[Tensor, "..."], n: int) -> Float[Tensor, " sample"]:
+def sample(weight: Shaped[Tensor, "..."], n: int) -> Shaped[Tensor, " sample"]:
     """n entries of a weight (or all, if it has fewer), from rows and columns all over it.
 
     >>> sample(torch.arange(64).float().view(8, 8), 4)
@@ -103,7 +103,7 @@ def samples(weights: Weights) -> Float[Tensor, " sample"]:
     return _joined([sample(weight, _SAMPLES) for weight in weights.values()]).cpu()
 
 
-def _joined(samples: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " sample"]:
+def _joined(samples: Iterable[Shaped[Tensor, " _"]]) -> Float[Tensor, " sample"]:
     """Samples one after the other, on the first one's device: those of each device are joined before they are moved."""
     parts = [torch.cat(list(held)) for _, held in groupby(samples, lambda part: part.device)]
     return torch.cat([part.to(parts[0].device) for part in parts])
@@ -116,9 +116,9 @@ def _joined(samples: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, " sample"]:
 def weights_hash(weights: nn.Module | Weights, dtype: torch.dtype | None = None) -> str:
     """A hash of every weight's name, shape, dtype and content, the same in every process and on every device.
 
-    With `dtype`, of the weights rounded to it. The numbers' bits are added up as integers, each times an odd number of its
-    own: unlike a sum of floats that does not depend on the order in which threads add, a change of any one number changes
-    it, and weights that change places do not cancel.
+    With `dtype`, of the weights rounded to it; the codes of weights in 8 or 4 bits are never rounded. The numbers' bits are
+    added up as integers, each times an odd number of its own: unlike a sum of floats that does not depend on the order in
+    which threads add, a change of any one number changes it, and weights that change places do not cancel.
 
     >>> first, second = (nn.Linear(3, 2) for _ in range(2))
     >>> weights_hash(first) == weights_hash(first) != weights_hash(second)
@@ -127,13 +127,14 @@ def weights_hash(weights: nn.Module | Weights, dtype: torch.dtype | None = None)
     named = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
     for name, weight in named.items():
-        digest.update(f"{name} {tuple(weight.shape)} {dtype or weight.dtype}\n".encode())
-        for total in _sums(weight.detach().reshape(-1), dtype):
+        rounded = dtype if weight.is_floating_point() else None
+        digest.update(f"{name} {tuple(weight.shape)} {rounded or weight.dtype}\n".encode())
+        for total in _sums(weight.detach().reshape(-1), rounded):
             digest.update((total % 2**64).to_bytes(8, "little"))
     return digest.hexdigest()[:_DIGITS]
 
 
-def _sums(weight: Float[Tensor, " number"], dtype: torch.dtype | None) -> list[int]:
+def _sums(weight: Shaped[Tensor, " number"], dtype: torch.dtype | None) -> list[int]:
     """For each piece of a weight its bits, weighted by odd numbers and summed, up to multiples of 2^64."""
     pieces = (_bits(piece if dtype is None else piece.to(dtype)) for piece in weight.split(_PIECE))
     if weight.device.type == "cpu":
@@ -154,7 +155,7 @@ def _block_sums(piece: Int[Tensor, " number"], odd: Int[Tensor, " odd"]) -> Iter
         yield int(integers @ odd[: len(integers)]) + 2 * start * _BLOCK * int(integers.sum())
 
 
-def _bits(numbers: Float[Tensor, " number"]) -> Int[Tensor, " number"]:
+def _bits(numbers: Shaped[Tensor, " number"]) -> Int[Tensor, " number"]:
     return numbers.view(_BITS[numbers.element_size()])
 
 
@@ -166,7 +167,7 @@ class WeightsId:
     """Which weights something was made with, for its file: their hash, and the hashes of what coarser dtypes hold of them.
 
     Attributes:
-        dtypes (tuple[str, ...]): The weights' dtypes; as a rule one.
+        dtypes (tuple[str, ...]): The dtypes of weights in floating point; as a rule one.
         hashes (Mapping[str, str]): By dtype, the hash of the weights rounded to it; "own" as they are.
     """
 
@@ -211,7 +212,8 @@ class WeightsId:
 
 
 def _dtypes(weights: Weights) -> tuple[str, ...]:
-    return tuple(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+    found = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def same_samples(mine: Float[Tensor, " sample"], kept: Float[Tensor, " any_sample"]) -> bool:

@@ -329,8 +329,10 @@ def test_an_adapter_is_told_by_its_tensors(tmp_path: Path) -> None:
         HookedLLaVA.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [(None, "gptq"), (None, "fp8"), ("text_config", "bitsandbytes"), ("text_config", "gptq"), ("vision_config", "fp8")],
+)
 def test_quantized_checkpoints_are_told_by_their_config(tmp_path: Path, part: str | None, method: str) -> None:
     fields = tiny_hf_config().to_dict()
     (fields[part] if part else fields)["quantization_config"] = {"quant_method": method}

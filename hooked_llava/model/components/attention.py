@@ -27,6 +27,7 @@ from hooked_llava.model.components.prefix_attention import (
     average_with_prefix,
     scores_with_prefix,
 )
+from hooked_llava.model.components.quantized import bias_or_zeros
 from hooked_llava.model.components.rotary import Rotation, rotate
 
 PreNorm = tuple[Float[Tensor, "batch pos d_model"], RMSNorm | LayerNorm]
@@ -191,23 +192,25 @@ class Attention(nn.Module):
             k = self.hook_rot_k(rotate(k, context.rotation))
         z = self.hook_z(self.attend(q, k, v, context))  # (batch, query, head, d_head)
         if self.hook_result.hooked:
-            result = self.hook_result(einsum("b p h d, h d m -> b p h m", z, self.W_O))
-            return result.sum(2) if self.output.bias is None else result.sum(2) + self.output.bias
+            result = einsum("b p h d, h d m -> b p h m", z, self.W_O)
+            changed = self.hook_result(result)
+            # What was changed is added to what the map itself gives, which may round in its own way.
+            return self.output(z.flatten(2)) + (changed - result).sum(2)
         return self.output(z.flatten(2))
 
     def project(
         self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], pre_norm: PreNorm
     ) -> Float[Tensor, "batch pos any_head d_head"]:
         """Queries, keys or values of all heads; if the input is hooked, each head reads its own copy."""
+        out = linear(x).unflatten(-1, (-1, self.cfg.d_head))
         if not hook_input.hooked:
-            return linear(x).unflatten(-1, (-1, self.cfg.d_head))
+            return out
         resid, norm = pre_norm
         weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
         copies = resid[:, :, None].expand(-1, -1, weight.shape[0], -1)  # (batch, pos, head, d_model)
         # x may carry edits made inside the norm; the difference adds to it what was changed before the norm.
-        per_head = x[:, :, None] + (norm.fused(hook_input(copies.view_as(copies))) - norm.fused(copies))
-        out = einsum("b p h m, h d m -> b p h d", per_head, weight)
-        return out if linear.bias is None else out + linear.bias.unflatten(0, (-1, self.cfg.d_head))
+        changed = norm.fused(hook_input(copies.view_as(copies))) - norm.fused(copies)
+        return out + einsum("b p h m, h d m -> b p h d", changed, weight)
 
     def attend(
         self,
@@ -310,9 +313,7 @@ class Attention(nn.Module):
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias, zeros if there is none."""
-        weight = self.output.weight
-        return weight.new_zeros(self.cfg.d_model) if self.output.bias is None else self.output.bias
+        return bias_or_zeros(self.output)
 
     def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "any_head d_head"]:
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        return bias.unflatten(0, (-1, self.cfg.d_head))
+        return bias_or_zeros(linear).unflatten(0, (-1, self.cfg.d_head))

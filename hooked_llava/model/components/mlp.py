@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.model.components.hook_point import HookPoint
+from hooked_llava.model.components.quantized import bias_or_zeros
 
 
 def activation(name: str) -> nn.Module:
@@ -64,9 +65,9 @@ class MLP(nn.Module):
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Input bias, zeros if there is none."""
-        return self.W_in.new_zeros(self.cfg.d_mlp) if self.up.bias is None else self.up.bias
+        return bias_or_zeros(self.up)
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias, zeros if there is none."""
-        return self.W_in.new_zeros(self.cfg.d_model) if self.down.bias is None else self.down.bias
+        return bias_or_zeros(self.down)
