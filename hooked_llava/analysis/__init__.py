@@ -25,6 +25,7 @@ from hooked_llava.analysis.knockout import attention_knockout, flow_summary
 from hooked_llava.analysis.logit_attribution import contribution_sums, logit_attribution
 from hooked_llava.analysis.logit_lens import logit_lens
 from hooked_llava.analysis.maps.answer_maps import answer_maps
+from hooked_llava.analysis.maps.sinks import sink_positions
 from hooked_llava.analysis.neuron_scores import neuron_scores, top_neurons
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.output_knockout import output_knockout
@@ -95,6 +96,7 @@ __all__ = [
     "random_heads",
     "reciprocal_rank",
     "recovered",
+    "sink_positions",
     "top_heads",
     "top_neurons",
     "trace_means",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xarray as xr
 
+from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.results.image_axes import ImageAxes, take
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from hooked_llava.model.llava import HookedLLaVA
 
 
-def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "last") -> xr.DataArray:
+def image_attention(
+    model: HookedLLaVA, inputs: Any, *, position: int | str = "last", without_sinks: bool = False
+) -> xr.DataArray:
     """Attention of every head from one position to every patch, [image, layer, head, patch_row, patch_col].
 
     For images of several grids [image, layer, head, feature], newlines included: see `results.image_axes`.
 
     The numbers are `hook_pattern` itself: a head's row sums to 1 over all keys, so what is missing went to text.
+    `without_sinks` leaves out (NaN) what `sink_positions` finds, in one more forward pass.
     Raises `InputError` for several prompts or positions, or a prompt without an image.
 
     >>> from hooked_llava import HookedLLaVA
@@ -50,10 +54,11 @@ def image_attention(model: HookedLLaVA, inputs: Any, *, position: int | str = "l
         names = (model.hooks_table.name("pattern", i) for i in range(model.cfg.n_layers))
         pattern = torch.stack([cache[name][:, 0] for name in names])  # (layer, head, key)
         maps = take(pattern, axes.positions(prompt.token_map)).movedim(-2, 0)  # (image, layer, head, place)
-        return axes.labelled(
+        found = axes.labelled(
             maps.float().cpu().numpy(),
             ("image", "layer", "head"),
             coords={"layer": range(model.cfg.n_layers), "head": range(model.cfg.n_heads)},
             name="attention",
             attrs=made.attrs(),
         )
+    return without_sinks_of(found, sink_positions(model, prompt)) if without_sinks else found

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.analysis.maps.scores import Heads, check_choice
+from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
@@ -47,6 +48,7 @@ def patch_importance(
     window: int = 1,
     grid: str = ALL,
     fill: Float[Tensor, " d_model"] | None = None,
+    without_sinks: bool = False,
 ) -> xr.DataArray:
     """How much every patch matters for the answer, [image, patch_row, patch_col]; several prompts give a first axis prompt.
 
@@ -69,6 +71,7 @@ def patch_importance(
         window: side in patches of the square that is blanked, for "occlusion" and "token_ablation".
         grid: for "occlusion" the grid in whose tiles what a patch shows is blanked; "all" of them by default.
         fill: what takes the place of an image embedding, for "token_ablation".
+        without_sinks: leave out (NaN) what `sink_positions` finds, in one more forward pass.
 
     Positive numbers speak for the answer (attention and rollout do not know for or against). Attributes: `target`,
     `units`, `n_forward`, `n_backward`, and `heads` or `layer` where some were chosen. Raises `InputError` for prompts without
@@ -86,7 +89,8 @@ def patch_importance(
     """
     given = {"heads": heads, "vision": vision, "layer": layer, "steps": steps, "window": window}
     given |= {"grid": grid, "fill": fill}
-    return _maps(model, inputs, target, token, method, _options(model, method, given))
+    maps = _maps(model, inputs, target, token, method, _options(model, method, given))
+    return without_sinks_of(maps, sink_positions(model, prompts_of(model, inputs))) if without_sinks else maps
 
 
 def _maps(

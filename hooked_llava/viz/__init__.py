@@ -27,6 +27,7 @@ from hooked_llava.viz.figures.patch_words import patch_words
 from hooked_llava.viz.figures.patching import by_patch, plot_patching
 from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.figures.probes import lens_curves, probe_curves
+from hooked_llava.viz.figures.sinks import sink_scatter
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
@@ -86,6 +87,7 @@ __all__ = [
     "probe_curves",
     "Report",
     "role_curves",
+    "sink_scatter",
     "steering_page",
     "storage_curves",
     "study_page",

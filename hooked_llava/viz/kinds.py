@@ -48,6 +48,7 @@ KINDS = {
     "patch_importance": Kind("patch_overlay"),
     "path_patching": Kind("plot_patching"),
     "probe_linear": Kind("probe_curves", "Linear probe"),
+    "sink_positions": Kind("sink_scatter", "Image sinks"),
     "steering_sweep": Kind("dose_response", "Steering"),
 }
 """By the name of the analysis, which its result says."""

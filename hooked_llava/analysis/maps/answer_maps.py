@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from hooked_llava.analysis.maps.methods import shared_run
+from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.options.patch_maps import PATCH_MAPS
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import read_answer
 from hooked_llava.readout.answer_tokens import AnswerLike, one_answer, without_end
 from hooked_llava.readout.vocabulary import decode_tokens
@@ -27,6 +29,7 @@ def answer_maps(
     *,
     method: str = "log_increase",
     max_new_tokens: int = 20,
+    without_sinks: bool = False,
     **options: Any,
 ) -> xr.DataArray:
     """`patch_importance(token=k)` of every token k of an answer: [token, image, patch_row, patch_col].
@@ -42,6 +45,7 @@ def answer_maps(
             generates, greedily.
         method: one of the names in `hooked_llava.options.patch_maps.PATCH_MAPS`.
         max_new_tokens: length of a generated answer at most.
+        without_sinks: leave out (NaN) what `sink_positions` finds, in one more forward pass.
         options: those of the method, as `patch_importance` takes them.
 
     Raises `InputError` for several prompts, for an answer without tokens, and as `patch_importance`.
@@ -54,16 +58,8 @@ def answer_maps(
     (['Orange', 'star'], 1)
     """
     one_of(method, PATCH_MAPS, "method")
-    prompt, generated = model.as_inputs(inputs).single("answer_maps"), 0
-    given: list[AnswerLike] | None = None
-    if answer is not None:
-        given = [one_answer(model, prompt.token_map, answer)]
-    elif not prompt.token_map.n_answer:
-        said = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
-        own, generated = without_end(model, said[0].tolist()), said.shape[1]
-        if not own:
-            raise InputError("The model's own answer has no tokens; give one with answer=.")
-        given = [own]
+    prompt = model.as_inputs(inputs).single("answer_maps")
+    given, generated = _given(model, prompt, answer, max_new_tokens)
     reading = read_answer(model, prompt, given)
     assert reading.ids is not None
     subject: Any = reading.inputs
@@ -78,4 +74,20 @@ def answer_maps(
     about |= {"n_forward": sum(one.n_forward for one in maps) + shared + generated, "measured": reading.measured}
     about |= {"n_backward": sum(one.n_backward for one in maps), "n_generated": generated}
     found = stack(maps, "token").assign_coords(token=range(n_tokens), word=("token", words))
-    return found.assign_attrs({name: value for name, value in about.items() if name != "token"})
+    found = found.assign_attrs({name: value for name, value in about.items() if name != "token"})
+    return without_sinks_of(found, sink_positions(model, prompt)) if without_sinks else found
+
+
+def _given(
+    model: HookedLLaVA, prompt: Inputs, answer: AnswerLike | None, max_new_tokens: int
+) -> tuple[list[AnswerLike] | None, int]:
+    """The answer's tokens, None where they are appended already, and how many were generated for it."""
+    if answer is not None:
+        return [one_answer(model, prompt.token_map, answer)], 0
+    if prompt.token_map.n_answer:
+        return None, 0
+    said = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
+    own = without_end(model, said[0].tolist())
+    if not own:
+        raise InputError("The model's own answer has no tokens; give one with answer=.")
+    return [own], said.shape[1]
