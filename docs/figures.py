@@ -28,6 +28,7 @@ from hooked_llava.analysis import (
     lens_kl,
     logit_lens,
     patch_importance,
+    patchscope,
     probe_linear,
     train_tuned_lens,
 )
@@ -62,6 +63,11 @@ def answers(model: HookedLLaVA) -> None:
     side_by_side = xr.concat(
         [map_.rename("share of the largest") / float(map_.max()) for map_ in maps], "method", combine_attrs="drop"
     )
+    white = model.prepare(QUESTION, images=Image.new("RGB", (64, 64), "white"))
+    middle = white.token_map.patch_to_position(4, 4)
+    into = {"target": white, "target_position": middle, "target_layer": 0, "max_new_tokens": 1}
+    said = patchscope(model, clean, positions="image", layers=2, **into)
+    save(viz.patch_words(clean, said, layer=2), "patchscope.png")
     save(viz.patch_words(clean, logit_lens(model, clean, positions="image"), layer=3), "patch-words.png")
     save(
         viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps]), columns=3),

@@ -112,6 +112,9 @@ POSITIONS: dict[str, Call] = {
     "attention_knockout": lambda p: do.attention_knockout(model(), text(), [(p, "last")], "all"),
     "logit_lens": lambda p: do.logit_lens(model(), text(), positions=p),
     "position_scores": lambda p: do.position_scores(model(), text(), positions=p),
+    "patchscope": lambda p: do.patchscope(
+        model(), text(), positions=p, layers=1, target=text("ring"), max_new_tokens=1
+    ),
     "heads_by_attention": lambda p: do.heads_by_attention(model(), text(), p),
     "information_storage": lambda p: do.information_storage(model(), text(), "star", "ring", positions=p),
     "head_readings": lambda p: do.head_readings(model(), text(), 3, 2, positions=p),

@@ -30,6 +30,7 @@ from hooked_llava.analysis.neuron_scores import neuron_scores, top_neurons
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.analysis.output_knockout import output_knockout
 from hooked_llava.analysis.patch_importance import patch_importance
+from hooked_llava.analysis.patchscope import patchscope
 from hooked_llava.analysis.path_patching import path_patching
 from hooked_llava.analysis.probe_linear import LinearProbe, probe_linear
 from hooked_llava.analysis.studies.flow import flow_study
@@ -86,6 +87,7 @@ __all__ = [
     "next_tokens",
     "output_knockout",
     "patch_importance",
+    "patchscope",
     "path_patching",
     "pope_study",
     "position_scores",

@@ -252,6 +252,16 @@ class Inputs:
             token_maps=tuple(m.shifted(by) for m, by in zip(self.token_maps, shifts, strict=True)),
         )
 
+    def copies(self, n: int) -> Inputs:
+        """The one prompt n times, as a batch; raises `InputError` for several prompts.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> HookedLLaVA.from_pretrained("tiny-shapes").prepare("Who made the star?").copies(3).shape
+        torch.Size([3, 11])
+        """
+        self.single("copies")
+        return self._take([0] * n)
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -303,7 +313,7 @@ class Inputs:
             )
         return entries
 
-    def _take(self, rows: range) -> Inputs:
+    def _take(self, rows: Sequence[int]) -> Inputs:
         index = to_device(list(rows), self.device)
         ends = [sum(self.images_per_prompt[: row + 1]) for row in range(len(self))]
         kept = [image for row in rows for image in range(ends[row] - self.images_per_prompt[row], ends[row])]

@@ -46,6 +46,7 @@ KINDS = {
     "neuron_scores": Kind("neuron_bars", "Neurons"),
     "output_knockout": Kind("knockout_curves", "Output knockout"),
     "patch_importance": Kind("patch_overlay"),
+    "patchscope": Kind("lens_table", "Patchscope"),
     "path_patching": Kind("plot_patching"),
     "probe_linear": Kind("probe_curves", "Linear probe"),
     "sink_positions": Kind("sink_scatter", "Image sinks"),

@@ -41,7 +41,7 @@ def lens_table(result: xr.Dataset, *, title: str | None = None) -> Figure:
     ['Red']
     """
     words, probability, columns, label = _cells(
-        check_dataset(result, ("token", "probability"), "lens_table", "logit_lens")
+        check_dataset(result, ("token", "probability"), "lens_table", "logit_lens or patchscope")
     )
     n_layers, n_columns = words.shape
     with plot(max(4.2, 1.7 + 0.86 * n_columns), max(2.4, 0.9 + 0.27 * n_layers)) as figure:
@@ -106,6 +106,8 @@ def _axis(result: xr.Dataset) -> str:
 
 def lens_title(result: xr.Dataset) -> str:
     """The lens and what it is held to, how it reads where that is not the final norm."""
+    if result.attrs.get("analysis") == "patchscope":
+        return title_of(result)
     hook, norm = result.attrs.get("hook"), result.attrs.get("norm", "final")
     ways = {"frozen": " with the final norm's scale held", "none": " without the final norm", "tuned": ", tuned"}
     how = ways.get(str(norm), "")
