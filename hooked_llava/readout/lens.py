@@ -91,9 +91,10 @@ def logits_of_tokens(
     >>> torch.allclose(logits_of_tokens(model, vectors, [7, 4]), lens(model, vectors)[:, [7, 4]], atol=1e-4)
     True
     """
-    normed, bias = at_least_float32(model.ln_final.fused(vectors)), model.unembed.bias
-    weight = model.unembed.weight[list(ids)].to(normed.dtype)
-    return F.linear(normed, weight, None if bias is None else bias[list(ids)].to(normed.dtype))
+    normed = at_least_float32(model.ln_final.fused(vectors.to(model.ln_final.weight.device)))
+    weight, bias = model.unembed.weight[list(ids)].to(normed.dtype), model.unembed.bias
+    added = None if bias is None else bias[list(ids)].to(normed.dtype)
+    return F.linear(normed.to(weight.device), weight, added).to(vectors.device)
 
 
 def positions_at_once(model: HookedLLaVA) -> int:
