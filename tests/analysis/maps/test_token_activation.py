@@ -36,7 +36,7 @@ def by_hand(models: Any, prompt: dict[str, torch.Tensor], answer: list[int]) -> 
     return np.array([naive_tam.rank_gaussian(own.reshape(shape)) for own in raw])
 
 
-@pytest.mark.parametrize("geometry", ["odd", "full", "grouped"])
+@pytest.mark.parametrize("geometry", ["odd", "full", "grouped", "phi-clip"])
 def test_a_map_is_what_the_released_steps_give(geometry: str) -> None:
     models = exact(geometry)
     prompt, answer = models.prompt(n_text=6), [7, 9, 7, 8]
