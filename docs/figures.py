@@ -25,6 +25,8 @@ from hooked_llava.analysis import (
     answer_maps,
     attention_knockout,
     causal_trace,
+    edge_attribution,
+    faithfulness_curve,
     lens_kl,
     logit_lens,
     patch_importance,
@@ -78,6 +80,9 @@ def answers(model: HookedLLaVA) -> None:
     save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")
     save(viz.trace_maps(causal_trace(model, fact, "this shape", corruption="the ring"), fact), "trace.png")
     save(viz.plot_patching(activation_patching(model, clean, blue), clean, unfold=True), "patching.png")
+    by_name = {"EAP": edge_attribution(model, clean, blue), "EAP-IG": edge_attribution(model, clean, blue, steps=8)}
+    curve = faithfulness_curve(model, clean, blue, by_name, [0, 10, 30, 100, 300, 1000, 3000])
+    save(viz.faithfulness_curves(curve), "circuit.png")
     edit = multedit(model, EditRequest(fact, "Boris", constraint="this shape"), layer=3, position="last")
     save(viz.answer_shift(viz.edit_page(model, fact, edit).results["answers"]), "edit.png")
 

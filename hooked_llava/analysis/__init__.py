@@ -7,6 +7,7 @@ from hooked_llava.analysis.answer_without import answer_without, decisive_remova
 from hooked_llava.analysis.attention_contribution import attention_contribution, error_auroc
 from hooked_llava.analysis.attribution_patching import agreement, attribution_patching, edge_attribution
 from hooked_llava.analysis.causal_trace import best_cells, by_role, causal_trace
+from hooked_llava.analysis.circuits import circuit, faithfulness_curve
 from hooked_llava.analysis.deciding_places import deciding_places
 from hooked_llava.analysis.deletion import deletion_curves
 from hooked_llava.analysis.head_ablation import ablate_heads, heads_by_layer, nested_sets, random_heads
@@ -61,12 +62,14 @@ __all__ = [
     "best_effects",
     "by_role",
     "causal_trace",
+    "circuit",
     "contribution_sums",
     "deciding_places",
     "decisive_removal",
     "deletion_curves",
     "edge_attribution",
     "error_auroc",
+    "faithfulness_curve",
     "flow_study",
     "flow_summary",
     "head_overlap",

@@ -13,6 +13,7 @@ from hooked_llava.viz.figures.activations import activation_histogram
 from hooked_llava.viz.figures.answer_strip import answer_strip
 from hooked_llava.viz.figures.bars import contribution_bars, neuron_bars, top_bars
 from hooked_llava.viz.figures.by_layer import ablation_curves, storage_curves
+from hooked_llava.viz.figures.circuits import faithfulness_curves
 from hooked_llava.viz.figures.contributions import plot_contributions
 from hooked_llava.viz.figures.edges import edge_map
 from hooked_llava.viz.figures.edit import answer_shift, edit_by_layer, probe_bars
@@ -57,6 +58,7 @@ __all__ = [
     "edit_page",
     "EditPage",
     "explain",
+    "faithfulness_curves",
     "feature_overlays",
     "feature_page",
     "FeaturePage",

@@ -38,6 +38,7 @@ KINDS = {
     "head_scores": Kind("layer_head_map"),
     "heads_by_attention": Kind("layer_head_map"),
     "image_attention": Kind("patch_overlays"),
+    "faithfulness_curve": Kind("faithfulness_curves", "Faithfulness of circuits"),
     "information_storage": Kind("storage_curves", "Information storage"),
     "layer_scores": Kind("contribution_bars"),
     "lens_kl": Kind("lens_curves", "What a lens reads against what the model says"),
