@@ -92,9 +92,10 @@ def logits_of_tokens(
     True
     """
     normed = at_least_float32(model.ln_final.fused(vectors.to(model.ln_final.weight.device)))
-    weight, bias = model.unembed.weight[list(ids)].to(normed.dtype), model.unembed.bias
-    added = None if bias is None else bias[list(ids)].to(normed.dtype)
-    return F.linear(normed.to(weight.device), weight, added).to(vectors.device)
+    weight, bias = model.unembed.weight, model.unembed.bias
+    index = to_device(list(ids), weight.device)
+    added = None if bias is None else bias[index].to(normed.dtype)
+    return F.linear(normed.to(weight.device), weight[index].to(normed.dtype), added).to(vectors.device)
 
 
 def positions_at_once(model: HookedLLaVA) -> int:

@@ -46,6 +46,7 @@ ALLOWED = {
     "analysis/logit_attribution.py:_one_prompt",
     "analysis/logit_lens.py:_one_prompt",
     "analysis/maps/grad_cam.py:grad_cam",
+    "analysis/maps/token_activation.py:_without_context",
     "analysis/maps/occlusion.py:_means",
     # Once: what a metric gives for an unchanged run; which weights these are.
     "readout/metrics.py:value_of",
@@ -76,8 +77,9 @@ def on_device(name: str) -> HookedLLaVA:
 def prompts(
     name: str, monkeypatch: pytest.MonkeyPatch, model_of: Callable[[str], HookedLLaVA]
 ) -> tuple[HookedLLaVA, Any, Any]:
+    model = model_of(name)  # made from what it then takes the place of
     monkeypatch.setattr(family, "model_of", model_of)
-    return model_of(name), *family.prompts(name)
+    return model, *family.prompts(name)
 
 
 def padded(name: str) -> Any:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_llava.architecture.layout import ImageLayout
+from hooked_llava.machine.devices import to_device
 from hooked_llava.readout.answer_cache import AnswerCache
 from hooked_llava.readout.lens import logits_of_tokens
 from hooked_llava.results.image_axes import ImageAxes
@@ -44,7 +45,7 @@ def token_activation_maps(cache: AnswerCache) -> Float[Tensor, "prompt image pla
         for image, layout in enumerate(token_map.layouts):
             denoised = np.sum([_denoised(of_token[image], layout) for of_token in of_tokens], axis=0)
             maps.append(torch.from_numpy(denoised).float())
-    return axes.at_images(maps).unflatten(0, (-1, n_images)).to(resid.device)
+    return to_device(axes.at_images(maps).unflatten(0, (-1, n_images)), resid.device)
 
 
 def rank_gaussian(values: Float[np.ndarray, "row col"]) -> Float[np.ndarray, "row col"]:
@@ -81,7 +82,7 @@ def _without_context(
         said = range(token_map.own.stop, read + 1) if token_map.n_answer else ()
         before = [*words, *((p - 1, token_map.token_ids[p]) for p in said)]
         before = [(position, word) for position, word in before if word not in target]
-        at = resid[[*where.tolist(), *(position for position, _ in before)]]
+        at = resid[to_device([*where.tolist(), *(position for position, _ in before)], resid.device)]
         logits = logits_of_tokens(cache.model, at, [*target, *(word for _, word in before)])
         activations = logits.clamp(min=0).double().cpu().numpy()
         own = activations[:, : len(target)].max(-1)
