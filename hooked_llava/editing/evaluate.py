@@ -211,7 +211,9 @@ def summary(result: xr.Dataset) -> dict[str, float]:
         if own.sizes["probe"]:
             found[role.measure] = role.of(own)
         if name == "efficacy":
-            found |= {f"{name}_{of}": float(own[of].mean()) for of in MAGNITUDES if bool(own[of].notnull().any())}
+            found |= {
+                f"{name}_{of}": float(own[of].mean()) for of in MAGNITUDES if of in own and own[of].notnull().any()
+            }
     return found
 
 

@@ -220,7 +220,7 @@ def _compare(
         if entry.dtype not in _FLOATS:
             raise CheckpointError(
                 f"Tensor {entry.hf_name} in {entry.path} is stored as {entry.dtype}; expected floating point "
-                f"({', '.join(_FLOATS)}). Quantized checkpoints do not load: use the one it was made from."
+                f"({', '.join(_FLOATS)}). Of quantized checkpoints only those of bitsandbytes load: use the one it was made from."
             )
 
 

@@ -46,7 +46,7 @@ WINDOW_READINGS: dict[str, Reading] = {
 def shown_window(width: int, reading: str) -> str:
     """How many layers are restored at a time, in words.
 
-    >>> shown_window(1, "released"), shown_window(3, "centered"), shown_window(3, "released")[:7]
+    >>> shown_window(1, "released"), shown_window(3, "centered"), shown_window(3, "released")[:8]
     ('one layer at a time', '3 layers at a time', '7 layers')
     """
     return (

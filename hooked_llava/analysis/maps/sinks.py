@@ -30,9 +30,9 @@ def sink_positions(model: HookedLLaVA, inputs: Any, *, norm: float = 5.0, attent
 
     A position p of an image is a sink if in one layer both hold:
 
-        |x(p)| >= norm      * median of |x| over the image;  x is the residual stream that enters the layer
-        a(p)   >= attention * mean of a over the image;      a is the attention from the text after the images, the mean over
-                                                             its positions and over heads
+    - |x(p)| >= `norm` * median of |x| over the image, where x is the residual stream that enters the layer
+    - a(p) >= `attention` * mean of a over the image, where a is the attention from the text after the images, the mean over
+      its positions and over heads
 
     A large norm alone marks the registers of Darcet et al. (arXiv 2309.16588), attention alone also what is looked at for what it
     shows. Kang et al. (arXiv 2503.03321) find visual sinks by dimensions of the residual stream that are known for each language

@@ -133,7 +133,7 @@ def best_effects(means: xr.Dataset) -> xr.Dataset:
     >>> row = StudyRow(id="1", question="Who made the star?", answer="Clara", constraint="the star")
     >>> best = best_effects(trace_means(trace_study(model, [row], corruption="the ring")))
     >>> best.output.values.tolist(), best.layer.values[0].tolist(), best.role.values[0].tolist()
-    (['mlp', 'attn', 'resid'], [4, 0, 2], ['last', 'constraint last', 'last'])
+    (['mlp', 'attn', 'resid'], [4, 0, 0], ['last', 'constraint last', 'constraint last'])
     """
     cells = means.indirect_effect.stack(cell=("layer", "role")).reset_index("cell")
     effects = cells.sel(statistic="mean", drop=True).fillna(-np.inf)
