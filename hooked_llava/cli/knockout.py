@@ -152,4 +152,4 @@ def _shown(value: float, *, percent: bool) -> str:
     """A change with its sign; a dash for an edge that no question has."""
     if value != value:
         return "–"
-    return f"{round(value, 1) + 0.0:+.1f} %" if percent else f"{round(value, 3) + 0.0:+.3f}"  # no -0.0
+    return f"{value:+z.1f} %" if percent else f"{value:+z.3f}"  # z: no -0.0

@@ -220,8 +220,8 @@ def _cell(best: xr.Dataset) -> tuple[str, str, str]:
     if effect != effect:
         return "–", "", ""
     return (
-        f"{effect:.2f}",
-        f"{low:.2f} to {high:.2f}" if low == low else "",
+        f"{effect:z.2f}",
+        f"{low:z.2f} to {high:z.2f}" if low == low else "",
         f"layer {int(best.layer)}, {best.role.item()}",
     )
 
