@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,11 @@ def killed_in_its_second_batch(model: HookedLLaVA, out: Path, index: int) -> Non
     class Killed(Counting):
         def __call__(self, inputs: Any, rows: Sequence[StudyRow]) -> xr.DataArray:
             if index == 1 and self.asked:
+                first = out.with_name(f"{out.name}.parts") / "000000.safetensors"
+                for _ in range(6000):  # a minute: until the other has kept its first batch, however busy the machine is
+                    if first.exists():
+                        break
+                    time.sleep(0.01)
                 os._exit(9)
             return super().__call__(inputs, rows)
 
