@@ -157,6 +157,11 @@ def softmax_or_zero(scores: Float[Tensor, "batch head query key"]) -> Float[Tens
     return scores.softmax(-1, dtype=dtype).masked_fill_(fully_masked, 0.0)
 
 
+def _only_read(changed: Tensor, given: Tensor) -> bool:
+    """Whether a hook point's functions left their tensor as it is, and no gradient is asked for along it."""
+    return changed is given and not given.requires_grad
+
+
 class Attention(nn.Module):
     """Queries meet keys, values are averaged, heads are summed."""
 
@@ -191,12 +196,13 @@ class Attention(nn.Module):
             q = self.hook_rot_q(rotate(q, (context.read(context.rotation[0]), context.read(context.rotation[1]))))
             k = self.hook_rot_k(rotate(k, context.rotation))
         z = self.hook_z(self.attend(q, k, v, context))  # (batch, query, head, d_head)
-        if self.hook_result.hooked:
-            result = einsum("b p h d, h d m -> b p h m", z, self.W_O)
-            changed = self.hook_result(result)
-            # What was changed is added to what the map itself gives, which may round in its own way.
-            return self.output(z.flatten(2)) + (changed - result).sum(2)
-        return self.output(z.flatten(2))
+        out = self.output(z.flatten(2))
+        if not self.hook_result.hooked:
+            return out
+        result = einsum("b p h d, h d m -> b p h m", z, self.W_O)
+        changed = self.hook_result(result)
+        # What was changed is added to what the map itself gives, which may round in its own way.
+        return out if _only_read(changed, result) else out + (changed - result).sum(2)
 
     def project(
         self, linear: nn.Linear, hook_input: HookPoint, x: Float[Tensor, "batch pos d_model"], pre_norm: PreNorm
@@ -206,11 +212,14 @@ class Attention(nn.Module):
         if not hook_input.hooked:
             return out
         resid, norm = pre_norm
+        copies = resid[:, :, None].expand(-1, -1, out.shape[2], -1)  # (batch, pos, head, d_model)
+        given = copies.view_as(copies)
+        changed = hook_input(given)
+        if _only_read(changed, given):
+            return out
         weight = linear.weight.unflatten(0, (-1, self.cfg.d_head))  # (head, d_head, d_model)
-        copies = resid[:, :, None].expand(-1, -1, weight.shape[0], -1)  # (batch, pos, head, d_model)
         # x may carry edits made inside the norm; the difference adds to it what was changed before the norm.
-        changed = norm.fused(hook_input(copies.view_as(copies))) - norm.fused(copies)
-        return out + einsum("b p h m, h d m -> b p h d", changed, weight)
+        return out + einsum("b p h m, h d m -> b p h d", norm.fused(changed) - norm.fused(copies), weight)
 
     def attend(
         self,
