@@ -104,18 +104,18 @@ def _prompt_page(
 
 def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage | None:
     """The page of a table; of several processes, all of which have the result, the first one's alone."""
-    rows, tail = table.gqa_rows()
+    rows, tail = table.questions()
     model = prompt.load()
     with needs_figures():
         from hooked_llava.viz.pages.knockout import study_page
     from hooked_llava.analysis import flow_study
-    from hooked_llava.machine.processes import launched_as
+    from hooked_llava.machine.processes import is_first_process
 
     how: dict[str, Any] = as_arguments(options) | tail
     if options.edges is None:
         del how["edges"]
     result = flow_study(model, rows, **table.study_options(prompt), **how)
-    return study_page(result) if launched_as()[0] == 0 else None
+    return study_page(result) if is_first_process() else None
 
 
 def _box(text: str) -> tuple[float, ...]:

@@ -69,15 +69,15 @@ def _prompt_page(prompt: PromptOptions, words: ProbabilityOptions, max_new_token
 
 def _table_page(table: TableOptions, prompt: PromptOptions) -> ProbabilityPage | None:
     """The page of a table; of several processes, all of which have the result, the first one's alone."""
-    rows, tail = table.gqa_rows()
+    rows, tail = table.questions()
     model = prompt.load()
     with needs_figures():
         from hooked_llava.viz.pages.probability import probability_study_page
     from hooked_llava.analysis import probability_study
-    from hooked_llava.machine.processes import launched_as
+    from hooked_llava.machine.processes import is_first_process
 
     result = probability_study(model, rows, **table.study_options(prompt), **tail)
-    return probability_study_page(result) if launched_as()[0] == 0 else None
+    return probability_study_page(result) if is_first_process() else None
 
 
 def _show(page: ProbabilityPage) -> None:

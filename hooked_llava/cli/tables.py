@@ -94,8 +94,8 @@ class TableOptions:
             )
         return found, {"tail": tail}
 
-    def gqa_rows(self) -> tuple[list[StudyRow], dict[str, str]]:
-        """Rows of the released GQA tables of Zhang et al., or of the embedded world's like them; or of POPE's files."""
+    def questions(self) -> tuple[list[StudyRow], dict[str, str]]:
+        """Rows of the released GQA tables of Zhang et al., of POPE's files, or of the embedded world's own table."""
         from hooked_llava.datasets import GQA_TAIL, POPE_TAIL, read_gqa, read_pope
         from hooked_llava.datasets.pope import is_pope
         from hooked_llava.toy.gqa_tables import gqa_rows

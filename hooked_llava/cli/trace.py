@@ -112,7 +112,7 @@ class ConstraintTable(TableOptions):
     def questions(self) -> tuple[list[StudyRow], dict[str, str]]:
         """The rows, and what `datasets.study` must know; those whose constraint is not in the question are said and left out."""
         from hooked_llava.datasets.vqa_constraints import CONSTRAINTS_TAIL, read_vqa_constraints
-        from hooked_llava.machine.processes import launched_as
+        from hooked_llava.machine.processes import is_first_process
         from hooked_llava.toy.constraint_tables import constraint_rows
 
         placed: list[str] = []
@@ -128,7 +128,7 @@ class ConstraintTable(TableOptions):
                 f"The table {self.dataset!r} holds no answers, so that nothing is known to be answered correctly; measure all "
                 "of its questions with --all."
             )
-        for said in placed if launched_as()[0] == 0 else ():
+        for said in placed if is_first_process() else ():
             say(f"[dim]{escape(said)}[/dim]")
         return rows, how
 
@@ -190,11 +190,11 @@ def _table_page(
     with needs_figures():
         from hooked_llava.viz.pages.trace import trace_study_page
     from hooked_llava.analysis import trace_study
-    from hooked_llava.machine.processes import launched_as
+    from hooked_llava.machine.processes import is_first_process
 
     how: dict[str, Any] = {**table.study_options(prompt), **as_arguments(windows), **tail}
     result = trace_study(model, rows, corruption=corruption, **how)
-    return trace_study_page(result) if launched_as()[0] == 0 else None
+    return trace_study_page(result) if is_first_process() else None
 
 
 def _show_study(page: TracePage) -> None:

@@ -115,9 +115,8 @@ def _in_order(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
 
     state = copy.copy(state)
-    state.original_nested = (
-        False  # their scales are kept unpacked, and not in the order in which it would pack them again
-    )
+    # Their scales are kept unpacked, and not in the order in which it would pack them again.
+    state.original_nested = False
     codes, state = inverse(codes, state)
     state.absmax = state.absmax.T.reshape(-1).float()
     return codes, state

@@ -22,6 +22,15 @@ def launched_as() -> tuple[int, int]:
     return int(os.environ.get(_INDEX, "0")), int(os.environ.get(_COUNT, "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a launch that prints and writes for all.
+
+    >>> is_first_process()
+    True
+    """
+    return launched_as()[0] == 0
+
+
 def own_accelerator() -> str | None:
     """The GPU of this process, each of a launch having its own on its machine; None where there is no GPU."""
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from transformers import BitsAndBytesConfig
 
-_BLOCK, _NESTED_BLOCK = (
-    64,
-    256,
-)  # numbers that share a scale, and scales that share one: as bitsandbytes packs by default
+# Numbers that share a scale, and scales that share one: as bitsandbytes packs by default.
+_BLOCK, _NESTED_BLOCK = 64, 256
 _N_NESTED_CODES = 256
 
 

@@ -54,11 +54,8 @@ def faithfulness_curves(curve: xr.Dataset, *, title: str | None = None) -> Figur
         axes.set_xscale("symlog", linthresh=max(1, int(np.min(sizes[sizes > 0], initial=1))))
         axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
         axes.minorticks_off()
-        axes.set_xlabel(
-            f"edges of the circuit (of {curve.attrs['n_edges']})"
-            if "n_edges" in curve.attrs
-            else "edges of the circuit"
-        )
+        of_all = f" (of {curve.attrs['n_edges']})" if "n_edges" in curve.attrs else ""
+        axes.set_xlabel(f"edges of the circuit{of_all}")
         axes.set_ylabel("faithfulness")
         value_lines(axes, "y")
         axes.set_title(title_of(curve) if title is None else title)

@@ -32,7 +32,7 @@ from hooked_llava.viz.figures.knockout import kinds_in_order, knockout_curves, p
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import answered, prompt_tokens, rounded
-from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
+from hooked_llava.viz.pages.studies import question_counts, study_footer, study_heading
 
 STEPS = ("answering", "knocking out", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
@@ -137,7 +137,7 @@ def study_page(result: xr.Dataset, *, title: str | None = None, n_boot: int = 10
         "counts": question_counts(result, means),
     }
     cost = f"{result.attrs.get('runs', 0)} runs for {forward_passes(result.attrs):.1f} forward passes"
-    heading, footer = title or counted(result, "Information flow"), study_footer(result, means, cost)
+    heading, footer = title or study_heading(result, "Information flow over"), study_footer(result, means, cost)
     results = {"knockout": means, "summary": flow_summary(means), "answer_probability": means.get("answer_probability")}
     return make_page(KnockoutPage, "knockout", shown, footer, results, question=heading, answer="")
 

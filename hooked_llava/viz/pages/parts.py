@@ -104,5 +104,4 @@ def rounded(value: float | xr.DataArray, digits: int) -> str:
     >>> rounded(-0.004, 2), rounded(-1.26, 1) == "\u22121.3"
     ('0.00', True)
     """
-    text = f"{float(value) + 0.0:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
+    return f"{float(value):z.{digits}f}".replace("-", "\u2212")

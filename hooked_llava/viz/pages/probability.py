@@ -26,7 +26,7 @@ from hooked_llava.viz.figures.knockout import kinds_in_order, probability_curves
 from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import answered, prompt_tokens
-from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
+from hooked_llava.viz.pages.studies import question_counts, study_footer, study_heading
 
 STEPS = ("answering", "answer by layer", "drawing")
 """The parts of the work, as progress is reported."""
@@ -119,7 +119,7 @@ def probability_study_page(result: xr.Dataset, *, title: str | None = None, n_bo
         "images": (),
         "counts": question_counts(result, means),
     }
-    heading = title or counted(result, "The answer by layer,")
+    heading = title or study_heading(result, "The answer by layer, over")
     footer = study_footer(result, means, f"{forward_passes(result.attrs):.1f} forward passes")
     results = {"answer_probability": probability, "summary": probability_summary(probability)}
     return make_page(ProbabilityPage, "probability", shown, footer, results, question=heading, answer="")

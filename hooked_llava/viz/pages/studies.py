@@ -7,17 +7,17 @@ from typing import Any
 import xarray as xr
 
 from hooked_llava.datasets.study import count_unseen
+from hooked_llava.errors import counted
 from hooked_llava.viz.pages.page import made_with
 
 
-def counted(result: xr.Dataset, what: str, of: str = "over") -> str:
-    """A heading: "Information flow over 3 questions".
+def study_heading(result: xr.Dataset, what: str) -> str:
+    """A heading, of how many questions it is.
 
-    >>> counted(xr.Dataset({"p": ("question", [0.5])}), "Information flow")
+    >>> study_heading(xr.Dataset({"p": ("question", [0.5])}), "Information flow over")
     'Information flow over 1 question'
     """
-    n = result.sizes["question"]
-    return f"{what} {of} {n} question{'' if n == 1 else 's'}"
+    return f"{what} {counted(result.sizes['question'], 'question')}"
 
 
 def question_counts(result: xr.Dataset, means: xr.Dataset) -> list[dict[str, Any]]:

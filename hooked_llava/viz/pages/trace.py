@@ -29,7 +29,7 @@ from hooked_llava.viz.kinds import check_dataset, described
 from hooked_llava.viz.pages.embed import visible
 from hooked_llava.viz.pages.page import Page, make_page, run_footer, steps_reported
 from hooked_llava.viz.pages.parts import about_model, answered, panel_columns, rounded
-from hooked_llava.viz.pages.studies import counted, question_counts, study_footer
+from hooked_llava.viz.pages.studies import question_counts, study_footer, study_heading
 
 STEPS = ("answering", "tracing", "contributions", "drawing")
 """The parts of the work, as progress is reported."""
@@ -131,10 +131,8 @@ def trace_study_page(result: xr.Dataset, *, title: str | None = None, n_boot: in
         "n_counted": dict(zip(means.role.values.tolist(), first.n_counted.values.tolist(), strict=True)),
     }
     cost = f"{result.runs} restored runs for {forward_passes(result.attrs):.1f} forward passes"
-    heading, footer = (
-        title or counted(result, "Causal traces", of="of"),
-        study_footer(result, means, cost, "one question"),
-    )
+    heading = title or study_heading(result, "Causal traces of")
+    footer = study_footer(result, means, cost, "one question")
     return make_page(TracePage, "trace_study", shown, footer, results, question=heading, answer="")
 
 

@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 from hooked_llava.analysis import answer_probability, flow_study, probability_study, probability_summary
+from hooked_llava.analysis.studies import probability as module
 from hooked_llava.datasets import by_kind
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
@@ -32,9 +33,7 @@ def test_each_row_is_that_of_its_question_alone(tiny_shapes: HookedLLaVA) -> Non
 def test_it_goes_on_where_it_stopped(tiny_shapes: HookedLLaVA, tmp_path, monkeypatch) -> None:
     rows, out = gqa_rows(1, kinds=["ChooseAttr", "QueryAttr", "CompareAttr"]), tmp_path / "probability.safetensors"
     whole = probability_study(tiny_shapes, rows, only_correct=False)
-    from hooked_llava.analysis.studies import probability as own
-
-    calls, measured = [], own.probability_of_rows
+    calls, measured = [], module.probability_of_rows
 
     def stopped(*given):
         calls.append(given)
@@ -42,7 +41,7 @@ def test_it_goes_on_where_it_stopped(tiny_shapes: HookedLLaVA, tmp_path, monkeyp
             raise KeyboardInterrupt
         return measured(*given)
 
-    monkeypatch.setattr(own, "probability_of_rows", stopped)
+    monkeypatch.setattr(module, "probability_of_rows", stopped)
     with pytest.raises(KeyboardInterrupt):
         probability_study(tiny_shapes, rows, only_correct=False, batch_size=1, out=out)
     assert not out.exists()

@@ -17,16 +17,9 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.corruptions import MeanEmbedding, Noise, OtherImage, Replace
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load, save
-from tests.builders import make_hf_model
-from tests.fixtures_processor import make_processor
 
 MODULE = "hooked_llava.analysis.studies.trace"
 OUTPUTS = ("mlp", "attn", "resid")
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedLLaVA:
-    return HookedLLaVA.from_hf(make_hf_model(image_size=32), make_processor(image_size=32))
 
 
 @pytest.fixture(scope="module")
