@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hooked_llava.editing import (
+    ROME_RELEASED,
     Edit,
     EditRequest,
     KeptPrompts,
@@ -24,6 +25,7 @@ from hooked_llava.editing import (
     keep_prompts,
     key_covariance,
     key_covariances,
+    rome,
     summary,
 )
 from hooked_llava.editing.memit import SpreadValues, solve_spread
@@ -171,6 +173,19 @@ def _tuned(layers: int | str, weights: str, lr: float, max_change: float | None 
     return edits
 
 
+def _rome_released(position: str) -> Method:
+    """One search for each case, over contexts that the model writes for its own question."""
+
+    def edits(bench: Bench, cases: Sequence[int]) -> Iterator[Edit]:
+        for case in cases:
+            request = bench.request(case, constraint=True)
+            with _misses_are_measured():
+                edit = rome(bench.model, request, bench.covariance, position=position, **ROME_RELEASED)
+            yield edit
+
+    return edits
+
+
 def _random_like(keys: torch.Tensor) -> torch.Tensor:
     """Random directions of the keys' lengths."""
     noise = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0)).to(keys)
@@ -184,6 +199,8 @@ def methods() -> dict[str, Method]:
         "MultEdit, key and value over 2 images and the name": _closed("multedit", n_images=2, by_name=True),
         "ROME, the same prompts": _closed("rome", n_images=2, by_name=True),
         "ROME": _closed("rome"),
+        "ROME as released": _rome_released("last"),
+        "ROME as released, at the constraint's last token": _rome_released("constraint"),
         "MultEdit at the constraint's last token": _closed("multedit", position="constraint"),
         "MultEdit, released clamp 1e-4": _closed("multedit", clamp=RELEASED_CLAMP),
         "MultEdit, random key": _closed("random key"),

@@ -134,6 +134,12 @@ def cell(measured: Measured | None) -> str:
     return f"{over:.0f} / {held:.0f} = {measured['ratio']:.2f} ({about})"
 
 
+def table(found: dict[str, Any], geometry: str) -> str:
+    """Memory of each row's cache, of each contestant."""
+    names = list(found["rows"][PLAIN])
+    return markdown(names, {row: [cell(of.get(name)) for name in names] for row, of in found["rows"].items()}, geometry)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, repetitions=3)
     parser.add_argument("--worker", nargs=3, metavar=("CONTESTANT", "ROW", "GEOMETRY"), help="one measurement, as JSON")
@@ -148,8 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     for geometry in options.geometry:
         result = measure(geometry, repetitions, options.threads, rows, names)
         measured[geometry] = {"sizes": sizes(hf_config(geometry), POSITIONS[geometry]), "rows": result}
-        cells = {row: [cell(of.get(name)) for name in names] for row, of in result.items()}
-        print(f"\n{markdown(names, cells, geometry)}")
+        print(f"\n{table(measured[geometry], geometry)}")
     print(f"\n{NOTES}")
     print(f"\nwritten to {write('cache_memory', options, geometries=measured)}")
 

@@ -227,7 +227,7 @@ def between_checkpoints(measured: dict[str, Measured]) -> dict[str, float | None
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--n", type=int, default=20, help="questions of each kind and corruption (default 20)")
+    parser.add_argument("--n", type=int, default=100, help="questions of each kind and corruption (default 100)")
     parser.add_argument("--asked", type=int, default=800, help="questions among which wrong answers are sought")
     parser.add_argument("--checkpoints", nargs="+", default=[folder.name for folder in embedded()])
     options = start(parser, argv)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ REAL = {"7b": "llava-1.5-7b"}
 """And those of real ones."""
 _SHARD_BYTES = 2**30
 _BLOCK = 2**22
-_MB = 2**20
+_GB = 1e9
 
 
 def write_checkpoint(config: LlavaConfig, folder: Path, shard_bytes: int) -> int:
@@ -104,6 +105,16 @@ def measure(folder: Path, repetitions: int, threads: int) -> dict[str, list[dict
     return runs
 
 
+def table(report: dict[str, Any]) -> str:
+    """Time and memory of each contestant."""
+    cells = {
+        name: [f"{of['median_s']:.2f}", f"{of['ratio']:.2f}", f"{of['peak_over_weights']:.2f}"]
+        for name, of in report["rows"].items()
+    }
+    loaded = f"from_pretrained, {report['weight_bytes'] / _GB:.1f} GB in bfloat16"
+    return markdown(["s", "to Hugging Face", "peak memory over imports / weights"], cells, loaded)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, repetitions=7)
     parser.add_argument(
@@ -127,14 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         name: seconds[name] | {"peak_over_weights": statistics.median(run["peak_bytes"] / weights for run in of)}
         for name, of in runs.items()
     }
-    cells = {
-        name: [f"{of['median_s']:.2f}", f"{of['ratio']:.2f}", f"{of['peak_over_weights']:.2f}"]
-        for name, of in rows.items()
-    }
-    print(f"\nWeights: {weights / _MB:.0f} MiB in bfloat16\n")
-    print(markdown(["s", "to Hugging Face", "peak memory over imports / weights"], cells, "from_pretrained"))
-    path = write("loading", options, size=size, weight_bytes=weights, sizes=sizes(config, 0), rows=rows)
-    print(f"\nwritten to {path}")
+    measured = {"size": size, "weight_bytes": weights, "sizes": sizes(config, 0), "rows": rows}
+    name = "loading" if options.quick else f"loading-{size}"
+    print(f"\n{table(measured)}\n\nwritten to {write(name, options, **measured)}")
 
 
 if __name__ == "__main__":

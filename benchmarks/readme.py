@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    cache_memory,
     causal_trace,
     causal_trace_study,
     editing,
@@ -29,6 +30,7 @@ from benchmarks import (
     head_scores,
     information_flow,
     knockout,
+    loading,
     memory_table,
     patch_importance,
     patching,
@@ -146,6 +148,11 @@ def costs(report: Report) -> list[str]:
     return [table(found["rows"], geometry) for geometry, found in report["geometries"].items()]
 
 
+def caches(report: Report) -> list[str]:
+    """Memory of caches, one table for each geometry."""
+    return [cache_memory.table(found, geometry) for geometry, found in report["geometries"].items()]
+
+
 def streams(report: Report) -> list[str]:
     """What activations for autoencoders cost, and a step of training on them."""
     return [sae_stream.table(report)]
@@ -208,6 +215,8 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "streaming": {"sae_stream": streams},
     "steering": {"steering": steered},
     "stores": {"feature_store": lambda report: [feature_store.table(report)]},
+    "loading": {f"loading-{size}": lambda report: [loading.table(report)] for size in (*loading.SIZES, *loading.REAL)},
+    "caches": {"cache_memory": caches},
     "autoencoders": {"sae": autoencoders},
     "tiled_autoencoders": {"sae-tiny-shapes-next": autoencoders},
     "explaining": {"features": features.tables},

@@ -39,7 +39,7 @@ def table(kinds: Measured) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--n", type=int, default=8, help="questions of each kind (default 8)")
+    parser.add_argument("--n", type=int, default=50, help="questions of each kind (default 50)")
     parser.add_argument("--keep", metavar="FILE", help="keep the study here, and go on from it")
     options = start(parser, argv)
     kinds = by_kind(1 if options.quick else options.n, options.keep)
