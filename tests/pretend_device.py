@@ -97,7 +97,7 @@ class Accelerators(TorchDispatchMode):
         in_backward = places and torch._C._current_autograd_node() and self.back_to is None
         if kwargs.get("device") is not None and not in_backward:
             target = _device(kwargs["device"])  # in a backward pass it is torch that names it, and takes it for the CPU
-        if target == CPU and not places:
+        if target.type in ("cpu", "meta") and not places:
             return func(*args, **kwargs)
         if packet in (_aten._to_copy, _aten.copy_):
             target = self._copied(packet, tensors, target, kwargs.get("non_blocking") or args[2:] == (True,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class PackedWeight:
 @runtime_checkable
 class KeepsPacked(Protocol):
     """A linear map that keeps its weight in few bits."""
+
+    bits: ClassVar[int]
 
     def keep_weight(self, weight: Tensor | PackedWeight) -> None:
         """Take a weight in floating point, which is packed, or one that is packed already."""

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hooked_llava.checks import one_of
 from hooked_llava.errors import ConfigError, did_you_mean
+from hooked_llava.loading.packed import KeepsPacked
 
 Place: TypeAlias = str | int | torch.device
 DeviceMap: TypeAlias = Place | Mapping[str, Place]
@@ -44,7 +45,7 @@ def placed(
         names: of its tensors.
         device_map: a plan of accelerate's ("auto", "balanced", "balanced_low_0", "sequential"), a device for all of it, or a
             device for each part, such as {"": 0, "language.blocks.3": 1}; the longest name that fits counts.
-        dtype: of the weights, for their size.
+        dtype: of the weights that are not packed, for their size. Those in 8 or 4 bits count as the model keeps them.
         max_memory: bytes for each device, as accelerate takes them: {0: "20GiB", 1: "20GiB", "cpu": "60GiB"}.
 
     Raises `ConfigError` for another plan, a part that there is not or that has no device, a block on several devices, and for
@@ -107,19 +108,40 @@ def _planned(
         raise ImportError(
             f"device_map={plan!r} needs the package accelerate, which is not installed: pip install 'hooked_llava[devices]'."
         ) from error
-    options: dict[str, Any] = {"no_split_module_classes": list(_WHOLE), "dtype": dtype}
+    dtypes = _dtypes(model, dtype)
+    options: dict[str, Any] = {"no_split_module_classes": list(_WHOLE), "special_dtypes": dtypes}
     memory = None if max_memory is None else dict(max_memory)
     if plan != "sequential":
         memory = get_balanced_memory(model, memory, low_zero=plan == "balanced_low_0", **options)
     found = infer_auto_device_map(model, memory, **options)
     if "disk" in found.values():
-        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 1e9
+        size = sum(x.numel() * dtypes.get(name, x.dtype).itemsize for name, x in _tensors(model)) / 1e9
         given = ", ".join(f"{device}: {n}" for device, n in (memory or {}).items())
         raise ConfigError(
-            f"device_map={plan!r}: the model takes {size:.3g} GB in {str(dtype).removeprefix('torch.')} and does not fit into "
-            f"memory ({given}); parts on disk cannot be run. Load it in bfloat16, or give more max_memory=."
+            f"device_map={plan!r}: the model takes {size:.3g} GB in {_precision(model, dtype)} and does not fit into "
+            f"memory ({given}); parts on disk cannot be run. Load it in fewer bits (dtype= or quantization_config=), or "
+            "give more max_memory=."
         )
     return found
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What each tensor in floating point will be in: that dtype, but the scales of packed weights stay as they are."""
+    kept: set[str] = set()
+    for path, module in model.named_modules():
+        names = [name for name, _ in _tensors(module) if name != "bias"]
+        kept |= {f"{path}.{name}" for name in names if isinstance(module, KeepsPacked)}
+    return {name: x.dtype if name in kept else dtype for name, x in _tensors(model) if x.is_floating_point()}
+
+
+def _precision(model: nn.Module, dtype: torch.dtype) -> str:
+    """Words for what the weights are in: "bfloat16", or "4 bits and bfloat16"."""
+    bits = {f"{module.bits} bits" for module in model.modules() if isinstance(module, KeepsPacked)}
+    return " and ".join((*sorted(bits), str(dtype).removeprefix("torch.")))
 
 
 def _device_of(name: str, device_map: Mapping[str, Place]) -> torch.device:

@@ -78,6 +78,12 @@ def as_quantization(
             f"{_GIVEN}={_shown(given)} is given, but the checkpoint is quantized already ({_shown(saved)}). Leave it out."
         )
     config = copy.copy(_checked(saved if given is None else given))
+    if given is not None and config.llm_int8_enable_fp32_cpu_offload:
+        raise ConfigError(
+            f"{_GIVEN} has llm_int8_enable_fp32_cpu_offload=True, with which transformers leaves what lies on the CPU unpacked. "
+            "Here it is packed and runs on the CPU as well. Leave it out, and name in llm_int8_skip_modules what is to stay "
+            "as it is."
+        )
     config.bnb_4bit_quant_storage = torch.uint8  # as it is kept here, and saved
     hf_config.quantization_config = config
     files = files if saved is None else files.with_packed()
@@ -163,7 +169,7 @@ def _chosen_by_transformers(hf_config: PreTrainedConfig, quantization: BitsAndBy
         hf_model = AutoModelForImageTextToText.from_config(plain)
     before = {path for path, module in hf_model.named_modules() if type(module) is nn.Linear}
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-    quantizer.preprocess_model(model=hf_model, device_map={"": "cpu"})
+    quantizer.preprocess_model(model=hf_model, device_map={})
     return [f"{path}.weight" for path in sorted(before) if type(hf_model.get_submodule(path)) is not nn.Linear]
 
 

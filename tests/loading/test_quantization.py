@@ -30,6 +30,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True),
         r"llm_int8_has_fp16_weight=True.*without it",
     ),
+    "parts of the CPU unpacked": (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True),
+        r"llm_int8_enable_fp32_cpu_offload=True.*llm_int8_skip_modules",
+    ),
     "a word": ("8bit", r"'8bit'.*BitsAndBytesConfig"),
 }
 

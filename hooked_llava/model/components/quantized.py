@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Numbers that share a scale, and scales that share one: as bitsandbytes packs by default.
 _BLOCK, _NESTED_BLOCK = 64, 256
 _N_NESTED_CODES = 256
+_N_LEVELS = 16
 
 
 class QuantizedLinear(nn.Linear, ABC):
@@ -175,6 +176,7 @@ class Linear4Bit(QuantizedLinear):
     bits = 4
     codes: nn.Parameter
     absmax: nn.Parameter
+    levels: Tensor
     nested_absmax: nn.Parameter | None
     offset: nn.Parameter | None
 
@@ -190,6 +192,7 @@ class Linear4Bit(QuantizedLinear):
             offset=torch.empty((), device=device) if nested else None,
         )
         self.register_buffer("nested_codes", torch.empty(_N_NESTED_CODES, device=device) if nested else None)
+        self._with_levels(torch.empty(_N_LEVELS, device=device))
 
     def keep_weight(self, weight: Tensor | PackedWeight) -> None:
         """See `QuantizedLinear`."""
@@ -212,6 +215,8 @@ class Linear4Bit(QuantizedLinear):
         self._keep_state(codes, state)
 
     def _keep_state(self, codes: Tensor, state: QuantState) -> None:
+        from bitsandbytes.functional import get_4bit_type
+
         self.kind, self.block, self.nested = str(state.quant_type), state.blocksize, state.nested
         nested = state.state2 if state.nested else None
         self._keep(
@@ -221,10 +226,15 @@ class Linear4Bit(QuantizedLinear):
             offset=None if nested is None else state.offset,
         )
         self.register_buffer("nested_codes", None if nested is None else nested.code.clone())
+        self._with_levels(get_4bit_type(self.kind, device=codes.device))
+
+    def _with_levels(self, levels: Float[Tensor, " level"]) -> None:
+        """The numbers that the codes stand for; kept, since every product needs them, and sending them to a device waits."""
+        self.register_buffer("levels", levels, persistent=False)
 
     def state(self, dtype: torch.dtype) -> QuantState:
         """What bitsandbytes wants to know of the codes, to make numbers of that dtype from them."""
-        from bitsandbytes.functional import QuantState, get_4bit_type
+        from bitsandbytes.functional import QuantState
 
         nested = None
         if self.nested:
@@ -234,7 +244,7 @@ class Linear4Bit(QuantizedLinear):
         return QuantState(
             self.absmax.data,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=get_4bit_type(self.kind, device=self.codes.device),
+            code=self.levels,
             blocksize=self.block,
             quant_type=self.kind,
             dtype=dtype,

@@ -219,7 +219,8 @@ def test_a_loaded_model_takes_its_packed_size(name: str, bits: str) -> None:
     scales = {"8 bits": 4 * rows, "nf4": 4 * blocks, "fp4": 4 * blocks}.get(bits.split(",", maxsplit=1)[0], 0)
     if "nested" in bits:
         scales = blocks + 4 * sum(1 + 256 + -(-x.in_features * x.out_features // 64 // 256) for x in packed.values())
-    assert kept == rest + (n if "8" in bits else n // 2) + scales
+    levels = 0 if "8" in bits else 4 * 16 * len(packed)
+    assert kept == rest + (n if "8" in bits else n // 2) + scales + levels
     assert n > 0.9 * sum(p.numel() for p in fine.parameters())
 
 
