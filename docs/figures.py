@@ -27,6 +27,7 @@ from hooked_llava.analysis import (
     causal_trace,
     edge_attribution,
     faithfulness_curve,
+    knockout_study,
     lens_kl,
     logit_lens,
     patch_importance,
@@ -85,6 +86,14 @@ def answers(model: HookedLLaVA) -> None:
     save(viz.faithfulness_curves(curve), "circuit.png")
     edit = multedit(model, EditRequest(fact, "Boris", constraint="this shape"), layer=3, position="last")
     save(viz.answer_shift(viz.edit_page(model, fact, edit).results["answers"]), "edit.png")
+
+
+def models() -> None:
+    """The same edges in two embedded models, as docs/questions/travel.md has them."""
+    rows, edges = gqa_rows(12, kinds=["QueryAttr"]), ["question->last", "image->question|rest|last"]
+    names = ("tiny-shapes", "tiny-shapes-next")
+    results = {name: knockout_study(HookedLLaVA.from_pretrained(name), rows, edges, 2) for name in names}
+    save(viz.knockout_models(results), "models.png")
 
 
 def layers(model: HookedLLaVA) -> None:
@@ -201,6 +210,7 @@ def main() -> None:
     world()
     world_next()
     answers(model)
+    models()
     layers(model)
     report(model)
     gallery()

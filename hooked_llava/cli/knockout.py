@@ -26,11 +26,11 @@ EdgeNames = Annotated[
     typer.Option(
         "--edge",
         metavar="EDGE",
-        help='Block this edge, such as "image->last"; may be repeated. Default: the paper\'s.',
+        help='Change this edge, such as "image->last"; may be repeated. Default: the paper\'s.',
     ),
 ]
 Window = Annotated[
-    int | None, at_least(1, help="Layers that are blocked together. Default: the paper's share, 9 of 40.")
+    int | None, at_least(1, help="Layers in which an edge is changed together. Default: the paper's share, 9 of 40.")
 ]
 MetricOption = Annotated[
     Metric,
@@ -38,6 +38,14 @@ MetricOption = Annotated[
         help="What is compared. "
         + "; ".join(f"{name}: {KNOCKOUT_METRICS[name].meaning}" for name in OF_THE_ANSWER)
         + "."
+    ),
+]
+Factor = Annotated[
+    float,
+    typer.Option(
+        metavar="NUMBER",
+        help="What the attention along an edge is multiplied by, the rest of each row growing or shrinking so that it still sums "
+        "to 1: 0 blocks the edge, 0.3 weakens it, 2 strengthens it.",
     ),
 ]
 Boxes = Annotated[
@@ -53,11 +61,13 @@ class KnockoutOptions:
     edges: EdgeNames = None
     window: Window = None
     metric: MetricOption = Metric.relative_change
+    factor: Factor = 0.0
 
 
 @command(
     'knockout demo "What color is the star?" --box 20,40,36,55',
     'knockout demo "What color is the star?" --edge "image->question|rest|last" --window 2',
+    'knockout demo "What color is the star?" --factor 0.3',
     "knockout --dataset tiny-shapes --limit 20 -o flow.html",
     "knockout --dataset GQA_FOLDER --images GQA_IMAGES --results flow.safetensors -m llava-hf/llava-1.5-7b-hf "
     "--template vicuna-v1",
@@ -71,7 +81,7 @@ def knockout(
     max_new_tokens: MaxNewTokens = 20,
     output: Output = Path("knockout.html"),
 ) -> None:
-    """Block attention between parts of the prompt, window by window, and write a page of what that does to the answer.
+    """Block or weight attention between parts of the prompt, window by window, and write a page of what that does to the answer.
 
     Several processes share a table: torchrun --nproc-per-node 4 -m hooked_llava knockout --dataset ...
 
@@ -129,7 +139,9 @@ def _box(text: str) -> tuple[float, ...]:
 
 
 def _show(page: KnockoutPage) -> None:
-    """The answer, and for each edge what blocking it does."""
+    """The answer, and for each edge what blocking or weighting it does."""
+    from hooked_llava.experiments.edges import edge_change
+
     # Of all kinds together, and the means.
     of_all = {"kind": -1, "statistic": 0}
     found, summary = (page.results[name].isel(of_all, missing_dims="ignore") for name in ("knockout", "summary"))
@@ -145,7 +157,7 @@ def _show(page: KnockoutPage) -> None:
         at = f"layer {layer:.0f}" if summary.half_width.sel(edge=name) > 0 else ""
         rows.append([escape(name), *(_shown(value, percent=percent) for value in (total, depth)), at])
     numbers = ("in all layers", "deepest window", "at")
-    show_table(["blocked", *numbers], rows, right=numbers)
+    show_table([edge_change(found.attrs.get("factor", 0.0)), *numbers], rows, right=numbers)
 
 
 def _shown(value: float, *, percent: bool) -> str:

@@ -92,6 +92,15 @@ def edges_of(edges: Edges) -> list[Edge]:
     return found
 
 
+def edge_change(factor: float = 0.0) -> str:
+    """What is done to edges whose attention is multiplied by this factor, in words.
+
+    >>> edge_change(), edge_change(0.3)
+    ('blocked', 'weighted by 0.3')
+    """
+    return f"weighted by {factor:g}" if factor else "blocked"
+
+
 def _is_one(edges: OneEdge | Sequence[OneEdge]) -> bool:
     """Whether this is one edge: a name, or a pair whose entries are no edges themselves."""
     if isinstance(edges, str):

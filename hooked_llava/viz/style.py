@@ -309,6 +309,12 @@ def grow_below(figure: Plot, inches: float) -> None:
         legend.set_bbox_to_anchor((0.5, inches / total), transform=figure.transFigure)
 
 
+def label_across(figure: Plot, text: str) -> None:
+    """A label for the vertical axes of all panels, beside their middle; to be written after the legend below them."""
+    middle = (1 + figure.below / figure.get_size_inches()[1]) / 2
+    figure.supylabel(text, y=middle, fontsize=9, color=INK, multialignment="center")
+
+
 def add_heading(figure: Plot, text: str) -> None:
     """The title of a figure with several panels; none for ""."""
     if text:

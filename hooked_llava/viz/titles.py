@@ -8,6 +8,7 @@ from typing import Any
 
 import xarray as xr
 
+from hooked_llava.experiments.edges import edge_change
 from hooked_llava.options.directions import DIRECTIONS
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.viz.kinds import kind_of
@@ -36,6 +37,8 @@ def title_of(result: xr.DataArray | xr.Dataset) -> str:
     if attrs.get("direction") in DIRECTIONS:
         return f"{_patched(result, name)}, {DIRECTIONS[attrs['direction']].title}"
     called = kind_of(result).title if name in _SAY_LITTLE else None
+    if _weighted(attrs):
+        called = f"Attention {edge_change(attrs['factor'])}"
     if attrs.get("analysis") in ("answer_maps", "patch_importance") and name in PATCH_MAPS:
         called = PATCH_MAPS[name].title
     title = called or (name or "value").replace("_", " ").capitalize()
@@ -63,8 +66,8 @@ def note_of(attrs: Mapping[str, Any]) -> str:
     window = attrs.get("window")
     if attrs.get("analysis") in _OF_LAYERS and window not in (None, 1):
         parts.append("all layers at once" if window == "all" else f"windows of {window} layers")
-    if attrs.get("analysis") == "attention_knockout" and attrs.get("factor"):
-        parts.append(f"attention along the edge times {attrs['factor']:g}")
+    if _weighted(attrs):
+        parts.append(f"edges {edge_change(attrs['factor'])}")
     parts.append(str(attrs.get("corruption") or ""))
     if attrs.get("model"):
         parts.append(str(attrs["model"]))
@@ -81,6 +84,11 @@ def add_note(figure: Plot, attrs: Mapping[str, Any], title: str | None = None) -
     text = "\n".join(lines).replace("$", r"\$")
     look: dict[str, Any] = {"fontsize": 7, "color": MUTED, "linespacing": 1.3, "in_layout": False}
     figure.supxlabel(text, x=0.01, y=0.04 / figure.get_size_inches()[1], ha="left", va="bottom", **look)
+
+
+def _weighted(attrs: Mapping[str, Any]) -> bool:
+    """Whether edges were given another weight, and not blocked."""
+    return attrs.get("analysis") == "attention_knockout" and bool(attrs.get("factor"))
 
 
 def _patched(result: xr.DataArray | xr.Dataset, name: str) -> str:

@@ -38,6 +38,7 @@ CASES = {
     "an unknown span": (("knockout", *DEMO, "--edge", "image->nowhere"), "'nowhere'.*question"),
     "half an edge": (("knockout", *DEMO, "--edge", "image"), "'image'.*source->target"),
     "half a box": (("knockout", *DEMO, "--box", "1,2,3"), "--box 1,2,3.*X0,Y0,X1,Y1"),
+    "a weight below zero": (("knockout", *DEMO, "--factor", "-1"), "factor=-1.*at least 0"),
     "a missing table": (("knockout", "--dataset", "none.csv", "--images", "{folder}"), r"none\.csv.*CSV"),
     "a broken table": (("knockout", "--dataset", "{folder}/text.png", "--images", "{folder}"), f"{KINDS}.*CSV"),
     "a table without images": (("knockout", "--dataset", "{folder}/text.png"), "."),

@@ -102,6 +102,24 @@ def test_another_metric(checkpoint, tmp_path):
     assert float(line[1]) == pytest.approx(float(expected.effect[0]), abs=0.00051)
 
 
+def test_edges_may_be_weighted(checkpoint, tmp_path):
+    page = tmp_path / "page.html"
+    options = ("--edge", "question->last", "--factor", "0.3", "-o", str(page), "-m", checkpoint)
+    result = run("knockout", QUESTION, *options)
+    assert result.exit_code == 0, result.stderr
+    model = HookedLLaVA.from_pretrained(checkpoint)
+    expected = attention_knockout(model, model.prepare(QUESTION), ["question->last"], "all", factor=0.3)
+    line = next(line.split() for line in result.stdout.splitlines() if "->" in line)
+    assert float(line[1]) == pytest.approx(float(expected.effect[0]), abs=0.051)
+    assert "weighted by 0.3" in result.stdout
+    assert "blocked" not in result.stdout
+    folder, kept = write_gqa(tmp_path / "gqa", 1, kinds=["QueryAttr"]), tmp_path / "flow.safetensors"
+    table = ("--dataset", str(folder), "--images", str(folder), "--all", "--results", str(kept))
+    result = run("knockout", *table, *options)
+    assert "weighted by 0.3" in result.stdout, result.stderr
+    assert load(kept).attrs["factor"] == 0.3
+
+
 def test_the_embedded_table(tmp_path):
     result = run("knockout", "--dataset", "tiny-shapes", "--limit", "1", "-o", str(tmp_path / "page.html"))
     assert result.exit_code == 0, result.stderr

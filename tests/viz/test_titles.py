@@ -104,6 +104,16 @@ def test_every_figure_of_one_prompt_names_it(model, inputs):
     assert figures["heads"].axes[0].get_title(loc="left") == "Head score for 'red'"
 
 
+def test_edges_that_are_given_a_weight_are_not_called_blocked(model, inputs, tmp_path):
+    save(attention_knockout(model, inputs, ["image->last"], 3, factor=0.3), tmp_path / "result")
+    result = load(tmp_path / "result")
+    assert isinstance(result, xr.Dataset)
+    figure = knockout_curves(result)
+    assert figure.get_suptitle() == "Attention weighted by 0.3"
+    assert "edges weighted by 0.3" in note(figure)
+    assert "weighted" not in note(knockout_curves(attention_knockout(model, inputs, ["image->last"], 3)))
+
+
 def test_what_says_nothing_gets_no_note():
     bare = xr.DataArray([[1.0]], dims=("layer", "head"), name="score")
     assert not note(layer_head_map(bare))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import xarray as xr
 
@@ -28,14 +28,15 @@ def flow_study(
     window: Window = None,
     *,
     metric: MetricName = "relative_change",
+    factor: SupportsFloat = 0.0,
     seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
     """Knockout and the answer's probability by layer of every question of a table; `viz.study_page` shows them.
 
     The probabilities are `answer_probability` [question, norm, resid, form], where resid l is the residual stream that enters
-    layer l; the rest is what `knockout_study` gives, which also says what `metric` may be and how to ask as the paper does.
-    `options` are those of `datasets.study`; raises as these functions.
+    layer l; the rest is what `knockout_study` gives, which also says what `metric` and `factor` may be and how to ask as the
+    paper does. `options` are those of `datasets.study`; raises as these functions.
 
     >>> from hooked_llava import HookedLLaVA
     >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
@@ -43,10 +44,10 @@ def flow_study(
     >>> sorted(map(str, flow_study(model, [row], ["question->last"]).dims))
     ['edge', 'form', 'layer', 'norm', 'question', 'resid']
     """
-    about = study_settings(model, edges, window, metric, seed) | {"analysis": "flow_study"}
+    about = study_settings(model, edges, window, metric, seed, factor) | {"analysis": "flow_study"}
 
     def run(inputs: Inputs, asked: Sequence[StudyRow]) -> xr.Dataset:
-        how = {"metric": metric, "total": True, "missing": "skip", "seed": seed}
+        how = {"metric": metric, "total": True, "missing": "skip", "seed": seed, "factor": factor}
         found = attention_knockout(model, inputs, edges, window, **how)
         probability = probability_of_rows(model, inputs, asked)
         found["answer_probability"] = probability.rename(layer="resid").drop_attrs()

@@ -60,8 +60,8 @@ def knockout_study(
     >>> knockout_study(model, [row], ["question->last"], only_correct=False).effect.dims
     ('question', 'edge', 'layer')
     """
-    about = study_settings(model, edges, window, metric, seed) | {"total": total, "analysis": "attention_knockout"}
-    about |= {"factor": as_factor(factor)} if factor else {}
+    about = study_settings(model, edges, window, metric, seed, factor)
+    about |= {"total": total, "analysis": "attention_knockout"}
 
     def run(inputs: Inputs, _: Sequence[StudyRow]) -> xr.Dataset:
         how = {"metric": metric, "total": total and window != "all", "missing": "skip", "seed": seed, "factor": factor}
@@ -70,7 +70,9 @@ def knockout_study(
     return study(model, rows, run, about=about, **options)
 
 
-def study_settings(model: HookedLLaVA, edges: Edges, window: Window, metric: MetricName, seed: int) -> dict[str, Any]:
+def study_settings(
+    model: HookedLLaVA, edges: Edges, window: Window, metric: MetricName, seed: int, factor: SupportsFloat
+) -> dict[str, Any]:
     """How a study blocks and measures, in plain values and checked before it begins; raises as `knockout_study`."""
     named = study_edges(edges)
     windows_of(window, None, model.cfg.n_layers)
@@ -79,4 +81,5 @@ def study_settings(model: HookedLLaVA, edges: Edges, window: Window, metric: Met
             f"metric={metric!r}; expected {', '.join(OF_THE_ANSWER)}, which need no word but the model's answer."
         )
     ends = [[edge.name, edge.source, edge.target] for edge in named]
-    return {"edges": ends, "window": window, "metric": metric, "seed": seed}
+    weight = {"factor": as_factor(factor)} if factor else {}  # without it, edges are blocked
+    return {"edges": ends, "window": window, "metric": metric, "seed": seed, **weight}

@@ -16,7 +16,17 @@ from hooked_llava.experiments.edges import Edges, edge_names
 from hooked_llava.viz.figures.maps import names_along
 from hooked_llava.viz.kinds import check_array, check_axes, check_dataset
 from hooked_llava.viz.lines import Curve, apart, draw_curve, name_layers
-from hooked_llava.viz.style import INK, MUTED, PAGE_WIDTH, SERIES, Plot, add_heading, legend_below, plot, value_lines
+from hooked_llava.viz.style import (
+    MUTED,
+    PAGE_WIDTH,
+    SERIES,
+    Plot,
+    add_heading,
+    label_across,
+    legend_below,
+    plot,
+    value_lines,
+)
 from hooked_llava.viz.titles import add_note, shown_title
 
 _DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
@@ -114,6 +124,16 @@ def shown_edge(edge: str) -> str:
     return edge.replace("->", " → ").replace("|", ", ")
 
 
+def change_label(units: str) -> str:
+    """What an axis of effects shows, of these units, in short lines.
+
+    >>> change_label("nats"), change_label("change of the metric")
+    ('change, nats', 'change of the metric')
+    """
+    label = units if units.startswith("change") or not units else f"change, {units}"
+    return textwrap.fill(label, _LABEL)
+
+
 def _of(result: xr.Dataset, name: str, *dims: str) -> xr.DataArray:
     """The variable with these axes, kind and statistic, layers in order; raises `InputError` for others."""
     advice = " Choose one prompt with result.isel(prompt=0), or average with by_kind(result)."
@@ -175,10 +195,8 @@ def _outer(figure: Plot, every: list[Axes], effect: xr.DataArray, result: xr.Dat
     if units.startswith("%"):
         low, high = every[0].get_ylim()
         every[0].set_ylim(min(low, -_LEAST_PERCENT), max(high, _LEAST_PERCENT / 10))
-    label = units if units.startswith("change") or not units else f"change, {units}"
-    label = textwrap.fill(label, _LABEL)
+    label = change_label(units)
     if len(every) == 1:
         every[0].set_ylabel(label)
     else:
-        middle = (1 + figure.below / figure.get_size_inches()[1]) / 2
-        figure.supylabel(label, y=middle, fontsize=9, color=INK, multialignment="center")
+        label_across(figure, label)

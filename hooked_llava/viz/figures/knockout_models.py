@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
+from typing import TypeVar
 
 import xarray as xr
 from matplotlib.figure import Figure
 
 from hooked_llava.datasets.study import OF_ALL, as_kinds, by_kind
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.edges import Edges, edge_names
+from hooked_llava.experiments.edges import Edges, edge_change, edge_names
 from hooked_llava.results.arrays import load
-from hooked_llava.viz.figures.knockout import shown_edge
+from hooked_llava.viz.figures.knockout import change_label, shown_edge
 from hooked_llava.viz.kinds import check_axes, check_dataset
 from hooked_llava.viz.lines import apart, draw_curve
-from hooked_llava.viz.style import MUTED, PAGE_WIDTH, SERIES, add_heading, legend_below, plot, value_lines
+from hooked_llava.viz.style import MUTED, PAGE_WIDTH, SERIES, add_heading, label_across, legend_below, plot, value_lines
 
 _COLUMNS = 2
+Value = TypeVar("Value", str, float)
 
 
 def knockout_models(
@@ -37,9 +39,10 @@ def knockout_models(
         results: by the names of the models, what `attention_knockout`, `knockout_study` or `by_kind` gives, or its file.
         edges: which edges; by default those that all have.
         kind: of question, where results have kinds.
-        title: none by default.
+        title: by default none, or which weight the edges were given where they were not blocked.
 
-    Raises `InputError` for no results, results with other axes or units, and edges or kinds that not all of them have.
+    Raises `InputError` for no results, results with other axes, units or factors (edges blocked, or weighted), and edges or kinds
+    that not all of them have.
 
     >>> dims = ("edge", "layer")
     >>> one, two = (
@@ -52,11 +55,10 @@ def knockout_models(
     """
     effects = {name: _effect(name, given, kind) for name, given in results.items()}
     names = _common(effects, edges)
-    units = {str(effect.attrs.get("units", "")) for effect in effects.values()}
-    if len(units) > 1:
-        raise InputError(
-            f"The results measure different things ({', '.join(sorted(units))}); give those of one metric."
-        )
+    units = _same("units", (str(effect.attrs.get("units", "")) for effect in effects.values()))
+    factor = _same("factor", (effect.attrs["factor"] for effect in effects.values()))
+    if title is None and factor:
+        title = f"Attention {edge_change(factor)}"
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     with plot(PAGE_WIDTH, 0.3 + 2.0 * rows) as figure:
@@ -74,8 +76,8 @@ def knockout_models(
             axes.set_title(shown_edge(edge))
             axes.set_xlabel("relative depth")
             value_lines(axes, "y")
-        figure.supylabel(next(iter(units)) or "effect", fontsize=9)
         legend_below(figure, grid[0])
+        label_across(figure, change_label(units) or "effect")
         add_heading(figure, title or "")
     return figure
 
@@ -90,7 +92,17 @@ def _effect(name: str, given: xr.Dataset | str | PathLike[str], kind: str) -> xr
     kinds = [str(one) for one in effect["kind"].values]
     if kind not in kinds and len(kinds) > 1:
         raise InputError(f"The result of {name!r} has no questions of the kind {kind!r}; it has {', '.join(kinds)}.")
+    effect = effect.assign_attrs(factor=result.attrs.get("factor", 0.0))
     return effect.sel(kind=kind) if kind in kinds else effect.isel(kind=0)
+
+
+def _same(name: str, values: Iterable[Value]) -> Value:
+    """What all results say of themselves; raises `InputError` where they differ."""
+    found = list(dict.fromkeys(values))
+    if len(found) > 1:
+        said = ", ".join(map(str, found))
+        raise InputError(f"The results differ in {name} ({said}) and cannot be compared; give those of one.")
+    return found[0]
 
 
 def _common(effects: Mapping[str, xr.DataArray], edges: Edges | None) -> list[str]:

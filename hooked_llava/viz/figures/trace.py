@@ -29,6 +29,7 @@ from hooked_llava.viz.style import (
     SKY,
     Plot,
     add_heading,
+    label_across,
     legend_below,
     plot,
     value_lines,
@@ -164,8 +165,7 @@ def _name_effect(figure: Plot, panels: np.ndarray, label: str) -> None:
     if len(panels) == 1:
         panels[0, 0].set_ylabel(label)
         return
-    middle = (1 + figure.below / figure.get_size_inches()[1]) / 2
-    figure.supylabel(label, y=middle, fontsize=9, color=INK)
+    label_across(figure, label)
 
 
 def _unit(effects: xr.Dataset, value: str) -> str:

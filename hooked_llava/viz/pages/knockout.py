@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import xarray as xr
@@ -20,7 +20,7 @@ from hooked_llava.analysis.knockout import (
 from hooked_llava.analysis.next_tokens import next_tokens
 from hooked_llava.datasets.study import as_kinds, by_kind
 from hooked_llava.errors import InputError
-from hooked_llava.experiments.edges import Edges
+from hooked_llava.experiments.edges import Edges, edge_change
 from hooked_llava.experiments.knockout_runs import Window
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.options.knockout_metrics import MetricName
@@ -65,10 +65,11 @@ def knockout_page(
     window: Window = None,
     *,
     metric: MetricName = "relative_change",
+    factor: SupportsFloat = 0.0,
     max_new_tokens: int = 20,
     on_step: Callable[[str], None] | None = None,
 ) -> KnockoutPage:
-    """Ask, block every edge in every window of layers, and put it all on one page.
+    """Ask, block (or weight) every edge in every window of layers, and put it all on one page.
 
     Args:
         model: the model, with a tokenizer.
@@ -76,6 +77,7 @@ def knockout_page(
         edges: as for `attention_knockout`; by default the paper's and those that leave nothing open.
         window: as for `attention_knockout`.
         metric: likewise, one that needs no further word.
+        factor: likewise; 0 blocks the edges.
         max_new_tokens: length of the answer at most.
         on_step: called with the name of each part of the work (`STEPS`) as it begins.
 
@@ -90,7 +92,7 @@ def knockout_page(
     shown_edges = page_edges(prompt) if edges is None else edges
     with steps_reported(STEPS, on_step, "knocking out") as begin:
         begin("knocking out")  # first, since it finds whatever does not fit
-        knockout = attention_knockout(model, prompt, shown_edges, window, metric=metric, total=True)
+        knockout = attention_knockout(model, prompt, shown_edges, window, metric=metric, factor=factor, total=True)
         begin("answering")
         answer, _ = answered(model, prompt, max_new_tokens)
         begin("answer by layer")
@@ -172,6 +174,8 @@ def _shown(knockout: xr.Dataset, probability: xr.DataArray | None) -> dict[str, 
         "curves": knockout_curves(knockout, title=""),
         "probabilities": None if probability is None else probability_curves(probability, title=""),
         "window": knockout.attrs.get("window"),
+        "factor": knockout.attrs.get("factor"),
+        "changed": edge_change(knockout.attrs.get("factor", 0.0)),
         "units": units,
         "kinds": kinds,
         "rows": rows,

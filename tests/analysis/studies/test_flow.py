@@ -5,7 +5,7 @@ import pytest
 
 from hooked_llava.analysis import flow_study, knockout_study
 from hooked_llava.datasets import StudyRow
-from hooked_llava.errors import SpanError
+from hooked_llava.errors import InputError, SpanError
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,17 @@ def test_knockout_and_probabilities_stand_side_by_side(model, table):
     alone = knockout_study(model, table, edges, 1, only_correct=False)
     np.testing.assert_array_equal(result.effect, alone.effect)
     np.testing.assert_array_equal(result.total_effect, alone.total_effect)
+
+
+def test_edges_may_be_weighted_as_in_a_knockout_study(model, table, tmp_path):
+    result = flow_study(model, table, ["image->last"], 1, factor=0.3, only_correct=False, out=tmp_path / "flow")
+    alone = knockout_study(model, table, ["image->last"], 1, factor=0.3, only_correct=False)
+    np.testing.assert_array_equal(result.effect, alone.effect)
+    assert result.attrs["factor"] == 0.3
+    with pytest.raises(InputError, match="another study"):
+        flow_study(model, table, ["image->last"], 1, only_correct=False, out=tmp_path / "flow")
+    with pytest.raises(InputError, match=r"factor=-1.*at least 0"):
+        flow_study(model, table, ["image->last"], factor=-1)
 
 
 def test_misspelt_spans_are_refused_before_anything_is_asked(model, table):

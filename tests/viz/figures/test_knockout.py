@@ -55,7 +55,7 @@ def test_a_factor_is_written_below():
     effect = xr.DataArray([[0.0, -5.0]], coords={"edge": ["image->last"]}, dims=("edge", "layer"))
     about = {"analysis": "attention_knockout", "window": 3, "factor": 0.5}
     figure = knockout_curves(effect.to_dataset(name="effect").assign_attrs(about))
-    assert "windows of 3 layers · attention along the edge times 0.5" in [text.get_text() for text in figure.texts]
+    assert "windows of 3 layers · edges weighted by 0.5" in [text.get_text() for text in figure.texts]
 
 
 def test_one_prompt_is_one_panel_on_an_axis_where_little_looks_little():

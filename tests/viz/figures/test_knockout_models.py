@@ -44,6 +44,12 @@ def test_studies_are_averaged_by_kind_with_their_intervals(model) -> None:
     assert len(axes.collections) == 1, "one prompt has no interval"
 
 
+def test_edges_that_were_given_a_weight_are_called_so() -> None:
+    weighted = drawn([[0.0, -8.0]], ["image->last"]).assign_attrs(factor=0.3)
+    assert knockout_models({"a": weighted}).get_suptitle() == "Attention weighted by 0.3"
+    assert knockout_models({"a": weighted}, title="Mine").get_suptitle() == "Mine"
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
     small, other = drawn([[0.0, -8.0]], ["image->last"]), drawn([[0.0, -8.0]], ["last->last"])
     with pytest.raises(InputError, match="'image->last'.*'last->last'"):
@@ -54,5 +60,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     nats["effect"] = small.effect.assign_attrs(units="nats")
     with pytest.raises(InputError, match="nats"):
         knockout_models({"a": small, "b": nats})
+    with pytest.raises(InputError, match=r"factor \(0\.0, 0\.3\)"):
+        knockout_models({"a": small, "b": small.assign_attrs(factor=0.3)})
     with pytest.raises(InputError, match=r"\{.*: its result"):
         knockout_models({})

@@ -66,6 +66,20 @@ def test_another_metric_is_given_in_its_own_units(model, inputs, table):
     assert "The change (nats) with" in study_page(result, n_boot=5).html
 
 
+def test_a_page_of_weighted_edges_does_not_call_them_blocked(model, inputs, table):
+    page = knockout_page(model, inputs, ["image->last"], 1, factor=0.3, max_new_tokens=1)
+    expected = attention_knockout(model, inputs, ["image->last"], 1, factor=0.3, total=True)
+    np.testing.assert_array_equal(page.results["knockout"].total_effect, expected.total_effect)
+    study = study_page(flow_study(model, table[:2], ["image->last"], 1, factor=0.3, only_correct=False), n_boot=5)
+    for html in (page.html, study.html):
+        assert table_rows(html, "totals")[0][0] == "weighted by 0.3"
+        assert "What happens when an edge is weighted by 0.3" in html
+        assert "is multiplied by 0.3 (log 0.3 is added" in html
+        assert "−∞" not in html
+        assert "edge blocked" not in html
+    assert "weighted" not in knockout_page(model, inputs, ["image->last"], 1, max_new_tokens=1).html
+
+
 def test_a_page_of_a_table(model, table, tmp_path):
     result = flow_study(model, table, ["image->last", "object->question"], 1, only_correct=False, batch_size=3)
     save(result, tmp_path / "flow")
