@@ -180,6 +180,8 @@ def _both_ends(token_map: TokenMap, edge: Edge, seed: int, missing: Missing) -> 
     """Source and target of an edge in one prompt; None for spans that it does not have, where that is allowed."""
     try:
         source, target = (_positions(token_map, where, seed) for where in (edge.source, edge.target))
+        if not source or not target:
+            raise SpanError(f"The edge {edge.name!r} does not exist: one of its ends has no positions. Give both some.")
     except SpanError:
         if missing == "raise":
             raise
@@ -208,7 +210,7 @@ def _positions(token_map: TokenMap, where: Where, seed: int) -> Positions:
 
 
 def _check_causal(name: str, source: Positions, target: Positions) -> None:
-    if source and target and source[0] > target[-1]:
+    if source[0] > target[-1]:
         raise InputError(
             f"The edge {name!r} does not exist: every source comes after every target, and attention looks back only. "
             "The source is what is attended to, the target what attends."

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_llava.checks import as_indices
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, SpanError
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.token_map import TokenMap
 
@@ -29,7 +29,7 @@ def positions_of(
 
     A span or spans joined ("question|last", see `TokenMap.span`), one index or several (from the end where negative, padding
     counted), a slice, or None for all real positions. `seed` is of the span "random". Raises `SpanError` for spans that
-    are not there, and `InputError` for what is no position, lies outside, or is a span where no token map is known.
+    are not there or are empty, and `InputError` for what is no position, lies outside, or is a span where no token map is known.
 
     >>> from hooked_llava.prompt.token_map import TokenMap
     >>> from hooked_llava.architecture.layouts import llava_layout
@@ -46,7 +46,7 @@ def positions_of(
             if where is None:
                 return list(range(n_positions))
             raise InputError(f"A residual stream has no spans, so {what}={where!r} means nothing; give numbers.")
-        return list(token_map.real) if where is None else token_map.span(where, seed=seed).tolist()
+        return list(token_map.real) if where is None else _of_span(where, token_map, what, seed)
 
     def outside(wrong: list[int]) -> str:
         return (
@@ -55,6 +55,17 @@ def positions_of(
         )
 
     return as_indices(where, n_positions, what, expected=_PLACES, outside=outside, empty=True)
+
+
+def _of_span(where: str, token_map: TokenMap, what: str, seed: int) -> list[int]:
+    """The positions of a span; only one of the user's own may be empty, as the end of an edge is that a prompt does not have."""
+    found = token_map.span(where, seed=seed)
+    if not found and where not in token_map.named:
+        raise SpanError(
+            f"{what}={where!r} is empty in this prompt, so nothing would be read or changed there. Spans that it has: "
+            f"{', '.join(token_map.spans)}."
+        )
+    return found.tolist()
 
 
 def resolve_positions(positions: PositionsLike, inputs: Inputs | Tensor) -> Int[Tensor, "batch n_positions"]:

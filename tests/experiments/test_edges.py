@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hooked_llava.analysis import output_knockout
 from hooked_llava.architecture.layouts import llava_layout
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.experiments.edges import STANDARD, Edge, edge_names, edges_of, marked, study_edges
@@ -72,6 +73,22 @@ def test_marked_prompts_have_both_ends_of_every_edge() -> None:
         marked(inputs, edges)
     with pytest.raises(InputError, match="edge '.*source.*after.*target"):
         marked(inputs, edges_of({"back": ("last", "question")}), missing="skip")
+
+
+def test_an_edge_without_positions_is_no_edge_whose_blocking_changes_nothing() -> None:
+    ours = pair("plain").ours
+    inputs = ours.as_inputs(pair("plain").prompt(n_text=6))
+    question = [p for p in inputs.token_map["rest"] if p > inputs.token_map["image"][-1]]
+    inputs = inputs.with_spans(question=question)  # all text after the image, so that `rest` is empty
+    for edges in ("rest->last", "image->rest", "image-image->last", ([], "last")):
+        with pytest.raises(SpanError, match=r"rest.*system, image, question|image-image|has no positions"):
+            marked(inputs, edges_of(edges))
+        _, present = marked(inputs, edges_of(edges), missing="skip")
+        assert not present.any(), edges
+    found = output_knockout(ours, inputs, ["mlp at rest", "mlp at last"], window=1, missing="skip")
+    assert found["effect"].isnull().all("layer").values.tolist() == [True, False]
+    with pytest.raises(SpanError, match="positions='rest'"):
+        bind(Intervention("blocks.1.hook_resid_post", positions="rest", zero=True), ours, inputs)
 
 
 def test_edges_of_a_study_mean_the_same_in_every_question() -> None:
