@@ -238,6 +238,7 @@ NOT_MIRRORED = (
     "test_spellings",
     "test_promises",
     "test_transformer_lens_tools",
+    "test_transformer_lens_count",
     "test_golden",
     "test_known_mechanism",
     "test_known_mechanism_papers",

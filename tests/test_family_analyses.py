@@ -247,6 +247,21 @@ def test_analyses_that_read_run(name: str) -> None:
 
 
 @every
+def test_inputs_that_were_run_in_inference_mode_have_gradients_later(name: str) -> None:
+    """What inputs keep from their first run serves every run."""
+    model, (clean, _) = model_of(name), prompts(name)
+    fresh = clean[0]
+    with torch.inference_mode():
+        model(fresh)
+    leaf: list[torch.Tensor] = []
+    model.run_with_hooks(
+        fresh, fwd_hooks=[("hook_image_embed", lambda x, hook: leaf.append(x.detach().requires_grad_()) or leaf[0])]
+    )[0, -1, 7].backward()
+    assert leaf[0].grad is not None
+    assert float(leaf[0].grad.abs().max()) > 0 or "mistral" in name
+
+
+@every
 def test_sums_hold(name: str) -> None:
     model = model_of(name)
     clean, other = prompts(name)

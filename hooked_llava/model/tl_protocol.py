@@ -38,6 +38,8 @@ class ConfigView:
     use_split_qkv_input: bool = True
     use_hook_mlp_in: bool = True
     use_attn_in: bool = False
+    default_prepend_bos: bool = True
+    positional_embedding_type: str = "rotary"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle probe for these before `config` exists
@@ -128,6 +130,10 @@ class TransformerLensSurface(nn.Module):
         bias = self.language.unembed.bias
         return self.W_U.new_zeros(self.config.language.d_vocab) if bias is None else bias
 
+    def blocks_with(self, submodule: str) -> list[tuple[int, nn.Module]]:
+        """Every layer whose block has a part of this name ("attn", "mlp"), with the block."""
+        return [(layer, block) for layer, block in enumerate(self.blocks) if submodule in dict(block.named_children())]
+
     def stack_weights(self, name: str) -> Tensor:
         """One weight of every layer, stacked in a new tensor: "W_Q", "b_O", "W_in", ... -> [layer ...]."""
         part = "mlp" if name.endswith(("_in", "_gate", "_out")) else "attn"
@@ -208,21 +214,29 @@ class TransformerLensSurface(nn.Module):
         return self.ln_final.direction(unembedding).to(self.cfg.device)
 
     def to_tokens(
-        self, text: str | Sequence[str] | Inputs, prepend_bos: bool = True, padding_side: str = "left"
+        self,
+        text: str | Sequence[str] | Inputs,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        *,
+        truncate: bool = False,
     ) -> Int[Tensor, "batch pos"] | Inputs:
         """Token ids of one or several texts, as the tokenizer makes them (images are not expanded; use `prepare`).
 
-        `Inputs` are returned as they are: they are what stands for tokens where a TransformerLens tool is given a prompt.
+        None stands for the default: the beginning token is prepended, and texts are padded on the left. With `truncate` a
+        text ends where the model's positions do. `Inputs` are returned as they are: they are what stands for tokens where a
+        TransformerLens tool is given a prompt.
         """
         if isinstance(text, Inputs):
             return text.to(self.cfg.device)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = self.tokenizer(
             texts,
-            add_special_tokens=prepend_bos,
+            add_special_tokens=self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos,
             padding=len(texts) > 1,
-            padding_side=padding_side,
+            padding_side=padding_side or "left",
             return_tensors="pt",
+            **({"truncation": True, "max_length": self.config.language.n_ctx} if truncate else {}),
         )
         return encoded["input_ids"].to(self.cfg.device)
 
@@ -234,7 +248,9 @@ class TransformerLensSurface(nn.Module):
         return self.tokenizer.decode(ids.reshape(-1), clean_up_tokenization_spaces=False)
 
     def to_str_tokens(
-        self, tokens: str | Sequence[int] | Int[Tensor, "*shape"] | Inputs | Mapping[str, Any], prepend_bos: bool = True
+        self,
+        tokens: str | Sequence[int] | Int[Tensor, "*shape"] | Inputs | Mapping[str, Any],
+        prepend_bos: bool | None = None,
     ) -> list[str]:
         """Each token of one text, one row of ids, or one prompt's inputs (image tokens and padding included) as a string.
 

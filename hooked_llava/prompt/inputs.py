@@ -17,6 +17,7 @@ from torch import Tensor
 from hooked_llava.architecture.image_axis import Number
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE
+from hooked_llava.checks import Indices, as_indices
 from hooked_llava.errors import InputError, counted, naming_prompt
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.assembly import Assembly
@@ -136,16 +137,18 @@ class Inputs:
     @cached_property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the positions that image embeddings take."""
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        for row, token_map in enumerate(self.token_maps):
-            for image in token_map.image_ranges:
-                mask[row, image.start : image.stop] = True
-        return to_device(mask, self.device)
+        with torch.inference_mode(False):  # it is kept, for runs with gradients too
+            mask = torch.zeros(self.shape, dtype=torch.bool)
+            for row, token_map in enumerate(self.token_maps):
+                for image in token_map.image_ranges:
+                    mask[row, image.start : image.stop] = True
+            return to_device(mask, self.device)
 
     @cached_property
     def assembly(self) -> Assembly:
         """How the patches of the tiles become the features of the images, where a model cuts images into tiles."""
-        return Assembly.of(self.layouts).to(self.device)
+        with torch.inference_mode(False):
+            return Assembly.of(self.layouts).to(self.device)
 
     @cached_property
     def last(self) -> Int[Tensor, " batch"]:
@@ -268,18 +271,18 @@ class Inputs:
     def __iter__(self) -> Iterator[Inputs]:
         return (self[row] for row in range(len(self)))
 
-    def __getitem__(self, index: int | slice) -> Inputs:
-        """One prompt, or a slice of prompts, as a batch with its own images; raises `InputError` out of range."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise InputError(f"There is no prompt {index}; expected 0 to {len(self) - 1}.")
-            index = slice(index % len(self), index % len(self) + 1)
-        if not isinstance(index, slice):
+    def __getitem__(self, index: Indices | slice) -> Inputs:
+        """Prompts as a batch with their own images: one, a slice, or several in any order; raises `InputError` out of range."""
+        if isinstance(index, slice):
+            rows = range(len(self))[index]
+            if not rows:
+                raise InputError(f"The slice {index.start}:{index.stop} holds none of the {len(self)} prompts.")
+            return self._take(rows)
+        if isinstance(index, tuple):
             raise InputError(f"Inputs are sliced by prompt only, not by {index!r}; take positions from the tensors.")
-        rows = range(len(self))[index]
-        if not rows:
-            raise InputError(f"The slice {index.start}:{index.stop} holds none of the {len(self)} prompts.")
-        return self._take(rows)
+        last = len(self) - 1
+        missing = "There is no prompt {}; expected 0 to {}.".format
+        return self._take(as_indices(index, last + 1, "prompts", outside=lambda wrong: missing(wrong[0], last)))
 
     def __repr__(self) -> str:
         return f"Inputs(batch={len(self)}, positions={self.shape[1]}, images_per_prompt={self.images_per_prompt})"

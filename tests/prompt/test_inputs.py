@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from tests.builders import IMAGE_TOKEN_ID
 from tests.fixtures_processor import make_config, make_processor
 from tests.layouts import IMAGE_ID, by_hand, inputs_of
 from tests.messages import says
-from tests.pairs import pair
+from tests.pairs import as_users_run, pair
 
 CONFIG, PROCESSOR = make_config(), make_processor()
 RED, BLUE, GREEN = (Image.new("RGB", (20, 30), color) for color in ("red", "blue", "green"))
@@ -56,10 +57,16 @@ def test_masks_and_last(side: str) -> None:
     assert bool(inputs.attention_mask[:, -1].all()) == (side == "left")
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, -1, slice(1, 3), slice(None, None, 2), slice(None, None, -1)])
-def test_slices_take_their_images_along(index: int | slice) -> None:
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        *((0, [0]), (2, [2]), (-1, [2]), (slice(1, 3), [1, 2])),
+        *((slice(None, None, 2), [0, 2]), (slice(None, None, -1), [2, 1, 0])),
+        *((torch.tensor([2, 0]), [2, 0]), ([1, -1, 1], [1, 2, 1]), (np.array([1]), [1])),
+    ],
+)
+def test_slices_take_their_images_along(index: Any, rows: list[int]) -> None:
     inputs = make_inputs()
-    rows = list(range(3))[index] if isinstance(index, slice) else [index % 3]
     part = inputs[index]
     images = [[0], [], [1, 2]]
     kept = [image for row in rows for image in images[row]]
@@ -84,8 +91,16 @@ def test_slicing_errors() -> None:
     for index in (3, -4):
         with says(f"prompt {index}.*0 to 2"):
             inputs[index]
+    with says("prompt 3.*0 to 2"):
+        inputs[[0, 3]]
     with says("3:None.*3 prompts"):
         inputs[3:]
+    with says(r"prompts.*0\.\.2"):
+        inputs[[]]
+    with says(r"prompts.*whole numbers"), as_users_run():
+        inputs[torch.tensor([True, False, True])]
+    with says(r"by prompt only.*\(0, 1\)"), as_users_run():
+        inputs[0, 1]
 
 
 def test_token_map_of_the_only_prompt() -> None:
