@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
-from hooked_llava.machine.devices import keeper
 from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.prefix_attention import SharedPrefix
 from hooked_llava.model.language import count_positions
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.replay.offloading import run_keeper
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,11 +143,11 @@ def keep(
     keys_and_values: bool = True,
     kept: Callable[[Tensor], Tensor] | None = None,
 ) -> KeptRun:
-    """Run the model once, without logits, and keep what a re-run needs; optionally in another dtype or place, as `kept` says.
+    """Run the model once, without logits, and keep what a re-run needs; in another dtype or place as `kept` says, if it does.
 
     `layers` are those for which the residual stream entering them is kept, all by default.
     """
-    kept = keeper() if kept is None else kept
+    kept = run_keeper() if kept is None else kept
     embedded = model.embed(inputs)
     kv = None
     if keys_and_values:
@@ -178,7 +178,8 @@ def joined_runs(runs: Sequence[KeptRun]) -> KeptRun:
         mask = torch.cat([_full_mask(run) for run in runs])
     if not all(torch.equal(run.position_ids, position_ids) for run in runs) or len(position_ids) > 1:
         position_ids = torch.cat([run.position_ids.expand(run.n_prompts, -1) for run in runs])
-    resid = {layer: torch.cat([run.resid[layer] for run in runs]) for layer in first.resid}
+    kept = run_keeper()
+    resid = {layer: kept(torch.cat([run.resid[layer] for run in runs])) for layer in first.resid}
     return replace(first, resid=resid, kv=None, position_ids=position_ids, mask=mask)
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
-from hooked_llava.machine.devices import keeper
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.where import PositionsLike
@@ -35,6 +34,7 @@ from hooked_llava.replay.branch import EMBEDDINGS, branched_run
 from hooked_llava.replay.intervention import Intervention
 from hooked_llava.replay.kept_run import keep
 from hooked_llava.replay.layer_pass import recordable, recorded
+from hooked_llava.replay.offloading import run_keeper
 from hooked_llava.replay.plan import PlannedRun, plan_run
 from hooked_llava.replay.reference_mean import with_means
 from hooked_llava.replay.state import IN_A_RERUN, ReplayState, Work, refuse_attached_functions
@@ -53,7 +53,7 @@ class Replay(ReplayState):
         dtype: keep the residual stream, keys and values in this dtype (half of the memory, no longer exact).
         device: keep them there, layer by layer as they are computed.
         offload_folder: keep them on disk instead, in files of this folder that go with the Replay; the system brings into memory
-            what is read.
+            what is read. Without either, `offloaded_runs` decides.
 
     Raises `InputError` if functions are attached to the model, and for a folder that there is not.
 
@@ -75,7 +75,7 @@ class Replay(ReplayState):
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
-        self.keeper = keeper(device, offload_folder, dtype)
+        self.keeper = run_keeper(device, offload_folder, dtype)
         prompts = model.as_inputs(inputs)
         refuse_attached_functions(model, IN_A_RERUN)
         super().__init__(model, prompts, keep(model, prompts, kept=self.keeper))
