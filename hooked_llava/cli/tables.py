@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from hooked_llava.cli.command import TypedOptions
 from hooked_llava.cli.common import PromptOptions
 from hooked_llava.cli.options import at_least
+from hooked_llava.cli.terminal import escape, say
 from hooked_llava.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,15 @@ BatchSize = Annotated[int, at_least(1, help="Questions of a table at once.")]
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """A table of questions, and how it is asked."""
+    """A table of questions, and how it is asked.
+
+    Attributes:
+        takes (ClassVar[tuple[str, ...]]): The formats that the command reads, by their names in `TABLE_FORMATS`.
+        needs (ClassVar[str]): Why it takes no others, as a sentence.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("GQA", "POPE")
+    needs: ClassVar[str] = "Its questions have no answers to compare with"
 
     dataset: TableName = None
     images: ImageFolder = None
@@ -70,38 +79,41 @@ class TableOptions:
         """Whether it is the embedded world's own table; a file of its name comes before it."""
         return self.dataset == OWN_TABLE and not Path(OWN_TABLE).exists()
 
-    def rows(
-        self, read: Callable[..., list[StudyRow]], drawn: Callable[[int], list[StudyRow]], tail: str
-    ) -> tuple[list[StudyRow], dict[str, str]]:
+    def own_rows(self, n: int) -> list[StudyRow]:
+        """So many questions of each kind of the embedded world's own table."""
+        from hooked_llava.toy.gqa_tables import gqa_rows
+
+        return gqa_rows(n)
+
+    def check_rows(self, rows: Sequence[StudyRow]) -> None:
+        """Raise `InputError` for rows that the command cannot do with."""
+
+    def questions(self) -> tuple[list[StudyRow], dict[str, str]]:
         """The table's questions, and what `datasets.study` must know of it: the instruction that follows each.
 
-        Args:
-            read: makes rows of a file's or folder's name, with `limit=`.
-            drawn: makes so many rows of each kind of the embedded world's own table.
-            tail: the instruction that the paper's prompts end with.
+        What reading it has to say is said, of several processes by one. Raises `InputError` for a table that the command does not
+        take, and for images that are not where they should be.
         """
+        from hooked_llava.datasets.formats import table_format
+        from hooked_llava.machine.processes import is_first_process
+
         table, images = str(self.dataset), self.images
         if self.is_own:
             if images is not None:
                 raise InputError(f"--images belongs to a table that names its images; {OWN_TABLE} draws its own.")
-            return drawn(self.limit or _DEFAULT_LIMIT), {}
-        found = read(table, limit=self.limit)
+            return self.own_rows(self.limit or _DEFAULT_LIMIT), {}
+        known = table_format(table, self.takes, needs=self.needs, own=OWN_TABLE)
         if images is None:
             raise InputError(f"The table {table!r} names its images; say where they are with --images FOLDER.")
         if not images.is_dir():
             raise InputError(
                 f"--images {images}: there is no such folder; give the one that the table's images are in."
             )
-        return found, {"tail": tail}
-
-    def questions(self) -> tuple[list[StudyRow], dict[str, str]]:
-        """Rows of the released GQA tables of Zhang et al., of POPE's files, or of the embedded world's own table."""
-        from hooked_llava.datasets import GQA_TAIL, POPE_TAIL, read_gqa, read_pope
-        from hooked_llava.datasets.pope import is_pope
-        from hooked_llava.toy.gqa_tables import gqa_rows
-
-        pope = is_pope(str(self.dataset))
-        return self.rows(read_pope if pope else read_gqa, gqa_rows, POPE_TAIL if pope else GQA_TAIL)
+        rows, note = known.read(table, self.limit)
+        self.check_rows(rows)
+        if note and is_first_process():
+            say(f"[dim]{escape(note)}[/dim]")
+        return rows, {"tail": known.tail}
 
     def study_options(self, prompt: PromptOptions) -> dict[str, Any]:
         """Arguments of `datasets.study`."""

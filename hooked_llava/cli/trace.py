@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -107,30 +107,24 @@ class CorruptionOptions:
 class ConstraintTable(TableOptions):
     """A table of questions with constraints, and how it is asked."""
 
+    takes: ClassVar[tuple[str, ...]] = ("VQA-Constraints",)
+    needs: ClassVar[str] = "It names no constraints, the words of each question that a trace corrupts"
+
     dataset: ConstraintTableName = None
 
-    def questions(self) -> tuple[list[StudyRow], dict[str, str]]:
-        """The rows, and what `datasets.study` must know; those whose constraint is not in the question are said and left out."""
-        from hooked_llava.datasets.vqa_constraints import CONSTRAINTS_TAIL, read_vqa_constraints
-        from hooked_llava.machine.processes import is_first_process
+    def own_rows(self, n: int) -> list[StudyRow]:
+        """So many questions of each kind of the embedded world's table with constraints."""
         from hooked_llava.toy.constraint_tables import constraint_rows
 
-        placed: list[str] = []
+        return constraint_rows(n)
 
-        def read(path: str, limit: int | None) -> list[StudyRow]:
-            table = read_vqa_constraints(path, limit=limit)
-            placed.append(str(table))
-            return table.rows
-
-        rows, how = self.rows(read, constraint_rows, CONSTRAINTS_TAIL)
+    def check_rows(self, rows: Sequence[StudyRow]) -> None:
+        """Raise `InputError` for rows without answers, unless all are measured."""
         if not self.every and not any(row.answer for row in rows):
             raise InputError(
                 f"The table {self.dataset!r} holds no answers, so that nothing is known to be answered correctly; measure all "
                 "of its questions with --all."
             )
-        for said in placed if is_first_process() else ():
-            say(f"[dim]{escape(said)}[/dim]")
-        return rows, how
 
 
 @command(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hooked_llava.datasets.rows import PixelBox, StudyRow
-from hooked_llava.datasets.tables import number, plain_id, read_table, released_files, whole
+from hooked_llava.datasets.tables import has_columns, number, plain_id, read_table, released_files, whole
 from hooked_llava.errors import InputError
 
 GQA_TAIL = " \nAnswer the question using a single word or phrase."
@@ -65,6 +65,7 @@ TYPES = {
     "QueryAttr": ("query", "attr"),
 }
 """Kind of question -> the columns type_structural and type_semantic."""
+_STRUCTURAL, _SEMANTIC = "type_structural", "type_semantic"
 _KIND_OF = {types: kind for kind, types in TYPES.items()}
 FILES = {
     "ChooseAttr": "GQA_val_correct_question_with_choose_ChooseAttr.csv",
@@ -117,11 +118,20 @@ def read_gqa(
     return rows
 
 
+def is_gqa(path: str | Path) -> bool:
+    """Whether this is a table of GQA questions, by its columns, or a folder that holds one under its released name.
+
+    >>> is_gqa("nowhere")
+    False
+    """
+    return has_columns(path, (_STRUCTURAL, _SEMANTIC), FILES.values())
+
+
 def _read(file: Path, limit: int | None, encoding: str | None) -> list[StudyRow]:
     cells = read_table(file, encoding=encoding, limit=limit).rows
     rows = []
     for place, row in enumerate(cells, start=1):
-        kind = _KIND_OF.get((row.get("type_structural", ""), row.get("type_semantic", "")))
+        kind = _KIND_OF.get((row.get(_STRUCTURAL, ""), row.get(_SEMANTIC, "")))
         if kind is None:
             raise InputError(f"{str(file)!r}, question {place} is of none of the six kinds (by its columns type_...).")
         if missing := sorted(_needed(kind) - set(row)):

@@ -55,6 +55,24 @@ def released_files(path: str | Path, kinds: Iterable[str], names: Mapping[str, s
     return files
 
 
+def has_columns(path: str | Path, columns: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether a CSV file, or one of these names in a folder, has these columns.
+
+    >>> has_columns("nowhere", ["question"], ["mine.csv"])
+    False
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+    return any(set(columns) <= _columns(file) for file in files)
+
+
+def _columns(file: Path) -> set[str]:
+    try:
+        return set(read_table(file, limit=1).columns)
+    except InputError:
+        return set()
+
+
 def read_table(file: Path, *, encoding: str | None = None, limit: int | None = None) -> Table:
     """The cells of a CSV file, separated by commas, semicolons or tabs; lines without anything are left out.
 

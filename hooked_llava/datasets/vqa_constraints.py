@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hooked_llava.datasets.rows import StudyRow
-from hooked_llava.datasets.tables import plain_id, read_table, released_files
+from hooked_llava.datasets.tables import has_columns, plain_id, read_table, released_files
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.token_text import word_borders
 
@@ -105,6 +105,15 @@ def read_vqa_constraints(
         [row for table in tables for row in table.unplaced],
         sum(table.adjusted for table in tables),
     )
+
+
+def is_vqa_constraints(path: str | Path) -> bool:
+    """Whether this is a table of questions with constraints, by its columns, or a folder that holds one under its released name.
+
+    >>> is_vqa_constraints("nowhere")
+    False
+    """
+    return has_columns(path, _ASKED, FILES.values())
 
 
 def place_constraint(question: str, words: str) -> tuple[str | None, str]:

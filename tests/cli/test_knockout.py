@@ -9,6 +9,7 @@ from hooked_llava.cli.tables import TableOptions
 from hooked_llava.datasets.pope import POPE_KINDS
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load
+from hooked_llava.toy.constraint_tables import write_constraints
 from hooked_llava.toy.gqa_tables import write_gqa
 from hooked_llava.toy.pope_tables import write_pope
 from tests.cli.running import QUESTION, refused, run
@@ -136,6 +137,9 @@ def test_what_does_not_fit_is_said_in_one_line(checkpoint, image, tmp_path):
     assert "a table has the boxes" in refused("knockout", "--dataset", "tiny-shapes", "--box", "1,2,3,4", *options)
     assert "is no file and no folder" in refused("knockout", "--dataset", "nowhere", *options)
     folder = write_gqa(tmp_path / "gqa", 1, kinds=["QueryAttr"])
+    constraints = str(write_constraints(tmp_path / "constraints", 1))
+    said = refused("knockout", "--dataset", constraints, "--images", constraints, *options)
+    assert "is a table of VQA-Constraints. Its questions have no answers" in said
     own = ("--dataset", "tiny-shapes")
     for option in (("--max-new-tokens", "3"), ("--no-image",)):
         assert f"{option[0]} belongs to one question" in refused("knockout", *own, *option, *options)

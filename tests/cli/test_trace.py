@@ -9,6 +9,8 @@ from hooked_llava.analysis import causal_trace, trace_means, trace_study
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape, write_constraints
+from hooked_llava.toy.gqa_tables import write_gqa
+from hooked_llava.toy.pope_tables import write_pope
 from tests.cli.running import QUESTION, refused, run
 from tests.launched import launch
 
@@ -159,6 +161,12 @@ def test_what_does_not_fit_a_table_is_said_in_one_line(checkpoint, image, tmp_pa
     assert "--replace is given several times" in refused("trace", *own, "--replace", "a", "--replace", "b")
     assert "--repeat has nothing to repeat" in refused("trace", *own, "--repeat")
     assert "--limit belongs to a table" in refused("trace", image, QUESTION, "-c", "star", "--limit", "2", *page)
+    for write, name in ((write_gqa, "GQA"), (write_pope, "POPE")):
+        without = write(tmp_path / name, 1)
+        said = refused("trace", "--dataset", str(without), "--images", str(without), *page)
+        assert f"is a table of {name}. It names no constraints" in said
+        assert "give tiny-shapes, or a released file" in said
+        assert "VQA-Constraints (OK-VQA, Movies, Known" in said
     folder = write_constraints(tmp_path / "tables", 1, kinds=["Known"])
     table = ("--dataset", str(folder))
     assert "say where they are with --images" in refused("trace", *table, *page)
