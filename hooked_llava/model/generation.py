@@ -76,7 +76,6 @@ class Sampling:
 
 
 @runtime_checkable
-@runtime_checkable
 class Steers(Protocol):
     """What steers a model while it generates; `hooked_llava.steering.Steering` is one."""
 
@@ -168,40 +167,45 @@ def _decode(
     record: _Record | None,
 ) -> Int[Tensor, "batch new_tokens"]:
     """The loop: one run over the prompt, then one position at a time."""
-    language = model.language
-    n_prompt = prompt.shape[1]
-    kv_cache = KVCache(
-        language.cfg,
-        batch=len(prompt),
-        capacity=n_prompt + max_new_tokens,
-        dtype=model.cfg.dtype,
-    )
+    capacity = prompt.shape[1] + max_new_tokens
+    kv_cache = KVCache(model.language.cfg, batch=len(prompt), capacity=capacity, dtype=model.cfg.dtype)
     # A mask only where something is padded: without one attention runs in its fused form.
     padding = prompt.padding_mask
     mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
     new_tokens = prompt.input_ids.new_full((len(prompt), max_new_tokens), stop.filler)
-    next_ids, position_ids = prompt.input_ids, prompt.position_ids
+    newest, position_ids = None, prompt.position_ids
     for phase, steps in (("prefill", range(1)), ("decode", range(1, max_new_tokens))):
         with model.hooks(hooks[phase]):
             for step in steps:
                 with model.placing(prompt, step), nullcontext() if record is None else record.listen(phase):
-                    resid = (
-                        model.embed(prompt) if step == 0 else language.embed_tokens(next_ids)
-                    )  # (batch, pos, d_model)
-                    seen = None if mask is None else mask[:, : kv_cache.length + resid.shape[1]]
-                    context = model.context(resid, seen, position_ids, kv_cache)
-                    # The last block gives keys and values of the whole prompt, and its output only where it is read.
-                    last = None if step or _is_heard_at_the_end(language) else [n_prompt - 1]
-                    resid = language(resid, context, queries=last)
-                    kv_cache.advance(n_prompt if step == 0 else 1)
-                    logits = language.to_logits(resid)[:, -1]  # (batch, d_vocab)
-                picked = sampling.pick(logits)
-                new_tokens[:, step] = torch.where(stop.ended, stop.filler, picked)
+                    logits = _next_logits(model, prompt, newest, mask, position_ids, kv_cache)
+                new_tokens[:, step] = torch.where(stop.ended, stop.filler, sampling.pick(logits))
                 if stop.after(new_tokens[:, : step + 1]):
                     return new_tokens[:, : step + 1]
-                next_ids = new_tokens[:, step : step + 1]
+                newest = new_tokens[:, step : step + 1]
                 position_ids = None if position_ids is None else position_ids[:, -1:] + 1
     return new_tokens
+
+
+def _next_logits(
+    model: HookedModule,
+    prompt: Inputs,
+    newest: Int[Tensor, "batch 1"] | None,
+    mask: Bool[Tensor, "batch capacity"] | None,
+    position_ids: Int[Tensor, "batch pos"] | None,
+    kv_cache: KVCache,
+) -> Float[Tensor, "batch d_vocab"]:
+    """Run the prompt, or the newest token of each row, and read what comes next."""
+    language = model.language
+    resid = model.embed(prompt) if newest is None else language.embed_tokens(newest)  # (batch, pos, d_model)
+    n = resid.shape[1]
+    seen = None if mask is None else mask[:, : kv_cache.length + n]
+    context = model.context(resid, seen, position_ids, kv_cache)
+    # The last block gives keys and values of the whole prompt, and its output only where it is read.
+    last = [n - 1] if newest is None and not _is_heard_at_the_end(language) else None
+    resid = language(resid, context, queries=last)
+    kv_cache.advance(n)
+    return language.to_logits(resid)[:, -1]
 
 
 class _Stop:

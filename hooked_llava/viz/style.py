@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox, BboxBase
 
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.token_text import visible_token
@@ -60,6 +62,7 @@ _RC: dict[Any, Any] = {
     "svg.hashsalt": "hooked_llava",
 }
 _DPI = 160
+_LETTERS_PER_INCH = 14  # of a label
 PAGE_WIDTH = 5.2
 """Inches: a figure of this width is read whole on a phone, where it is shown two thirds as large."""
 _LETTER, _HANDLE, _LINE, _GAP = 0.066, 0.125, 0.18, 0.08  # inches, of a legend: a letter, a unit of its handle, a line
@@ -70,6 +73,14 @@ class Plot(Figure):
 
     below = 0.0
     """Inches at the bottom that the panels leave to a legend and a note."""
+
+    def get_tightbbox(self, renderer: Any = None, *, bbox_extra_artists: Any = None) -> BboxBase:
+        """What savefig(bbox_inches="tight") keeps, in inches: the note below the panels, too, which they make no room for."""
+        tight = super().get_tightbbox(renderer, bbox_extra_artists=bbox_extra_artists)
+        if self._supxlabel is None:
+            return tight
+        note = self._supxlabel.get_window_extent(renderer)
+        return Bbox.union([tight, note.transformed(self.dpi_scale_trans.inverted())])
 
     def _repr_png_(self) -> bytes:
         return self._rendered("png")
@@ -177,7 +188,9 @@ def add_color_bar(
     )
     ticks = [low] if same else _bar_ticks(low, high)
     bar.set_ticks(ticks, labels=[_tick(tick, high - low) for tick in ticks])
-    bar.set_label(f"{label} (the same everywhere)" if same else label)
+    label = f"{label} (the same everywhere)" if same else label
+    room = 0.8 * (figure.get_size_inches()[1] - figure.below)
+    bar.set_label("\n".join(textwrap.wrap(label, max(8, int(_LETTERS_PER_INCH * room)))))
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 

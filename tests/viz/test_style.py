@@ -12,6 +12,7 @@ from hooked_llava.viz.style import (
     SERIES,
     ColorScale,
     Plot,
+    add_color_bar,
     color_scale,
     format_small,
     legend_below,
@@ -44,6 +45,16 @@ def test_a_legend_below_keeps_its_words_within_the_figure():
     box, whole = figure.legends[0].get_window_extent(), figure.bbox
     assert whole.x0 <= box.x0 < box.x1 <= whole.x1
     assert axes.get_window_extent().height > 0.6 * 2.0 * figure.dpi
+
+
+def test_the_label_of_a_color_bar_is_no_longer_than_the_figure_is_high():
+    values = np.array([0.0, 1.0])
+    with plot(4.0, 2.0) as figure:
+        add_color_bar(figure, figure.subplots(), color_scale(values), "log-probability increase (nats)", values)
+    figure.draw_without_rendering()
+    label = figure.axes[1].yaxis.label
+    assert label.get_text().split() == ["log-probability", "increase", "(nats)"]
+    assert label.get_window_extent().height < figure.bbox.height
 
 
 def test_contributions_diverge_even_if_none_is_negative():

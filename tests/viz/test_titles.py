@@ -66,6 +66,16 @@ def test_a_patching_figure_says_metric_prompts_positions_and_model(model, inputs
     assert note(plot_patching(made, inputs, title="Mine")) == note(plot_patching(made, inputs))
 
 
+def test_a_figure_saved_tight_keeps_its_note(model, inputs, other, metric):
+    figure = plot_patching(activation_patching(model, inputs, other, hook="z", positions="last", metric=metric))
+    figure.draw_without_rendering()
+    kept = figure.get_tightbbox()
+    below = figure._supxlabel.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    assert kept.y0 <= below.y0 + 1e-6
+    assert below.y1 < figure.axes[0].get_tightbbox().y0 / figure.dpi
+    assert plot_patching(attribution_patching(model, inputs, other, metric=metric), title="").get_tightbbox().height > 0
+
+
 def test_both_prompts_of_a_pair_are_said(model, metric):
     pair = [model.prepare(f"What color is the {shape}?") for shape in ("star", "circle")]
     said = note(plot_patching(attribution_patching(model, *pair, metric=metric)))
