@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -49,6 +50,7 @@ EACH = "each"
 MOST_OPAQUE = 0.92
 """Opacity of the largest value."""
 _SMALL = 160
+_LETTERS_PER_INCH = 16  # of a panel's label
 _BAR = 0.9  # inches of the color bar with its numbers and its unit
 _LEAST_HEIGHT = 1.7  # inches: the unit beside the color bar needs so much
 _FADE = 0.75
@@ -145,17 +147,20 @@ def patch_overlays(
     original, layout = original_and_layout(inputs, image, layout)
     values, grids = _fitting(result.values, layout, len(places)), drawn_grids(layout, grid)
     names = [str(name) if isinstance(name, str) else f"{over[0]} {name}" for name in result[over[0]].values]
-    drawn = [(name, own, one) for name, own in zip(names, values, strict=True) for one in grids]
-    columns = max(1, min(columns, len(drawn)) // len(grids)) * len(grids)  # the grids of an entry stay in one row
-    scale, n = scale_of(result, values), len(drawn)
-    rows, heading = -(-n // columns), shown_title(result, title)
+    n = len(names) * len(grids)
+    columns = max(1, min(columns, n) // len(grids)) * len(grids)  # the grids of an entry stay in one row
+    scale, rows, heading = scale_of(result, values), -(-n // columns), shown_title(result, title)
     width, height = _panel_size(original, (PAGE_WIDTH - _BAR) / max(columns, 3))
-    each = height + (0.24 if len(grids) == 1 else 0.4)  # room for names in one line or two
+    drawn = [
+        (_panel_label(name, one if len(grids) > 1 else "", width), own, one)
+        for name, own in zip(names, values, strict=True)
+        for one in grids
+    ]
+    each = height + 0.08 + 0.16 * max(label.count("\n") + 1 for label, _, _ in drawn)
     with plot(columns * width + _BAR, max(rows * each, _LEAST_HEIGHT) + (0.3 if heading else 0.1)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
-        for axes, (name, own, one) in zip(panels.flat, drawn, strict=False):
+        for axes, (label, own, one) in zip(panels.flat, drawn, strict=False):
             draw_overlay(axes, original, own, scale, layout, underlay, one)
-            label = "\n".join(part for part in (name, one if len(grids) > 1 else "") if part)
             axes.set_title(label, fontsize=8 if len(grids) == 1 else 7, fontweight="normal", loc="center", pad=3)
         for axes in panels.flat[n:]:
             axes.set_visible(False)
@@ -163,6 +168,11 @@ def patch_overlays(
         add_note(figure, result.attrs, title)
         add_color_bar(figure, panels, scale, unit_of(result), values, colors=as_overlaid(scale))
     return figure
+
+
+def _panel_label(name: str, grid: str, inches: float) -> str:
+    """What a panel shows, in lines no wider than it, and its grid below."""
+    return "\n".join([*textwrap.wrap(name, max(8, int(_LETTERS_PER_INCH * inches))), *([grid] if grid else [])])
 
 
 def _draw_as_in_the_paper(

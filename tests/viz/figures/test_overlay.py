@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -242,3 +243,17 @@ def test_any_layout_is_drawn(of, seed):
     np.testing.assert_allclose(seen, layout.draw(values))
     dimmed = sum(patch.get_width() * patch.get_height() for patch in axes.patches if patch.get_label() != "seen")
     assert dimmed == pytest.approx(layout.cut() * height * width, abs=1e-6)
+
+
+def test_names_wider_than_their_panel_are_wrapped_and_have_room():
+    maps = xr.DataArray(np.ones((4, 2, 2)), dims=("head", "patch_row", "patch_col"))
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    short, long = (
+        maps.assign_coords(head=[f"{name} {i}" for i in range(4)]) for name in ("head", "layer 2, head 5: 100%,")
+    )
+    narrow, wide = patch_overlays(pixels, short), patch_overlays(pixels, long)
+    assert [axes.get_title().count("\n") for axes in (narrow.axes[0], wide.axes[0])] == [0, 1]
+    assert wide.get_size_inches()[1] >= narrow.get_size_inches()[1]
+    wide.draw_without_rendering()
+    ends = [axes.title.get_window_extent() for axes in wide.axes[:4]]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ends))
