@@ -5,6 +5,7 @@ The images of the report and of the gallery need chromium on the PATH and are le
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,16 +14,18 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
-from hooked_llava import HookedLLaVA, viz
+from hooked_llava import HookedLLaVA, Intervention, Replay, viz
 from hooked_llava.analysis import (
     activation_patching,
     answer_maps,
+    answer_probability,
     attention_knockout,
     causal_trace,
     edge_attribution,
@@ -30,12 +33,19 @@ from hooked_llava.analysis import (
     knockout_study,
     lens_kl,
     logit_lens,
+    output_knockout,
     patch_importance,
     patchscope,
     probe_linear,
+    sink_positions,
+    trace_means,
+    trace_study,
     train_tuned_lens,
 )
+from hooked_llava.datasets import by_kind
 from hooked_llava.editing import EditRequest, multedit
+from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.gqa_tables import gqa_rows
 from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
 from hooked_llava.toy.wide_scenes import sample_wide_scene
@@ -76,6 +86,9 @@ def answers(model: HookedLLaVA) -> None:
         viz.patch_overlays(clean, side_by_side.assign_coords(method=[map_.name for map_ in maps]), columns=3),
         "patches.png",
     )
+    best = patch_importance(model, clean)[0]
+    save(viz.patch_overlay(clean, best, display="paper"), "paper-display.png")
+    save(viz.sink_scatter(sink_positions(model, clean)), "sinks.png")
     save(viz.answer_strip(clean, answer_maps(model, clean, "Orange star", heads="all")), "answer-strip.png")
     edges = ["image->last", "question->last", "image->question", "image->question|rest|last"]
     save(viz.knockout_curves(attention_knockout(model, clean, edges, window=3)), "travel.png")
@@ -86,6 +99,52 @@ def answers(model: HookedLLaVA) -> None:
     save(viz.faithfulness_curves(curve), "circuit.png")
     edit = multedit(model, EditRequest(fact, "Boris", constraint="this shape"), layer=3, position="last")
     save(viz.answer_shift(viz.edit_page(model, fact, edit).results["answers"]), "edit.png")
+
+
+def flow(model: HookedLLaVA) -> None:
+    """What docs/questions/travel.md shows of edges, outputs, factors, temperatures and readings by layer."""
+    inputs = model.prepare(QUESTION, images=image_path("demo"))
+    rows = gqa_rows(10, kinds=["ChooseAttr", "QueryAttr"])
+    words = ["true_option->last", "false_option->last", "object_word->last"]
+    named = by_kind(knockout_study(model, rows, words, window=2)).sel(kind=["ChooseAttr", "QueryAttr"])
+    save(viz.knockout_curves(named), "words.png")
+    outputs = ["attn at question", "mlp at question", "attn at last", "mlp at last"]
+    save(viz.knockout_curves(output_knockout(model, inputs, outputs, 1)), "outputs.png")
+    factors, edges = [1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0], ["question->last", "image->question|rest|last"]
+    weighted = [attention_knockout(model, inputs, edges, "all", factor=factor).effect for factor in factors]
+    along = xr.concat(weighted, pd.Index(factors, name="factor"), combine_attrs="drop_conflicts")
+    save(viz.value_curves(along, "factor", title="Attention along an edge, weighted in all layers"), "factors.png")
+    save(viz.value_curves(softened(model, inputs), "temperature", title="P(Orange), scores divided"), "temperature.png")
+    save(viz.probability_curves(answer_probability(model, inputs, "orange"), norm="released"), "released.png")
+
+
+def softened(model: HookedLLaVA, inputs: Inputs) -> xr.DataArray:
+    """P(Orange) with the scores of all heads of a layer divided by a temperature, [heads, temperature]."""
+    temperatures = [1, 2, 4, 8, 16]
+    n_layers = model.cfg.n_layers
+    runs = [[Intervention(("attn_scores", layer), temperature=t)] for layer in range(n_layers) for t in temperatures]
+    p = Replay(model, inputs).run(runs).softmax(-1)[:, model.to_single_token("Orange")].reshape(n_layers, -1)
+    coords = {"heads": [f"layer {layer}" for layer in range(n_layers)], "temperature": temperatures}
+    return xr.DataArray(p, coords, name="probability")
+
+
+def tables(model: HookedLLaVA) -> None:
+    """Traces of a table by role and layer, and many edits, as benchmarks/results has them."""
+    means = trace_means(trace_study(model, constraint_rows(6, kinds=["Known", "OK-VQA"]), corruption=other_shape))
+    save(viz.role_curves(means), "trace-study.png")
+    checkpoints = json.loads((FOLDER.parents[1] / "benchmarks/results/editing.json").read_text())["checkpoints"]
+    ways = [way for way in next(iter(checkpoints.values()))["sequence"] if way != "cases"]
+    for measure, label in (("efficacy", "efficacy"), ("specificity_drop", "questions lost elsewhere, points")):
+        found = [
+            [[row[measure] for row in one["sequence"][way]] for way in ways] for one in checkpoints.values()
+        ]  # [checkpoint, way, n]
+        each = np.array(found)
+        statistics = np.stack([each.mean(0), each.min(0), each.max(0)], -1)
+        n = [row["n"] for row in next(iter(checkpoints.values()))["sequence"][ways[0]]]
+        names = [way if "MEMIT" in way or "ROME" in way else f"MultEdit, {way}" for way in ways]
+        coords = {"way": names, "facts edited": n, "statistic": ["mean", "low", "high"]}
+        held = xr.DataArray(statistics, coords, ("way", "facts edited", "statistic"), name=label)
+        save(viz.value_curves(held, "facts edited", title=""), f"many-edits-{measure.partition('_')[0]}.png")
 
 
 def models() -> None:
@@ -210,6 +269,8 @@ def main() -> None:
     world()
     world_next()
     answers(model)
+    flow(model)
+    tables(model)
     models()
     layers(model)
     report(model)

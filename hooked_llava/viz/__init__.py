@@ -30,6 +30,7 @@ from hooked_llava.viz.figures.positions import layer_position_map, layer_positio
 from hooked_llava.viz.figures.probes import lens_curves, probe_curves
 from hooked_llava.viz.figures.sinks import sink_scatter
 from hooked_llava.viz.figures.trace import contribution_maps, role_curves, trace_maps
+from hooked_llava.viz.figures.value_curves import value_curves
 from hooked_llava.viz.pages.edit import EditPage, edit_page
 from hooked_llava.viz.pages.explain import Report, explain
 from hooked_llava.viz.pages.features import FeaturePage, attribution_page, steering_page
@@ -98,4 +99,5 @@ __all__ = [
     "trace_page",
     "trace_study_page",
     "TracePage",
+    "value_curves",
 ]
