@@ -228,6 +228,7 @@ NOT_MIRRORED = (
     "test_baseline",
     "test_changelog",
     "test_compiled",
+    "test_costs",
     "test_dist",
     "test_forecasts",
     "test_patch_world",
