@@ -197,6 +197,47 @@ def test_box_shares_by_hand() -> None:
     assert shares[1, 1] == pytest.approx(0.5)
 
 
+def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """The area that two boxes share."""
+    x, y = (max(0.0, min(one[i + 2], other[i + 2]) - max(one[i], other[i])) for i in range(2))
+    return x * y
+
+
+@EVERY
+@given(data=st.data(), height=st.integers(1, 300), width=st.integers(1, 300))
+@settings(max_examples=20)
+def test_shares_of_a_box_are_areas_of_overlap(name: str, data: st.DataObject, height: int, width: int) -> None:
+    layout = drawn_layout(name, height, width)
+    x0, y0 = data.draw(st.floats(-10, width)), data.draw(st.floats(-10, height))
+    box = x0, y0, x0 + data.draw(st.floats(0.5, width)), y0 + data.draw(st.floats(0.5, height))
+    cells = {patch: layout.cell_box(*patch) for patch in patches_with_area(layout)}
+    shared = {patch: overlap(cell, box) for patch, cell in cells.items()}
+    assert layout.outside(box) == pytest.approx(1 - sum(shared.values()) / overlap(box, box), abs=1e-6)
+    assume(layout.outside(box) < 1)
+    shares = np.zeros(layout.grids[0].shape)
+    for patch, area in shared.items():
+        shares[patch] = area / overlap(cells[patch], cells[patch])
+    np.testing.assert_allclose(layout.box_shares(box)["base"], shares, atol=1e-6)
+
+
+@EVERY
+@given(
+    height=st.integers(1, 24), width=st.integers(1, 24), seed=st.integers(0, 99), density=st.sampled_from([0.02, 0.5])
+)
+@settings(max_examples=8)
+def test_shares_of_a_mask_add_up_over_its_pixels(name: str, height: int, width: int, seed: int, density: float) -> None:
+    layout = drawn_layout(name, height, width)
+    mask = np.random.default_rng(seed).random((height, width)) < density
+    pixels = [(x, y, x + 1, y + 1) for y, x in np.argwhere(mask).tolist()]
+    cells = {patch: layout.cell_box(*patch) for patch in patches_with_area(layout)}
+    shared = {patch: sum(overlap(cell, pixel) for pixel in pixels) for patch, cell in cells.items()}
+    assume(sum(shared.values()) > 1e-6)
+    shares, outside = layout.mask_shares(mask)
+    assert outside == pytest.approx(1 - sum(shared.values()) / len(pixels), abs=1e-6)
+    for patch, area in shared.items():
+        assert shares["base"][patch] == pytest.approx(area / overlap(cells[patch], cells[patch]), abs=1e-6)
+
+
 @EVERY
 @given(data=st.data(), height=st.integers(1, 60), width=st.integers(1, 60))
 @settings(max_examples=12)
