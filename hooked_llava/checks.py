@@ -172,10 +172,20 @@ def one_of(
     raise error(f"{what}={value!r}; expected {expected or shown}.")
 
 
-def first_difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first name under which something is wanted that is not held so, or None.
+def check_same_work(held: Mapping[str, Any], asked: Mapping[str, Any], place: str, what: str) -> None:
+    """Raise `InputError` where a file or folder holds work that was done otherwise than it is asked for now.
 
-    >>> first_difference({"seed": 0, "steps": 3}, {"seed": 0, "steps": 4})
-    'steps'
+    Args:
+        held: how it was done, in plain values.
+        asked: how it is asked for; further names that are held do not matter.
+        place: the argument that names the file or folder, with its value.
+        what: what it holds.
+
+    >>> check_same_work({"seed": 0, "steps": 3}, {"seed": 0, "steps": 4}, "out='run'", "another run")
+    Traceback (most recent call last):
+    hooked_llava.errors.InputError: out='run' holds another run, with steps=3 (asked for: 4). Remove it, or give another place.
     """
-    return next((name for name, value in wanted.items() if held.get(name) != value), None)
+    differ = [name for name, value in asked.items() if held.get(name) != value]
+    if differ:
+        shown = "; ".join(f"{name}={held.get(name)!r} (asked for: {asked[name]!r})" for name in differ)
+        raise InputError(f"{place} holds {what}, with {shown}. Remove it, or give another place.")

@@ -9,17 +9,21 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
+from hooked_llava.checks import check_same_work
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.errors import InputError
 from hooked_llava.machine.processes import Processes
 from hooked_llava.prompt.images import ImageLike, load_image
 from hooked_llava.results.arrays import join_attrs, load, save
+
+_WORK = "study_of"
 
 
 class StudyParts:
@@ -29,10 +33,17 @@ class StudyParts:
         rows: the table.
         path: file of the result; each finished batch has one of its own in the folder of that name with `.parts` appended.
         fingerprint: a hash of what the study is of, which every file holds.
+        work: what the study is of, in plain values, so that a file of another study can be told by what differs.
     """
 
-    def __init__(self, rows: Sequence[StudyRow], path: Path | None = None, fingerprint: str = "") -> None:
-        self.rows, self.path, self.fingerprint = rows, path, fingerprint
+    def __init__(
+        self,
+        rows: Sequence[StudyRow],
+        path: Path | None = None,
+        fingerprint: str = "",
+        work: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.rows, self.path, self.fingerprint, self.work = rows, path, fingerprint, work
         self.folder = None if path is None else path.with_name(path.name + ".parts")
         self.place = {row.id: i for i, row in enumerate(rows)}
         self.done: list[xr.Dataset] = []
@@ -40,9 +51,9 @@ class StudyParts:
         self.finished: xr.Dataset | None = None
 
     @classmethod
-    def open(cls, rows: Sequence[StudyRow], path: Path, fingerprint: str) -> StudyParts:
+    def open(cls, rows: Sequence[StudyRow], path: Path, fingerprint: str, work: Mapping[str, Any]) -> StudyParts:
         """The batches of an earlier run; raises `InputError` if that was another study."""
-        parts = cls(rows, path, fingerprint)
+        parts = cls(rows, path, fingerprint, work)
         assert parts.folder is not None
         if path.is_file():
             parts.finished = parts.mine(load(path), path)
@@ -52,12 +63,11 @@ class StudyParts:
 
     def mine(self, result: xr.DataArray | xr.Dataset, where: Path) -> xr.Dataset:
         """The result, if it is of this study."""
-        if not isinstance(result, xr.Dataset) or result.attrs.get("fingerprint") != self.fingerprint:
-            raise InputError(
-                f"{str(where)!r} holds another study (other questions, images, weights or settings); "
-                "remove it, or give another out=."
-            )
-        return result
+        if isinstance(result, xr.Dataset) and result.attrs.get("fingerprint") == self.fingerprint:
+            return result
+        place, what = f"out={str(where)!r}", "another study"
+        check_same_work(json.loads(result.attrs.get(_WORK, "{}")), self.work, place, what)
+        raise InputError(f"{place} holds {what}. Remove it, or give another place.")  # of rows in another order
 
     def left(self) -> list[StudyRow]:
         """The rows of which no finished batch knows, however they were batched."""
@@ -80,7 +90,7 @@ class StudyParts:
         """Keep a finished batch."""
         part = part.assign_attrs(rows=[row.id for row in batch])
         if self.folder is not None:
-            part = part.assign_attrs(fingerprint=self.fingerprint)
+            part = part.assign_attrs({"fingerprint": self.fingerprint, _WORK: json.dumps(self.work)})
             self.folder.mkdir(exist_ok=True)
             save(part, self.folder / f"{self.place[batch[0].id]:06d}.safetensors")
         self.added.append(part)

@@ -99,7 +99,7 @@ def study(
     options = {"template": str(template), "tail": tail, "coverage": float(coverage), "only_correct": only_correct}
     options |= {} if match is answers_match else {"match": match.__name__}
     settings = {"max_new_tokens": max_new_tokens, "images": _place(images), **options, "about": dict(about or {})}
-    parts = StudyParts(rows) if out is None else StudyParts.open(rows, Path(out), _fingerprint(model, rows, settings))
+    parts = StudyParts(rows) if out is None else StudyParts.open(rows, Path(out), *_identity(model, rows, settings))
     processes = Processes.current(torch.device("cpu"), _LONGEST_WAIT)
     parts.check_agreement(processes)
     if parts.finished is not None:
@@ -250,13 +250,19 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out={str(out)!r} cannot be written: there is no folder {str(out.parent)!r}. Make it first.")
 
 
-def _fingerprint(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> str:
-    """A hash of the questions, the model, and how it is asked and measured."""
+def _identity(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A hash of the questions, the model, and how it is asked and measured; and the same in plain values, by name."""
     who = [model.config.model_name, str(model.cfg.dtype), weights_hash(model)]
     told = [_told(row) for row in rows]
     if any(span in json.dumps(settings["about"], default=str) for span in BY_WORDS):  # otherwise they mean nothing
         told = [[*one, list(row.objects), row.true_option] for one, row in zip(told, rows, strict=True)]
-    return digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())
+    questions = digest(json.dumps(told, default=str).encode())
+    plain = dict(zip(("model", "dtype", "hash of the weights"), who, strict=True)) | {
+        "hash of the questions": questions
+    }
+    plain |= {name: value for name, value in settings.items() if name != "about"} | settings["about"]
+    fingerprint = digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())
+    return fingerprint, json.loads(json.dumps(plain, default=str))
 
 
 def _told(row: StudyRow) -> list[Any]:

@@ -120,7 +120,7 @@ class StoreWriter:
         held = ShardIndex.read(self.folder, FORMAT)
         if held is None:
             held = ShardIndex(self.folder, FORMAT, {**about, **more, "version": hooked_llava.__version__})
-        held.check_about(about, "folder", "features")
+        held.check_about(about, "folder", "other features")
         self.index, self._shard = held, _Waiting()
 
     def fill(

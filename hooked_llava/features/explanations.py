@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hooked_llava.errors import CheckpointError, InputError
+from hooked_llava.checks import check_same_work
+from hooked_llava.errors import CheckpointError
 from hooked_llava.features.prompts import Concept
 from hooked_llava.options.explainers import UNABLE
 from hooked_llava.storage import read_json, write_json
@@ -82,7 +83,7 @@ class ExplanationFile:
         self._new = False
         if self.path is not None and self.path.exists():
             made, known = _read(self.path)
-            _check_same(self.path, made, self.about)
+            check_same_work(made, self.about, f"out={str(self.path)!r}", "other explanations")
             self.explanations = {one.feature: one for one in known}
 
     def add(self, explanation: Explanation) -> None:
@@ -128,11 +129,3 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Explanation]]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} lacks {error}; expected what explain_features writes.") from error
     return dict(stored.get("about", {})), found
-
-
-def _check_same(path: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the explanations of a file were made as asked."""
-    differ = [name for name in (*asked, *(made.keys() - asked.keys())) if made.get(name) != asked.get(name)]
-    if differ:
-        shown = "; ".join(f"{name}={made.get(name)!r} there, {asked.get(name)!r} now" for name in differ)
-        raise InputError(f"{path} holds explanations that were made otherwise: {shown}. Give another file as out=.")

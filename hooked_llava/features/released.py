@@ -94,7 +94,7 @@ def read_released(
     }
     held = ShardIndex.read(place, FORMAT)
     if held is not None:
-        held.check_about(about, "folder", "features")
+        held.check_about(about, "folder", "other features")
         return FeatureStore.open(place)
     place.mkdir(parents=True, exist_ok=True)
     records, places = _images(images, layouts, place)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooked_llava.checks import first_difference
+from hooked_llava.checks import check_same_work
 from hooked_llava.datasets.forwards import Chunk, Rows
 from hooked_llava.datasets.prompts import Progress
 from hooked_llava.errors import CheckpointError, InputError
@@ -59,11 +59,7 @@ class ShardIndex:
 
     def check_about(self, about: dict[str, Any], argument: str, what: str) -> None:
         """Raises `InputError` where the folder, a user's argument, holds something else than is asked for."""
-        if (name := first_difference(self.about, about)) is not None:
-            raise InputError(
-                f"{argument}={str(self.folder)!r} holds {what} of another {name}: {self.about.get(name)!r}, and "
-                f"{about[name]!r} is asked for. Remove it, or give another folder."
-            )
+        check_same_work(self.about, about, f"{argument}={str(self.folder)!r}", what)
 
     def write(self) -> None:
         """The index as a file, whole or not at all."""
@@ -90,7 +86,7 @@ class ShardCache:
         if held is not None:
             if held.complete and set(about["hooks"]) <= set(held.about["hooks"]):
                 held.about["hooks"] = about["hooks"]  # of the hooks that are there some are read
-            held.check_about(about, "cache_dir", "activations")
+            held.check_about(about, "cache_dir", "other activations")
 
     @property
     def shards(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.checks import first_difference, one_of, whole_number
+from hooked_llava.checks import check_same_work, one_of, whole_number
 from hooked_llava.datasets.forwards import ALL, PLACES, Chunk, ModelSource, Rows, checked_hooks
 from hooked_llava.datasets.places import PLACE_COLUMNS
 from hooked_llava.datasets.prompts import DataOptions, Progress, PromptSource
@@ -200,10 +200,7 @@ class ActivationStream(Iterator[Acts]):
 
         Data without numbered entries are read again from their start, up to there.
         """
-        if (name := first_difference(state["about"], self.about)) is not None:
-            raise InputError(
-                f"The state is of a stream with {name}={state['about'].get(name)!r}; this has {self.about[name]!r}."
-            )
+        check_same_work(state["about"], self.about, "state=", "the progress of another stream")
         self.close()
         self._progress = Progress(*state["progress"])
         self._buffer.load_state_dict(state["buffer"], self.device)

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_llava.checks import first_difference
-from hooked_llava.errors import InputError
+from hooked_llava.checks import check_same_work
 from hooked_llava.machine.processes import Processes
 from hooked_llava.storage import read_json, read_tensors, write_json, write_tensors
 
@@ -40,11 +39,7 @@ class Checkpoints:
         self.step: int | None = None
         if (self.folder / LATEST).is_file():
             latest = read_json(self.folder / LATEST)
-            if (name := first_difference(latest["about"], self.about)) is not None:
-                raise InputError(
-                    f"checkpoint_dir={str(self.folder)!r} holds a run with {name}={latest['about'].get(name)!r}, and this has "
-                    f"{self.about[name]!r}. Remove it, or give another folder."
-                )
+            check_same_work(latest["about"], self.about, f"checkpoint_dir={str(self.folder)!r}", "another run")
             self.step = latest["step"]
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:

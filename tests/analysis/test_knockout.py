@@ -289,13 +289,12 @@ def test_what_the_answer_is_can_differ_from_prompt_to_prompt() -> None:
     assert own.attrs["answer"] == [f"#{int(i)}" for i in logits.argmax(-1)]
 
 
-def test_blocking_nothing_changes_nothing() -> None:
+def test_an_edge_that_reaches_nothing_changes_nothing_and_one_without_ends_is_refused() -> None:
     ours = pair("plain").ours
     inputs = prepared(ours, prompt())
-    result = attention_knockout(ours, inputs, {"nothing": ([], "last"), "nobody": ("image", [])}, 3, total=True)
-    assert (result.effect == 0).all()
-    assert (result.total_effect == 0).all()
-    assert (result.answer_kept == 1).all()
+    for edge in (([], "last"), ("image", [])):
+        with pytest.raises(SpanError, match="'nothing'.*positions"):
+            attention_knockout(ours, inputs, {"nothing": edge}, 3)
     # In the last layer only the last position still feeds the answer.
     late = attention_knockout(ours, inputs, ["image->question", "image->last"], 1, centers=[-1])
     assert float(late.effect.sel(edge="image->question")[0]) == 0

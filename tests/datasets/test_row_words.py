@@ -6,7 +6,7 @@ import pytest
 
 from hooked_llava.datasets import StudyRow, prepare_rows, read_gqa
 from hooked_llava.datasets.row_words import word_places
-from hooked_llava.datasets.study import _fingerprint
+from hooked_llava.datasets.study import _identity
 from hooked_llava.errors import SpanError
 from hooked_llava.experiments.edges import study_edges
 from hooked_llava.model.llava import HookedLLaVA
@@ -98,7 +98,7 @@ def test_the_released_tables_bring_their_options_and_edges_are_names(tmp_path) -
 def test_words_count_for_the_hash_of_a_study_where_an_edge_names_them() -> None:
     one, other = (StudyRow(id="1", question="Is it red?", answer="red", objects=(name,)) for name in ("it", "bag"))
     for edges, differ in ((["image->last"], False), (["object_word->last"], True)):
-        hashes = {_fingerprint(MODEL, [row], {"about": {"edges": edges}}) for row in (one, other)}
+        hashes = {_identity(MODEL, [row], {"about": {"edges": edges}})[0] for row in (one, other)}
         assert (len(hashes) == 2) == differ
 
 

@@ -40,10 +40,8 @@ def test_a_file_goes_on(tmp_path: Path) -> None:
 
 def test_a_file_made_otherwise_is_not_continued(tmp_path: Path) -> None:
     path = written(tmp_path / "said.json")
-    with pytest.raises(InputError, match=r"n_images=5 there, 3 now"):
+    with pytest.raises(InputError, match=r"n_images=5.*3"):
         ExplanationFile(path, ABOUT | {"n_images": 3})
-    with pytest.raises(InputError, match=r"hook='blocks\.1\.hook_resid_post' there, None now"):
-        ExplanationFile(path, {name: value for name, value in ABOUT.items() if name != "hook"})
 
 
 def test_it_is_kept_when_the_block_fails(tmp_path: Path) -> None:
