@@ -36,18 +36,20 @@ from hooked_llava.analysis import (
     output_knockout,
     patch_importance,
     patchscope,
+    pope_study,
     probe_linear,
     sink_positions,
     trace_means,
     trace_study,
     train_tuned_lens,
 )
-from hooked_llava.datasets import by_kind
+from hooked_llava.datasets import by_kind, pope_scores
 from hooked_llava.editing import EditRequest, multedit
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.gqa_tables import gqa_rows
 from hooked_llava.toy.images import RECOLORED, SEEDS, image_path, image_scene
+from hooked_llava.toy.pope_tables import pope_rows
 from hooked_llava.toy.wide_scenes import sample_wide_scene
 
 FOLDER = Path(__file__).parent / "figures"
@@ -153,6 +155,12 @@ def models() -> None:
     names = ("tiny-shapes", "tiny-shapes-next")
     results = {name: knockout_study(HookedLLaVA.from_pretrained(name), rows, edges, 2) for name in names}
     save(viz.knockout_models(results), "models.png")
+
+
+def hallucination() -> None:
+    """What docs/howto/hallucination.md asks `tiny-shapes-next`."""
+    study = pope_study(HookedLLaVA.from_pretrained("tiny-shapes-next"), pope_rows(20))
+    save(viz.pope_bars(pope_scores(study, n_boot=1000)), "pope.png")
 
 
 def layers(model: HookedLLaVA) -> None:
@@ -272,6 +280,7 @@ def main() -> None:
     flow(model)
     tables(model)
     models()
+    hallucination()
     layers(model)
     report(model)
     gallery()

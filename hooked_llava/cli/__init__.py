@@ -13,6 +13,7 @@ from hooked_llava.cli.edit import edit
 from hooked_llava.cli.explain import explain
 from hooked_llava.cli.knockout import knockout
 from hooked_llava.cli.patch import patch
+from hooked_llava.cli.pope import pope
 from hooked_llava.cli.probability import probability
 from hooked_llava.cli.sae import app as sae_app
 from hooked_llava.cli.terminal import examples
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which --help lists them.
-for _command in (ask, explain, patch, knockout, probability, trace, edit, verify):
+for _command in (ask, explain, patch, knockout, probability, pope, trace, edit, verify):
     app.command(epilog=_command.epilog)(_command.run)
 app.add_typer(sae_app, name="sae")
 

@@ -12,7 +12,7 @@ import typer
 from hooked_llava.cli.command import TypedOptions, as_arguments, command
 from hooked_llava.cli.common import PromptOptions, check_writable
 from hooked_llava.cli.options import MaxNewTokens, Output, at_least
-from hooked_llava.cli.tables import TableOptions
+from hooked_llava.cli.tables import OptionalTable
 from hooked_llava.cli.terminal import escape, needs_figures, say, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 from hooked_llava.options.knockout_metrics import KNOCKOUT_METRICS, OF_THE_ANSWER
@@ -75,7 +75,7 @@ class KnockoutOptions:
 def knockout(
     typed: TypedOptions,
     options: KnockoutOptions,
-    table: TableOptions,
+    table: OptionalTable,
     prompt: PromptOptions,
     boxes: Boxes = None,
     max_new_tokens: MaxNewTokens = 20,
@@ -112,7 +112,7 @@ def _prompt_page(
         return knockout_page(model, inputs, max_new_tokens=max_new_tokens, on_step=on_step, **as_arguments(options))
 
 
-def _table_page(table: TableOptions, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage | None:
+def _table_page(table: OptionalTable, prompt: PromptOptions, options: KnockoutOptions) -> KnockoutPage | None:
     """The page of a table; of several processes, all of which have the result, the first one's alone."""
     rows, tail = table.questions()
     model = prompt.load()

@@ -11,7 +11,7 @@ import typer
 from hooked_llava.cli.command import TypedOptions, as_arguments, command
 from hooked_llava.cli.common import PromptOptions, check_writable
 from hooked_llava.cli.options import MaxNewTokens, Output
-from hooked_llava.cli.tables import TableOptions
+from hooked_llava.cli.tables import OptionalTable
 from hooked_llava.cli.terminal import escape, needs_figures, say, say_where, show_table, shown_steps
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ProbabilityOptions:
 def probability(
     typed: TypedOptions,
     words: ProbabilityOptions,
-    table: TableOptions,
+    table: OptionalTable,
     prompt: PromptOptions,
     max_new_tokens: MaxNewTokens = 20,
     output: Output = Path("probability.html"),
@@ -67,7 +67,7 @@ def _prompt_page(prompt: PromptOptions, words: ProbabilityOptions, max_new_token
         return probability_page(model, inputs, max_new_tokens=max_new_tokens, on_step=on_step, **how)
 
 
-def _table_page(table: TableOptions, prompt: PromptOptions) -> ProbabilityPage | None:
+def _table_page(table: OptionalTable, prompt: PromptOptions) -> ProbabilityPage | None:
     """The page of a table; of several processes, all of which have the result, the first one's alone."""
     rows, tail = table.questions()
     model = prompt.load()

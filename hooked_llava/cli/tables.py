@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from hooked_llava.cli.command import TypedOptions
-from hooked_llava.cli.common import PromptOptions
+from hooked_llava.cli.common import ModelOptions, PromptOptions
 from hooked_llava.cli.options import at_least
 from hooked_llava.cli.terminal import escape, say
 from hooked_llava.errors import InputError
@@ -23,11 +23,9 @@ OWN_TABLE = "tiny-shapes"
 _DEFAULT_LIMIT = 50
 
 
-def table_option(files: str) -> Any:
-    """The option that names a table; `files` says which released ones it reads."""
-    help_ = (
-        f"A table instead of one question: one of the released {files} files, the folder they are in, or {OWN_TABLE}."
-    )
+def table_option(files: str, instead: str = " instead of one question") -> Any:
+    """The option that names a table; `files` says which released ones it reads, `instead` what it takes the place of."""
+    help_ = f"A table{instead}: one of the released {files} files, the folder they are in, or {OWN_TABLE}."
     return typer.Option(metavar="TABLE", help=help_)
 
 
@@ -57,22 +55,8 @@ class TableOptions:
     dataset: TableName = None
     images: ImageFolder = None
     limit: Limit = None
-    every: Every = False
     results: Results = None
     batch_size: BatchSize = 8
-
-    def given(self, typed: TypedOptions, prompt: PromptOptions, *of_one_question: str) -> bool:
-        """Whether a table is asked for; raises `InputError` for options that belong to one question, or to a table alone."""
-        if self.dataset is None:
-            of_tables = [field.name for field in fields(self)]
-            typed.refuse(of_tables, "belongs to a table of questions; give one with --dataset.")
-            return False
-        if prompt.first is not None:
-            raise InputError(
-                f"--dataset {self.dataset} brings its own questions; leave {prompt.first!r} out, or --dataset."
-            )
-        typed.refuse(["no_image", *of_one_question], "belongs to one question; leave it out, or --dataset.")
-        return True
 
     @property
     def is_own(self) -> bool:
@@ -115,12 +99,35 @@ class TableOptions:
             say(f"[dim]{escape(note)}[/dim]")
         return rows, {"tail": known.tail}
 
-    def study_options(self, prompt: PromptOptions) -> dict[str, Any]:
+    def study_options(self, model: ModelOptions) -> dict[str, Any]:
         """Arguments of `datasets.study`."""
         return {
             "images": self.images,
             "out": self.results,
-            "only_correct": not self.every,
             "batch_size": self.batch_size,
-            "template": prompt.template_name,
+            "template": model.template_name,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalTable(TableOptions):
+    """A table in the place of one question, of which as a rule only what is answered correctly is measured."""
+
+    every: Every = False
+
+    def given(self, typed: TypedOptions, prompt: PromptOptions, *of_one_question: str) -> bool:
+        """Whether a table is asked for; raises `InputError` for options that belong to one question, or to a table alone."""
+        if self.dataset is None:
+            of_tables = [field.name for field in fields(self)]
+            typed.refuse(of_tables, "belongs to a table of questions; give one with --dataset.")
+            return False
+        if prompt.first is not None:
+            raise InputError(
+                f"--dataset {self.dataset} brings its own questions; leave {prompt.first!r} out, or --dataset."
+            )
+        typed.refuse(["no_image", *of_one_question], "belongs to one question; leave it out, or --dataset.")
+        return True
+
+    def study_options(self, model: ModelOptions) -> dict[str, Any]:
+        """Arguments of `datasets.study`."""
+        return super().study_options(model) | {"only_correct": not self.every}

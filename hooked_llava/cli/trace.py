@@ -13,7 +13,7 @@ import typer
 from hooked_llava.cli.command import TypedOptions, as_arguments, command
 from hooked_llava.cli.common import PromptOptions, WindowOptions, check_writable
 from hooked_llava.cli.options import MaxNewTokens, Output
-from hooked_llava.cli.tables import TableOptions, table_option
+from hooked_llava.cli.tables import OptionalTable, table_option
 from hooked_llava.cli.terminal import escape, needs_figures, say, say_answer, say_where, show_table, shown_steps
 from hooked_llava.errors import InputError
 
@@ -104,7 +104,7 @@ class CorruptionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConstraintTable(TableOptions):
+class ConstraintTable(OptionalTable):
     """A table of questions with constraints, and how it is asked."""
 
     takes: ClassVar[tuple[str, ...]] = ("VQA-Constraints",)

@@ -19,6 +19,7 @@ from hooked_llava.checks import one_of, whole_number
 from hooked_llava.datasets.rows import StudyRow
 from hooked_llava.datasets.study import OF_ALL
 from hooked_llava.errors import InputError
+from hooked_llava.results.map_quality import mean_intervals, percentile_interval
 
 POPE_KINDS = ("random", "popular", "adversarial")
 """The three kinds of questions, by how the absent objects were chosen."""
@@ -27,6 +28,7 @@ POPE_TAIL = "\nAnswer the question using a single word or phrase."
 _ASKED = ("question_id", "image", "text", "label")
 _ANSWERS = {"yes": "Yes", "no": "No"}
 _DENYING = ("No", "not", "no")
+_STATISTICS = ["mean", "low", "high"]
 _SUFFIXES = (".json", ".jsonl")
 
 
@@ -91,38 +93,62 @@ def answers_match_as_pope(said: str, answer: str) -> bool:
     return said_yes(said) == said_yes(answer)
 
 
-def pope_scores(asked: xr.Dataset | Sequence[StudyRow], said: Sequence[str] | None = None) -> xr.Dataset:
+def pope_scores(
+    asked: xr.Dataset | Sequence[StudyRow],
+    said: Sequence[str] | None = None,
+    *,
+    n_boot: int = 0,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> xr.Dataset:
     """Accuracy, precision, recall, F1 and the share of yes, by kind of question and over all, as the POPE paper reports them.
 
     "Yes" is what is looked for: precision is the share of right answers among those that say yes, recall the share of the
-    objects there that are found, F1 their harmonic mean. A half of the questions has the answer yes, so a share of yes far
-    above it says that objects are made up.
+    objects there that are found, F1 their harmonic mean. A share of yes far above the true one says that objects are made up.
 
     Args:
         asked: a study of such a table with `only_correct=False` (`pope_study`), or its rows.
         said: with rows, what the model said to each.
+        n_boot: samples of a bootstrap over the questions of each kind and answer; with them the scores have an axis
+            statistic: "mean" (the score itself), "low" and "high".
+        confidence: of the intervals.
+        seed: of the bootstrap.
 
-    Returns `accuracy`, `precision`, `recall`, `f1`, `yes_share` and `n` (questions), each [kind]; of a study with `log_odds`
-    also their means where the object is there and where it is not, `log_odds` [kind, label]. A share of nothing is NaN. Raises
-    `InputError` for a study of correct answers only, and for as many answers as there are not rows.
+    Returns `accuracy`, `precision`, `recall`, `f1`, `yes_share` [kind], `true_share` (of questions whose object is there) and `n`
+    (questions) [kind]; of a study with `log_odds` also their means where the object is there and where it is not, `log_odds`
+    [kind, label]. A share of nothing is NaN. Raises `InputError` for a study of correct answers only, for as many answers as
+    there are not rows, and for `n_boot` below 0.
 
     >>> rows = [StudyRow(id=i, question="?", answer=a, kind="random") for i, a in (("1", "Yes"), ("2", "No"))]
     >>> scores = pope_scores(rows, ["Yes", "Yes"]).sel(kind="random")
     >>> float(scores.accuracy), float(scores.precision), float(scores.recall), float(scores.yes_share)
     (0.5, 0.5, 1.0, 1.0)
     """
+    n_boot = whole_number(n_boot, "n_boot", least=0, expected="0 for no intervals, or some samples")
     kinds, truth, guess = _answers(asked, said)
     groups = {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
     if len(groups) > 1:
         groups[OF_ALL] = np.ones(len(kinds), dtype=bool)
-    rows = [_scores(truth[group], guess[group]) for group in groups.values()]
-    found = xr.Dataset({name: ("kind", [row[name] for row in rows]) for name in rows[0]}, coords={"kind": list(groups)})
-    if isinstance(asked, xr.Dataset) and "log_odds" in asked:
-        odds = asked["log_odds"].values
-        means = [[_share(odds[group & (truth == label)]) for label in (True, False)] for group in groups.values()]
-        found["log_odds"] = (("kind", "label"), means)
-        found = found.assign_coords(label=["Yes", "No"])
-    return found
+    counts = np.stack([_counts(truth[group], guess[group], n_boot, seed) for group in groups.values()], axis=1)
+    dims = ("kind", "statistic") if n_boot else ("kind",)
+    found: dict[str, Any] = {}
+    for name, values in _scores(counts).items():
+        found[name] = (dims, percentile_interval(values, confidence).T if n_boot else values[0])
+    found["true_share"] = ("kind", [_share(truth[group]) for group in groups.values()])
+    found["n"] = ("kind", [int(group.sum()) for group in groups.values()])
+    scores = xr.Dataset(found, coords={"kind": list(groups), **({"statistic": _STATISTICS} if n_boot else {})})
+    about: dict[str, Any] = {"n_boot": n_boot, "confidence": confidence} if n_boot else {}
+    if isinstance(asked, xr.Dataset):
+        about = {**asked.attrs, **about}
+        if "log_odds" in asked:
+            parts = [
+                [asked["log_odds"].values[group & part].astype(float) for part in (truth, ~truth)]
+                for group in groups.values()
+            ]
+            means = [[_mean(values, n_boot, confidence, seed) for values in of_kind] for of_kind in parts]
+            scores["log_odds"] = (("kind", "label", *dims[1:]), np.array(means))
+            scores = scores.assign_coords(label=["Yes", "No"])
+    return scores.assign_attrs({**about, "analysis": "pope_scores"})
 
 
 def _answers(
@@ -144,17 +170,32 @@ def _answers(
     return np.array(kinds, dtype=str), np.array([*map(said_yes, answers)]), np.array([*map(said_yes, said)])
 
 
-def _scores(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
-    precision, recall = _share(truth[guess]), _share(guess[truth])
-    both = precision + recall
-    return {
-        "accuracy": _share(truth == guess),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / both if both else 0.0,
-        "yes_share": _share(guess),
-        "n": len(truth),
-    }
+def _counts(truth: np.ndarray, guess: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+    """True and false yes, false and true no [1 + sample, 4]: of the questions, and of as many of each answer drawn from them."""
+    rng = np.random.default_rng(seed)
+    yes = []
+    for own in (guess[truth], guess[~truth]):
+        drawn = rng.binomial(len(own), own.mean() if len(own) else 0.0, size=n_boot)
+        yes.append(np.concatenate([[own.sum()], drawn]))
+    return np.stack([*yes, truth.sum() - yes[0], (~truth).sum() - yes[1]], axis=-1)
+
+
+def _scores(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of counts [..., 4]; a share of nothing is NaN."""
+    true_yes, false_yes, false_no, true_no = np.moveaxis(counts.astype(float), -1, 0)
+    n = counts.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision, recall = true_yes / (true_yes + false_yes), true_yes / (true_yes + false_no)
+        f1 = np.where(precision + recall == 0, 0.0, 2 * precision * recall / (precision + recall))
+    accuracy, yes_share = (true_yes + true_no) / n, (true_yes + false_yes) / n
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_share": yes_share}
+
+
+def _mean(values: np.ndarray, n_boot: int, confidence: float, seed: int) -> np.ndarray | float:
+    """A mean, with the ends of its interval where they are wanted; NaN of nothing."""
+    if n_boot and len(values):
+        return mean_intervals(values, n=n_boot, level=confidence, seed=seed)
+    return np.full(len(_STATISTICS), np.nan) if n_boot else _share(values)
 
 
 def _share(values: np.ndarray) -> float:

@@ -222,9 +222,18 @@ def mean_intervals(
     weight = weights @ valid
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (weights @ np.where(valid, flat, 0)) / weight  # NaN where nothing that counts was drawn
-    empty = ~np.isfinite(means[1:]).any(axis=0)
-    ends = np.nanquantile(np.where(empty, 0.0, means[1:]), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.stack([means[0], *np.where(empty, np.nan, ends)]).reshape(3, *values.shape[1:])
+    return percentile_interval(means, level).reshape(3, *values.shape[1:])
+
+
+def percentile_interval(samples: Float[np.ndarray, "sample ..."], level: float = 0.95) -> Float[np.ndarray, "3 ..."]:
+    """The first sample, and the ends between which so large a share of the others lies; NaN counts for nothing.
+
+    >>> percentile_interval(np.array([2.0, 1.0, 2.0, 3.0]), 1.0).tolist()
+    [2.0, 1.0, 3.0]
+    """
+    empty = ~np.isfinite(samples[1:]).any(axis=0)
+    ends = np.nanquantile(np.where(empty, 0.0, samples[1:]), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.stack([samples[0], *np.where(empty, np.nan, ends)])
 
 
 def shares(maps: Float[np.ndarray, "..."], *, n_axes: int = 2) -> Float[np.ndarray, "..."]:

@@ -26,6 +26,7 @@ from hooked_llava.viz.figures.model_view import as_the_model_sees_it, model_view
 from hooked_llava.viz.figures.overlay import patch_overlay, patch_overlays
 from hooked_llava.viz.figures.patch_words import patch_words
 from hooked_llava.viz.figures.patching import by_patch, plot_patching
+from hooked_llava.viz.figures.pope import pope_bars
 from hooked_llava.viz.figures.positions import layer_position_map, layer_position_maps
 from hooked_llava.viz.figures.probes import lens_curves, probe_curves
 from hooked_llava.viz.figures.sinks import sink_scatter
@@ -37,6 +38,7 @@ from hooked_llava.viz.pages.features import FeaturePage, attribution_page, steer
 from hooked_llava.viz.pages.gallery import feature_page, gallery_page
 from hooked_llava.viz.pages.knockout import KnockoutPage, knockout_page, study_page
 from hooked_llava.viz.pages.patching import PatchingReport, patching_report
+from hooked_llava.viz.pages.pope import PopePage, pope_page
 from hooked_llava.viz.pages.probability import ProbabilityPage, probability_page, probability_study_page
 from hooked_llava.viz.pages.trace import TracePage, trace_page, trace_study_page
 
@@ -82,6 +84,9 @@ __all__ = [
     "PatchingReport",
     "plot_contributions",
     "plot_patching",
+    "pope_bars",
+    "pope_page",
+    "PopePage",
     "probability_curves",
     "probability_page",
     "probability_study_page",

@@ -49,6 +49,8 @@ KINDS = {
     "patch_importance": Kind("patch_overlay"),
     "patchscope": Kind("lens_table", "Patchscope"),
     "path_patching": Kind("plot_patching"),
+    "pope_scores": Kind("pope_bars", "Is the object there?"),
+    "pope_study": Kind("pope_bars(pope_scores(study, n_boot=1000))"),
     "probe_linear": Kind("probe_curves", "Linear probe"),
     "sink_positions": Kind("sink_scatter", "Image sinks"),
     "steering_sweep": Kind("dose_response", "Steering"),

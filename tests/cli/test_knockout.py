@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hooked_llava.analysis import attention_knockout
-from hooked_llava.cli.tables import TableOptions
+from hooked_llava.cli.tables import OptionalTable
 from hooked_llava.datasets.pope import POPE_KINDS
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.results.arrays import load
@@ -59,7 +59,7 @@ def test_a_table_of_questions_and_its_result_file(checkpoint, tmp_path):
 def test_a_table_of_pope_is_known_by_its_content(tmp_path):
     folder = write_pope(tmp_path / "pope", 2)
     for path, kinds in ((folder, POPE_KINDS), (folder / "tiny_shapes_pope_popular.json", ("popular",))):
-        rows, how = TableOptions(dataset=str(path), images=folder).questions()
+        rows, how = OptionalTable(dataset=str(path), images=folder).questions()
         assert [row.id for row in rows] == [f"{kind}-{i}" for kind in kinds for i in (1, 2)]
         assert how == {"tail": "\nAnswer the question using a single word or phrase."}
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 from hooked_llava import HookedLLaVA
 from hooked_llava.analysis import pope_study
 from hooked_llava.datasets import StudyRow, pope_scores, prepare_rows, read_pope
 from hooked_llava.datasets.pope import POPE_KINDS, is_pope, said_yes
 from hooked_llava.errors import InputError
+from hooked_llava.results.provenance import forward_passes
 from hooked_llava.toy.pope_tables import pope_rows, write_pope
 from tests.oracles.plain_pope import released_label, released_scores
 
@@ -100,12 +102,37 @@ def test_the_numbers_are_those_of_the_released_evaluation() -> None:
         assert {name: float(found[name].sel(kind=kind)) for name in expected} == pytest.approx(expected)
 
 
+def test_intervals_are_those_of_questions_drawn_within_each_answer() -> None:
+    """The share of objects that are found is then binomial, and so is the share of yes where no object is there."""
+    there, found, absent, made_up = 60, 42, 40, 10
+    labels = ["Yes"] * there + ["No"] * absent
+    said = ["Yes"] * found + ["No"] * (there - found) + ["Yes"] * made_up + ["No"] * (absent - made_up)
+    rows = [StudyRow(id=str(i), question="?", answer=label, kind="random") for i, label in enumerate(labels)]
+    scores = pope_scores(rows, said, n_boot=20_000, confidence=0.9).isel(kind=0)
+    plain = pope_scores(rows, said).isel(kind=0)
+    for name in ("accuracy", "precision", "recall", "f1", "yes_share"):
+        assert float(scores[name].sel(statistic="mean")) == float(plain[name])
+    ends = binom.ppf([0.05, 0.95], there, found / there) / there
+    assert scores.recall.sel(statistic=["low", "high"]).values == pytest.approx(ends, abs=1.01 / there)
+    spread = found * (1 - found / there) + made_up * (1 - made_up / absent)  # the variance of the sum of two binomials
+    width = float(scores.yes_share.sel(statistic="high") - scores.yes_share.sel(statistic="low"))
+    assert width == pytest.approx(2 * 1.645 * spread**0.5 / len(rows), abs=0.02)
+    assert float(scores.true_share) == 0.6
+    assert pope_scores(rows, labels, n_boot=50).yes_share.values.tolist() == [[0.6, 0.6, 0.6]], "the table is given"
+
+
 def test_shares_of_nothing_are_no_numbers() -> None:
     rows = [StudyRow(id="1", question="?", answer="No", kind="random")]
     found = pope_scores(rows, ["No"]).isel(kind=0)
     assert np.isnan(found.precision)
     assert np.isnan(found.recall)
     assert (float(found.accuracy), float(found.yes_share)) == (1, 0)
+    assert found.true_share.item() == 0
+    with_ends = pope_scores(rows, ["No"], n_boot=10).isel(kind=0)
+    assert np.isnan(with_ends.precision).all()
+    assert with_ends.accuracy.values.tolist() == [1, 1, 1]
+    with pytest.raises(InputError, match=r"n_boot=-1.*0"):
+        pope_scores(rows, ["No"], n_boot=-1)
     with pytest.raises(InputError, match=r"1 questions.*said=\[\]"):
         pope_scores(rows, [])
 
@@ -133,6 +160,7 @@ def test_a_study_gives_log_odds_at_one_forward_a_batch_and_resumes(
     monkeypatch.setattr(model, "embed", lambda inputs: runs.append(len(inputs)) or embed(inputs))
     found = pope_study(model, rows, out=tmp_path / "pope", batch_size=9)
     assert runs == [9, 9], "one pass to answer and one for the log odds"
+    assert forward_passes(found.attrs) == 1, "beside the one that answers"
     assert found.sizes["question"] == len(rows), "wrong answers are kept"
     again = pope_study(model, rows, out=tmp_path / "pope", batch_size=9)
     assert len(runs) == 2
@@ -148,6 +176,10 @@ def test_a_study_gives_log_odds_at_one_forward_a_batch_and_resumes(
     assert means.values.tolist() == pytest.approx(
         [found.log_odds.values[truth].mean(), found.log_odds.values[~truth].mean()]
     )
+    with_ends = pope_scores(found, n_boot=20)
+    assert with_ends.log_odds.dims == ("kind", "label", "statistic")
+    np.testing.assert_array_equal(with_ends.log_odds.sel(statistic="mean"), scores.log_odds)
+    assert scores.attrs["model"] == "tiny-shapes"
     expected = released_scores(found.said.values.tolist(), [a.lower() for a in found.answer.values.tolist()])
     assert float(scores.f1.sel(kind="all")) == pytest.approx(expected["f1"])
     with pytest.raises(InputError, match="only_correct=True"):
