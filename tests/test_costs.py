@@ -22,6 +22,7 @@ from hooked_llava.experiments import Noise
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.toy.constraint_tables import constraint_rows, other_shape
 from hooked_llava.toy.gqa_tables import gqa_rows
+from hooked_llava.toy.pope_tables import pope_rows
 from tests.builders import make_hf_model, make_prompt
 from tests.work import forwards, multiplications
 
@@ -168,11 +169,12 @@ def test_runs_cost_what_they_can_reach(name: str) -> None:
 # ---------------------------------------------------------------------- tables of questions
 
 
-def test_probabilities_of_a_table_cost_the_answers_and_a_pass(tiny_shapes: HookedLLaVA) -> None:
-    rows = gqa_rows(3, kinds=["ChooseAttr", "QueryAttr"])
+@pytest.mark.parametrize("name", ["probability_study", "pope_study"])
+def test_probabilities_of_a_table_cost_the_answers_and_a_pass(tiny_shapes: HookedLLaVA, name: str) -> None:
+    rows = pope_rows(2) if name == "pope_study" else gqa_rows(3, kinds=["ChooseAttr", "QueryAttr"])
     inputs = prepare_rows(tiny_shapes, rows)
     answers = forwards(lambda: tiny_shapes.generate(inputs), tiny_shapes, inputs)
-    study = forwards(lambda: analysis.probability_study(tiny_shapes, rows), tiny_shapes, inputs)
+    study = forwards(lambda: getattr(analysis, name)(tiny_shapes, rows), tiny_shapes, inputs)
     assert study <= answers + ONE_PASS
 
 
