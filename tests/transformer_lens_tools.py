@@ -414,13 +414,25 @@ def _(clean: int, corrupted: int) -> list[float]:
     return [lit_utils.get_model_info(model())[name] for name in ("n_layers", "n_heads", "d_model")]
 
 
+@runs("lit.utils.compute_token_gradients", image=False)
+def _(clean: int, corrupted: int) -> Tensor:
+    """The gradient of the embeddings in the same run of our own."""
+    norms, along, words = lit_utils.compute_token_gradients(model(), WORDS)
+    ids, leaf = model().to_tokens(WORDS), []
+    keep = [("hook_embed", lambda x, hook: leaf.append(x.detach().requires_grad_()) or leaf[0])]
+    model().run_with_hooks(ids, fwd_hooks=keep)[0, -1, ids[0, 0]].backward()
+    torch.testing.assert_close(torch.tensor(norms), leaf[0].grad[0].norm(dim=-1), atol=1e-4, rtol=1e-4)
+    assert len(words) == len(along)
+    return torch.tensor(along)
+
+
 @runs("lit.model.TransformerLensLIT", "lit.model.HookedTransformerLIT", image=False)
 def _(clean: int, corrupted: int) -> list[float]:
-    """The page needs lit-nlp, what it shows does not; gradients of embeddings need `start_at_layer`, see below."""
+    """The page needs lit-nlp; what it shows does not."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         patch.setattr(lit_model, "_ensure_lit_available", lambda: None)
-        config = lit_model.TransformerLensLITConfig(compute_gradients=False, top_k=2)
+        config = lit_model.TransformerLensLITConfig(top_k=2)
         shown = [tool(model(), config) for tool in (lit_model.TransformerLensLIT, lit_model.HookedTransformerLIT)]
         found = [next(iter(page.predict([{"text": WORDS}]))) for page in shown]
     return [p for one in found for row in one["top_k_tokens"] for _, p in row]
@@ -440,9 +452,6 @@ CANNOT: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
     ),
     "utilities.devices.move_to_and_update_config": (
         *(lambda: move_to_and_update_config(model(), torch.float32, False), AttributeError, "dtype"),
-    ),
-    "lit.utils.compute_token_gradients": (
-        *(lambda: lit_utils.compute_token_gradients(model(), WORDS), AttributeError, "pixel_values"),
     ),
 }  # fmt: skip
 """Each with a call, and what it says; docs/howto/from-transformerlens.md has the reasons."""

@@ -144,8 +144,9 @@ class HookedLLaVA(HookedModule):
             return self.loss(logits, request.prompt)
         return logits if request.return_type == "logits" else None
 
-    def embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+    def embed(self, inputs: InputsLike) -> Float[Tensor, "batch pos d_model"]:
         """What enters the language tower: token embeddings, with the image embeddings at the image positions."""
+        inputs = inputs if isinstance(inputs, Inputs) else self.as_inputs(inputs)
         if inputs.pixel_values is None:
             self._refuse_image_hooks()
             return self.language.embed_tokens(inputs.input_ids)
