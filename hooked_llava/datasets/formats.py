@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hooked_llava.datasets.vqa_constraints import (
     read_vqa_constraints,
 )
 from hooked_llava.errors import InputError
+from hooked_llava.options.markdown import markdown_rows
 
 Read = Callable[[str | Path, int | None], tuple[list[StudyRow], str]]
 """From a file or folder and a limit to its rows, and what is to be said of how they were read; "" for nothing."""
@@ -69,6 +70,16 @@ TABLE_FORMATS = {
     ),
 }
 """By the names under which messages and commands speak of them."""
+
+
+def markdown_table(formats: Mapping[str, TableFormat] = TABLE_FORMATS) -> str:
+    """The formats as a table for the documentation.
+
+    >>> markdown_table().splitlines()[0]
+    '| table | kinds of question | a file is |'
+    """
+    rows = [(name, ", ".join(one.kinds), one.file) for name, one in formats.items()]
+    return markdown_rows(("table", "kinds of question", "a file is"), rows)
 
 
 def table_format(
