@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 LINT_STAMP := .venv/.installed-lint
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 IMAGE ?= demo
-COSTS := hook_overhead generation cache_memory loading patching head_scores knockout causal_trace sae_stream feature_store
+COSTS := hook_overhead generation cache_memory loading patching head_scores knockout causal_trace analysis_costs sae_stream feature_store
 FINDINGS := quantized patch_importance tiles top_heads information_flow tuned_lens causal_trace_study trace_table editing features
 QUESTION ?= What color is the star?
 

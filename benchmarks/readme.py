@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    analysis_costs,
     cache_memory,
     causal_trace,
     causal_trace_study,
@@ -209,6 +210,9 @@ MEASURED: dict[str, dict[str, Callable[[Report], list[str]]]] = {
     "overhead": {"hook_overhead": ratios, "generation": ratios},
     "patching": {"patching": sweeps},
     "analyses": {"head_scores": costs, "knockout": costs, "causal_trace": costs},
+    "every_analysis": {
+        "analysis_costs": lambda report: [analysis_costs.table(*one) for one in report["geometries"].items()]
+    },
     "full_size": {f"full_size-{name}": full_size.tables for name in GEOMETRIES},
     "memory": {"memory_table": memory_table.tables},
     "quantized": {"quantized": quantized.tables},

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from benchmarks import (
     _feature_labels,
     _maps,
+    analysis_costs,
     editing,
     feature_store,
     features,
@@ -292,6 +293,14 @@ def test_causal_trace_study_reports_every_corruption(run: Run, tmp_path: Path) -
         assert len(found[asked]["windows"]) == 2
     assert found["errors"]["asked"] == 16
     assert len(found["by image"]["messages"]["norm"]) == 6
+
+
+@pytest.mark.slow
+def test_every_analysis_is_counted(run: Run, tmp_path: Path) -> None:
+    counted = run("analysis_costs", tmp_path / "report.json")["geometries"]["quick"]["forwards"]
+    assert counted.keys() == analysis_costs.CALLS.keys()
+    assert all(0.5 < value < 20 for value in counted.values())
+    assert counted["edge_attribution, 4 steps (EAP-IG)"] > counted["edge_attribution (EAP)"]
 
 
 @pytest.mark.slow
