@@ -243,6 +243,7 @@ NOT_MIRRORED = (
     "test_golden",
     "test_known_mechanism",
     "test_known_mechanism_papers",
+    "test_known_mechanism_tables",
     "test_family",
     "test_family_analyses",
     "test_layer_norm",
