@@ -7,6 +7,8 @@ To record version 0.1 (commit f8ca89f), import there from where it was: `span` f
 `flow_study` and `edit_sweep` from hooked_llava.viz, `compiled` from hooked_llava.toy.compiled.
 """
 
+from dataclasses import make_dataclass
+
 from hooked_llava.analysis.causal_trace import was_lowered
 from hooked_llava.analysis.studies.flow import flow_study
 from hooked_llava.architecture.image_axis import ImageAxis
@@ -61,7 +63,6 @@ from tests.builders import make_hf_model, make_prompt  # noqa: TID251 (models an
 from tests.compiled import compiled  # noqa: TID251 (models and processors that tests have)
 from tests.fixtures_processor import make_processor  # noqa: TID251 (models and processors that tests have)
 from tests.known_mechanism import OBJECTS, RECOLORED, places  # noqa: TID251 (models and processors that tests have)
-from tests.oracles.geometry import AxisGeometry, ImageGeometry  # noqa: TID251 (models and processors that tests have)
 from tests.pairs import GEOMETRIES  # noqa: TID251 (models and processors that tests have)
 
 __all__ = [
@@ -135,13 +136,15 @@ __all__ = [
 span_positions = TokenMap.span
 
 
-def geometry_of(layout: ImageLayout) -> ImageGeometry:
-    """The axes of a layout of one grid as version 0.1 shows them."""
-
-    def shown(axis: ImageAxis) -> AxisGeometry:
-        return AxisGeometry(**{name: length for name, length in vars(axis).items() if name in _LENGTHS})
-
-    return ImageGeometry(shown(layout.grids[0].rows.pixels), shown(layout.grids[0].columns.pixels))
-
-
 _LENGTHS = ("original", "padded", "before", "resized", "offset", "crop", "canvas", "patch_size")
+_AxisGeometry = make_dataclass("AxisGeometry", _LENGTHS)  # as version 0.1 writes them
+_ImageGeometry = make_dataclass("ImageGeometry", ("vertical", "horizontal"))
+
+
+def geometry_of(layout: ImageLayout) -> object:
+    """The axes of a layout of one grid, written as version 0.1 writes them."""
+
+    def shown(axis: ImageAxis) -> object:
+        return _AxisGeometry(**{name: length for name, length in vars(axis).items() if name in _LENGTHS})
+
+    return _ImageGeometry(shown(layout.grids[0].rows.pixels), shown(layout.grids[0].columns.pixels))
