@@ -16,6 +16,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
 from tests.fixtures_processor import make_processor
 from tests.oracles.naive_scores import NaiveScores, rollout
+from tests.oracles.plain_outputs import grad_cam
 from tests.pairs import as_users_run, batch, pair
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -207,6 +208,9 @@ def test_grad_cam_weighs_dimensions_by_their_mean_gradient(geometry: str, vision
         expected.append(max(total, 0.0))
     found = patch_importance(models.ours, prompt, 7, method="grad_cam", vision=vision, layer=layer)
     np.testing.assert_allclose(found.values.ravel(), expected, rtol=1e-4, atol=1e-6)
+    if not vision:
+        theirs = grad_cam(models.hf, prompt, last if layer is None else layer, 7, places)
+        np.testing.assert_allclose(found.values.ravel(), theirs, rtol=1e-3, atol=1e-5)
     assert max(expected) > 1e-4
     assert (found.layer, found.n_forward, found.n_backward) == (last if layer is None else layer, 1, 1)
 

@@ -21,8 +21,14 @@ def knocked_out(
     source: Sequence[int],
     target: Sequence[int],
     read: Any = -1,
+    *,
+    factor: float = 0.0,
 ) -> Tensor:
-    """Logits [d_vocab] at the last position (or others) of one unpadded prompt, with an edge blocked in some layers."""
+    """Logits [d_vocab] at the last position (or others) of one unpadded prompt, with an edge blocked in some layers.
+
+    With a factor the edge is weighted: the softmax of scores to which its logarithm is added is the pattern multiplied by it,
+    each row divided by its sum.
+    """
     n = prompt["input_ids"].shape[1]
     lowest = torch.finfo(hf.dtype).min
     causal = torch.zeros(n, n, dtype=hf.dtype)
@@ -33,7 +39,7 @@ def knocked_out(
     blocked = causal.clone()
     for query in target:
         for key in source:
-            blocked[query, key] = lowest
+            blocked[query, key] = lowest if factor == 0 or key > query else math.log(factor)
     decoder = hf.model.language_model.layers
     handles = []
     for i, layer in enumerate(decoder):

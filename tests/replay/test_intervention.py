@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hooked_llava.errors import InputError
-from hooked_llava.replay import Intervention
+from hooked_llava.replay import Intervention, Replay
+from tests.oracles.plain_outputs import softened
+from tests.pairs import off, pair
 
 
 def test_prints_what_was_given() -> None:
@@ -46,3 +48,16 @@ def test_a_mean_over_positions_has_two_names() -> None:
 def test_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Intervention("blocks.0.hook_mlp_out", zero=True).hook = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("geometry", ["plain", "grouped"])
+@pytest.mark.parametrize("temperature", [0.3, 4.0])
+def test_a_temperature_is_the_scale_of_scores_in_transformers(geometry: str, temperature: float) -> None:
+    models, prompt = pair(geometry), pair(geometry).prompt()
+    replay = Replay(models.ours, prompt)
+    for layers in ([0], [1, 2]):
+        run = [Intervention(("attn_scores", layer), temperature=temperature) for layer in layers]
+        expected = softened(models.hf, prompt, layers, temperature)
+        assert off(replay.run([run])[0], expected) < 1e-5
+        assert off(replay.logits(), expected) > 1e-3
+    assert off(models.hf_logits(prompt)[0, -1], replay.logits()) < 1e-5, "the other model is as it was"
