@@ -214,6 +214,13 @@ def test_tests_mirror_the_package():
         assert mirrored.exists() or mirrored.with_suffix("").is_dir() or test.stem in NOT_MIRRORED, test
 
 
+def test_oracles_use_nothing_of_what_they_check():
+    for oracle in (Path(__file__).parent / "oracles").glob("*.py"):
+        assert not re.findall(r"^\s*(?:from|import) hooked_llava", oracle.read_text(encoding="utf-8"), re.M), (
+            oracle.name
+        )
+
+
 NOT_MIRRORED = (
     "test_architecture",
     "test_tiles",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_llava.readout.answer import append_tokens
+from tests.oracles.plain import appended
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def preference(
     for sign, tokens in ((1, answer), (-1, baseline)):
         if not tokens:
             continue
-        longer = append_tokens(model, inputs, torch.tensor([list(tokens)]))
+        longer = appended(inputs, torch.tensor([list(tokens)]))
 
         def hook(tensor: Tensor) -> Tensor:
             out = tensor.clone()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_llava.readout.answer import append_tokens
+from tests.oracles.plain import appended
 
 
 def along(mode: str, x: Tensor, direction: Tensor, strength: float) -> Tensor:
@@ -73,7 +73,7 @@ def generated(
     prompt = inputs.padded_left()
     n, tokens = prompt.shape[1], prompt.input_ids.new_zeros(len(prompt), 0)
     for step in range(n_new):
-        longer = append_tokens(model, prompt, torch.cat([tokens, torch.full((len(prompt), 1), 9)], 1))
+        longer = appended(prompt, torch.cat([tokens, torch.full((len(prompt), 1), 9)], 1))
         of_prompt = rows if phases != "decode" else [[] for _ in rows]
         of_answer = list(range(n, n + step)) if phases != "prefill" else []
         hook = as_hook(change, [[*own, *of_answer] for own in of_prompt], **more)

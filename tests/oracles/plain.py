@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,3 +42,9 @@ def warped_distribution(logits: Tensor, temperature: float, top_k: int | None, t
     for i in order:
         probabilities[i] = weights[i] / total
     return probabilities
+
+
+def appended(prompt: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The fields of prompts, padded on the left if at all, with token ids [prompt, n] at their ends."""
+    mask = torch.cat([prompt.attention_mask, torch.ones_like(ids)], 1)
+    return {**prompt.image_fields, "input_ids": torch.cat([prompt.input_ids, ids], 1), "attention_mask": mask}
