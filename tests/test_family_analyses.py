@@ -5,67 +5,64 @@ The analyses run twice: with the engine, and with each of its re-runs replaced b
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
-from PIL import Image
 from torch import Tensor
 
 from hooked_llava import analysis
 from hooked_llava.editing import EditRequest, key_covariance, key_covariances, memit, multedit, rome
 from hooked_llava.errors import HookNameError, InputError
-from hooked_llava.experiments.corruptions import Noise
-from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.readout.metrics import Answer, log_probability
 from hooked_llava.replay import Intervention, Replay
 from hooked_llava.replay.layer_pass import LayerPass
+from tests.analyses import (
+    LANGUAGES,
+    MAPS,
+    TILED,
+    all_analyses,
+    change_at,
+    data_analyses,
+    hf_of,
+    left_padded,
+    model_of,
+    numbers,
+    patching_analyses,
+    prompt,
+    prompts,
+    reading_analyses,
+)
 from tests.builders import make_hf_model
-from tests.fixtures_processor import make_processor
 from tests.oracles.naive_interventions import run_naively
 from tests.oracles.naive_trace import trace_in_transformers
 from tests.pairs import FAMILY, off
-from tests.tiled import with_processor
 
 _ENGINE = LayerPass.logits
-LANGUAGES = ["llama-clip", "mistral-clip", "qwen2-clip", "phi-clip", "phi-siglip"]
-TILED = {"llava_next": ("next", (24, 100)), "onevision": ("onevision", (50, 170))}
-"""Models that cut images into tiles, and a size (height, width) of which the second's fine grid is pooled."""
+SHARES = {"control", "answer_kept", "total_answer_kept"}
+"""What of a random model may well be 0: labels that are guessed, answers that are kept."""
 each = pytest.mark.parametrize("name", LANGUAGES)
 every = pytest.mark.parametrize("name", [*LANGUAGES, *TILED])
 
 
-@functools.cache
-def hf_of(name: str) -> Any:
-    return make_hf_model(**FAMILY[name])
-
-
-@functools.cache
-def model_of(name: str) -> HookedLLaVA:
-    if name in TILED:
-        return with_processor(TILED[name][0])
-    siglip = {"image_size": 18, "select_strategy": "full", "n_class_tokens": 0} if name.endswith("siglip") else {}
-    return HookedLLaVA.from_hf(hf_of(name), make_processor(**siglip))
-
-
-def image(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def prompts(name: str) -> tuple[Any, Any]:
-    return _prompt(name, "What is the star?", 0), _prompt(name, "What is the star?", 1)
-
-
-def _prompt(name: str, question: str, seed: int) -> Any:
-    text = f"USER: <image>\n{question} ASSISTANT:"
-    size = TILED[name][1] if name in TILED else (24, 24)
-    return model_of(name).prepare(text, images=image(seed, size), template=None).with_spans(question=question)
+def test_the_list_of_analyses_is_whole() -> None:
+    """What takes a model is in it, and every way to draw a patch map."""
+    source = Path(inspect.getfile(all_analyses)).read_text()
+    functions = [getattr(analysis, name) for name in analysis.__all__]
+    takes_a_model = [
+        f for f in functions if inspect.isfunction(f) and next(iter(inspect.signature(f).parameters)) == "model"
+    ]
+    assert len(takes_a_model) > 25
+    lists_of_heads = {"heads_by_layer", "random_heads"}  # run nothing
+    assert {f.__name__ for f in takes_a_model if f"analysis.{f.__name__}(" not in source} == lists_of_heads
+    drawn = {how["method"] for how in MAPS} | set(re.findall(r'method="(\w+)"', source))
+    assert not set(PATCH_MAPS) - drawn
 
 
 def naive_logits(self: LayerPass) -> Tensor:
@@ -91,7 +88,7 @@ def naive_logits(self: LayerPass) -> Tensor:
 @torch.no_grad()
 def test_replay_equals_the_full_run_at_every_hook(name: str) -> None:
     model = model_of(name)
-    for inputs in (prompts(name)[0], model.as_inputs(_left_padded([prompts(name)[0], _prompt(name, "Who?", 2)]))):
+    for inputs in (prompts(name)[0], model.as_inputs(left_padded([prompts(name)[0], prompt(name, "Who?", 2)]))):
         n, real = inputs.shape[1], inputs.attention_mask
         runs = [
             [change]
@@ -110,80 +107,16 @@ def test_replay_equals_the_full_run_at_every_hook(name: str) -> None:
 def _changes_at(model: HookedLLaVA, hook: Any, inputs: Any) -> list[Intervention]:
     """What changes the logits: a vector added in the middle of the prompt; edges blocked or weighted, and temperature."""
     if hook.site != "attn.hook_attn_scores":
-        return [_change_at(model, hook, inputs)]
+        return [change_at(model, hook, inputs)]
     sharper = Intervention(hook.name, temperature=0.1)
     if hook.on_image_side:
-        return [_change_at(model, hook, inputs), sharper]
+        return [change_at(model, hook, inputs), sharper]
     n = inputs.shape[1]
     more = Intervention(hook.name, reweight=([n - 3], [n - 1, n - 2]), factor=8.0)
-    return [_change_at(model, hook, inputs), more, sharper]
-
-
-def _change_at(model: HookedLLaVA, hook: Any, inputs: Any) -> Intervention:
-    """A vector added in the middle of the prompt, or edges blocked."""
-    n, sizes = inputs.shape[1], axis_sizes(model.hooks_table, hook.name, inputs)
-    where = [1, 2] if hook.on_image_side else [n - 4, n - 2]
-    if hook.site == "attn.hook_attn_scores" and not hook.on_image_side:
-        return Intervention(hook.name, block=([n - 3], [n - 1, n - 2]))
-    if "key" in hook.axes or hook.axes[-1] == "1":
-        return Intervention(hook.name, positions=where, scale=1.5)
-    noise = torch.randn(sizes[hook.axes[-1]], generator=torch.Generator().manual_seed(0))
-    return Intervention(hook.name, positions=where, add=noise)
-
-
-def _left_padded(singles: list[Any]) -> dict[str, Tensor]:
-    width = max(one.shape[1] for one in singles)
-    ids = [torch.nn.functional.pad(one.input_ids, (width - one.shape[1], 0), value=0) for one in singles]
-    mask = [torch.nn.functional.pad(one.attention_mask, (width - one.shape[1], 0), value=False) for one in singles]
-    pixels = torch.cat([one.pixel_values for one in singles])
-    return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask), "pixel_values": pixels}
+    return [change_at(model, hook, inputs), more, sharper]
 
 
 # ---------------------------------------------------------------------- analyses
-
-
-def patching_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
-    """Those that re-run: each must give numbers that are not all 0."""
-    metric = log_probability(Answer.of(model, "red"))
-    ranking = {"map": analysis.patch_importance(model, clean, "red")}
-    own = int(model(clean)[0, -1].argmax())
-    last = model.cfg.n_layers - 1
-    receivers = ["logits", ("q", last, 1), ("k", 1, 0), ("v", last, 1)]
-    if not model.config.language.parallel_attn_mlp:
-        receivers.append(("mlp", 1))
-    return {
-        "patched streams": lambda: analysis.activation_patching(model, clean, other, metric=metric),
-        "patched heads": lambda: analysis.activation_patching(
-            model, clean, other, hook="z", positions=[-4, -1], metric=metric
-        ),
-        "patched features": lambda: analysis.activation_patching(
-            model, clean, other, hook="hook_image_embed", metric=metric
-        ),
-        "paths": lambda: analysis.path_patching(model, clean, other, receivers=receivers, metric=metric),
-        "paths of MLPs": lambda: analysis.path_patching(
-            model, clean, other, receivers=receivers, senders="mlps", metric=metric
-        ),
-        "knockout": lambda: analysis.attention_knockout(model, clean, ["image->last", "question->last"], 1),
-        "knockout of outputs": lambda: analysis.output_knockout(model, clean, window=1),
-        "trace": lambda: analysis.causal_trace(model, clean, "star", corruption=Noise(3.0)),
-        "ablated": lambda: analysis.ablate_heads(model, clean, [(0, 1), (last, 0)], replace="zero"),
-        "ablated tokens": lambda: analysis.patch_importance(model, clean, "red", method="token_ablation"),
-        "occlusion": lambda: analysis.patch_importance(model, clean, "red", method="occlusion"),
-        "patched tower": lambda: analysis.activation_patching(
-            model, clean, other, hook="vision.resid_pre", layers=1, metric=metric
-        ),
-        "deleted patches": lambda: analysis.deletion_curves(model, clean, ranking, shares=(0, 0.4, 1)),
-        "deleted tokens": lambda: analysis.deletion_curves(model, clean, ranking, shares=(0, 0.4, 1), where="tokens"),
-        "without": lambda: analysis.answer_without(model, clean, own, heads=[(0, 1)], patches=ranking["map"]),
-    }
-
-
-def numbers(result: Any) -> dict[str, np.ndarray]:
-    if isinstance(result, xr.DataArray):
-        result = result.to_dataset(name=result.name or "value")
-    if isinstance(result, xr.Dataset):
-        return {str(key): part.values for key, part in result.items() if part.dtype.kind == "f"}
-    return {"value": np.asarray(result, dtype=float)}
 
 
 @every
@@ -202,48 +135,18 @@ def test_analyses_that_re_run_equal_full_hooked_runs(name: str, monkeypatch: pyt
             assert float(np.nanmax(np.abs(own - slow))) <= 1e-5 * scale, (what, key)
 
 
-MAPS: list[dict[str, Any]] = [
-    {"method": method, "vision": vision}
-    for method in ("grad_x_input", "integrated_gradients", "rollout", "relevancy")
-    for vision in (False, True)
-]
-MAPS += [{"method": "attention"}, {"method": "log_increase", "heads": "all"}]
-
-
-def reading_analyses(model: HookedLLaVA, clean: Any, other: Any) -> dict[str, Callable[[], Any]]:
-    metric = log_probability(Answer.of(model, "red"))
-    of_cells = analysis.patch_importance(model, clean, "red")
-    return {
-        "lens": lambda: analysis.logit_lens(model, clean, k=2, answers=["red"]),
-        "heads": lambda: analysis.head_scores(model, clean, "red"),
-        "positions": lambda: analysis.position_scores(model, clean, "red", heads=2),
-        "map": lambda: analysis.patch_importance(model, clean, "red"),
-        **{f"map {how}": functools.partial(analysis.patch_importance, model, clean, **how) for how in MAPS},
-        "readings": lambda: analysis.head_readings(model, clean, 1, 1, "red", k=2),
-        "stored": lambda: analysis.information_storage(model, clean, "red", "blue", top=3),
-        "neurons": lambda: analysis.neuron_scores(model, clean, "red", top=3),
-        "next": lambda: analysis.next_tokens(model, clean, k=3),
-        "attention": lambda: analysis.image_attention(model, clean),
-        "signs": lambda: analysis.answer_signs(model, clean, of_cells, of_cells > of_cells.mean()),
-        "by patch": lambda: analysis.logit_attribution(model, clean, "red", by="patch"),
-        "curve": lambda: analysis.answer_probability(model, clean, "red"),
-        "contribution": lambda: analysis.attention_contribution(model, clean, "star"),
-        "estimate": lambda: analysis.attribution_patching(model, clean, other, metric=metric),
-        "deleted": lambda: analysis.attribution_patching(model, clean, other, hooks=["z"], steps=3, metric=metric),
-    }
-
-
 @every
 def test_analyses_that_read_run(name: str) -> None:
     model = model_of(name)
-    for what, run in reading_analyses(model, *prompts(name)).items():
+    given = model, *prompts(name)
+    for what, run in {**reading_analyses(*given), **data_analyses(*given)}.items():
         result = run()
         parts = numbers(result)
         assert parts or what == "next", what
         for key, values in parts.items():
             assert np.isfinite(values).any(), (what, key)
             if "mistral" not in name:  # there the window of the last position holds no patch, in any layer
-                assert np.nanmax(np.abs(values)) > 0, (what, key)
+                assert key in SHARES or np.nanmax(np.abs(values)) > 0, (what, key)
 
 
 @every
@@ -320,7 +223,7 @@ def test_what_a_parallel_block_lacks_is_refused_with_what_stands_for_it() -> Non
 def test_a_trace_is_transformers_runs_with_outputs_overwritten(name: str) -> None:
     """In a parallel block too, where restoring a layer's attention does not reach its MLP."""
     model, clean = model_of(name), prompts(name)[0]
-    other = _prompt(name, "What is the circle?", 0)
+    other = prompt(name, "What is the circle?", 0)
     assert clean.shape == other.shape
     (star,) = clean.token_map.find("star")
     cells = [

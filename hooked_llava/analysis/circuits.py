@@ -164,8 +164,10 @@ def _one_pair(
             raise InputError(
                 f"The metric is {ends['clean']} of both runs, so there is nothing to restore; give another pair."
             )
-        change = there["hook_embed"][0] - replay.kept.entering(0)[0]  # (pos, d_model)
-        differ = [p for p in clean.token_map.real if bool(change[p].any())]
+        embedded = replay.kept.entering(0)[0]
+        change = there["hook_embed"][0].to(embedded.device) - embedded  # (pos, d_model)
+        changed = change.any(-1).tolist()
+        differ = [p for p in clean.token_map.real if changed[p]]
         where = range(differ[0], clean.token_map.real.stop) if differ else clean.token_map.real
         runs = [
             CircuitRun(model, one, change[where.start : where.stop], there, where).interventions()

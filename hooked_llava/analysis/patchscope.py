@@ -93,10 +93,10 @@ def patchscope(
     index = resolve_positions(positions, source)
     chosen = list(range(model.cfg.n_layers)) if layers is None else as_indices(layers, model.cfg.n_layers + 1, "layers")
     place = _Place.of(reader, target, target_layer, target_position, chosen)
-    about = {"positions": positions, "layers": chosen}
-    with provenance("patchscope", model, source, n_forward=2, **about, **place.about(reader)) as made:
-        convert = _converter(model, reader, mapping)
-        vectors = convert(resid_by_layer(model, source, index)[chosen, 0].flatten(0, 1))  # (run, d_model of the target)
+    about = {"positions": positions, "layers": chosen, **place.about(reader)}
+    with provenance("patchscope", model, source, n_forward=2, **about) as made:
+        resid = resid_by_layer(model, source, index)[:, 0]
+        vectors = _converter(model, reader, mapping)(torch.cat([resid[layer] for layer in chosen]))  # (run, d_model)
         result = _read(reader, place, vectors, chosen, n_words)
         named = xr.Dataset(coords=resid_coords(model.cfg.n_layers)).sel(layer=chosen).coords
         result = result.assign_coords(named).assign_coords(position_coords(source.token_map, index[0].tolist()))

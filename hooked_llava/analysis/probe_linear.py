@@ -26,6 +26,7 @@ from hooked_llava.datasets.forwards import PLACES, ModelSource, source_of
 from hooked_llava.datasets.places import PLACE_COLUMNS
 from hooked_llava.datasets.prompts import Progress
 from hooked_llava.errors import CheckpointError, InputError, counted
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
 from hooked_llava.readout.resid import resid_names
 from hooked_llava.results.arrays import load, resid_coords, save
@@ -263,8 +264,9 @@ def _activations(source: ModelSource, pool: Pool) -> tuple[list[Float[np.ndarray
             n_forward += 1
             rows = chunk.rows[PLACES][:, PLACE_COLUMNS.index("row")]
             _, at, lengths = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-            for name in source.hooks:
-                kept[name].append(_pooled(chunk.rows[name], at, lengths, pool))
+            pooled = torch.stack([_pooled(chunk.rows[name], at, lengths, pool) for name in source.hooks]).cpu()
+            for name, of_prompts in zip(source.hooks, pooled, strict=True):
+                kept[name].append(of_prompts)
     return [torch.cat(parts).numpy() for parts in kept.values()], n_forward
 
 
@@ -277,9 +279,11 @@ def _pooled(
     """The mean over each prompt's activations, or the last of them."""
     wide, device = at_least_float32(vectors), vectors.device
     if pool == "last":
-        return wide[(lengths.cumsum(0) - 1).to(device)].double().cpu()
-    total = wide.new_zeros(len(lengths), wide.shape[1], dtype=torch.float64).index_add_(0, at.to(device), wide.double())
-    return (total / lengths.to(device)[:, None]).cpu()
+        return wide.index_select(0, to_device(lengths.cumsum(0) - 1, device)).double()
+    total = wide.new_zeros(len(lengths), wide.shape[1], dtype=torch.float64).index_add_(
+        0, to_device(at, device), wide.double()
+    )
+    return total / to_device(lengths, device)[:, None]
 
 
 def _probed(layers: Sequence[Float[np.ndarray, "prompt d"]], known: _Known, fitting: _Fitting) -> xr.Dataset:

@@ -27,7 +27,7 @@ from hooked_llava.readout.metrics import kl_divergence
 from hooked_llava.readout.resid import resid_names
 from hooked_llava.readout.tuned_lens import TunedLens, translated
 from hooked_llava.replay.progress import progress_bar
-from hooked_llava.results.arrays import resid_coords
+from hooked_llava.results.arrays import resid_coords, to_numpy
 from hooked_llava.results.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _train(
             optimizer.step()
             schedule.step()
             bar.update()
-    return torch.stack(measured)
+    return torch.stack(measured).cpu()
 
 
 def _pieces(model: HookedLLaVA, resid: Sequence[Float[Tensor, "position d_model"]]) -> Iterator[tuple[Tensor, ...]]:
@@ -197,15 +197,16 @@ def _add_gradients(
     model: HookedLLaVA, layers: Sequence[tuple[Tensor, ...]], resid: Sequence[Float[Tensor, "position d_model"]]
 ) -> Float[Tensor, " layer"]:
     """Add to every translator the gradient of its mean divergence; returns the divergences. The model gets no gradients."""
-    found = torch.zeros(len(layers))
+    found = torch.zeros(len(layers), device=resid[0].device)
     for *vectors, final in _pieces(model, resid):
-        divergence = kl_divergence(lens(model, final))
-        for layer, (own, parts) in enumerate(zip(vectors, layers, strict=True)):
+        divergence, measured = kl_divergence(lens(model, final)), []
+        for own, parts in zip(vectors, layers, strict=True):
             with torch.enable_grad():
                 kl = divergence(lens(model, translated(own, *parts))).sum() / len(resid[0])
             for part, gradient in zip(parts, torch.autograd.grad(kl, parts), strict=True):
                 part.grad = gradient if part.grad is None else part.grad + gradient
-            found[layer] += kl.detach().cpu()
+            measured.append(kl.detach())
+        found += torch.stack(measured)
     return found
 
 
@@ -213,12 +214,12 @@ def _divergences(
     model: HookedLLaVA, resid: Sequence[Float[Tensor, "position d_model"]], tuned: TunedLens | None
 ) -> np.ndarray:
     """Divergences [norm, layer] summed over positions; those of "tuned" are 0 without one."""
-    found = np.zeros((len(_UNTUNED) + 1, len(resid)))
+    found = torch.zeros(len(_UNTUNED) + 1, len(resid), dtype=torch.float64, device=resid[0].device)
     for pieces in _pieces(model, resid):
         divergence = kl_divergence(lens(model, pieces[-1]))
         for layer, vectors in enumerate(pieces):
             read = [lens(model, vectors, norm=norm) for norm in _UNTUNED]
             if tuned is not None:
                 read.append(lens(model, tuned.translate(vectors, layer)))
-            found[: len(read), layer] += [float(divergence(logits).double().sum()) for logits in read]
-    return found
+            found[: len(read), layer] += torch.stack([divergence(logits).double().sum() for logits in read])
+    return to_numpy(found)

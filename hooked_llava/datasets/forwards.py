@@ -18,6 +18,7 @@ from hooked_llava.datasets.prefetch import prefetched
 from hooked_llava.datasets.prompts import DataOptions, Progress, PromptRow, PromptSource
 from hooked_llava.datasets.rows import with_row_spans
 from hooked_llava.errors import InputError, SpanError
+from hooked_llava.machine.devices import to_device
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -119,7 +120,7 @@ class ModelSource:
         except (InputError, SpanError) as error:
             error.args = (f"Rows {numbers} of data: {error}",)
             raise
-        where = torch.tensor(index, dtype=torch.long).to(inputs.device)
+        where = to_device(index, inputs.device)
         return _Prepared(tuple(rows), inputs, where, torch.cat(places), after)
 
     def _at(self, inputs: Inputs, rows: list[int]) -> tuple[list[int], list[Int[Tensor, "activation column"]]]:

@@ -68,8 +68,9 @@ class CircuitRun:
         def read(cut: Tensor) -> Tensor:
             if layer == 0 and hook == "q_input":  # a run may be begun again
                 self.changes = [self.embed_change[None]]
-            changes = torch.cat(self.changes)  # (sender, position, d_model)
-            added = torch.tensordot(self.missing[rows, : len(changes)], changes, 1)  # ([reader], position, d_model)
+            changes = torch.cat([change.to(cut.device) for change in self.changes])  # (sender, position, d_model)
+            missing = self.missing[rows, : len(changes)].to(cut.device)
+            added = torch.tensordot(missing, changes, 1)  # ([reader], position, d_model)
             return cut + (added if isinstance(rows, int) else added.movedim(0, 1))
 
         return self._at(hook, layer, read)
@@ -78,7 +79,7 @@ class CircuitRun:
         there = self.corrupted[self.model.hooks_table.name(hook, layer)][0, self.at]
 
         def write(cut: Tensor) -> Tensor:
-            change = there - cut
+            change = there.to(cut.device) - cut
             if hook == "z":
                 self.changes.append(einsum("p h d, h d m -> h p m", change, self.model.blocks[layer].attn.W_O))
             else:

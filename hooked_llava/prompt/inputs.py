@@ -218,16 +218,17 @@ class Inputs:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inputs:
         """All tensors on the device, and the pixels in the dtype: itself if they are, otherwise a copy."""
-        pixels, positions = self.pixel_values, self.position_ids
-        stays = device is None or self.input_ids.to(device) is self.input_ids
-        if stays and (pixels is None or pixels.to(device=device, dtype=dtype) is pixels):
+        place = self.device if device is None else device
+        ids, positions = to_device(self.input_ids, place), self.position_ids
+        pixels = None if self.pixel_values is None else to_device(self.pixel_values, place, dtype)
+        if ids is self.input_ids and pixels is self.pixel_values:
             return self
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            pixel_values=None if pixels is None else pixels.to(device=device, dtype=dtype),
-            position_ids=None if positions is None else positions.to(device),
+            input_ids=ids,
+            attention_mask=to_device(self.attention_mask, place),
+            pixel_values=pixels,
+            position_ids=None if positions is None else to_device(positions, place),
         )
 
     def cpu(self) -> Inputs:

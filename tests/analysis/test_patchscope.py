@@ -14,14 +14,14 @@ from hooked_llava.analysis import patchscope
 from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.viz import lens_table
+from tests.analyses import model_of as family_model
+from tests.analyses import prompts as family_prompts
 from tests.builders import make_hf_model
 from tests.fixtures_processor import make_processor
 from tests.known_mechanism import OBJECTS, VARIANTS, model_of, places
 from tests.oracles.naive_patchscope import continued, entering, patched
 from tests.pairs import as_users_run, pair
 from tests.patch_world import UNKNOWN
-from tests.test_family_analyses import model_of as family_model
-from tests.test_family_analyses import prompts as family_prompts
 
 LAYERS, POSITIONS = [0, 2, 3], [2, 7, -1]
 

@@ -24,7 +24,7 @@ from hooked_llava.model.components.quantized import quantized_linears
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.replay import Replay
 from hooked_llava.toy.images import image_path
-from tests import test_family_analyses as family
+from tests import analyses as family
 from tests.builders import make_hf_model
 from tests.machine.test_devices import compared
 from tests.pairs import FAMILY, off

@@ -165,7 +165,7 @@ def with_gradients(
     with torch.enable_grad(), model.hooks([(list(names), keep)]):
         logits = _read_logits(model, inputs, model.embed(inputs), read)
         target = logits.argmax(-1, keepdim=True) if ids is None else ids
-        total = logits.gather(-1, target).logsumexp(-1).sum()
+        total = logits.gather(-1, to_device(target, logits.device)).logsumexp(-1).sum()
         found = torch.autograd.grad(total, [held[name] for name in names])
     gradients = {name: gradient.to(inputs.device) for name, gradient in zip(names, found, strict=True)}
     return {name: held[name].detach().to(inputs.device) for name in names}, gradients, target

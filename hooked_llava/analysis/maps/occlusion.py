@@ -80,7 +80,7 @@ def _grey(
             row, column = (to_device(torch.from_numpy(index), tiles.device) for index in np.nonzero(partly))
             patches = tiles[tile].unfold(1, size, size).unfold(2, size, size)[:, row, column].transpose(0, 1)
             patches = patches.masked_fill(to_device(torch.from_numpy(own[partly]), tiles.device)[:, None], 0)
-            value = convolve(patches.to(convolve.weight.dtype)).flatten(1)  # (patch, d_model)
+            value = convolve(patches.to(convolve.weight)).flatten(1)  # (patch, d_model)
             found.append(Intervention(**at, positions=np.flatnonzero(partly).tolist(), value=value))
     return found
 

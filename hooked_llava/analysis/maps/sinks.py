@@ -78,17 +78,18 @@ def _ratios(model: HookedLLaVA, prompts: Inputs, where: Int[Tensor, "prompt imag
     for row, token_map in zip(queries, prompts.token_maps, strict=True):
         end = max(max(image) for image in token_map.image_ranges)
         row[[p for p in token_map["text"] if p > end] or [token_map["last"][0]]] = 1.0
-    queries = to_device(queries / queries.sum(-1, keepdim=True), prompts.device)
+    queries = queries / queries.sum(-1, keepdim=True)
     norms: list[Tensor] = []
     looked: list[Tensor] = []
 
     @reads_only
     def keep_norm(resid: Tensor, hook: Any) -> None:
-        norms.append(take_each(resid.float().norm(dim=-1), where))
+        norms.append(take_each(resid.float().norm(dim=-1).to(prompts.device), where))
 
     @reads_only
     def keep_attention(pattern: Tensor, hook: Any) -> None:
-        looked.append(take_each((queries[:, None] @ pattern.float().mean(1))[:, 0], where))
+        mean = to_device(queries, pattern.device)[:, None] @ pattern.float().mean(1)
+        looked.append(take_each(mean[:, 0].to(prompts.device), where))
 
     hooks = [
         (model.hooks_table.resolve("resid_pre"), keep_norm),
