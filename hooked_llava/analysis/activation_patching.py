@@ -24,6 +24,7 @@ from hooked_llava.experiments.baselines import check_metrics, metric_with_baseli
 from hooked_llava.experiments.pairs import prompt_pairs
 from hooked_llava.machine.devices import to_device
 from hooked_llava.options.directions import Direction, check_direction
+from hooked_llava.prompt.requirements import images_alike
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
@@ -103,10 +104,9 @@ def activation_patching(
     check_direction(direction)
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
     check_metrics(model, pairs, logit_positions)
-    plans = []
-    for one, _, _ in pairs:
-        names = _names(model, one, hook, layers)
-        plans.append((names, _axes(model, names, one, positions, heads)))
+    _check_images(model, [one for one, *_ in pairs], hook)
+    named = [_names(model, one, hook, layers) for one, *_ in pairs]
+    plans = [(names, _axes(model, names, one, positions, heads)) for names, (one, *_) in zip(named, pairs, strict=True)]
     check_sizes([{axis: len(choices) for axis, choices in axes.items()} for _, axes in plans])
     options: dict[str, Any] = {"direction": direction, "logit_positions": logit_positions, "batch_size": batch_size}
     options["asked"] = {"layers": layers, "positions": positions, "heads": heads}
@@ -147,6 +147,13 @@ def _one_pair(
         values = found.new_full((len(cells),), torch.nan).index_copy(0, to_device(there, found.device), found)
         attrs = made.attrs(**baselines, runs=len(there), work=replay.work.forwards)
         return _labelled(model, values, names, axes, base).assign_attrs(attrs)
+
+
+def _check_images(model: HookedLLaVA, prompts: Sequence[Inputs], hook: str | tuple[Any, ...]) -> None:
+    """Hooks of the image side need images, equally many in every prompt."""
+    found = [model.hooks_table[name] for name in model.hooks_table.resolve(hook)]
+    if any(one.on_image_side for one in found) and (missing := images_alike([one.n_images for one in prompts])):
+        raise InputError(f"activation_patching(hook={hook!r}) {missing}")
 
 
 def _names(

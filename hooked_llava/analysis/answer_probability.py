@@ -15,6 +15,7 @@ import xarray as xr
 
 from hooked_llava.errors import InputError
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.readout.answer import FIRST, unwrap_single
 from hooked_llava.readout.answer_tokens import first_tokens, per_prompt
 from hooked_llava.readout.lens import lens
@@ -62,11 +63,7 @@ def answer_probability(
     >>> answer_probability(model, model.prepare("Who made the star?"), "red").dims
     ('norm', 'layer', 'form')
     """
-    prompts = model.as_inputs(inputs)
-    if model.processor is None:
-        raise InputError(
-            "answer_probability spells answers, and this model has no tokenizer; pass processor= to from_hf."
-        )
+    prompts = supported_inputs("answer_probability", model, inputs)
     answers = None if answer is None else per_prompt(answer, len(prompts), "answer")
     options = per_prompt(false_option or "", len(prompts), "false_option")
     with provenance("answer_probability", model, prompts, n_forward=1) as made:

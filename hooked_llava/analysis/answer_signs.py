@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from hooked_llava.errors import InputError
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.readout.resid import next_token_logits
 from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.results.map_quality import auroc, shares
@@ -49,7 +50,7 @@ def answer_signs(model: HookedLLaVA, inputs: Any, maps: Any, coverage: Any) -> x
     >>> sorted(answer_signs(model, inputs, np.eye(8)[None], np.ones((1, 8, 8))))
     ['confidence', 'entropy', 'map_entropy', 'map_peak', 'mass_on_objects']
     """
-    prompts = model.as_inputs(inputs)
+    prompts = supported_inputs("answer_signs", model, inputs)
     shape = ImageAxes.of(prompts).shape
     both = [np.asarray(getattr(v, "values", v), dtype=np.float64).reshape(-1, *shape) for v in (maps, coverage)]
     if any(len(array) != len(prompts) for array in both):

@@ -14,6 +14,7 @@ import xarray as xr
 
 from hooked_llava.analysis.maps.occlusion import blank, forwards_of
 from hooked_llava.analysis.maps.scores import check_heads
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.readout.answer_tokens import single_token
 from hooked_llava.readout.vocabulary import decode_text, decode_tokens
 from hooked_llava.replay.intervention import Intervention
@@ -59,7 +60,7 @@ def answer_without(
     >>> said.removed.values.tolist(), said.n_removed.values.tolist()
     (['nothing', 'heads', 'heads'], [0, 1, 2])
     """
-    prompt = model.as_inputs(inputs).single("answer_without")
+    prompt = supported_inputs("answer_without" if patches is None else "answer_without(patches=...)", model, inputs)
     token = single_token(model, prompt.token_map, target)
     ranked = check_heads(heads, model.cfg.n_layers, model.cfg.n_heads) if heads else []
     removals: list[tuple[str, int, int, list[Intervention]]] = [("nothing", 0, 0, [])]

@@ -20,6 +20,7 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.corruptions import Constraint, find_constraints
 from hooked_llava.model.cache_hooks import caching_hook
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
@@ -72,7 +73,7 @@ def attention_contribution(
     >>> found["constraint_to_last"].dims, found["constraint_to_last"]["label"].values.tolist()
     (('layer', 'source'), ['the', 'star'])
     """
-    prompt = model.as_inputs(inputs).single("attention_contribution")
+    prompt = supported_inputs("attention_contribution", model, inputs)
     one_of(measure, get_args(Measure), "measure")
     token = None if answer is None else single_token(model, prompt.token_map, answer)
     constraints = find_constraints(prompt.token_map, constraint)

@@ -28,6 +28,7 @@ from hooked_llava.experiments.corruptions import (
     find_constraints,
 )
 from hooked_llava.experiments.windows import widest_window
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.options.window_readings import WINDOW_READINGS, WindowReading
 from hooked_llava.prompt.positions import Positions
@@ -123,7 +124,7 @@ def causal_trace(
     >>> trace["indirect_effect"].dims, float(trace["lowered_by"]) > 0.9
     (('kind', 'layer', 'position'), True)
     """
-    prompt = model.as_inputs(inputs).single("causal_trace")
+    prompt = supported_inputs("causal_trace", model, inputs)
     reading = read_answer(model, prompt, answer)
     plan = _plan(model, reading, constraint, kinds, (window, window_reading), layers, positions)
     how: dict[str, Any] = {"corruption": describe(corruption), "corruption_kind": describe(corruption, words=False)}

@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float, Int
 from hooked_llava.checks import one_of, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines
-from hooked_llava.experiments.circuit_runs import CircuitRun, check_separate_mlps
+from hooked_llava.experiments.circuit_runs import CircuitRun
 from hooked_llava.experiments.pairs import prompt_pairs
+from hooked_llava.model.requirements import check_supported
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.readout.resid import logits_and_activations
@@ -109,7 +110,7 @@ def faithfulness_curve(
     >>> curve.faithfulness.dims, abs(float(curve.faithfulness[0, 0])) < 1e-3
     (('scores', 'size'), True)
     """
-    check_separate_mlps(model)
+    check_supported("faithfulness_curve", model)
     missing, names, n_edges = _missing(model, edge_scores, sizes, choose, n_random, seed)
     pairs, several = prompt_pairs(model, clean, corrupted, metric)
     check_metrics(model, pairs, logit_positions)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from hooked_llava.analysis.maps.occlusion import Where, blank, forwards_of, mean_embedding
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.readout.answer_cache import Target, read_target
 from hooked_llava.replay.replay import Replay
 from hooked_llava.results.arrays import to_numpy
@@ -65,11 +66,11 @@ def deletion_curves(
     >>> curves["probability"].dims, bool(curves["probability"].sel(direction="deletion")[0, 0] > 0.9)
     (('direction', 'map', 'share'), True)
     """
-    prompt = model.as_inputs(inputs)
+    prompt = supported_inputs("deletion_curves", model, inputs)
     ways, steps = _ways(directions, where), _steps(shares)
-    if len(prompt) != 1 or not 0 <= image < prompt.n_images or not maps:
-        got = f"{len(prompt)} prompts, {prompt.n_images} images, {len(maps)} maps, and image={image}"
-        raise InputError(f"deletion_curves follows maps of one prompt's image; got {got}.")
+    if not 0 <= image < prompt.n_images or not maps:
+        got = f"{len(maps)} maps, and image={image} of {prompt.n_images}"
+        raise InputError(f"deletion_curves follows maps of one of the prompt's images; got {got}.")
     orders = {name: _order(prompt, image, name, values, where) for name, values in maps.items()}
     found = read_target(model, prompt, target)
     longer = found.inputs

@@ -18,6 +18,7 @@ from hooked_llava.analysis.maps.scores import best_positions, check_heads, check
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_cache import AnswerCache, Target, cache_answer, read_target
 from hooked_llava.readout.head_outputs import head_outputs
@@ -72,7 +73,7 @@ def head_readings(
     >>> read["token"].dims, read.sizes["position"]
     (('reading', 'position', 'rank'), 3)
     """
-    prompt = model.as_inputs(inputs).single("head_readings")
+    prompt = supported_inputs("head_readings", model, inputs)
     cfg = model.config.language
     layer, head = check_heads([(layer, head)], cfg.n_layers, cfg.n_heads)[0]
     check_k(model, k)

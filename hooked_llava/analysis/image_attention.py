@@ -12,6 +12,7 @@ import xarray as xr
 
 from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.errors import InputError
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.results.image_axes import ImageAxes, take
 from hooked_llava.results.provenance import provenance
@@ -38,11 +39,7 @@ def image_attention(
     >>> (maps.sizes["patch_row"], maps.sizes["patch_col"]) == model.config.vision.patch_grid
     True
     """
-    prompt = model.as_inputs(inputs)
-    if len(prompt) != 1 or prompt.n_images == 0:
-        raise InputError(
-            f"image_attention takes one prompt with an image; got {len(prompt)} prompts with {prompt.n_images} images."
-        )
+    prompt = supported_inputs("image_attention", model, inputs)
     axes = ImageAxes.of(prompt)
     where = resolve_positions(position, prompt)[0].tolist()
     if len(where) != 1:

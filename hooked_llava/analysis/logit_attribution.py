@@ -22,6 +22,7 @@ from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
 from hooked_llava.model.cache_hooks import caching_hook
 from hooked_llava.model.components.precision import at_least_float32
+from hooked_llava.model.requirements import check_supported
 from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.readout.answer import FIRST, WHOLE
 from hooked_llava.readout.answer_tokens import single_token
@@ -78,11 +79,11 @@ def logit_attribution(
     """
     prompts = model.as_inputs(inputs)
     one_of(by, _PARTS, "by", expected=f"one of {', '.join(map(repr, _PARTS))}")
+    if by == "patch":
+        check_supported("logit_attribution(by='patch')", model, prompts)
     words_of = (answer, baseline)
 
     def tokens(token_map: TokenMap) -> list[int | None]:
-        if by == "patch" and not token_map.n_images:
-            raise InputError("by='patch' needs an image, and this prompt has none; use by='source'.")
         own = [None if word is None else single_token(model, token_map, word) for word in words_of]
         if own[0] is not None and own[0] == own[1]:
             same = _word(model, own[0])

@@ -19,6 +19,7 @@ from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.architecture.layout import ALL
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
+from hooked_llava.model.requirements import check_supported
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.readout.answer import AnswerReading, unwrap_single
 from hooked_llava.readout.answer_cache import AnswerCache, Asked, prompts_of, read_token
@@ -101,8 +102,8 @@ def _maps(
     if isinstance(inputs, AnswerCache) and not how.takes_cache:
         raise InputError(f"method={method!r} runs the model itself; give it the prompts, not an AnswerCache.")
     prompts = prompts_of(model, inputs)
+    check_supported(f"patch_importance(method={method!r})", model, prompts)
     axes = ImageAxes.of(prompts)
-    axes.positions_of_all(prompts)  # refuses unequally many images before anything runs
     if how.one_prompt and len(prompts) > 1:
         apart = zip(prompts, per_prompt(target, len(prompts)), strict=True)
         each = [_importance(model, p, t, token, method, options, axes).isel(prompt=0, drop=True) for p, t in apart]

@@ -20,6 +20,8 @@ from torch import Tensor
 from hooked_llava.checks import as_index, as_indices, whole_number
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
+from hooked_llava.model.requirements import require, supported_inputs
+from hooked_llava.options.patchscopes import IDENTITY
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.resid import resid_by_layer, resid_names
 from hooked_llava.readout.vocabulary import check_k, decode_text
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from hooked_llava.prompt.inputs import Inputs
     from hooked_llava.prompt.prepare import InputsLike
 
-IDENTITY = "cat->cat; 1135->1135; hello->hello; ?->"
-"""The paper's target prompt for "which token is this?": the vector is put in place of the question mark."""
 Mapping = Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 """From the source's residual stream to the target's: a function of [n, d_model], or (weight [d_target, d_source], bias)."""
 _AT_ONCE = 32  # rows that generate together
@@ -89,7 +89,7 @@ def patchscope(
     """
     reader = model if target_model is None else target_model
     n_words = _Numbers(k, max_new_tokens, batch_size).checked(reader)
-    source = model.as_inputs(inputs).single("patchscope")
+    source = supported_inputs("patchscope", model, inputs)
     index = resolve_positions(positions, source)
     chosen = list(range(model.cfg.n_layers)) if layers is None else as_indices(layers, model.cfg.n_layers + 1, "layers")
     place = _Place.of(reader, target, target_layer, target_position, chosen)
@@ -204,14 +204,8 @@ class _Place:
 
 def _identity(reader: HookedLLaVA) -> Inputs:
     """The paper's target prompt; raises `InputError` where the tokenizer does not know its words."""
-    prompt = reader.prepare(IDENTITY, template=None)
-    unknown = getattr(reader.tokenizer, "unk_token_id", None)
-    if unknown is not None and bool((prompt.input_ids == unknown).any()):
-        raise InputError(
-            f"The tokenizer of {reader.config.model_name} cannot say the identity prompt {IDENTITY!r}; give target=, a prompt "
-            "of its own words, and target_position=."
-        )
-    return prompt
+    require(["identity_prompt"], "patchscope(target=None)", reader)
+    return reader.prepare(IDENTITY, template=None)
 
 
 def _converter(model: HookedLLaVA, reader: HookedLLaVA, mapping: Mapping | None) -> Callable[[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from hooked_llava.errors import InputError
 from hooked_llava.experiments.baselines import check_metrics, metric_with_baselines, source_and_base
 from hooked_llava.experiments.pairs import prompt_pairs
 from hooked_llava.machine.devices import to_device
+from hooked_llava.model.requirements import require
 from hooked_llava.options.directions import Direction, check_direction
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.metrics import Metric
@@ -178,12 +179,7 @@ def _target(model: HookedLLaVA, receiver: Receiver) -> _Target:
         )
     layer = as_indices(numbers[0], n_layers, f"layers, as in the receiver {receiver}")[0]
     if kind == "mlp":
-        if cfg.parallel_attn_mlp:
-            raise InputError(
-                f"receiver={receiver!r}: in this model's blocks MLP and attention read one normalized residual stream, so a "
-                "path into the MLP alone cannot be run. Use edge_attribution for its estimate, or 'logits' and 'q', 'k', 'v' as "
-                "receivers."
-            )
+        require(["separate_mlps"], f"receiver={receiver!r}", model)
         return _Target(kind, table.name("mlp_in", layer), layer)
     n_heads = cfg.n_heads if kind == "q" else cfg.n_key_value_heads
     head = as_indices(numbers[1], n_heads, f"heads, as in the receiver {receiver}")[0]

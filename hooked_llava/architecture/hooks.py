@@ -17,6 +17,7 @@ from typing import Literal, SupportsIndex, TypeAlias
 
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.hook_specs import PROJECTOR_HOOKS, HookSpec, language_hooks, sae_hooks, vision_hooks
+from hooked_llava.architecture.missing_hooks import missing_hooks
 from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.checks import as_index
 from hooked_llava.errors import HookNameError, InputError, did_you_mean
@@ -26,6 +27,9 @@ NamesFilter = str | tuple | Callable[[str], bool] | Iterable["str | tuple"] | No
 
 Part: TypeAlias = Literal["vision", "projector", "language"]
 """A part of the model, by the name of its module."""
+
+NO_IMAGE = "the prompt has no image, so the vision tower and the projector are not run. Give an image"
+"""Why hooks of the image side do not fire."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,7 @@ class HookTable:
         firing = [name for name in matches if fires(self.hooks[name])]
         if not firing and not with_image and self.hooks[matches[0]].on_image_side:
             raise HookNameError(
-                f"Hook {matches[0]!r} does not fire: the prompt has no image, so the vision tower and the projector "
-                "are not run. Give an image, or ask for hooks of the language tower."
+                f"Hook {matches[0]!r} does not fire: {NO_IMAGE}, or ask for hooks of the language tower."
             )
         if not firing:
             raise HookNameError(
@@ -304,28 +307,9 @@ class HookTable:
         return self._from_pair((short, int(layer), part or None))
 
     def _unknown(self, name: str) -> str:
-        parts = name.split(".")
-        if parts[:2] == ["vision", "blocks"] and len(parts) > 2 and parts[2].isdigit():
-            run, total = self.config.vision.n_layers_run, self.config.vision.n_layers
-            if run == 0:
-                return (
-                    f"Hook {name!r} does not exist: the projector reads the embedding, so no block of the vision tower "
-                    "is run."
-                )
-            if run <= int(parts[2]) < total:
-                return (
-                    f"Hook {name!r} does not exist: the projector reads the vision features after block {run - 1}, so "
-                    f"blocks {run}..{total - 1} of the vision tower are loaded but not run. Use vision.blocks.0..{run - 1}."
-                )
-        parallel = self.config.language.parallel_attn_mlp and parts[0] != "vision"
-        if parallel and any(part in name for part in ("resid_mid", "mlp_in", "ln2")):
-            return (
-                f"Hook {name!r} does not exist: in this model's blocks attention and MLP stand side by side, so there is no "
-                "residual stream between them and one norm for both. Use 'resid_pre' (what both read), 'ln1.hook_normalized', "
-                "'attn_out' and 'mlp_out' (what each adds), or 'resid_post'."
-            )
-        if parts[:2] == ["vision", "ln_post"]:
-            return f"Hook {name!r} does not exist: LLaVA does not use the vision tower's post norm, so it is not run."
+        for missing in missing_hooks(self.config):
+            if name in missing:
+                return f"Hook {name!r} does not exist: {missing.why}"
         if name.rpartition(".")[2].startswith("hook_sae_"):
             return (
                 f"No hook is called {name!r}: no autoencoder is attached there. Attach it by model.attach_sae(...), or a "

@@ -8,13 +8,12 @@ from typing import Any
 
 from hooked_llava.checks import whole_number
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.model.components.quantized import quantized_linears
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import require
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import ImagesLike, InputsLike
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer_tokens import one_answer
-from hooked_llava.replay.state import refuse_attached_functions
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,7 @@ class Prepared:
 
 def check_editable(model: HookedLLaVA) -> None:
     """Raises `InputError` for a model with weights in 8 or 4 bits: what is added to a weight would be lost in rounding."""
-    if packed := quantized_linears(model):
-        path, linear = next(iter(packed.items()))
-        raise InputError(
-            f"The weights of {model.config.model_name!r} are quantized ({len(packed)} matrices, such as {path} in {linear.bits} "
-            "bits), and an edit is added to weights in floating point. Load it without quantization_config, or the "
-            'checkpoint that was quantized, and edit that (dtype="bfloat16" takes half of float32\'s memory).'
-        )
+    require(["floating_point"], "An edit", model)
 
 
 def listed_requests(model: HookedLLaVA, requests: Requests) -> list[EditRequest]:
@@ -95,9 +88,7 @@ def listed_requests(model: HookedLLaVA, requests: Requests) -> list[EditRequest]
     listed = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not listed:
         raise InputError("There is no request; give at least one EditRequest.")
-    refuse_attached_functions(
-        model, "an edit is computed on the model as it is. Remove them first (model.reset_hooks())."
-    )
+    require(["no_functions"], "An edit", model)
     return listed
 
 

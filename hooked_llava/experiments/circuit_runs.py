@@ -14,8 +14,8 @@ from fancy_einsum import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
+from hooked_llava.model.requirements import require
 from hooked_llava.replay.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class CircuitRun:
         corrupted: Mapping[str, Tensor],
         positions: Sequence[int],
     ) -> None:
-        check_separate_mlps(model)
+        require(["separate_mlps"], "A circuit", model)
         self.model, self.positions, self.corrupted = model, list(positions), corrupted
         self.missing = to_device(missing, model.cfg.device).to(embed_change.dtype)
         self.at = to_device(self.positions, model.cfg.device)
@@ -90,12 +90,3 @@ class CircuitRun:
 
     def _at(self, hook: str, layer: int, fn: object) -> Intervention:
         return Intervention(self.model.hooks_table.name(hook, layer), positions=self.positions, fn=fn)  # type: ignore[arg-type]
-
-
-def check_separate_mlps(model: HookedLLaVA) -> None:
-    """Raise `InputError` for parallel blocks, whose MLP reads what the heads read."""
-    if model.config.language.parallel_attn_mlp:
-        raise InputError(
-            "In this model's blocks MLP and attention read one normalized residual stream, so a circuit cannot be run whose "
-            "MLPs read other edges than its heads. Use edge_attribution for estimates, and path_patching for single paths."
-        )

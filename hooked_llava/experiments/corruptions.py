@@ -18,8 +18,10 @@ from hooked_llava.checks import is_whole_number
 from hooked_llava.errors import InputError, counted
 from hooked_llava.experiments.pairs import gaussian_noise, other_image
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import require
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.requirements import WORDS_UNKNOWN
 from hooked_llava.prompt.token_map import GIVE_POSITIONS, TokenMap
 from hooked_llava.prompt.token_text import begins_with_bos, repeat_image_tokens
 from hooked_llava.replay.intervention import Intervention
@@ -176,7 +178,8 @@ def replacement(
     tokens than the constraint.
     """
     if token_map.words is None or model.processor is None:
-        raise InputError("Words need a tokenizer, and this model has none; use Noise() or MeanEmbedding().")
+        require(["processor"], "A corruption in words, unlike Noise() and MeanEmbedding(),", model)
+        raise InputError(f"A corruption in words, unlike Noise() and MeanEmbedding(), cannot be made: {WORDS_UNKNOWN}")
     words = [corruption.words] * len(constraints) if isinstance(corruption.words, str) else list(corruption.words)
     if len(words) != len(constraints):
         raise InputError(f"There are {len(words)} replacements for {len(constraints)} constraints; expected as many.")

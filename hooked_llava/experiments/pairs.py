@@ -19,9 +19,11 @@ from hooked_llava.architecture.layouts import layout_of, same_positions
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import check_supported, supported_inputs
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.pixels import process_images
+from hooked_llava.prompt.requirements import an_image
 from hooked_llava.prompt.where import Where, resolve_positions
 from hooked_llava.readout.metrics import Metric
 from hooked_llava.replay.intervention import Intervention
@@ -110,13 +112,16 @@ def other_image(model: HookedLLaVA, inputs: Inputs, pool: Inputs | Sequence[Any]
     >>> bool((other_image(model, inputs, [black, white]).pixel_values > inputs.pixel_values).all())
     True
     """
-    own = _images(inputs)
+    own = _images(inputs, "other_image")
     originals = (
         () if isinstance(pool, Inputs) else [load_image(one, f"Image {i} of the pool") for i, one in enumerate(pool)]
     )
-    if model.processor is None and not isinstance(pool, Inputs):
-        raise InputError("Images need a processor, and this model has none; give inputs with pixel_values as the pool.")
-    pools = {n: _images(pool) if isinstance(pool, Inputs) else _processed(model, originals, n) for n in _counts(inputs)}
+    if not isinstance(pool, Inputs):
+        check_supported("other_image(pool=images)", model, inputs)
+    pools = {
+        n: _images(pool, "pool=") if isinstance(pool, Inputs) else _processed(model, originals, n)
+        for n in _counts(inputs)
+    }
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for i, (image, n) in enumerate(zip(own, _counts(inputs), strict=True)):
@@ -148,7 +153,7 @@ def blank_image(model: HookedLLaVA, inputs: Inputs) -> Inputs:
     True
     """
     blank = []
-    for image in _images(inputs):
+    for image in _images(inputs, "blank_image"):
         mean = image.tiles[:1].mean(dim=(2, 3), keepdim=True)  # the first tile shows the whole image
         original = None if image.original is None else _blank(image.original)
         blank.append(replace(image, tiles=mean.expand_as(image.tiles).contiguous(), original=original))
@@ -176,7 +181,8 @@ def without_object(model: HookedLLaVA, inputs: Inputs, box: BoxLike, *, image: i
     >>> int(differs.sum()), bool(differs[8:24, 8:24].all())
     (256, True)
     """
-    original = _original(inputs, image, "without_object")
+    check_supported("without_object", model, inputs)
+    original = _original(inputs, image)
     x0, y0, x1, y1 = _whole_pixels(box, original)
     values = np.array(original)
     rest = np.ones(values.shape[:2], dtype=bool)
@@ -202,7 +208,8 @@ def swapped_objects(model: HookedLLaVA, inputs: Inputs, box: BoxLike, other: Box
     >>> bool((swapped[:16, :16] == noise[40:56, 40:56]).all()), bool((swapped[40:56, 40:56] == noise[:16, :16]).all())
     (True, True)
     """
-    original = _original(inputs, image, "swapped_objects")
+    check_supported("swapped_objects", model, inputs)
+    original = _original(inputs, image)
     first, second = (_whole_pixels(given, original) for given in (box, other))
     (x0, y0, x1, y1), (u0, v0, u1, v1) = first, second
     if (x1 - x0, y1 - y0) != (u1 - u0, v1 - v0):
@@ -238,11 +245,7 @@ def other_question(
     >>> other_question(model, clean, ["Who made the star?", "Who made the ring?"]).prompts[0].count("ring")
     1
     """
-    inputs = inputs.single("other_question")
-    if inputs.n_images and inputs.images is None:
-        raise InputError(
-            "other_question needs the original images; make the prompt with prepare(question, images=...)."
-        )
+    check_supported("other_question", model, inputs)
     images = None if inputs.images is None else list(inputs.images)
     lengths: dict[str, int] = {}
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
@@ -279,7 +282,7 @@ def gaussian_noise(
     >>> gaussian_noise(model, model.prepare("Who made the star?"), "last", std=0.5)
     Intervention('hook_embed', positions=[...], add=tensor[1, 128])
     """
-    prompt = model.as_inputs(inputs).single("gaussian_noise")
+    prompt = supported_inputs("gaussian_noise", model, inputs)
     where = list(prompt.token_map.real) if positions is None else resolve_positions(positions, prompt)[0].tolist()
     spread = _NOISE * float(model.W_E.float().std()) if std is None else std
     noise = torch.randn(len(where), model.cfg.d_model, generator=torch.Generator().manual_seed(seed)) * spread
@@ -321,10 +324,11 @@ class _Image:
     original: Image.Image | None
 
 
-def _images(inputs: Inputs) -> list[_Image]:
-    """The images of all prompts; raises `InputError` if there is none."""
-    if inputs.pixel_values is None:
-        raise InputError("These inputs have no image to take or replace; give some with prepare(..., images=...).")
+def _images(inputs: Inputs, what: str) -> list[_Image]:
+    """The images of all prompts; raises `InputError` if there is none, of what should have one."""
+    if missing := an_image(inputs.n_images):
+        raise InputError(f"{what} {missing}")
+    assert inputs.pixel_values is not None
     originals = inputs.images or (None,) * inputs.n_images
     tiles = [inputs.pixel_values[rows.start : rows.stop] for rows in inputs.tiles]
     return [_Image(*one) for one in zip(tiles, inputs.layouts, originals, strict=True)]
@@ -347,11 +351,9 @@ def _processed(model: HookedLLaVA, images: Sequence[Image.Image], n_images: int)
     return found
 
 
-def _original(inputs: Inputs, image: int, caller: str) -> Image.Image:
+def _original(inputs: Inputs, image: int) -> Image.Image:
     """One image of one prompt, as it was given."""
-    inputs = inputs.single(caller)
-    if inputs.images is None:
-        raise InputError(f"{caller} needs the original image; make the prompt with prepare(question, images=...).")
+    assert inputs.images  # asked for before
     if not 0 <= image < len(inputs.images):
         raise InputError(f"image={image}, and the prompt has {len(inputs.images)} images, counted from 0.")
     return inputs.images[image]
@@ -369,7 +371,7 @@ def _whole_pixels(box: BoxLike, image: Image.Image) -> tuple[int, int, int, int]
 
 def _repainted(model: HookedLLaVA, inputs: Inputs, image: int, values: np.ndarray) -> Inputs:
     """The prompt with one of its images painted anew; the others keep their pixels."""
-    images = _images(inputs)
+    images = _images(inputs, "a painted image")
     (painted,) = _processed(model, [Image.fromarray(values)], len(images))
     if torch.equal(painted.tiles.to(images[image].tiles), images[image].tiles):
         raise InputError(

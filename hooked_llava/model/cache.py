@@ -18,6 +18,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
 from hooked_llava.architecture.hooks import Hook, HookTable
+from hooked_llava.architecture.missing_hooks import SIDE_BY_SIDE
 from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.errors import HookNameError, InputError, SpanError, did_you_mean
 from hooked_llava.model.components.block import Blocks
@@ -92,8 +93,8 @@ def _without_middle(method: Callable[..., Any]) -> Callable[..., Any]:
         asked = [name for name in ("mlp_input", "incl_mid") if given.get(name)]
         if asked and self.model.cfg.parallel_attn_mlp:
             raise InputError(
-                f"{method.__name__}({asked[0]}=True) needs the residual stream between attention and MLP. In this "
-                f"model's blocks they stand side by side: both read resid_pre through ln1. Leave {asked[0]} out."
+                f"{method.__name__}({asked[0]}=True) needs the residual stream between attention and MLP, and "
+                f"{SIDE_BY_SIDE}. Leave {asked[0]} out."
             )
         return method(self, *args, **kwargs)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformers import GenerationConfig
 
-from hooked_llava.architecture.hooks import HookTable, NamesFilter
+from hooked_llava.architecture.hooks import NO_IMAGE, HookTable, NamesFilter
 from hooked_llava.errors import HookNameError, InputError
 from hooked_llava.machine.devices import keeper
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, check_sae
@@ -344,8 +344,8 @@ class HookedModule(TransformerLensSurface, HookedRootModule, ABC):
         for name, point in self.hook_dict.items():
             if has_functions(point) and self.hooks_table[name].on_image_side:
                 raise HookNameError(
-                    f"A function is attached to {name!r}, which does not fire: the prompt has no image, so the vision "
-                    "tower and the projector are not run. Give an image, or remove the hook (model.reset_hooks())."
+                    f"A function is attached to {name!r}, which does not fire: {NO_IMAGE}, or remove the hook "
+                    "(model.reset_hooks())."
                 )
 
 

@@ -36,10 +36,12 @@ from hooked_llava.model.components.attention import AttentionContext
 from hooked_llava.model.components.hook_point import HookPoint
 from hooked_llava.model.components.kv_cache import KVCache
 from hooked_llava.model.components.quantized import quantize_linears, stored_state
+from hooked_llava.model.description import Description
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.model.projector import Projector
 from hooked_llava.model.request import ForwardRequest, ReturnType
+from hooked_llava.model.requirements import check_supported, missing_for
 from hooked_llava.model.summary import summary
 from hooked_llava.model.vision import VisionTower
 from hooked_llava.prompt import prepare as inputs_module
@@ -217,6 +219,7 @@ class HookedLLaVA(HookedModule):
         >>> model.prepare("Who made the star?").shape[0]
         1
         """
+        check_supported("prepare", self)
         return inputs_module.prepare(question, images, **self._inputs_for(), **options)
 
     def as_inputs(self, value: InputsLike) -> Inputs:
@@ -241,6 +244,16 @@ class HookedLLaVA(HookedModule):
         True
         """
         return generation.generate(self, inputs, max_new_tokens, **options)
+
+    def describe(self, inputs: InputsLike | None = None) -> Description:
+        """What this model and these inputs support, and why not what they do not; without a forward pass.
+
+        >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+        >>> description = model.describe(model.prepare("Who made the star?"))
+        >>> description.supports("patch_importance"), description.reason("patch_importance")[:12]
+        (False, 'needs images')
+        """
+        return Description.of(self, None if inputs is None else self.as_inputs(inputs))
 
     def verify(self, hf_model: PreTrainedModel, inputs: InputsLike | None = None) -> ParityTable:
         """Every layer compared with a LLaVA model of transformers on the same input, as a table; see `verify.verify`."""
@@ -360,10 +373,7 @@ class HookedLLaVA(HookedModule):
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Write a checkpoint in Hugging Face format, which plain transformers loads; see `hooked_llava.loading.save`."""
         if self.hf_config is None:
-            raise CheckpointError(
-                "This model was built without a Hugging Face config, so none can be written. Pass hf_config= to build, "
-                "or load the model with from_pretrained or from_hf."
-            )
+            raise CheckpointError(f"save_pretrained {missing_for('save_pretrained', self)}")
         options.setdefault("generation_config", self.generation_config)
         save(stored_state(self), self.hf_config, self.processor, os.fspath(folder), **options)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from hooked_llava.architecture.config import LLaVAConfig
+from hooked_llava.architecture.missing_hooks import SIDE_BY_SIDE
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.block import Blocks, ParallelBlock
@@ -25,6 +26,7 @@ from hooked_llava.model.components.norm import LayerNorm, RMSNorm
 from hooked_llava.model.language import LanguageTower
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.processor import Processor, Tokenizer
+from hooked_llava.prompt.requirements import without_processor
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def sum_biases(
 ) -> Float[Tensor, " d_model"]:
     """Sum of all output biases of a tower below a layer (with `mlp_input`, below its MLP)."""
     if mlp_input and isinstance(blocks[0], ParallelBlock):
-        raise InputError(
-            "mlp_input=True: in this model's blocks the MLP reads resid_pre, as attention does. Leave it out."
-        )
+        raise InputError(f"mlp_input=True: {SIDE_BY_SIDE}. Leave it out.")
     total = torch.zeros_like(blocks[0].attn.b_O)  # (d_model)
     for i, block in enumerate(itertools.islice(blocks, layer + mlp_input)):
         total = total + block.attn.b_O.to(total.device)
@@ -93,10 +93,7 @@ class TransformerLensSurface(nn.Module):
     def tokenizer(self) -> Tokenizer:
         """The processor's tokenizer; raises `InputError` if the model came without a processor."""
         if self.processor is None:
-            raise InputError(
-                f"This model has no processor ({self.no_processor}), so text cannot become tokens. Pass processor= to "
-                "from_hf, or give token ids."
-            )
+            raise InputError(f"Text {without_processor(self.no_processor)}")
         return self.processor.tokenizer
 
     @property

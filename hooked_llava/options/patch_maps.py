@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from hooked_llava.options.markdown import code_list, markdown_rows
+from hooked_llava.options.needs import Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class PatchMap:
         meaning (str): What it shows, as the page and the documentation say it.
         units (str): Units of its numbers.
         options (tuple[str, ...]): The arguments of `patch_importance` that it takes.
+        needs (tuple[Need, ...]): What it needs of the model and of the prompts.
         one_prompt (bool): Whether it runs one prompt at a time.
         takes_cache (bool): Whether it also takes an `AnswerCache` of prompts that were run before.
     """
@@ -30,6 +32,7 @@ class PatchMap:
     meaning: str
     units: str
     options: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ("images_alike",)
     one_prompt: bool = False
     takes_cache: bool = False
 
@@ -113,6 +116,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         meaning="what log P loses when a patch is painted grey in the image, and the model is run again",
         units=_NATS,
         options=("window", "grid"),
+        needs=("images_alike", "no_functions"),
         one_prompt=True,
     ),
     "token_ablation": PatchMap(
@@ -121,6 +125,7 @@ PATCH_MAPS: dict[str, PatchMap] = {
         meaning="what log P loses when a patch's image embedding is replaced by the image's mean embedding",
         units=_NATS,
         options=("window", "fill"),
+        needs=("images_alike", "no_functions"),
         one_prompt=True,
     ),
 }

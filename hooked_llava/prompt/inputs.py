@@ -22,6 +22,7 @@ from hooked_llava.errors import InputError, counted, naming_prompt
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.assembly import Assembly
 from hooked_llava.prompt.positions import Positions
+from hooked_llava.prompt.requirements import one_prompt
 from hooked_llava.prompt.token_map import TokenMap
 
 _ROWS_SHOWN = 8
@@ -191,10 +192,8 @@ class Inputs:
 
     def single(self, caller: str) -> Inputs:
         """These inputs, if they are one prompt; raises `InputError` otherwise, for a function that takes one."""
-        if len(self) != 1:
-            raise InputError(
-                f"{caller} takes one prompt, got {len(self)}; call it once for each: inputs[0], inputs[1], ..."
-            )
+        if several := one_prompt(len(self)):
+            raise InputError(f"{caller} {several}")
         return self
 
     def naming(self, row: int) -> AbstractContextManager[None]:
@@ -289,14 +288,20 @@ class Inputs:
         return f"Inputs(batch={len(self)}, positions={self.shape[1]}, images_per_prompt={self.images_per_prompt})"
 
     def __str__(self) -> str:
-        blocks = [self._summary()]
+        blocks = [self.summary()]
         for row, token_map in enumerate(self.token_maps[:_ROWS_SHOWN]):
             blocks.append((f"prompt {row}\n" if len(self) > 1 else "") + str(token_map))
         if len(self) > _ROWS_SHOWN:
             blocks.append(f"and {len(self) - _ROWS_SHOWN} more prompts: print(inputs[{_ROWS_SHOWN}:])")
         return "\n\n".join(blocks)
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """How many prompts, positions and images, in a line.
+
+        >>> from hooked_llava import HookedLLaVA
+        >>> HookedLLaVA.from_pretrained("tiny-shapes").prepare("Who made the star?").summary()
+        '1 prompt, 11 positions, no image, on cpu'
+        """
         parts = [counted(len(self), "prompt"), counted(self.shape[1], "position")]
         if self.pixel_values is None:
             parts.append("no image")

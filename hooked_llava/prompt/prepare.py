@@ -23,6 +23,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.pixels import process_images, warn_of_cropped
 from hooked_llava.prompt.positions import Positions
 from hooked_llava.prompt.processor import Processor, Tokenizer
+from hooked_llava.prompt.requirements import without_processor
 from hooked_llava.prompt.templates import (
     CHAT,
     DEFAULT,
@@ -211,10 +212,11 @@ def _checked_processor(
 ) -> Processor:
     tokenizer = getattr(processor, "tokenizer", None)
     if processor is None or tokenizer is None or getattr(processor, "image_processor", None) is None:
-        given = "no processor" if processor is None else f"a {type(processor).__name__} as its processor"
+        if processor is None:
+            raise InputError(f"A prompt of text and images {without_processor()}")
         raise InputError(
-            f"Text and images need a processor, and the model has {given}; expected a LlavaProcessor "
-            "(tokenizer and image processor). Pass processor= when loading, or give token ids and pixel_values."
+            f"The model has a {type(processor).__name__} as its processor; expected a LlavaProcessor, with tokenizer and image "
+            "processor. Pass processor= when loading, or give token ids and pixel_values."
         )
     if processor.image_token_id != config.image_token_id:
         raise InputError(

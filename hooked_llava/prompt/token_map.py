@@ -39,6 +39,7 @@ from hooked_llava.architecture.layout import ALL, ImageLayout, Selection
 from hooked_llava.errors import InputError, SpanError, counted
 from hooked_llava.prompt import spans as of_spans
 from hooked_llava.prompt.positions import PatchPositions, Positions, format_runs
+from hooked_llava.prompt.requirements import WORDS_UNKNOWN
 from hooked_llava.prompt.token_table import format_table
 from hooked_llava.prompt.token_text import TokenText, roll
 
@@ -221,10 +222,7 @@ class TokenMap:
         `SpanError` for words that do not occur, or occur several times, with the list of places.
         """
         if self.words is None:
-            raise SpanError(
-                f"Cannot look for {words!r}: the prompt was given as token ids and the model has no tokenizer. "
-                "Pass processor= to from_hf, or name positions yourself: token_map.with_spans(...)."
-            )
+            raise SpanError(f"Cannot look for {words!r}: {WORDS_UNKNOWN}")
         start, stop = self.words.find(
             words, occurrence=occurrence, within=within, whole_words=whole_words, advice=advice
         )

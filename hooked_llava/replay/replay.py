@@ -26,6 +26,7 @@ from torch import Tensor
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import check_supported
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.where import PositionsLike
 from hooked_llava.readout.metrics import Metric
@@ -37,7 +38,7 @@ from hooked_llava.replay.layer_pass import recordable, recorded
 from hooked_llava.replay.offloading import run_keeper
 from hooked_llava.replay.plan import PlannedRun, plan_run
 from hooked_llava.replay.reference_mean import with_means
-from hooked_llava.replay.state import IN_A_RERUN, ReplayState, Work, refuse_attached_functions
+from hooked_llava.replay.state import ReplayState, Work
 from hooked_llava.replay.sweep import Sweep
 
 Runs: TypeAlias = Sequence[Intervention | Sequence[Intervention]]
@@ -77,7 +78,7 @@ class Replay(ReplayState):
             raise InputError(f"dtype={dtype}; a run is kept in a floating point dtype, such as torch.bfloat16.")
         self.keeper = run_keeper(device, offload_folder, dtype)
         prompts = model.as_inputs(inputs)
-        refuse_attached_functions(model, IN_A_RERUN)
+        check_supported("Replay", model)
         super().__init__(model, prompts, keep(model, prompts, kept=self.keeper))
         self._images_changed = False
 

@@ -8,20 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.errors import InputError, StaleReplayError
-from hooked_llava.model.components.hook_point import has_functions
+from hooked_llava.errors import StaleReplayError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import missing_for
 from hooked_llava.model.weights_id import weights_version
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.resid import logits_at
 from hooked_llava.replay.image_side import ImageSide
 from hooked_llava.replay.kept_run import KeptRun
-
-IN_A_RERUN = (
-    "a re-run would call them on parts of the prompt only. Give them as interventions, or remove them "
-    "(model.reset_hooks())."
-)
 
 
 @dataclass
@@ -76,7 +71,8 @@ class ReplayState:
 
     def check_fresh(self) -> None:
         """Raise `StaleReplayError` if the kept run is no longer what the model would compute."""
-        refuse_attached_functions(self.model, IN_A_RERUN, StaleReplayError)
+        if attached := missing_for("Replay", self.model):
+            raise StaleReplayError(f"Replay {attached}")
         if weights_version(self.model) != self._weights:
             raise StaleReplayError(
                 "The model's weights have changed since this Replay was made, so its kept run is out of date. Make a new "
@@ -101,14 +97,6 @@ class ReplayState:
         """Without the prompt axis for one prompt, and without the position axis for "last"."""
         logits = logits[:, 0] if len(self.inputs) == 1 else logits
         return logits.squeeze(-2) if isinstance(positions, str) and positions == "last" else logits
-
-
-def refuse_attached_functions(model: HookedLLaVA, why: str, error: type[InputError] = InputError) -> None:
-    """Raise, saying why, if functions are attached to any part of the model."""
-    modules = {name.removeprefix("language."): module for name, module in model.named_modules()}
-    names = [name for name, module in {**modules, **model.hook_dict}.items() if has_functions(module)]
-    if names:
-        raise error(f"Functions are attached to {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; {why}")
 
 
 def _reconstructed(model: HookedLLaVA) -> list[tuple[str, int]]:

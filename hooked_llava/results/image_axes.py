@@ -29,6 +29,7 @@ from hooked_llava.architecture.layouts import same_positions
 from hooked_llava.errors import InputError
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.requirements import an_image, images_alike
 from hooked_llava.prompt.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -58,10 +59,8 @@ class ImageAxes:
     @classmethod
     def of(cls, inputs: Inputs) -> ImageAxes:
         """For the images of all prompts; raises `InputError` where there is none."""
-        if not inputs.n_images:
-            raise InputError(
-                "A patch map needs images, and the prompts have 0; give one with prepare(question, images=...)."
-            )
+        if missing := an_image(inputs.n_images):
+            raise InputError(f"A patch map {missing}")
         return cls(inputs.layouts)
 
     @cached_property
@@ -122,11 +121,8 @@ class ImageAxes:
 
     def positions_of_all(self, inputs: Inputs) -> Int[Tensor, "prompt image place"]:
         """The same for several prompts; raises `InputError` unless they have equally many images, one at least."""
-        counts = inputs.images_per_prompt
-        if len(set(counts)) != 1 or not counts[0]:
-            raise InputError(
-                f"A patch map needs images, equally many in every prompt; the prompts have {', '.join(map(str, counts))}."
-            )
+        if missing := images_alike(inputs.images_per_prompt):
+            raise InputError(f"A patch map {missing}")
         return to_device(torch.stack([self.positions(m) for m in inputs.token_maps]), inputs.device)
 
     def at_images(self, by_image: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, "image place"]:

@@ -22,6 +22,7 @@ from hooked_llava.checks import one_of, whole_number, whole_numbers
 from hooked_llava.errors import InputError
 from hooked_llava.model.attached_sae import AttachedSAE, Autoencoder, place_of_sae
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.options.attribution_methods import ATTRIBUTION_METHODS, AttributionMethod, Pooling
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
@@ -76,7 +77,7 @@ def feature_attribution(
     20
     """
     one_of(method, ATTRIBUTION_METHODS, "method")
-    prompt = model.as_inputs(inputs).single("feature_attribution").padded_left()
+    prompt = supported_inputs("feature_attribution", model, inputs).padded_left()
     name = place_of_sae(sae, hook, model.hooks_table, None if any_model else model.config.model_name)
     at = _checked_hook(model, name)
     whole_number(steps, "steps", least=1)

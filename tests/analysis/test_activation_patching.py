@@ -137,7 +137,7 @@ def test_text_only() -> None:
     found = activation_patching(model, clean, corrupted, metric=metric)
     cells = [(0, p) for p in range(clean.shape[1])]
     close(found, [patch_cells(model, clean, corrupted, f"blocks.{i}.hook_resid_pre", cells, metric) for i in range(3)])
-    with pytest.raises(HookNameError, match="no image"):
+    with pytest.raises(InputError, match="hook_image_embed.*images.*0"):
         activation_patching(model, clean, corrupted, hook="hook_image_embed", metric=metric)
 
 

@@ -43,9 +43,9 @@ def test_what_is_missing_went_to_text() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     models = pair()
-    with pytest.raises(InputError, match="prompt.*image.*got 2 prompts with 2 images"):
+    with pytest.raises(InputError, match="image_attention.*one prompt, got 2"):
         image_attention(models.ours, models.prompt(batch=2))
-    with pytest.raises(InputError, match="got 1 prompts with 0 images"):
+    with pytest.raises(InputError, match="image_attention.*images.*0"):
         image_attention(models.ours, models.prompt(n_images=0))
     with pytest.raises(InputError, match="position='image'.*4 positions.*'last'"):
         image_attention(models.ours, models.prompt(), position="image")

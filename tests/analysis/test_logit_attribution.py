@@ -153,7 +153,7 @@ def test_patches_of_several_images_and_of_none() -> None:
     token_map = models.ours.as_inputs(models.prompt(n_images=2)).token_map
     value = sources.sel(source=token_map.patch_to_position(1, 0, image=1))
     np.testing.assert_allclose(found.sel(image=1, patch_row=1, patch_col=0), value)
-    with pytest.raises(InputError, match="needs an image"):
+    with pytest.raises(InputError, match=r"by='patch'.*images.*0"):
         logit_attribution(models.ours, models.prompt(n_images=0), 7, by="patch")
 
 

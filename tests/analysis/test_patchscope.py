@@ -135,9 +135,8 @@ def test_the_identity_prompt_where_the_tokenizer_can_say_it(monkeypatch: pytest.
     source = model.prepare("What color is the star?")
     with pytest.raises(InputError, match=r"'cat->cat; 1135->1135; hello->hello; \?->'.*target="):
         patchscope(model, source)
-    monkeypatch.setattr(
-        importlib.import_module("hooked_llava.analysis.patchscope"), "IDENTITY", "red red blue blue ? red"
-    )
+    for module in ("analysis.patchscope", "model.requirements"):
+        monkeypatch.setattr(importlib.import_module(f"hooked_llava.{module}"), "IDENTITY", "red red blue blue ? red")
     found = patchscope(model, source, max_new_tokens=1)
     named = model.prepare("red red blue blue ? red", template=None)
     how: dict[str, Any] = {"target": named, "target_position": named.token_map.find("?"), "max_new_tokens": 1}

@@ -64,9 +64,9 @@ def test_other_image_from_inputs_and_its_refusals() -> None:
     assert torch.equal(other_image(bare, clean, other).pixel_values, other.pixel_values)
     with pytest.raises(InputError, match="none that differs"):
         other_image(bare, clean, clean)
-    with pytest.raises(InputError, match="need a processor"):
+    with pytest.raises(InputError, match=r"pool=images.*processor=.*from_hf"):
         other_image(bare, clean, [image(0)])
-    with pytest.raises(InputError, match="no image"):
+    with pytest.raises(InputError, match="an image.*images="):
         other_image(model(), model().prepare(QUESTION), [image(0)])
 
 
@@ -92,7 +92,7 @@ def test_other_question_fits_position_by_position() -> None:
         other_question(model(), clean, pool[:2])
     with pytest.raises(InputError, match="takes one prompt, got 2"):
         other_question(model(), model().prepare([QUESTION, QUESTION]), pool)
-    with pytest.raises(InputError, match="original images"):
+    with pytest.raises(InputError, match="other_question.*original image"):
         other_question(pair().ours, pair().ours.as_inputs(pair().prompt()), pool)
 
 

@@ -142,7 +142,7 @@ def test_places_that_are_not_there_are_nan() -> None:
 
 
 def test_images_are_needed() -> None:
-    with pytest.raises(InputError, match=r"images.*prompts have 0.*images=..."):
+    with pytest.raises(InputError, match=r"an image.*none.*images=..."):
         ImageAxes.of(inputs_of([]))
     inputs = inputs_of([by_hand()], [])
     with pytest.raises(InputError, match=r"images.*prompts have 1, 0"):

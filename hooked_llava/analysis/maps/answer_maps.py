@@ -11,6 +11,7 @@ from hooked_llava.analysis.maps.sinks import sink_positions, without_sinks_of
 from hooked_llava.analysis.patch_importance import patch_importance
 from hooked_llava.checks import one_of
 from hooked_llava.errors import InputError
+from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import read_answer
@@ -58,7 +59,7 @@ def answer_maps(
     (['Orange', 'star'], 1)
     """
     one_of(method, PATCH_MAPS, "method")
-    prompt = model.as_inputs(inputs).single("answer_maps")
+    prompt = supported_inputs("answer_maps", model, inputs)
     given, generated = _given(model, prompt, answer, max_new_tokens)
     reading = read_answer(model, prompt, given)
     assert reading.ids is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_llava.checks import finite_number
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.components.hook_point import reads_only
+from hooked_llava.model.requirements import check_supported
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import unwrap_single
 from hooked_llava.results.arrays import to_numpy
@@ -50,6 +51,7 @@ def sink_positions(model: HookedLLaVA, inputs: Any, *, norm: float = 5.0, attent
     for name, value in (("norm", norm), ("attention", attention)):
         finite_number(value, name, least=1.0)
     prompts = model.as_inputs(inputs)
+    check_supported("sink_positions", model, prompts)
     axes = ImageAxes.of(prompts)
     where = axes.positions_of_all(prompts)
     with provenance("sink_positions", model, prompts, n_forward=1, norm=norm, attention=attention) as made:
