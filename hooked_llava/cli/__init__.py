@@ -9,6 +9,7 @@ Everything heavy is imported inside the commands, so that `--help` is quick.
 import typer
 
 from hooked_llava.cli.ask import ask
+from hooked_llava.cli.describe import describe
 from hooked_llava.cli.edit import edit
 from hooked_llava.cli.explain import explain
 from hooked_llava.cli.knockout import knockout
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which --help lists them.
-for _command in (ask, explain, patch, knockout, probability, pope, trace, edit, verify):
+for _command in (ask, explain, patch, knockout, probability, pope, trace, edit, describe, verify):
     app.command(epilog=_command.epilog)(_command.run)
 app.add_typer(sae_app, name="sae")
 

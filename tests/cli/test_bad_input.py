@@ -90,7 +90,8 @@ def test_bad_input_gets_an_answer_that_says_what_to_do(case, folder, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "command", ["ask", "explain", "patch", "knockout", "probability", "pope", "trace", "edit", "sae", "verify"]
+    "command",
+    ["ask", "explain", "patch", "knockout", "probability", "pope", "trace", "edit", "sae", "describe", "verify"],
 )
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
