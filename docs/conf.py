@@ -28,7 +28,7 @@ from hooked_llava.architecture.supported import supported
 from hooked_llava.datasets import formats
 from hooked_llava.editing import roles
 from hooked_llava.errors import HookedLLaVAError
-from hooked_llava.options import attribution_methods, edit_methods, feature_scores, patch_maps, steering_modes
+from hooked_llava.options import attribution_methods, edit_methods, feature_scores, patch_maps, steering_modes, support
 
 project = "hooked_llava"
 author = "hooked_llava contributors"
@@ -69,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steering-mode-table": steering_modes.markdown_table,
     "attribution-method-table": attribution_methods.markdown_table,
     "feature-score-table": feature_scores.markdown_table,
+    "support-table": support.markdown_table,
     "table-format-table": formats.markdown_table,
 }
 """Directives that are a table made from a registry of the library when the documentation is built."""
