@@ -224,7 +224,7 @@ def _each_pair(
             changes = {name: there.held.pop(name) - here.held[name].detach() for name in changing}
             points = _along_path(model, base, start, end, at_points, logit_positions, steps) if steps else [here]
             result = sum(estimate(base, changes, point, measure) for point in points) / max(1, steps)
-            results.append(result.assign_attrs(made.attrs(**baselines)))
+            results.append(result.assign_attrs(made.attrs(**baselines, n_backward=max(1, steps))))
     return results
 
 

@@ -61,7 +61,7 @@ def neuron_scores(
     its linear part, which is never less, and `activation` m_n, the mean over the answer's tokens. `token`, `token_id` and
     `value` [layer, rank, word] are the largest logits of what the neuron writes, m_n W_out[n]. `certain` [layer] says whether
     no other neuron of the layer can have a larger score: False only where half a forward pass did not suffice to show it.
-    One forward pass, and at most half of one more (attribute `work`), beyond `top` neurons in every layer. Scores do not add
+    One forward pass (`n_forward`), and at most half of one more (`work`), beyond `top` neurons in every layer. Scores do not add
     up, and say nothing of what the answer would be without a neuron. Raises `InputError` for layers, a `top` or a k that
     are not there.
 
@@ -80,7 +80,7 @@ def neuron_scores(
         cache, made.n_forward = as_answer_cache(model, inputs, target, ("attn_out", "post"))
         several = range(len(cache.logit_positions))
         results = [_one_prompt(cache.take([i]), prompts[i], chosen, top, k) for i in several]
-        work = made.n_forward + sum(float(result.attrs["work"]) for result in results) / len(results)
+        work = sum(float(result.attrs["work"]) for result in results) / len(results)
         joined = results[0] if len(results) == 1 else stack(results, "prompt")
         return joined.assign_attrs(made.attrs(**cache.target_attrs(), work=work))
 

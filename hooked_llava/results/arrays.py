@@ -37,7 +37,7 @@ _OF_OLD_NAMES = ("information_storage", "attention_knockout", "answer_probabilit
 """Analyses, and names of arrays, in whose files they may stand."""
 _OLD_VALUES = {"window_reading": {"centred": "centered"}}
 """Values of attributes as version 0.1 wrote them."""
-_ADDED = ("n_forward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
+_ADDED = ("n_forward", "n_backward", "seconds", "work", "runs")  # attributes that add up over prompt pairs
 _LISTED = (  # attributes that each prompt or pair has its own of
     *("clean", "corrupted", "prompt", "images", "corrupted_prompt", "corrupted_images"),
     *("logit", "rest"),

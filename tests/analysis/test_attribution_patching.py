@@ -69,11 +69,14 @@ def test_integrated_gradients_are_complete() -> None:
     assert float(plain["hook_embed"].sum()) != pytest.approx(plain.clean - plain.corrupted, rel=0.1)
 
 
-@pytest.mark.parametrize("geometry", ["plain", "grouped", "biases"])
-def test_every_edge_is_the_change_times_the_gradient_at_the_readers_own_copy(geometry: str) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "steps"), [("plain", 0), ("grouped", 0), ("biases", 0), ("plain", 3), ("grouped", 2)]
+)
+def test_every_edge_is_the_change_times_the_gradient_at_the_readers_own_copy(geometry: str, steps: int) -> None:
     model, clean, corrupted = prompts(geometry)
-    found = edge_attribution(model, clean, corrupted, metric=metric)
-    expected = edges(model, clean, corrupted, metric)
+    found = edge_attribution(model, clean, corrupted, metric=metric, steps=steps)
+    assert (found.n_forward, found.n_backward) == (2 + steps, max(1, steps))
+    expected = edges(model, clean, corrupted, metric, steps)
     for (sender, receiver), value in expected.items():
         row = found.sel(receiver=receiver)
         layer, _, head = sender.removesuffix(" mlp").removeprefix("L").partition("H")

@@ -108,28 +108,38 @@ def gradient_at(model: Any, inputs: Any, name: str, metric: Metric, read: int | 
     return leaves[0].grad
 
 
-def gradient_at_copies(model: Any, inputs: Any, name: str, metric: Metric) -> Tensor:
-    """Gradient of the metric at each head's own copy of the stream (`q_input` and its kin), by a whole backward pass."""
+def gradient_at_copies(model: Any, inputs: Any, name: str, metric: Metric, entering: Tensor | None = None) -> Tensor:
+    """Gradient of the metric at each head's own copy of the stream (`q_input` and its kin), by a whole backward pass.
+
+    The run may begin with other embeddings than the prompt's.
+    """
     copies = []
 
     def replace(tensor: Tensor, hook: Any) -> Tensor:
         copies.append(tensor.detach().clone().requires_grad_())
         return copies[0]
 
+    begin = [] if entering is None else [("hook_embed", lambda tensor, hook: entering.clone())]
     with torch.enable_grad():
-        value = metric(model.run_with_hooks(inputs, fwd_hooks=[(name, replace)])[0, -1])
+        value = metric(model.run_with_hooks(inputs, fwd_hooks=[*begin, (name, replace)])[0, -1])
     return torch.autograd.grad(value, copies[0])[0]
 
 
-def edges(model: Any, source: Any, base: Any, metric: Metric) -> dict[tuple[str, str], float]:
+def edges(model: Any, source: Any, base: Any, metric: Metric, steps: int = 0) -> dict[tuple[str, str], float]:
     """Change of every sender times the gradient at every receiver behind it, by (sender, receiver).
 
-    Senders are "embed", "L0H1" and "L0 mlp", receivers "L1H0 q" (k, v), "L1 mlp" and "logits".
+    Senders are "embed", "L0H1" and "L0 mlp", receivers "L1H0 q" (k, v), "L1 mlp" and "logits". With steps the gradient is the
+    mean over runs that begin at the midpoints of as many equal parts of the line between both prompts' embeddings (EAP-IG).
     """
     n_layers = model.cfg.n_layers
     there, here = outputs_of(model, source), outputs_of(model, base)
     embed = [activations(model, inputs, ["hook_embed"])["hook_embed"] for inputs in (source, base)]
     senders = {("embed", -1): embed[0] - embed[1]}
+    line = [embed[1] + (i + 0.5) / steps * (embed[0] - embed[1]) for i in range(steps)] or [None]
+
+    def gradient(name: str) -> Tensor:
+        return sum(gradient_at_copies(model, base, name, metric, at) for at in line) / len(line)
+
     receivers: dict[tuple[str, int], Tensor] = {}
     for layer in range(n_layers):
         result, mlp = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.hook_mlp_out"
@@ -137,17 +147,13 @@ def edges(model: Any, source: Any, base: Any, metric: Metric) -> dict[tuple[str,
             senders[f"L{layer}H{head}", 2 * layer] = change
         senders[f"L{layer} mlp", 2 * layer + 1] = there[mlp] - here[mlp]
         for x in "qkv":
-            gradient = gradient_at_copies(model, base, f"blocks.{layer}.attn.hook_{x}_input", metric)
-            for head, own in enumerate(gradient.unbind(2)):
+            for head, own in enumerate(gradient(f"blocks.{layer}.attn.hook_{x}_input").unbind(2)):
                 receivers[f"L{layer}H{head} {x}", 2 * layer] = own
-        receivers[f"L{layer} mlp", 2 * layer + 1] = gradient_at_copies(
-            model, base, f"blocks.{layer}.hook_mlp_in", metric
-        )
-    last = gradient_at(model, base, f"blocks.{n_layers - 1}.hook_resid_post", metric)
-    receivers["logits", 2 * n_layers] = last
+        receivers[f"L{layer} mlp", 2 * layer + 1] = gradient(f"blocks.{layer}.hook_mlp_in")
+    receivers["logits", 2 * n_layers] = gradient(f"blocks.{n_layers - 1}.hook_resid_post")
     return {
-        (sender, receiver): float((change * gradient).sum())
+        (sender, receiver): float((change * own).sum())
         for (sender, at), change in senders.items()
-        for (receiver, before), gradient in receivers.items()
+        for (receiver, before), own in receivers.items()
         if at < before
     }
