@@ -29,8 +29,8 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.metrics import log_probability
 from hooked_llava.results.image_axes import ImageAxes
 from hooked_llava.sae import SAEConfig, SparseAutoencoder, feature_attribution
+from tests.analyses import LANGUAGES, TILED, hf_of, image, model_of, prompts
 from tests.pretend_device import accelerators
-from tests.test_family_analyses import LANGUAGES, TILED, hf_of, image, model_of, prompts
 
 ANSWER, OTHER = 20, 21
 BOX, THERE = (0, 0, 8, 8), (9, 9, 17, 17)
