@@ -19,13 +19,13 @@ from hooked_llava.errors import counted
 from hooked_llava.model.hooked_module import HookedModule
 from hooked_llava.model.requirements import OF_PROMPTS, missing_for
 from hooked_llava.options.needs import NEEDS
-from hooked_llava.options.support import needs_of_calls
+from hooked_llava.options.support import needs_of_calls, shortest
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.positions import Positions, format_runs
 from hooked_llava.prompt.spans import NEWLINES
 from hooked_llava.prompt.token_map import TokenMap
 
-_WIDTH = 110
+_WIDTH = 88
 _PROMPTS_SHOWN = 8
 
 
@@ -102,7 +102,7 @@ class Description:
                 *_section("inputs", [] if self.inputs is None else _prompts(self.inputs, self.config.language)),
                 *_section("hooks that this model lacks", ((_shown(one.names), one.why) for one in self.lacks)),
                 *_section("not supported", _grouped(self.reasons)),
-                *_section("supported", [(_listed(self.supported), "")]),
+                *_section("supported", [(", ".join(shortest(self.supported)), "")]),
                 *_section(
                     "of these, some need of their prompts", _needs(self.supported) if self.inputs is None else []
                 ),
@@ -130,23 +130,14 @@ def _grouped(reasons: Mapping[str, str | None]) -> list[tuple[str, str]]:
     for call, reason in reasons.items():
         if reason is not None:
             calls[reason].append(call)
-    return [(reason, _listed(names)) for reason, names in calls.items()]
+    return [(reason, ", ".join(shortest(names))) for reason, names in calls.items()]
 
 
 def _needs(supported: Sequence[str]) -> list[tuple[str, str]]:
     """What prompts must have, and for which calls."""
     needs = needs_of_calls()
     calls = {NEEDS[need]: [call for call in supported if need in needs[call]] for need in NEEDS if need in OF_PROMPTS}
-    return [(meaning, _listed(names)) for meaning, names in calls.items() if names]
-
-
-def _listed(calls: Sequence[str]) -> str:
-    """Names of calls in a line; a call that is among them goes for its options.
-
-    >>> _listed(["path_patching", "path_patching(receivers='mlp')", "answer_without(patches=...)"])
-    'path_patching, answer_without(patches=...)'
-    """
-    return ", ".join(call for call in calls if call == (name := call.partition("(")[0]) or name not in calls)
+    return [(meaning, ", ".join(shortest(names))) for meaning, names in calls.items() if names]
 
 
 def _shown(names: tuple[str, ...]) -> str:
@@ -172,9 +163,9 @@ def _images(token_map: TokenMap, cfg: TowerConfig) -> Iterator[str]:
     for image, (here, layout) in enumerate(zip(token_map.image_ranges, token_map.layouts, strict=True)):
         grids = " + ".join(f"{grid.name} {grid.rows.cells} x {grid.columns.cells}" for grid in layout.grids)
         tiles, size = counted(layout.n_tiles, "tile"), layout.original_size
-        original = "the original is not known" if size is None else f"the original has {size[0]} x {size[1]} pixels"
+        original = "original not known" if size is None else f"original {size[0]} x {size[1]} pixels"
         first = ", class token first" if layout.class_token else ""
-        yield f"image {image}: {grids} patches of {tiles}{first}, at {format_runs(here)}; {original}"
+        yield f"image {image} at {format_runs(here)}: {grids} patches of {tiles}{first}; {original}"
         if cfg.window is not None and here.stop <= token_map.real.stop - cfg.window:
             layers = format_runs(Positions(cfg.windowed_layers))
             yield f"  outside the {cfg.window} positions that the last one sees in layers {layers}: attention is 0 there"

@@ -6,7 +6,7 @@ own, such as "path_patching(receivers='mlp')".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hooked_llava.options.markdown import markdown_rows
 from hooked_llava.options.needs import NEEDS, Need
@@ -95,6 +95,15 @@ def needs_of_calls() -> dict[str, tuple[Need, ...]]:
     return CALLS | {f"patch_importance(method={name!r})": one.needs for name, one in PATCH_MAPS.items()}
 
 
+def shortest(calls: Sequence[str]) -> list[str]:
+    """Calls without their options where the call with the least is among them.
+
+    >>> shortest(["path_patching", "path_patching(receivers='mlp')", "answer_without(patches=...)"])
+    ['path_patching', 'answer_without(patches=...)']
+    """
+    return [call for call in calls if call == (name := call.partition("(")[0]) or name not in calls]
+
+
 def markdown_table(calls: Mapping[str, tuple[Need, ...]] | None = None) -> str:
     """What is needed, and the calls that need it, as a table for the documentation.
 
@@ -102,5 +111,8 @@ def markdown_table(calls: Mapping[str, tuple[Need, ...]] | None = None) -> str:
     True
     """
     calls = needs_of_calls() if calls is None else calls
-    rows = [(NEEDS[need], ", ".join(f"`{call}`" for call, own in calls.items() if need in own)) for need in NEEDS]
+    rows = []
+    for need, meaning in NEEDS.items():
+        own = shortest([call for call, needs in calls.items() if need in needs])
+        rows.append((meaning, ", ".join(f"`{call}`" for call in own)))
     return markdown_rows(("needed", "by"), rows)
