@@ -241,6 +241,7 @@ NOT_MIRRORED = (
     "test_patch_world",
     "test_dtypes",
     "test_several_devices",
+    "test_little_memory",
     "test_files_of_0_1",
     "test_layer_norm",
     "test_spellings",

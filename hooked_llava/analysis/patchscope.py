@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooked_llava.checks import as_index, as_indices, whole_number
 from hooked_llava.errors import InputError
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import in_batches, to_device
 from hooked_llava.model.requirements import require, supported_inputs
 from hooked_llava.options.patchscopes import IDENTITY
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
@@ -280,10 +280,13 @@ def _texts(
     if n.new == 1:
         first = reader.generate(place.prompt, 1, return_type="tokens")
         return [decode_text(reader, [one]) for one in found[1][:, 0].tolist()], decode_text(reader, first[0].tolist())
-    texts: list[str] = []
-    for start in range(0, len(entering), n.rows):
-        rows = slice(start, start + n.rows)
-        texts += _generated(reader, place, vectors[rows], entering[rows], n.new)
+    every = range(len(entering))
+    batches = (every[start : start + n.rows] for start in every[:: n.rows])
+
+    def said(rows: range) -> list[str]:
+        return _generated(reader, place, vectors[rows.start : rows.stop], entering[rows.start : rows.stop], n.new)
+
+    texts = [text for _, some in in_batches(batches, said) for text in some]
     (before,) = _generated(reader, place, vectors[:0], [], n.new)
     return texts, before
 

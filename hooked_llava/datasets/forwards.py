@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ from hooked_llava.datasets.prefetch import prefetched
 from hooked_llava.datasets.prompts import DataOptions, Progress, PromptRow, PromptSource
 from hooked_llava.datasets.rows import with_row_spans
 from hooked_llava.errors import InputError, SpanError
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import in_batches, to_device
 from hooked_llava.model.attached_sae import vector_width
 from hooked_llava.model.cache_hooks import axis_sizes
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
@@ -53,13 +53,24 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Prompts that are about to be run: as they are given, inputs, which of [batch pos] are kept, where those are."""
+    """Prompts that are about to be run: as they are given, inputs, which of [batch pos] are kept, where those are.
+
+    `afters` are how far the data are read with each of them; `placed` makes one of these of prompts, inputs and `afters`.
+    """
 
     prompts: tuple[PromptRow, ...]
     inputs: Inputs
     index: Int[Tensor, " activation"]
     places: Int[Tensor, "activation column"]
-    after: Progress
+    afters: tuple[Progress, ...]
+    placed: Callable[..., _Prepared]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, part: slice) -> _Prepared:
+        """Some of the prompts."""
+        return self.placed(self.prompts[part], self.inputs[part], self.afters[part])
 
 
 class ModelSource:
@@ -92,36 +103,39 @@ class ModelSource:
         self.prefetch = whole_number(prefetch, "prefetch", least=0)
 
     def chunks(self, start: Progress, *, shuffled: bool = True) -> Generator[Chunk]:
-        """The activations of all prompts from some progress on, one forward pass after the other."""
+        """The activations of all prompts from some progress on, one forward pass after the other.
+
+        Of fewer prompts at once where memory runs out, with a warning.
+        """
         batches = self._batches(start, shuffled=shuffled)
-        for prepared in prefetched(lambda: next(batches, None), self.prefetch):
-            yield Chunk(self._forward(prepared), prepared.after, prepared.inputs, prepared.prompts)
+        ahead = prefetched(lambda: next(batches, None), self.prefetch)
+        for prepared, rows in in_batches(ahead, self._forward):
+            yield Chunk(rows, prepared.afters[-1], prepared.inputs, prepared.prompts)
 
     def _batches(self, start: Progress, *, shuffled: bool) -> Iterator[_Prepared]:
-        waiting: list[PromptRow] = []
-        after = start
+        waiting: list[tuple[PromptRow, Progress]] = []
         for row, now in self.prompts.rows(start, shuffled=shuffled):
             if waiting and (row.prepared is not None or len(waiting) == self.prompts_per_forward):
-                yield self._prepare(waiting, after)
+                yield self._prepare(waiting)
                 waiting = []
-            waiting.append(row)
-            after = now
+            waiting.append((row, now))
             if row.prepared is not None:
-                yield self._prepare(waiting, after)
+                yield self._prepare(waiting)
                 waiting = []
         if waiting:
-            yield self._prepare(waiting, after)
+            yield self._prepare(waiting)
 
-    def _prepare(self, rows: list[PromptRow], after: Progress) -> _Prepared:
-        numbers = [row.row for row in rows]
+    def _prepare(self, read: list[tuple[PromptRow, Progress]]) -> _Prepared:
+        rows, afters = zip(*read, strict=True)
         try:
-            inputs = self._inputs(rows)
-            index, places = self._at(inputs, numbers)
+            return self._placed(rows, self._inputs(rows), afters)
         except (InputError, SpanError) as error:
-            error.args = (f"Rows {numbers} of data: {error}",)
+            error.args = (f"Rows {[row.row for row in rows]} of data: {error}",)
             raise
-        where = to_device(index, inputs.device)
-        return _Prepared(tuple(rows), inputs, where, torch.cat(places), after)
+
+    def _placed(self, rows: tuple[PromptRow, ...], inputs: Inputs, afters: tuple[Progress, ...]) -> _Prepared:
+        index, places = self._at(inputs, [row.row for row in rows])
+        return _Prepared(rows, inputs, to_device(index, inputs.device), torch.cat(places), afters, self._placed)
 
     def _at(self, inputs: Inputs, rows: list[int]) -> tuple[list[int], list[Int[Tensor, "activation column"]]]:
         """Which vectors of the hooks' tensors are kept, their first two axes as one; and the places of each prompt's."""
@@ -141,7 +155,7 @@ class ModelSource:
             places = [places_of(m, row, at) for m, row, at in zip(maps, rows, kept, strict=True)]
         return [first * n + position for first, positions in enumerate(kept) for position in positions], places
 
-    def _inputs(self, rows: list[PromptRow]) -> Inputs:
+    def _inputs(self, rows: Sequence[PromptRow]) -> Inputs:
         if rows[0].prepared is not None:
             return self.model.as_inputs(rows[0].prepared).single("An entry of data")
         images = [row.images or None for row in rows]

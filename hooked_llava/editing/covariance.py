@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,10 @@ from hooked_llava.checks import as_indices, whole_number
 from hooked_llava.editing import weight_records
 from hooked_llava.editing.request import check_editable
 from hooked_llava.errors import InputError
+from hooked_llava.machine.devices import in_batches
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import WeightsId, check_same_weights, samples
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.where import resolve_positions
 from hooked_llava.storage import read_tensors, write_tensors
@@ -168,13 +171,17 @@ def key_covariances(
     chosen = as_indices(layers, model.cfg.n_layers, "layers")
     names = {layer: model.hooks_table.name("mlp.post", layer) for layer in chosen}
     totals, n = dict[int, Tensor](), 0
-    for prompt in prompts:
-        inputs = model.as_inputs(prompt)
-        _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), stop_at_layer=max(chosen) + 1)
+
+    def keys_of(inputs: Inputs) -> dict[int, Tensor]:
+        how: dict[str, Any] = {"names_filter": list(names.values()), "stop_at_layer": max(chosen) + 1}
+        _, cache = model.run_with_cache(inputs, **how)
+        return {layer: cache[name] for layer, name in names.items()}
+
+    for inputs, found in in_batches(map(model.as_inputs, prompts), keys_of):
         for row, one in enumerate(inputs):
             where = resolve_positions(positions, one)[0]
-            for layer, name in names.items():
-                keys = cache[name][row, where].double()
+            for layer in chosen:
+                keys = found[layer][row, where].double()
                 totals[layer] = totals.get(layer, 0) + keys.T @ keys
             n += len(where)
     if not totals:

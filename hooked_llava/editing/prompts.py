@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from hooked_llava.checks import whole_number
 from hooked_llava.editing import weight_records
 from hooked_llava.editing.magnitude import generated_answers
 from hooked_llava.errors import InputError
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import in_batches, to_device
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.model.weights_id import same_samples, samples
+from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.token_map import TokenMap
 from hooked_llava.readout.answer import NOTHING
@@ -81,7 +82,7 @@ class KeptPrompts:
         Weights that act before that layer count as they were when the prompts were kept.
         """
         start = max(kept for kept in self.kept.resid if kept <= layer)
-        return self.kept.logits(start, queries=[self.kept.n_positions - 1])[:, 0]
+        return self._rerun(lambda kept, _: kept.logits(start, queries=[kept.n_positions - 1])[:, 0])
 
     @torch.no_grad()
     def answer_logits(self, ids: Int[Tensor, "prompt read"], layer: int = 0) -> Float[Tensor, "prompt read d_vocab"]:
@@ -92,8 +93,22 @@ class KeptPrompts:
         n_read = ids.shape[1]
         if n_read == 1:
             return self.logits(layer)[:, None]
-        whole = self.kept.appended(to_device(ids[:, :-1].clamp(min=0), self.before.device))
-        return whole.logits(0, queries=range(whole.n_positions - n_read, whole.n_positions))
+        before = to_device(ids[:, :-1].clamp(min=0), self.before.device)
+
+        def answered(kept: KeptRun, rows: slice) -> Tensor:
+            whole = kept.appended(before[rows])
+            return whole.logits(0, queries=range(whole.n_positions - n_read, whole.n_positions))
+
+        return self._rerun(answered)
+
+    def _rerun(self, work: Callable[[KeptRun, slice], Tensor]) -> Tensor:
+        """What the work makes of all prompts; where memory runs out, of some after the others."""
+
+        def part(rows: range) -> Tensor:
+            own = slice(rows.start, rows.stop)
+            return work(self.kept if len(rows) == len(self) else self.kept[own], own)
+
+        return torch.cat([found for _, found in in_batches([range(len(self))], part)])
 
 
 @torch.no_grad()
@@ -121,14 +136,15 @@ def keep_prompts(
     wanted = sorted({0, *(whole_number(layer, "A layer to keep") for layer in layers)})
     if wanted[0] < 0 or wanted[-1] > n_layers:
         raise InputError(f"layers={list(layers)} are out of range; expected 0..{n_layers}, {n_layers} being the end.")
-    runs, before, answers = [], [], []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        if max_new_tokens:
-            answers.append(generated_answers(model, batch, max_new_tokens))
+
+    def kept(batch: Inputs) -> tuple[KeptRun, Tensor, Tensor | None]:
+        answers = generated_answers(model, batch, max_new_tokens) if max_new_tokens else None
         run = keep(model, batch, layers={*wanted, n_layers}, keys_and_values=False)
-        before.append(run.logits(n_layers, queries=[-1])[:, 0])
-        runs.append(replace(run, resid={layer: run.resid[layer] for layer in wanted}))
+        resid = {layer: run.resid[layer] for layer in wanted}
+        return replace(run, resid=resid), run.logits(n_layers, queries=[-1])[:, 0], answers
+
+    batches = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    runs, before, answers = zip(*(found for _, found in in_batches(batches, kept)), strict=True)
     return KeptPrompts(
         kept=joined_runs(runs),
         before=torch.cat(before),

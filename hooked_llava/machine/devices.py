@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,21 @@ from torch import Tensor
 from hooked_llava.errors import HookedLLaVAWarning, InputError, warn_user
 from hooked_llava.storage import check_folder, on_disk
 
-_Item = TypeVar("_Item")
+
+@runtime_checkable
+class Batch(Protocol):
+    """Something that can be cut: a list of runs, a range of rows, prompts."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, part: slice, /) -> Self:
+        """Some of them."""
+        ...
+
+
+_Batch = TypeVar("_Batch", bound=Batch)
 _Result = TypeVar("_Result")
 
 
@@ -55,18 +69,21 @@ def keeper(
     return lambda x: on_disk(x.to(dtype or x.dtype), folder)
 
 
-def in_batches(
-    batches: Iterable[Sequence[_Item]], work: Callable[[Sequence[_Item]], _Result]
-) -> Iterator[tuple[Sequence[_Item], _Result]]:
+def in_batches(batches: Iterable[_Batch], work: Callable[[_Batch], _Result]) -> Iterator[tuple[_Batch, _Result]]:
     """Each batch, and what the work makes of it; where memory runs out the batch and all after it are halved.
 
-    Each halving is a `HookedLLaVAWarning`. Raises `torch.OutOfMemoryError` where not even one item fits.
+    A batch is asked for when those before it are done. Work that fails must leave nothing behind, since it is done again. Each
+    halving is a `HookedLLaVAWarning`. Raises `torch.OutOfMemoryError` where not even one item fits.
 
     >>> [(list(batch), total) for batch, total in in_batches([[1, 2], [3]], sum)]
     [([1, 2], 3), ([3], 3)]
     """
-    waiting, most = deque(batches), None
-    while waiting:
+    waiting, most, rest = deque[_Batch](), None, iter(batches)
+    while True:
+        if not waiting:
+            if (following := next(rest, None)) is None:
+                return
+            waiting.append(following)
         batch = waiting.popleft()
         if most is not None and len(batch) > most:
             waiting.extendleft(reversed([batch[i : i + most] for i in range(0, len(batch), most)]))

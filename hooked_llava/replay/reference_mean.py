@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
@@ -15,7 +16,7 @@ from transformer_lens import ActivationCache
 from hooked_llava.architecture.hooks import Hook
 from hooked_llava.architecture.layouts import layout_without_original
 from hooked_llava.errors import HookNameError, InputError
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import in_batches, to_device
 from hooked_llava.model.components.hook_point import HookPoint, reads_only
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
@@ -144,8 +145,9 @@ def _gather(model: HookedLLaVA, reference: Reference, places: list[Place]) -> No
             activation = _held(reference, place.hook)
             place.add(activation, _rows_of_cache(model, place, reference, activation))
     else:
-        for prompts in _batches(model, reference):
-            _run(model, prompts, places, names)
+        work = partial(_run, model=model, places=places, names=names)
+        for _ in in_batches(_batches(model, reference), work):
+            pass  # added up
 
 
 def _recorded_everywhere(state: ReplayState, names: list[str]) -> dict[str, Tensor]:
@@ -157,7 +159,7 @@ def _recorded_everywhere(state: ReplayState, names: list[str]) -> dict[str, Tens
     return recorded(state, run, names, list(range(state.kept.n_positions)))[1]
 
 
-def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[str]) -> None:
+def _run(prompts: Inputs, model: HookedLLaVA, places: list[Place], names: list[str]) -> None:
     """Run some prompts, as far as the hooks need it, and sum up what passes by; nothing is kept."""
 
     @reads_only
@@ -166,7 +168,13 @@ def _run(model: HookedLLaVA, prompts: Inputs, places: list[Place], names: list[s
             if place.hook.name == hook.name:
                 place.add(tensor, _rows(model, place, prompts))
 
-    model.run_with_hooks(prompts, fwd_hooks=[(names, add)], stop_at_layer=model.hooks_table.stop_after(names))
+    before = [(place.total, place.n) for place in places]
+    try:
+        model.run_with_hooks(prompts, fwd_hooks=[(names, add)], stop_at_layer=model.hooks_table.stop_after(names))
+    except torch.OutOfMemoryError:
+        for place, (total, n) in zip(places, before, strict=True):
+            place.total, place.n = total, n
+        raise
 
 
 def _batches(model: HookedLLaVA, reference: PromptsLike) -> Iterator[Inputs]:
