@@ -73,13 +73,17 @@ def generated_answers(
 ) -> Int[Tensor, "prompt read"] | None:
     """What each prompt is answered, decoding greedily: its tokens up to the end token, which does not count; -1 after them.
 
-    An answer that ends at once is its end token. None where the model has no position left for an answer.
+    A token that stands for an image ends it, too, as no prompt takes it as text. An answer that ends at once is its end token.
+    None where the model has no position left for an answer.
     """
     n_new = min(max_new_tokens, model.config.language.n_ctx - inputs.shape[1])
     if n_new < 1:
         return None
     ids = model.generate(inputs, n_new, return_type="tokens")
-    ended = torch.isin(ids, to_device(model.config.eos_token_ids, ids.device)).cumsum(-1) > 0
+    ended = (
+        torch.isin(ids, to_device([*model.config.eos_token_ids, model.config.image_token_id], ids.device)).cumsum(-1)
+        > 0
+    )
     ended[:, 0] = False
     ids = ids.masked_fill(ended, NOTHING)
     return ids[:, : int((ids >= 0).sum(-1).max())]

@@ -26,6 +26,7 @@ from hooked_llava.readout.answer_tokens import (
     AnswerLike,
     Target,
     answer_tokens,
+    check_appendable,
     continued,
     is_index,
     one_answer,
@@ -350,8 +351,9 @@ def append_tokens(
     """The prompts, padded on the left, with token ids appended as their span `answer`; -1 at the end stands for padding.
 
     Spans, words and images stay the prompts' own. `predicting` is a further span: the positions that predict the tokens.
-    Raises `InputError` where the model was made for fewer positions.
+    Raises `InputError` where the model was made for fewer positions, and for a token that stands for an image.
     """
+    check_appendable(model, ids)
     prompt, n, counts = inputs.padded_left().cpu(), ids.shape[1], (ids >= 0).sum(-1).tolist()
     filler = ids.gather(1, (ids >= 0).sum(-1, keepdim=True) - 1)  # a shorter answer's last token: it is never read
     fields: dict[str, Tensor] = {

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+
+from jaxtyping import Int
+from torch import Tensor
 
 from hooked_llava.errors import InputError
 from hooked_llava.prompt.inputs import Inputs
@@ -207,8 +211,29 @@ def without_end(model: HookedLLaVA, ids: Sequence[int]) -> list[int]:
     >>> without_end(model, [7, model.tokenizer.eos_token_id, 0])
     [7]
     """
-    ends = [i for i, token in enumerate(ids) if token in model.config.eos_token_ids]
-    return list(ids[: ends[0]] if ends else ids)
+    return list(takewhile(lambda token: token not in model.config.eos_token_ids, ids))
+
+
+def appendable(model: HookedLLaVA, ids: Sequence[int]) -> list[int]:
+    """Generated token ids up to the first that ends an answer or stands for an image, which no prompt takes as text.
+
+    >>> from hooked_llava import HookedLLaVA
+    >>> model = HookedLLaVA.from_pretrained("tiny-shapes")
+    >>> appendable(model, [7, model.config.image_token_id, 8])
+    [7]
+    """
+    return list(takewhile(lambda token: token != model.config.image_token_id, without_end(model, ids)))
+
+
+def check_appendable(model: HookedLLaVA, ids: Int[Tensor, "prompt n"]) -> None:
+    """Raise `InputError` for a token that stands for an image."""
+    image = model.config.image_token_id
+    if found := (ids == image).nonzero().tolist():
+        row, place = found[0]
+        raise InputError(
+            f"The answer of prompt {row} has token {image} at place {place}, which stands for an image; expected tokens of "
+            "text. Give an answer without it, or the tokens before it."
+        )
 
 
 def separator(model: HookedLLaVA, prompt: str, answer: str, of_template: str | None = None) -> str:

@@ -18,7 +18,7 @@ from hooked_llava.readout.answer import (
     said_until_wrong,
     teacher_forced,
 )
-from hooked_llava.readout.answer_tokens import Answer
+from hooked_llava.readout.answer_tokens import Answer, appendable
 from hooked_llava.replay.replay import Replay
 from tests.pairs import batch, pair
 
@@ -130,3 +130,11 @@ def test_one_answer_at_a_time() -> None:
         read_answer(ours, forced, 7, "target")
     apart = ours.as_inputs(batch([pair().prompt(seed=0, n_text=6), pair().prompt(seed=1, n_text=6)], "left"))
     assert append_tokens(ours, apart, torch.tensor([[7, 8], [9, -1]])).attention_mask[:, -1].tolist() == [True, False]
+
+
+def test_an_answer_holds_no_token_that_stands_for_an_image() -> None:
+    models = pair("grouped")
+    image = models.ours.config.image_token_id
+    with pytest.raises(InputError, match=rf"prompt 0 .*token {image} at place 1"):
+        teacher_forced(models.ours, models.prompt(), [7, image, 8])
+    assert appendable(models.ours, [7, image, 8]) == [7]

@@ -15,7 +15,7 @@ from hooked_llava.model.requirements import supported_inputs
 from hooked_llava.options.patch_maps import PATCH_MAPS
 from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.readout.answer import read_answer
-from hooked_llava.readout.answer_tokens import AnswerLike, one_answer, without_end
+from hooked_llava.readout.answer_tokens import AnswerLike, appendable, one_answer
 from hooked_llava.readout.vocabulary import decode_tokens
 from hooked_llava.results.arrays import stack
 
@@ -88,7 +88,7 @@ def _given(
     if prompt.token_map.n_answer:
         return None, 0
     said = model.generate(prompt, max_new_tokens=max_new_tokens, return_type="tokens")
-    own = without_end(model, said[0].tolist())
+    own = appendable(model, said[0].tolist())
     if not own:
         raise InputError("The model's own answer has no tokens; give one with answer=.")
     return [own], said.shape[1]

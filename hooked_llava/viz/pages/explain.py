@@ -27,7 +27,7 @@ from hooked_llava.prompt.inputs import Inputs
 from hooked_llava.prompt.prepare import InputsLike
 from hooked_llava.prompt.question import question_text
 from hooked_llava.readout.answer_cache import cache_answer
-from hooked_llava.readout.answer_tokens import single_token, without_end
+from hooked_llava.readout.answer_tokens import appendable, single_token
 from hooked_llava.readout.vocabulary import decode_text
 from hooked_llava.viz.pages.explain_context import explanation
 from hooked_llava.viz.pages.explain_summary import summary_of
@@ -120,7 +120,7 @@ def explain(
         begin("answering")
         tokens = answered_tokens(model, prompt, max_new_tokens)
         said, n_forward = answer_text(model, tokens), tokens.shape[1]
-        results = _results(model, prompt, options, without_end(model, tokens[0].tolist()), begin)
+        results = _results(model, prompt, options, appendable(model, tokens[0].tolist()), begin)
         begin("drawing")
         n_forward += sum(float(result.attrs["n_forward"]) for result in results.values())
         footer = run_footer(model, prompt, f"{n_forward:.0f} forward passes, {perf_counter() - started:.1f} s")

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from hooked_llava.analysis.head_scores import top_heads
+from hooked_llava.analysis.maps.answer_maps import answer_maps
 from hooked_llava.analysis.patch_importance import patch_importance
+from hooked_llava.editing.magnitude import generated_answers
 from hooked_llava.errors import InputError
 from hooked_llava.model.llava import HookedLLaVA
+from hooked_llava.toy.images import image_path
 from hooked_llava.viz.pages import explain as explain_module
 from hooked_llava.viz.pages.explain import STEPS, Report, explain
 from tests.builders import make_hf_model
 from tests.pairs import as_users_run
+from tests.tiled import with_processor
 from tests.viz.browser import Page, check_self_contained
 
 
@@ -49,6 +53,16 @@ def test_an_answer_of_several_tokens_has_a_map_for_each(report, model, inputs):
     one = explain(model, inputs, max_new_tokens=1, occlusion=False)
     assert "answer_maps" not in one.results
     assert "map of every token of the answer" not in one.html
+
+
+def test_an_answer_is_read_up_to_a_token_that_stands_for_an_image():
+    model = with_processor("onevision")
+    inputs = model.prepare("What color is the star?", images=image_path("demo"))
+    said = model.generate(inputs, return_type="tokens")[0].tolist()
+    image = said.index(model.config.image_token_id)  # random weights say anything
+    assert explain(model, inputs, occlusion=False).results["answer_maps"].sizes["token"] == min(image, 24)
+    assert answer_maps(model, inputs).sizes["token"] == image
+    assert generated_answers(model, inputs).shape[1] == image
 
 
 def test_a_text_only_report_has_no_section_about_images(text_report):
