@@ -144,21 +144,13 @@ def load_model(name: str, device: str, dtype: DType | None) -> HookedLLaVA:
 
 
 def chosen_device(name: str) -> str:
-    """The device that an option names; raises `InputError` for one that cannot be used here."""
-    import torch
-
+    """The device that an option names; raises `ConfigError` for one that cannot be used here."""
+    from hooked_llava.machine.devices import check_device
     from hooked_llava.machine.processes import own_accelerator
 
     if name == "auto":
         return own_accelerator() or "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
-        why = "torch knows no such device" if "device string" in said else said
-        raise InputError(
-            f"--device {name} cannot be used here ({why}); expected cpu, cuda, cuda:1, ... or auto."
-        ) from None
+    check_device(name, f"--device {name}", "cpu, cuda, cuda:1, ... or auto")
     return name
 
 

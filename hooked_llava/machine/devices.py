@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from hooked_llava.errors import HookedLLaVAWarning, InputError, warn_user
+from hooked_llava.errors import ConfigError, HookedLLaVAWarning, InputError, warn_user
 from hooked_llava.storage import check_folder, on_disk
 
 
@@ -30,6 +30,21 @@ class Batch(Protocol):
 
 _Batch = TypeVar("_Batch", bound=Batch)
 _Result = TypeVar("_Result")
+
+
+def check_device(device: torch.device | str, what: str, expected: str = "cpu, or an accelerator that is there, such as cuda:1") -> None:
+    """Raise `ConfigError` for a device that torch does not know, or that is not there.
+
+    >>> check_device("abacus", "device='abacus'")
+    Traceback (most recent call last):
+    hooked_llava.errors.ConfigError: device='abacus' cannot be used here (torch knows no such device); expected cpu, or an ...
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        why = "torch knows no such device" if "device string" in said else said
+        raise ConfigError(f"{what} cannot be used here ({why}); expected {expected}.") from None
 
 
 def to_device(numbers: Tensor | Sequence[Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:

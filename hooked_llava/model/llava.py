@@ -29,7 +29,7 @@ from hooked_llava.loading.saving import save
 from hooked_llava.loading.sharing import share_weights
 from hooked_llava.loading.supported import as_dtype, check_model
 from hooked_llava.loading.weights import load_into, read_headers
-from hooked_llava.machine.devices import to_device
+from hooked_llava.machine.devices import check_device, to_device
 from hooked_llava.model import generation
 from hooked_llava.model.components.assembly import assemble
 from hooked_llava.model.components.attention import AttentionContext
@@ -325,13 +325,14 @@ class HookedLLaVA(HookedModule):
 
         Raises `CheckpointError` naming the tensor and the file, and for a checkpoint of another kind (an adapter, weights
         that GPTQ or AWQ quantized, the original code's layout); `ConfigError` for another architecture, a dtype that is not
-        floating point, a quantization that is not supported, and a device_map that does not fit the model or that the model
-        does not fit into.
+        floating point, a quantization that is not supported, a device that is not there, and a device_map that does not fit the
+        model or that the model does not fit into.
 
         >>> HookedLLaVA.from_pretrained("tiny-shapes", dtype="bfloat16").cfg.dtype
         torch.bfloat16
         """
         wanted = as_dtype(dtype)
+        check_device(device, f"device={str(device)!r}")
         folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
         hf_config, files = read_config(folder), read_headers(folder)
         quantization, files = as_quantization(quantization_config, hf_config, files)
@@ -346,6 +347,8 @@ class HookedLLaVA(HookedModule):
             if str(device) != "cpu":
                 raise ConfigError(f"device={str(device)!r} and device_map={device_map!r}; give one of them.")
             places = placed(model, expected_tensors(config), device_map, dtype=wanted, max_memory=max_memory)
+            for place in set(places.values()):
+                check_device(place, f"device_map={device_map!r}: {place}")
         load_into(model, files, config, dtype=wanted, device=places)
         return model
 
