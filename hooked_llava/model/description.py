@@ -151,9 +151,9 @@ def _prompts(inputs: Inputs, cfg: TowerConfig) -> Iterator[tuple[str, str]]:
         side = "left" if token_map.real.start else "right"
         padded = f", {padding} more of padding on the {side}" if padding else ""
         yield f"prompt {row}: {counted(len(token_map.real), 'position')}{padded}", ""
-        yield from ((f"  {line}", "") for line in _images(token_map, cfg))
+        yield from (("", line) for line in _images(token_map, cfg))
         spans = (f"{name} {format_runs(positions)}" for name, positions in token_map.spans.items() if name != NEWLINES)
-        yield "  spans: " + "; ".join(spans), ""
+        yield "", "spans: " + "; ".join(spans)
     if (more := len(inputs) - _PROMPTS_SHOWN) > 0:
         yield f"and {counted(more, 'more prompt')}", ""
 
@@ -168,4 +168,4 @@ def _images(token_map: TokenMap, cfg: TowerConfig) -> Iterator[str]:
         yield f"image {image} at {format_runs(here)}: {grids} patches of {tiles}{first}; {original}"
         if cfg.window is not None and here.stop <= token_map.real.stop - cfg.window:
             layers = format_runs(Positions(cfg.windowed_layers))
-            yield f"  outside the {cfg.window} positions that the last one sees in layers {layers}: attention is 0 there"
+            yield f"outside the {cfg.window} positions that the last one sees in layers {layers}: attention is 0 there"

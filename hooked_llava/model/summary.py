@@ -41,8 +41,9 @@ def summary(model: nn.Module, config: LLaVAConfig) -> str:
         [
             f"{type(model).__name__}({config.model_name!r})",
             *(f"  {line}" for line in format_columns([_COLUMNS, *rows])),
-            f"  image: tiles of {side} x {side} pixels, {patch_rows} x {patch_columns} patches; features from the vision "
-            f"tower's hidden state{'s' * (len(vision.feature_layers) > 1)} {states}",
+            f"  image: tiles of {side} x {side} pixels, {'a' if vision.class_token else 'no'} class token and "
+            f"{patch_rows} x {patch_columns} patches; features from the tower's hidden "
+            f"state{'s' * (len(vision.feature_layers) > 1)} {states}",
             f"  text: {language.d_vocab:,} tokens in the vocabulary, prompts of up to {language.n_ctx:,} positions",
         ]
     )

@@ -305,6 +305,8 @@ def test_hooks_that_are_lacking_are_refused_with_the_same_words(name: str) -> No
         "phi-siglip": ["resid_mid", "pre_linear", "vision.ln_post", "vision.ln_pre"],
         "llama-clip": ["vision.blocks.2.", "vision.ln_post"],
     }[name]
+    token = "no" if "siglip" in name else "a"
+    assert f"{token} class token" in str(model.describe())
     for one in lacks:
         for part in one.names:
             assert not [hook for hook in model.hook_dict if hook in one]
