@@ -32,7 +32,9 @@ _Batch = TypeVar("_Batch", bound=Batch)
 _Result = TypeVar("_Result")
 
 
-def check_device(device: torch.device | str, what: str, expected: str = "cpu, or an accelerator that is there, such as cuda:1") -> None:
+def check_device(
+    device: torch.device | str, what: str, expected: str = "cpu, or an accelerator that is there, such as cuda:1"
+) -> None:
     """Raise `ConfigError` for a device that torch does not know, or that is not there.
 
     >>> check_device("abacus", "device='abacus'")
