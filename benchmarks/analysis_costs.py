@@ -84,7 +84,32 @@ def _patchscope(subject: Subject) -> Any:
     return analysis.patchscope(subject.model, subject.inputs, positions="question", **into)
 
 
+def _patched(subject: Subject, **how: Any) -> Any:
+    return analysis.activation_patching(subject.model, subject.inputs, subject.other, metric=_difference, **how)
+
+
+def _faithfulness(subject: Subject) -> Any:
+    given = subject.model, subject.inputs, subject.other
+    return analysis.faithfulness_curve(*given, _edges(subject, 0), [0, 100], _difference, n_random=1)
+
+
+def _probe(subject: Subject) -> Any:
+    prompts = [subject.inputs, subject.other] * 2
+    return analysis.probe_linear(subject.model, prompts, ["a", "b"] * 2, tokens="question", folds=2)
+
+
+def _deletion(subject: Subject) -> Any:
+    ranked = {"map": _map(subject, "attention")}
+    return analysis.deletion_curves(subject.model, subject.inputs, ranked, shares=(0, 0.5, 1))
+
+
 CALLS: Mapping[str, Call] = {
+    "next_tokens": lambda s: analysis.next_tokens(s.model, s.inputs),
+    "image_attention": lambda s: analysis.image_attention(s.model, s.inputs),
+    "attention_contribution": lambda s: analysis.attention_contribution(s.model, s.inputs, [s.named]),
+    "attention_to_object, two prompts": lambda s: analysis.attention_to_object(s.model, s.inputs, s.other, "object"),
+    "heads_by_attention": lambda s: analysis.heads_by_attention(s.model, s.inputs, "object"),
+    "logit_attribution, neurons": lambda s: analysis.logit_attribution(s.model, s.inputs, _ANSWER, _BASELINE, by="neuron"),
     "head_scores": lambda s: analysis.head_scores(s.model, s.inputs, _ANSWER),
     "layer_scores": lambda s: analysis.layer_scores(s.model, s.inputs, _ANSWER),
     "neuron_scores": lambda s: analysis.neuron_scores(s.model, s.inputs, _ANSWER),
@@ -110,9 +135,20 @@ CALLS: Mapping[str, Call] = {
     "temperature of every layer, question and last": _softened,
     "causal_trace, three kinds": lambda s: analysis.causal_trace(s.model, s.inputs, [s.named], corruption=Noise()),
     "patchscope of the question, every layer": _patchscope,
+    "activation_patching, every head, last position": lambda s: _patched(s, hook="z", positions="last"),
+    "activation_patching, residual stream, question": lambda s: _patched(
+        s, hook="resid_pre", positions=list(s.inputs.token_map["question"])
+    ),
+    "path_patching, every head to the logits": lambda s: analysis.path_patching(
+        s.model, s.inputs, s.other, receivers=["logits"], metric=_difference
+    ),
     "attribution_patching": lambda s: analysis.attribution_patching(s.model, s.inputs, s.other, metric=_difference),
     "edge_attribution (EAP)": functools.partial(_edges, steps=0),
     f"edge_attribution, {STEPS} steps (EAP-IG)": functools.partial(_edges, steps=STEPS),
+    "EAP, and 4 circuits of its edges or random ones": _faithfulness,
+    "answer_without, two heads": lambda s: analysis.answer_without(s.model, s.inputs, _ANSWER, heads=[(0, 1), (1, 0)]),
+    "a map, deletion and insertion of half its patches": _deletion,
+    "probe_linear, 4 prompts": _probe,
 }  # fmt: skip
 """Each is one call; what it is counted in is one forward pass of the same prompt."""
 

@@ -8,7 +8,9 @@ is small beside them, as it is beside billions of weights.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,11 +59,17 @@ def bounds() -> dict[str, float]:
                 *("head_scores", "layer_scores", "position_scores, 3 heads", "information_storage, 20 patches"),
                 *("head_readings", "patch_importance, log increase", "patch_importance, attention"),
                 *("patch_importance, TAM", "answer_maps, 3 tokens", "sink_positions", "logit_lens at every patch"),
-                *("lens_kl, three lenses", "ablate_heads, every layer, last position"),
+                *("lens_kl, three lenses", "ablate_heads, every layer, last position", "next_tokens"),
+                *("image_attention", "heads_by_attention", "logit_attribution, neurons", "answer_without, two heads"),
             ],
             ONE_PASS,
         ),
         "neuron_scores": 1.5,
+        "attention_contribution": 1.15,
+        "attention_to_object, two prompts": 2,
+        "activation_patching, every head, last position": 2 + cones * subject().model.cfg.n_heads * last,
+        "activation_patching, residual stream, question": 2 + cones * sum(share(p) for p in question),
+        "path_patching, every head to the logits": 3.1,
         "patch_importance, Grad-CAM": 1 + 0.5 + 0.1,
         f"train_tuned_lens, {STEPS} steps": STEPS * 1.1,
         "ablate_heads, every layer, question": 1 + cones * from_question,
@@ -74,11 +82,30 @@ def bounds() -> dict[str, float]:
         "attribution_patching": 2 + 1,
         "edge_attribution (EAP)": 2 + 1 + 1,
         f"edge_attribution, {STEPS} steps (EAP-IG)": 2 + STEPS * (2 + 1),
+        "EAP, and 4 circuits of its edges or random ones": 4 + 2 + 4 * 1.7,
+        "a map, deletion and insertion of half its patches": 1 + 1 + 3,
+        "probe_linear, 4 prompts": 4,
     }
 
 
-def test_every_call_has_a_bound() -> None:
+def test_every_call_has_a_bound_and_every_analysis_a_call() -> None:
     assert bounds().keys() == CALLS.keys()
+    sources = "".join(Path(inspect.getfile(of)).read_text(encoding="utf-8") for of in (subject_of, share))
+    takes_a_model = {
+        name
+        for name in analysis.__all__
+        if inspect.isfunction(function := getattr(analysis, name))
+        and next(iter(inspect.signature(function).parameters)) == "model"
+    }
+    elsewhere = {"heads_by_layer", "random_heads"}  # run nothing
+    elsewhere |= {
+        "answer_probability",
+        "probability_study",
+        "pope_study",
+        "flow_study",
+    }  # of tables, below, and both at once
+    elsewhere |= {"answer_signs"}  # of a map that is there: the model's own answer, as next_tokens has it
+    assert {name for name in takes_a_model if f"analysis.{name}(" not in sources} <= elsewhere
 
 
 @pytest.mark.parametrize("name", CALLS)
