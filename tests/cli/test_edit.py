@@ -330,9 +330,9 @@ def test_what_does_not_fit_is_found_before_the_model_is_loaded(tmp_path):
     assert not Path(files[-1]).exists()
 
 
-def test_edit_stands_between_trace_and_verify():
+def test_edit_stands_after_trace():
     commands = re.findall(r"^│ (\w+)", run("--help").stdout, re.MULTILINE)
-    assert commands[-4:] == ["trace", "edit", "verify", "sae"]
+    assert commands[-5:] == ["trace", "edit", "describe", "verify", "sae"]
 
 
 def test_fine_tuning_is_a_method_too(checkpoint, image, loaded, tmp_path):
