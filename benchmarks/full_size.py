@@ -102,10 +102,10 @@ class Case:
     at_least: float = 0.1
 
     @classmethod
-    def of(cls, geometry: Geometry, device: torch.device, repetitions: int, *, quick: bool) -> Case:
-        """The model of a geometry on a device, in bfloat16; with `quick` a shrunken one in float32."""
+    def of(cls, geometry: Geometry, device: torch.device, dtype: torch.dtype, repetitions: int, *, quick: bool) -> Case:
+        """The model of a geometry on a device; with `quick` a shrunken one."""
         geometry = geometry.small() if quick else geometry
-        config, dtype = geometry.config(), torch.float32 if quick else torch.bfloat16
+        config = geometry.config()
         hf_model = random_hf_model(config, device=device, dtype=dtype)
         n_image, n_tiles = image_positions(config, geometry.image)
         prompt = random_prompt(config, 1 + n_image + TEXT, size=geometry.image)
@@ -311,7 +311,8 @@ def marks() -> str:
 def measure(name: str, options: Any) -> None:
     """All parts of one geometry; the file is written after each."""
     began, device = time.perf_counter(), torch.device(options.device)
-    case = Case.of(GEOMETRIES[name], device, options.repetitions, quick=options.quick)
+    dtype = getattr(torch, options.dtype or ("float32" if options.quick else "bfloat16"))
+    case = Case.of(GEOMETRIES[name], device, dtype, options.repetitions, quick=options.quick)
     config = case.setting.hf_model.config
     image = (GEOMETRIES[name].small() if options.quick else GEOMETRIES[name]).image
     report: Measured = {
@@ -349,6 +350,7 @@ def _measure_part(part: str, case: Case, report: Measured) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, repetitions=5, geometries=("llava-1.5-7b",), choices=GEOMETRIES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16, with --quick float32")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all")
     parser.add_argument("--minutes", type=float, default=4.0, help="of each geometry, after which no part begins")
     options = start(parser, argv)

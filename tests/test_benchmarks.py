@@ -3,11 +3,13 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from importlib import import_module
+from importlib import import_module, metadata
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -529,6 +531,75 @@ def test_full_size_reports_every_part_of_a_shrunken_geometry(run: Run, tmp_path:
     assert [rows[row]["runs"] for row in (full_size.SWEEP, full_size.KNOCKOUT)] == [60, 18]
     for row in (full_size.SWEEP, full_size.KNOCKOUT, full_size.TRACE):
         assert full_size.mark_of(row, rows[row]) == pytest.approx(1.3 * rows[row]["counted"])
+
+
+@pytest.mark.slow
+def test_full_size_measures_every_part_in_bfloat16(run: Run, tmp_path: Path) -> None:
+    """As on a GPU; there an update that bfloat16 is too coarse for would be left out."""
+    report = run("full_size", tmp_path / "report.json", "--device", "cpu", "--dtype", "bfloat16")
+    assert (report["geometry"], report["dtype"], report["left_out"]) == ("llava-1.5-7b", "bfloat16", {})
+    assert len(report["rows"]) == 11
+    assert report["rows"][full_size.EDIT]["reverted_exactly"] is True
+
+
+IMPORTS = """
+import sys
+
+class Known:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {absent} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Known, sys.meta_path)
+import benchmarks.full_size
+"""
+
+
+@pytest.mark.slow
+def test_a_bare_machine_needs_no_more_than_the_list_says() -> None:
+    """Everything else that is pinned is made to be absent; what torch and transformers bring is there."""
+    root = Path(full_size.__file__).parents[1]
+    listed = (root / "benchmarks" / "full_size_wheels.txt").read_text(encoding="utf-8").replace("\n#", " ")
+    said = {word.strip(",.").partition("==")[0].lower().replace("_", "-") for word in listed.split()}
+    said |= {"pillow", "pyyaml", "typing-extensions", "packaging", "requests", "python-dateutil"}
+    brought = _required(
+        "torch", "transformers", "accelerate", "huggingface-hub", "pandas", "rich", "xarray", "jaxtyping"
+    )
+    pinned = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    names = {line.partition("==")[0].lower().replace("_", "-") for line in pinned if "==" in line}
+    by_import = metadata.packages_distributions()
+    absent = {
+        module
+        for module, owners in by_import.items()
+        if {owner.lower().replace("_", "-") for owner in owners} <= names - said - brought
+    }
+    assert {"wandb", "sentencepiece", "beartype", "matplotlib", "sklearn"} <= absent
+    assert not absent & {"xxhash", "datasets", "fancy_einsum"}
+    command = [sys.executable, "-c", IMPORTS.format(absent=absent)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _required(*names: str) -> set[str]:
+    """What packages require, and what that requires."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needed = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [re.split(r"[^\w-]", one)[0] for one in needed if "extra ==" not in one]
+    return found
 
 
 def test_what_was_measured_is_kept_where_a_part_fails_or_time_is_over(
