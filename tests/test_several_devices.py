@@ -224,6 +224,11 @@ def test_maps_of_tiles(device: Accelerators, monkeypatch: pytest.MonkeyPatch) ->
     assert compared(device, "onevision", wanted, monkeypatch, scattered) > 11
 
 
+def weight_at(model: HookedLLaVA, record: WeightRecord) -> Tensor:
+    """The memory of what stands in for a device cannot be looked up by itself."""
+    return next(parameter for parameter in model.parameters() if is_at(parameter, record.place))
+
+
 def edited_logits(model: HookedLLaVA, method: str) -> Tensor:
     clean, other = (model.as_inputs(one) for one in family.prompts("llama-clip"))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -250,11 +255,20 @@ def test_edits_and_their_revert(device: Accelerators, method: str, monkeypatch: 
     model = scattered("llama-clip")
     expected = edited_logits(copy.deepcopy(family.model_of("llama-clip")), method)
 
-    def weight(self: WeightRecord) -> Tensor:  # the memory of what stands in for a device cannot be looked up by itself
-        return next(parameter for parameter in model.parameters() if is_at(parameter, self.place))
-
-    monkeypatch.setattr(WeightRecord, "weight", weight)
+    monkeypatch.setattr(WeightRecord, "weight", lambda self: weight_at(model, self))
     assert off(edited_logits(model, method).cpu(), expected) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::hooked_llava.editing.values.TargetNotReached")
+def test_a_search_reads_once_where_its_prompts_are_edited(
+    device: Accelerators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scattered("llama-clip")
+    monkeypatch.setattr(WeightRecord, "weight", lambda self: weight_at(model, self))
+    device.waits.clear()
+    edited_logits(model, "multedit")
+    asked = [device.waits["read", f"editing/rows.py:Rows.{what}"] for what in ("start", "n_requests")]
+    assert max(asked) <= 2, "once for each of the two batches of prompts"
 
 
 # ---------------------------------------------------------------------- loading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Rows:
         """The targets' tokens, -1 after a target's end."""
         return torch.where(self.counts.bool(), self.target, NOTHING)[..., None]
 
-    @property
+    @cached_property
     def n_requests(self) -> int:
         """How many requests there are."""
         return int(self.request.max()) + 1
@@ -81,7 +82,7 @@ class Rows:
         """The lowest value among the rows of each request."""
         return values.new_full((self.n_requests,), math.inf).scatter_reduce(0, self.request, values, "amin")
 
-    @property
+    @cached_property
     def start(self) -> int:
         """The first position that is edited or read."""
         return int(min(self.edited.min(), self.read.min()))
