@@ -128,6 +128,10 @@ def _check_lens(model: HookedLLaVA, norm: str, lens: TunedLens | None, hook: str
         given = "no lens" if lens is None else f"lens={lens!r}"
         raise InputError(f"norm={norm!r} and {given}; a lens that train_tuned_lens made goes with norm='tuned'.")
     if lens is not None:
+        if not isinstance(lens, TunedLens):
+            raise InputError(
+                f"lens is a {type(lens).__name__}; expected a TunedLens, of train_tuned_lens or TunedLens.load."
+            )
         lens.check(model)
         if hook is not None:
             raise InputError(f"norm='tuned' reads what enters the layers; got hook={hook!r}. Leave hook= out.")

@@ -66,6 +66,8 @@ def output_knockout(
     True
     """
     listed = [outputs] if isinstance(outputs, str) else list(outputs)
+    if not listed:
+        raise InputError("outputs=[] names no output; expected at least one, such as 'mlp at question'.")
     how = {"missing": missing, "seed": seed, "batch_size": batch_size, "total": total, "centers": None}
     named = [_Output.named(name) for name in listed]
     found = knocked_out("output_knockout", model, inputs, named, window, (answer, None, metric), **how)

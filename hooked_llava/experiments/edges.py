@@ -83,6 +83,8 @@ def edges_of(edges: Edges) -> list[Edge]:
     >>> edges_of(("image", "last")) == edges_of("image->last") == edges_of(["image->last"])
     True
     """
+    if not isinstance(edges, str) and not edges:
+        raise InputError(f"edges={edges!r} names no edge; expected at least one, such as 'image->last'.")
     if isinstance(edges, Mapping):
         return [Edge.of(edge, name) for name, edge in edges.items()]
     found = [Edge.of(edge) for edge in ([edges] if _is_one(edges) else edges)]  # type: ignore[list-item] (told apart)

@@ -38,11 +38,12 @@ def check_pair(clean: Inputs, corrupted: Inputs) -> None:
     """Raise `InputError` unless both are one prompt, of equal length, with images and text in the same places."""
     if len(clean) != 1 or len(corrupted) != 1:
         raise InputError(f"Patching takes one clean and one corrupted prompt, got {len(clean)} and {len(corrupted)}.")
-    spans = [dict(inputs.token_map.spans) for inputs in (clean, corrupted)]
-    if clean.shape != corrupted.shape or spans[0] != spans[1]:
+    if clean.shape != corrupted.shape or dict(clean.token_map.spans) != dict(corrupted.token_map.spans):
+        sizes, others = (list(map(len, inputs.token_map.image_ranges)) for inputs in (clean, corrupted))
+        cure = f" Their images take {sizes} and {others} positions: give as many, of the same sizes."
         raise InputError(
-            "The clean and the corrupted prompt do not match position by position, so an activation of one has no "
-            f"place in the other. Word them alike.\n\nclean:\n{clean}\n\ncorrupted:\n{corrupted}"
+            "The clean and the corrupted prompt do not match position by position, so an activation of one has no place "
+            f"in the other. Word them alike.{cure if sizes != others else ''}\n\nclean:\n{clean}\n\ncorrupted:\n{corrupted}"
         )
 
 

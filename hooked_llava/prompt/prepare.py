@@ -196,6 +196,8 @@ def _checked_images(
 
 
 def _questions(question: str | Sequence[str]) -> list[str]:
+    if not isinstance(question, Iterable):
+        raise InputError(f"The question is a {type(question).__name__}; expected text, or a list of texts.")
     questions = [question] if isinstance(question, str) else list(question)
     if not questions:
         raise InputError("There is no question: an empty list was given; expected at least one.")

@@ -225,6 +225,10 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
     ...     load(folder + "/result.safetensors").identical(result)
     True
     """
+    import xarray as xr
+
+    if not isinstance(result, xr.DataArray | xr.Dataset):
+        raise InputError(f"result is a {type(result).__name__}; expected a DataArray or a Dataset of xarray.")
     tensors: dict[str, Tensor] = {}
     variables = {}
     is_array = not hasattr(result, "data_vars")

@@ -13,7 +13,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.llava import HookedLLaVA
 from hooked_llava.prompt.inputs import Inputs
 from tests.fixtures_processor import make_processor
-from tests.pairs import batch, pair
+from tests.pairs import as_users_run, batch, pair
 
 IMAGE = torch.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16)
 
@@ -95,6 +95,8 @@ def test_what_does_not_fit_is_refused() -> None:
         logit_lens(model(), prompt(), answers=["zebra"])
     with pytest.raises(InputError, match=r"positions=\[99\].*prompt"):
         logit_lens(model(), prompt(), positions=99)
+    with as_users_run(), pytest.raises(InputError, match="lens.*int.*TunedLens"):
+        logit_lens(model(), prompt(), norm="tuned", lens=5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="k=0 words; expected 1 to"):
         logit_lens(model(), prompt(), k=0)
     with pytest.raises(SpanError, match="There is no span 'end'"):

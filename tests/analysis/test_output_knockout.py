@@ -70,3 +70,5 @@ def test_the_figure_has_a_curve_for_each_output() -> None:
 def test_what_is_no_output_is_refused(wrong: Any) -> None:
     with as_users_run(), pytest.raises(InputError, match=r"outputs=.*'attn at SPAN'"):
         output_knockout(exact().ours, exact().prompt(), [wrong])
+    with pytest.raises(InputError, match=r"outputs=\[\].*'mlp at question'"):
+        output_knockout(exact().ours, exact().prompt(), [])

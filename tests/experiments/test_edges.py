@@ -36,6 +36,9 @@ def test_edges_in_every_spelling() -> None:
     for wrong in (("image", "last", "text"), [3], [("image",)]):
         with as_users_run(), pytest.raises(InputError, match="is no edge"):
             edges_of(wrong)
+    for nothing in ([], {}, ()):
+        with pytest.raises(InputError, match=r"edges=.*'image->last'"):
+            edges_of(nothing)
     with pytest.raises(InputError, match="edge '.*twice"):
         edges_of([("image", "last"), "image->last"])
 

@@ -26,6 +26,7 @@ from hooked_llava.options.directions import check_direction
 from hooked_llava.replay import Replay
 from tests.fixtures_processor import make_processor
 from tests.pairs import pair
+from tests.tiled import SQUARE, WIDE, drawn, with_processor
 
 QUESTION = "What color is the star?"
 
@@ -200,3 +201,11 @@ def test_boxes_that_do_not_fit_are_refused() -> None:
         without_object(model(), clean, (0, 0, 4, 4), image=1)
     with pytest.raises(InputError, match=r"without_object.*original image.*images="):
         without_object(pair().ours, pair().ours.as_inputs(pair().prompt()), (0, 0, 4, 4))
+
+
+def test_images_that_take_other_numbers_of_positions_are_named() -> None:
+    model = with_processor("next")
+    first, other = (model.prepare(QUESTION, images=drawn(size)) for size in (WIDE, SQUARE))
+    n = [len(inputs.token_map["image"]) for inputs in (first, other)]
+    with pytest.raises(InputError, match=rf"\[{n[0]}\] and \[{n[1]}\] positions.*same sizes"):
+        check_pair(first, other)

@@ -244,6 +244,7 @@ def test_device_and_dtype() -> None:
         ("", None, "Question 0.*empty.*word"),
         (["A?", " "], None, "Question 1.*empty.*word"),
         ([], None, "question.*empty list"),
+        (5, None, "question.*int.*list of texts"),
         (
             "A?",
             "no/such.png",

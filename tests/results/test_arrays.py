@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from hooked_llava.errors import CheckpointError, InputError
 from hooked_llava.results.arrays import load, recovered, save, stack
+from tests.pairs import as_users_run
 
 
 def dataset() -> xr.Dataset:
@@ -93,6 +94,8 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -
         save(xr.DataArray([1.0], attrs={"method": {"fn": len}}), path)
     with pytest.raises(InputError, match="not all words"):
         save(xr.DataArray(np.array([1, "a"], dtype=object)), path)
+    with as_users_run(), pytest.raises(InputError, match="result.*dict.*DataArray"):
+        save({"a": 1}, path)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
