@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hooked_llava.experiments.corruptions import Corruption
     from hooked_llava.viz import TracePage
 
+_SEEN = 0.0005  # an effect that three digits show
+
 
 class Way(StrEnum):
     """What the constraint's embeddings are corrupted by where no words replace it."""
@@ -229,7 +231,7 @@ def _show(page: TracePage) -> None:
     say_answer(page.question, page.answer)
     other = escape(found.corrupted_answer.strip() or repr(found.corrupted_answer))
     say(
-        f"P({escape(found.answer)}) is {float(found.p_clean):.3f}; {escape(found.corruption)}, it is "
+        f"P({escape(found.answer)}) is {float(found.p_clean):.3f}; corrupted ({escape(found.corruption)}) it is "
         f"{float(found.p_corrupted):.3f}, and the model says {other}."
     )
     if not was_lowered(found):
@@ -244,12 +246,13 @@ def _show(page: TracePage) -> None:
 
 
 def _show_layers(trace: xr.Dataset) -> None:
-    """The restored runs: of each layer and kind the best position."""
+    """The restored runs: of each layer and kind the best position, if anything comes back there."""
     from hooked_llava.analysis.causal_trace import best_cells
     from hooked_llava.prompt.token_text import visible_token
 
     rows = {int(layer): [str(layer)] for layer in trace.layer.values}
     for cell in best_cells(trace, by_layer=True):
-        rows[int(cell.layer)].append(escape(f"{float(cell.restored):.3f} {visible_token(cell.label.values)}"))
+        place = visible_token(cell.label.values) if float(cell.indirect_effect) >= _SEEN else ""
+        rows[int(cell.layer)].append(escape(f"{float(cell.restored):.3f} {place}".rstrip()))
     say(f"{trace.attrs['runs']} runs with one output restored; of each layer the best position:")
     show_table(["layer", *trace.kind.values.tolist()], rows.values(), right=["layer"])

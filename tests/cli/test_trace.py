@@ -25,7 +25,7 @@ def test_trace_prints_the_runs_and_writes_a_page(checkpoint, image, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == QUESTION
     clean = float(model(inputs)[0, -1].softmax(-1).max().detach())
-    assert f"is {clean:.3f}; replaced by" in result.stdout
+    assert f"is {clean:.3f}; corrupted (replaced by" in result.stdout
     assert [line.split()[0] for line in lines if line.startswith(("mlp", "attn", "resid"))] == ["mlp", "attn", "resid"]
     assert page.read_text().startswith("<!doctype html>")
 
@@ -35,7 +35,7 @@ def test_several_constraints_with_embedded_corruption(checkpoint, tmp_path):
     arguments = ("-c", "color", "-c", "star", "--corruption", "mean", "-o", page, "-m", checkpoint, "--window", "2")
     result = run("trace", QUESTION, *arguments)
     assert result.exit_code == 0, result.stderr
-    assert "mean embedding, it is" in result.stdout
+    assert "mean embedding) it is" in result.stdout
 
 
 def test_windows_may_be_counted_as_the_released_code_does(checkpoint, tmp_path):
@@ -70,7 +70,16 @@ def test_the_first_token_may_stand_at_every_place(checkpoint, tmp_path):
     arguments = ("-c", "the star", "--replace", "circle", "--repeat", "-o", page, "-m", checkpoint)
     result = run("trace", QUESTION, *arguments)
     assert result.exit_code == 0, result.stderr
-    assert "replaced by 'circle' at every token, it is" in result.stdout
+    assert "replaced by 'circle' at every token) it is" in result.stdout
+
+
+def test_where_nothing_comes_back_no_position_is_named(checkpoint, tmp_path):
+    page = str(tmp_path / "trace.html")
+    result = run("trace", QUESTION, "-c", "star", "--replace", "star", "-o", page, "-m", checkpoint)
+    assert result.exit_code == 0, result.stderr
+    layers = [line.split() for line in result.stdout.splitlines() if line.strip()[:1].isdigit() and "runs" not in line]
+    assert len(layers) == HookedLLaVA.from_pretrained(checkpoint).cfg.n_layers
+    assert all(len(row) == 4 for row in layers), layers  # the layer, and a probability for each kind
 
 
 # ---------------------------------------------------------------------- a table of questions
