@@ -258,7 +258,8 @@ def _identity(model: HookedLLaVA, rows: Sequence[StudyRow], settings: Mapping[st
         told = [[*one, list(row.objects), row.true_option] for one, row in zip(told, rows, strict=True)]
     questions = digest(json.dumps(told, default=str).encode())
     plain = dict(zip(("model", "dtype", "hash of the weights"), who, strict=True)) | {
-        "hash of the questions": questions
+        "number of questions": len(rows),
+        "hash of the questions": questions,
     }
     plain |= {name: value for name, value in settings.items() if name != "about"} | settings["about"]
     fingerprint = digest(json.dumps([who, told, settings], sort_keys=True, default=str).encode())

@@ -223,6 +223,8 @@ def test_a_file_of_another_study_is_not_touched(tiny_shapes: HookedLLaVA, tmp_pa
         with pytest.raises(InputError, match="holds another study"):
             study(tiny_shapes, rows, run, out=out, **options)
         assert run.asked == []
+    with pytest.raises(InputError, match=r"number of questions=\d \(asked for: 1\)"):  # as another --limit makes it
+        study(tiny_shapes, ROWS[:1], Counting(), out=out)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
