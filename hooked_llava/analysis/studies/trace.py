@@ -25,6 +25,7 @@ from hooked_llava.experiments.corruptions import (
 from hooked_llava.options.trace_kinds import TRACE_KINDS
 from hooked_llava.options.window_readings import WindowReading
 from hooked_llava.prompt.inputs import Inputs
+from hooked_llava.prompt.templates import image_token_of
 from hooked_llava.results.arrays import TIED, join_attrs
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def trace_study(
     """
     named, centers, _ = restored_windows(model, kinds, window, window_reading, layers)
     chosen = {row.id: corruption(row) if callable(corruption) else corruption for row in rows}
-    _check_words(model, rows, chosen)
+    _check_words(model, rows, chosen, **{name: options[name] for name in ("template", "tail") if name in options})
     how: dict[str, Any] = {"kinds": named, "window": window, "window_reading": window_reading, "layers": centers}
     told = [_told(chosen[row.id]) for row in rows] if callable(corruption) else _told(corruption)
     about = {**how, "corruption": told, "analysis": "causal_trace"}
@@ -198,8 +199,10 @@ def _told(corruption: Corruption) -> str:
     return f"OtherImage({image_digest(corruption.image, 'The other image')})"
 
 
-def _check_words(model: HookedLLaVA, rows: Sequence[StudyRow], chosen: Mapping[str, Corruption]) -> None:
-    """That rows have constraints and replacements fit them, as far as the questions' words say it."""
+def _check_words(
+    model: HookedLLaVA, rows: Sequence[StudyRow], chosen: Mapping[str, Corruption], **written: Any
+) -> None:
+    """That rows have constraints and replacements fit them, as far as the questions' words say it, written as they are asked."""
     if lacking := [row.id for row in rows if not row.constraint]:
         raise InputError(
             f"The rows {lacking[:3]} have no constraint, the words that are corrupted; name them: StudyRow(constraint=...)."
@@ -211,7 +214,8 @@ def _check_words(model: HookedLLaVA, rows: Sequence[StudyRow], chosen: Mapping[s
         if asked in known:
             continue
         known.add(asked)
-        token_map = prepare_rows(model, [replace(row, image=None, boxes=())]).token_map
+        words_only = replace(row, question=row.question.replace(image_token_of(model.processor), ""), image=None, boxes=())
+        token_map = prepare_rows(model, [words_only], **written).token_map
         if isinstance(corruption, str | Replace):
             words = Replace(corruption) if isinstance(corruption, str) else corruption
             with naming_row(row):

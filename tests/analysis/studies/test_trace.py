@@ -89,6 +89,18 @@ def test_means_are_those_of_single_traces(model, table, result):
     )
 
 
+def test_questions_that_are_whole_prompts_are_traced_as_they_are_written(model, table):
+    whole = [replace(row, question=f"USER: <image>\n{row.question} ASSISTANT:") for row in table[:2]]
+    how = {"corruption": other_words, "only_correct": False, "progress": False, "template": None}
+    found = trace_study(model, whole, **how)
+    for row in whole:
+        prompt = prepare_rows(model, [row], template=None)
+        alone = causal_trace(model, prompt, row.constraint, corruption=other_words(row))
+        assert float(found.p_corrupted.sel(question=row.id)) == pytest.approx(float(alone.p_corrupted), rel=1e-4)
+    with pytest.raises(InputError, match=rf"{whole[0].id}.*the very same"):
+        trace_study(model, whole, **(how | {"corruption": Replace("the very same")}))
+
+
 def test_the_best_effects_are_the_largest_means(result):
     means = trace_means(result, min_drop=-np.inf, n_boot=5)
     best = best_effects(means)
