@@ -214,7 +214,9 @@ def _check_words(
         if asked in known:
             continue
         known.add(asked)
-        words_only = replace(row, question=row.question.replace(image_token_of(model.processor), ""), image=None, boxes=())
+        words_only = replace(
+            row, question=row.question.replace(image_token_of(model.processor), ""), image=None, boxes=()
+        )
         token_map = prepare_rows(model, [words_only], **written).token_map
         if isinstance(corruption, str | Replace):
             words = Replace(corruption) if isinstance(corruption, str) else corruption
