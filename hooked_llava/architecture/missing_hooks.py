@@ -66,8 +66,8 @@ def _of_vision(cfg: VisionConfig) -> Iterator[MissingHooks]:
     elif blocks:
         yield MissingHooks(
             blocks,
-            f"the projector reads the vision features after block {run - 1}, so blocks {run}..{total - 1} of the vision tower "
-            f"are loaded but not run. Use vision.blocks.0..{run - 1}.",
+            f"the projector reads the vision features after block {run - 1}, so what follows in the vision tower (to block "
+            f"{total - 1}) is loaded but not run. Use vision.blocks.0..{run - 1}.",
         )
     yield MissingHooks(
         ("vision.ln_post",), "LLaVA does not use the vision tower's post norm, so it is not run. Use 'vision.hook_out'."
