@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def decode_tokens(model: HookedLLaVA, ids: Int[Tensor, "*shape"]) -> np.ndarray:
-    """Each token as a string, in an array of the same shape; "#17" for a model without a tokenizer."""
+    """Each token as a string, in an array of the same shape; "#17" for an id that no tokenizer, or not this model's, knows."""
     flat = ids.reshape(-1).tolist()
     if model.processor is None:
         names = [f"#{i}" for i in flat]
     else:
-        names = [model.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in flat]
+        names = [model.tokenizer.decode([i], clean_up_tokenization_spaces=False) or _unspoken(model, i) for i in flat]
     return np.array(names, dtype=object).reshape(tuple(ids.shape)).astype(str)
+
+
+def _unspoken(model: HookedLLaVA, token: int) -> str:
+    """What stands for a token that decodes to nothing: "" where the tokenizer has it (a lone space), else its number."""
+    return "" if model.tokenizer.convert_ids_to_tokens([token])[0] is not None else f"#{token}"
 
 
 def decode_text(model: HookedLLaVA, ids: Sequence[int]) -> str:
@@ -35,10 +40,11 @@ def decode_text(model: HookedLLaVA, ids: Sequence[int]) -> str:
 
 
 def token_names(model: HookedLLaVA, ids: Sequence[int]) -> list[str]:
-    """Each token as the vocabulary writes it ("▁red", "Ġred"); "#17" for a model without a tokenizer."""
+    """Each token as the vocabulary writes it ("▁red", "Ġred"); "#17" for an id that no tokenizer, or not this model's, knows."""
     if model.processor is None:
         return [f"#{i}" for i in ids]
-    return [str(name) for name in model.tokenizer.convert_ids_to_tokens(list(ids))]
+    found = model.tokenizer.convert_ids_to_tokens(list(ids))
+    return [f"#{i}" if name is None else str(name) for i, name in zip(ids, found, strict=True)]
 
 
 def check_k(model: HookedLLaVA, k: int) -> None:
