@@ -116,6 +116,16 @@ def did_you_mean(given: str, known: Iterable[str], *, n: int = 3) -> str:
     return f" Did you mean: {', '.join(close)}?" if close else ""
 
 
+def a_type(value: object) -> str:
+    """The type of a value with its article, for a message.
+
+    >>> a_type(3), a_type("x")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def counted(n: int, noun: str, plural: str | None = None) -> str:
     """A number of things in words.
 

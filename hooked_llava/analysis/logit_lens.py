@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 from hooked_llava.machine.devices import to_device
 from hooked_llava.prompt.where import PositionsLike, resolve_positions
 from hooked_llava.readout.answer_tokens import one_answer, only_token
@@ -129,9 +129,7 @@ def _check_lens(model: HookedLLaVA, norm: str, lens: TunedLens | None, hook: str
         raise InputError(f"norm={norm!r} and {given}; a lens that train_tuned_lens made goes with norm='tuned'.")
     if lens is not None:
         if not isinstance(lens, TunedLens):
-            raise InputError(
-                f"lens is a {type(lens).__name__}; expected a TunedLens, of train_tuned_lens or TunedLens.load."
-            )
+            raise InputError(f"lens is {a_type(lens)}; expected a TunedLens, of train_tuned_lens or TunedLens.load.")
         lens.check(model)
         if hook is not None:
             raise InputError(f"norm='tuned' reads what enters the layers; got hook={hook!r}. Leave hook= out.")

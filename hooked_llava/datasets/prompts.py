@@ -17,7 +17,7 @@ import numpy as np
 
 from hooked_llava.checks import as_index, whole_number
 from hooked_llava.datasets.rows import SUFFIXES, StudyRow, image_files, row_file, row_image
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 from hooked_llava.prompt.images import load_image
 from hooked_llava.prompt.inputs import Inputs
 
@@ -158,7 +158,7 @@ class PromptSource:
             image, question = entry, None
         else:
             raise InputError(
-                f"Entry {row} of data is a {type(entry).__name__}; expected a pair (image, question), a dict, or Inputs. For "
+                f"Entry {row} of data is {a_type(entry)}; expected a pair (image, question), a dict, or Inputs. For "
                 "images alone give prompt=, the question that is asked about each."
             )
         images = [self._placed(one) for one in _listed(image)]
@@ -169,7 +169,7 @@ class PromptSource:
         question = question if self.options.prompt is None else self.options.prompt
         if not isinstance(question, str):
             raise InputError(
-                f"The question of entry {row} of data is a {type(question).__name__}; expected text, in the second place "
+                f"The question of entry {row} of data is {a_type(question)}; expected text, in the second place "
                 "of a pair or in the column that columns= names second."
             )
         return question
@@ -192,7 +192,7 @@ def _opened(data: Any, options: DataOptions) -> Any:
         return found
     if not _is_table(data) and not isinstance(data, Iterable):
         raise InputError(
-            f"data is a {type(data).__name__}; expected a table, a folder, a data set, or an iterable of (image, question)."
+            f"data is {a_type(data)}; expected a table, a folder, a data set, or an iterable of (image, question)."
         )
     return data
 

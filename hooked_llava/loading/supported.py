@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hooked_llava.architecture.llava import LLAVA_MODELS
-from hooked_llava.errors import CheckpointError, ConfigError
+from hooked_llava.errors import CheckpointError, ConfigError, a_type
 from hooked_llava.loading.packed import is_bitsandbytes, packed_layers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,7 +100,7 @@ def _not_float(given: nn.Module) -> str:
         if weight.dtype not in FLOATS:
             return f"{name} is {_name(weight.dtype)}"
         if type(weight.data) is not Tensor and "Quantized" in type(weight.data).__name__:
-            return f"{name} is a {type(weight.data).__name__}"
+            return f"{name} is {a_type(weight.data)}"
     packed = (
         f"{name} is a {type(m).__module__}.{type(m).__name__}" for name, m in given.named_modules() if _is_packed(m)
     )
@@ -234,7 +234,7 @@ def _refuse_model(given: object, kind: Kind) -> None:
 
 
 def _shown(given: object) -> str:
-    return repr(str(given)) if isinstance(given, (str, os.PathLike)) else f"a {type(given).__name__}"
+    return repr(str(given)) if isinstance(given, (str, os.PathLike)) else f"{a_type(given)}"
 
 
 # --- checkpoint folders: `found` takes the `Folder`

@@ -43,9 +43,12 @@ def check_device(
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
-        why = "torch knows no such device" if "device string" in said else said
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        if "device string" in why:
+            why = "torch knows no such device"
+        elif isinstance(error, NotImplementedError | ImportError) or "not compiled" in why:
+            why = "this torch is built without it"
         raise ConfigError(f"{what} cannot be used here ({why}); expected {expected}.") from None
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_llava.architecture.hooks import HookTable
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 from hooked_llava.model.cache_hooks import widths
 from hooked_llava.model.components.hook_point import HookPoint
 
@@ -140,7 +140,7 @@ def check_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | N
 def place_of_sae(sae: Autoencoder, hook: Any, table: HookTable, model_name: str | None) -> str:
     """The full name of the hook that an autoencoder fits; raises `InputError` for one of another width, hook or model."""
     if not isinstance(sae, Autoencoder):
-        raise InputError(f"sae is a {type(sae).__name__}; expected a SparseAutoencoder, such as load_sae gives.")
+        raise InputError(f"sae is {a_type(sae)}; expected a SparseAutoencoder, such as load_sae gives.")
     trained_on = sae.cfg.hook
     if hook is None and trained_on is None:
         raise InputError("hook=None, and the autoencoder does not say which hook it was trained on; name it.")

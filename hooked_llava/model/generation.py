@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from hooked_llava.architecture.hooks import NamesFilter
 from hooked_llava.checks import one_of, whole_number
-from hooked_llava.errors import HookNameError, InputError
+from hooked_llava.errors import HookNameError, InputError, a_type
 from hooked_llava.machine.devices import to_device
 from hooked_llava.model.cache import LLaVACache
 from hooked_llava.model.cache_hooks import caching_hook, shared_spans
@@ -276,7 +276,7 @@ def _hooks_by_phase(
     several = list(steering) if isinstance(steering, Sequence) else [steering]
     for one in several:
         if not isinstance(one, Steers):
-            raise InputError(f"steering= holds a {type(one).__name__}; expected what `steer` returns.")
+            raise InputError(f"steering= holds {a_type(one)}; expected what `steer` returns.")
         if one.model is not model:
             raise InputError("steering= was made for another model; make it by `steer` with this one.")
     with ExitStack() as stack:

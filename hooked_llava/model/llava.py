@@ -332,6 +332,8 @@ class HookedLLaVA(HookedModule):
         torch.bfloat16
         """
         wanted = as_dtype(dtype)
+        if device_map is not None and str(device) != "cpu":
+            raise ConfigError(f"device={str(device)!r} and device_map={device_map!r}; give one of them.")
         check_device(device, f"device={str(device)!r}")
         folder = resolve(name, revision=revision, token=token, cache_dir=cache_dir)
         hf_config, files = read_config(folder), read_headers(folder)
@@ -344,8 +346,6 @@ class HookedLLaVA(HookedModule):
         wanted = wanted or stored_dtype(hf_config) or files.dtype
         places: Any = device
         if device_map is not None:
-            if str(device) != "cpu":
-                raise ConfigError(f"device={str(device)!r} and device_map={device_map!r}; give one of them.")
             places = placed(model, expected_tensors(config), device_map, dtype=wanted, max_memory=max_memory)
             for place in set(places.values()):
                 check_device(place, f"device_map={device_map!r}: {place}")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 
 ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array [height, width, 3] or a tensor [3, height, width]."""
@@ -74,7 +74,7 @@ def load_image(image: object, name: str = "The image") -> Image.Image:
         return _seen(Image.fromarray(_pixels(image, name)), name)
     hint = " Open a file's content with PIL.Image.open(io.BytesIO(...))." if hasattr(image, "read") else ""
     hint = " Open bytes with PIL.Image.open(io.BytesIO(...))." if isinstance(image, (bytes, bytearray)) else hint
-    raise InputError(f"{name} is a {type(image).__name__}; expected {_EXPECTED}.{hint}")
+    raise InputError(f"{name} is {a_type(image)}; expected {_EXPECTED}.{hint}")
 
 
 def open_images(images: ImagesLike | None, n_prompts: int, *, single: bool) -> list[list[Image.Image]]:

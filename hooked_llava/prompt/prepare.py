@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import layout_of, layout_without_original
-from hooked_llava.errors import InputError, PromptWithoutTemplate, counted, naming_prompt, warn_user
+from hooked_llava.errors import InputError, PromptWithoutTemplate, a_type, counted, naming_prompt, warn_user
 from hooked_llava.prompt import validation as check
 from hooked_llava.prompt.images import ImagesLike, open_images
 from hooked_llava.prompt.inputs import Inputs
@@ -197,13 +197,13 @@ def _checked_images(
 
 def _questions(question: str | Sequence[str]) -> list[str]:
     if not isinstance(question, Iterable):
-        raise InputError(f"The question is a {type(question).__name__}; expected text, or a list of texts.")
+        raise InputError(f"The question is {a_type(question)}; expected text, or a list of texts.")
     questions = [question] if isinstance(question, str) else list(question)
     if not questions:
         raise InputError("There is no question: an empty list was given; expected at least one.")
     for row, text in enumerate(questions):
         if not isinstance(text, str):
-            raise InputError(f"Question {row} is a {type(text).__name__}; expected text.")
+            raise InputError(f"Question {row} is {a_type(text)}; expected text.")
         if not text.strip():
             raise InputError(f"Question {row} is empty; give at least one word to ask.")
     return questions
@@ -217,7 +217,7 @@ def _checked_processor(
         if processor is None:
             raise InputError(f"A prompt of text and images {without_processor()}")
         raise InputError(
-            f"The model has a {type(processor).__name__} as its processor; expected a LlavaProcessor, with tokenizer and image "
+            f"The model has {a_type(processor)} as its processor; expected a LlavaProcessor, with tokenizer and image "
             "processor. Pass processor= when loading, or give token ids and pixel_values."
         )
     if processor.image_token_id != config.image_token_id:

@@ -16,7 +16,7 @@ from hooked_llava.architecture.config import LLaVAConfig
 from hooked_llava.architecture.layout import ImageLayout
 from hooked_llava.architecture.layouts import FINE, layout_of, layout_without_original, same_positions
 from hooked_llava.architecture.processor_axes import processor_axes
-from hooked_llava.errors import ConfigError, InputError, counted, did_you_mean
+from hooked_llava.errors import ConfigError, InputError, a_type, counted, did_you_mean
 
 KEYS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "batch_num_images", "position_ids")
 # Some tokenizers and processors add these on request; the model has no use for them.
@@ -46,7 +46,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         return torch.as_tensor(np.asarray(value))
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{name} is a {type(value).__name__} that is no tensor ({error}); expected rows of equal length. "
+            f"{name} is {a_type(value)} that is no tensor ({error}); expected rows of equal length. "
             'Call the processor with return_tensors="pt" and padding=True.'
         ) from error
 

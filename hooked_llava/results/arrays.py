@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 from hooked_llava.readout.vocabulary import decode_tokens
 from hooked_llava.storage import read_tensors, write_tensors
 
@@ -228,7 +228,7 @@ def save(result: xr.DataArray | xr.Dataset, path: str | os.PathLike[str]) -> Non
     import xarray as xr
 
     if not isinstance(result, xr.DataArray | xr.Dataset):
-        raise InputError(f"result is a {type(result).__name__}; expected a DataArray or a Dataset of xarray.")
+        raise InputError(f"result is {a_type(result)}; expected a DataArray or a Dataset of xarray.")
     tensors: dict[str, Tensor] = {}
     variables = {}
     is_array = not hasattr(result, "data_vars")
@@ -293,4 +293,4 @@ def _plain(value: Any, where: str) -> Any:
         return _plain(value.tolist(), where)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise InputError(f"An attribute of {where} is a {type(value).__name__}; expected numbers, words, or lists of them.")
+    raise InputError(f"An attribute of {where} is {a_type(value)}; expected numbers, words, or lists of them.")

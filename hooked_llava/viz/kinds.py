@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import xarray as xr
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 
 
 class Kind(NamedTuple):
@@ -127,7 +127,7 @@ def described(result: object) -> str:
     "the array 'metric' [layer, head] of activation_patching"
     """
     if not isinstance(result, (xr.DataArray, xr.Dataset)):
-        return f"a {type(result).__name__}"
+        return f"{a_type(result)}"
     made = f" of {result.attrs['analysis']}" if "analysis" in result.attrs else ""
     if isinstance(result, xr.DataArray):
         name = f" {result.name!r}" if result.name else ""

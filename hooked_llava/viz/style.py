@@ -22,7 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, BboxBase
 
-from hooked_llava.errors import InputError
+from hooked_llava.errors import InputError, a_type
 from hooked_llava.prompt.token_text import visible_token
 
 INK, MUTED, RULE, PAPER = "#1f2933", "#66727f", "#d5dbe1", "#ffffff"
@@ -237,7 +237,7 @@ def require_dims(result: xr.DataArray, *dims: str) -> xr.DataArray:
     """
     if not isinstance(result, xr.DataArray):
         raise InputError(
-            f"Expected one array with the axes {', '.join(dims)}; got a {type(result).__name__}. Take one of its arrays, for "
+            f"Expected one array with the axes {', '.join(dims)}; got {a_type(result)}. Take one of its arrays, for "
             "example result['effect'], or let plot_patching choose the figure."
         )
     missing = [dim for dim in dims if dim not in result.dims]

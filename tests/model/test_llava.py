@@ -287,7 +287,9 @@ def test_another_architecture_is_refused() -> None:
         HookedLLaVA.from_hf(hf)
 
 
-@pytest.mark.parametrize("where", [{"device": "cuda:77"}, {"device": "abacus"}, {"device_map": {"": "cuda:77"}}])
+@pytest.mark.parametrize(
+    "where", [{"device": "cuda:77"}, {"device": "abacus"}, {"device": "hpu"}, {"device_map": {"": "cuda:77"}}]
+)
 def test_a_device_that_is_not_there_is_refused_by_name(where: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="(cuda:77|abacus).*expected cpu"):
+    with pytest.raises(ConfigError, match="(cuda:77|abacus|hpu).*expected cpu"):
         HookedLLaVA.from_pretrained("tiny-shapes", **where)
