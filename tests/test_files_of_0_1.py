@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hooked_llava import HookedLLaVA, HookedLLaVAError, LLaVACache
 from hooked_llava.datasets import study
 from hooked_llava.editing import Edit, KeyCovariance
+from hooked_llava.errors import InputError
 from hooked_llava.results.arrays import load
 from tests.compiled import compiled
 from tests.data.v0_1.write import BATCH, HERE, MODEL, QUESTION, ROWS, Lengths
@@ -83,3 +84,11 @@ def test_a_half_finished_study_is_gone_on_with(model: HookedLLaVA, tmp_path: Pat
     assert rest.asked == [row.id for row in ROWS if row.id not in WORDS["study asked"]]
     assert whole.question.values.tolist() == [row.id for row in ROWS]
     assert np.array_equal(whole.length.values, TENSORS["study length"].numpy())
+
+
+def test_another_study_is_refused_without_naming_what_its_file_does_not_say(model: HookedLLaVA, tmp_path: Path) -> None:
+    out = tmp_path / "study.safetensors"
+    shutil.copytree(HERE / "study.safetensors.parts", tmp_path / "study.safetensors.parts")
+    with pytest.raises(InputError, match=r"study\.safetensors") as refused:
+        study(model, ROWS, Lengths(), out=out, tail=None)
+    assert "None" not in str(refused.value)

@@ -66,8 +66,9 @@ class StudyParts:
         if isinstance(result, xr.Dataset) and result.attrs.get("fingerprint") == self.fingerprint:
             return result
         place, what = f"out={str(where)!r}", "another study"
-        check_same_work(json.loads(result.attrs.get(_WORK, "{}")), self.work, place, what)
-        raise InputError(f"{place} holds {what}. Remove it, or give another place.")  # of rows in another order
+        if _WORK in result.attrs:  # which files of earlier versions do not say
+            check_same_work(json.loads(result.attrs[_WORK]), self.work, place, what)
+        raise InputError(f"{place} holds {what}. Remove it, or give another place.")
 
     def left(self) -> list[StudyRow]:
         """The rows of which no finished batch knows, however they were batched."""
