@@ -17,7 +17,7 @@ from hooked_llava.architecture.sizes import TowerConfig
 from hooked_llava.checks import one_of
 from hooked_llava.errors import counted
 from hooked_llava.model.hooked_module import HookedModule
-from hooked_llava.model.requirements import OF_PROMPTS, missing_for
+from hooked_llava.model.requirements import OF_PROMPTS, missing_for_all
 from hooked_llava.options.needs import NEEDS
 from hooked_llava.options.support import needs_of_calls, shortest
 from hooked_llava.prompt.inputs import Inputs
@@ -50,8 +50,8 @@ class Description:
     @classmethod
     def of(cls, model: HookedModule, inputs: Inputs | None) -> Description:
         """Of a model and prepared prompts; nothing is run, and no tensor is read."""
-        reasons = {call: missing_for(call, model, inputs) for call in needs_of_calls()}
-        return cls(repr(model), model.config, dict(model.hooks_table.d_sae), inputs, reasons)
+        features = dict(model.hooks_table.d_sae)
+        return cls(repr(model), model.config, features, inputs, missing_for_all(model, inputs))
 
     @property
     def lacks(self) -> list[MissingHooks]:

@@ -9,7 +9,7 @@ from hooked_llava.errors import InputError, SpanError
 from hooked_llava.model.components.hook_point import has_functions
 from hooked_llava.model.components.quantized import quantized_linears
 from hooked_llava.model.hooked_module import HookedModule
-from hooked_llava.options.needs import Need
+from hooked_llava.options.needs import NEEDS, Need
 from hooked_llava.options.patchscopes import IDENTITY
 from hooked_llava.options.support import needs_of_calls
 from hooked_llava.prompt import requirements as of_prompts
@@ -42,13 +42,20 @@ def require(needs: Iterable[Need], what: str, model: HookedModule, inputs: Input
         raise InputError(f"{what} {missing}")
 
 
+def missing_for_all(model: HookedModule, inputs: Inputs | None = None) -> dict[str, str | None]:
+    """What each call is refused for, as `missing_for` says it; every need is asked once."""
+    missing = {need: _missing(need, model, inputs) for need in NEEDS}
+    return {call: next(filter(None, map(missing.get, needs)), None) for call, needs in needs_of_calls().items()}
+
+
 def _first_missing(needs: Iterable[Need], model: HookedModule, inputs: Inputs | None = None) -> str | None:
-    for need in needs:
-        if need in OF_MODEL and (missing := OF_MODEL[need](model)):
-            return missing
-        if need in OF_PROMPTS and inputs is not None and (missing := OF_PROMPTS[need](inputs)):
-            return missing
-    return None
+    return next(filter(None, (_missing(need, model, inputs) for need in needs)), None)
+
+
+def _missing(need: Need, model: HookedModule, inputs: Inputs | None) -> str | None:
+    if need in OF_MODEL:
+        return OF_MODEL[need](model)
+    return None if inputs is None else OF_PROMPTS[need](inputs)
 
 
 def processor(model: HookedModule) -> str | None:
