@@ -234,7 +234,7 @@ def _refuse_model(given: object, kind: Kind) -> None:
 
 
 def _shown(given: object) -> str:
-    return repr(str(given)) if isinstance(given, (str, os.PathLike)) else f"{a_type(given)}"
+    return repr(str(given)) if isinstance(given, (str, os.PathLike)) else a_type(given)
 
 
 # --- checkpoint folders: `found` takes the `Folder`

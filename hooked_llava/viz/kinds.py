@@ -127,7 +127,7 @@ def described(result: object) -> str:
     "the array 'metric' [layer, head] of activation_patching"
     """
     if not isinstance(result, (xr.DataArray, xr.Dataset)):
-        return f"{a_type(result)}"
+        return a_type(result)
     made = f" of {result.attrs['analysis']}" if "analysis" in result.attrs else ""
     if isinstance(result, xr.DataArray):
         name = f" {result.name!r}" if result.name else ""
